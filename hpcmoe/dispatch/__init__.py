@@ -1,0 +1,1 @@
+"""A token leaves for its experts and returns."""

@@ -1,0 +1,91 @@
+"""How a rank fails: together with the others when all can know why, alone and loudly when only it knows."""
+
+import sys
+import traceback
+
+from hpcmoe.wait import barrier, broadcast, gather_to_all
+
+EXIT_USER = 2  # bad input, or a machine that does not fit: the user can mend it
+EXIT_BUG = 1  # anything else, shown with its traceback
+FAREWELL_SECONDS = 5.0  # how long a failing rank waits for the others before it aborts them
+
+
+class HpcmoeError(Exception):
+    """A fault that the user or the machine can mend; its text is one line a fault, with the arithmetic."""
+
+    shared = False  # True once every rank holds the same error
+
+
+class ConfigError(HpcmoeError):
+    """A key, value or file of the input is wrong."""
+
+
+class ClusterError(HpcmoeError):
+    """The ranks, nodes, links or launcher are not what the run needs."""
+
+
+class PlacementError(HpcmoeError):
+    """The experts do not fit on the ranks."""
+
+
+class CheckpointError(HpcmoeError):
+    """Something could not be written, or what was read back is not whole."""
+
+
+def on_root(comm, fn):
+    """Run fn on rank 0 and give every rank its result, or raise its HpcmoeError. Collective over comm."""
+    result, fault = attempt(fn) if comm.rank == 0 else (None, None)
+    result, fault = broadcast(comm, (result, fault))
+    return raise_or_return(result, fault)
+
+
+def on_all(comm, fn):
+    """Run fn on every rank -> its result here; the lowest failing rank's HpcmoeError on all. Collective over comm."""
+    result, fault = attempt(fn)
+    faults = [(rank, other) for rank, other in enumerate(gather_to_all(comm, fault)) if other is not None]
+    if faults:
+        rank, fault = faults[0]
+        fault = type(fault)(f"[rank {rank} of {comm.size}] {fault}")
+    return raise_or_return(result, fault)
+
+
+def attempt(fn):
+    """Call fn -> (result, None) or (None, the HpcmoeError it raised); other exceptions pass."""
+    try:
+        return fn(), None
+    except HpcmoeError as fault:
+        return None, fault
+
+
+def raise_or_return(result, fault):
+    """Raise the fault that all ranks share, or return the result."""
+    if fault is not None:
+        fault.shared = True
+        raise fault
+    return result
+
+
+def exit_with(comm, fault, host):
+    """End this process because of fault: all together where every rank knows it, else by aborting the others."""
+    if isinstance(fault, HpcmoeError) and fault.shared:
+        if comm.rank == 0:
+            say(f"hpcmoe: {line}" for line in str(fault).splitlines())
+        if barrier(comm, FAREWELL_SECONDS):  # mpirun kills the job at the first exit: let rank 0's line out first
+            sys.exit(EXIT_USER)
+        comm.Abort(EXIT_USER)
+
+    # Only this rank knows: say who it is on each line, then take the others down.
+    expected = isinstance(fault, HpcmoeError)
+    lines = str(fault).splitlines() if expected else traceback_lines(fault)
+    say(f"[rank {comm.rank} of {comm.size}, {host}] {line}" for line in lines)
+    comm.Abort(EXIT_USER if expected else EXIT_BUG)
+
+
+def traceback_lines(fault):
+    """Format an exception -> its traceback, line by line."""
+    return "".join(traceback.format_exception(fault)).splitlines()
+
+
+def say(lines):
+    """Write lines to standard error at once, so that ranks do not cut into each other."""
+    print("\n".join(lines), file=sys.stderr, flush=True)

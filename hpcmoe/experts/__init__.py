@@ -1,0 +1,1 @@
+"""What happens to a token where its expert lives."""

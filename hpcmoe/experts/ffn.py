@@ -1,0 +1,97 @@
+"""The feed-forward networks of this rank's replicas: one GEMM pair (or three) an expert.
+
+Under tensor parallelism the first matrix is split by columns and the second by rows over the group, so that each rank
+computes a partial sum of the output (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
+"""
+
+import torch
+from torch import nn
+
+from hpcmoe.comm.mpi import all_reduce
+
+MATRICES = {"gelu": ("up", "down"), "relu": ("up", "down"), "swiglu": ("gate", "up", "down")}
+
+
+class Expert(nn.Module):
+    """One replica: y = W_down act(W_up x), or y = W_down (silu(W_gate x) * W_up x) when gated (Shazeer 2020,
+    arXiv:2002.05202)."""
+
+    def __init__(self, kind, weights):
+        """weights: dict name: tensor; up, gate [F, H], down [H, F]; biases up_bias, gate_bias [F], down_bias [H] or none."""
+        super().__init__()
+        self.kind = kind
+        for name, weight in weights.items():
+            self.register_parameter(name, nn.Parameter(weight))
+
+    def forward(self, x):
+        """x [n, H] -> y [n, H], in x's precision; a partial sum under tensor parallelism."""
+        hidden = self.linear(x, "up")
+        match self.kind:
+            case "gelu":
+                hidden = nn.functional.gelu(hidden)
+            case "relu":
+                hidden = nn.functional.relu(hidden)
+            case "swiglu":
+                hidden = nn.functional.silu(self.linear(x, "gate")) * hidden
+            case _:
+                raise ValueError(f"unknown kind of expert {self.kind}")
+        return self.linear(hidden, "down")
+
+    def linear(self, x, name):
+        """x W^T + b with the named matrix, cast to x's precision."""
+        bias = getattr(self, f"{name}_bias", None)
+        weight = getattr(self, name).to(x.dtype)
+        return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+class LocalExperts(nn.Module):
+    """The replicas in this rank's slots, an empty slot being an Identity that no row ever reaches."""
+
+    def __init__(self, replicas, tensor_comm, max_batch_rows):
+        super().__init__()
+        self.replicas = nn.ModuleList(replicas)
+        self.tensor_comm = tensor_comm
+        self.max_batch_rows = max_batch_rows
+
+    def forward(self, x, rows_of_slot):
+        """Work on rows grouped by slot, x [n, H] and rows_of_slot [s] -> y [n, H].
+
+        B_e = min(T_e, B_max): a GEMM takes at most max_batch_rows rows, so that its scratch memory stays bounded.
+        """
+        pieces = []
+        for replica, rows in zip(self.replicas, x.split(rows_of_slot.tolist()), strict=True):
+            pieces.extend(replica(batch) for batch in rows.split(self.max_batch_rows) if len(batch))
+        return torch.cat(pieces)
+
+    def sum_over_shards(self, rows):
+        """Add up the partial sums of the tensor-parallel group, rows [n, H] -> [n, H]. Collective over tp."""
+        if self.tensor_comm.size == 1:
+            return rows
+        total = rows.float().cpu().numpy(force=True).copy()
+        return torch.from_numpy(all_reduce(self.tensor_comm, total)).to(rows)
+
+
+def make_expert_weights(config, layer, expert, tensor_index, tensor_size):
+    """Draw a logical expert's weights, the same on whichever rank it lives -> dict name: this rank's shard."""
+    model, kind = config.model, config.experts.kind
+    generator = torch.Generator().manual_seed((config.run.seed * 1_000_003 + layer) * 1_000_003 + expert)
+    shards = {}
+    for name in MATRICES[kind]:
+        rows, columns = weight_shape(model, name)
+        whole = torch.randn(rows, columns, generator=generator) * columns**-0.5
+        shards[name] = whole.chunk(tensor_size, dim=split_axis(name))[tensor_index].contiguous()
+    if config.experts.bias:
+        shards |= {f"{name}_bias": torch.zeros(len(shards[name])) for name in MATRICES[kind] if name != "down"}
+        if tensor_index == 0:  # added once, to the first rank's partial sum
+            shards["down_bias"] = torch.zeros(model.hidden)
+    return shards
+
+
+def weight_shape(model, name):
+    """Shape of a whole matrix, [out, in]."""
+    return (model.hidden, model.feed_forward) if name == "down" else (model.feed_forward, model.hidden)
+
+
+def split_axis(name):
+    """Axis over which a tensor-parallel group shares a weight: down by its input, the others by their output."""
+    return 1 if name == "down" else 0

@@ -1,0 +1,1 @@
+"""Many steps: data, model, training, inference, and the figures that come of them."""

@@ -1,0 +1,96 @@
+"""What the run's figures mean, and how they come of what was counted."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Links:
+    """How even the links between ranks carry, from sums over all ordered pairs of different ranks."""
+
+    count: int
+    mean: float  # a link
+    sigma: float  # standard deviation / mean
+
+
+def spread_of_links(total, total_of_squares, count):
+    """Mean and sigma from the sum over the links and the sum of squares -> Links."""
+    if count == 0 or total == 0:
+        return Links(count=count, mean=0.0, sigma=0.0)
+    mean = total / count
+    variance = max(total_of_squares / count - mean**2, 0.0)
+    return Links(count=count, mean=mean, sigma=math.sqrt(variance) / mean)
+
+
+def sums_of_links(tokens_to_peer, rank):
+    """This rank's part of the sums: tokens to each peer [P] -> [sum, sum of squares, count] over the other ranks."""
+    others = np.delete(tokens_to_peer.astype(np.float64), rank)
+    return np.array([others.sum(), np.square(others).sum(), len(others)])
+
+
+def sampling_floor(placement, tokens_of_rank, top_k, num_experts):
+    """The sigma that even the fairest router shows, since it draws finitely many tokens -> float.
+
+    A token's K distinct experts are a draw without replacement from E, so the copies that T tokens send to a rank
+    that serves a share f of all experts have mean T K f and variance T K f (1 - f) (E - K) / (E - 1)
+    (hypergeometric). Layers are drawn apart and summed. The placement's own unevenness is part of the floor.
+    """
+    num_ranks, num_layers = len(placement.node_of_rank), len(placement.expert_of_replica)
+    mean, variance = np.zeros((num_ranks, num_ranks)), np.zeros((num_ranks, num_ranks))
+    for layer in range(num_layers):
+        share = share_of_rank(placement, layer, num_experts)[placement.node_of_rank]  # [P, P] source, destination
+        copies = tokens_of_rank[:, None] * top_k * share
+        mean += copies
+        variance += copies * (1 - share) * (num_experts - top_k) / max(num_experts - 1, 1)
+    links = ~np.eye(num_ranks, dtype=bool)
+    if num_ranks == 1 or mean[links].sum() == 0:
+        return 0.0
+    return float(np.sqrt(variance[links].mean() + mean[links].var()) / mean[links].mean())
+
+
+def share_of_rank(placement, layer, num_experts):
+    """Share of an even router's copies that each rank serves for each node -> [nodes, P]."""
+    held = placement.expert_of_replica[layer] >= 0
+    shares = placement.share_of_replica[layer] * held / num_experts  # [nodes, S]
+    return shares.reshape(len(shares), -1, placement.slots_per_rank).sum(axis=2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bandwidth:
+    """What the links must carry at this pace, and what they carried. Bytes a second and link."""
+
+    num_links: int  # ordered pairs of different ranks, or of different nodes
+    plain: float  # tokens per second x token bytes / links
+    counted: float  # the same times copies K, transfers there and back, and layers
+    achieved: float  # bytes that crossed these links / seconds / links
+    busiest: float  # the same for the link that carried most
+
+
+def compare_bandwidth(bytes_of_link, tokens_per_second, token_bytes, transfers_per_token, seconds):
+    """Hold required against achieved bandwidth: bytes_of_link [n, n] over `seconds` -> Bandwidth, or None.
+
+    BW_min = tokens per second x token bytes / links is the plain formula; transfers_per_token is K x layers x
+    (dispatch and combine: 2 forward, 2 more backward). There is none on a single rank or node.
+    """
+    links = ~np.eye(len(bytes_of_link), dtype=bool)
+    if not links.any():
+        return None
+    plain = tokens_per_second * token_bytes / links.sum()
+    carried = bytes_of_link[links] / seconds
+    return Bandwidth(
+        num_links=int(links.sum()),
+        plain=plain,
+        counted=plain * transfers_per_token,
+        achieved=float(carried.mean()),
+        busiest=float(carried.max()),
+    )
+
+
+def sum_by_node(of_ranks, node_of_rank):
+    """Add up a matrix over ranks [P, P] by node -> [nodes, nodes]."""
+    num_nodes = int(max(node_of_rank)) + 1
+    member = np.zeros((num_nodes, len(node_of_rank)))
+    member[node_of_rank, np.arange(len(node_of_rank))] = 1
+    return member @ of_ranks @ member.T

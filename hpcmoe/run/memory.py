@@ -1,0 +1,180 @@
+"""Memory of a rank: reckoned from the config before anything is built, and measured while it runs."""
+
+import dataclasses
+import resource
+import weakref
+
+import torch
+
+from hpcmoe.experts.ffn import MATRICES
+
+NUM_BYTES = 256  # the vocabulary
+FLOAT32 = 4  # bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of one rank, by what they hold."""
+
+    states: int  # arrays as large as the parameters: themselves, and in training gradient and two moments
+    one_expert: int  # the matrices of one logical expert of one layer, whole
+    experts: int  # parameters of the experts on this rank
+    dense: int  # parameters of all else
+    gradients: int
+    optimizer: int  # AdamW's two moments
+    buffers: int  # for messages
+    activations: int  # kept for the backward pass by the micro-batches in flight
+
+    @property
+    def besides_experts(self):
+        """What a rank needs before it holds any expert."""
+        return self.total - self.per_expert * self.experts // self.one_expert
+
+    @property
+    def per_expert(self):
+        """One logical expert of one layer with its gradient and moments."""
+        return self.one_expert * self.states
+
+    @property
+    def total(self):
+        """All of it on this rank."""
+        return self.experts + self.dense + self.gradients + self.optimizer + self.buffers + self.activations
+
+
+def reckon_memory(config, tensor_parallel, slots, sizes):
+    """Compute the memory of a rank with all its slots full from the config -> Memory.
+
+    Activations are those of an even load; a rank that draws more rows keeps more.
+    """
+    model, training = config.model, config.run.mode == "train"
+    itemsize = FLOAT32 if training else getattr(torch, model.dtype).itemsize
+    one_expert = count_expert_parameters(config) * itemsize
+    experts = one_expert * slots * model.num_layers // tensor_parallel
+    dense = count_dense_parameters(model) * itemsize
+    return Memory(
+        states=4 if training else 1,
+        one_expert=one_expert,
+        experts=experts,
+        dense=dense,
+        gradients=experts + dense if training else 0,
+        optimizer=2 * (experts + dense) if training else 0,
+        buffers=2 * sizes.num_berths * (sizes.home_rows + sizes.expert_rows) * sizes.row_bytes,
+        activations=reckon_activations(config, tensor_parallel, sizes) if training else 0,
+    )
+
+
+def count_expert_parameters(config):
+    """Numbers in one logical expert: two matrices H x F (three when gated), and biases."""
+    model, names = config.model, MATRICES[config.experts.kind]
+    biases = (len(names) - 1) * model.feed_forward + model.hidden if config.experts.bias else 0
+    return len(names) * model.hidden * model.feed_forward + biases
+
+
+def count_dense_parameters(model):
+    """Numbers outside the experts: embedding, positions, norms, attention, routers, head."""
+    block = model.hidden + model.num_experts * model.hidden
+    if model.attention:
+        block += model.hidden + 4 * model.hidden**2
+    return model.num_layers * block + model.hidden + (2 * NUM_BYTES + model.sequence_length) * model.hidden
+
+
+def reckon_activations(config, tensor_parallel, sizes):
+    """Bytes that the micro-batches in flight keep for their backward pass, at an even load."""
+    model = config.model
+    tokens, wire = sizes.home_rows // model.top_k, sizes.dtype.itemsize
+
+    # Of each token: block input, residual, normed input and its scale; in attention also the norm's, the queries, keys
+    # and values, the heads' output twice and its log-sums; of the router logits, probabilities and gates.
+    width = 3 * model.hidden + 3 * model.num_experts + 8 * model.top_k
+    token_bytes = FLOAT32 * width
+    if model.attention:
+        token_bytes += FLOAT32 * (model.hidden + model.num_heads) + wire * 6 * model.hidden
+
+    # Of each copy at its expert: input, activations before and after, output; of each copy at home: the result.
+    inner = {"gelu": 2, "relu": 1, "swiglu": 4}[config.experts.kind] * model.feed_forward // tensor_parallel
+    copy_bytes = wire * (2 * model.hidden + inner) + wire * model.hidden
+    return sizes.num_berths * model.num_layers * tokens * (token_bytes + model.top_k * copy_bytes)
+
+
+class ActivationGauge:
+    """Measures what micro-batches in flight keep for the backward pass: in autograd's hands and in their flights."""
+
+    def __init__(self, network):
+        self.parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+        self.saved = {}  # address of a storage: [how many times saved, bytes]
+        self.peak_bytes = 0
+
+    def hooks(self):
+        """Watch what autograd saves within a with-block."""
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor)
+
+    def pack(self, tensor):
+        """Count a tensor that autograd saves until autograd lets it go."""
+        storage = tensor.untyped_storage()
+        address, num_bytes = storage.data_ptr(), storage.nbytes()
+        held = Held(tensor)
+        if address not in self.parameters:
+            self.saved.setdefault(address, [0, num_bytes])[0] += 1
+            weakref.finalize(held, self.release, address)
+        return held
+
+    def release(self, address):
+        """Forget a tensor that autograd let go."""
+        self.saved[address][0] -= 1
+        if self.saved[address][0] == 0:
+            del self.saved[address]
+
+    def look(self, flights):
+        """Add up what is held now and keep the most."""
+        held = {address: num_bytes for address, (_, num_bytes) in self.saved.items()}
+        for tensor in find_tensors([vars(flight) for flight in flights]):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.parameters:
+                held[storage.data_ptr()] = storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, sum(held.values()))
+
+
+class Held:
+    """A saved tensor, in an object whose end can be noticed."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def find_tensors(value):
+    """Yield the tensors inside nested lists, tuples, dicts and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from find_tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from find_tensors(inner)
+    elif dataclasses.is_dataclass(value):
+        yield from find_tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
+
+
+def measure_memory(network, optimizer, exchange, gauge):
+    """Add up the arrays that are really there -> Memory; one_expert is a local one times its shards."""
+    experts = [p for layer in network.layers for p in layer.experts.parameters()]
+    num_replicas = sum(len(list(r.parameters())) > 0 for layer in network.layers for r in layer.experts.replicas)
+    parameters = list(network.parameters())
+    of_experts = sum(p.nbytes for p in experts)
+    moments = [] if optimizer is None else [
+        value for state in optimizer.adamw.state.values() for value in state.values() if value.dim() > 0
+    ]  # fmt: skip
+    return Memory(
+        states=4 if optimizer else 1,
+        one_expert=of_experts * network.mesh.tensor_parallel // max(num_replicas, 1),
+        experts=of_experts,
+        dense=sum(p.nbytes for p in parameters) - of_experts,
+        gradients=sum(p.grad.nbytes for p in parameters if p.grad is not None),
+        optimizer=sum(value.nbytes for value in moments),
+        buffers=exchange.buffer_bytes,
+        activations=gauge.peak_bytes,
+    )
+
+
+def peak_resident_bytes():
+    """Most memory that this process has had in RAM."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

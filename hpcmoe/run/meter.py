@@ -1,0 +1,77 @@
+"""The meter beside a run: what each step took and sent, over all ranks, and the whole of it at the end."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpcmoe.comm.mpi import all_reduce
+from hpcmoe.comm.transport import Direction
+from hpcmoe.run.figures import Links, spread_of_links, sums_of_links
+
+STAGES = ("data", "dense", "route", "dispatch", "compute", "combine", "optimizer", "waiting")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What one step took, over all ranks."""
+
+    seconds: float  # on the wall, on this rank
+    seconds_of_stage: dict  # mean over the ranks
+    links: Links  # dispatched tokens between ranks
+    num_tokens: int
+
+    @property
+    def tokens_per_second(self):
+        """Tokens of all ranks by wall-clock second."""
+        return self.num_tokens / self.seconds
+
+
+class Meter:
+    """Reads clock and traffic at the end of each step, and adds them up."""
+
+    def __init__(self, exchange, mesh):
+        self.exchange, self.mesh, self.clock = exchange, mesh, exchange.clock
+        self.rows_to_peer = np.zeros(exchange.transport.size, dtype=np.int64)
+        self.num_steps = self.num_tokens = self.num_dropped = 0
+        self.utilisation = self.link_sigma = 0.0  # sums over the steps
+        self.seconds = 0.0
+        self.seconds_of_stage = dict.fromkeys(STAGES, 0.0)
+        self.start()
+
+    def start(self):
+        """Begin a step: forget what happened since the last one."""
+        self.clock.take()
+        self.exchange.take_traffic()
+        self.started = time.perf_counter()
+
+    def read(self, outcome):
+        """End a step that had this Outcome -> Reading. Collective over all ranks."""
+        seconds = time.perf_counter() - self.started
+        spent = self.clock.take()
+        rows = self.exchange.take_traffic()  # [4, P]
+        sums = np.concatenate([
+            sums_of_links(rows[Direction.DISPATCH], self.exchange.transport.rank),
+            [spent.get(stage, 0.0) for stage in STAGES],
+        ])  # fmt: skip
+        all_reduce(self.mesh.world, sums)
+        reading = Reading(
+            seconds=seconds,
+            seconds_of_stage=dict(zip(STAGES, sums[3:] / self.mesh.world.size, strict=True)),
+            links=spread_of_links(*sums[:3]),
+            num_tokens=outcome.num_tokens,
+        )
+        self.rows_to_peer += rows.sum(axis=0)
+        self.add(reading, outcome.census)
+        return reading
+
+    def add(self, reading, census):
+        """Add a step to the totals."""
+        self.utilisation = self.utilisation + census.utilisation
+        self.num_dropped += census.num_dropped
+        self.link_sigma += reading.links.sigma
+        self.num_steps += 1
+        self.num_tokens += reading.num_tokens
+        self.seconds += reading.seconds
+        for stage, seconds in reading.seconds_of_stage.items():
+            self.seconds_of_stage[stage] += seconds

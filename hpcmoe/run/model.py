@@ -1,0 +1,211 @@
+"""A decoder-only language model over bytes: embedding, L blocks, head; or the stack of MoE layers alone.
+
+A block is x + attention(norm(x)), then x + experts(norm(x)). Without attention it is the second half.
+RMSNorm: Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpcmoe.comm.mpi import start_all_reduce
+from hpcmoe.dispatch.plan import SlotChooser
+from hpcmoe.dispatch.router import Router, load_balancing_loss, load_balancing_slope
+from hpcmoe.experts.ffn import Expert, LocalExperts, make_expert_weights
+from hpcmoe.experts.layer import MoELayer
+
+NUM_BYTES = 256  # the vocabulary
+
+
+class Dense(nn.Module):
+    """The part of a block before its router: attention, if any, and the norm of what goes to the experts."""
+
+    def __init__(self, model, draw):
+        super().__init__()
+        self.num_heads, self.sequence_length = model.num_heads, model.sequence_length
+        self.dtype = getattr(torch, model.dtype)
+        self.experts_norm = nn.Parameter(torch.ones(model.hidden))
+        if model.attention:
+            self.attention_norm = nn.Parameter(torch.ones(model.hidden))
+            self.query_key_value = nn.Parameter(draw(3 * model.hidden, model.hidden))
+            self.attention_out = nn.Parameter(draw(model.hidden, model.hidden))
+        self.attention = model.attention
+
+    def forward(self, x):
+        """x [T, H] -> (residual, normed) [T, H]; T is whole sequences."""
+        if self.attention:
+            x = x + self.attend(norm(x, self.attention_norm).to(self.dtype)).float()
+        return x, norm(x, self.experts_norm)
+
+    def attend(self, x):
+        """Causal self-attention within each sequence: x [T, H] -> [T, H]."""
+        mixed = nn.functional.linear(x, self.query_key_value.to(x.dtype))
+        shape = (-1, self.sequence_length, 3, self.num_heads, x.shape[1] // self.num_heads)
+        query, key, value = mixed.view(len(x) // self.sequence_length, *shape[1:]).permute(2, 0, 3, 1, 4)
+        heads = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return nn.functional.linear(heads.transpose(1, 2).reshape(x.shape), self.attention_out.to(x.dtype))
+
+
+def norm(x, weight):
+    """RMSNorm of each token in float32."""
+    return nn.functional.rms_norm(x, x.shape[-1:], weight)
+
+
+class LanguageModel(nn.Module):
+    """The network that an engine runs; it holds one step's batch, losses and census while the step lasts."""
+
+    def __init__(self, config, layers, draw, mesh, device):
+        super().__init__()
+        model = config.model
+        self.config, self.mesh, self.device = config, mesh, device
+        self.embedding = nn.Parameter(draw(NUM_BYTES, model.hidden) * model.hidden**0.5)
+        self.positions = nn.Parameter(0.1 * draw(model.sequence_length, model.hidden) * model.hidden**0.5)
+        self.layers = nn.ModuleList(layers)
+        self.last_norm = nn.Parameter(torch.ones(model.hidden))
+        self.head_weight = nn.Parameter(0.1 * draw(NUM_BYTES, model.hidden))
+
+    def begin(self, batches, num_tokens, load, purpose, watched_layers=()):
+        """Take a step's batch: uint8 [n, length + 1] a micro-batch; num_tokens over all ranks; load [L, E].
+
+        purpose is "train", "evaluate" (losses, no slopes) or "infer" (the stack alone, no head).
+        """
+        self.batches = [torch.from_numpy(batch.astype(np.int64)).to(self.device.torch_device) for batch in batches]
+        self.num_tokens, self.purpose, self.watched_layers = max(num_tokens, 1), purpose, watched_layers
+        self.load = torch.as_tensor(load, dtype=torch.float32, device=self.device.torch_device)
+        self.loss_sum = 0.0  # cross-entropy over this rank's tokens, nats
+        self.census = {}  # micro-batch: (array, a call that waits for its sum over all ranks)
+        self.seen = {}  # name: arrays of the activations asked for, a micro-batch each
+
+    def embed(self, micro_batch):
+        """Return the first layer's x [T, H]: bytes and their positions."""
+        with torch.no_grad():
+            return self.look_up(micro_batch)
+
+    def head(self, micro_batch, x, flights):
+        """Take the last x [T, H]; start to add up the routing over all ranks -> the loss's slope by x, in training."""
+        census = np.stack([count_routing(flight.routing) for flight in flights])  # [L, 2 E + 2]
+        self.census[micro_batch] = (census, start_all_reduce(self.mesh.world, census))
+        self.watch(x, flights)
+        if self.purpose == "infer":
+            return None
+        x.requires_grad_(self.purpose == "train")
+        logits = nn.functional.linear(norm(x, self.last_norm), self.head_weight)
+        targets = self.batches[micro_batch][:, 1:].flatten()
+        loss_sum = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        self.loss_sum += loss_sum.item()
+        if self.purpose == "train":
+            (loss_sum / self.num_tokens).backward()
+        return x.grad
+
+    def watch(self, x, flights):
+        """Keep what enters and leaves the layers whose activations were asked for, and which experts were chosen."""
+        outputs = [flight.x for flight in flights[1:]] + [x]
+        for layer in self.watched_layers:
+            flight = flights[layer]
+            kept = {"input": flight.x, "output": outputs[layer], "experts": flight.routing.experts}
+            for name, values in kept.items():
+                self.seen.setdefault(f"layer{layer}/{name}", []).append(values.detach().cpu().numpy().copy())
+
+    def take_activations(self):
+        """Return the activations kept in the last step -> dict name: array [tokens of this rank, ...]."""
+        return {name: np.concatenate(arrays) for name, arrays in self.seen.items()}
+
+    def routing_slopes(self, layer, micro_batch):
+        """Return the slopes of the routing losses: by a layer's probability_sum [E] and by its z_sum []."""
+        dispatch, num_experts = self.config.dispatch, self.config.model.num_experts
+        tokens_of_expert = torch.from_numpy(self.census_of(micro_batch)[layer, :num_experts])
+        by_probability = dispatch.aux_loss_weight * load_balancing_slope(tokens_of_expert, self.num_tokens)
+        by_z = torch.tensor(dispatch.z_loss_weight / self.num_tokens)
+        return by_probability.to(self.device.torch_device), by_z.to(self.device.torch_device)
+
+    def embed_backward(self, micro_batch, slope):
+        """Take the slope by the first layer's x [T, H] to the embedding."""
+        self.look_up(micro_batch).backward(slope)
+
+    def look_up(self, micro_batch):
+        """Add the vectors of bytes and positions -> [T, H]."""
+        inputs = self.batches[micro_batch][:, :-1]
+        return (nn.functional.embedding(inputs, self.embedding) + self.positions).flatten(0, 1)
+
+    def census_of(self, micro_batch):
+        """Wait for a micro-batch's routing, summed over all ranks -> float64 [L, 2 E + 2]."""
+        census, wait = self.census[micro_batch]
+        if wait is not None:
+            wait()
+            census /= self.mesh.tensor_parallel  # the ranks of a tensor-parallel group counted the same tokens
+            self.census[micro_batch] = (census, None)
+        return census
+
+    def take_census(self):
+        """Wait for the whole step's routing, summed over ranks and micro-batches -> Census."""
+        micro_batches = [self.census_of(micro_batch) for micro_batch in sorted(self.census)]
+        return Census(self.config, micro_batches, self.num_tokens)
+
+
+class Census:
+    """How a step's tokens were routed, over all ranks."""
+
+    def __init__(self, config, micro_batches, num_tokens):
+        num_experts = config.model.num_experts
+        self.tokens_of_expert = sum(micro_batches)[:, :num_experts]  # [L, E] copies
+        self.num_dropped = int(sum(micro_batches)[:, -1].sum())
+        self.z_loss = sum(micro_batches)[:, -2].sum() / num_tokens
+        self.aux_loss = sum(
+            float(load_balancing_loss(*torch.from_numpy(layer[: 2 * num_experts]).chunk(2), num_tokens))
+            for micro_batch in micro_batches
+            for layer in micro_batch
+        )
+        expected = num_tokens * config.model.top_k / num_experts
+        self.utilisation = self.tokens_of_expert / expected  # U_e [L, E], actual / expected tokens
+
+
+def count_routing(routing):
+    """Put a routing's sums in one row: copies and probability of each expert, z, drops -> float64 [2 E + 2]."""
+    with torch.no_grad():
+        return torch.cat([
+            routing.tokens_of_expert.double(),
+            routing.probability_sum.double(),
+            routing.z_sum.double()[None],
+            torch.tensor([routing.num_dropped], dtype=torch.float64, device=routing.z_sum.device),
+        ]).cpu().numpy()  # fmt: skip
+
+
+def make_model(config, mesh, placement, exchange, device):
+    """Build this rank's part of the network, its weights drawn alike at any number of ranks."""
+    generator = torch.Generator().manual_seed(config.run.seed)
+
+    def draw(rows, columns):
+        return torch.randn(rows, columns, generator=generator) * columns**-0.5
+
+    layers = [make_layer(config, mesh, placement, exchange, draw, number) for number in range(config.model.num_layers)]
+    network = LanguageModel(config, layers, draw, mesh, device)
+    if config.run.mode == "infer":
+        network.to(getattr(torch, config.model.dtype))
+    return network.to(device.torch_device)
+
+
+def make_layer(config, mesh, placement, exchange, draw, number):
+    """Build block `number`: dense part and router whole, of the experts those in this rank's slots."""
+    model = config.model
+    dense = Dense(model, draw)
+    router = Router(draw(model.num_experts, model.hidden), model.top_k, config.dispatch)
+    expert_of_slot = placement.experts_of_rank(number, mesh.expert_index)
+    replicas = [make_expert(config, mesh, number, expert) for expert in expert_of_slot.tolist()]
+    experts = LocalExperts(replicas, mesh.tp, config.experts.max_batch_rows)
+    node = placement.node_of_rank[mesh.expert_index]
+    chooser = SlotChooser(
+        placement.expert_of_replica[number],
+        placement.share_of_replica[number, node],
+        model.num_experts,
+        mesh.expert_index,
+    )
+    return MoELayer(dense, router, experts, exchange, chooser)
+
+
+def make_expert(config, mesh, layer, expert):
+    """Build this rank's shard of a logical expert, or an Identity for an empty slot (-1)."""
+    if expert < 0:
+        return nn.Identity()
+    return Expert(
+        config.experts.kind, make_expert_weights(config, layer, expert, mesh.tensor_index, mesh.tensor_parallel)
+    )

@@ -1,0 +1,65 @@
+"""What a person sees while the run goes on: a bar where there is a terminal, plain lines elsewhere."""
+
+import contextlib
+import logging
+import sys
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def open_progress(num_steps, first_step, on_root):
+    """Show steps first_step + 1 to num_steps, on rank 0 alone -> something with show(step, outcome, reading)."""
+    if not on_root:
+        yield Silence()
+    elif sys.stderr.isatty():
+        with tqdm(total=num_steps, initial=first_step, unit="step") as bar, logging_redirect_tqdm():
+            yield Bar(bar)
+    else:
+        yield Lines(num_steps)
+
+
+class Silence:
+    """What the other ranks show."""
+
+    def show(self, step, outcome, reading):
+        """Show nothing."""
+
+
+class Bar:
+    """A progress bar with the newest figures behind it."""
+
+    def __init__(self, bar):
+        self.bar = bar
+
+    def show(self, step, outcome, reading):
+        """Move the bar one step on."""
+        self.bar.set_postfix_str(describe(outcome, reading))
+        self.bar.update()
+
+
+class Lines:
+    """A line every few steps: about forty in a run."""
+
+    def __init__(self, num_steps):
+        self.num_steps, self.every = num_steps, max(num_steps // 40, 1)
+
+    def show(self, step, outcome, reading):
+        """Log the step if its turn has come."""
+        if step % self.every == 0 or step == self.num_steps:
+            log.info("step %d/%d: %s", step, self.num_steps, describe(outcome, reading))
+
+
+def describe(outcome, reading):
+    """Put a step's main figures in a line."""
+    utilisation, seconds = outcome.census.utilisation, reading.seconds_of_stage
+    loss = f"loss {outcome.loss:.4f}, " if outcome.loss else ""
+    return (
+        f"{loss}{reading.tokens_per_second:.0f} tokens/s, U_e {utilisation.min():.2f}-{utilisation.max():.2f}, "
+        f"sigma {reading.links.sigma:.3f}, dropped {outcome.census.num_dropped}, ms: "
+        + " ".join(f"{stage} {1000 * seconds[stage]:.0f}" for stage in ("route", "dispatch", "compute", "combine"))
+        + (f" optimizer {1000 * seconds['optimizer']:.0f}" if seconds["optimizer"] else "")
+    )

@@ -1,0 +1,187 @@
+"""The table at the end of a run: what was done, how evenly, over which links, in how much memory."""
+
+import dataclasses
+
+import numpy as np
+from tabulate import tabulate
+
+from hpcmoe.comm.mpi import all_reduce
+from hpcmoe.run.figures import compare_bandwidth, sampling_floor, sum_by_node
+from hpcmoe.run.memory import Memory, measure_memory, peak_resident_bytes
+from hpcmoe.wait import gather_to_all
+
+MOST_NODES_IN_A_TABLE = 8
+TRANSFERS = {"train": 4, "infer": 2}  # of a token's copy in a layer: there and back, and the same backward
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """What all ranks did in the measured steps."""
+
+    num_steps: int
+    num_tokens: int
+    seconds: float  # on the wall of rank 0
+    seconds_of_stage: dict  # mean over the ranks
+    bytes_of_link: np.ndarray  # [P, P] bytes sent from rank to rank
+    utilisation: np.ndarray  # U_e [L, E], mean over the steps
+    link_sigma: float  # mean over the steps
+    link_sigma_floor: float  # of a step
+    num_dropped: int
+    measured: Memory  # of the rank that took most
+    peak_resident_bytes: int  # of the process that took most
+    losses: dict  # name: nats a byte
+
+    @property
+    def tokens_per_second(self):
+        """Tokens of all ranks by wall-clock second."""
+        return self.num_tokens / max(self.seconds, 1e-9)
+
+
+def sum_up(job, optimizer, losses):
+    """Gather a run's totals -> Totals, the same on all ranks. Collective over all ranks."""
+    meter, world = job.meter, job.mesh.world
+    measured = measure_memory(job.stepper.network, optimizer, job.stepper.exchange, job.stepper.gauge)
+    everyone = gather_to_all(world, (measured, peak_resident_bytes()))
+    steps = max(meter.num_steps, 1)
+    return Totals(
+        num_steps=meter.num_steps,
+        num_tokens=meter.num_tokens,
+        seconds=meter.seconds,
+        seconds_of_stage=meter.seconds_of_stage,
+        bytes_of_link=gather_traffic(job),
+        utilisation=meter.utilisation / steps,
+        link_sigma=meter.link_sigma / steps,
+        link_sigma_floor=find_floor(job),
+        num_dropped=meter.num_dropped,
+        measured=max((memory for memory, _ in everyone), key=lambda memory: memory.total),
+        peak_resident_bytes=max(peak for _, peak in everyone),
+        losses=losses,
+    )
+
+
+def gather_traffic(job):
+    """Add up the bytes that each rank sent to each other -> [P, P] over all ranks. Collective over all ranks."""
+    mesh = job.mesh
+    sent = np.zeros((mesh.world.size, mesh.world.size))
+    peers = gather_to_all(mesh.ep, mesh.world.rank)
+    sent[mesh.world.rank, peers] = job.meter.rows_to_peer * job.stepper.exchange.sizes.row_bytes
+    return all_reduce(mesh.world, sent)
+
+
+def find_floor(job):
+    """Compute the sampling floor of a step's link sigma."""
+    model, mesh = job.config.model, job.mesh
+    tokens = job.config.data.batch_sequences * model.sequence_length / mesh.num_token_shares
+    return sampling_floor(job.placement, np.full(mesh.expert_parallel, tokens), model.top_k, model.num_experts)
+
+
+def make_table(job, totals):
+    """Lay out a run's figures -> text."""
+    rows = [*rows_of_pace(job, totals), *rows_of_balance(totals), *rows_of_links(job, totals), *rows_of_placement(job)]
+    memory = rows_of_memory(job.memory, totals)
+    return "\n\n".join(
+        tabulate(table, headers=headers, disable_numparse=True, preserve_whitespace=True)
+        for table, headers in (
+            (rows, ("figure", "value", "unit")),
+            (memory, ("memory of a rank", "as computed", "as measured")),
+        )
+    )
+
+
+def rows_of_pace(job, totals):
+    """List losses, throughput and where the time went."""
+    rows = [(name, f"{loss:.4f}", "nats/byte") for name, loss in totals.losses.items()]
+    rows += [
+        ("steps measured", f"{totals.num_steps}", ""),
+        ("tokens per second", f"{totals.tokens_per_second:.0f}", "tokens/s"),
+        ("time per token", f"{1e6 * totals.seconds / max(totals.num_tokens, 1):.2f}", "us"),
+        ("time per step", f"{1e3 * totals.seconds / max(totals.num_steps, 1):.1f}", "ms"),
+    ]
+    of_stage = [(f"  in {stage}", seconds) for stage, seconds in totals.seconds_of_stage.items() if seconds]
+    return rows + [(name, f"{1e3 * s / max(totals.num_steps, 1):.1f}", "ms, mean of ranks") for name, s in of_stage]
+
+
+def rows_of_balance(totals):
+    """List how evenly experts and links were used."""
+    busy = totals.utilisation
+    return [
+        ("expert utilisation U_e", f"{busy.min():.2f} - {busy.max():.2f}", "actual/expected tokens, least - most"),
+        ("link balance sigma", f"{totals.link_sigma:.3f}", "std/mean of a step's tokens per link"),
+        ("  its sampling floor", f"{totals.link_sigma_floor:.3f}", "an even router's sigma at this token count"),
+        ("copies dropped", f"{totals.num_dropped}", ""),
+    ]
+
+
+def rows_of_links(job, totals):
+    """List what links between ranks, and between nodes, had to carry and carried."""
+    rows = links_between("rank", totals.bytes_of_link, job, totals)
+    of_nodes = sum_by_node(totals.bytes_of_link, job.topology.node_of_rank)
+    rows += links_between("node", of_nodes, job, totals)
+    if 1 < len(of_nodes) <= MOST_NODES_IN_A_TABLE:
+        rows += [row_of_link(job, totals, of_nodes, i, j) for i, j in np.ndindex(of_nodes.shape) if i != j]
+    return rows
+
+
+def row_of_link(job, totals, bytes_of_link, i, j):
+    """Tell what the link from node i to node j carried, of what it could in that time."""
+    topology = job.topology
+    could = topology.bytes_per_second[i, j] * totals.seconds
+    name = f"  {topology.node_names[i]} -> {topology.node_names[j]}"
+    return name, f"{bytes_of_link[i, j] / 1e6:.2f}", f"MB of {could / 1e6:.0f} it could ({topology.source['links']})"
+
+
+def links_between(what, bytes_of_link, job, totals):
+    """List the bandwidth of the links between ranks or nodes; nothing where there is only one."""
+    model, sizes = job.config.model, job.stepper.exchange.sizes
+    transfers = model.top_k * model.num_layers * TRANSFERS[job.config.run.mode]
+    seconds = max(totals.seconds, 1e-9)
+    bandwidth = compare_bandwidth(bytes_of_link, totals.tokens_per_second, sizes.row_bytes, transfers, seconds)
+    if bandwidth is None:
+        return []
+    links = ~np.eye(len(bytes_of_link), dtype=bool)
+    carried = bytes_of_link[links] / 1e6
+    unit = "MB/s a link"
+    counted = f"{unit}, x {model.top_k} copies x {TRANSFERS[job.config.run.mode]} ways x {model.num_layers} layers"
+    return [
+        (f"links between {what}s", f"{bandwidth.num_links}", ""),
+        ("  bytes carried", f"{carried.min():.2f} / {carried.mean():.2f} / {carried.max():.2f}",
+         "MB a link, least / mean / most"),
+        ("  required, BW_min", f"{bandwidth.plain / 1e6:.4f}", f"{unit}: tokens/s x token bytes / links"),
+        ("  required, counted", f"{bandwidth.counted / 1e6:.4f}", counted),
+        ("  achieved", f"{bandwidth.achieved / 1e6:.4f}", f"{unit}; busiest {bandwidth.busiest / 1e6:.4f}"),
+    ]  # fmt: skip
+
+
+def rows_of_placement(job):
+    """List where the experts are and what the links were predicted to need."""
+    placement, topology = job.placement, job.topology
+    return [
+        ("cluster", f"{topology}", ""),
+        ("placement", placement.method, f"{placement.slots_per_rank} slots a rank and layer"),
+        ("  objective links", f"{1e3 * placement.objective_seconds:.4f}", "ms a step, dispatch on the slowest link"),
+        ("  lower bound", f"{1e3 * placement.lower_bound_seconds:.4f}", "ms a step"),
+    ]
+
+
+def rows_of_memory(computed, totals):
+    """List memory by what it holds, as computed and as measured on the fullest rank."""
+    names = {
+        "one_expert": "one expert of a layer, all its matrices",
+        "experts": "experts, parameters",
+        "dense": "dense parts, parameters",
+        "gradients": "gradients",
+        "optimizer": "optimizer's moments",
+        "buffers": "message buffers",
+        "activations": "activations in flight",
+        "total": "all of these",
+    }
+    rows = [
+        (text, format_bytes(getattr(computed, name)), format_bytes(getattr(totals.measured, name)))
+        for name, text in names.items()
+    ]
+    return [*rows, ("resident set of the process, at its peak", "", format_bytes(totals.peak_resident_bytes))]
+
+
+def format_bytes(num_bytes):
+    """Show bytes in MB."""
+    return f"{num_bytes / 1e6:.3f} MB"

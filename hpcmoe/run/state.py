@@ -1,0 +1,116 @@
+"""The whole state of training as logical arrays: a checkpoint names experts, never the ranks that held them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hpcmoe.experts.ffn import split_axis, weight_shape
+
+MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  # our name: AdamW's
+LOAD = "balance/load"  # what the routers feel, [L, E]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Which part of which logical array a parameter of this rank is."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole array
+    start: tuple[int, ...]
+    extent: tuple[int, ...]
+    keys: tuple[str, ...]  # of the config, axis by axis
+    owned: bool  # this rank, and no other, saves it
+
+
+class State:
+    """Names every array of this rank's training state, or of its parameters alone when there is no optimizer."""
+
+    def __init__(self, job, optimizer):
+        self.network, self.optimizer = job.stepper.network, optimizer
+        self.load_shape = (job.config.model.num_layers, job.config.model.num_experts)
+        self.rank = job.mesh.world.rank
+        self.places = {}
+        for layer, block in enumerate(self.network.layers):
+            experts = job.placement.experts_of_rank(layer, job.mesh.expert_index).tolist()
+            for slot, (expert, replica) in enumerate(zip(experts, block.experts.replicas, strict=True)):
+                owned = job.mesh.data_index == 0 and optimizer is not None and optimizer.shared.owns(layer, slot)
+                for name, parameter in replica.named_parameters():
+                    self.places[parameter] = place_of_expert(job, parameter, (layer, expert, name), owned)
+        for name, parameter in self.network.named_parameters():
+            if parameter not in self.places:
+                self.places[parameter] = place_of_dense(parameter, name, owned=self.rank == 0)
+
+    def arrays(self):
+        """Yield every array of this rank -> (Place of its parameter, its logical name, tensor)."""
+        for parameter, place in self.places.items():
+            yield place, f"{place.name}/value", parameter.data
+            if self.optimizer is not None:
+                for kind, moment in self.moments_of(parameter).items():
+                    yield place, f"{place.name}/{kind}", moment
+
+    def moments_of(self, parameter):
+        """Return AdamW's two moments of a parameter; before its first step they are zero."""
+        state = self.optimizer.adamw.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state |= {name: torch.zeros_like(parameter) for name in MOMENTS.values()}
+        return {kind: state[name] for kind, name in MOMENTS.items()}
+
+    def collect(self, load):
+        """Give out what this rank saves -> list of (name, logical shape, start, array)."""
+        pieces = [
+            (name, place.shape, place.start, tensor.view(place.extent).cpu().numpy())
+            for place, name, tensor in self.arrays()
+            if place.owned
+        ]
+        return pieces + ([(LOAD, self.load_shape, (0, 0), load)] if self.rank == 0 else [])
+
+    def wanted(self):
+        """List what this rank takes from a checkpoint -> list of (name, logical shape, start, extent, keys)."""
+        pieces = [(name, place.shape, place.start, place.extent, place.keys) for place, name, _ in self.arrays()]
+        keys = ("[model] num_layers", "[model] num_experts")
+        return [*pieces, (LOAD, self.load_shape, (0, 0), self.load_shape, keys)]
+
+    def restore(self, arrays, step):
+        """Take what wanted() listed, by (name, start), after so many steps -> load [L, E]."""
+        for place, name, tensor in self.arrays():
+            values = torch.from_numpy(np.ascontiguousarray(arrays[name, place.start]))
+            tensor.copy_(values.view(tensor.shape))
+        if self.optimizer is not None:
+            for parameter in self.places:
+                self.optimizer.adamw.state[parameter]["step"].fill_(float(step))
+        return arrays[LOAD, (0, 0)]
+
+
+def place_of_dense(parameter, name, owned):
+    """Place a parameter that every rank holds whole."""
+    shape = tuple(parameter.shape)
+    return Place(name=f"dense/{name}", shape=shape, start=(0,) * len(shape), extent=shape, keys=(), owned=owned)
+
+
+def place_of_expert(job, parameter, where, owned):
+    """Place this rank's shard of one expert's weight; where = (layer, expert, name)."""
+    layer, expert, name = where
+    rows, columns = weight_shape(job.config.model, name.removesuffix("_bias"))
+    is_bias = name.endswith("_bias")
+    shape = (job.config.model.num_experts, rows) if is_bias else (job.config.model.num_experts, rows, columns)
+
+    # A bias of the output is whole on its one rank; all else is split over the tensor-parallel group.
+    start = [expert] + [0] * parameter.dim()
+    if name != "down_bias":
+        axis = split_axis(name.removesuffix("_bias"))
+        start[1 + axis] = job.mesh.tensor_index * parameter.shape[axis]
+    inner = (
+        ("[model] hidden", "[model] feed_forward")
+        if name.startswith("down")
+        else ("[model] feed_forward", "[model] hidden")
+    )
+    return Place(
+        name=f"experts/layer{layer}/{name}",
+        shape=shape,
+        start=tuple(start),
+        extent=(1, *parameter.shape),
+        keys=("[model] num_experts", *(inner if name.startswith("down") else inner[::-1])),
+        owned=owned,
+    )

@@ -1,0 +1,60 @@
+"""One step over one batch: read it, run the schedule, add up what happened on all ranks."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpcmoe.comm.mpi import all_reduce
+from hpcmoe.pipeline.engine import Engine
+from hpcmoe.pipeline.schedule import make_schedule
+from hpcmoe.run.data import read_micro_batches
+from hpcmoe.run.memory import ActivationGauge
+from hpcmoe.run.model import Census
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a step did, over all ranks."""
+
+    loss: float  # mean cross-entropy, nats a byte; 0 where no head ran
+    num_tokens: int
+    census: Census
+
+
+class Stepper:
+    """Runs a network over batches of text."""
+
+    def __init__(self, config, mesh, network, exchange):
+        self.config, self.mesh, self.network, self.exchange = config, mesh, network, exchange
+        self.clock = exchange.clock
+        self.engine = Engine(network, self.clock, exchange.sizes.num_berths)
+        self.gauge = ActivationGauge(network)
+        pipeline, num_layers = config.pipeline, config.model.num_layers
+        self.schedules = {
+            training: make_schedule(num_layers, pipeline.micro_batches, exchange.sizes.num_berths, training)
+            for training in (True, False)
+        }
+
+    def run(self, text, starts, load, purpose, watched_layers=()):
+        """Run the sequences that start there -> Outcome. purpose: "train" (leaves gradients), "evaluate" or "infer".
+
+        The network keeps the activations of watched_layers. Collective over all ranks.
+        """
+        length = self.config.model.sequence_length
+        with self.clock.stage("data"):
+            batches = read_micro_batches(text, starts, length, self.config.pipeline.micro_batches, self.mesh)
+        num_tokens = len(starts) * length
+        self.network.begin(batches, num_tokens, load, purpose, watched_layers)
+        self.run_engine(purpose == "train")
+        with self.clock.stage("waiting"):
+            census = self.network.take_census()
+            loss_sum = all_reduce(self.mesh.world, np.array([self.network.loss_sum]))[0]
+        return Outcome(loss=loss_sum / self.mesh.tensor_parallel / num_tokens, num_tokens=num_tokens, census=census)
+
+    def run_engine(self, training):
+        """Run the schedule, and measure the activations of the first backward pass."""
+        if training and self.gauge.peak_bytes == 0:
+            with self.gauge.hooks():
+                self.engine.run(self.schedules[True], True, self.gauge.look)
+        else:
+            self.engine.run(self.schedules[training], training)

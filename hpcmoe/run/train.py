@@ -1,0 +1,85 @@
+"""Training: steps of forward, backward and AdamW over real text, each one measured."""
+
+import logging
+
+from hpcmoe.run.balance import update_load
+from hpcmoe.run.data import draw_starts, even_starts, share_of
+from hpcmoe.run.progress import open_progress
+
+log = logging.getLogger(__name__)
+
+
+def train(job, records, optimizer, start, save):
+    """Take the steps after start = (first step, load [L, E]) -> losses by name. Collective over all ranks.
+
+    records takes append(step, chapter, name, value, unit); save(step, load, activations) is called after each step.
+    """
+    config, network = job.config, job.stepper.network
+    first_step, load = start
+    first_loss = last_loss = validate(job, records, load, first_step)
+    with open_progress(config.run.steps, first_step, job.mesh.world.rank == 0) as progress:
+        for step in range(first_step + 1, config.run.steps + 1):
+            job.meter.start()
+            outcome, norm = train_step(job, optimizer, load, step)
+            reading = job.meter.read(outcome)
+            records.append(step, "train", "gradient_norm", norm)
+            report_step(records, progress, step, outcome, reading)
+
+            # What was measured acts on the next step's routers.
+            load = update_load(load, outcome.census.utilisation, config.dispatch.load_window_steps)
+            if is_due(step, config.train.validate_every, config.run.steps):
+                last_loss = validate(job, records, load, step)
+            save(step, load, network.take_activations())
+    return {"validation loss, first": first_loss, "validation loss, last": last_loss}
+
+
+def train_step(job, optimizer, load, step):
+    """Run one batch forward and backward and update the parameters -> (Outcome, gradient norm before clipping)."""
+    config, write = job.config, job.config.write
+    length = config.model.sequence_length
+    starts = draw_starts(len(job.training), config.data.batch_sequences, length, config.run.seed, step)
+    watched = write.activations_of_layers if is_due(step, write.activations_every, config.run.steps) else ()
+    optimizer.zero_gradients()
+    outcome = job.stepper.run(job.training, starts, load, "train", watched)
+    with job.stepper.clock.stage("optimizer"):
+        norm = optimizer.step(step)
+    return outcome, norm
+
+
+def validate(job, records, load, step):
+    """Measure the loss on validation sequences spread evenly over their text -> nats a byte. Collective."""
+    data, length = job.config.data, job.config.model.sequence_length
+    starts = even_starts(len(job.validation), data.validation_sequences, length)
+    num_batches = -(-len(starts) // data.batch_sequences)
+    parts = [starts[share_of(len(starts), index, num_batches)] for index in range(num_batches)]
+    losses = [job.stepper.run(job.validation, part, load, "evaluate").loss for part in parts]
+    loss = sum(loss * len(part) for loss, part in zip(losses, parts, strict=True)) / len(starts)
+    records.append(step, "train", "validation_loss", loss, "nats/byte")
+    log.info("step %d: validation loss %.4f nats a byte", step, loss)
+    return loss
+
+
+def is_due(step, every, last):
+    """Whether something done every so many steps, and at the last, is due; every = 0 means never."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def report_step(records, progress, step, outcome, reading):
+    """Record a step's figures and show them."""
+    census = outcome.census
+    figures = [
+        ("train", "loss", outcome.loss, "nats/byte"),
+        ("run", "tokens_per_second", reading.tokens_per_second, "tokens/s"),
+        ("run", "seconds", reading.seconds, "s"),
+        ("dispatch", "link_sigma", reading.links.sigma, "1"),
+        ("dispatch", "link_tokens_mean", reading.links.mean, "tokens"),
+        ("dispatch", "dropped", census.num_dropped, "copies"),
+        ("dispatch", "aux_loss", census.aux_loss, "1"),
+        ("dispatch", "z_loss", census.z_loss, "1"),
+        ("experts", "utilisation", census.utilisation, "actual/expected tokens"),
+    ]
+    figures += [("run", f"seconds_{stage}", seconds, "s") for stage, seconds in reading.seconds_of_stage.items()]
+    for chapter, name, value, unit in figures:
+        records.append(step, chapter, name, value, unit)
+    records.flush_when_due()
+    progress.show(step, outcome, reading)

@@ -1,0 +1,44 @@
+"""A process beside a node's ranks that says which of them died first: launchers name any, or none.
+
+Run by path, so that it starts in milliseconds: `python -S watcher.py HOST SIZE RANK:PID ...`. It ends with the ranks,
+or by SIGTERM when they end in order. epoll hands events over in the order in which they came, so the first is the
+first death even when the launcher has killed the others by then.
+"""
+
+import os
+import select
+import signal
+import sys
+import time
+
+
+def main(host, size, *ranks):
+    """Wait for the first process to end, and name it."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's business
+    deaths = select.epoll()
+    rank_of_file = {}
+    for rank, pid in (word.split(":") for word in ranks):
+        try:
+            file = os.pidfd_open(int(pid))
+        except ProcessLookupError:
+            return say(host, size, rank, pid)
+        rank_of_file[file] = (rank, pid)
+        deaths.register(file, select.EPOLLIN)
+    first, _ = deaths.poll()[0]
+    say(host, size, *rank_of_file[first])
+
+
+def say(host, size, rank, pid):
+    """Write the line, whole and at once."""
+    now = time.time()
+    clock = time.strftime("%H:%M:%S", time.localtime(now)) + f".{int(now * 1000) % 1000:03d}"
+    sys.stderr.write(
+        f"[rank {rank} of {size}, {host}] {clock} process {pid} ended before its time, the first of this node's "
+        "ranks (killed? out of memory?); the launcher ends the others\n"
+    )
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,236 @@
+"""Arrays that many ranks hold in pieces: one file a rank under a master that shows each whole, or nothing at all."""
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+
+import h5py
+import numpy as np
+
+from hpcmoe.errors import CheckpointError, on_all, on_root
+from hpcmoe.wait import barrier
+from hpcmoe.write.hdf5 import one_line_faults, open_unbuffered, read_fact, sync, write_fact
+
+MASTER = "master.h5"  # holds a virtual dataset for each array, and besides them:
+FACTS = "facts"  # one value each
+FILES = "files"  # name and bytes of each rank's file: a lost one would read as zeros
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A box of a logical array, which a rank holds or wants."""
+
+    name: str  # HDF5 path of the array, at least one axis; not under facts/ or files/
+    shape: tuple[int, ...]  # of the whole array
+    start: tuple[int, ...]  # where the box begins
+    extent: tuple[int, ...]  # how far it goes along each axis
+    dtype: str = ""  # NumPy's name; empty: any
+    keys: tuple[str, ...] = ()  # of the config, axis by axis, to be named where the shape differs
+
+    @property
+    def box(self):
+        """The index of this part in the whole array."""
+        return tuple(slice(first, first + count) for first, count in zip(self.start, self.extent, strict=True))
+
+    @property
+    def source(self):
+        """The path of this part in the file of the rank that holds it."""
+        return f"{self.name}/{'.'.join(map(str, self.start))}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """This rank's piece of a logical array."""
+
+    name: str  # HDF5 path of the array
+    shape: tuple[int, ...]  # of the whole array
+    start: tuple[int, ...]  # where the piece begins in it
+    array: np.ndarray
+
+    @property
+    def part(self):
+        """Where the piece lies, without its data."""
+        extent = self.array.shape
+        return Part(name=self.name, shape=self.shape, start=self.start, extent=extent, dtype=self.array.dtype.name)
+
+
+def write_pieces(comm, folder, pieces, facts):
+    """Write this rank's pieces and the facts; the folder appears when all is on disk. Collective over comm.
+
+    The pieces of all ranks must tile each array. facts is a flat dict of strings, numbers and small arrays, as
+    rank 0 has them. Where one rank fails all raise its CheckpointError, and no folder appears.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    held = [piece for piece in pieces if piece.array.size > 0]
+    try:
+        on_root(comm, lambda: make_empty(partial))
+        num_bytes = on_all(comm, lambda: write_rank_file(partial / name_file(comm.rank), held))
+        barrier(comm)
+        parts_of_rank = comm.gather((num_bytes, [piece.part for piece in pieces]))
+        on_root(comm, lambda: finish(folder, partial, parts_of_rank, facts))
+    except CheckpointError:
+        on_root(comm, lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise
+
+
+def read_pieces(comm, folder, wanted):
+    """Read the parts this rank wants, whoever wrote them -> ({(name, start): array}, facts). Collective over comm.
+
+    Raises CheckpointError where a file is missing or cut short, or an array is unknown or of another shape.
+    """
+    facts = on_root(comm, lambda: check_files(folder))
+    return on_all(comm, lambda: read_parts(folder, wanted)), facts
+
+
+def name_file(rank):
+    """Name the file of a rank."""
+    return f"rank{rank:04d}.h5"
+
+
+def make_empty(folder):
+    """Make an empty folder, in place of what a killed run may have left."""
+    with one_line_faults(folder, "written"):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+
+
+def write_rank_file(path, pieces):
+    """Write one rank's pieces -> the size of its file in bytes, 0 where it has none and needs no file."""
+    if not pieces:
+        return 0
+    with one_line_faults(path, "written"):
+        with open_unbuffered(path, create=True) as file:
+            for piece in pieces:
+                file.create_dataset(piece.part.source, data=piece.array)
+        sync(path)
+        return path.stat().st_size
+
+
+def finish(folder, partial, parts_of_rank, facts):
+    """Write the master over all ranks' files, then give the folder its name."""
+    parts_of_name = group_by_name(parts_of_rank)
+    for name, parts in parts_of_name.items():
+        check_tiling(name, [part for _, part in parts])
+
+    with one_line_faults(partial / MASTER, "written"):
+        with open_unbuffered(partial / MASTER, create=True) as master:
+            for name, parts in parts_of_name.items():
+                write_virtual(master, name, parts)
+            for name, value in facts.items():
+                write_fact(master.require_group(FACTS), name, value)
+            write_files(master.create_group(FILES), parts_of_rank)
+        sync(partial / MASTER)
+        sync(partial)
+
+    # A folder of that name is of an earlier course of the run: it goes at the last moment.
+    with one_line_faults(folder, "written"):
+        discard(folder)
+        partial.rename(folder)
+        sync(folder.parent)
+
+
+def discard(folder):
+    """Remove a folder so that a kill midway leaves none of its name."""
+    if folder.exists():
+        doomed = folder.with_name(f"{folder.name}.old.partial")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def group_by_name(parts_of_rank):
+    """Sort all ranks' parts by array -> {name: [(rank, part), ...]}."""
+    parts_of_name = {}
+    for rank, (_, parts) in enumerate(parts_of_rank):
+        for part in parts:
+            parts_of_name.setdefault(part.name, []).append((rank, part))
+    return parts_of_name
+
+
+def check_tiling(name, parts):
+    """Check that parts make one array whole: one shape and dtype, within bounds, no two alike, none missing."""
+    kinds = sorted({(part.shape, part.dtype) for part in parts})
+    if len(kinds) > 1:
+        seen = " and ".join(f"{dtype} {list(shape)}" for shape, dtype in kinds)
+        raise CheckpointError(f"pieces of {name} disagree on the whole: {seen}")
+
+    shape = kinds[0][0]
+    for part in parts:
+        if not all(0 <= side.start <= side.stop <= size for side, size in zip(part.box, shape, strict=True)):
+            raise CheckpointError(f"piece of {name} {list(shape)} lies outside: {part.extent} from {part.start}")
+    filled = [part for part in parts if math.prod(part.extent) > 0]
+    twice = len(filled) - len({part.start for part in filled})
+    held, size = sum(math.prod(part.extent) for part in filled), math.prod(shape)
+    if twice or held != size:
+        raise CheckpointError(f"pieces of {name} {list(shape)} hold {held} of {size} elements, {twice} pieces twice")
+
+
+def write_virtual(master, name, parts):
+    """Write the dataset that shows the parts [(rank, part), ...] of an array as a whole."""
+    _, whole = parts[0]
+    if math.prod(whole.shape) == 0:
+        master.create_dataset(name, whole.shape, whole.dtype)
+        return
+    layout = h5py.VirtualLayout(whole.shape, whole.dtype)
+    for rank, part in parts:
+        if math.prod(part.extent) > 0:
+            layout[part.box] = h5py.VirtualSource(name_file(rank), part.source, part.extent, part.dtype)
+    master.create_virtual_dataset(name, layout)
+
+
+def write_files(group, parts_of_rank):
+    """Record each rank's file and its size."""
+    bytes_of_file = {name_file(rank): size for rank, (size, _) in enumerate(parts_of_rank) if size > 0}
+    write_fact(group, "name", np.array([*bytes_of_file], dtype=str))
+    write_fact(group, "bytes", np.array([*bytes_of_file.values()], dtype=np.int64))
+
+
+def check_files(folder):
+    """Check that each rank's file is there and whole -> the facts."""
+    path = folder / MASTER
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    with one_line_faults(path, "read"), h5py.File(path) as master:
+        if FILES not in master:
+            raise CheckpointError(f"{path} is not one of this program's masters")
+        written = zip(read_fact(master[FILES]["name"]), read_fact(master[FILES]["bytes"]), strict=True)
+        for name, num_bytes in written:
+            check_size(folder / name, num_bytes)
+        return {name: read_fact(dataset) for name, dataset in master.get(FACTS, {}).items()}
+
+
+def check_size(path, num_bytes):
+    """Check that a file is there with all its bytes."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    if os.path.getsize(path) != num_bytes:
+        raise CheckpointError(f"{path} is {os.path.getsize(path)} bytes, {num_bytes} were written")
+
+
+def read_parts(folder, wanted):
+    """Read parts from the master -> {(name, start): array}."""
+    path = folder / MASTER
+    with one_line_faults(path, "read"), h5py.File(path) as master:
+        for part in wanted:
+            check_part(master, path, part)
+        return {(part.name, part.start): master[part.name][part.box] for part in wanted}
+
+
+def check_part(master, path, part):
+    """Check that the master's array is the one wanted."""
+    if not isinstance(master.get(part.name), h5py.Dataset):
+        raise CheckpointError(f"{path}: checkpoint has no {part.name}, this model wants it {list(part.shape)}")
+    dataset = master[part.name]
+    if dataset.shape != part.shape:
+        sizes = zip(part.keys, dataset.shape, part.shape, strict=False)
+        keys = [key for key, has, wants in sizes if has != wants]
+        raise CheckpointError(
+            f"{path}: checkpoint has {part.name} {list(dataset.shape)}, this model wants {list(part.shape)}"
+            + (f": {', '.join(keys)}" if keys else "")
+        )
+    if part.dtype and dataset.dtype.name != part.dtype:
+        raise CheckpointError(
+            f"{path}: checkpoint has {part.name} as {dataset.dtype.name}, this model wants {part.dtype}"
+        )

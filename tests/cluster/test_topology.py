@@ -1,0 +1,337 @@
+"""Where the ranks are, and how each fact is found."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+from launch import MPIRUN, run
+
+from hpcmoe.cluster import topology as chapter
+from hpcmoe.cluster.topology import Seat, Topology, load_topology, make_topology, read_topology, save_topology
+from hpcmoe.config import Cluster
+from hpcmoe.errors import ClusterError
+from hpcmoe.wait import gather_to_all
+
+LAUNCHERS = ("PMI_SIZE", "PMI_HOSTNAME", "OMPI_COMM_WORLD_SIZE", "SLURMD_NODENAME", "SLURM_JOB_ID", "SLURM_STEP_ID")
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for key in LAUNCHERS:
+        monkeypatch.delenv(key, raising=False)
+    return monkeypatch
+
+
+def seat(leader=0, **facts):
+    """Make what a rank sees, on a plain node but for the facts given."""
+    plain = {"name": "vm", "address": "", "memory_bytes": 10**9, "devices": frozenset(), "cores": frozenset({0})}
+    return Seat(leader=leader, **(plain | facts))
+
+
+def topology_of(seats, cluster=None):
+    """Make the topology of seats, with all links measured as 1."""
+    node_of_rank = np.unique([s.leader for s in seats], return_inverse=True)[1]
+    ones = np.ones((max(node_of_rank) + 1,) * 2)
+    return make_topology(seats, node_of_rank, cluster or Cluster(), (ones, ones))
+
+
+def example():
+    """Make a topology of three nodes in two racks, every entry another number."""
+    return Topology(
+        node_of_rank=np.array([0, 1, 0, 2, 1, 0]),
+        node_names=("n0", "n1", "n2"),
+        rack_of_node=np.array([0, 1, 0]),
+        rack_names=("left", "right"),
+        bytes_per_second=np.arange(1.0, 10.0).reshape(3, 3) / 7,
+        latency_seconds=np.arange(11.0, 20.0).reshape(3, 3) * 1e-6,
+        memory_bytes=np.array([10**9, 2 * 10**9, 3 * 10**9]),
+        devices_of_node=np.array([0, 4, 8]),
+        cores_of_node=np.array([2, 4, 6]),
+        source={"links": "measured"},
+    )
+
+
+def assert_same(a, b):
+    """Check that two topologies are equal in every field."""
+    for field in dataclasses.fields(Topology):
+        np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), err_msg=field.name)
+
+
+# Launchers
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"PMI_SIZE": "16"},
+        {"OMPI_COMM_WORLD_SIZE": "16"},
+        {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16"},
+    ],
+)
+def test_a_rank_alone_under_a_launcher_of_many_is_refused(environ):
+    with pytest.raises(ClusterError, match="two MPIs are mixed: the launcher says .* = 16, .* sees 1 rank"):
+        chapter.refuse_mixed_mpi(environ)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"PMI_SIZE": "1"},
+        {"SLURM_NTASKS": "16"},  # the shell of salloc
+        {"SLURM_NTASKS": "16", "SLURM_PROCID": "0"},  # a batch script
+        {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"},
+        # mpirun -n 1 on the first of four nodes, each with a proxy
+        {"PMI_SIZE": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "4"},
+    ],
+)
+def test_a_rank_that_is_meant_to_be_alone_may_run(environ):
+    chapter.refuse_mixed_mpi(environ)
+
+
+CHECK = """
+from mpi4py import MPI
+from hpcmoe.cluster.topology import check_launcher
+from hpcmoe.errors import HpcmoeError, exit_with
+try:
+    check_launcher(MPI.COMM_WORLD)
+except HpcmoeError as fault:
+    exit_with(MPI.COMM_WORLD, fault, "here")
+print("started")
+"""
+
+
+def test_mixed_mpis_end_with_one_line():
+    ended = run(sys.executable, "-W", "ignore", "-c", CHECK, OMPI_COMM_WORLD_SIZE="16", PMI_SIZE="16")
+    assert ended.status == 2
+    assert len(ended.lines("hpcmoe: two MPIs are mixed: the launcher says ")) == 1, ended
+
+
+def test_a_lone_program_in_a_batch_script_starts(alone):
+    ended = run(sys.executable, "-c", CHECK, SLURM_NTASKS="16", SLURM_PROCID="0", SLURM_JOB_ID="7")
+    assert (ended.status, ended.output) == (0, "started\n"), ended
+
+
+def test_the_launcher_names_the_node_before_slurm_does(alone):
+    alone.setattr(chapter.MPI, "Get_processor_name", lambda: "vm")
+    assert chapter.host_name() == "vm"
+    alone.setenv("SLURMD_NODENAME", "node7")
+    assert chapter.host_name() == "node7"
+    alone.setenv("PMI_HOSTNAME", "n0")
+    assert chapter.host_name() == "n0"
+
+
+# Nodes, memory, devices, cores
+
+
+def test_nodes_are_numbered_by_their_lowest_rank_and_named_apart():
+    made = topology_of([seat(0, name="b"), seat(1, name="a"), seat(0, name="b"), seat(3, name="a"), seat(1, name="a")])
+    assert made.node_of_rank.tolist() == [0, 1, 0, 2, 1]
+    assert made.node_names == ("b", "a", "a.1")
+    assert made.ranks_of_node(1).tolist() == [1, 4]
+    assert made.num_nodes == 3
+
+
+def test_names_stay_apart_when_a_number_is_taken():
+    assert chapter.distinct(["a", "a.1", "a", "a"]) == ("a", "a.1", "a.2", "a.3")
+
+
+def test_memory_is_the_node_s_least_or_the_config_s():
+    seats = [seat(0, memory_bytes=5), seat(0, memory_bytes=4), seat(2, memory_bytes=7)]
+    assert topology_of(seats).memory_bytes.tolist() == [4, 7]
+    assert topology_of(seats).source["memory"] == "system"
+    made = topology_of(seats, Cluster(memory_bytes_per_node=3))
+    assert (made.memory_bytes.tolist(), made.source["memory"]) == ([3, 3], "config")
+
+
+def test_cores_and_devices_are_those_that_a_node_s_ranks_see_together():
+    made = topology_of(
+        [
+            seat(0, cores=frozenset({0, 1}), devices=frozenset({"0"})),
+            seat(0, cores=frozenset({1, 2}), devices=frozenset({"1"})),
+            seat(2, cores=frozenset({0})),
+        ]
+    )
+    assert made.cores_of_node.tolist() == [3, 1]
+    assert made.devices_of_node.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("present", "environ", "seen"),
+    [
+        (0, {}, 0),
+        (4, {}, 4),
+        (0, {"CUDA_VISIBLE_DEVICES": "0"}, 0),  # no driver
+        (4, {"CUDA_VISIBLE_DEVICES": ""}, 0),
+        (4, {"CUDA_VISIBLE_DEVICES": "-1"}, 0),
+        (4, {"CUDA_VISIBLE_DEVICES": "2,3"}, 2),
+        (4, {"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_ON_NODE": "4"}, 4),  # each task has a 0 of its own
+        (4, {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": "4"}, 0),
+    ],
+)
+def test_devices_are_those_present_and_visible(alone, present, environ, seen):
+    alone.setattr(chapter, "count_cuda_devices", lambda: present)
+    alone.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for key, value in environ.items():
+        alone.setenv(key, value)
+    assert len(chapter.visible_devices()) == seen
+
+
+@pytest.mark.parametrize(("megabytes", "usable"), [(None, 10**10), ("0", 10**10), ("100", 100 * 2**20)])
+def test_slurm_s_memory_counts_where_it_is_less(alone, megabytes, usable):
+    alone.setattr(chapter, "read_memory_bytes", lambda: 10**10)
+    alone.delenv("SLURM_MEM_PER_NODE", raising=False)
+    if megabytes is not None:
+        alone.setenv("SLURM_MEM_PER_NODE", megabytes)
+    assert chapter.usable_memory_bytes() == usable
+
+
+# Racks
+
+FOUR = ("s.r0.n0", "s.r0.n1", "s.r1.n2", "s.r1.n3")
+
+
+def seats_at(addresses):
+    """Seat one rank on each of the nodes n0, n1, ... under these addresses."""
+    return [seat(rank, name=f"n{rank}", address=address) for rank, address in enumerate(addresses)]
+
+
+def test_racks_of_the_config_come_first(alone):
+    made = topology_of(seats_at(FOUR), Cluster(rack_of_node=("b", "a", "b", "a")))
+    assert (made.rack_names, made.rack_of_node.tolist()) == (("b", "a"), [0, 1, 0, 1])
+    assert (made.num_racks, made.source["racks"]) == (2, "config")
+
+
+def test_racks_for_another_number_of_nodes_are_refused():
+    with pytest.raises(ClusterError, match=r"\[cluster\] rack_of_node has 3 entries, the run has 4 nodes"):
+        topology_of(seats_at(FOUR), Cluster(rack_of_node=("a", "a", "b")))
+
+
+def test_racks_are_read_from_slurm_s_addresses(alone):
+    made = topology_of(seats_at(FOUR))
+    assert (made.rack_names, made.rack_of_node.tolist()) == (("r0", "r1"), [0, 0, 1, 1])
+    assert made.source["racks"] == "SLURM_TOPOLOGY_ADDR"
+
+
+@pytest.mark.parametrize("addresses", [("s.r0.n0",) * 4, ("n0", "n1", "n2", "n3"), ("",) * 4])
+def test_addresses_that_tell_nothing_leave_it_to_scontrol_within_a_job(alone, addresses):
+    alone.setattr(chapter, "ask_scontrol", lambda: {"n0": "x", "n1": "y", "n2": "y", "n3": "x", "n9": "z"})
+    one = topology_of(seats_at(addresses))
+    assert (one.rack_names, one.source["racks"]) == (("rack0",), "no word of racks: one for all")
+    alone.setenv("SLURM_JOB_ID", "7")
+    asked = topology_of(seats_at(addresses))
+    assert (asked.rack_of_node.tolist(), asked.source["racks"]) == ([0, 1, 1, 0], "scontrol show topology")
+
+
+def test_a_node_that_scontrol_does_not_know_leaves_one_rack(alone):
+    alone.setenv("SLURM_JOB_ID", "7")
+    alone.setattr(chapter, "ask_scontrol", lambda: {"n0": "x", "n1": "y"})
+    assert topology_of(seats_at(("",) * 3)).num_racks == 1
+
+
+def test_ranks_of_one_node_at_two_addresses_are_not_believed(alone):
+    made = topology_of([seat(0, address="s.r0.n0"), seat(0, address="s.r1.n1"), seat(2, name="b", address="s.r1.n2")])
+    assert made.num_racks == 1
+
+
+# Files
+
+
+def test_a_saved_topology_comes_back_whole(tmp_path):
+    save_topology(example(), tmp_path / "topology.json")
+    assert_same(load_topology(tmp_path / "topology.json"), example())
+    assert [file.name for file in tmp_path.iterdir()] == ["topology.json"]
+
+
+def test_a_saved_topology_is_readable_by_names(tmp_path):
+    save_topology(example(), tmp_path / "topology.json")
+    text = (tmp_path / "topology.json").read_text()
+    tree = json.loads(text)
+    assert tree["nodes"]["n1"]["rack"] == "right"
+    assert tree["nodes"]["n0"]["ranks"] == [0, 2, 5]
+    assert tree["latency_seconds"]["n1"]["n2"] == pytest.approx(16e-6)
+    assert len(text.splitlines()) < 25
+
+
+def test_links_of_an_earlier_run_are_found_by_the_nodes_names(tmp_path):
+    path = str(tmp_path / "topology.json")
+    save_topology(example(), path)
+    made = topology_of([seat(0, name="n2"), seat(1, name="n0")], Cluster(links="file", links_file=path))
+    np.testing.assert_array_equal(made.bytes_per_second, example().bytes_per_second[[[2], [0]], [2, 0]])
+    np.testing.assert_array_equal(made.latency_seconds, example().latency_seconds[[[2], [0]], [2, 0]])
+    assert made.source["links"] == f"file {path}"
+
+
+def test_nodes_that_the_file_lacks_are_named(tmp_path):
+    path = str(tmp_path / "topology.json")
+    save_topology(example(), path)
+    with pytest.raises(
+        ClusterError, match=r"has no links of n7, n8; the run's nodes are n0, n7, n8, the file's n0, n1"
+    ):
+        topology_of(
+            seats_at(("",) * 1) + [seat(1, name="n7"), seat(2, name="n8")], Cluster(links="file", links_file=path)
+        )
+
+
+def test_a_link_of_no_bandwidth_in_a_file_is_refused(tmp_path):
+    path = str(tmp_path / "topology.json")
+    save_topology(dataclasses.replace(example(), bytes_per_second=np.zeros((3, 3))), path)
+    with pytest.raises(ClusterError, match=r"bytes_per_second: entry \[0\]\[0\] = 0, n0 to n0, must be above 0"):
+        topology_of(seats_at(("",)), Cluster(links="file", links_file=path))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"nodes": {"n0": {}}}', '{"nodes": [1]}', "\xff"])
+def test_a_file_that_is_no_topology_is_refused(tmp_path, text):
+    (tmp_path / "bad.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ClusterError, match="bad.json: not a topology file"):
+        load_topology(tmp_path / "bad.json")
+
+
+def test_files_that_cannot_be_read_or_written_are_named(tmp_path):
+    with pytest.raises(ClusterError, match="none.json: cannot be read: No such file"):
+        load_topology(tmp_path / "none.json")
+    (tmp_path / "file").touch()
+    with pytest.raises(ClusterError, match="topology.json: cannot be written: Not a directory"):
+        save_topology(example(), tmp_path / "file" / "topology.json")
+
+
+# All ranks together
+
+
+@pytest.mark.mpi
+def test_all_ranks_read_the_same_topology(comm):
+    made = read_topology(comm, Cluster(measure_seconds=0.5))
+    for other in gather_to_all(comm, made):
+        assert_same(other, made)
+    assert made.node_of_rank.shape == (comm.size,)
+    assert sorted({int(node) for node in made.node_of_rank}) == list(range(made.num_nodes))
+    assert (made.memory_bytes > 2**20).all() and (made.cores_of_node >= 1).all()
+    assert (made.source["nodes"], made.source["links"]) == ("MPI split by shared memory", "measured")
+
+
+@pytest.mark.mpi
+def test_all_ranks_share_the_refusal_of_links_that_do_not_fit(comm):
+    size = comm.size + 1  # more nodes than there can be
+    with pytest.raises(ClusterError, match=rf"is {size} x {size}, the run has \d+ nodes") as refused:
+        read_topology(comm, Cluster(links="config", bytes_per_second=((1.0,) * size,) * size))
+    assert refused.value.shared
+
+
+PRINT = """
+from mpi4py import MPI
+from hpcmoe.cluster.topology import host_name, read_topology
+from hpcmoe.config import Cluster
+made = read_topology(MPI.COMM_WORLD, Cluster(measure_seconds=0.5))
+assert made.node_names[made.node_of_rank[MPI.COMM_WORLD.rank]] == host_name()
+if MPI.COMM_WORLD.rank == 0:
+    print(made.node_names, made.node_of_rank.tolist(), bool((made.bytes_per_second > 1e6).all()))
+"""
+
+
+def test_the_launcher_s_nodes_are_the_topology_s(alone):
+    if "HYDRA" not in run(MPIRUN, "--version").output:
+        pytest.skip("only MPICH takes its nodes from the launcher, and not from the one machine's name")
+    ended = run(MPIRUN, "-launcher", "fork", "-hosts", "n0,n1", "-ppn", 2, "-n", 4, sys.executable, "-c", PRINT)
+    assert (ended.status, ended.output) == (0, "('n0', 'n1') [0, 0, 1, 1] True\n"), ended

@@ -1,0 +1,149 @@
+"""MPI tests: what fails on one rank fails on all, rank 0 speaks for the others, and nothing hangs."""
+
+import faulthandler
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import traceback
+
+import pytest
+
+TEST_SECONDS = 90.0  # what an MPI test may take, its waiting for slower ranks included
+FAREWELL_SECONDS = 5.0  # how long a rank that has failed waits for the others before it aborts them
+OUTCOMES = ("passed", "skipped", "failed")  # the worst that a rank has counts for all
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Make hypothesis repeatable; under --with-mpi, have the ranks go through the tests together."""
+    from hypothesis import settings
+
+    settings.register_profile("hpcmoe", deadline=None, derandomize=True)
+    settings.load_profile("hpcmoe")
+    if config.getoption("--with-mpi"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks share the cores
+        from mpi4py import MPI
+
+        config.pluginmanager.register(Ranks(MPI.COMM_WORLD.Dup(), config), "ranks")
+
+
+@pytest.fixture
+def comm():
+    """Open a communicator of all ranks for one test alone. Collective."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD.Dup()
+    yield comm
+    comm.Free()
+
+
+@pytest.fixture
+def shared(comm):
+    """Make one folder for the test on all ranks. Collective."""
+    from hpcmoe.wait import barrier, broadcast
+
+    folder = broadcast(comm, tempfile.mkdtemp(prefix="hpcmoe-test-") if comm.rank == 0 else None)
+    yield pathlib.Path(folder)
+    barrier(comm)
+    if comm.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Ranks:
+    """Keep the ranks' pytest sessions in step."""
+
+    def __init__(self, comm, config):
+        self.comm = comm
+        self.stderr = os.fdopen(os.dup(2), "w")  # during a test pytest captures the descriptor itself
+        if comm.rank > 0:
+            config.pluginmanager.unregister(name="terminalreporter")
+
+    def say(self, *texts):
+        """Write lines, each with this rank's name before it, at once and past pytest's capture."""
+        lines = [line for text in texts for line in text.rstrip().splitlines()]
+        self.stderr.write("".join(f"[rank {self.comm.rank} of {self.comm.size}] {line}\n" for line in lines))
+        self.stderr.flush()
+
+    def pytest_collectreport(self, report):
+        """Show what could not be imported on another rank than 0."""
+        if report.failed and self.comm.rank > 0:
+            self.say(f"{report.nodeid} cannot be collected", report.longreprtext)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_finish(self, session):
+        """Stop all ranks unless they collected the same tests without a fault. Collective."""
+        from hpcmoe.wait import gather_to_all
+
+        collected = [item.nodeid for item in session.items]
+        faults, collections = zip(*gather_to_all(self.comm, (session.testsfailed, collected)), strict=True)
+        if any(faults) and not session.testsfailed:
+            pytest.exit("another rank could not collect the tests", returncode=2)
+        if not any(faults) and any(other != collected for other in collections):
+            pytest.exit("the ranks collected different tests", returncode=2)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        """Give a test its time and no more, be it stuck in Python, in MPI or in a library: mpi(seconds=...)."""
+        mark = item.get_closest_marker("mpi")
+        seconds = mark.kwargs.get("seconds", TEST_SECONDS) if mark else TEST_SECONDS
+        watch = threading.Timer(seconds, self.give_up, [item.nodeid, seconds])
+        watch.daemon = True
+        watch.start()
+        faulthandler.dump_traceback_later(seconds + FAREWELL_SECONDS, exit=True, file=self.stderr)  # needs no GIL
+        try:
+            return (yield)
+        finally:
+            watch.cancel()
+            faulthandler.cancel_dump_traceback_later()
+
+    def give_up(self, test, seconds):
+        """Show where this rank is, and abort all."""
+        stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
+        own = [entry for entry in stack if "/_pytest/" not in entry and "/pluggy/" not in entry]
+        self.say(f"{test} has not ended after {seconds:.0f} s; this rank is here:", *own)
+        time.sleep(1.0)  # the other ranks say where they are
+        self.comm.Abort(1)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(self, item):
+        """Have set-up, test and tear-down each end alike on all ranks."""
+        report = yield
+        if item.get_closest_marker("mpi") is not None:
+            self.agree(report)
+        return report
+
+    def agree(self, report):
+        """Make this rank's report as bad as the worst. Collective; aborts all when a failure cannot be shared."""
+        from hpcmoe.wait import wait_all
+
+        # Speak before waiting: the others may be in a collective call that this rank never joins.
+        own = OUTCOMES.index(report.outcome)
+        captured = [text for _, text in report.sections]
+        account = [f"{report.nodeid} failed ({report.when})", report.longreprtext, *captured]
+        if report.failed and self.comm.rank > 0:
+            self.say(*account)
+
+        outcomes = bytearray(self.comm.size)
+        gathered = self.comm.Iallgather(bytes([own]), outcomes)
+        if not wait_all([gathered], FAREWELL_SECONDS if report.failed else None):
+            self.say(*(account if self.comm.rank == 0 else ()), "the other ranks do not follow: all are aborted")
+            self.comm.Abort(1)
+
+        worst = max(outcomes)
+        if worst > own:
+            ranks = ", ".join(str(rank) for rank, outcome in enumerate(outcomes) if outcome == worst)
+            reason = f"{OUTCOMES[worst]} on rank {ranks} of {self.comm.size}"
+            report.outcome = OUTCOMES[worst]
+            report.longrepr = reason if report.failed else (str(report.fspath), report.location[1], reason)
+
+    def pytest_unconfigure(self):
+        """Let rank 0's last lines out: mpirun ends the job at the first exit that is not 0. Collective."""
+        from hpcmoe.wait import barrier
+
+        sys.stdout.flush()
+        if not barrier(self.comm, FAREWELL_SECONDS):
+            self.comm.Abort(1)

@@ -1,0 +1,70 @@
+"""Clusters on this one machine for as long as a test needs them: a Slurm, and shaped hosts in two racks."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import tempfile
+
+import pytest
+from launch import MPIRUN
+
+LAB = pathlib.Path(__file__).parent
+SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where daemons lie; an ordinary PATH may lack it
+
+
+def require(*commands):
+    """Skip without root or one of the commands; under HPCMOE_REQUIRE_LAB=1 fail instead."""
+    missing = [command for command in commands if not shutil.which(command, path=SYSTEM_PATH)]
+    reason = "needs root" if os.geteuid() else f"not installed: {', '.join(missing)}" if missing else ""
+    if "HYDRA" not in subprocess.run([MPIRUN, "--version"], capture_output=True, text=True).stdout:
+        reason = "only MPICH takes its nodes from the launcher, and not from the one machine's name"
+    if reason and os.environ.get("HPCMOE_REQUIRE_LAB") == "1":
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+
+
+def script(name, *arguments):
+    """Run one of the lab's scripts, silent unless it fails."""
+    command = [LAB / name, *map(str, arguments)]
+    environment = {**os.environ, "PATH": SYSTEM_PATH}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
+
+
+@contextlib.contextmanager
+def slurm():
+    """Start a Slurm of four nodes in two racks -> path of its slurm.conf."""
+    require("slurmctld", "slurmd", "munged", "sbatch")
+    folder = tempfile.mkdtemp(prefix="hpcmoe-slurm-")
+    try:
+        script("slurm.sh", "up", folder, free_ports(5))
+        yield f"{folder}/slurm.conf"
+    finally:
+        script("slurm.sh", "down", folder)
+        shutil.rmtree(folder)
+
+
+def free_ports(count):
+    """Find a run of free TCP ports -> its first, below those that the system itself hands out."""
+    for first in range(16000 + os.getpid() % 1000, 32000, count):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("", port))
+            return first
+    raise AssertionError(f"no {count} free ports in a row")
+
+
+@contextlib.contextmanager
+def racks():
+    """Make four hosts in two racks, 2 Gbit/s to each and 200 Mbit/s between the racks -> the hosts' names."""
+    require("ip", "tc", "unshare")
+    name = f"r{os.getpid()}n"
+    try:
+        script("racks.sh", "up", name)
+        yield [f"{name}{number}" for number in range(4)]
+    finally:
+        script("racks.sh", "down", name)

@@ -1,0 +1,86 @@
+"""Small jobs for tests: a config, a topology by hand, and the logical arrays that the ranks hold together."""
+
+import contextlib
+import dataclasses
+
+import numpy as np
+import torch
+
+from hpcmoe.cluster.mesh import open_mesh
+from hpcmoe.cluster.topology import Topology
+from hpcmoe.config import Config
+from hpcmoe.run.job import open_job
+from hpcmoe.run.optimizer import Optimizer
+from hpcmoe.run.state import State
+from hpcmoe.wait import gather_to_all
+
+SMALL = {
+    "model.hidden": 8, "model.feed_forward": 12, "model.num_layers": 2, "model.num_heads": 2, "model.num_experts": 4,
+    "model.sequence_length": 5, "data.batch_sequences": 14, "pipeline.micro_batches": 3, "comm.buffer_factor": 1.0,
+    "data.validation_sequences": 9, "run.threads_per_rank": 1,
+}  # fmt: skip
+
+
+def make_config(**changes):
+    """A small Config with some keys changed, as section__key=value."""
+    config = Config()
+    for name, value in (SMALL | {key.replace("__", "."): value for key, value in changes.items()}).items():
+        section, key = name.split(".")
+        part = dataclasses.replace(getattr(config, section), **{key: value})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+def make_topology(num_ranks, num_nodes=1):
+    """A topology of ranks dealt to nodes in blocks."""
+    node_of_rank = np.arange(num_ranks) * num_nodes // num_ranks
+    return Topology(
+        node_of_rank=node_of_rank,
+        node_names=tuple(f"n{node}" for node in range(num_nodes)),
+        rack_of_node=np.zeros(num_nodes, np.int64),
+        rack_names=("rack0",),
+        bytes_per_second=np.full((num_nodes, num_nodes), 1e9),
+        latency_seconds=np.full((num_nodes, num_nodes), 1e-6),
+        memory_bytes=np.full(num_nodes, 10**12),
+        devices_of_node=np.zeros(num_nodes, np.int64),
+        cores_of_node=np.full(num_nodes, 2),
+        source={"links": "by hand"},
+    )
+
+
+@contextlib.contextmanager
+def open_small_job(comm, folder, num_nodes=1, **changes):
+    """A job on a file of its own in `folder`, which all ranks see -> (Job, Optimizer, State)."""
+    text = folder / "text.bin"
+    if comm.rank == 0:
+        text.write_bytes(np.random.default_rng(7).integers(0, 256, 4000, dtype=np.uint8).tobytes())
+    comm.Barrier()
+    config = make_config(data__files=(str(text),), data__exclude=(), **changes)
+    with (
+        open_mesh(comm, config.cluster) as mesh,
+        open_job(config, make_topology(comm.size, min(num_nodes, comm.size)), mesh) as job,
+    ):
+        optimizer = Optimizer(job.stepper.network, job.placement, config, mesh)
+        yield job, optimizer, State(job, optimizer)
+
+
+def gather_logical(comm, state, array_of):
+    """Assemble every logical array from all ranks' parts, array_of(parameter) -> dict name: array.
+
+    Where ranks hold copies of a part they must agree bit for bit.
+    """
+    parts = [
+        (place.name, place.shape, place.start, place.extent, array_of(parameter).numpy(force=True).copy())
+        for parameter, place in state.places.items()
+    ]
+    whole, seen = {}, {}
+    for part in gather_to_all(comm, parts):
+        for name, shape, start, extent, array in part:
+            box = tuple(slice(first, first + count) for first, count in zip(start, extent, strict=True))
+            target = whole.setdefault(name, np.full(shape, np.nan, np.float32))
+            if (name, start) in seen:
+                assert np.array_equal(seen[name, start], array), f"copies of {name} {start} differ"
+            seen[name, start] = array
+            target[box] = array.reshape(extent)
+    assert not any(np.isnan(array).any() for array in whole.values()), "a part of an array is on no rank"
+    return {name: torch.from_numpy(array) for name, array in whole.items()}

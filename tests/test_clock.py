@@ -1,0 +1,75 @@
+"""Every second is booked to one stage: the innermost."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpcmoe import clock
+from hpcmoe.clock import Clock
+
+
+class FakeTime:
+    """A clock on the wall that the test moves."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(clock.time, "perf_counter", lambda: self.now)
+
+
+@pytest.fixture
+def wall(monkeypatch):
+    return FakeTime(monkeypatch)
+
+
+def test_an_inner_stage_is_taken_off_the_outer(wall):
+    c = Clock()
+    wall.now += 100  # no stage: nobody's
+    with c.stage("compute"):
+        wall.now += 1
+        with c.stage("dispatch"):
+            wall.now += 10
+        with c.stage("compute"):  # a stage within itself counts once
+            wall.now += 2
+        wall.now += 4
+    wall.now += 100
+    assert c.take() == {"compute": 7, "dispatch": 10}
+    assert c.take() == {}
+
+
+def test_a_stage_that_fails_is_booked_and_over(wall):
+    c = Clock()
+    with c.stage("data"):
+        with pytest.raises(ValueError), c.stage("route"):
+            wall.now += 3
+            raise ValueError
+        wall.now += 1
+    assert c.take() == {"data": 1, "route": 3}
+
+
+def test_taking_within_a_stage_cuts_it_in_two(wall):
+    c = Clock()
+    with c.stage("compute"):
+        wall.now += 1
+        assert c.take() == {"compute": 1}
+        wall.now += 2
+    assert c.take() == {"compute": 2}
+
+
+nests = st.recursive(st.just([]), lambda inner: st.lists(inner, max_size=3), max_leaves=8)
+
+
+@given(nests)
+def test_stages_sum_to_the_elapsed_time(nest):
+    c = Clock()
+
+    def walk(nest, depth):
+        with c.stage(f"depth {depth}"):
+            for inner in nest:
+                walk(inner, depth + 1)
+
+    started = time.perf_counter()
+    walk(nest, 0)
+    elapsed = time.perf_counter() - started
+    assert 0 < sum(c.take().values()) <= elapsed

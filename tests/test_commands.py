@@ -1,0 +1,168 @@
+"""The program as its user meets it: what it leaves, how it goes on, how it refuses, how it dies."""
+
+import os
+import signal
+import socket
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+from launch import MPIRUN, Running, mpirun
+
+PROMPT_SECONDS = 20  # for what the program refuses, and for all ranks to end when one is killed
+TINY = {
+    "run.steps": "4",
+    "model.sequence_length": "32",
+    "data.batch_sequences": "16",
+    "data.validation_sequences": "16",
+    "train.validate_every": "2",
+    "write.checkpoint_every": "2",
+    "cluster.measure_seconds": "0.2",
+}
+
+
+def main_command(output, settings=(), *options):
+    """Spell the program's arguments for a tiny run that writes under output."""
+    chosen = {"run.output": str(output), **TINY, **dict(settings)}
+    overrides = [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
+    return ["-m", "hpcmoe.main", "inputs/run.toml", *overrides, *options]
+
+
+def series(folder, name):
+    """Read one metric of a run -> {step: value}."""
+    with h5py.File(folder / "run" / "run.h5") as file:
+        return dict(zip(file[name]["step"][:].tolist(), file[name]["value"][:].tolist(), strict=True))
+
+
+@pytest.fixture(scope="session")
+def big(tmp_path_factory):
+    """Run the main job at 16 ranks once -> (its output folder, how it ended)."""
+    folder = tmp_path_factory.mktemp("big")
+    return folder, mpirun(16, *main_command(folder), timeout_seconds=180)
+
+
+def test_the_main_job_ends_with_its_table_and_its_files(big):
+    folder, ended = big
+    assert ended.status == 0, ended
+    for figure in ("tokens per second", "utilisation", "link balance sigma", "BW_min", "memory of a rank"):
+        assert figure in ended.output, ended
+    assert ended.lines("hpcmoe:") == [] and "Traceback" not in ended.errors, ended
+
+    assert sorted(path.name for path in (folder / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert (folder / "run" / "checkpoint-4" / "master.h5").is_file()
+    losses = series(folder, "/train/loss")
+    assert list(losses) == [1, 2, 3, 4]
+    assert 4.0 < losses[1] < 7.0 and losses[4] < losses[1]  # an even guess over 256 bytes is 5.55 nats
+
+
+@pytest.mark.parametrize("ranks", [4, 3])
+def test_a_checkpoint_goes_on_with_the_same_losses_on_other_ranks(big, ranks, tmp_path):
+    checkpoint = big[0] / "run" / "checkpoint-2"
+    ended = mpirun(ranks, *main_command(tmp_path, {}, "--resume", checkpoint))
+    assert ended.status == 0, ended
+    for name in ("/train/loss", "/train/validation_loss"):
+        expected = {step: value for step, value in series(big[0], name).items() if step > 2}
+        resumed = {step: value for step, value in series(tmp_path, name).items() if step > 2}
+        assert list(resumed) == list(expected)
+        np.testing.assert_allclose(list(resumed.values()), list(expected.values()), rtol=2e-5)
+
+
+def test_a_seed_gives_the_same_losses_and_a_restart_too_bit_for_bit(tmp_path):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert mpirun(2, *main_command(whole)).status == 0
+    assert mpirun(2, *main_command(again, {"run.steps": 2, "train.learning_rate_warmup_steps": 20})).status == 0
+    assert series(again, "/train/loss").items() < series(whole, "/train/loss").items()
+
+    ended = mpirun(2, *main_command(again, {}, "--resume"))
+    assert ended.status == 0, ended
+    assert series(again, "/train/loss") == series(whole, "/train/loss")
+    assert mpirun(2, *main_command(again, {"run.seed": 1})).status == 0
+    assert series(again, "/train/loss") != series(whole, "/train/loss")
+
+
+def test_a_rank_without_tokens_takes_part(tmp_path):
+    few = {"data.batch_sequences": 2, "data.validation_sequences": 1, "pipeline.micro_batches": 1}
+    ended = mpirun(3, *main_command(tmp_path, few))
+    assert ended.status == 0, ended
+    assert np.isfinite(list(series(tmp_path, "/train/loss").values())).all()
+
+
+def test_inference_reports_its_throughput(tmp_path):
+    ended = mpirun(2, *main_command(tmp_path, {"run.mode": "infer", "run.warmup_steps": 1}))
+    assert ended.status == 0, ended
+    assert "tokens per second" in ended.output, ended
+    assert len(series(tmp_path, "/run/tokens_per_second")) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model.top_k": 0}, "[model] top_k = 0: must be"),
+        ({"model.topk": 2}, "[model] topk = 2: unknown key; did you mean top_k?"),
+        ({"modle.top_k": 2}, "[modle]: unknown section"),
+        ({"model.num_experts": 4096, "model.hidden": 8192, "model.feed_forward": 32768}, "do not fit"),
+        ({"cluster.memory_bytes_per_node": 100000}, "do not fit"),
+        ({"cluster.tensor_parallel": 2}, "tensor_parallel"),
+        ({"data.files": '["/nowhere/*.txt"]'}, "/nowhere/*.txt"),
+        ({"run.output": "/proc/nowhere"}, "[run] output"),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_what_the_user_can_mend_is_one_line_and_status_2(settings, said, tmp_path):
+    refuses(mpirun(3, *main_command(tmp_path, settings)), said)
+
+
+def test_a_missing_file_is_one_line_and_status_2():
+    refuses(mpirun(2, "-m", "hpcmoe.main", "inputs/none.toml"), "inputs/none.toml: cannot be read: No such file")
+
+
+def test_a_file_in_the_way_of_the_output_is_one_line_and_status_2(tmp_path):
+    (tmp_path / "run").write_text("in the way")
+    refuses(mpirun(2, *main_command(tmp_path)), "[run] output")
+
+
+def test_nothing_to_resume_is_one_line_and_status_2(tmp_path):
+    refuses(mpirun(2, *main_command(tmp_path, {}, "--resume")), "resume")
+
+
+def test_parallel_sizes_that_do_not_divide_16_ranks_are_one_line_and_status_2(tmp_path):
+    settings = {"cluster.tensor_parallel": 2, "cluster.expert_parallel": 12}
+    refuses(mpirun(16, *main_command(tmp_path, settings)), "[cluster] expert_parallel = 12 must divide the 16 ranks")
+
+
+def refuses(ended, said):
+    """Check that the program said one line, soon, and ended with status 2."""
+    assert ended.status == 2, ended
+    assert len(ended.lines("hpcmoe:")) == 1 and said in ended.lines("hpcmoe:")[0], ended
+    assert "Traceback" not in ended.errors, ended
+    assert ended.seconds < PROMPT_SECONDS, ended
+
+
+def test_a_killed_rank_takes_all_down_and_is_named(tmp_path):
+    running = Running(MPIRUN, "-n", 3, sys.executable, *main_command(tmp_path, {"run.steps": 1000000}))
+    try:
+        wait_for(lambda: len(list((tmp_path / "run").glob("checkpoint-*/master.h5"))) > 0)
+        victim = next(p for p in running.processes() if rank_of(p) == "1")
+        os.kill(victim.pid, signal.SIGKILL)
+        ended = running.wait(PROMPT_SECONDS)
+    finally:
+        running.kill()
+    assert ended.status != 0, ended
+    named = f"[rank 1 of 3, {socket.gethostname()}]"
+    assert any(str(victim.pid) in line for line in ended.lines(named)), ended
+
+
+def rank_of(process):
+    """Tell a process's rank, as its launcher told it; None for the launcher itself."""
+    environment = process.environ()
+    return environment.get("PMI_RANK", environment.get("OMPI_COMM_WORLD_RANK"))
+
+
+def wait_for(condition, timeout_seconds=60):
+    """Wait until a condition holds; AssertionError when it does not in time."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, "has not come about"
+        time.sleep(0.1)

@@ -1,0 +1,122 @@
+"""Ranks fail together where all can know why, and alone, loudly and at once, where only one knows."""
+
+import textwrap
+
+import pytest
+from launch import mpirun
+
+from hpcmoe.errors import CheckpointError, ClusterError, ConfigError, attempt, on_all, on_root
+
+PROGRAM = """
+import time
+
+from mpi4py import MPI
+
+from hpcmoe import errors
+from hpcmoe.errors import ClusterError, ConfigError, exit_with, on_all, on_root
+from hpcmoe.wait import barrier
+
+comm = MPI.COMM_WORLD
+errors.FAREWELL_SECONDS = {farewell_seconds}
+
+def refuse():
+    raise ConfigError("first fault\\nsecond fault")
+
+def body():
+{body}
+
+try:
+    body()
+    barrier(comm)
+except Exception as fault:
+    exit_with(comm, fault, "node07")
+"""
+
+
+def fail(fault):
+    raise fault
+
+
+def run_failing(body, farewell_seconds=5.0):
+    """Run a program on three ranks that fails in body."""
+    program = PROGRAM.format(body=textwrap.indent(textwrap.dedent(body), "    "), farewell_seconds=farewell_seconds)
+    return mpirun(3, "-c", program, timeout_seconds=20)
+
+
+@pytest.mark.mpi
+def test_on_root_runs_on_rank_0_alone_and_tells_all(comm):
+    ran_on = []
+    assert on_root(comm, lambda: ran_on.append(comm.rank) or f"by {comm.rank}") == "by 0"
+    assert ran_on == ([0] if comm.rank == 0 else [])
+
+
+@pytest.mark.mpi
+def test_on_root_fails_on_all_ranks_with_the_same_error(comm):
+    with pytest.raises(ClusterError, match="^no such node$") as failed:
+        on_root(comm, lambda: fail(ClusterError("no such node")))
+    assert failed.value.shared
+
+
+@pytest.mark.mpi
+def test_on_all_gives_each_rank_its_own_result(comm):
+    assert on_all(comm, lambda: comm.rank * 10) == comm.rank * 10
+
+
+@pytest.mark.mpi
+def test_on_all_fails_everywhere_with_the_lowest_failing_ranks_error(comm):
+    first = comm.size // 2
+    kinds = {first: CheckpointError}
+    with pytest.raises(CheckpointError) as failed:
+        on_all(comm, lambda: fail(kinds.get(comm.rank, ConfigError)("disk full")) if comm.rank >= first else "fine")
+    assert str(failed.value) == f"[rank {first} of {comm.size}] disk full"
+    assert failed.value.shared
+
+
+def test_other_exceptions_pass_through_and_are_not_shared(comm):
+    with pytest.raises(ZeroDivisionError):
+        attempt(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        on_root(comm, lambda: 1 / 0)
+    assert attempt(lambda: 3) == (3, None)
+    assert not ConfigError("fresh").shared
+
+
+def test_a_shared_error_is_said_once_and_ends_all_with_2():
+    ended = run_failing("on_root(comm, refuse)")
+    assert ended.status == 2, ended
+    assert ended.lines("hpcmoe:") == ["hpcmoe: first fault", "hpcmoe: second fault"], ended
+    assert ended.lines("[rank") == [] and "Traceback" not in ended.errors, ended
+
+
+def test_an_error_of_one_rank_that_all_were_told_is_said_once_too():
+    ended = run_failing("on_all(comm, lambda: comm.rank == 1 and refuse())")
+    assert ended.status == 2, ended
+    assert ended.lines("hpcmoe:") == ["hpcmoe: [rank 1 of 3] first fault", "hpcmoe: second fault"], ended
+    assert ended.lines("[rank") == [] and "Traceback" not in ended.errors, ended
+
+
+def test_a_rank_that_does_not_follow_a_shared_error_is_aborted():
+    body = """
+        if comm.rank == 1:
+            time.sleep(1000)
+        errors.raise_or_return(None, ConfigError("gone"))
+    """
+    ended = run_failing(body, farewell_seconds=0.5)
+    assert ended.status == 2, ended
+    assert ended.lines("hpcmoe:") == ["hpcmoe: gone"] and ended.seconds < 15, ended
+
+
+def test_an_error_of_one_rank_names_it_on_each_line_and_aborts_the_others():
+    ended = run_failing("comm.rank == 1 and refuse()")
+    assert ended.status == 2, ended
+    assert ended.lines("[rank") == [f"[rank 1 of 3, node07] {nth} fault" for nth in ("first", "second")], ended
+    assert "Traceback" not in ended.errors, ended
+
+
+def test_a_bug_shows_its_traceback_with_its_rank_on_each_line():
+    ended = run_failing("comm.rank == 2 and [][3]")
+    assert ended.status == 1, ended
+    said = ended.lines("[rank 2 of 3, node07] ")
+    assert said[0].endswith("Traceback (most recent call last):"), ended
+    assert said[-1].endswith("IndexError: list index out of range"), ended
+    assert len(said) > 3 and "Traceback" not in "".join(set(ended.lines("")) - set(said)), ended

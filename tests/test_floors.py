@@ -1,0 +1,109 @@
+"""The import order is the story's order, and each seam to the outside is in one place."""
+
+import ast
+import configparser
+import pathlib
+import re
+import sys
+
+import pytest
+from launch import ROOT
+
+FLOORS = "wait clock errors watch config cluster comm dispatch experts pipeline run write".split()
+PROGRAMS = ("main", "place", "check", "watcher")
+FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
+WRITE_MAY_IMPORT = {"wait", "errors", "config", "cluster", "write"}
+
+PACKAGE = ROOT / "hpcmoe"
+FILES = sorted(PACKAGE.rglob("*.py"))
+SEAMS = {
+    r"\bcupy\b|\btorch\.cuda\b": {"comm/device.py", "comm/nccl.py"},
+    r"\bSLURM_": {"cluster/topology.py"},
+    r"\bos\.environ\b|\bos\.getenv\b": {"cluster/topology.py"},
+    r"\bimport h5py\b|\bh5py\.": {"write/"},
+    r"\bprint\(": {"errors.py", "main.py", "place.py", "check.py"},
+}
+SET_BEFORE_MPI = r"\bos\.environ\.setdefault\("  # main.py alone may, for what must stand before MPI starts
+
+
+def chapter_of(file):
+    """Name the chapter of a file: its folder in the package, or itself."""
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports_of(file):
+    """List the modules that a file imports, anywhere in it; a relative import counts as `.`."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(level=level) if level > 0:
+                yield "."
+            case ast.ImportFrom(module="hpcmoe", names=names):
+                yield from (f"hpcmoe.{alias.name}" for alias in names)
+            case ast.ImportFrom(module=module):
+                yield module
+
+
+def code_of(file):
+    """Read a file as code alone: docstrings and comments may name what they like."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        match getattr(node, "body", None):
+            case [ast.Expr(value=ast.Constant()), *_]:
+                node.body[0] = ast.Pass()
+    return ast.unparse(tree)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_its_own_chapter_or_an_earlier_one(file):
+    chapter = chapter_of(file)
+    modules = [module for module in imports_of(file) if module.split(".")[0] in ("hpcmoe", "")]
+    imported = {module.removeprefix("hpcmoe.").split(".")[0] for module in modules}
+    assert "" not in imported, "imports are absolute"
+    if chapter == "__init__":
+        assert not imported
+        return
+    assert chapter in FLOOR_OF_CHAPTER, f"{chapter} has no floor"
+    above = {other for other in imported if FLOOR_OF_CHAPTER.get(other, 99) >= FLOOR_OF_CHAPTER[chapter]} - {chapter}
+    assert not above, f"{chapter} may not import {above}"
+    if chapter == "write":
+        assert imported <= WRITE_MAY_IMPORT
+
+
+@pytest.mark.parametrize("pattern", SEAMS)
+def test_a_seam_is_in_one_place(pattern):
+    allowed = tuple(SEAMS[pattern])
+    for file in FILES:
+        name, code = str(file.relative_to(PACKAGE)), code_of(file)
+        if name == "main.py":
+            code = re.sub(SET_BEFORE_MPI, "", code)
+        if not name.startswith(allowed):
+            assert not re.search(pattern, code), f"{pattern} in {name}"
+
+
+def test_a_chapter_opens_with_one_docstring_and_nothing_else():
+    for file in PACKAGE.glob("*/__init__.py"):
+        tree = ast.parse(file.read_text())
+        assert ast.get_docstring(tree) and len(tree.body) == 1, file
+
+
+def test_every_chapter_has_its_tests_in_a_folder_of_its_name():
+    chapters = {folder.parent.name for folder in PACKAGE.glob("*/__init__.py")}
+    assert chapters == {name for name in chapters if list((ROOT / "tests" / name).glob("test_*.py"))}
+
+
+def test_the_reading_of_imports_sees_every_form(tmp_path):
+    file = pathlib.Path(tmp_path / "module.py")
+    file.write_text("import hpcmoe.a\nfrom hpcmoe import b\nfrom hpcmoe.c import d\nfrom . import e\nimport numpy\n")
+    assert list(imports_of(file)) == ["hpcmoe.a", "hpcmoe.b", "hpcmoe.c", ".", "numpy"]
+
+
+def test_what_is_imported_is_what_setup_cfg_asks_for():
+    options = configparser.ConfigParser()
+    options.read(ROOT / "setup.cfg")
+    lines = options["options"]["install_requires"] + options["options.extras_require"]["gpu"]
+    asked = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines.splitlines() if line}
+    imported = {module.split(".")[0] for file in FILES for module in imports_of(file)}
+    others = imported - sys.stdlib_module_names - {"hpcmoe"}
+    assert {name for name in others if not any(name == a or a.startswith(f"{name}_") for a in asked)} == set()

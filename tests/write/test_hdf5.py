@@ -1,0 +1,88 @@
+"""Facts come back as they were; a file is replaced whole or stays as it was."""
+
+import h5py
+import numpy as np
+import pytest
+
+from hpcmoe.errors import CheckpointError
+from hpcmoe.write.hdf5 import one_line_faults, read_fact, reason, replaced, write_fact
+
+
+@pytest.mark.parametrize(
+    "value", [3, -2.5, True, "text, é", "", np.arange(6.0).reshape(2, 3), np.zeros((0, 2), np.int32)]
+)
+def test_fact_comes_back_as_it_was(tmp_path, value):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        write_fact(file, "fact", value)
+        back = read_fact(file["fact"])
+    assert type(back) is type(value)
+    np.testing.assert_array_equal(back, value)
+    if isinstance(value, np.ndarray):
+        assert back.dtype == value.dtype and back.shape == value.shape
+
+
+@pytest.mark.parametrize("value", [{"numpy": "2.4", "mpi": "mpich\n5"}, {}])
+def test_dict_of_strings_is_rows_of_key_and_value(tmp_path, value):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        write_fact(file, "versions", value, unit="version")
+        assert dict(read_fact(file["versions"])) == value
+        assert file["versions"].attrs["unit"] == "version"
+
+
+def test_list_of_strings(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        write_fact(file, "nodes", ["node0", "node11"])
+        assert list(read_fact(file["nodes"])) == ["node0", "node11"]
+
+
+def test_file_stays_as_it_was_when_the_block_fails(tmp_path):
+    path = tmp_path / "a.h5"
+    with replaced(path) as file:
+        file["x"] = 1
+    before = path.read_bytes()
+    with pytest.raises(ZeroDivisionError), replaced(path) as file:
+        file["x"][...] = 2
+        file["y"] = 1 / 0
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_file_can_be_read_while_it_is_replaced(tmp_path):
+    path = tmp_path / "a.h5"
+    with replaced(path) as file:
+        file["x"] = 1
+    with h5py.File(path) as reader, replaced(path) as file:
+        file["x"][...] = 2
+        assert reader["x"][()] == 1
+    with h5py.File(path) as reader:
+        assert reader["x"][()] == 2
+
+
+def test_what_a_killed_run_left_is_not_taken_up(tmp_path):
+    path = tmp_path / "a.h5"
+    (tmp_path / "a.h5.partial").write_bytes(b"half a file")
+    with replaced(path) as file:
+        file["x"] = 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_reason_of_a_full_disk(tmp_path, small_disk):
+    with pytest.raises(OSError) as full, h5py.File(small_disk / "a.h5", "w") as file:
+        file["x"] = np.zeros(1 << 20)
+    assert reason(full.value) == "No space left on device"
+
+
+def test_fault_is_one_line_with_path_and_reason(tmp_path):
+    path = tmp_path / "none" / "a.h5"
+    with pytest.raises(CheckpointError) as fault, one_line_faults(path, "read"):
+        h5py.File(path)
+    assert str(fault.value) == f"{path}: cannot be read: No such file or directory"
+
+
+def test_fault_of_a_damaged_file_is_one_line(tmp_path):
+    path = tmp_path / "a.h5"
+    path.write_bytes(b"not HDF5 at all" * 100)
+    with pytest.raises(CheckpointError, match=r"a\.h5: cannot be read: .*signature") as fault:  # noqa: SIM117
+        with one_line_faults(path, "read"):
+            h5py.File(path)
+    assert "\n" not in str(fault.value)
