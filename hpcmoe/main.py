@@ -47,7 +47,7 @@ def run(comm, arguments):
     folder = pathlib.Path(config.run.output, config.run.name)
     checkpoint = None if arguments.resume is None else find_checkpoint(comm, arguments.resume or folder)
     goes_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
-    on_root(comm, lambda: check_checkpoint(checkpoint, folder))
+    on_root(comm, lambda: check_checkpoint(checkpoint, folder, config))
     prepare_folder(comm, config.run.output, config.run.name, resume=goes_on)
 
     # Find out where the ranks are and what joins them.
@@ -171,10 +171,16 @@ def step_of(checkpoint):
     return int(checkpoint.resolve().name.rpartition("-")[2])
 
 
-def check_checkpoint(checkpoint, folder):
-    """Refuse to resume from the folder that a new run of this name would replace."""
+def check_checkpoint(checkpoint, folder, config):
+    """Refuse to resume what is at its end, or from the folder that a new run of this name would replace."""
+    if checkpoint is None:
+        return
+    if config.run.mode == "train" and step_of(checkpoint) >= config.run.steps:
+        raise ConfigError(
+            f"[run] steps = {config.run.steps}: must be more than the {step_of(checkpoint)} of {checkpoint}"
+        )
     previous = folder.with_name(f"{folder.name}.previous").resolve()
-    if checkpoint is not None and previous in checkpoint.resolve().parents and folder.exists():
+    if previous in checkpoint.resolve().parents and folder.exists():
         raise ConfigError(f"--resume {checkpoint}: this run would replace {previous.name}; rename it first")
 
 

@@ -6,9 +6,13 @@ import dataclasses
 import numpy as np
 import torch
 
+from hpcmoe.clock import Clock
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.cluster.topology import Topology
+from hpcmoe.comm.device import HostDevice, HostEvent
+from hpcmoe.comm.transport import offsets_of
 from hpcmoe.config import Config
+from hpcmoe.dispatch.exchange import Exchange, Sizes
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.state import State
@@ -84,3 +88,43 @@ def gather_logical(comm, state, array_of):
             target[box] = array.reshape(extent)
     assert not any(np.isnan(array).any() for array in whole.values()), "a part of an array is on no rank"
     return {name: torch.from_numpy(array) for name, array in whole.items()}
+
+
+def make_rows(source, destination, count, row_bytes, seed=0):
+    """Random rows that one rank has for another -> uint8 [count, row_bytes]."""
+    random = np.random.default_rng([source, destination, seed])
+    return random.integers(0, 256, (count, row_bytes), dtype=np.uint8)
+
+
+def make_send(transport, matrix, row_bytes, seed=0):
+    """Lay down what this rank has for each peer under a matrix of rows [P, P] -> uint8 tensor."""
+    counts = enumerate(matrix[transport.rank])
+    return torch.from_numpy(
+        np.concatenate([make_rows(transport.rank, peer, count, row_bytes, seed) for peer, count in counts])
+    )
+
+
+def carry(transport, matrix, row_bytes, tag, send=None):
+    """Start an exchange of matrix [P, P] rows -> (Pending, check), where check(peers) looks at what came from them."""
+    send = make_send(transport, matrix, row_bytes, tag) if send is None else send
+    counts = matrix[:, transport.rank]
+    recv = torch.full((counts.sum() + 2, row_bytes), 170, dtype=torch.uint8)  # two rows that nobody may write
+    pending = transport.start(send, matrix[transport.rank], recv, counts, HostEvent(), tag)
+    offsets = offsets_of(counts)
+
+    def check(peers=range(transport.size)):
+        for peer in peers:
+            expected = make_rows(peer, transport.rank, counts[peer], row_bytes, tag)
+            assert np.array_equal(recv[offsets[peer] : offsets[peer + 1]].numpy(), expected), f"from {peer}"
+        assert (recv[-2:] == 170).all()
+
+    return pending, check
+
+
+def make_exchange(transport, hidden, **sizes):
+    """An exchange on the host, with room for 40 rows a micro-batch unless sizes say otherwise."""
+    usual = {
+        "dtype": torch.float32, "home_rows": 40, "expert_rows": 40, "num_berths": 1, "num_micro_batches": 2,
+        "max_batch_rows": 100, "deterministic": True,
+    }  # fmt: skip
+    return Exchange(transport, HostDevice(), Clock(), Sizes(hidden=hidden, **(usual | sizes)))

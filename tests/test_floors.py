@@ -9,7 +9,10 @@ import sys
 import pytest
 from launch import ROOT
 
-FLOORS = "wait clock errors watch config cluster comm dispatch experts pipeline run write".split()
+FLOORS = (
+    "wait", "clock", "errors", "watch", "config",
+    "cluster", "comm", "dispatch", "experts", "pipeline", "run", "write",
+)  # fmt: skip
 PROGRAMS = ("main", "place", "check", "watcher")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
 WRITE_MAY_IMPORT = {"wait", "errors", "config", "cluster", "write"}

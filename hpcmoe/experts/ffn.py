@@ -17,7 +17,7 @@ class Expert(nn.Module):
     arXiv:2002.05202)."""
 
     def __init__(self, kind, weights):
-        """weights: dict name: tensor; up, gate [F, H], down [H, F]; biases up_bias, gate_bias [F], down_bias [H] or none."""
+        """weights: dict name: tensor; up, gate [F, H], down [H, F]; biases up_bias, gate_bias [F], down_bias [H]."""
         super().__init__()
         self.kind = kind
         for name, weight in weights.items():

@@ -16,20 +16,23 @@ def train(job, records, optimizer, start, save):
     """
     config, network = job.config, job.stepper.network
     first_step, load = start
-    first_loss = last_loss = validate(job, records, load, first_step)
+    first_loss = last_loss = validate(job, load, first_step)
+    if first_step == 0:  # a resumed run has recorded it
+        records.append(0, "train", "validation_loss", first_loss, "nats/byte")
     with open_progress(config.run.steps, first_step, job.mesh.world.rank == 0) as progress:
         for step in range(first_step + 1, config.run.steps + 1):
             job.meter.start()
             outcome, norm = train_step(job, optimizer, load, step)
-            reading = job.meter.read(outcome)
+            reading, activations = job.meter.read(outcome), network.take_activations()
             records.append(step, "train", "gradient_norm", norm)
             report_step(records, progress, step, outcome, reading)
 
             # What was measured acts on the next step's routers.
             load = update_load(load, outcome.census.utilisation, config.dispatch.load_window_steps)
             if is_due(step, config.train.validate_every, config.run.steps):
-                last_loss = validate(job, records, load, step)
-            save(step, load, network.take_activations())
+                last_loss = validate(job, load, step)
+                records.append(step, "train", "validation_loss", last_loss, "nats/byte")
+            save(step, load, activations)
     return {"validation loss, first": first_loss, "validation loss, last": last_loss}
 
 
@@ -46,7 +49,7 @@ def train_step(job, optimizer, load, step):
     return outcome, norm
 
 
-def validate(job, records, load, step):
+def validate(job, load, step):
     """Measure the loss on validation sequences spread evenly over their text -> nats a byte. Collective."""
     data, length = job.config.data, job.config.model.sequence_length
     starts = even_starts(len(job.validation), data.validation_sequences, length)
@@ -54,7 +57,6 @@ def validate(job, records, load, step):
     parts = [starts[share_of(len(starts), index, num_batches)] for index in range(num_batches)]
     losses = [job.stepper.run(job.validation, part, load, "evaluate").loss for part in parts]
     loss = sum(loss * len(part) for loss, part in zip(losses, parts, strict=True)) / len(starts)
-    records.append(step, "train", "validation_loss", loss, "nats/byte")
     log.info("step %d: validation loss %.4f nats a byte", step, loss)
     return loss
 

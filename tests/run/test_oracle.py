@@ -4,9 +4,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from against_oracle import check_against_oracle, whole_batches
 from small import gather_logical, open_small_job
-
-from hpcmoe.run.data import draw_starts, share_of
 
 CASES = {
     "plain": {},
@@ -27,52 +26,6 @@ CASES = {
     "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 3},
     "contiguous": {"cluster__placement": "contiguous", "model__num_experts": 5},
 }
-
-
-def whole_batches(job, step):
-    """The micro-batches of a step, of all ranks together, and which tokens of each are whose."""
-    config, mesh = job.config, job.mesh
-    length, num_parts = config.model.sequence_length, config.pipeline.micro_batches
-    starts = draw_starts(len(job.training), config.data.batch_sequences, length, config.run.seed, step)
-    batches, groups = [], []
-    for part in range(num_parts):
-        mine = starts[share_of(len(starts), part, num_parts)]
-        batches.append(torch.from_numpy(job.training.sequences(mine, length).astype(np.int64)))
-        shares = [share_of(len(mine), index, mesh.num_token_shares) for index in range(mesh.num_token_shares)]
-        groups.append([slice(share.start * length, share.stop * length) for share in shares])
-    return starts, batches, groups
-
-
-def check_against_oracle(comm, folder, **changes):
-    """One step on the ranks and one in the oracle: the same loss, drops, gradients and norm."""
-    with open_small_job(comm, folder, **changes) as (job, optimizer, state):
-        config = job.config
-        load = np.random.default_rng(3).uniform(0, 2, (config.model.num_layers, config.model.num_experts))
-        weights = gather_logical(comm, state, lambda p: p.data)
-        starts, batches, groups = whole_batches(job, 1)
-
-        optimizer.zero_gradients()
-        outcome = job.stepper.run(job.training, starts, load, "train")
-        optimizer.sum_gradients()
-        gradients = gather_logical(comm, state, lambda p: p.grad)
-        norm = optimizer.global_norm()
-
-        weights = {name: weight.requires_grad_() for name, weight in weights.items()}
-        total, entropy, dropped = oracle.loss_of(weights, config, batches, torch.tensor(load).float(), groups)
-        total.backward()
-    assert outcome.loss == pytest.approx(entropy.item(), rel=2e-6)
-    assert outcome.census.num_dropped == dropped
-    losses = (
-        config.dispatch.aux_loss_weight * outcome.census.aux_loss
-        + config.dispatch.z_loss_weight * outcome.census.z_loss
-    )
-    assert entropy.item() + losses == pytest.approx(total.item(), rel=2e-6)
-    assert set(weights) == set(gradients)
-    for name, weight in weights.items():
-        largest = weight.grad.abs().max()
-        assert torch.allclose(gradients[name], weight.grad, rtol=1e-4, atol=1e-5 * largest + 1e-9), name
-    assert norm == pytest.approx(sum(w.grad.double().square().sum().item() for w in weights.values()) ** 0.5, rel=1e-5)
-    return outcome
 
 
 @pytest.mark.mpi

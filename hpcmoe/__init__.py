@@ -1,0 +1,31 @@
+"""hpcmoe: mixture-of-experts models whose experts are spread over MPI ranks.
+
+The chapters in the order in which they may import each other, which is the order of the story:
+
+    wait, watch, clock    waiting without stealing the core; noticing a rank's death; where the seconds went
+    errors, config        how a rank fails; run.toml
+    cluster/              where we run: topology and its links, the mesh of ranks, the placement of experts
+    comm/                 what carries bytes: the device's memory, the transport between ranks
+    dispatch/             a token leaves and returns: router, plan, exchange
+    experts/              what happens there: feed-forward networks, one layer as its stages
+    pipeline/             many tokens at once: the schedule as data, the engine that runs it
+    run/                  many steps: data, model, training, inference, figures
+    write/                what is kept: records, activations, checkpoints
+    main                  the program on one page
+
+The path of a token:
+
+    run.data        bytes of real text become a micro-batch, this rank's share of it
+    run.model       embedding; in each block attention, then a norm
+    router          logits = W_g x, softmax, the top K experts and their gate weights
+    plan            each copy finds a replica of its expert; rows are sorted by destination
+    exchange        dispatch: rows are packed and sent to their experts' ranks, without blocking
+    ffn             experts work on the rows of the peers that have landed
+    exchange        combine: results travel home
+    layer           the K results, times their gates, are added to the residual
+    run.optimizer   on the way back slopes take the same path; gradients are summed, clipped, applied
+
+Letters in shapes: T tokens of this rank's micro-batch, K experts of a token, N = T * K copies, N' copies sent (not
+dropped), R rows received, H hidden size, F feed-forward size, E logical experts, P ranks of the expert-parallel group,
+s slots of a rank, S = P * s replica slots, L layers, M micro-batches.
+"""

@@ -1,0 +1,115 @@
+"""Routing equals a slow loop over tokens; the losses are what their papers say, and so are their slopes."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hpcmoe.config import Dispatch
+from hpcmoe.dispatch.router import Router, load_balancing_loss, load_balancing_slope
+
+NUM_TOKENS, NUM_EXPERTS, HIDDEN = 23, 5, 4
+CASES = [
+    dict(zip(("renormalize", "load_feedback", "load_feedback_on", "capacity_factor"), values, strict=True))
+    for values in itertools.product((True, False), (0.0, 0.7), ("selection", "both"), (0.0, 0.6, 1.0))
+]
+
+
+def softmax(x):
+    return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+
+
+def route_slowly(weight, x, load, top_k, config):
+    """Route one token after the other, in float64 -> (experts, gates, kept, probability sum, z sum, copies)."""
+    experts, gates = np.zeros((2, len(x), top_k))
+    kept, probability, z = np.ones((len(x), top_k), bool), np.zeros(len(weight)), 0.0
+    for t, token in enumerate(x):
+        logits = weight @ token
+        damped = logits - config.load_feedback * load
+        experts[t] = np.argsort(-damped)[:top_k]
+        gates[t] = softmax(damped if config.load_feedback_on == "both" else logits)[experts[t].astype(int)]
+        if config.renormalize:
+            gates[t] /= gates[t].sum()
+        probability += softmax(logits)
+        z += math.log(np.exp(logits).sum()) ** 2
+
+    # First choices of all tokens find room before any second choice.
+    copies = np.zeros(len(weight), int)
+    for k, t in itertools.product(range(top_k), range(len(x))):
+        expert = int(experts[t, k])
+        copies[expert] += 1
+        if config.capacity_factor:
+            kept[t, k] = copies[expert] <= math.ceil(config.capacity_factor * len(x) * top_k / len(weight))
+    return experts, gates * kept, kept, probability, z, copies
+
+
+def draw(num_tokens, seed):
+    """Draw weights, tokens and a load."""
+    random = np.random.default_rng(seed)
+    shapes = ((NUM_EXPERTS, HIDDEN), (num_tokens, HIDDEN), NUM_EXPERTS)
+    return [random.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, NUM_EXPERTS])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case.values())))
+def test_routing_equals_a_loop_over_tokens(case, top_k):
+    config = Dispatch(**case)
+    weight, x, load = draw(NUM_TOKENS, seed=top_k)
+    routing = Router(torch.from_numpy(weight), top_k, config)(torch.from_numpy(x), torch.from_numpy(load))
+    experts, gates, kept, probability, z, copies = route_slowly(weight, x, load, top_k, config)
+    assert np.array_equal(routing.experts, experts)
+    assert np.array_equal(routing.kept, kept)
+    assert np.allclose(routing.gates.detach(), gates, atol=1e-6)
+    assert np.allclose(routing.probability_sum.detach(), probability, rtol=1e-5)
+    assert routing.z_sum.item() == pytest.approx(z, rel=1e-5)
+    assert np.array_equal(routing.tokens_of_expert, copies)
+    assert routing.num_dropped == (~kept).sum()
+    assert (routing.num_dropped > 0) == (case["capacity_factor"] > 0 and top_k < NUM_EXPERTS or
+                                         case["capacity_factor"] == 0.6)  # fmt: skip
+
+
+def test_no_tokens_give_an_empty_routing():
+    weight, x, load = (torch.from_numpy(array) for array in draw(0, seed=0))
+    routing = Router(weight, 2, Dispatch(capacity_factor=1.0))(x, load)
+    assert routing.experts.shape == routing.gates.shape == routing.kept.shape == (0, 2)
+    assert routing.tokens_of_expert.tolist() == [0] * NUM_EXPERTS
+    assert routing.num_dropped == 0 and routing.z_sum.item() == 0 and not routing.probability_sum.any()
+
+
+def test_the_router_computes_in_float32_whatever_comes():
+    weight, x, load = (torch.from_numpy(array) for array in draw(NUM_TOKENS, seed=0))
+    rounded = x.bfloat16()
+    router = Router(weight, 2, Dispatch())
+    routing, expected = router(rounded, load), router(rounded.float(), load)
+    assert routing.gates.dtype == torch.float32 and torch.equal(routing.gates, expected.gates)
+
+
+def test_a_dropped_copy_has_no_slope():
+    weight, x, load = (torch.from_numpy(array) for array in draw(NUM_TOKENS, seed=0))
+    routing = Router(weight, 2, Dispatch(capacity_factor=0.5, renormalize=False))(x.requires_grad_(), load)
+    routing.gates.sum().backward()
+    lost = ~routing.kept.any(dim=1)
+    assert lost.any() and not x.grad[lost].any() and x.grad[~lost].any(dim=1).all()
+
+
+def test_the_load_balancing_loss_is_one_when_even_and_the_number_of_experts_when_all_choose_one():
+    even, all_to_one = torch.full((4,), 6), torch.tensor([0, 24, 0, 0])
+    assert load_balancing_loss(even, torch.full((4,), 3.0), 12).item() == pytest.approx(1)
+    assert load_balancing_loss(all_to_one, torch.tensor([0.0, 12.0, 0.0, 0.0]), 12).item() == pytest.approx(4)
+    assert load_balancing_loss(all_to_one, torch.full((4,), 3.0), 12).item() == pytest.approx(1)
+
+
+def test_the_load_balancing_slope_is_autograds():
+    copies = torch.tensor([3, 0, 7, 2])
+    probability = torch.rand(4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    load_balancing_loss(copies, probability, 6).backward()
+    assert torch.allclose(load_balancing_slope(copies, 6), probability.grad)
+    by_hand = 4 * (copies / 12) @ (probability / 6)
+    assert load_balancing_loss(copies, probability, 6).item() == pytest.approx(by_hand.item())
+
+
+def test_no_tokens_balance_to_nothing():
+    none = torch.zeros(4, dtype=torch.int64)
+    assert not load_balancing_slope(none, 0).any() and load_balancing_loss(none, torch.zeros(4), 0) == 0
