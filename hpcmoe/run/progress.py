@@ -2,24 +2,37 @@
 
 import contextlib
 import logging
-import sys
+import os
 
+import psutil
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 log = logging.getLogger(__name__)
+LAUNCHERS = ("mpirun", "mpiexec", "mpiexec.hydra", "prterun", "orterun", "srun")
 
 
 @contextlib.contextmanager
 def open_progress(num_steps, first_step, on_root):
     """Show steps first_step + 1 to num_steps, on rank 0 alone -> something with show(step, outcome, reading)."""
+    width = find_terminal_width() if on_root else None
     if not on_root:
         yield Silence()
-    elif sys.stderr.isatty():
-        with tqdm(total=num_steps, initial=first_step, unit="step") as bar, logging_redirect_tqdm():
+    elif width is not None:
+        with tqdm(total=num_steps, initial=first_step, unit="step", ncols=width) as bar, logging_redirect_tqdm():
             yield Bar(bar)
     else:
         yield Lines(num_steps)
+
+
+def find_terminal_width():
+    """Find the terminal where standard error ends, be it through a launcher that collects it -> columns, or None."""
+    launchers = [process.pid for process in psutil.Process().parents() if process.name() in LAUNCHERS]
+    for pid in [os.getpid(), *launchers[:1]]:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/fd/2", "wb", buffering=0) as standard_error:
+            if standard_error.isatty():
+                return os.get_terminal_size(standard_error.fileno()).columns
+    return None
 
 
 class Silence:
@@ -37,7 +50,7 @@ class Bar:
 
     def show(self, step, outcome, reading):
         """Move the bar one step on."""
-        self.bar.set_postfix_str(describe(outcome, reading))
+        self.bar.set_postfix_str(describe_briefly(outcome, reading))
         self.bar.update()
 
 
@@ -54,12 +67,19 @@ class Lines:
 
 
 def describe(outcome, reading):
-    """Put a step's main figures in a line."""
-    utilisation, seconds = outcome.census.utilisation, reading.seconds_of_stage
+    """Put a step's figures in a line."""
+    seconds = reading.seconds_of_stage
+    stages = [stage for stage in ("route", "dispatch", "compute", "combine", "optimizer") if seconds[stage]]
+    return f"{describe_briefly(outcome, reading)}, dropped {outcome.census.num_dropped}, ms: " + " ".join(
+        f"{stage} {1000 * seconds[stage]:.0f}" for stage in stages
+    )
+
+
+def describe_briefly(outcome, reading):
+    """Put what a person watches in a few words."""
+    utilisation = outcome.census.utilisation
     loss = f"loss {outcome.loss:.4f}, " if outcome.loss else ""
     return (
         f"{loss}{reading.tokens_per_second:.0f} tokens/s, U_e {utilisation.min():.2f}-{utilisation.max():.2f}, "
-        f"sigma {reading.links.sigma:.3f}, dropped {outcome.census.num_dropped}, ms: "
-        + " ".join(f"{stage} {1000 * seconds[stage]:.0f}" for stage in ("route", "dispatch", "compute", "combine"))
-        + (f" optimizer {1000 * seconds['optimizer']:.0f}" if seconds["optimizer"] else "")
+        f"sigma {reading.links.sigma:.3f}"
     )
