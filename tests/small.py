@@ -23,6 +23,7 @@ SMALL = {
     "model.sequence_length": 5, "data.batch_sequences": 14, "pipeline.micro_batches": 3, "comm.buffer_factor": 1.0,
     "data.validation_sequences": 9, "run.threads_per_rank": 1,
 }  # fmt: skip
+RANDOM_TEXT = np.random.default_rng(7).integers(0, 256, 4000, dtype=np.uint8).tobytes()
 
 
 def make_config(**changes):
@@ -53,18 +54,19 @@ def make_topology(num_ranks, num_nodes=1):
 
 
 @contextlib.contextmanager
-def open_small_job(comm, folder, num_nodes=1, **changes):
-    """A job on a file of its own in `folder`, which all ranks see -> (Job, Optimizer, State)."""
-    text = folder / "text.bin"
+def open_small_job(comm, folder, num_nodes=1, text=RANDOM_TEXT, **changes):
+    """A job on a file of its own in `folder`, which all ranks see -> (Job, Optimizer if it trains, State)."""
+    file = folder / "text.bin"
     if comm.rank == 0:
-        text.write_bytes(np.random.default_rng(7).integers(0, 256, 4000, dtype=np.uint8).tobytes())
+        file.write_bytes(text)
     comm.Barrier()
-    config = make_config(data__files=(str(text),), data__exclude=(), **changes)
+    config = make_config(data__files=(str(file),), data__exclude=(), **changes)
     with (
         open_mesh(comm, config.cluster) as mesh,
         open_job(config, make_topology(comm.size, min(num_nodes, comm.size)), mesh) as job,
     ):
-        optimizer = Optimizer(job.stepper.network, job.placement, config, mesh)
+        trains = config.run.mode == "train"
+        optimizer = Optimizer(job.stepper.network, job.placement, config, mesh) if trains else None
         yield job, optimizer, State(job, optimizer)
 
 
@@ -128,3 +130,31 @@ def make_exchange(transport, hidden, **sizes):
         "max_batch_rows": 100, "deterministic": True,
     }  # fmt: skip
     return Exchange(transport, HostDevice(), Clock(), Sizes(hidden=hidden, **(usual | sizes)))
+
+
+def gather_pieces(comm, state, load):
+    """Join what all ranks would save -> dict name: array; every number must be saved exactly once. Collective."""
+    arrays, times = {}, {}
+    for pieces in gather_to_all(comm, state.collect(load)):
+        for name, shape, start, piece in pieces:
+            box = tuple(slice(first, first + count) for first, count in zip(start, piece.shape, strict=True))
+            arrays.setdefault(name, np.empty(shape, piece.dtype))[box] = piece
+            times.setdefault(name, np.zeros(shape, int))[box] += 1
+    assert all((count == 1).all() for count in times.values()), "a number is saved by no rank, or by two"
+    return arrays
+
+
+class Notes:
+    """Records that a test can read: what was appended, by chapter/name and step."""
+
+    def __init__(self):
+        self.values, self.units = {}, {}
+
+    def append(self, step, chapter, name, value, unit=""):
+        series = self.values.setdefault(f"{chapter}/{name}", {})
+        assert step not in series, f"{chapter}/{name} of step {step} comes twice"
+        series[step] = value
+        self.units[f"{chapter}/{name}"] = unit
+
+    def flush_when_due(self):
+        """Nothing is buffered."""

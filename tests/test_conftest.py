@@ -72,7 +72,7 @@ def pytest_at_2_ranks(folder, body):
     """Run pytest on a file of this body, with this project's conftest, at two ranks."""
     file = folder / "test_it.py"
     file.write_text("import time\n\nimport pytest\n\n" + textwrap.dedent(body))
-    options = ["-c", ROOT / "setup.cfg", "--rootdir", folder, "-p", "conftest", "-p", "no:cacheprovider"]
+    options = ["-c", ROOT / "setup.cfg", "--rootdir", folder, "-p", "conftest", "-p", "no:cacheprovider", "--color=no"]
     return mpirun(2, "-m", "pytest", "--with-mpi", *options, file, timeout_seconds=40)
 
 

@@ -27,7 +27,7 @@ class MpiTransport:
         self.rank, self.size = comm.rank, comm.size
         self.row_type = row_type
         self.max_message_rows = max_message_rows
-        self.last_tag = comm.Get_attr(MPI.TAG_UB)
+        self.last_tag = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)  # Open MPI tells it of no other communicator
 
     def start(self, send, send_counts, recv, recv_counts, ready, tag):
         """Begin an exchange -> Pending. Receives come first, then sends, each rank starting with its neighbour."""

@@ -4,6 +4,7 @@ Under tensor parallelism the first matrix is split by columns and the second by 
 computes a partial sum of the output (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
 """
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -74,7 +75,8 @@ class LocalExperts(nn.Module):
 def make_expert_weights(config, layer, expert, tensor_index, tensor_size):
     """Draw a logical expert's weights, the same on whichever rank it lives -> dict name: this rank's shard."""
     model, kind = config.model, config.experts.kind
-    generator = torch.Generator().manual_seed((config.run.seed * 1_000_003 + layer) * 1_000_003 + expert)
+    (seed,) = np.random.SeedSequence([config.run.seed, layer, expert]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(seed))
     shards = {}
     for name in MATRICES[kind]:
         rows, columns = weight_shape(model, name)

@@ -59,7 +59,7 @@ def reckon_memory(config, tensor_parallel, slots, sizes):
         gradients=experts + dense if training else 0,
         optimizer=2 * (experts + dense) if training else 0,
         buffers=2 * sizes.num_berths * (sizes.home_rows + sizes.expert_rows) * sizes.row_bytes,
-        activations=reckon_activations(config, tensor_parallel, sizes) if training else 0,
+        activations=reckon_activations(config, tensor_parallel, slots, sizes) if training else 0,
     )
 
 
@@ -78,7 +78,7 @@ def count_dense_parameters(model):
     return model.num_layers * block + model.hidden + (2 * NUM_BYTES + model.sequence_length) * model.hidden
 
 
-def reckon_activations(config, tensor_parallel, sizes):
+def reckon_activations(config, tensor_parallel, slots, sizes):
     """Bytes that the micro-batches in flight keep for their backward pass, at an even load."""
     model = config.model
     tokens, wire = sizes.home_rows // model.top_k, sizes.dtype.itemsize
@@ -93,7 +93,15 @@ def reckon_activations(config, tensor_parallel, sizes):
     # Of each copy at its expert: input, activations before and after, output; of each copy at home: the result.
     inner = {"gelu": 2, "relu": 1, "swiglu": 4}[config.experts.kind] * model.feed_forward // tensor_parallel
     copy_bytes = wire * (2 * model.hidden + inner) + wire * model.hidden
-    return sizes.num_berths * model.num_layers * tokens * (token_bytes + model.top_k * copy_bytes)
+
+    # In bfloat16 also a copy of each weight in that precision, and the norms' outputs before they were rounded.
+    weights = 0
+    if wire < FLOAT32:
+        weights = wire * slots * count_expert_parameters(config) // tensor_parallel
+        weights += wire * 4 * model.hidden**2 if model.attention else 0
+        token_bytes += FLOAT32 * model.hidden
+    of_layer = tokens * (token_bytes + model.top_k * copy_bytes) + weights
+    return sizes.num_berths * model.num_layers * of_layer
 
 
 class ActivationGauge:

@@ -1,0 +1,119 @@
+"""A layer's stages, each called by hand, compute what one formula and autograd do."""
+
+import numpy as np
+import pytest
+import torch
+from small import make_exchange
+from torch import nn
+
+from hpcmoe.comm.transport import Loopback
+from hpcmoe.config import Dispatch
+from hpcmoe.dispatch.plan import SlotChooser
+from hpcmoe.dispatch.router import Router
+from hpcmoe.experts.ffn import Expert, LocalExperts
+from hpcmoe.experts.layer import Flight, MoELayer
+
+HIDDEN, FEED_FORWARD, NUM_EXPERTS, TOP_K, TOKENS = 4, 6, 3, 2, 11
+EXPERT_OF_SLOT, SLOT_OF_EXPERT = np.array([2, -1, 0, 1]), (2, 3, 0)
+
+
+class Double(nn.Module):
+    """A dense part that is easy to follow."""
+
+    def forward(self, x):
+        return 2 * x, x**2
+
+
+class Alone:
+    """A tensor-parallel group of one."""
+
+    size = 1
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_layer(capacity_factor=0.0):
+    """A layer on one rank without MPI; one slot is empty, and the others are not in the experts' order."""
+    replicas = [
+        nn.Identity() if expert < 0 else Expert(
+            "gelu", {"up": draw(FEED_FORWARD, HIDDEN, seed=expert), "down": draw(HIDDEN, FEED_FORWARD, seed=expert + 9)}
+        )
+        for expert in EXPERT_OF_SLOT.tolist()
+    ]  # fmt: skip
+    router = Router(draw(NUM_EXPERTS, HIDDEN, seed=5), TOP_K, Dispatch(capacity_factor=capacity_factor))
+    experts = LocalExperts(replicas, Alone(), 4)
+    chooser = SlotChooser(EXPERT_OF_SLOT, (EXPERT_OF_SLOT >= 0).astype(float), NUM_EXPERTS, 0)
+    return MoELayer(Double(), router, experts, make_exchange(Loopback(), HIDDEN), chooser)
+
+
+def run_forward(layer, x, training):
+    flight = Flight(0, 0, 0, training)
+    layer.route(flight, x, torch.ones(NUM_EXPERTS))
+    layer.dispatch(flight)
+    layer.compute(flight)
+    return flight, layer.combine(flight)
+
+
+def by_formula(layer, routing, x):
+    """Residual plus the gated sum of every expert's output."""
+    y = 2 * x
+    for expert, slot in enumerate(SLOT_OF_EXPERT):
+        gate = (routing.gates * (routing.experts == expert)).sum(dim=1, keepdim=True)
+        y = y + gate * layer.experts.replicas[slot](x**2)
+    return y
+
+
+@pytest.mark.parametrize("capacity_factor", [0.0, 0.7])
+def test_the_stages_forward_give_the_residual_and_the_gated_sum(capacity_factor):
+    layer = make_layer(capacity_factor)
+    x = draw(TOKENS, HIDDEN, seed=7)
+    with torch.no_grad():
+        flight, y = run_forward(layer, x, training=False)
+        assert torch.allclose(y, by_formula(layer, flight.routing, x), atol=1e-6)
+    assert (flight.routing.num_dropped > 0) == (capacity_factor > 0)
+    assert flight.batches == []  # nothing is kept where no backward follows
+
+
+@pytest.mark.parametrize("capacity_factor", [0.0, 0.7])
+def test_the_stages_backward_give_autograds_slopes(capacity_factor):
+    layer = make_layer(capacity_factor)
+    x, slope = draw(TOKENS, HIDDEN, seed=7), draw(TOKENS, HIDDEN, seed=8)
+    probability_slope, z_slope = draw(NUM_EXPERTS, seed=3), torch.tensor(0.3)
+
+    # Go up and down by the stages.
+    flight, _ = run_forward(layer, x, training=True)
+    layer.combine_backward(flight, slope)
+    layer.compute_backward(flight)
+    x_slope = layer.route_backward(flight, probability_slope, z_slope)
+    slopes = {name: p.grad.clone() for name, p in layer.named_parameters()}
+    assert flight.batches == []
+
+    # And at once, by autograd.
+    layer.zero_grad()
+    x = x.requires_grad_()
+    routing = layer.router(x**2, torch.ones(NUM_EXPERTS))
+    loss = (by_formula(layer, routing, x) * slope).sum()
+    (loss + routing.probability_sum @ probability_slope + z_slope * routing.z_sum).backward()
+    assert torch.allclose(x_slope, x.grad, rtol=1e-4, atol=1e-5)
+    assert slopes.keys() == dict(layer.named_parameters()).keys()
+    for name, parameter in layer.named_parameters():
+        assert torch.allclose(slopes[name], parameter.grad, rtol=1e-4, atol=1e-5), name
+
+
+def test_a_micro_batch_without_tokens_passes():
+    layer = make_layer()
+    flight, y = run_forward(layer, torch.zeros(0, HIDDEN), training=True)
+    assert y.shape == (0, HIDDEN)
+    layer.combine_backward(flight, torch.zeros(0, HIDDEN))
+    layer.compute_backward(flight)
+    assert layer.route_backward(flight, torch.zeros(NUM_EXPERTS), torch.tensor(0.0)).shape == (0, HIDDEN)
+
+
+def test_waits_within_a_stage_are_booked_to_what_is_waited_for():
+    layer = make_layer()
+    clock = layer.exchange.clock
+    with clock.stage("compute"):
+        run_forward(layer, draw(TOKENS, HIDDEN), training=False)
+    assert set(clock.take()) == {"compute", "dense", "dispatch", "combine"}

@@ -1,0 +1,127 @@
+"""Memory as reckoned from the config is what the arrays then take, byte for byte, and nearly so for activations."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from small import open_small_job
+from torch import nn
+
+from hpcmoe.run.memory import ActivationGauge, Memory, find_tensors, measure_memory, peak_resident_bytes
+
+CASES = {
+    "gelu": {},
+    "relu, biases": {"experts__kind": "relu", "experts__bias": True},
+    "swiglu": {"experts__kind": "swiglu"},
+    "swiglu, biases, without attention": {
+        "experts__kind": "swiglu", "experts__bias": True, "model__attention": False,
+    },
+    "without attention, one choice": {"model__attention": False, "model__top_k": 1},
+    "three choices, three in flight": {"model__top_k": 3, "pipeline__in_flight": 3},
+    "serial": {"pipeline__schedule": "serial", "model__num_layers": 3},
+    "bfloat16": {"model__dtype": "bfloat16"},
+}  # fmt: skip
+
+
+def take_step(job, optimizer, purpose="train"):
+    """Run one step and measure what there is -> Memory."""
+    if optimizer is not None:
+        optimizer.zero_gradients()
+    config = job.config
+    load = np.ones((config.model.num_layers, config.model.num_experts))
+    job.stepper.run(job.training, np.arange(config.data.batch_sequences), load, purpose)
+    if optimizer is not None:
+        optimizer.step(1)
+    return measure_memory(job.stepper.network, optimizer, job.stepper.exchange, job.stepper.gauge)
+
+
+def open_job(comm, folder, **changes):
+    """A job with rows wide enough for matrices to outweigh indexes."""
+    sizes = {"hidden": 32, "feed_forward": 64, "num_experts": 8, "sequence_length": 16}
+    return open_small_job(comm, folder, **{f"model__{key}": size for key, size in sizes.items()}, **changes)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_memory_of_a_training_rank_is_as_reckoned(comm, tmp_path, case):
+    with open_job(comm, tmp_path, **CASES[case]) as (job, optimizer, _):
+        assert job.stepper.exchange.buffer_bytes == job.memory.buffers
+        measured = take_step(job, optimizer)
+    reckoned = job.memory
+    for name in ("states", "one_expert", "experts", "dense", "gradients", "optimizer"):
+        assert getattr(measured, name) == getattr(reckoned, name), name
+    assert measured.activations == pytest.approx(reckoned.activations, rel=0.35)
+
+
+def test_inference_has_parameters_and_buffers_alone(comm, tmp_path):
+    with open_job(comm, tmp_path, run__mode="infer") as (job, _, _):
+        measured = take_step(job, None, "infer")
+    reckoned = job.memory
+    assert dataclasses.replace(measured, buffers=0) == dataclasses.replace(reckoned, buffers=0)
+    assert reckoned.gradients == reckoned.optimizer == reckoned.activations == 0 and reckoned.states == 1
+
+
+@pytest.mark.mpi
+def test_ranks_with_all_slots_full_take_what_was_reckoned(comm, shared):
+    with open_small_job(comm, shared, model__num_experts=2 * comm.size) as (job, optimizer, _):
+        measured = take_step(job, optimizer)
+    for name in ("one_expert", "experts", "dense", "gradients", "optimizer"):
+        assert getattr(measured, name) == getattr(job.memory, name), name
+
+
+def test_sums_of_memory():
+    memory = Memory(
+        states=4, one_expert=10, experts=20, dense=3, gradients=23, optimizer=46, buffers=100, activations=1000
+    )  # fmt: skip
+    assert memory.per_expert == 40
+    assert memory.total == 20 + 3 + 23 + 46 + 100 + 1000
+    assert memory.besides_experts == memory.total - 2 * 40
+
+
+def test_the_gauge_counts_saved_tensors_once_and_no_parameters():
+    network = nn.Linear(8, 8, bias=False)
+    gauge = ActivationGauge(network)
+    x = torch.ones(5, 8)
+    with gauge.hooks():
+        y = network(x)  # saves x and the weight
+        z = y * y  # saves y, twice
+        loss = z.sin().sum()  # saves z
+    gauge.look([])
+    assert gauge.peak_bytes == 3 * 5 * 8 * 4
+    assert len(gauge.saved) == 3
+
+    # What backward lets go counts no more, and the most remains.
+    loss.backward()
+    assert gauge.saved == {}
+    gauge.look([])
+    assert gauge.peak_bytes == 3 * 5 * 8 * 4
+
+
+def test_the_gauge_counts_what_flights_keep():
+    class Flight:
+        """Holds a tensor, a view of it, and another in a list."""
+
+        def __init__(self):
+            self.x = torch.ones(4)
+            self.batches = [(self.x[:2], torch.ones(6))]
+
+    gauge = ActivationGauge(nn.Linear(1, 1))
+    gauge.look([Flight()])
+    assert gauge.peak_bytes == (4 + 6) * 4
+
+
+def test_tensors_are_found_in_whatever_holds_them():
+    @dataclasses.dataclass(frozen=True, slots=True)
+    class Held:
+        tensor: torch.Tensor
+        number: int
+
+    tensors = [torch.ones(1) for _ in range(4)]
+    found = list(find_tensors({"a": tensors[0], "b": [tensors[1], (tensors[2], None)], "c": Held(tensors[3], 7)}))
+    assert all(one is other for one, other in zip(found, tensors, strict=True))
+
+
+def test_a_process_takes_at_least_what_it_holds():
+    before = peak_resident_bytes()
+    ballast = np.ones(64 * 2**20, np.uint8)
+    assert peak_resident_bytes() >= max(before, ballast.nbytes)

@@ -1,0 +1,77 @@
+"""The meter's readings are those of all ranks together, and its totals add up what it read."""
+
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from hpcmoe.clock import Clock
+from hpcmoe.comm.transport import Direction
+from hpcmoe.run.meter import STAGES, Meter
+from hpcmoe.wait import gather_to_all
+
+
+class FakeExchange:
+    """An exchange that has carried rows [4, P] that the test sets."""
+
+    def __init__(self, comm):
+        self.clock, self.transport = Clock(), SimpleNamespace(rank=comm.rank, size=comm.size)
+        self.carried = np.zeros((len(Direction), comm.size), np.int64)
+
+    def take_traffic(self):
+        rows, self.carried = self.carried, np.zeros_like(self.carried)
+        return rows
+
+
+def make_outcome(num_tokens, num_dropped):
+    census = SimpleNamespace(utilisation=np.array([num_tokens, 2.0]), num_dropped=num_dropped)
+    return SimpleNamespace(num_tokens=num_tokens, census=census)
+
+
+@pytest.fixture
+def meter(comm):
+    return Meter(FakeExchange(comm), SimpleNamespace(world=comm))
+
+
+def do_step(meter, seed):
+    """Carry random rows and spend rank + 1 seconds on each stage but the last -> the rows."""
+    comm = meter.mesh.world
+    rows = np.random.default_rng([comm.rank, seed]).integers(0, 50, (len(Direction), comm.size))
+    meter.exchange.carried += rows
+    meter.clock.seconds |= dict.fromkeys(STAGES[:-1], comm.rank + 1.0)
+    return rows
+
+
+@pytest.mark.mpi
+def test_a_reading_is_of_this_step_and_of_all_ranks(comm, meter):
+    do_step(meter, seed=0)
+    meter.start()  # forgets that
+    rows = do_step(meter, seed=1)
+    time.sleep(0.01)
+    reading = meter.read(make_outcome(300, 0))
+
+    dispatched = np.array(gather_to_all(comm, rows[Direction.DISPATCH]))
+    others = dispatched[~np.eye(comm.size, dtype=bool)]
+    assert reading.links.count == len(others) == comm.size * (comm.size - 1)
+    if comm.size > 1:
+        assert reading.links.mean == pytest.approx(others.mean())
+        assert reading.links.sigma == pytest.approx(others.std() / others.mean())
+    mean = np.arange(1, comm.size + 1).mean()
+    assert reading.seconds_of_stage == dict.fromkeys(STAGES[:-1], pytest.approx(mean)) | {STAGES[-1]: 0}
+    assert 0.01 <= reading.seconds < 5 and reading.tokens_per_second == 300 / reading.seconds
+
+
+@pytest.mark.mpi
+def test_the_totals_add_up_the_readings(comm, meter):
+    readings, rows = [], []
+    for step in range(3):
+        meter.start()
+        rows.append(do_step(meter, seed=step))
+        readings.append(meter.read(make_outcome(100 * step, step)))
+    assert (meter.num_steps, meter.num_tokens, meter.num_dropped) == (3, 300, 3)
+    assert np.array_equal(meter.rows_to_peer, sum(rows).sum(axis=0))  # all directions
+    assert meter.utilisation.tolist() == [300, 6]
+    assert meter.link_sigma == pytest.approx(sum(reading.links.sigma for reading in readings))
+    assert meter.seconds == pytest.approx(sum(reading.seconds for reading in readings))
+    assert meter.seconds_of_stage["route"] == pytest.approx(3 * np.arange(1, comm.size + 1).mean())

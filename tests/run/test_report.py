@@ -1,0 +1,119 @@
+"""The table at the end holds the run's figures, and they agree with each other."""
+
+import re
+
+import numpy as np
+import pytest
+from small import Notes, open_small_job
+
+from hpcmoe.run.infer import infer
+from hpcmoe.run.report import format_bytes, make_table, sum_up
+from hpcmoe.run.train import train
+from hpcmoe.wait import gather_to_all
+
+STEPS, TOKENS = 3, 14 * 5
+LABELS = {
+    "one expert of a layer, all its matrices": "one_expert", "experts, parameters": "experts",
+    "dense parts, parameters": "dense", "gradients": "gradients", "optimizer's moments": "optimizer",
+    "message buffers": "buffers", "activations in flight": "activations", "all of these": "total",
+}  # fmt: skip
+
+
+def run_job(comm, folder, **changes):
+    """Run three steps -> (job, Totals, table, Notes)."""
+    notes, load = Notes(), np.ones((2, 4))
+    with open_small_job(comm, folder, run__steps=STEPS, **changes) as (job, optimizer, _):
+        if optimizer is None:
+            losses = infer(job, notes, load, lambda *state: None) or {}
+        else:
+            losses = train(job, notes, optimizer, (0, load), lambda *state: None)
+        totals = sum_up(job, optimizer, losses)
+        return job, totals, make_table(job, totals), notes.values
+
+
+def figure(table, name):
+    """Find the numbers in a table's row."""
+    (row,) = [line for line in table.splitlines() if line.strip().startswith(name)]
+    return [float(number) for number in re.findall(r"\d+\.?\d*", row.strip()[len(name) :])]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_every_copy_crosses_a_link_or_stays_there_and_back(comm, shared, mode):
+    job, totals, _, _ = run_job(comm, shared, run__mode=mode)
+    row_bytes, copies, layers, ways = 8 * 4, 2, 2, {"train": 4, "infer": 2}[mode]
+    assert totals.num_steps == STEPS and totals.num_tokens == STEPS * TOKENS
+    assert totals.bytes_of_link.sum() == totals.num_tokens * copies * layers * ways * row_bytes
+    assert np.array_equal(totals.bytes_of_link, totals.bytes_of_link.T)  # what leaves comes back
+    assert len({others.tobytes() for others in gather_to_all(comm, totals.bytes_of_link)}) == 1
+
+
+@pytest.mark.mpi
+def test_links_of_a_parallel_shape_are_those_of_its_groups(comm, shared):
+    if comm.size % 2:
+        pytest.skip("needs an even number of ranks")
+    _, totals, _, _ = run_job(comm, shared, cluster__data_parallel=2)
+    half = comm.size // 2
+    assert not totals.bytes_of_link[:half, half:].any() and not totals.bytes_of_link[half:, :half].any()
+    assert totals.bytes_of_link[:half, :half].any() and totals.bytes_of_link[half:, half:].any()
+
+
+@pytest.mark.mpi
+def test_totals_are_means_and_sums_of_the_steps(comm, shared):
+    job, totals, _, values = run_job(comm, shared, dispatch__capacity_factor=0.7)
+    steps = range(1, STEPS + 1)
+    assert np.allclose(totals.utilisation, np.mean([values["experts/utilisation"][step] for step in steps], axis=0))
+    assert totals.link_sigma == pytest.approx(np.mean([values["dispatch/link_sigma"][step] for step in steps]))
+    assert totals.num_dropped == sum(values["dispatch/dropped"][step] for step in steps) > 0
+    assert totals.seconds == pytest.approx(sum(values["run/seconds"][step] for step in steps))
+    assert sum(totals.seconds_of_stage.values()) <= totals.seconds * 1.5
+    assert totals.measured.total == max(m.total for m in gather_to_all(comm, totals.measured))
+
+
+@pytest.mark.mpi
+def test_the_table_shows_the_totals(comm, shared):
+    job, totals, table, values = run_job(comm, shared)
+    assert figure(table, "validation loss, first") == [round(values["train/validation_loss"][0], 4)]
+    assert figure(table, "validation loss, last") == [round(values["train/validation_loss"][STEPS], 4)]
+    assert figure(table, "steps measured") == [STEPS]
+    assert figure(table, "tokens per second") == [round(totals.num_tokens / totals.seconds)]
+    assert figure(table, "time per token") == [round(1e6 * totals.seconds / totals.num_tokens, 2)]
+    assert figure(table, "time per step") == [round(1e3 * totals.seconds / STEPS, 1)]
+    busy = totals.utilisation
+    assert figure(table, "expert utilisation U_e") == [round(busy.min(), 2), round(busy.max(), 2)]
+    assert figure(table, "copies dropped") == [0]
+    assert "in optimizer" in table and "in route" in table
+    if comm.size > 1:
+        sent = totals.bytes_of_link[~np.eye(comm.size, dtype=bool)]
+        assert figure(table, "links between ranks") == [comm.size * (comm.size - 1)]
+        least_mean_most = [round(size / 1e6, 2) for size in (sent.min(), sent.mean(), sent.max())]
+        assert figure(table, "bytes carried") == least_mean_most
+        plain, counted = (figure(table, f"required, {name}")[0] for name in ("BW_min", "counted"))
+        assert counted == pytest.approx(plain * 2 * 4 * 2, abs=2e-3)
+    else:
+        assert "links between" not in table
+
+
+@pytest.mark.mpi
+def test_links_between_nodes_have_rows_of_their_own(comm, shared):
+    if comm.size == 1:
+        pytest.skip("needs two nodes")
+    job, totals, table, _ = run_job(comm, shared, num_nodes=2)
+    of_rank = job.topology.node_of_rank
+    between = totals.bytes_of_link[np.ix_(of_rank == 0, of_rank == 1)].sum()
+    assert figure(table, "links between nodes") == [2]
+    assert figure(table, "n0 -> n1")[0] == figure(table, "n1 -> n0")[0] == round(between / 1e6, 2)
+
+
+@pytest.mark.mpi
+def test_memory_is_shown_as_computed_and_as_measured(comm, shared):
+    job, totals, table, _ = run_job(comm, shared)
+    for label, name in LABELS.items():
+        assert figure(table, label) == [
+            round(getattr(memory, name) / 1e6, 3) for memory in (job.memory, totals.measured)
+        ]
+    assert figure(table, "resident set")[0] > 10
+
+
+def test_bytes_are_shown_in_megabytes():
+    assert format_bytes(1_234_567) == "1.235 MB"

@@ -1,0 +1,111 @@
+"""The state is saved whole, each number once, and whoever takes it up holds the same state on any ranks."""
+
+import numpy as np
+import pytest
+from small import gather_logical, gather_pieces, open_small_job
+
+from hpcmoe.run.data import draw_starts
+
+SHAPES = {
+    "one group": {},
+    "biases, gated": {"experts__bias": True, "experts__kind": "swiglu"},
+    "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1},
+    "more experts": {"model__num_experts": 7},
+    "tensor": {"cluster__tensor_parallel": 2, "experts__bias": True},
+    "data": {"cluster__data_parallel": 2},
+    "both": {"cluster__tensor_parallel": 2, "cluster__data_parallel": 2},
+}
+
+
+def shape_for(comm, name):
+    """The keys of a parallel shape, or skip where it does not fit the ranks."""
+    changes = SHAPES[name]
+    if comm.size % (changes.get("cluster__tensor_parallel", 1) * changes.get("cluster__data_parallel", 1)):
+        pytest.skip("does not fit this number of ranks")
+    return changes
+
+
+def take_steps(job, optimizer, numbers):
+    """Train on the batches of these steps."""
+    model, data = job.config.model, job.config.data
+    for number in numbers:
+        starts = draw_starts(len(job.training), data.batch_sequences, model.sequence_length, 0, number)
+        optimizer.zero_gradients()
+        job.stepper.run(job.training, starts, np.ones((model.num_layers, model.num_experts)), "train")
+        optimizer.step(number)
+
+
+def cut_out(arrays, wanted):
+    """What a checkpoint would give for wanted()."""
+    boxes = {(name, start): (start, extent) for name, _, start, extent, _ in wanted}
+    return {
+        (name, key): arrays[name][tuple(slice(s, s + e) for s, e in zip(start, extent, strict=True))]
+        for (name, key), (start, extent) in boxes.items()
+    }
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("name", SHAPES)
+def test_parts_tile_the_logical_arrays(comm, shared, name):
+    with open_small_job(comm, shared, **shape_for(comm, name)) as (job, optimizer, state):
+        load = np.random.default_rng(0).random(state.load_shape)
+        take_steps(job, optimizer, [1])
+        saved = gather_pieces(comm, state, load)
+        for kind, array_of in (
+            ("value", lambda p: p.data),
+            ("first_moment", lambda p: optimizer.adamw.state[p]["exp_avg"]),
+            ("second_moment", lambda p: optimizer.adamw.state[p]["exp_avg_sq"]),
+        ):
+            held = gather_logical(comm, state, array_of)
+            for array, values in held.items():
+                assert np.array_equal(saved.pop(f"{array}/{kind}"), values), array
+                assert values.any() or array.endswith("_bias")
+        assert np.array_equal(saved.pop("balance/load"), load) and saved == {}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_state_taken_up_on_other_ranks_is_the_same_and_trains_on_alike(comm, shared, name):
+    """All ranks save; each alone takes up, trains one step more as all do, and holds what they hold."""
+    changes = shape_for(comm, name)
+    model = {key: value for key, value in changes.items() if not key.startswith("cluster")}
+    alone = comm.Split(comm.rank)
+    (shared / str(comm.rank)).mkdir()
+    with open_small_job(comm, shared, **changes) as (job, optimizer, state):
+        take_steps(job, optimizer, [1, 2])
+        load = np.random.default_rng(0).random(state.load_shape)
+        saved = gather_pieces(comm, state, load)
+        take_steps(job, optimizer, [3])
+        expected = gather_logical(comm, state, lambda p: p.data)
+    with open_small_job(alone, shared / str(comm.rank), run__seed=5, **model) as (job, optimizer, state):
+        assert np.array_equal(state.restore(cut_out(saved, state.wanted()), 2), load)
+        again = gather_pieces(alone, state, load)
+        assert again.keys() == saved.keys()
+        assert all(np.array_equal(again[array], values) for array, values in saved.items())
+        take_steps(job, optimizer, [3])
+        for array, values in gather_logical(alone, state, lambda p: p.data).items():
+            assert np.allclose(values, expected[array], atol=2e-4), array
+    alone.Free()
+
+
+@pytest.mark.mpi
+def test_a_state_saved_alone_is_taken_up_by_all(comm, shared):
+    alone = comm.Split(comm.rank)
+    (shared / str(comm.rank)).mkdir()
+    with open_small_job(alone, shared / str(comm.rank)) as (job, optimizer, state):
+        take_steps(job, optimizer, [1])
+        saved = gather_pieces(alone, state, np.ones(state.load_shape))
+    with open_small_job(comm, shared, run__seed=5) as (job, optimizer, state):
+        state.restore(cut_out(saved, state.wanted()), 1)
+        again = gather_pieces(comm, state, np.ones(state.load_shape))
+        assert all(np.array_equal(again[array], values) for array, values in saved.items())
+        assert {entry["step"].item() for entry in optimizer.adamw.state.values()} == {1.0}
+    alone.Free()
+
+
+@pytest.mark.mpi
+def test_without_an_optimizer_parameters_alone_are_wanted(comm, shared):
+    with open_small_job(comm, shared, run__mode="infer") as (_, _, state):
+        names = [name for name, *_ in state.wanted()]
+        assert names[-1] == "balance/load" and all(name.endswith("/value") for name in names[:-1])
+        assert {name for name, *_ in state.collect(None)} <= set(names)

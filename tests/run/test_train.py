@@ -1,0 +1,96 @@
+"""Training lowers the loss, tells what it does step by step, and repeats itself bit for bit."""
+
+import math
+
+import numpy as np
+import pytest
+from small import Notes, open_small_job
+
+from hpcmoe.run.train import is_due, train, train_step, validate
+
+REPETITIVE = b"the quick brown fox. " * 200
+QUICK = {
+    "text": REPETITIVE, "run__steps": 12, "train__learning_rate": 0.03, "train__learning_rate_warmup_steps": 2,
+    "train__validate_every": 4,
+}  # fmt: skip
+
+
+def run_training(comm, folder, first_step=0, **changes):
+    """Train on a text that repeats itself -> (losses, Notes, calls of save as (step, load, activations))."""
+    notes, saved = Notes(), []
+    with open_small_job(comm, folder, **(QUICK | changes)) as (job, optimizer, _):
+        losses = train(job, notes, optimizer, (first_step, np.ones((2, 4))), lambda *state: saved.append(state))
+    return losses, notes.values, saved
+
+
+@pytest.mark.mpi
+def test_the_loss_falls_on_a_text_that_repeats_itself(comm, shared):
+    losses, values, _ = run_training(comm, shared)
+    assert losses["validation loss, first"] == pytest.approx(math.log(256), abs=0.3)
+    assert losses["validation loss, last"] < losses["validation loss, first"] - 1
+    assert values["train/loss"][12] < values["train/loss"][1] - 1
+
+
+@pytest.mark.mpi
+def test_every_step_is_recorded_once_and_saved(comm, shared):
+    losses, values, saved = run_training(comm, shared, write__activations_of_layers=(1,), write__activations_every=5)
+    per_step = {name for name, series in values.items() if list(series) == list(range(1, 13))}
+    assert values.keys() - per_step == {"train/validation_loss"}
+    assert per_step >= {
+        "train/loss", "train/gradient_norm", "run/tokens_per_second", "run/seconds", "run/seconds_optimizer",
+        "dispatch/link_sigma", "dispatch/dropped", "dispatch/aux_loss", "experts/utilisation",
+    }  # fmt: skip
+    assert list(values["train/validation_loss"]) == [0, 4, 8, 12]
+    assert [values["train/validation_loss"][step] for step in (0, 12)] == list(losses.values())
+    assert [step for step, _, _ in saved] == list(range(1, 13))
+    assert [step for step, _, activations in saved if activations] == [5, 10, 12]
+
+
+@pytest.mark.mpi
+def test_what_was_measured_acts_on_the_next_step(comm, shared):
+    _, values, saved = run_training(comm, shared, run__steps=3, dispatch__load_window_steps=2)
+    load = np.ones((2, 4))
+    for step, saved_load, _ in saved:
+        load = (load + values["experts/utilisation"][step]) / 2
+        assert np.allclose(saved_load, load)
+    assert not np.allclose(load, 1)
+
+
+@pytest.mark.mpi
+def test_two_runs_are_alike_bit_for_bit_and_another_seed_is_not(comm, shared):
+    first, second, other = (run_training(comm, shared, run__seed=seed, run__steps=4)[1] for seed in (0, 0, 1))
+    for name in ("train/loss", "train/gradient_norm", "train/validation_loss", "dispatch/aux_loss"):
+        assert first[name] == second[name], name
+        assert first[name] != other[name], name
+
+
+@pytest.mark.mpi
+def test_training_goes_on_after_the_step_it_is_given(comm, shared):
+    _, values, saved = run_training(comm, shared, first_step=10)
+    assert list(values["train/loss"]) == [11, 12] == [step for step, _, _ in saved]
+    assert list(values["train/validation_loss"]) == [12]  # that of step 10 was recorded before
+    losses, values, saved = run_training(comm, shared, first_step=12)
+    assert saved == [] and losses["validation loss, first"] == losses["validation loss, last"]
+
+
+@pytest.mark.mpi
+def test_validation_is_the_mean_over_all_its_sequences(comm, shared):
+    """Nine sequences in batches of fourteen, of five and of two are the same nine."""
+    losses = []
+    for batch in (14, 5, 2):
+        with open_small_job(comm, shared, data__batch_sequences=batch, pipeline__micro_batches=1) as (job, _, _):
+            losses.append(validate(job, np.ones((2, 4)), 0))
+    assert losses[1:] == pytest.approx(losses[:2], rel=1e-6)
+
+
+@pytest.mark.mpi
+def test_a_steps_gradients_do_not_linger(comm, shared):
+    """The same batch with a learning rate of next to nothing has the same gradient norm again."""
+    with open_small_job(comm, shared, train__learning_rate=1e-12) as (job, optimizer, _):
+        norms = [train_step(job, optimizer, np.ones((2, 4)), 1)[1] for _ in range(3)]
+    assert norms[1:] == pytest.approx(norms[:1] * 2, rel=1e-5)
+
+
+def test_what_is_due_every_so_often_is_due_at_the_last_step_too():
+    assert [step for step in range(1, 11) if is_due(step, 4, 10)] == [4, 8, 10]
+    assert not any(is_due(step, 0, 10) for step in range(1, 11))
