@@ -66,6 +66,7 @@ def test_every_fault_is_listed_at_once(file):
         ("[model]\ntop_k = true", "[model] top_k = True: must be a valid integer"),
         ("[model]\nattention = 1", "[model] attention = 1: must be a valid boolean"),
         ("[run]\nsteps = 0", "[run] steps = 0: must be greater than or equal to 1"),
+        ("[run]\nseed = 9223372036854775808", "[run] seed = 9223372036854775808: must be less than"),
         ('[run]\nname = ""', "[run] name = '': String should have at least 1 character"),
         ("[train]\nlearning_rate = inf", "[train] learning_rate = inf: must be a finite number"),
         ("[train]\nlearning_rate = nan", "[train] learning_rate = nan: must be a finite number"),

@@ -1,6 +1,7 @@
 """Waiting gives the core away, ends as soon as there is something, and ends in time when there is nothing."""
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,13 @@ def test_after_a_completion_pauses_are_short_again(pauses):
     for _ in range(33):
         patience.pause()
     assert pauses[40:] == [0.0] * 32 + [50e-6]
+
+
+def test_waiting_for_all_pauses_until_nothing_is_active_and_shortly_after_each_completion(pauses, monkeypatch):
+    answers = iter([[]] * 34 + [[0]] + [[]] * 33 + [None])
+    monkeypatch.setattr(wait, "MPI", SimpleNamespace(Request=SimpleNamespace(Testsome=lambda requests: next(answers))))
+    assert wait.wait_all([]) is True
+    assert pauses == [0.0] * 32 + [50e-6, pytest.approx(65e-6)] + [0.0] * 32 + [50e-6]
 
 
 def receives_from_self(comm, count):

@@ -29,9 +29,12 @@ def find_terminal_width():
     """Find the terminal where standard error ends, be it through a launcher that collects it -> columns, or None."""
     launchers = [process.pid for process in psutil.Process().parents() if process.name() in LAUNCHERS]
     for pid in [os.getpid(), *launchers[:1]]:
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/fd/2", "wb", buffering=0) as standard_error:
-            if standard_error.isatty():
-                return os.get_terminal_size(standard_error.fileno()).columns
+        with contextlib.suppress(OSError):
+            file = os.open(f"/proc/{pid}/fd/2", os.O_RDONLY | os.O_NOCTTY)  # to look: it may be somebody's log
+            try:
+                return os.get_terminal_size(file).columns
+            finally:
+                os.close(file)
     return None
 
 

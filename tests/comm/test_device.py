@@ -45,13 +45,13 @@ def test_pack_without_an_order_lays_all_rows(device, dtype):
     assert not buffer[5:].any()
 
 
+@pytest.mark.parametrize("order", [[3, 3, 1], [1, 2, 3]])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_unpack_gives_fresh_rows_in_order(device, dtype):
+def test_unpack_gives_fresh_rows_in_order(device, dtype, order):
     buffer = make_buffer(device, 5, dtype)
     sent = draw_rows(5, dtype, HostDevice())
     as_rows(buffer, dtype).copy_(sent)
-    order = torch.tensor([3, 3, 1])
-    rows = device.unpack(buffer, order, dtype)
+    rows = device.unpack(buffer, torch.tensor(order), dtype)
     device.synchronize()
     buffer.zero_()
     assert rows.device.type == device.torch_device.type and rows.dtype == dtype

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,7 +63,10 @@ def test_mpi_carries_what_the_counts_say(transport, seed):
 
 @pytest.mark.mpi
 def test_messages_are_cut_at_the_longest_allowed(transport):
-    matrix = np.full((transport.size, transport.size), 15)  # 7 + 7 + 1 rows
+    matrix = np.full((transport.size, transport.size), 15)
+    buffer = np.zeros((15 * transport.size, ROW_BYTES), np.uint8)
+    parts = list(transport.parts(buffer, offsets_of(matrix[0]), transport.size - 1))
+    assert [count for _, count, _ in parts] == [len(rows) for rows, _, _ in parts] == [7, 7, 1]
     pending, check = carry(transport, matrix, ROW_BYTES, tag=0)
     assert len(pending.receives) == len(pending.sends) == 3 * (transport.size - 1)
     pending.wait()
@@ -169,9 +173,16 @@ def test_random_delays_change_nothing(transport):
 
 @pytest.mark.mpi
 def test_tags_beyond_what_mpi_has_wrap_around(transport):
-    pending, check = carry(transport, draw_matrix(transport.size, 1), ROW_BYTES, tag=transport.last_tag + 1 + 3)
+    tags, comm = [], transport.comm
+    transport.comm = SimpleNamespace(
+        Irecv=lambda part, peer, tag: tags.append(tag) or comm.Irecv(part, peer, tag),
+        Isend=lambda part, peer, tag: tags.append(tag) or comm.Isend(part, peer, tag),
+    )
+    matrix = np.ones((transport.size, transport.size), int)
+    pending, check = carry(transport, matrix, ROW_BYTES, tag=transport.last_tag + 1 + 3)
     pending.wait()
     check()
+    assert tags == [3] * 2 * (transport.size - 1)
 
 
 @pytest.mark.mpi

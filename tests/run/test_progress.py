@@ -19,6 +19,7 @@ from hpcmoe.run.figures import Links
 from hpcmoe.run.meter import STAGES, Reading
 from hpcmoe.run.progress import describe, open_progress
 
+PROGRAM = "from hpcmoe.run.progress import find_terminal_width; print(find_terminal_width())"
 OUTCOME = SimpleNamespace(
     loss=2.34567, census=SimpleNamespace(utilisation=np.array([[0.5, 1.0], [1.5, 1.0]]), num_dropped=7)
 )
@@ -95,8 +96,15 @@ def terminal():
 
 @pytest.mark.parametrize("launcher", [[], [MPIRUN, "-n", "1"]], ids=["alone", "under mpirun"])
 def test_a_terminal_is_found_through_the_launcher_and_a_file_is_none(terminal, launcher):
-    program = "from hpcmoe.run.progress import find_terminal_width; print(find_terminal_width())"
-    command = [*launcher, sys.executable, "-c", program]
+    command = [*launcher, sys.executable, "-c", PROGRAM]
     for stderr, width in ((terminal, "77"), (subprocess.DEVNULL, "None")):
         ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=60)
         assert ended.stdout.split() == [width]
+
+
+def test_looking_for_a_terminal_leaves_a_log_as_it_is(tmp_path):
+    log = tmp_path / "log"
+    program = "import sys; print('first', file=sys.stderr, flush=True); " + PROGRAM
+    with log.open("w") as stderr:
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, stderr=stderr, stdout=subprocess.DEVNULL, check=True)
+    assert log.read_text() == "first\n"
