@@ -33,7 +33,7 @@ class Run:
 
     name: Annotated[str, MinLen(1)] = "run"
     mode: Literal["train", "infer"] = "train"
-    steps: Count = 160
+    steps: Count = 120
     warmup_steps: CountOrNone = 10
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     output: Annotated[str, MinLen(1)] = "out"
@@ -143,7 +143,7 @@ class Train:
 class Write:
     """What is kept."""
 
-    checkpoint_every: CountOrNone = 80
+    checkpoint_every: CountOrNone = 60
     checkpoints_kept: Count = 2
     activations_of_layers: tuple[CountOrNone, ...] = ()
     activations_every: Count = 100

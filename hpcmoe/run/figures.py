@@ -69,18 +69,17 @@ class Bandwidth:
 
 
 def compare_bandwidth(bytes_of_link, tokens_per_second, token_bytes, transfers_per_token, seconds):
-    """Hold required against achieved bandwidth: bytes_of_link [n, n] over `seconds` -> Bandwidth, or None.
+    """Hold required against achieved bandwidth: bytes_of_link [n] in so many seconds -> Bandwidth, or None.
 
     BW_min = tokens per second x token bytes / links is the plain formula; transfers_per_token is K x layers x
-    (dispatch and combine: 2 forward, 2 more backward). There is none on a single rank or node.
+    (dispatch and combine: 2 forward, 2 more backward). There is none where there is no link.
     """
-    links = ~np.eye(len(bytes_of_link), dtype=bool)
-    if not links.any():
+    if len(bytes_of_link) == 0:
         return None
-    plain = tokens_per_second * token_bytes / links.sum()
-    carried = bytes_of_link[links] / seconds
+    plain = tokens_per_second * token_bytes / len(bytes_of_link)
+    carried = bytes_of_link / seconds
     return Bandwidth(
-        num_links=int(links.sum()),
+        num_links=len(bytes_of_link),
         plain=plain,
         counted=plain * transfers_per_token,
         achieved=float(carried.mean()),

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 from tabulate import tabulate
 
-from hpcmoe.comm.mpi import all_reduce
+from hpcmoe.errors import on_root
 from hpcmoe.run.figures import compare_bandwidth, sampling_floor, sum_by_node
 from hpcmoe.run.memory import Memory, measure_memory, peak_resident_bytes
-from hpcmoe.wait import gather_to_all
+from hpcmoe.wait import gather_to_all, wait_all
 
 MOST_NODES_IN_A_TABLE = 8
 TRANSFERS = {"train": 4, "infer": 2}  # of a token's copy in a layer: there and back, and the same backward
@@ -22,7 +22,7 @@ class Totals:
     num_tokens: int
     seconds: float  # on the wall of rank 0
     seconds_of_stage: dict  # mean over the ranks
-    bytes_of_link: np.ndarray  # [P, P] bytes sent from rank to rank
+    bytes_of_link: np.ndarray | None  # [P, P] bytes sent from rank to rank; on rank 0 alone
     utilisation: np.ndarray  # U_e [L, E], mean over the steps
     link_sigma: float  # mean over the steps
     link_sigma_floor: float  # of a step
@@ -38,7 +38,7 @@ class Totals:
 
 
 def sum_up(job, optimizer, losses):
-    """Gather a run's totals -> Totals, the same on all ranks. Collective over all ranks."""
+    """Gather a run's totals -> Totals, on all ranks but for bytes_of_link. Collective over all ranks."""
     meter, world = job.meter, job.mesh.world
     measured = measure_memory(job.stepper.network, optimizer, job.stepper.exchange, job.stepper.gauge)
     everyone = gather_to_all(world, (measured, peak_resident_bytes()))
@@ -51,7 +51,7 @@ def sum_up(job, optimizer, losses):
         bytes_of_link=gather_traffic(job),
         utilisation=meter.utilisation / steps,
         link_sigma=meter.link_sigma / steps,
-        link_sigma_floor=find_floor(job),
+        link_sigma_floor=on_root(world, lambda: find_floor(job)),
         num_dropped=meter.num_dropped,
         measured=max((memory for memory, _ in everyone), key=lambda memory: memory.total),
         peak_resident_bytes=max(peak for _, peak in everyone),
@@ -60,12 +60,13 @@ def sum_up(job, optimizer, losses):
 
 
 def gather_traffic(job):
-    """Add up the bytes that each rank sent to each other -> [P, P] over all ranks. Collective over all ranks."""
-    mesh = job.mesh
-    sent = np.zeros((mesh.world.size, mesh.world.size))
-    peers = gather_to_all(mesh.ep, mesh.world.rank)
-    sent[mesh.world.rank, peers] = job.meter.rows_to_peer * job.stepper.exchange.sizes.row_bytes
-    return all_reduce(mesh.world, sent)
+    """Gather the bytes that each rank sent to each other -> [P, P] on rank 0, else None. Collective over all ranks."""
+    world, row_bytes = job.mesh.world, job.stepper.exchange.sizes.row_bytes
+    sent = np.zeros(world.size)
+    sent[gather_to_all(job.mesh.ep, world.rank)] = job.meter.rows_to_peer * row_bytes
+    everyone = np.empty((world.size, world.size)) if world.rank == 0 else None
+    wait_all([world.Igather(sent, everyone)])
+    return everyone
 
 
 def find_floor(job):
@@ -107,16 +108,16 @@ def rows_of_balance(totals):
     return [
         ("expert utilisation U_e", f"{busy.min():.2f} - {busy.max():.2f}", "actual/expected tokens, least - most"),
         ("link balance sigma", f"{totals.link_sigma:.3f}", "std/mean of a step's tokens per link"),
-        ("  its sampling floor", f"{totals.link_sigma_floor:.3f}", "an even router's sigma at this token count"),
+        ("  its sampling floor", f"{totals.link_sigma_floor:.3f}", "an even router's sigma at a step's token count"),
         ("copies dropped", f"{totals.num_dropped}", ""),
     ]
 
 
 def rows_of_links(job, totals):
     """List what links between ranks, and between nodes, had to carry and carried."""
-    rows = links_between("rank", totals.bytes_of_link, job, totals)
-    of_nodes = sum_by_node(totals.bytes_of_link, job.topology.node_of_rank)
-    rows += links_between("node", of_nodes, job, totals)
+    of_ranks, of_nodes = totals.bytes_of_link, sum_by_node(totals.bytes_of_link, job.topology.node_of_rank)
+    rows = links_between("rank", of_ranks[exchange_links(job.mesh)], job, totals)
+    rows += links_between("node", of_nodes[~np.eye(len(of_nodes), dtype=bool)], job, totals)
     if 1 < len(of_nodes) <= MOST_NODES_IN_A_TABLE:
         rows += [row_of_link(job, totals, of_nodes, i, j) for i, j in np.ndindex(of_nodes.shape) if i != j]
     return rows
@@ -130,22 +131,29 @@ def row_of_link(job, totals, bytes_of_link, i, j):
     return name, f"{bytes_of_link[i, j] / 1e6:.2f}", f"MB of {could / 1e6:.0f} it could ({topology.source['links']})"
 
 
+def exchange_links(mesh):
+    """Find the ordered pairs of different ranks of one expert-parallel group -> bool [P, P] over all ranks."""
+    rank = np.arange(mesh.world.size)
+    group = rank // (mesh.expert_parallel * mesh.tensor_parallel) * mesh.tensor_parallel + rank % mesh.tensor_parallel
+    return (group[:, None] == group) & ~np.eye(len(rank), dtype=bool)
+
+
 def links_between(what, bytes_of_link, job, totals):
-    """List the bandwidth of the links between ranks or nodes; nothing where there is only one."""
+    """List the bandwidth of the links [n] between ranks or nodes; nothing where there is only one of these."""
     model, sizes = job.config.model, job.stepper.exchange.sizes
     transfers = model.top_k * model.num_layers * TRANSFERS[job.config.run.mode]
     seconds = max(totals.seconds, 1e-9)
     bandwidth = compare_bandwidth(bytes_of_link, totals.tokens_per_second, sizes.row_bytes, transfers, seconds)
     if bandwidth is None:
         return []
-    links = ~np.eye(len(bytes_of_link), dtype=bool)
-    carried = bytes_of_link[links] / 1e6
+    carried = bytes_of_link / 1e6
+    sigma = carried.std() / max(carried.mean(), 1e-9)
     unit = "MB/s a link"
     counted = f"{unit}, x {model.top_k} copies x {TRANSFERS[job.config.run.mode]} ways x {model.num_layers} layers"
     return [
         (f"links between {what}s", f"{bandwidth.num_links}", ""),
         ("  bytes carried", f"{carried.min():.2f} / {carried.mean():.2f} / {carried.max():.2f}",
-         "MB a link, least / mean / most"),
+         f"MB a link, least / mean / most; sigma {sigma:.3f}"),
         ("  required, BW_min", f"{bandwidth.plain / 1e6:.4f}", f"{unit}: tokens/s x token bytes / links"),
         ("  required, counted", f"{bandwidth.counted / 1e6:.4f}", counted),
         ("  achieved", f"{bandwidth.achieved / 1e6:.4f}", f"{unit}; busiest {bandwidth.busiest / 1e6:.4f}"),

@@ -28,7 +28,7 @@ def test_there_may_be_no_links_no_tokens_or_no_spread():
     alone = spread_of_links(*sums_of_links(np.array([7]), 0))
     assert (alone.count, alone.mean, alone.sigma) == (0, 0, 0)
     assert spread_of_links(0.0, 0.0, 6).sigma == 0
-    assert spread_of_links(0.3, 0.1 * 0.3, 3).sigma == pytest.approx(0, abs=1e-7)  # rounding must not go below zero
+    assert spread_of_links(3 * 0.1, 0.03, 3).sigma == 0  # the variance, -3e-18 by rounding, has no root
 
 
 def make_placement(experts_of_layers, num_ranks, num_nodes=1):
@@ -91,18 +91,18 @@ def test_each_nodes_tokens_are_shared_out_whole():
 
 
 def test_required_and_achieved_bandwidth_by_hand():
-    bytes_of_link = np.array([[1000.0, 40, 20], [30, 1000, 10], [0, 20, 1000]])
+    bytes_of_link = np.array([40.0, 20, 30, 10, 0, 20])
     bandwidth = compare_bandwidth(bytes_of_link, 60.0, 8, 12, seconds=2.0)
     assert bandwidth.num_links == 6
     assert bandwidth.plain == pytest.approx(60 * 8 / 6)
     assert bandwidth.counted == pytest.approx(60 * 8 / 6 * 12)
     assert bandwidth.achieved == pytest.approx(120 / 2 / 6)
     assert bandwidth.busiest == pytest.approx(40 / 2)
-    assert compare_bandwidth(np.array([[5.0]]), 60.0, 8, 12, 2.0) is None
+    assert compare_bandwidth(np.array([]), 60.0, 8, 12, 2.0) is None
 
 
 def test_a_matrix_over_ranks_is_added_up_by_node():
-    of_ranks = np.arange(16.0).reshape(4, 4)
+    of_ranks = np.arange(16.0).reshape(4, 4) ** 2
     of_nodes = sum_by_node(of_ranks, np.array([0, 1, 1, 0]))
     assert of_nodes.tolist() == [
         [sum(of_ranks[i, j] for i in (0, 3) for j in (0, 3)), sum(of_ranks[i, j] for i in (0, 3) for j in (1, 2))],

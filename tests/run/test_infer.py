@@ -23,13 +23,13 @@ def test_only_the_steps_after_the_warm_up_are_measured(comm, shared):
 
 
 @pytest.mark.mpi
-def test_a_window_without_warm_up_is_measured_whole(comm, shared):
-    notes = Notes()
-    with open_small_job(comm, shared, run__mode="infer", run__steps=2, run__warmup_steps=0) as (job, _, _):
-        infer(job, notes, np.ones((2, 4)), lambda *state: None)
-        sent = job.stepper.exchange.transport.comm.allreduce(int(job.meter.rows_to_peer.sum()))
-    assert job.meter.num_steps == 2
-    assert sent == 2 * 2 * 2 * 14 * 5 * 2  # steps x there and back x layers x tokens x copies
+@pytest.mark.parametrize("warmup_steps", [0, 2])
+def test_the_meter_counts_the_rows_of_the_window_alone(comm, shared, warmup_steps):
+    changes = {"run__mode": "infer", "run__steps": 3, "run__warmup_steps": warmup_steps}
+    with open_small_job(comm, shared, **changes) as (job, _, _):
+        infer(job, Notes(), np.ones((2, 4)), lambda *state: None)
+        sent = comm.allreduce(int(job.meter.rows_to_peer.sum()))
+    assert sent == 3 * 2 * 2 * 14 * 5 * 2  # steps x there and back x layers x tokens x copies
 
 
 @pytest.mark.mpi

@@ -35,11 +35,12 @@ def meter(comm):
 
 
 def do_step(meter, seed):
-    """Carry random rows and spend rank + 1 seconds on each stage but the last -> the rows."""
+    """Carry random rows and spend rank + 1 more seconds on each stage but the last -> the rows."""
     comm = meter.mesh.world
     rows = np.random.default_rng([comm.rank, seed]).integers(0, 50, (len(Direction), comm.size))
     meter.exchange.carried += rows
-    meter.clock.seconds |= dict.fromkeys(STAGES[:-1], comm.rank + 1.0)
+    for stage in STAGES[:-1]:
+        meter.clock.seconds[stage] = meter.clock.seconds.get(stage, 0.0) + comm.rank + 1
     return rows
 
 
