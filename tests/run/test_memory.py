@@ -50,7 +50,7 @@ def test_the_memory_of_a_training_rank_is_as_reckoned(comm, tmp_path, case):
     reckoned = job.memory
     for name in ("states", "one_expert", "experts", "dense", "gradients", "optimizer"):
         assert getattr(measured, name) == getattr(reckoned, name), name
-    assert measured.activations == pytest.approx(reckoned.activations, rel=0.35)
+    assert measured.activations == pytest.approx(reckoned.activations, rel=0.1)
 
 
 def test_inference_has_parameters_and_buffers_alone(comm, tmp_path):

@@ -68,7 +68,7 @@ def test_totals_are_means_and_sums_of_the_steps(comm, shared):
     assert totals.num_dropped == sum(values["dispatch/dropped"][step] for step in steps) > 0
     assert totals.seconds == pytest.approx(sum(values["run/seconds"][step] for step in steps))
     assert sum(totals.seconds_of_stage.values()) <= totals.seconds * 1.5
-    assert totals.measured.total == max(m.total for m in gather_to_all(comm, totals.measured))
+    assert totals.measured.experts == job.memory.experts  # of a rank with all slots full; of three, one is not
 
 
 @pytest.mark.mpi
