@@ -84,7 +84,6 @@ class SlotChooser:
         used = np.flatnonzero((expert_of_replica >= 0) & (share_of_replica > 0))
         self.slots = used[np.argsort(expert_of_replica[used], kind="stable")]  # grouped by expert
         experts = expert_of_replica[self.slots]
-        self.first = np.searchsorted(experts, np.arange(num_experts))
         self.edges = experts + cumulative_share(experts, share_of_replica[self.slots])
         self.unique = len(self.slots) == num_experts
         self.phase = rank

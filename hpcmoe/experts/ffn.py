@@ -25,24 +25,31 @@ class Expert(nn.Module):
             self.register_parameter(name, nn.Parameter(weight))
 
     def forward(self, x):
-        """x [n, H] -> y [n, H], in x's precision; a partial sum under tensor parallelism."""
-        hidden = self.linear(x, "up")
+        """x [n, H] -> y [n, H] in x's precision, n at least 1; a partial sum under tensor parallelism."""
+        return self.in_batches(x, len(x))[0]
+
+    def in_batches(self, x, max_rows):
+        """The same with at most max_rows rows a GEMM -> list of outputs."""
+        weights = {name: parameter.to(x.dtype) for name, parameter in self.named_parameters()}  # cast once for all
+        return [self.work(batch, weights) for batch in x.split(max_rows)]
+
+    def work(self, x, weights):
+        """One batch through the network."""
+
+        def linear(x, name):
+            return nn.functional.linear(x, weights[name], weights.get(f"{name}_bias"))
+
+        hidden = linear(x, "up")
         match self.kind:
             case "gelu":
                 hidden = nn.functional.gelu(hidden)
             case "relu":
                 hidden = nn.functional.relu(hidden)
             case "swiglu":
-                hidden = nn.functional.silu(self.linear(x, "gate")) * hidden
+                hidden = nn.functional.silu(linear(x, "gate")) * hidden
             case _:
                 raise ValueError(f"unknown kind of expert {self.kind}")
-        return self.linear(hidden, "down")
-
-    def linear(self, x, name):
-        """x W^T + b with the named matrix, cast to x's precision."""
-        bias = getattr(self, f"{name}_bias", None)
-        weight = getattr(self, name).to(x.dtype)
-        return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return linear(hidden, "down")
 
 
 class LocalExperts(nn.Module):
@@ -61,7 +68,8 @@ class LocalExperts(nn.Module):
         """
         pieces = []
         for replica, rows in zip(self.replicas, x.split(rows_of_slot.tolist()), strict=True):
-            pieces.extend(replica(batch) for batch in rows.split(self.max_batch_rows) if len(batch))
+            if len(rows):
+                pieces.extend(replica.in_batches(rows, self.max_batch_rows))
         return torch.cat(pieces)
 
     def sum_over_shards(self, rows):

@@ -33,28 +33,29 @@ def sums_of_links(tokens_to_peer, rank):
 def sampling_floor(placement, tokens_of_rank, top_k, num_experts):
     """The sigma that even the fairest router shows, since it draws finitely many tokens -> float.
 
-    A token's K distinct experts are a draw without replacement from E, so the copies that T tokens send to a rank
-    that serves a share f of all experts have mean T K f and variance T K f (1 - f) (E - K) / (E - 1)
-    (hypergeometric). Layers are drawn apart and summed. The placement's own unevenness is part of the floor.
+    A token's K distinct experts are a draw without replacement from E. A rank that serves shares w_e of the experts
+    gets from T tokens T K / E sum(w) copies in the mean, with variance T (K / E) (1 - K / E) (E sum(w^2) - sum(w)^2)
+    / (E - 1). Layers are drawn apart and summed. The placement's own unevenness is part of the floor.
     """
     num_ranks, num_layers = len(placement.node_of_rank), len(placement.expert_of_replica)
     mean, variance = np.zeros((num_ranks, num_ranks)), np.zeros((num_ranks, num_ranks))
     for layer in range(num_layers):
-        share = share_of_rank(placement, layer, num_experts)[placement.node_of_rank]  # [P, P] source, destination
-        copies = tokens_of_rank[:, None] * top_k * share
-        mean += copies
-        variance += copies * (1 - share) * (num_experts - top_k) / max(num_experts - 1, 1)
+        served, squares = served_by_rank(placement, layer)  # [P, P] source, destination
+        chance, spread = top_k / num_experts, num_experts * squares - served**2
+        mean += tokens_of_rank[:, None] * chance * served
+        variance += tokens_of_rank[:, None] * chance * (1 - chance) * spread / max(num_experts - 1, 1)
     links = ~np.eye(num_ranks, dtype=bool)
     if num_ranks == 1 or mean[links].sum() == 0:
         return 0.0
     return float(np.sqrt(variance[links].mean() + mean[links].var()) / mean[links].mean())
 
 
-def share_of_rank(placement, layer, num_experts):
-    """Share of an even router's copies that each rank serves for each node -> [nodes, P]."""
+def served_by_rank(placement, layer):
+    """Sum the shares of experts that each rank serves for each other, and their squares -> two arrays [P, P]."""
     held = placement.expert_of_replica[layer] >= 0
-    shares = placement.share_of_replica[layer] * held / num_experts  # [nodes, S]
-    return shares.reshape(len(shares), -1, placement.slots_per_rank).sum(axis=2)
+    shares = (placement.share_of_replica[layer] * held)[placement.node_of_rank]  # [P, S]
+    of_ranks = shares.reshape(len(shares), -1, placement.slots_per_rank)
+    return of_ranks.sum(axis=2), np.square(of_ranks).sum(axis=2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

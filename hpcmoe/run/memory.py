@@ -50,7 +50,7 @@ def reckon_memory(config, tensor_parallel, slots, sizes):
     itemsize = FLOAT32 if training else getattr(torch, model.dtype).itemsize
     one_expert = count_expert_parameters(config) * itemsize
     experts = one_expert * slots * model.num_layers // tensor_parallel
-    dense = count_dense_parameters(model) * itemsize
+    dense = count_dense_parameters(model) * FLOAT32
     return Memory(
         states=4 if training else 1,
         one_expert=one_expert,

@@ -179,8 +179,9 @@ def make_model(config, mesh, placement, exchange, device):
 
     layers = [make_layer(config, mesh, placement, exchange, draw, number) for number in range(config.model.num_layers)]
     network = LanguageModel(config, layers, draw, mesh, device)
-    if config.run.mode == "infer":
-        network.to(getattr(torch, config.model.dtype))
+    if config.run.mode == "infer":  # what is not trained needs no float32; router and norms keep theirs
+        for layer in network.layers:
+            layer.experts.to(getattr(torch, config.model.dtype))
     return network.to(device.torch_device)
 
 

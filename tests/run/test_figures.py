@@ -8,7 +8,7 @@ import pytest
 from hpcmoe.run.figures import (
     compare_bandwidth,
     sampling_floor,
-    share_of_rank,
+    served_by_rank,
     spread_of_links,
     sum_by_node,
     sums_of_links,
@@ -32,12 +32,14 @@ def test_there_may_be_no_links_no_tokens_or_no_spread():
 
 
 def make_placement(experts_of_layers, num_ranks, num_nodes=1):
-    """A placement without replicas: experts of each slot, layer by layer."""
+    """A placement by the experts of each slot, layer by layer; copies of an expert share its tokens evenly."""
     expert_of_replica = np.array(experts_of_layers)
+    copies = (expert_of_replica[:, :, None] == expert_of_replica[:, None, :]).sum(axis=2)
+    shares = (expert_of_replica >= 0) / copies
     return SimpleNamespace(
         node_of_rank=np.arange(num_ranks) * num_nodes // num_ranks,
         expert_of_replica=expert_of_replica,
-        share_of_replica=np.repeat((expert_of_replica >= 0).astype(float)[:, None], num_nodes, axis=1),
+        share_of_replica=np.repeat(shares[:, None], num_nodes, axis=1),
         slots_per_rank=expert_of_replica.shape[1] // num_ranks,
     )
 
@@ -46,14 +48,13 @@ def simulate_sigma(placement, tokens_of_rank, top_k, num_experts, random):
     """Route tokens fairly and count the copies between ranks -> sigma."""
     num_ranks = len(tokens_of_rank)
     links = np.zeros((num_ranks, num_ranks))
-    for experts_of_slot in placement.expert_of_replica:
-        rank_of_expert = np.zeros(num_experts, int)
-        rank_of_expert[experts_of_slot[experts_of_slot >= 0]] = np.flatnonzero(experts_of_slot >= 0) // (
-            placement.slots_per_rank
-        )
+    for experts_of_slot, shares in zip(placement.expert_of_replica, placement.share_of_replica[:, 0], strict=True):
+        served = np.zeros((num_experts, num_ranks))
+        held = np.flatnonzero(experts_of_slot >= 0)
+        served[experts_of_slot[held], held // placement.slots_per_rank] = shares[held]
         for source, num_tokens in enumerate(tokens_of_rank):
             chosen = random.random((num_tokens, num_experts)).argsort(axis=1)[:, :top_k]
-            links[source] += np.bincount(rank_of_expert[chosen].ravel(), minlength=num_ranks)
+            links[source] += np.bincount(chosen.ravel(), minlength=num_experts) @ served
     others = links[~np.eye(num_ranks, dtype=bool)]
     return others.std() / others.mean()
 
@@ -68,6 +69,8 @@ def simulate_sigma(placement, tokens_of_rank, top_k, num_experts, random):
         ([[0, 1, 2, 3, 4, -1]], [100] * 3, 3),
         ([[0, 1, -1, 2]], [50] * 4, 1),
         ([[3, 1, 0, 2], [2, 1, 3, 0]], [20, 60, 40, 0], 2),
+        ([[0, 1, 1, 2, 2, 3, 3, 0]], [200] * 4, 2),
+        ([[0, 1, 2, 0, 1, -1]], [90] * 3, 1),
     ],
 )  # fmt: skip
 def test_the_sampling_floor_is_a_fair_routers_sigma(experts_of_layers, tokens_of_rank, top_k):
@@ -87,7 +90,8 @@ def test_without_choice_or_links_the_floor_is_zero():
 
 def test_each_nodes_tokens_are_shared_out_whole():
     placement = make_placement([[0, 1, 2, -1]], 2, num_nodes=2)
-    assert share_of_rank(placement, 0, 3).tolist() == [[pytest.approx(2 / 3), pytest.approx(1 / 3)]] * 2
+    served, squares = served_by_rank(placement, 0)
+    assert served.tolist() == squares.tolist() == [[2, 1]] * 2
 
 
 def test_required_and_achieved_bandwidth_by_hand():

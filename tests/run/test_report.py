@@ -10,7 +10,7 @@ from small import Notes, open_small_job
 from hpcmoe.run.infer import infer
 from hpcmoe.run.report import format_bytes, make_table, sum_up
 from hpcmoe.run.train import train
-from hpcmoe.wait import broadcast, gather_to_all
+from hpcmoe.wait import broadcast
 
 STEPS, TOKENS = 3, 14 * 5
 LABELS = {
