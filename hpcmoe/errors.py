@@ -6,6 +6,7 @@ import traceback
 from hpcmoe.wait import barrier, broadcast, gather_to_all
 
 EXIT_USER = 2  # bad input, or a machine that does not fit: the user can mend it
+EXIT_INTERRUPTED = 130  # as shells have it
 EXIT_BUG = 1  # anything else, shown with its traceback
 FAREWELL_SECONDS = 5.0  # how long a failing rank waits for the others before it aborts them
 
@@ -26,6 +27,10 @@ class ClusterError(HpcmoeError):
 
 class PlacementError(HpcmoeError):
     """The experts do not fit on the ranks."""
+
+
+class TrainingError(HpcmoeError):
+    """Training has left the numbers: a loss or a gradient is not finite."""
 
 
 class CheckpointError(HpcmoeError):
@@ -73,6 +78,12 @@ def exit_with(comm, fault, host):
         if barrier(comm, FAREWELL_SECONDS):  # mpirun kills the job at the first exit: let rank 0's line out first
             sys.exit(EXIT_USER)
         comm.Abort(EXIT_USER)
+
+    # Ctrl-C reaches all ranks; one word is enough.
+    if isinstance(fault, KeyboardInterrupt):
+        if comm.rank == 0:
+            say(["hpcmoe: interrupted"])
+        comm.Abort(EXIT_INTERRUPTED)
 
     # Only this rank knows: say who it is on each line, then take the others down.
     expected = isinstance(fault, HpcmoeError)

@@ -1,7 +1,9 @@
 """Training: steps of forward, backward and AdamW over real text, each one measured."""
 
 import logging
+import math
 
+from hpcmoe.errors import TrainingError, raise_or_return
 from hpcmoe.run.balance import update_load
 from hpcmoe.run.data import draw_starts, even_starts, share_of
 from hpcmoe.run.progress import open_progress
@@ -46,7 +48,15 @@ def train_step(job, optimizer, load, step):
     outcome = job.stepper.run(job.training, starts, load, "train", watched)
     with job.stepper.clock.stage("optimizer"):
         norm = optimizer.step(step)
+    check_finite(outcome.loss, norm, step, config.train.learning_rate)
     return outcome, norm
+
+
+def check_finite(loss, norm, step, learning_rate):
+    """Raise TrainingError, on all ranks alike, when the loss or the gradients' norm, which all share, is no number."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        text = f"step {step}: loss {loss}, norm of the gradients {norm}"
+        raise_or_return(None, TrainingError(f"{text}: try less than [train] learning_rate = {learning_rate}"))
 
 
 def validate(job, load, step):
