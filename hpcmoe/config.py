@@ -12,8 +12,8 @@ from annotated_types import Ge, Gt, Interval, MinLen
 from hpcmoe.errors import ConfigError
 
 STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # what pydantic is to be picky about
-Count = Annotated[int, Ge(1)]
-CountOrNone = Annotated[int, Ge(0)]  # 0 turns the thing off, or lets the program choose
+Count = Annotated[int, Interval(ge=1, lt=2**31)]
+CountOrNone = Annotated[int, Interval(ge=0, lt=2**31)]  # 0 turns the thing off, or lets the program choose
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(gt=0, lt=1)]
@@ -37,7 +37,7 @@ class Run:
     warmup_steps: CountOrNone = 10
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     output: Annotated[str, MinLen(1)] = "out"
-    threads_per_rank: CountOrNone = 0
+    threads_per_rank: Annotated[int, Interval(ge=0, le=4096)] = 0
 
 
 @section
@@ -68,10 +68,10 @@ class Cluster:
     bytes_per_second: Matrix = ()
     latency_seconds: Matrix = ()
     rack_of_node: tuple[str, ...] = ()
-    memory_bytes_per_node: CountOrNone = 0
+    memory_bytes_per_node: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     placement: Literal["packed", "contiguous"] = "packed"
     replicate: bool = False
-    spare_slots_per_rank: CountOrNone = 0
+    spare_slots_per_rank: Annotated[int, Interval(ge=0, le=1024)] = 0
 
 
 @section
@@ -79,7 +79,7 @@ class Comm:
     """What carries bytes."""
 
     device: Literal["auto", "host", "cuda"] = "auto"
-    buffer_factor: Annotated[float, Ge(1)] = 1.5
+    buffer_factor: Annotated[float, Interval(ge=1, le=1000)] = 1.5
 
 
 @section
@@ -92,7 +92,7 @@ class Dispatch:
     load_feedback: Annotated[float, Interval(ge=0, le=1)] = 0.2
     load_feedback_on: Literal["selection", "both"] = "selection"
     load_window_steps: Count = 10
-    capacity_factor: NotNegative = 0.0
+    capacity_factor: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
 
 
 @section
@@ -173,7 +173,7 @@ def read_config(path, overrides=()):
     text = read_text(path)
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as fault:
+    except (ValueError, RecursionError) as fault:  # tomllib tells more than its own errors
         raise ConfigError(f"{path}: not TOML: {fault}") from None
 
     # Lay the overrides over the file, remembering where each value came from.
@@ -194,7 +194,7 @@ def read_config(path, overrides=()):
 def read_text(path):
     """Read a text file, or say in one line why it cannot be read."""
     try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
+        return pathlib.Path(path).read_text(encoding="utf-8-sig")
     except OSError as fault:
         raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None
     except UnicodeDecodeError:
@@ -218,7 +218,7 @@ def make_config(tree, source_of):
     from pydantic import TypeAdapter, ValidationError  # rank 0 alone pays for this import
 
     try:
-        config = TypeAdapter(Config).validate_json(json.dumps(tree, default=str))
+        config = TypeAdapter(Config).validate_json(json.dumps(tree, default=lambda date: {"date": str(date)}))
     except ValidationError as invalid:
         raise ConfigError("\n".join(explain(fault, tree, source_of) for fault in invalid.errors())) from None
     faults = [f"{source_of(*keys)}: {text}" for keys, text in contradictions(config)]
@@ -270,6 +270,10 @@ def contradictions(config):
          f"must be at most [data] batch_sequences = {data.batch_sequences}"),
         (all(layer < model.num_layers for layer in config.write.activations_of_layers), "write",
          "activations_of_layers", f"must be layers below [model] num_layers = {model.num_layers}"),
+        (len(set(config.write.activations_of_layers)) == len(config.write.activations_of_layers), "write",
+         "activations_of_layers", "must name each layer once"),
+        ("\0" not in config.run.name, "run", "name", "must hold no zero byte"),
+        ("\0" not in config.run.output, "run", "output", "must hold no zero byte"),
     ]  # fmt: skip
     return [
         ((name, key), f"[{name}] {key} = {getattr(getattr(config, name), key)!r}: {text}")

@@ -6,15 +6,19 @@ import logging
 import pathlib
 import platform
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 from mpi4py import MPI
 
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.cluster.topology import check_launcher, host_name, read_topology, save_topology
 from hpcmoe.config import read_config
-from hpcmoe.errors import ConfigError, exit_with, on_root
+from hpcmoe.errors import CheckpointError, ConfigError, exit_with, on_all, on_root
+from hpcmoe.run.data import check_text, find_text
+from hpcmoe.run.room import check_room
 from hpcmoe.wait import barrier
-from hpcmoe.watch import start_watch
+from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
 from hpcmoe.write.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from hpcmoe.write.pieces import Part, Piece
@@ -25,9 +29,9 @@ log = logging.getLogger("hpcmoe.main")
 
 def main():
     """Run the program; whatever goes wrong ends all ranks."""
-    comm, host = MPI.COMM_WORLD, host_name()
-    watch = start_watch(comm, host)
+    comm, host, watch = MPI.COMM_WORLD, host_name(), Watch(None)
     try:
+        watch = start_watch(comm, host)
         check_launcher(comm)
         start_log(comm)
         arguments = on_root(comm, lambda: read_arguments(sys.argv[1:]))
@@ -42,75 +46,122 @@ def main():
 
 def run(comm, arguments):
     """Read, place, run, keep. Collective over comm."""
-    # Make sure of input and output first: a wrong key need not wait for torch.
+    # Make sure of input and output first: what is wrong need not wait for torch.
     config, text = on_root(comm, lambda: read_config(arguments.config, arguments.set))
     folder = pathlib.Path(config.run.output, config.run.name)
     checkpoint = None if arguments.resume is None else find_checkpoint(comm, arguments.resume or folder)
     goes_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
     on_root(comm, lambda: check_checkpoint(checkpoint, folder, config))
+    split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length))
+    on_all(comm, lambda: check_text(split))
     prepare_folder(comm, config.run.output, config.run.name, resume=goes_on)
 
     # Find out where the ranks are and what joins them.
     topology = read_topology(comm, config.cluster)
+    on_root(comm, lambda: check_room(config, topology))
     on_root(comm, lambda: save_topology(topology, folder / "topology.json"))
     log.info("%s", topology)
 
     with open_mesh(comm, config.cluster) as mesh:
         from hpcmoe.run.job import open_job  # imports torch: seconds of CPU on a laptop
+        from hpcmoe.run.report import make_table
 
-        with open_job(config, topology, mesh) as job:
-            kept_steps = step_of(checkpoint) if goes_on else None
-            with open_records(comm, folder, kept_steps) as records:
+        with open_job(config, topology, mesh, split) as job:
+            start = make_start(job, checkpoint)
+            with open_records(comm, folder, start.step if goes_on else None) as records:
                 describe_run(records, job, text)
-                totals = train_or_infer(job, records, folder, checkpoint)
+                totals = train_or_infer(job, records, folder, start)
                 describe_totals(records, totals)
             if comm.rank == 0:
-                from hpcmoe.run.report import make_table
-
-                written = [folder / "run.h5", *filter(None, [newest_checkpoint(folder)])]
-                print(f"\n{make_table(job, totals)}\n\nwritten: {', '.join(map(str, written))}", flush=True)
+                table, written = make_table(job, totals), list_written(config, folder)
+                print(f"\n{table}\n\nwritten: {', '.join(map(str, written))}", flush=True)
 
 
-def train_or_infer(job, records, folder, checkpoint):
-    """Do what [run] mode asks, from a checkpoint or from the start -> Totals. Collective over all ranks."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Where a run begins: as drawn from the seed, or as a checkpoint holds it."""
+
+    optimizer: Any  # None when inferring
+    state: Any
+    step: int
+    load: Any  # [L, E], what the routers feel at first
+
+
+def make_start(job, checkpoint):
+    """Lay the state out, and fill it from the checkpoint if there is one -> Start. Collective over all ranks."""
     from hpcmoe.run.balance import even_load
-    from hpcmoe.run.infer import infer
     from hpcmoe.run.optimizer import Optimizer
-    from hpcmoe.run.report import sum_up
     from hpcmoe.run.state import State
+
+    config, network = job.config, job.stepper.network
+    optimizer = Optimizer(network, job.placement, config, job.mesh) if config.run.mode == "train" else None
+    state, step = State(job, optimizer), 0
+    load = even_load(config.model.num_layers, config.model.num_experts)
+    if checkpoint is not None:
+        step, load = resume(job, state, checkpoint)
+    return Start(optimizer=optimizer, state=state, step=step, load=load)
+
+
+def train_or_infer(job, records, folder, start):
+    """Do what [run] mode asks -> Totals. Collective over all ranks."""
+    from hpcmoe.run.infer import infer
+    from hpcmoe.run.report import sum_up
     from hpcmoe.run.train import is_due, train
 
-    # Lay the state out: as drawn from the seed, or as a checkpoint holds it.
-    config, mesh, network = job.config, job.mesh, job.stepper.network
-    training = config.run.mode == "train"
-    optimizer = Optimizer(network, job.placement, config, mesh) if training else None
-    state = State(job, optimizer)
-    step, load = 0, even_load(config.model.num_layers, config.model.num_experts)
-    if checkpoint is not None:
-        step, load = resume(mesh.world, state, checkpoint)
+    config, world, training = job.config, job.mesh.world, start.optimizer is not None
 
     def save(step, load, activations):
         """Keep what is due after a step. Collective over all ranks."""
-        if activations:
-            write_activations(mesh.world, folder, step, activations)
+        if job.config.write.activations_of_layers and is_due(step, config.write.activations_every, config.run.steps):
+            write_activations(world, folder, step, activations)
         if training and is_due(step, config.write.checkpoint_every, config.run.steps):
             records.flush()
-            pieces = [Piece(name=n, shape=s, start=at, array=a) for n, s, at, a in state.collect(load)]
-            facts = {"step": step, "num_ranks": mesh.world.size, "seed": config.run.seed}
-            save_checkpoint(mesh.world, folder, step, pieces, facts, config.write.checkpoints_kept)
+            pieces = [Piece(name=n, shape=s, start=at, array=a) for n, s, at, a in start.state.collect(load)]
+            facts = {"step": step, "num_ranks": world.size} | describe_model(config)
+            save_checkpoint(world, folder, step, pieces, facts, config.write.checkpoints_kept)
             log.info("step %d: checkpoint written", step)
 
     announce(job)
-    losses = train(job, records, optimizer, (step, load), save) if training else infer(job, records, load, save)
-    return sum_up(job, optimizer, losses)
+    if training:
+        losses = train(job, records, start.optimizer, (start.step, start.load), save)
+    else:
+        losses = infer(job, records, start.load, save)
+    return sum_up(job, start.optimizer, losses)
 
 
-def resume(comm, state, checkpoint):
-    """Take the state from a checkpoint of any number of ranks -> (its step, its load). Collective over comm."""
+def resume(job, state, checkpoint):
+    """Take the state from a checkpoint of any number of ranks -> (its step, its load). Collective over all ranks."""
     wanted = [Part(name=n, shape=s, start=at, extent=e, keys=keys) for n, s, at, e, keys in state.wanted()]
-    arrays, facts = load_checkpoint(comm, checkpoint, wanted)
+    arrays, facts = load_checkpoint(job.mesh.world, checkpoint, wanted)
+    on_root(job.mesh.world, lambda: check_facts(facts, job.config, checkpoint))
     log.info("resumed %s, step %d, written by %d ranks", checkpoint, facts["step"], facts["num_ranks"])
     return int(facts["step"]), state.restore(arrays, int(facts["step"]))
+
+
+def describe_model(config):
+    """Name what shapes alone do not tell of a model -> dict key: value, as checkpoints keep it."""
+    return {
+        "[experts] kind": config.experts.kind,
+        "[experts] bias": int(config.experts.bias),
+        "[model] attention": int(config.model.attention),
+        "[model] num_heads": config.model.num_heads,
+        "[model] top_k": config.model.top_k,
+    }
+
+
+def check_facts(facts, config, checkpoint):
+    """Refuse a checkpoint of another model, or one whose facts are not whole."""
+    if facts.get("step") != step_of(checkpoint) or "num_ranks" not in facts:
+        raise CheckpointError(f"{checkpoint}: its step is not the one in its name; it is not whole")
+    for key, wants in describe_model(config).items():
+        if facts.get(key) != wants:
+            raise CheckpointError(f"{checkpoint}: was written with {key} = {facts.get(key)}, this run has {wants}")
+
+
+def list_written(config, folder):
+    """List what this run has left to look into."""
+    newest = newest_checkpoint(folder) if config.run.mode == "train" else None
+    return [folder / "run.h5", *([newest] if newest else [])]
 
 
 def announce(job):
@@ -175,6 +226,8 @@ def check_checkpoint(checkpoint, folder, config):
     """Refuse to resume what is at its end, or from the folder that a new run of this name would replace."""
     if checkpoint is None:
         return
+    if config.run.mode == "infer" and checkpoint.resolve().parent == folder.resolve():
+        raise ConfigError(f'[run] name = "{config.run.name}": inference of {checkpoint} needs a name of its own')
     if config.run.mode == "train" and step_of(checkpoint) >= config.run.steps:
         raise ConfigError(
             f"[run] steps = {config.run.steps}: must be more than the {step_of(checkpoint)} of {checkpoint}"

@@ -34,16 +34,6 @@ class Patience:
             self.sleep_seconds = min(self.sleep_seconds * SLEEP_GROWTH, LONGEST_SLEEP_SECONDS)
 
 
-def wait_some(requests):
-    """Wait until at least one of the requests is done -> indexes of those done (empty when none is active)."""
-    patience = Patience()
-    while True:
-        done = MPI.Request.Testsome(requests)
-        if done is None or len(done) > 0:
-            return done or []
-        patience.pause()
-
-
 def wait_all(requests, timeout_seconds=None):
     """Wait until every request is done -> False when the time ran out first."""
     patience = Patience()

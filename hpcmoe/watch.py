@@ -34,7 +34,8 @@ def start_watch(comm, host):
     pid = None
     if node.rank == 0 and hasattr(os, "pidfd_open"):  # Linux 5.3
         command = [sys.executable, "-S", str(WATCHER), host, str(comm.size), *ranks]
-        pid = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True).pid
+        with contextlib.suppress(OSError):
+            pid = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True).pid
     watch = Watch(broadcast(node, pid))
     node.Free()
     return watch

@@ -23,10 +23,12 @@ def main(host, size, *ranks):
             file = os.pidfd_open(int(pid))
         except ProcessLookupError:
             return say(host, size, rank, pid)
+        except OSError:  # the kernel does not let us watch
+            return None
         rank_of_file[file] = (rank, pid)
         deaths.register(file, select.EPOLLIN)
     first, _ = deaths.poll()[0]
-    say(host, size, *rank_of_file[first])
+    return say(host, size, *rank_of_file[first])
 
 
 def say(host, size, rank, pid):
@@ -35,7 +37,7 @@ def say(host, size, rank, pid):
     clock = time.strftime("%H:%M:%S", time.localtime(now)) + f".{int(now * 1000) % 1000:03d}"
     sys.stderr.write(
         f"[rank {rank} of {size}, {host}] {clock} process {pid} ended before its time, the first of this node's "
-        "ranks (killed? out of memory?); the launcher ends the others\n"
+        "ranks (killed? out of memory?)\n"
     )
     sys.stderr.flush()
 

@@ -13,6 +13,7 @@ from hpcmoe.comm.device import HostDevice, HostEvent
 from hpcmoe.comm.transport import offsets_of
 from hpcmoe.config import Config
 from hpcmoe.dispatch.exchange import Exchange, Sizes
+from hpcmoe.run.data import find_text
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.state import State
@@ -61,9 +62,10 @@ def open_small_job(comm, folder, num_nodes=1, text=RANDOM_TEXT, **changes):
         file.write_bytes(text)
     comm.Barrier()
     config = make_config(data__files=(str(file),), data__exclude=(), **changes)
+    split = find_text(config.data, config.model.sequence_length)
     with (
         open_mesh(comm, config.cluster) as mesh,
-        open_job(config, make_topology(comm.size, min(num_nodes, comm.size)), mesh) as job,
+        open_job(config, make_topology(comm.size, min(num_nodes, comm.size)), mesh, split) as job,
     ):
         trains = config.run.mode == "train"
         optimizer = Optimizer(job.stepper.network, job.placement, config, mesh) if trains else None

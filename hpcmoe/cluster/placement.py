@@ -197,7 +197,9 @@ def weigh(problem, expert_of_replica, method):
     return Placement(
         expert_of_replica=expert_of_replica,
         rank_of_replica=np.repeat(np.arange(len(problem.node_of_rank)), problem.slots_per_rank),
-        replica_count=(expert_of_replica[:, :, None] == np.arange(problem.num_experts)).sum(axis=1),
+        replica_count=np.stack(
+            [np.bincount(row[row >= 0], minlength=problem.num_experts) for row in expert_of_replica]
+        ),
         share_of_replica=share_of_replica,
         node_of_rank=problem.node_of_rank,
         objective_seconds=objective(problem, tokens),

@@ -46,12 +46,6 @@ class HostDevice:
         """Mark the work given to the device so far -> Event."""
         return HostEvent()
 
-    def synchronize(self):
-        """Wait for all work given to the device."""
-
-    def peak_bytes(self):
-        """Return the most memory that arrays on the device took, or None where only the process knows."""
-
 
 class CudaDevice:
     """One GPU: three streams, and pinned host memory for what travels (staged)."""
@@ -99,14 +93,6 @@ class CudaDevice:
             staged.copy_(rows, non_blocking=True)
             rows.record_stream(self.send)
             return self.send.record_event()
-
-    def synchronize(self):
-        """Wait for all work given to the device."""
-        torch.cuda.synchronize()
-
-    def peak_bytes(self):
-        """Return the most memory that arrays on the device took."""
-        return torch.cuda.max_memory_allocated()
 
 
 def as_rows(buffer, dtype):

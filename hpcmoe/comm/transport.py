@@ -62,7 +62,7 @@ def offsets_of(counts):
 
 
 class Loopback:
-    """A group of one rank: what it sends, it receives. For serial tests and runs without MPI peers."""
+    """A group of one rank: what it sends, it receives. The stand-in for tests that need no MPI."""
 
     rank = 0
     size = 1

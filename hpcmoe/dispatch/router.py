@@ -46,10 +46,11 @@ class Router(nn.Module):
         # Let the load speak: on the choice alone, or on the weights too.
         damped = logits - self.config.load_feedback * load
         experts = damped.topk(self.top_k, dim=-1).indices  # [T, K]
-        weights = damped.softmax(dim=-1) if self.config.load_feedback_on == "both" else probabilities
-        gates = weights.gather(1, experts)
+        speaking = damped if self.config.load_feedback_on == "both" else logits
         if self.config.renormalize:
-            gates = gates / gates.sum(dim=-1, keepdim=True)
+            gates = speaking.gather(1, experts).softmax(dim=-1)  # the same as p / sum(p), and safe where p underflows
+        else:
+            gates = speaking.softmax(dim=-1).gather(1, experts)
 
         kept = self.within_capacity(experts)
         return Routing(

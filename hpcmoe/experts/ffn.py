@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from hpcmoe.comm.mpi import all_reduce
-
-MATRICES = {"gelu": ("up", "down"), "relu": ("up", "down"), "swiglu": ("gate", "up", "down")}
+from hpcmoe.experts.shapes import MATRICES, split_axis, weight_shape
 
 
 class Expert(nn.Module):
@@ -95,13 +94,3 @@ def make_expert_weights(config, layer, expert, tensor_index, tensor_size):
         if tensor_index == 0:  # added once, to the first rank's partial sum
             shards["down_bias"] = torch.zeros(model.hidden)
     return shards
-
-
-def weight_shape(model, name):
-    """Shape of a whole matrix, [out, in]."""
-    return (model.hidden, model.feed_forward) if name == "down" else (model.feed_forward, model.hidden)
-
-
-def split_axis(name):
-    """Axis over which a tensor-parallel group shares a weight: down by its input, the others by their output."""
-    return 1 if name == "down" else 0

@@ -72,7 +72,10 @@ class MoELayer(nn.Module):
         flight.results = self.exchange.finish_homeward(flight)  # [N', H]
         flight.row_of_copy = torch.from_numpy(flight.plan.row_of_copy).to(flight.results.device)  # [T, K]
         copies = flight.results[flight.row_of_copy].float()  # [T, K, H]
-        return flight.residual.detach() + torch.einsum("tk,tkh->th", flight.routing.gates.detach(), copies)
+        x = flight.residual.detach() + torch.einsum("tk,tkh->th", flight.routing.gates.detach(), copies)
+        if not flight.training:
+            flight.results = flight.residual = flight.normed = None  # nothing will ask for them
+        return x
 
     def combine_backward(self, flight, slope):
         """Take the slope by the next layer's x [T, H]; send the experts theirs, and keep the gates'."""

@@ -64,6 +64,9 @@ class Engine:
             case "head":
                 flights = [self.flights[number, m] for number in range(len(network.layers))]
                 self.values[m] = network.head(m, self.values.pop(m), flights)
+                if not training:  # no way down needs them
+                    for number in range(len(flights)):
+                        del self.flights[number, m]
             case "combine_backward":
                 layer.combine_backward(self.flights[at], self.values.pop(m))
             case "compute_backward":

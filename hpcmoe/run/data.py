@@ -2,6 +2,7 @@
 
 import fnmatch
 import glob
+import os
 import pathlib
 import sysconfig
 import zlib
@@ -34,12 +35,11 @@ def find_text(data, sequence_length):
 
     Raises ConfigError when nothing matches, a named file is not there, or the text is too short for one sequence.
     """
-    names = {name for pattern in data.files for name in expand(pattern)}
-    names = sorted(name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in data.exclude))
+    names = sorted({name for pattern in data.files for name in expand(pattern, data.exclude)})
     sizes = {name: pathlib.Path(name).stat().st_size for name in names}
     spans = [Span(path=name, first=0, length=size) for name, size in sizes.items() if size > 0]
     if not spans:
-        raise ConfigError(f"[data] files = {list(data.files)}: no file with text matches")
+        raise ConfigError(f"[data] files = {list(data.files)}, less [data] exclude: no file with text matches")
 
     split = split_spans(spans, data.validation_share)
     for part, held in (("training", split.training), ("validation", split.validation)):
@@ -52,11 +52,16 @@ def find_text(data, sequence_length):
     return split
 
 
-def expand(pattern):
-    """Find the files that a glob pattern names; {stdlib} is the folder of Python's own library."""
+def expand(pattern, exclude):
+    """Find the files that a glob pattern names, less those that match a pattern to exclude, or a file by its name.
+
+    {stdlib} in a pattern is the folder of Python's own library.
+    """
     where = pattern.replace("{stdlib}", sysconfig.get_path("stdlib"))
     found = [name for name in glob.glob(where, recursive=True) if pathlib.Path(name).is_file()]
-    if not found and not glob.has_magic(where):
+    if glob.has_magic(where):
+        return [name for name in found if not any(fnmatch.fnmatch(name, unwanted) for unwanted in exclude)]
+    if not found:
         raise ConfigError(f"[data] files: {where}: no such file")
     return found
 
@@ -79,6 +84,8 @@ def check_text(split):
         path = pathlib.Path(span.path)
         if not path.is_file() or path.stat().st_size < span.first + span.length:
             raise ConfigError(f"[data] files: {span.path}: rank 0 found it, this rank does not see it whole")
+        if not os.access(path, os.R_OK):
+            raise ConfigError(f"[data] files: {span.path}: cannot be read: Permission denied")
 
 
 class Text:
@@ -131,6 +138,16 @@ def even_starts(text_length, num_sequences, sequence_length):
 def share_of(num_items, index, num_shares):
     """The items of one of num_shares nearly equal shares -> slice."""
     return slice(num_items * index // num_shares, num_items * (index + 1) // num_shares)
+
+
+def count_sequences(num_sequences, num_micro_batches, num_shares):
+    """Count the sequences of a step that each share gets -> int64 [num_shares]."""
+    counts = np.zeros(num_shares, dtype=np.int64)
+    for micro_batch in range(num_micro_batches):
+        part = share_of(num_sequences, micro_batch, num_micro_batches)
+        edges = (part.stop - part.start) * np.arange(num_shares + 1) // num_shares
+        counts += np.diff(edges)
+    return counts
 
 
 def read_micro_batches(text, starts, sequence_length, num_micro_batches, mesh):

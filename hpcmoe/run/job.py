@@ -17,7 +17,7 @@ from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.config import Config
 from hpcmoe.dispatch.exchange import Exchange, Sizes
 from hpcmoe.errors import PlacementError, on_all, on_root
-from hpcmoe.run.data import Text, check_text, find_text
+from hpcmoe.run.data import Text
 from hpcmoe.run.memory import Memory, reckon_memory
 from hpcmoe.run.meter import Meter
 from hpcmoe.run.model import make_model
@@ -41,12 +41,10 @@ class Job:
 
 
 @contextlib.contextmanager
-def open_job(config, topology, mesh):
-    """Build everything that a run works with -> Job. Collective over mesh.world, on entry and on exit."""
+def open_job(config, topology, mesh, split):
+    """Build everything that a run works with, its text split -> Job. Collective over mesh.world, both ends."""
     world, here = mesh.world, topology.ranks_of_node(topology.node_of_rank[mesh.world.rank])
     torch.set_num_threads(config.run.threads_per_rank or choose_threads(topology, world.rank))
-    split = on_root(world, lambda: find_text(config.data, config.model.sequence_length))
-    on_all(world, lambda: check_text(split))
     device = on_all(world, lambda: open_device(config.comm.device, list(here).index(world.rank)))
 
     # Reckon what a rank needs, and place the experts in the rest of the memory.
@@ -105,8 +103,9 @@ def place_experts(problem, method, memory, process_bytes):
     try:
         return make_placement(problem, method)
     except PlacementError as fault:
+        others = memory.besides_experts + process_bytes
         raise PlacementError(
-            f"{fault}; besides experts each rank needs {(memory.besides_experts + process_bytes) / 1e6:.0f} MB: "
+            f"{fault}; of its node's memory each rank needs {others / 1e6:.0f} MB besides experts: "
             f"process {process_bytes / 1e6:.0f}, dense parts {memory.dense * memory.states / 1e6:.0f}, "
             f"messages {memory.buffers / 1e6:.0f}, activations {memory.activations / 1e6:.0f}"
         ) from None
@@ -138,5 +137,5 @@ def make_problem(config, topology, mesh, bytes_of_expert, other_bytes):
         bytes_per_token=model.hidden * getattr(torch, model.dtype).itemsize,
         tokens_of_rank=np.full(mesh.expert_parallel, copies),
         node_names=tuple(topology.node_names[node] for node in nodes),
-        probability=np.full((model.num_layers, len(nodes), model.num_experts), 1 / model.num_experts),
+        probability=np.broadcast_to(1 / model.num_experts, (model.num_layers, len(nodes), model.num_experts)),
     )

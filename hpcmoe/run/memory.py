@@ -6,7 +6,7 @@ import weakref
 
 import torch
 
-from hpcmoe.experts.ffn import MATRICES
+from hpcmoe.experts.shapes import count_expert_parameters, reckon_expert
 
 NUM_BYTES = 256  # the vocabulary
 FLOAT32 = 4  # bytes
@@ -47,27 +47,21 @@ def reckon_memory(config, tensor_parallel, slots, sizes):
     Activations are those of an even load; a rank that draws more rows keeps more.
     """
     model, training = config.model, config.run.mode == "train"
-    itemsize = FLOAT32 if training else getattr(torch, model.dtype).itemsize
-    one_expert = count_expert_parameters(config) * itemsize
+    one_expert, states = reckon_expert(config)
     experts = one_expert * slots * model.num_layers // tensor_parallel
     dense = count_dense_parameters(model) * FLOAT32
     return Memory(
-        states=4 if training else 1,
+        states=states,
         one_expert=one_expert,
         experts=experts,
         dense=dense,
         gradients=experts + dense if training else 0,
         optimizer=2 * (experts + dense) if training else 0,
         buffers=2 * sizes.num_berths * (sizes.home_rows + sizes.expert_rows) * sizes.row_bytes,
-        activations=reckon_activations(config, tensor_parallel, slots, sizes) if training else 0,
+        activations=reckon_activations(config, tensor_parallel, slots, sizes)
+        if training
+        else reckon_passing(model, sizes),
     )
-
-
-def count_expert_parameters(config):
-    """Numbers in one logical expert: two matrices H x F (three when gated), and biases."""
-    model, names = config.model, MATRICES[config.experts.kind]
-    biases = (len(names) - 1) * model.feed_forward + model.hidden if config.experts.bias else 0
-    return len(names) * model.hidden * model.feed_forward + biases
 
 
 def count_dense_parameters(model):
@@ -102,6 +96,12 @@ def reckon_activations(config, tensor_parallel, slots, sizes):
         token_bytes += FLOAT32 * model.hidden
     of_layer = tokens * (token_bytes + model.top_k * copy_bytes) + weights
     return sizes.num_berths * model.num_layers * of_layer
+
+
+def reckon_passing(model, sizes):
+    """Bytes that the micro-batches in flight hold in inference: each layer's input and routing, until the last."""
+    tokens = sizes.home_rows // model.top_k
+    return sizes.num_berths * model.num_layers * tokens * (FLOAT32 * model.hidden + 40 * model.top_k)
 
 
 class ActivationGauge:

@@ -104,7 +104,10 @@ class LanguageModel(nn.Module):
             flight = flights[layer]
             kept = {"input": flight.x, "output": outputs[layer], "experts": flight.routing.experts}
             for name, values in kept.items():
-                self.seen.setdefault(f"layer{layer}/{name}", []).append(values.detach().cpu().numpy().copy())
+                rows = values.detach().cpu().numpy()
+                if self.mesh.tensor_index > 0:  # the first of a tensor-parallel group speaks for it
+                    rows = rows[:0]
+                self.seen.setdefault(f"layer{layer}/{name}", []).append(rows.copy())
 
     def take_activations(self):
         """Return the activations kept in the last step -> dict name: array [tokens of this rank, ...]."""
@@ -179,9 +182,6 @@ def make_model(config, mesh, placement, exchange, device):
 
     layers = [make_layer(config, mesh, placement, exchange, draw, number) for number in range(config.model.num_layers)]
     network = LanguageModel(config, layers, draw, mesh, device)
-    if config.run.mode == "infer":  # what is not trained needs no float32; router and norms keep theirs
-        for layer in network.layers:
-            layer.experts.to(getattr(torch, config.model.dtype))
     return network.to(device.torch_device)
 
 
@@ -207,6 +207,7 @@ def make_expert(config, mesh, layer, expert):
     """Build this rank's shard of a logical expert, or an Identity for an empty slot (-1)."""
     if expert < 0:
         return nn.Identity()
-    return Expert(
-        config.experts.kind, make_expert_weights(config, layer, expert, mesh.tensor_index, mesh.tensor_parallel)
-    )
+    weights = make_expert_weights(config, layer, expert, mesh.tensor_index, mesh.tensor_parallel)
+    if config.run.mode == "infer":  # what is not trained needs no float32; router and norms keep theirs
+        weights = {name: weight.to(getattr(torch, config.model.dtype)) for name, weight in weights.items()}
+    return Expert(config.experts.kind, weights)

@@ -81,7 +81,7 @@ def describe(outcome, reading):
 def describe_briefly(outcome, reading):
     """Put what a person watches in a few words."""
     utilisation = outcome.census.utilisation
-    loss = f"loss {outcome.loss:.4f}, " if outcome.loss else ""
+    loss = f"loss {outcome.loss:.4f}, " if outcome.loss is not None else ""
     return (
         f"{loss}{reading.tokens_per_second:.0f} tokens/s, U_e {utilisation.min():.2f}-{utilisation.max():.2f}, "
         f"sigma {reading.links.sigma:.3f}"

@@ -6,6 +6,7 @@ import numpy as np
 from tabulate import tabulate
 
 from hpcmoe.errors import on_root
+from hpcmoe.run.data import count_sequences
 from hpcmoe.run.figures import compare_bandwidth, sampling_floor, sum_by_node
 from hpcmoe.run.memory import Memory, measure_memory, peak_resident_bytes
 from hpcmoe.wait import gather_to_all, wait_all
@@ -72,8 +73,11 @@ def gather_traffic(job):
 def find_floor(job):
     """Compute the sampling floor of a step's link sigma."""
     model, mesh = job.config.model, job.mesh
-    tokens = job.config.data.batch_sequences * model.sequence_length / mesh.num_token_shares
-    return sampling_floor(job.placement, np.full(mesh.expert_parallel, tokens), model.top_k, model.num_experts)
+    sequences = count_sequences(
+        job.config.data.batch_sequences, job.config.pipeline.micro_batches, mesh.num_token_shares
+    )
+    tokens = sequences[: mesh.expert_parallel] * model.sequence_length  # of the first expert-parallel group
+    return sampling_floor(job.placement, tokens, model.top_k, model.num_experts)
 
 
 def make_table(job, totals):
@@ -151,7 +155,7 @@ def links_between(what, bytes_of_link, job, totals):
     unit = "MB/s a link"
     counted = f"{unit}, x {model.top_k} copies x {TRANSFERS[job.config.run.mode]} ways x {model.num_layers} layers"
     return [
-        (f"links between {what}s", f"{bandwidth.num_links}", ""),
+        (f"links between {what}s", f"{bandwidth.num_links}", "experts' rows alone, no sums of gradients"),
         ("  bytes carried", f"{carried.min():.2f} / {carried.mean():.2f} / {carried.max():.2f}",
          f"MB a link, least / mean / most; sigma {sigma:.3f}"),
         ("  required, BW_min", f"{bandwidth.plain / 1e6:.4f}", f"{unit}: tokens/s x token bytes / links"),

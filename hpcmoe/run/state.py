@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hpcmoe.experts.ffn import split_axis, weight_shape
+from hpcmoe.experts.shapes import split_axis, weight_shape
 
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  # our name: AdamW's
 LOAD = "balance/load"  # what the routers feel, [L, E]
@@ -101,16 +101,12 @@ def place_of_expert(job, parameter, where, owned):
     if name != "down_bias":
         axis = split_axis(name.removesuffix("_bias"))
         start[1 + axis] = job.mesh.tensor_index * parameter.shape[axis]
-    inner = (
-        ("[model] hidden", "[model] feed_forward")
-        if name.startswith("down")
-        else ("[model] feed_forward", "[model] hidden")
-    )
+    sizes = ("[model] hidden", "[model] feed_forward")  # of an output's rows; of the others the other way round
     return Place(
         name=f"experts/layer{layer}/{name}",
         shape=shape,
         start=tuple(start),
         extent=(1, *parameter.shape),
-        keys=("[model] num_experts", *(inner if name.startswith("down") else inner[::-1])),
+        keys=("[model] num_experts", *(sizes if name.startswith("down") else sizes[::-1])),
         owned=owned,
     )

@@ -16,7 +16,7 @@ from hpcmoe.run.model import Census
 class Outcome:
     """What a step did, over all ranks."""
 
-    loss: float  # mean cross-entropy, nats a byte; 0 where no head ran
+    loss: float | None  # mean cross-entropy, nats a byte; None where no head ran
     num_tokens: int
     census: Census
 
@@ -49,12 +49,13 @@ class Stepper:
         with self.clock.stage("waiting"):
             census = self.network.take_census()
             loss_sum = all_reduce(self.mesh.world, np.array([self.network.loss_sum]))[0]
-        return Outcome(loss=loss_sum / self.mesh.tensor_parallel / num_tokens, num_tokens=num_tokens, census=census)
+        loss = None if purpose == "infer" else loss_sum / self.mesh.tensor_parallel / num_tokens
+        return Outcome(loss=loss, num_tokens=num_tokens, census=census)
 
     def run_engine(self, training):
-        """Run the schedule, and measure the activations of the first backward pass."""
-        if training and self.gauge.peak_bytes == 0:
+        """Run the schedule, and measure the activations in flight of the first step of the run's kind."""
+        if training == (self.config.run.mode == "train") and self.gauge.peak_bytes == 0:
             with self.gauge.hooks():
-                self.engine.run(self.schedules[True], True, self.gauge.look)
+                self.engine.run(self.schedules[training], training, self.gauge.look)
         else:
             self.engine.run(self.schedules[training], training)

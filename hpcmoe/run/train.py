@@ -18,9 +18,9 @@ def train(job, records, optimizer, start, save):
     """
     config, network = job.config, job.stepper.network
     first_step, load = start
-    first_loss = last_loss = validate(job, load, first_step)
+    losses = {"validation loss, first": validate(job, load, first_step)}
     if first_step == 0:  # a resumed run has recorded it
-        records.append(0, "train", "validation_loss", first_loss, "nats/byte")
+        records.append(0, "train", "validation_loss", losses["validation loss, first"], "nats/byte")
     with open_progress(config.run.steps, first_step, job.mesh.world.rank == 0) as progress:
         for step in range(first_step + 1, config.run.steps + 1):
             job.meter.start()
@@ -32,10 +32,10 @@ def train(job, records, optimizer, start, save):
             # What was measured acts on the next step's routers.
             load = update_load(load, outcome.census.utilisation, config.dispatch.load_window_steps)
             if is_due(step, config.train.validate_every, config.run.steps):
-                last_loss = validate(job, load, step)
-                records.append(step, "train", "validation_loss", last_loss, "nats/byte")
+                losses["validation loss, last"] = validate(job, load, step)
+                records.append(step, "train", "validation_loss", losses["validation loss, last"], "nats/byte")
             save(step, load, activations)
-    return {"validation loss, first": first_loss, "validation loss, last": last_loss}
+    return losses
 
 
 def train_step(job, optimizer, load, step):
@@ -80,7 +80,6 @@ def report_step(records, progress, step, outcome, reading):
     """Record a step's figures and show them."""
     census = outcome.census
     figures = [
-        ("train", "loss", outcome.loss, "nats/byte"),
         ("run", "tokens_per_second", reading.tokens_per_second, "tokens/s"),
         ("run", "seconds", reading.seconds, "s"),
         ("dispatch", "link_sigma", reading.links.sigma, "1"),
@@ -90,6 +89,8 @@ def report_step(records, progress, step, outcome, reading):
         ("dispatch", "z_loss", census.z_loss, "1"),
         ("experts", "utilisation", census.utilisation, "actual/expected tokens"),
     ]
+    if outcome.loss is not None:
+        figures.append(("train", "loss", outcome.loss, "nats/byte"))
     figures += [("run", f"seconds_{stage}", seconds, "s") for stage, seconds in reading.seconds_of_stage.items()]
     for chapter, name, value, unit in figures:
         records.append(step, chapter, name, value, unit)

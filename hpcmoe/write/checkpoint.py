@@ -31,7 +31,12 @@ def load_checkpoint(comm, folder, wanted):
 
 def find_checkpoint(comm, where):
     """Find the checkpoint to resume: `where` itself, or the newest in it -> its path. Collective over comm."""
-    return on_root(comm, lambda: choose_checkpoint(pathlib.Path(where)))
+
+    def choose():
+        with one_line_faults(where, "read"):
+            return choose_checkpoint(pathlib.Path(where))
+
+    return on_root(comm, choose)
 
 
 def choose_checkpoint(where):

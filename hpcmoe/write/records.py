@@ -49,8 +49,8 @@ def make_folder(folder, output, name, resume):
 
 
 def set_aside(folder):
-    """Rename a folder to NAME.previous, in place of an older one; an empty one holds nothing to keep."""
-    if not any(folder.iterdir()):
+    """Rename a folder to NAME.previous, in place of an older one, unless a run that failed early left it bare."""
+    if not any(folder.glob("*.h5")) and not any(folder.glob("*/*.h5")):
         return
     previous = folder.with_name(f"{folder.name}.previous")
     if previous.exists():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import make_config, make_topology, open_small_job
 
-from hpcmoe.errors import ClusterError, ConfigError, PlacementError
+from hpcmoe.errors import ClusterError, PlacementError
 from hpcmoe.run.data import share_of
 from hpcmoe.run.job import choose_threads, make_problem, reckon_sizes
 
@@ -97,7 +97,6 @@ def test_experts_get_the_memory_that_the_rest_leaves():
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"data__validation_share": 0.999}, ConfigError, "for training hold 4 bytes"),
         ({"comm__device": "cuda"}, ClusterError, 'device = "cuda": torch finds no CUDA device'),
         ({"model__feed_forward": 2**34}, PlacementError, "do not fit"),
     ],

@@ -53,12 +53,14 @@ def test_the_memory_of_a_training_rank_is_as_reckoned(comm, tmp_path, case):
     assert measured.activations == pytest.approx(reckoned.activations, rel=0.1)
 
 
-def test_inference_has_parameters_and_buffers_alone(comm, tmp_path):
+def test_inference_has_parameters_buffers_and_what_passes_through(comm, tmp_path):
     with open_job(comm, tmp_path, run__mode="infer") as (job, _, _):
         measured = take_step(job, None, "infer")
     reckoned = job.memory
-    assert dataclasses.replace(measured, buffers=0) == dataclasses.replace(reckoned, buffers=0)
-    assert reckoned.gradients == reckoned.optimizer == reckoned.activations == 0 and reckoned.states == 1
+    varying = {"buffers": 0, "activations": 0}
+    assert dataclasses.replace(measured, **varying) == dataclasses.replace(reckoned, **varying)
+    assert measured.activations == pytest.approx(reckoned.activations, rel=0.3)
+    assert reckoned.gradients == reckoned.optimizer == 0 and reckoned.states == 1
 
 
 @pytest.mark.mpi

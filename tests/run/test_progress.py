@@ -49,7 +49,7 @@ def test_a_steps_line_holds_its_figures():
 
 
 def test_inference_has_neither_loss_nor_optimizer():
-    outcome = SimpleNamespace(loss=0, census=OUTCOME.census)
+    outcome = SimpleNamespace(loss=None, census=OUTCOME.census)
     reading = Reading(
         seconds=0.5, seconds_of_stage=dict.fromkeys(STAGES, 0.0), links=READING.links, num_tokens=500
     )  # fmt: skip

@@ -109,3 +109,24 @@ def test_without_an_optimizer_parameters_alone_are_wanted(comm, shared):
         names = [name for name, *_ in state.wanted()]
         assert names[-1] == "balance/load" and all(name.endswith("/value") for name in names[:-1])
         assert {name for name, *_ in state.collect(None)} <= set(names)
+
+
+@pytest.mark.mpi
+def test_each_axis_of_an_experts_weight_knows_its_key(comm, shared):
+    with open_small_job(comm, shared, model__hidden=8, model__feed_forward=12) as (_, _, state):
+        for name, shape, _, _, keys in state.wanted():
+            if name.startswith("experts/"):
+                sizes = {"[model] num_experts": 4, "[model] hidden": 8, "[model] feed_forward": 12}
+                assert tuple(sizes[key] for key in keys[: len(shape)]) == shape, name
+
+
+@pytest.mark.mpi
+def test_inference_keeps_no_micro_batch_beyond_its_pass(comm, shared):
+    """What is held does not grow with the number of micro-batches: at most two are in flight."""
+    peaks = []
+    for number in (2, 7):
+        changes = {"run__mode": "infer", "pipeline__micro_batches": number, "data__batch_sequences": 4 * number}
+        with open_small_job(comm, shared, **changes) as (job, _, _):
+            job.stepper.run(job.training, np.arange(4 * number), np.ones((2, 4)), "infer")
+            peaks.append(job.stepper.gauge.peak_bytes)
+    assert peaks[1] <= 1.3 * peaks[0]

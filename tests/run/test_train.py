@@ -71,7 +71,7 @@ def test_training_goes_on_after_the_step_it_is_given(comm, shared):
     assert list(values["train/loss"]) == [11, 12] == [step for step, _, _ in saved]
     assert list(values["train/validation_loss"]) == [12]  # that of step 10 was recorded before
     losses, values, saved = run_training(comm, shared, first_step=12)
-    assert saved == [] and losses["validation loss, first"] == losses["validation loss, last"]
+    assert saved == [] and list(losses) == ["validation loss, first"]  # nothing was trained, so nothing is last
 
 
 @pytest.mark.mpi

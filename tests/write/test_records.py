@@ -223,9 +223,16 @@ def test_older_run_of_that_name_is_set_aside(comm, tmp_path):
     for run in ("first", "second", "third"):
         folder = prepare_folder(comm, str(tmp_path), "a", resume=False)
         assert not any(folder.iterdir())
-        (folder / run).write_text(run)
-    assert [path.name for path in folder.iterdir()] == ["third"]
-    assert [path.name for path in (tmp_path / "a.previous").iterdir()] == ["second"]
+        (folder / f"{run}.h5").write_text(run)
+    assert [path.name for path in folder.iterdir()] == ["third.h5"]
+    assert [path.name for path in (tmp_path / "a.previous").iterdir()] == ["second.h5"]
+
+
+def test_what_failed_early_replaces_no_older_run(comm, tmp_path):
+    (prepare_folder(comm, str(tmp_path), "a", resume=False) / "run.h5").write_text("results")
+    for _ in range(3):  # each of these fails once it has seen its nodes
+        (prepare_folder(comm, str(tmp_path), "a", resume=False) / "topology.json").write_text("{}")
+    assert (tmp_path / "a.previous" / "run.h5").read_text() == "results"
 
 
 def test_resume_keeps_the_folder(comm, tmp_path):
