@@ -40,7 +40,10 @@ def main():
         barrier(comm)  # nobody leaves while another may still fail
         watch.dismiss()
     except (Exception, KeyboardInterrupt) as fault:
-        watch.dismiss()
+        if getattr(fault, "shared", False) or isinstance(fault, KeyboardInterrupt):
+            watch.dismiss()
+        else:
+            watch.ask()
         exit_with(comm, fault, host)
 
 

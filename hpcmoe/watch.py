@@ -21,10 +21,18 @@ class Watch:
         self.pid = pid
 
     def dismiss(self):
-        """End it, if it is still there, before this rank ends. Not collective: any rank of the node may."""
+        """End it without a word, before the ranks end in order. Not collective: any rank of the node may."""
+        self.send(signal.SIGTERM)
+
+    def ask(self):
+        """End it, and have it name a rank that is dead already: this rank's fault may come of that."""
+        self.send(signal.SIGUSR1)
+
+    def send(self, number):
+        """Send the watcher a signal, if it is still there."""
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGTERM)
+                os.kill(self.pid, number)
 
 
 def start_watch(comm, host):

@@ -1,8 +1,9 @@
 """A process beside a node's ranks that says which of them died first: launchers name any, or none.
 
-Run by path, so that it starts in milliseconds: `python -S watcher.py HOST SIZE RANK:PID ...`. It ends with the ranks,
-or by SIGTERM when they end in order. epoll hands events over in the order in which they came, so the first is the
-first death even when the launcher has killed the others by then.
+Run by path, so that it starts in milliseconds: `python -S watcher.py HOST SIZE RANK:PID ...`. It ends with the ranks;
+by SIGTERM, without a word, when they end in order; by SIGUSR1 when one of them fails, which may be because another
+died: then it names who was dead by then. epoll hands events over in the order in which they came, so the first is the first
+death even when the launcher has killed the others by then.
 """
 
 import os
@@ -14,10 +15,16 @@ import time
 
 def main(host, size, *ranks):
     """Wait for the first process to end, and name it."""
+    deaths, rank_of_file = select.epoll(), {}
+
+    def name_the_first(timeout_seconds=None):
+        for first, _ in deaths.poll(timeout_seconds)[:1]:
+            say(host, size, *rank_of_file[first])
+        os._exit(0)
+
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGUSR1, lambda *_: name_the_first(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's business
-    deaths = select.epoll()
-    rank_of_file = {}
     for rank, pid in (word.split(":") for word in ranks):
         try:
             file = os.pidfd_open(int(pid))
@@ -27,8 +34,7 @@ def main(host, size, *ranks):
             return None
         rank_of_file[file] = (rank, pid)
         deaths.register(file, select.EPOLLIN)
-    first, _ = deaths.poll()[0]
-    return say(host, size, *rank_of_file[first])
+    return name_the_first()
 
 
 def say(host, size, rank, pid):
