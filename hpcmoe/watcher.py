@@ -2,8 +2,8 @@
 
 Run by path, so that it starts in milliseconds: `python -S watcher.py HOST SIZE RANK:PID ...`. It ends with the ranks;
 by SIGTERM, without a word, when they end in order; by SIGUSR1 when one of them fails, which may be because another
-died: then it names who was dead by then. epoll hands events over in the order in which they came, so the first is the first
-death even when the launcher has killed the others by then.
+died: then it names who was dead by then. epoll hands events over in the order in which they came, so the first is the
+first death even when the launcher has killed the others by then.
 """
 
 import os
