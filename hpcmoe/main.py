@@ -109,13 +109,13 @@ def train_or_infer(job, records, folder, start):
     """Do what [run] mode asks -> Totals. Collective over all ranks."""
     from hpcmoe.run.infer import infer
     from hpcmoe.run.report import sum_up
-    from hpcmoe.run.train import is_due, train
+    from hpcmoe.run.train import is_due, layers_to_write, train
 
     config, world, training = job.config, job.mesh.world, start.optimizer is not None
 
     def save(step, load, activations):
         """Keep what is due after a step. Collective over all ranks."""
-        if job.config.write.activations_of_layers and is_due(step, config.write.activations_every, config.run.steps):
+        if layers_to_write(config, step):
             write_activations(world, folder, step, activations)
         if training and is_due(step, config.write.checkpoint_every, config.run.steps):
             records.flush()

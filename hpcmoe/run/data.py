@@ -142,12 +142,9 @@ def share_of(num_items, index, num_shares):
 
 def count_sequences(num_sequences, num_micro_batches, num_shares):
     """Count the sequences of a step that each share gets -> int64 [num_shares]."""
-    counts = np.zeros(num_shares, dtype=np.int64)
-    for micro_batch in range(num_micro_batches):
-        part = share_of(num_sequences, micro_batch, num_micro_batches)
-        edges = (part.stop - part.start) * np.arange(num_shares + 1) // num_shares
-        counts += np.diff(edges)
-    return counts
+    sequences = np.arange(num_sequences)
+    parts = [sequences[share_of(num_sequences, number, num_micro_batches)] for number in range(num_micro_batches)]
+    return np.array([sum(len(part[share_of(len(part), i, num_shares)]) for part in parts) for i in range(num_shares)])
 
 
 def read_micro_batches(text, starts, sequence_length, num_micro_batches, mesh):

@@ -3,7 +3,7 @@
 from hpcmoe.run.balance import update_load
 from hpcmoe.run.data import draw_starts
 from hpcmoe.run.progress import open_progress
-from hpcmoe.run.train import is_due, report_step
+from hpcmoe.run.train import layers_to_write, report_step
 
 
 def infer(job, records, load, save):
@@ -25,10 +25,9 @@ def infer(job, records, load, save):
 
 def infer_step(job, load, step):
     """Run one batch forward -> (Outcome, load for the next); warm-up steps are numbered below zero."""
-    config, write = job.config, job.config.write
+    config = job.config
     starts = draw_starts(
         len(job.training), config.data.batch_sequences, config.model.sequence_length, config.run.seed, abs(step)
     )
-    watched = write.activations_of_layers if is_due(step, write.activations_every, config.run.steps) else ()
-    outcome = job.stepper.run(job.training, starts, load, "infer", watched)
+    outcome = job.stepper.run(job.training, starts, load, "infer", layers_to_write(config, step))
     return outcome, update_load(load, outcome.census.utilisation, config.dispatch.load_window_steps)

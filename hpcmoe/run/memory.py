@@ -7,8 +7,8 @@ import weakref
 import torch
 
 from hpcmoe.experts.shapes import count_expert_parameters, reckon_expert
+from hpcmoe.run.model import NUM_BYTES
 
-NUM_BYTES = 256  # the vocabulary
 FLOAT32 = 4  # bytes
 
 

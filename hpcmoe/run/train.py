@@ -40,12 +40,11 @@ def train(job, records, optimizer, start, save):
 
 def train_step(job, optimizer, load, step):
     """Run one batch forward and backward and update the parameters -> (Outcome, gradient norm before clipping)."""
-    config, write = job.config, job.config.write
+    config = job.config
     length = config.model.sequence_length
     starts = draw_starts(len(job.training), config.data.batch_sequences, length, config.run.seed, step)
-    watched = write.activations_of_layers if is_due(step, write.activations_every, config.run.steps) else ()
     optimizer.zero_gradients()
-    outcome = job.stepper.run(job.training, starts, load, "train", watched)
+    outcome = job.stepper.run(job.training, starts, load, "train", layers_to_write(config, step))
     with job.stepper.clock.stage("optimizer"):
         norm = optimizer.step(step)
     check_finite(outcome.loss, norm, step, config.train.learning_rate)
@@ -69,6 +68,12 @@ def validate(job, load, step):
     loss = sum(loss * len(part) for loss, part in zip(losses, parts, strict=True)) / len(starts)
     log.info("step %d: validation loss %.4f nats a byte", step, loss)
     return loss
+
+
+def layers_to_write(config, step):
+    """Name the layers whose activations a step writes: those asked for, where it is their turn -> tuple."""
+    write = config.write
+    return write.activations_of_layers if is_due(step, write.activations_every, config.run.steps) else ()
 
 
 def is_due(step, every, last):
