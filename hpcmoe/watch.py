@@ -6,11 +6,13 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 from mpi4py import MPI
 
 from hpcmoe.wait import broadcast, gather_to_all
 
+ANSWER_SECONDS = 0.3  # more than the watcher waits for the dying
 WATCHER = pathlib.Path(__file__).with_name("watcher.py")
 
 
@@ -25,8 +27,9 @@ class Watch:
         self.send(signal.SIGTERM)
 
     def ask(self):
-        """End it, and have it name a rank that is dead already: this rank's fault may come of that."""
+        """End it, and have it name a rank that is dead or dying: this rank's fault may come of that."""
         self.send(signal.SIGUSR1)
+        time.sleep(ANSWER_SECONDS)
 
     def send(self, number):
         """Send the watcher a signal, if it is still there."""

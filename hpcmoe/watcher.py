@@ -12,6 +12,8 @@ import signal
 import sys
 import time
 
+DYING_SECONDS = 0.2  # a process's memory goes, and fails its peers, before its end can be seen
+
 
 def main(host, size, *ranks):
     """Wait for the first process to end, and name it."""
@@ -23,7 +25,7 @@ def main(host, size, *ranks):
         os._exit(0)
 
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    signal.signal(signal.SIGUSR1, lambda *_: name_the_first(0))
+    signal.signal(signal.SIGUSR1, lambda *_: name_the_first(DYING_SECONDS))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's business
     for rank, pid in (word.split(":") for word in ranks):
         try:
