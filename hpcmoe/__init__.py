@@ -4,7 +4,8 @@ The chapters in the order in which they may import each other, which is the orde
 
     wait, watch, clock    waiting without stealing the core; noticing a rank's death; where the seconds went
     errors, config        how a rank fails; run.toml
-    cluster/              where we run: topology and its links, the mesh of ranks, the placement of experts
+    cluster/              where we run: topology and its links, the mesh of ranks, what tokens will ask for
+    placement/            where experts live: from a problem of tokens, links and memory to experts on ranks
     comm/                 what carries bytes: the device's memory, the transport between ranks
     dispatch/             a token leaves and returns: router, plan, exchange
     experts/              what happens there: feed-forward networks, one layer as its stages
@@ -12,6 +13,7 @@ The chapters in the order in which they may import each other, which is the orde
     run/                  many steps: data, model, training, inference, figures
     write/                what is kept: records, activations, checkpoints
     main                  the program on one page
+    place, tables, plot   placement by itself: the command, what it shows, its picture
 
 The path of a token:
 

@@ -64,12 +64,25 @@ class Cluster:
     tensor_parallel: Count = 1
     links: Literal["measure", "config", "file"] = "measure"
     measure_seconds: Positive = 2.0
+    measure_bytes: Annotated[int, Interval(ge=1, lt=2**63)] = 2_000_000_000
     links_file: str = ""
     bytes_per_second: Matrix = ()
     latency_seconds: Matrix = ()
+    egress_bytes_per_second: tuple[float, ...] = ()
+    ingress_bytes_per_second: tuple[float, ...] = ()
+    uplink_bytes_per_second: tuple[float, ...] = ()
     rack_of_node: tuple[str, ...] = ()
     memory_bytes_per_node: Annotated[int, Interval(ge=0, lt=2**63)] = 0
-    placement: Literal["packed", "contiguous"] = "packed"
+    placement: Literal["packed", "contiguous", "eplb"] = "packed"
+    objective: Literal["links", "ports", "step"] = "step"
+    count_latency: bool = False
+    search_seconds: Positive = 1.0
+    search_iterations: Count = 20000
+    compare_eplb: bool = False
+    probability: Literal["uniform", "config", "file"] = "uniform"
+    expert_probability: Matrix = ()
+    loads_file: str = ""
+    seconds_per_token: NotNegative = 0.0
     replicate: bool = False
     spare_slots_per_rank: Annotated[int, Interval(ge=0, le=1024)] = 0
 
@@ -264,6 +277,10 @@ def contradictions(config):
          'must name a file when links = "file"'),
         (cluster.links != "config" or cluster.bytes_per_second, "cluster", "bytes_per_second",
          'must be a matrix, nodes x nodes, when links = "config"'),
+        (cluster.probability != "config" or cluster.expert_probability, "cluster", "expert_probability",
+         'must be rows of [model] num_experts numbers when probability = "config"'),
+        (cluster.probability != "file" or cluster.loads_file, "cluster", "loads_file",
+         'must name a file when probability = "file"'),
         (cluster.tensor_parallel == 1 or pipeline.deterministic, "pipeline", "deterministic",
          f"must be true with [cluster] tensor_parallel = {cluster.tensor_parallel}: its ranks sum batch by batch"),
         (pipeline.micro_batches <= data.batch_sequences, "pipeline", "micro_batches",

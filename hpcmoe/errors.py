@@ -44,6 +44,12 @@ def on_root(comm, fn):
     return raise_or_return(result, fault)
 
 
+def keep_on_root(comm, fn):
+    """Run fn on rank 0 -> its result there and None elsewhere, or its HpcmoeError on all. Collective over comm."""
+    result, fault = attempt(fn) if comm.rank == 0 else (None, None)
+    return raise_or_return(result, broadcast(comm, fault))
+
+
 def on_all(comm, fn):
     """Run fn on every rank -> its result here; the lowest failing rank's HpcmoeError on all. Collective over comm."""
     result, fault = attempt(fn)

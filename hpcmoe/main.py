@@ -11,17 +11,21 @@ from typing import Any
 
 from mpi4py import MPI
 
+from hpcmoe.cluster.demand import find_loads
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.cluster.topology import check_launcher, host_name, read_topology, save_topology
+from hpcmoe.cluster.nodes import save_topology
+from hpcmoe.cluster.topology import check_launcher, host_name, read_topology
 from hpcmoe.config import read_config
-from hpcmoe.errors import CheckpointError, ConfigError, exit_with, on_all, on_root
+from hpcmoe.errors import CheckpointError, ConfigError, exit_with, keep_on_root, on_all, on_root
 from hpcmoe.run.data import check_text, find_text
-from hpcmoe.run.room import check_room
+from hpcmoe.run.room import check_room, describe_room
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
 from hpcmoe.write.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from hpcmoe.write.loads import read_loads
 from hpcmoe.write.pieces import Part, Piece
+from hpcmoe.write.problem import describe_problem
 from hpcmoe.write.records import open_records, prepare_folder
 
 log = logging.getLogger("hpcmoe.main")
@@ -60,6 +64,7 @@ def run(comm, arguments):
     prepare_folder(comm, config.run.output, config.run.name, resume=goes_on)
 
     # Find out where the ranks are and what joins them.
+    loads = keep_on_root(comm, lambda: find_loads(config, read_loads))
     topology = read_topology(comm, config.cluster)
     on_root(comm, lambda: check_room(config, topology))
     on_root(comm, lambda: save_topology(topology, folder / "topology.json"))
@@ -69,11 +74,12 @@ def run(comm, arguments):
         from hpcmoe.run.job import open_job  # imports torch: seconds of CPU on a laptop
         from hpcmoe.run.report import make_table
 
-        with open_job(config, topology, mesh, split) as job:
+        with open_job(config, topology, mesh, split, loads) as job:
             start = make_start(job, checkpoint)
             with open_records(comm, folder, start.step if goes_on else None) as records:
                 describe_run(records, job, text)
                 totals = train_or_infer(job, records, folder, start)
+                describe_tokens(records, job)
                 describe_totals(records, totals)
             if comm.rank == 0:
                 table, written = make_table(job, totals), list_written(config, folder)
@@ -118,6 +124,7 @@ def train_or_infer(job, records, folder, start):
         if layers_to_write(config, step):
             write_activations(world, folder, step, activations)
         if training and is_due(step, config.write.checkpoint_every, config.run.steps):
+            describe_tokens(records, job)
             records.flush()
             pieces = [Piece(name=n, shape=s, start=at, array=a) for n, s, at, a in start.state.collect(load)]
             facts = {"step": step, "num_ranks": world.size} | describe_model(config)
@@ -169,16 +176,16 @@ def list_written(config, folder):
 
 def announce(job):
     """Say what is about to run and how much memory it will take."""
-    placement, memory = job.placement, job.memory
-    model, text_bytes = job.config.model, len(job.training)
+    from hpcmoe.run.layout import tell
+
+    memory, model, text_bytes = job.memory, job.config.model, len(job.training)
     log.info(
         "%d layers x %d experts, top-%d, hidden %d, feed-forward %d; %.1f MB of text to train on",
         model.num_layers, model.num_experts, model.top_k, model.hidden, model.feed_forward, text_bytes / 1e6,
     )  # fmt: skip
-    log.info(
-        "placement %s: objective links %.4g ms a step, lower bound %.4g ms",
-        placement.method, 1e3 * placement.objective_seconds, 1e3 * placement.lower_bound_seconds,
-    )  # fmt: skip
+    reckoned = describe_room(job.room, job.topology, memory.per_expert, model.num_layers)
+    for line in [*reckoned, *tell(job.layout, job.config.cluster)]:
+        log.info("%s", line)
     log.info(
         "memory of a rank, as computed: %.1f MB, of these %.1f MB message buffers and %.1f MB activations",
         memory.total / 1e6, memory.buffers / 1e6, memory.activations / 1e6,
@@ -187,21 +194,29 @@ def announce(job):
 
 def describe_run(records, job, text):
     """Keep what the run is: input, versions, cluster, placement."""
-    topology, placement = job.topology, job.placement
+    from hpcmoe.run.layout import describe_layout
+
+    topology = job.topology
     records.describe("run", "config", text)
     records.describe("run", "versions", read_versions())
     for name in ("node_of_rank", "rack_of_node", "devices_of_node", "cores_of_node"):
         records.describe("cluster", name, getattr(topology, name))
-    for name, unit in (("bytes_per_second", "B/s"), ("latency_seconds", "s"), ("memory_bytes", "B")):
+    rates = [f"{kind}bytes_per_second" for kind in ("", "egress_", "ingress_", "uplink_")]
+    for name, unit in (*((rate, "B/s") for rate in rates), ("latency_seconds", "s"), ("memory_bytes", "B")):
         records.describe("cluster", name, getattr(topology, name), unit)
     records.describe("cluster", "node_names", list(topology.node_names))
     records.describe("cluster", "rack_names", list(topology.rack_names))
     records.describe("cluster", "source", dict(topology.source))
-    for name in ("expert_of_replica", "rank_of_replica", "replica_count", "share_of_replica"):
-        records.describe("cluster", name, getattr(placement, name))
-    records.describe("cluster", "placement", placement.method)
-    records.describe("cluster", "objective_seconds", placement.objective_seconds, "s")
-    records.describe("cluster", "lower_bound_seconds", placement.lower_bound_seconds, "s")
+    describe_layout(records, job.layout)
+    if job.problem is not None:
+        describe_problem(records, job.problem)
+
+
+def describe_tokens(records, job):
+    """Keep the tokens that each node asked of each expert since this was kept last. Collective over all ranks."""
+    tokens = job.meter.take_tokens(job.topology.node_of_rank)
+    if tokens is not None:
+        records.describe("experts", "tokens_of_node", tokens, "copies")
 
 
 def describe_totals(records, totals):

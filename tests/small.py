@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from hpcmoe.clock import Clock
+from hpcmoe.cluster.demand import find_loads
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.device import HostDevice, HostEvent
@@ -18,6 +19,7 @@ from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.state import State
 from hpcmoe.wait import gather_to_all
+from hpcmoe.write.loads import read_loads
 
 SMALL = {
     "model.hidden": 8, "model.feed_forward": 12, "model.num_layers": 2, "model.num_heads": 2, "model.num_experts": 4,
@@ -47,6 +49,9 @@ def make_topology(num_ranks, num_nodes=1):
         rack_names=("rack0",),
         bytes_per_second=np.full((num_nodes, num_nodes), 1e9),
         latency_seconds=np.full((num_nodes, num_nodes), 1e-6),
+        egress_bytes_per_second=np.full(num_nodes, 1e9),
+        ingress_bytes_per_second=np.full(num_nodes, 1e9),
+        uplink_bytes_per_second=np.full(1, np.inf),
         memory_bytes=np.full(num_nodes, 10**12),
         devices_of_node=np.zeros(num_nodes, np.int64),
         cores_of_node=np.full(num_nodes, 2),
@@ -65,7 +70,9 @@ def open_small_job(comm, folder, num_nodes=1, text=RANDOM_TEXT, **changes):
     split = find_text(config.data, config.model.sequence_length)
     with (
         open_mesh(comm, config.cluster) as mesh,
-        open_job(config, make_topology(comm.size, min(num_nodes, comm.size)), mesh, split) as job,
+        open_job(
+            config, make_topology(comm.size, min(num_nodes, comm.size)), mesh, split, find_loads(config, read_loads)
+        ) as job,
     ):
         trains = config.run.mode == "train"
         optimizer = Optimizer(job.stepper.network, job.placement, config, mesh) if trains else None

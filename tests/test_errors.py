@@ -5,7 +5,7 @@ import textwrap
 import pytest
 from launch import mpirun
 
-from hpcmoe.errors import CheckpointError, ClusterError, ConfigError, attempt, on_all, on_root
+from hpcmoe.errors import CheckpointError, ClusterError, ConfigError, attempt, keep_on_root, on_all, on_root
 
 PROGRAM = """
 import time
@@ -48,6 +48,14 @@ def test_on_root_runs_on_rank_0_alone_and_tells_all(comm):
     ran_on = []
     assert on_root(comm, lambda: ran_on.append(comm.rank) or f"by {comm.rank}") == "by 0"
     assert ran_on == ([0] if comm.rank == 0 else [])
+
+
+@pytest.mark.mpi
+def test_what_is_kept_on_root_is_there_alone_and_its_fault_is_everywhere(comm):
+    assert keep_on_root(comm, lambda: f"of {comm.rank}") == ("of 0" if comm.rank == 0 else None)
+    with pytest.raises(ConfigError, match="^no such file$") as failed:
+        keep_on_root(comm, lambda: fail(ConfigError("no such file")))
+    assert failed.value.shared
 
 
 @pytest.mark.mpi

@@ -11,11 +11,11 @@ from launch import ROOT
 
 FLOORS = (
     "wait", "clock", "errors", "watch", "config",
-    "cluster", "comm", "dispatch", "experts", "pipeline", "run", "write",
+    "cluster", "placement", "comm", "dispatch", "experts", "pipeline", "run", "write", "tables", "plot",
 )  # fmt: skip
 PROGRAMS = ("main", "place", "check", "watcher")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
-WRITE_MAY_IMPORT = {"wait", "errors", "config", "cluster", "write"}
+WRITE_MAY_IMPORT = {"wait", "errors", "config", "cluster", "placement", "write"}
 
 PACKAGE = ROOT / "hpcmoe"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -105,7 +105,8 @@ def test_the_reading_of_imports_sees_every_form(tmp_path):
 def test_what_is_imported_is_what_setup_cfg_asks_for():
     options = configparser.ConfigParser()
     options.read(ROOT / "setup.cfg")
-    lines = options["options"]["install_requires"] + options["options.extras_require"]["gpu"]
+    extras = options["options.extras_require"]
+    lines = options["options"]["install_requires"] + extras["gpu"] + extras["plot"]
     asked = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines.splitlines() if line}
     imported = {module.split(".")[0] for file in FILES for module in imports_of(file)}
     others = imported - sys.stdlib_module_names - {"hpcmoe"}

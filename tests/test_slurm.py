@@ -1,5 +1,6 @@
 """The main job on clusters: four nodes of a real Slurm, and four hosts with shaped links between them."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from lab.machines import LAB, racks, slurm
 from launch import MPIRUN, run
 
-from hpcmoe.cluster.topology import load_topology
+from hpcmoe.cluster.nodes import Topology, load_topology
 
 SHORT = ["--set", "run.steps=2", "--set", "data.batch_sequences=16", "--set", "data.validation_sequences=16"]
 INSIDE_RACK, BETWEEN_RACKS = 2e9 / 8, 200e6 / 8  # bytes a second, as racks.sh shapes them
@@ -42,24 +43,34 @@ def test_sbatch_runs_the_job_on_four_nodes_in_two_racks(slurm_conf, launch, rank
 
 
 @pytest.mark.racks
-def test_links_are_measured_as_they_are_shaped(hosts, tmp_path):
-    # Other work on this machine can only slow a link: the fastest of a few measurements is the link's own.
-    fastest, links = np.zeros((4, 4)), ~np.eye(4, dtype=bool)
-    for _ in range(3):
-        topology = measure_over_racks(hosts, tmp_path)
-        same_rack = np.equal.outer(topology.rack_of_node, topology.rack_of_node)
-        shaped = np.where(same_rack, INSIDE_RACK, BETWEEN_RACKS)
-        fastest = np.maximum(fastest, topology.bytes_per_second)
-        if np.allclose(fastest[links], shaped[links], rtol=0.2):
-            break
-    assert topology.node_names == tuple(hosts)
-    np.testing.assert_allclose(fastest[links], shaped[links], rtol=0.2)
+def test_links_ports_and_uplinks_are_measured_as_they_are_shaped(hosts, tmp_path):
+    # Other work on this machine can only slow a link: of two measurements the better counts, and one may be enough.
+    found = measure_over_racks(hosts, tmp_path)
+    if not all(np.allclose(*figures, rtol=0.15) for figures in compare(found)):
+        again = measure_over_racks(hosts, tmp_path)
+        rates = [field.name for field in dataclasses.fields(Topology) if field.name.endswith("bytes_per_second")]
+        better = {name: np.maximum(getattr(found, name), getattr(again, name)) for name in rates}
+        found = dataclasses.replace(found, **better)
+    assert found.node_names == tuple(hosts)
+    for figures in compare(found):
+        np.testing.assert_allclose(*figures, rtol=0.15)
+
+
+def compare(topology):
+    """Pair what was found of links between hosts, ports and uplinks with what racks.sh has shaped."""
+    same_rack = np.equal.outer(topology.rack_of_node, topology.rack_of_node)
+    links = ~np.eye(4, dtype=bool)
+    yield topology.bytes_per_second[links], np.where(same_rack, INSIDE_RACK, BETWEEN_RACKS)[links]
+    yield topology.egress_bytes_per_second, np.full(4, INSIDE_RACK)
+    yield topology.ingress_bytes_per_second, np.full(4, INSIDE_RACK)
+    yield topology.uplink_bytes_per_second, np.full(2, BETWEEN_RACKS)
 
 
 def measure_over_racks(hosts, folder):
     """Run the main job, a rank on each host -> the Topology that it found and wrote."""
     over_the_links = ["-launcher", "rsh", "-launcher-exec", LAB / "agent", "-hosts", ",".join(hosts), "-n", 4]
-    places = ["--set", f"run.output={folder}", "--set", 'cluster.rack_of_node=["left", "left", "right", "right"]']
+    rack_key = 'cluster.rack_of_node=["left", "left", "right", "right"]'
+    places = ["--set", f"run.output={folder}", "--set", rack_key, "--set", "cluster.measure_seconds=5.0"]
     main = [sys.executable, "-m", "hpcmoe.main", "inputs/run.toml", *SHORT, *places]
     ended = run(LAB / "on", hosts[0], MPIRUN, *over_the_links, *main, timeout_seconds=120, UCX_TLS="tcp,self")
     assert ended.status == 0, ended

@@ -1,1 +1,1 @@
-"""Where we run: the ranks' nodes, racks and links, the groups they form, and the experts laid on them."""
+"""Where we run: the ranks' nodes, racks and links, and the groups they form."""

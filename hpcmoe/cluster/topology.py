@@ -1,54 +1,23 @@
 """Where the ranks are: their nodes, racks, memory, cores, devices and links, each fact with its source."""
 
-import json
+import logging
 import os
-import pathlib
 import sys
 from dataclasses import dataclass
 
 import numpy as np
 from mpi4py import MPI
 
-from hpcmoe.cluster.links import find_links, measure_links
+from hpcmoe.cluster.given import take_links
 from hpcmoe.cluster.machine import ask_scontrol, count_cuda_devices, read_memory_bytes
+from hpcmoe.cluster.measure import find_slow_links, measure_links
+from hpcmoe.cluster.nodes import Topology
 from hpcmoe.errors import ClusterError, on_root
 from hpcmoe.wait import barrier, broadcast, gather_to_all
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Topology:
-    """The cluster as this run sees it, the same on all ranks; nodes and racks are numbered by their lowest rank."""
-
-    node_of_rank: np.ndarray  # [P] int64
-    node_names: tuple[str, ...]  # [nodes], all different
-    rack_of_node: np.ndarray  # [nodes] int64
-    rack_names: tuple[str, ...]  # [racks]
-    bytes_per_second: np.ndarray  # [nodes, nodes] float64; the diagonal is within the node
-    latency_seconds: np.ndarray  # [nodes, nodes] float64, one way
-    memory_bytes: np.ndarray  # [nodes] int64
-    devices_of_node: np.ndarray  # [nodes] int64, CUDA devices
-    cores_of_node: np.ndarray  # [nodes] int64, those that the node's ranks may use
-    source: dict[str, str]  # fact -> where it came from
-
-    @property
-    def num_nodes(self):
-        """Number of nodes."""
-        return len(self.node_names)
-
-    @property
-    def num_racks(self):
-        """Number of racks."""
-        return len(self.rack_names)
-
-    def __str__(self):
-        """Count the ranks, nodes and racks in words."""
-        counts = {"rank": len(self.node_of_rank), "node": self.num_nodes, "rack": self.num_racks}
-        ranks, nodes, racks = (f"{number} {noun}{'s' * (number != 1)}" for noun, number in counts.items())
-        return f"{ranks} on {nodes} in {racks}"
-
-    def ranks_of_node(self, node):
-        """List the ranks on a node -> [ranks] int64, ascending."""
-        return np.flatnonzero(self.node_of_rank == node)
+MOST_NAMED = 5  # slow links in one line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +30,18 @@ class Seat:
     memory_bytes: int
     devices: frozenset[str]
     cores: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """The nodes and racks that the ranks sit in, before anything is known of what joins them."""
+
+    node_of_rank: np.ndarray  # [P] int64
+    seats_of_node: list[list[Seat]]
+    node_names: tuple[str, ...]  # [nodes]
+    rack_of_node: np.ndarray  # [nodes] int64
+    rack_names: tuple[str, ...]  # [racks]
+    rack_source: str
 
 
 def check_launcher(comm):
@@ -97,11 +78,24 @@ def read_topology(comm, cluster):
     Raises ClusterError on all ranks when [cluster] or a links file does not fit the nodes.
     """
     seats = gather_to_all(comm, read_seat(comm))
-    node_of_rank = np.unique([seat.leader for seat in seats], return_inverse=True)[1].astype(np.int64)
+    site = on_root(comm, lambda: make_site(seats, cluster))  # racks come first: they tell what shares an uplink
     measured = None
     if cluster.links == "measure":
-        measured = measure_links(comm, node_of_rank, cluster.measure_seconds)
-    return on_root(comm, lambda: make_topology(seats, node_of_rank, cluster, measured))
+        measured = measure_links(comm, site.node_of_rank, site.rack_of_node, cluster)
+    topology = on_root(comm, lambda: make_topology(site, cluster, measured))
+    if measured is not None:
+        tell_slow_links(comm, topology)
+    return topology
+
+
+def tell_slow_links(comm, topology):
+    """Log which links stayed far slower than others of their kind, by name."""
+    slow = find_slow_links(topology.bytes_per_second, topology.rack_of_node)
+    if slow and comm.rank == 0:
+        names = topology.node_names
+        told = [f"{names[i]} to {names[j]} ({share:.0%})" for i, j, share in slow[:MOST_NAMED]]
+        more = f" and {len(slow) - MOST_NAMED} more" * (len(slow) > MOST_NAMED)
+        log.warning("links far slower than the median of their kind, in a rack or between: %s%s", ", ".join(told), more)
 
 
 def read_seat(comm):
@@ -120,32 +114,50 @@ def read_seat(comm):
     )
 
 
-def make_topology(seats, node_of_rank, cluster, measured):
-    """Join all ranks' seats, the config and the measured links, if any -> Topology."""
+def make_site(seats, cluster):
+    """Gather the ranks' seats by node, and the nodes by rack -> Site. Raises ClusterError for racks that do not fit."""
+    node_of_rank = np.unique([seat.leader for seat in seats], return_inverse=True)[1].astype(np.int64)
     seats_of_node = [[] for _ in range(max(node_of_rank) + 1)]
     for node, seat in zip(node_of_rank, seats, strict=True):
         seats_of_node[node].append(seat)
     names = distinct([group[0].name for group in seats_of_node])
-
-    racks, rack_source = find_racks(seats_of_node, names, cluster)
+    racks, source = find_racks(seats_of_node, names, cluster)
     rack_names = tuple(dict.fromkeys(racks))
-    saved = load_topology(cluster.links_file) if cluster.links == "file" else None
-    bytes_per_second, latency_seconds, link_source = find_links(cluster, names, measured, saved)
-    memory = [cluster.memory_bytes_per_node or min(seat.memory_bytes for seat in group) for group in seats_of_node]
-    return Topology(
+    return Site(
         node_of_rank=node_of_rank,
+        seats_of_node=seats_of_node,
         node_names=names,
         rack_of_node=np.array([rack_names.index(rack) for rack in racks], np.int64),
         rack_names=rack_names,
-        bytes_per_second=bytes_per_second,
-        latency_seconds=latency_seconds,
+        rack_source=source,
+    )
+
+
+def make_topology(site, cluster, measured):
+    """Join the site, the config and the measured Links, if any -> Topology. Raises ClusterError where they misfit."""
+    if cluster.links == "measure":
+        links, source = measured, dict.fromkeys(("links", "ports", "uplinks"), "measured")
+    else:
+        links, source = take_links(cluster, site.node_names, site.rack_names)
+    seats_of_node = site.seats_of_node
+    memory = [cluster.memory_bytes_per_node or min(seat.memory_bytes for seat in group) for group in seats_of_node]
+    return Topology(
+        node_of_rank=site.node_of_rank,
+        node_names=site.node_names,
+        rack_of_node=site.rack_of_node,
+        rack_names=site.rack_names,
+        bytes_per_second=links.bytes_per_second,
+        latency_seconds=links.latency_seconds,
+        egress_bytes_per_second=links.egress_bytes_per_second,
+        ingress_bytes_per_second=links.ingress_bytes_per_second,
+        uplink_bytes_per_second=links.uplink_bytes_per_second,
         memory_bytes=np.array(memory, np.int64),
         devices_of_node=count_of_node(seats_of_node, "devices"),
         cores_of_node=count_of_node(seats_of_node, "cores"),
         source={
             "nodes": "MPI split by shared memory",
-            "racks": rack_source,
-            "links": link_source,
+            "racks": site.rack_source,
+            **source,
             "memory": "config" if cluster.memory_bytes_per_node else "system",
             "devices": "system",
             "cores": "system",
@@ -204,73 +216,3 @@ def find_racks(seats_of_node, names, cluster):
     if all(name in rack_of_name for name in names):
         return [rack_of_name[name] for name in names], "scontrol show topology"
     return ["rack0"] * len(names), "no word of racks: one for all"
-
-
-def save_topology(topology, path):
-    """Write a topology as JSON, keyed by the nodes' names: under a temporary name, renamed when whole."""
-    names = topology.node_names
-    nodes = {
-        name: {
-            "rack": topology.rack_names[topology.rack_of_node[node]],
-            "ranks": topology.ranks_of_node(node).tolist(),
-            "memory_bytes": int(topology.memory_bytes[node]),
-            "devices": int(topology.devices_of_node[node]),
-            "cores": int(topology.cores_of_node[node]),
-        }
-        for node, name in enumerate(names)
-    }
-    tree = {"nodes": nodes, "source": topology.source}
-    for key in ("bytes_per_second", "latency_seconds"):
-        tree[key] = {
-            name: dict(zip(names, row.tolist(), strict=True))
-            for name, row in zip(names, getattr(topology, key), strict=True)
-        }
-
-    try:
-        part = pathlib.Path(f"{path}.part")
-        part.write_text(lay_out(tree), encoding="utf-8")
-        part.replace(path)
-    except OSError as fault:
-        raise ClusterError(f"{path}: cannot be written: {fault.strerror}") from None
-
-
-def load_topology(path):
-    """Read back what save_topology wrote -> Topology; ClusterError says what is wrong with the file."""
-    try:
-        tree = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        return make_saved_topology(tree)
-    except OSError as fault:
-        raise ClusterError(f"{path}: cannot be read: {fault.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as fault:
-        raise ClusterError(f"{path}: not a topology file: {type(fault).__name__} {fault}") from None
-
-
-def make_saved_topology(tree):
-    """Make a Topology of a file's tree; a missing or strange entry raises what Python raises."""
-    nodes = list(tree["nodes"].values())
-    names = tuple(tree["nodes"])
-    rack_names = tuple(dict.fromkeys(node["rack"] for node in nodes))
-    node_of_rank = np.empty(sum(len(node["ranks"]) for node in nodes), np.int64)
-    for number, node in enumerate(nodes):
-        node_of_rank[node["ranks"]] = number
-    return Topology(
-        node_of_rank=node_of_rank,
-        node_names=names,
-        rack_of_node=np.array([rack_names.index(node["rack"]) for node in nodes], np.int64),
-        rack_names=rack_names,
-        bytes_per_second=np.array([[tree["bytes_per_second"][a][b] for b in names] for a in names], np.float64),
-        latency_seconds=np.array([[tree["latency_seconds"][a][b] for b in names] for a in names], np.float64),
-        memory_bytes=np.array([node["memory_bytes"] for node in nodes], np.int64),
-        devices_of_node=np.array([node["devices"] for node in nodes], np.int64),
-        cores_of_node=np.array([node["cores"] for node in nodes], np.int64),
-        source=dict(tree["source"]),
-    )
-
-
-def lay_out(tree):
-    """Write a tree as JSON with a line for each entry of its second level."""
-    chapters = []
-    for key, entries in tree.items():
-        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
-        chapters.append(f"  {json.dumps(key)}: {{\n{lines}\n  }}")
-    return "{\n" + ",\n".join(chapters) + "\n}\n"

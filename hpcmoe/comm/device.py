@@ -46,6 +46,10 @@ class HostDevice:
         """Mark the work given to the device so far -> Event."""
         return HostEvent()
 
+    def read_memory(self):
+        """Tell of no memory but the node's -> None."""
+        return None
+
 
 class CudaDevice:
     """One GPU: three streams, and pinned host memory for what travels (staged)."""
@@ -85,6 +89,11 @@ class CudaDevice:
     def record(self):
         """Mark the copies given to the send stream so far -> torch.cuda.Event."""
         return self.send.record_event()
+
+    def read_memory(self):
+        """Read the GPU's name, the same for all its ranks, and its free memory -> (name, bytes)."""
+        name = str(torch.cuda.get_device_properties(self.torch_device).uuid)
+        return name, torch.cuda.mem_get_info(self.torch_device)[0]
 
     def copy_out(self, rows, staged):
         """Copy device rows to pinned host rows behind the compute stream -> torch.cuda.Event."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from hpcmoe.comm.transport import offsets_of
 
-GOLDEN = 0.6180339887498949  # steps of the golden ratio fill [0, 1) evenly however many are taken
+GOLDEN = 0.6180339887498949  # its multiples, modulo 1, fill [0, 1) evenly however many are taken
 BELOW_ONE = 1 - 1e-9  # keeps expert + point below expert + 1 after rounding
 
 
@@ -75,8 +75,8 @@ def make_plan(slot_of_copy, copy_of_row, sent_to_slot, received_for_slot):
 class SlotChooser:
     """Picks a replica for each copy of a token, by the shares that the placement gives this rank's node.
 
-    The i-th copy that a rank has for an expert takes the point (i + rank) x golden ratio mod 1 in the expert's shares:
-    even, deterministic, and different from rank to rank.
+    The i-th of n copies that a rank has for an expert takes the point (i + phase) / n in the expert's shares, so each
+    replica's copies miss its share by less than one. Ranks differ in phase: single copies do not all go the same way.
     """
 
     def __init__(self, expert_of_replica, share_of_replica, num_experts, rank):
@@ -86,14 +86,14 @@ class SlotChooser:
         experts = expert_of_replica[self.slots]
         self.edges = experts + cumulative_share(experts, share_of_replica[self.slots])
         self.unique = len(self.slots) == num_experts
-        self.phase = rank
+        self.phase = rank * GOLDEN % 1.0
 
     def choose(self, experts):
         """experts [T, K] -> slots [T, K]."""
         if self.unique:
             return self.slots[experts]
         flat = experts.ravel()
-        point = (place_among_equals(flat) + self.phase) * GOLDEN % 1.0 * BELOW_ONE
+        point = (place_among_equals(flat) + self.phase) / np.bincount(flat)[flat] * BELOW_ONE
         chosen = np.searchsorted(self.edges, flat + point, side="right")
         return self.slots[chosen].reshape(experts.shape)
 

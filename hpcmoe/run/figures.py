@@ -53,7 +53,8 @@ def sampling_floor(placement, tokens_of_rank, top_k, num_experts):
 def served_by_rank(placement, layer):
     """Sum the shares of experts that each rank serves for each other, and their squares -> two arrays [P, P]."""
     held = placement.expert_of_replica[layer] >= 0
-    shares = (placement.share_of_replica[layer] * held)[placement.node_of_rank]  # [P, S]
+    nodes, node_of_rank = np.unique(placement.node_of_rank, return_inverse=True)
+    shares = np.stack([placement.shares_of_node(layer, node) * held for node in nodes])[node_of_rank]  # [P, S]
     of_ranks = shares.reshape(len(shares), -1, placement.slots_per_rank)
     return of_ranks.sum(axis=2), np.square(of_ranks).sum(axis=2)
 

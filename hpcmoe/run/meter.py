@@ -8,6 +8,7 @@ import numpy as np
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.comm.transport import Direction
 from hpcmoe.run.figures import Links, spread_of_links, sums_of_links
+from hpcmoe.wait import wait_all
 
 STAGES = ("data", "dense", "route", "dispatch", "compute", "combine", "optimizer", "waiting")
 
@@ -33,6 +34,7 @@ class Meter:
     def __init__(self, exchange, mesh):
         self.exchange, self.mesh, self.clock = exchange, mesh, exchange.clock
         self.rows_to_peer = np.zeros(exchange.transport.size, dtype=np.int64)
+        self.own_tokens = 0  # [L, E] copies whose home is this rank, since take_tokens
         self.num_steps = self.num_tokens = self.num_dropped = 0
         self.utilisation = self.link_sigma = 0.0  # sums over the steps
         self.seconds = 0.0
@@ -68,6 +70,7 @@ class Meter:
     def add(self, reading, census):
         """Add a step to the totals."""
         self.utilisation = self.utilisation + census.utilisation
+        self.own_tokens = self.own_tokens + census.own_tokens
         self.num_dropped += census.num_dropped
         self.link_sigma += reading.links.sigma
         self.num_steps += 1
@@ -75,3 +78,21 @@ class Meter:
         self.seconds += reading.seconds
         for stage, seconds in reading.seconds_of_stage.items():
             self.seconds_of_stage[stage] += seconds
+
+    def take_tokens(self, node_of_rank):
+        """Sum the copies since the last call by home node -> [L, nodes, E] on rank 0, else None. Collective over world.
+
+        None there too when no step was read since. The first rank of a tensor-parallel group speaks for it.
+        """
+        world, own = self.mesh.world, self.own_tokens
+        self.own_tokens = 0
+        if np.ndim(own) == 0:
+            return None
+        own = np.ascontiguousarray(own * (self.mesh.tensor_index == 0))
+        everyone = np.zeros((world.size, *own.shape), np.int64) if world.rank == 0 else None
+        wait_all([world.Igather(own, everyone)])
+        if everyone is None:
+            return None
+        of_node = np.zeros((max(node_of_rank) + 1, *own.shape), np.int64)
+        np.add.at(of_node, node_of_rank, everyone)
+        return of_node.swapaxes(0, 1)

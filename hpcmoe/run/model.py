@@ -74,6 +74,7 @@ class LanguageModel(nn.Module):
         self.load = torch.as_tensor(load, dtype=torch.float32, device=self.device.torch_device)
         self.loss_sum = 0.0  # cross-entropy over this rank's tokens, nats
         self.census = {}  # micro-batch: (array, a call that waits for its sum over all ranks)
+        self.own_tokens = np.zeros(self.load.shape, np.int64)  # [L, E] copies whose home is this rank
         self.seen = {}  # name: arrays of the activations asked for, a micro-batch each
 
     def embed(self, micro_batch):
@@ -84,6 +85,7 @@ class LanguageModel(nn.Module):
     def head(self, micro_batch, x, flights):
         """Take the last x [T, H]; start to add up the routing over all ranks -> the loss's slope by x, in training."""
         census = np.stack([count_routing(flight.routing) for flight in flights])  # [L, 2 E + 2]
+        self.own_tokens += census[:, : self.own_tokens.shape[1]].astype(np.int64)
         self.census[micro_batch] = (census, start_all_reduce(self.mesh.world, census))
         self.watch(x, flights)
         if self.purpose == "infer":
@@ -142,14 +144,15 @@ class LanguageModel(nn.Module):
     def take_census(self):
         """Wait for the whole step's routing, summed over ranks and micro-batches -> Census."""
         micro_batches = [self.census_of(micro_batch) for micro_batch in sorted(self.census)]
-        return Census(self.config, micro_batches, self.num_tokens)
+        return Census(self.config, micro_batches, self.num_tokens, self.own_tokens)
 
 
 class Census:
     """How a step's tokens were routed, over all ranks."""
 
-    def __init__(self, config, micro_batches, num_tokens):
+    def __init__(self, config, micro_batches, num_tokens, own_tokens):
         num_experts = config.model.num_experts
+        self.own_tokens = own_tokens  # [L, E] copies of this rank alone
         self.tokens_of_expert = sum(micro_batches)[:, :num_experts]  # [L, E] copies
         self.num_dropped = int(sum(micro_batches)[:, -1].sum())
         self.z_loss = sum(micro_batches)[:, -2].sum() / num_tokens
@@ -196,7 +199,7 @@ def make_layer(config, mesh, placement, exchange, draw, number):
     node = placement.node_of_rank[mesh.expert_index]
     chooser = SlotChooser(
         placement.expert_of_replica[number],
-        placement.share_of_replica[number, node],
+        placement.shares_of_node(number, node),
         model.num_experts,
         mesh.expert_index,
     )

@@ -167,12 +167,25 @@ def links_between(what, bytes_of_link, job, totals):
 def rows_of_placement(job):
     """List where the experts are and what the links were predicted to need."""
     placement, topology = job.placement, job.topology
+    meaning = {
+        "links": "dispatch on the busiest link",
+        "ports": "dispatch on the busiest link, NIC or uplink",
+        "step": "dispatch or forward compute, whichever is busiest",
+    }
+    others = [
+        (f"  {method} would give", "-" if seconds is None else f"{1e3 * seconds:.4f}", "ms a step")
+        for method, seconds in job.layout.seconds_of_method.items()
+    ]
     return [
         ("cluster", f"{topology}", ""),
         ("placement", placement.method, f"{placement.slots_per_rank} slots a rank and layer"),
-        ("  objective links", f"{1e3 * placement.objective_seconds:.4f}", "ms a step, dispatch on the slowest link"),
-        ("  lower bound", f"{1e3 * placement.lower_bound_seconds:.4f}", "ms a step"),
-    ]
+        (f"  objective {placement.objective}", f"{1e3 * placement.objective_seconds:.4f}",
+         f"ms a step, {meaning[placement.objective]}"),
+        ("  lower bound", f"{1e3 * placement.lower_bound_seconds:.4f}", f"ms a step{', optimal' * placement.optimal}"),
+        *others,
+        ("  tokens between nodes", f"{100 * placement.cross_node_share:.1f}", "% of the copies, as placed"),
+        ("  search", f"{placement.spent.seconds:.3f}", "s"),
+    ]  # fmt: skip
 
 
 def rows_of_memory(computed, totals):

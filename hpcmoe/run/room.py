@@ -1,11 +1,20 @@
-"""Whether the experts can fit at all: a first look, before torch is imported, that placement makes exact."""
+"""The memory that experts may take: a first look before torch is imported, then exactly, node by node."""
+
+from dataclasses import dataclass
+
+import numpy as np
 
 from hpcmoe.errors import PlacementError
 from hpcmoe.experts.shapes import reckon_expert
+from hpcmoe.placement.problem import in_units
+
+MOST_NAMES = 4  # of nodes that are alike, in a line
 
 
 def check_room(config, topology):
     """Raise PlacementError when all experts with their state take more than the memory of all nodes."""
+    if on_gpus(config, topology):
+        return  # how much they have is known when they are opened
     model, (num_bytes, states) = config.model, reckon_expert(config)
     copies = config.cluster.data_parallel
     needed = copies * model.num_experts * model.num_layers * num_bytes * states
@@ -16,3 +25,76 @@ def check_room(config, topology):
             f"{needed / 1e9:.3g} GB do not fit into the {there / 1e9:.3g} GB of {topology}; "
             "[model] num_experts, [cluster] memory_bytes_per_node"
         )
+
+
+def on_gpus(config, topology):
+    """Whether experts will, or may, lie on GPUs whose memory is not told by [cluster] memory_bytes_per_node."""
+    may = config.comm.device == "cuda" or (config.comm.device == "auto" and bool(topology.devices_of_node.any()))
+    return may and not config.cluster.memory_bytes_per_node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What each node has for experts, and what its ranks need besides."""
+
+    what: str  # memory, or GPU memory
+    node_bytes: np.ndarray  # [nodes] for all ranks there
+    num_ranks: np.ndarray  # [nodes]
+    besides: dict[str, int]  # what each rank needs besides experts: bytes
+
+    @property
+    def for_experts(self):
+        """What is left on each node -> [nodes] bytes, not below 0."""
+        return np.maximum(self.node_bytes - self.num_ranks * sum(self.besides.values()), 0)
+
+    def __str__(self):
+        """Say what each rank needs besides experts."""
+        parts = ", ".join(f"{name} {in_units(num_bytes)}" for name, num_bytes in self.besides.items() if num_bytes)
+        return f"of its node's {self.what} each rank needs {in_units(sum(self.besides.values()))} besides: {parts}"
+
+
+def reckon_room(topology, memory, process_bytes, share_of_gpu):
+    """Reckon the room for experts on each node -> Room.
+
+    share_of_gpu [ranks] is the free memory of each rank's GPU over its ranks, None without GPUs or where the config
+    tells the memory. Host memory bears process and messages, and with GPUs nothing else.
+    """
+    num_ranks = np.bincount(topology.node_of_rank)
+    on_device = {"dense parts": memory.dense * memory.states, "activations": memory.activations}
+    on_host = {"process": process_bytes, "messages": memory.buffers}
+    if share_of_gpu is None:
+        return Room(
+            what="memory", node_bytes=topology.memory_bytes, num_ranks=num_ranks, besides=on_host | on_device
+        )  # fmt: skip
+    least = np.full(len(num_ranks), np.inf)
+    np.minimum.at(least, topology.node_of_rank, share_of_gpu)
+    return Room(what="GPU memory", node_bytes=least * num_ranks, num_ranks=num_ranks, besides=on_device)
+
+
+def share_gpus(gpus):
+    """Share each GPU's free memory among its ranks: (name, bytes) of each rank, None on the host -> [ranks] or None."""
+    if None in gpus:
+        return None
+    names = [name for name, _ in gpus]
+    least = {name: min(free for other, free in gpus if other == name) for name in set(names)}
+    return np.array([least[name] / names.count(name) for name in names])
+
+
+def describe_room(room, topology, expert_bytes, num_layers):
+    """Write the reckoning of memory, a line for all nodes that are alike -> list of lines."""
+    besides = " + ".join(f"{name} {in_units(num_bytes)}" for name, num_bytes in room.besides.items() if num_bytes)
+    names_of_line = {}
+    for node, name in enumerate(topology.node_names):
+        left = int(room.for_experts[node])
+        line = (
+            f"{in_units(int(room.node_bytes[node]))} - {room.num_ranks[node]} ranks x ({besides}) = {in_units(left)} "
+            f"for experts of {in_units(expert_bytes)}, holds {left // (expert_bytes * num_layers)} a layer"
+        )
+        names_of_line.setdefault(line, []).append(name)
+    return [f"{room.what} of {list_names(names)}: {line}" for line, names in names_of_line.items()]
+
+
+def list_names(names):
+    """Name a few nodes and count the others."""
+    listed = ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+    return f"node{'s' * (len(names) > 1)} {listed}" + ", each" * (len(names) > 1)

@@ -1,145 +1,98 @@
-"""The measurement of links, and links given by the config or a file."""
+"""The measurement of pairs of nodes: how a bandwidth is told from times, within seconds and bytes."""
 
-import itertools
 import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hpcmoe.cluster import links
-from hpcmoe.config import Cluster
-from hpcmoe.errors import ClusterError
 from hpcmoe.wait import gather_to_all
 
 
-@pytest.mark.parametrize("num_nodes", range(1, 10))
-@pytest.mark.parametrize("seconds", [0.01, 100.0])
-def test_rounds_have_every_pair_once_and_are_disjoint(num_nodes, seconds):
-    rounds = links.make_rounds(num_nodes, seconds)
-    assert sorted(itertools.chain(*rounds)) == list(itertools.combinations(range(num_nodes), 2))
-    for pairs in rounds:
-        nodes = list(itertools.chain(*pairs))
-        assert len(nodes) == len(set(nodes))
+def test_bandwidth_of_short_messages_is_free_of_fixed_costs():
+    sizes = [0, *links.SIZES[:4]]
+    taken = {size: 50e-6 * (size > 0) + 20e-6 + size / 12e9 for size in sizes}
+    assert links.telling_sizes(taken) == [2**19, 2**17]
+    assert links.estimate_bandwidth(taken) == pytest.approx(12e9)
 
 
-def test_pairs_are_measured_alone_while_time_allows():
-    assert {len(pairs) for pairs in links.make_rounds(8, 2.0)} == {1}
-    assert len(links.make_rounds(8, 0.1)) == 7
-    assert len(links.make_rounds(128, 2.0)) == 127
-    assert len(links.make_rounds(7, 0.1)) == 7  # odd: one node rests in each
-
-
-def test_bandwidth_is_free_of_latency_and_of_a_shaper_s_burst():
-    def seconds(num_bytes):
-        return 30e-6 + max(num_bytes - 200_000, 0) / 25e6
-
-    sizes = [0, *(2**k for k in range(16, 21))]
-    assert links.estimate_bandwidth({size: seconds(size) for size in sizes}) == pytest.approx(25e6)
+def test_bandwidth_of_long_messages_is_not_taken_from_a_disturbed_short_one():
+    taken = {0: 50e-6, 2**18: 0.04, 2**20: 50e-6 + 2**20 / 25e6}
+    assert links.telling_sizes(taken) == [2**20]
+    assert links.estimate_bandwidth(taken) == pytest.approx(25e6)
 
 
 def test_bandwidth_survives_noise_and_a_single_size():
-    assert links.estimate_bandwidth({0: 1e-6, 65536: 2.0, 262144: 1.0}) == 262144
+    assert links.estimate_bandwidth({0: 0.5, 65536: 2.0, 262144: 1.0}) == 262144
     assert links.estimate_bandwidth({0: 1e-3, 65536: 1e-3 + 65536 / 1e6}) == pytest.approx(1e6)
 
 
 class Link:
-    """A link on a clock of its own."""
+    """A link on a clock of its own, behind a shaper whose bucket lets a burst pass at once when it is full."""
 
-    def __init__(self, bytes_per_second, latency_seconds):
+    def __init__(self, bytes_per_second, latency_seconds, burst=0):
         self.now, self.bytes_per_second, self.latency_seconds = 0.0, bytes_per_second, latency_seconds
+        self.burst, self.bucket, self.seen, self.sent = burst, burst, 0.0, 0
 
     def clock(self):
         return self.now
 
-    def time_messages(self, num_bytes, repeats):
-        seconds = self.latency_seconds + num_bytes / self.bytes_per_second
-        self.now += 2 * seconds * repeats  # a round trip each
-        return [seconds] * repeats
-
-
-@pytest.mark.parametrize("bytes_per_second", [2e6, 25e6, 1e9, 1e11])
-def test_messages_grow_within_their_time(bytes_per_second, monkeypatch):
-    link = Link(bytes_per_second, 50e-6)
-    monkeypatch.setattr(links.time, "perf_counter", link.clock)
-    bandwidth, latency = links.ramp(link.time_messages, 0.3)
-    assert bandwidth == pytest.approx(bytes_per_second, rel=1e-3)  # a one-byte message is not all latency
-    assert latency == pytest.approx(50e-6, rel=0.1)
-    assert link.now < 0.35
-
-
-def test_config_links_are_taken_as_they_are():
-    given = Cluster(
-        links="config", bytes_per_second=((1e9, 1e8), (2e8, 1e9)), latency_seconds=((0.0, 1e-5), (2e-5, 0.0))
-    )
-    bandwidth, latency, source = links.find_links(given, ("a", "b"), None, None)
-    assert bandwidth.tolist() == [[1e9, 1e8], [2e8, 1e9]]
-    assert latency.tolist() == [[0, 1e-5], [2e-5, 0]]
-    assert source == "config"
-
-
-def test_latency_left_out_of_the_config_is_zero_and_said_to_be():
-    bandwidth, latency, source = links.find_links(
-        Cluster(links="config", bytes_per_second=((1.0,),)), ("a",), None, None
-    )
-    assert latency.tolist() == [[0.0]]
-    assert source == "config; latency not given, taken as 0"
+    def time_message(self, size):
+        self.bucket = min(self.burst, self.bucket + (self.now - self.seen) * self.bytes_per_second)
+        seconds = 2 * self.latency_seconds + max(size - self.bucket, 0) / self.bytes_per_second
+        self.bucket, self.sent = max(self.bucket - size, 0), self.sent + size
+        self.now += seconds
+        self.seen = self.now
+        return seconds
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"bytes_per_second": ((1.0,) * 3,) * 3}, "[cluster] bytes_per_second is 3 x 3, the run has 2 nodes"),
-        ({"bytes_per_second": ((1.0, 1.0), (1.0,))}, "[cluster] bytes_per_second is 2 x 1 or 2, the run has 2 nodes"),
-        (
-            {"bytes_per_second": ((1.0, 0.0), (1.0, 1.0))},
-            "[cluster] bytes_per_second: entry [0][1] = 0, n0 to n1, must be above 0",
-        ),
-        (
-            {"bytes_per_second": ((1.0, 1.0), (-2e9, 1.0))},
-            "[cluster] bytes_per_second: entry [1][0] = -2e+09, n1 to n0, must be above 0",
-        ),
-        (
-            {"bytes_per_second": ((1.0, 1.0), (1.0, float("nan")))},
-            "[cluster] bytes_per_second: entry [1][1] = nan, n1 to n1, must be above 0",
-        ),
-        (
-            {"bytes_per_second": ((1.0, 1.0), (1.0, 1.0)), "latency_seconds": ((0.0, -1.0), (0.0, 0.0))},
-            "[cluster] latency_seconds: entry [0][1] = -1, n0 to n1, must be 0 or above",
-        ),
-        (
-            {"bytes_per_second": ((1.0, 1.0), (1.0, 1.0)), "latency_seconds": ((0.0,),)},
-            "[cluster] latency_seconds is 1 x 1, the run has 2 nodes",
-        ),
-    ],
+    ("bytes_per_second", "burst"), [(2e6, 0), (25e6, 0), (1e9, 0), (1e11, 0), (25e6, 2**17), (250e6, 2**18)]
 )
-def test_config_links_that_do_not_fit_are_refused(keys, message):
-    with pytest.raises(ClusterError) as refused:
-        links.find_links(Cluster(links="config", **keys), ("n0", "n1"), None, None)
-    assert str(refused.value) == message
+def test_messages_grow_within_their_time(bytes_per_second, burst, monkeypatch):
+    link = Link(bytes_per_second, 50e-6, burst)
+    monkeypatch.setattr(links.time, "perf_counter", link.clock)
+    bandwidth = links.ramp(link.time_message, 100e-6, 0.2, 10**9)
+    assert bandwidth == pytest.approx(bytes_per_second, rel=0.05)
+    assert link.now < 0.25
+
+
+@pytest.mark.parametrize("num_bytes", [2**16, 10**5, 10**6, 10**8])
+def test_messages_grow_within_their_bytes(num_bytes, monkeypatch):
+    link = Link(1e9, 50e-6)
+    monkeypatch.setattr(links.time, "perf_counter", link.clock)
+    assert links.ramp(link.time_message, 100e-6, 10.0, num_bytes) == pytest.approx(1e9, rel=1e-6)
+    assert num_bytes / 8 < link.sent <= num_bytes
+
+
+@given(st.floats(1e-6, 1.0), st.floats(0.0, 1.0), st.floats(1.0, 2.0))
+def test_noise_never_makes_a_link_many_times_faster(seconds, share, noise):
+    taken = {0: 1e-6, 2**18: share * seconds, 2**20: noise * seconds}
+    assert links.estimate_bandwidth(taken) <= 0.75 / links.STEEPEST * 2**20 / (noise * seconds)
 
 
 @pytest.mark.mpi
-def test_every_link_is_measured_and_all_ranks_know_it(comm):
+@pytest.mark.parametrize("as_if", ["a rank a node", "ranks dealt to two nodes"])
+def test_every_pair_is_measured_and_all_ranks_know_it(comm, as_if):
+    node_of_rank = np.arange(comm.size) if as_if == "a rank a node" else np.arange(comm.size) % 2
+    num_nodes = max(node_of_rank) + 1
+    pairs = [np.array([(i, j)]) for i in range(num_nodes) for j in range(i, num_nodes)]
     begin = time.monotonic()
-    bandwidth, latency = links.measure_links(comm, np.arange(comm.size), 0.5)  # as if each rank were a node
+    rates, latency = links.measure_pairs(comm, node_of_rank, pairs, 0.5, 10**8)
     assert time.monotonic() - begin < 5.0
-    assert bandwidth.shape == latency.shape == (comm.size, comm.size)
-    assert (bandwidth > 1e6).all() and np.isfinite(bandwidth).all()
+    assert rates.shape == latency.shape == (num_nodes, num_nodes)
+    assert (rates > 1e6).all() and np.isfinite(rates).all()
     assert (latency > 0).all() and (latency < 0.1).all()
-    np.testing.assert_array_equal(bandwidth, bandwidth.T)
-    for theirs in gather_to_all(comm, bandwidth):
-        np.testing.assert_array_equal(theirs, bandwidth)
+    np.testing.assert_array_equal(latency, latency.T)
+    for theirs in gather_to_all(comm, (rates, latency)):
+        np.testing.assert_array_equal(theirs, (rates, latency))
 
 
 @pytest.mark.mpi
-def test_ranks_of_one_node_measure_their_node(comm):
-    bandwidth, latency = links.measure_links(comm, np.zeros(comm.size, np.int64), 0.5)
-    assert bandwidth.shape == latency.shape == (1, 1)
-    assert bandwidth[0, 0] > 1e7
-
-
-@pytest.mark.mpi
-def test_nodes_may_have_ranks_that_are_not_neighbours(comm):
-    node_of_rank = np.arange(comm.size) % 2
-    bandwidth, _ = links.measure_links(comm, node_of_rank, 0.3)
-    assert (bandwidth > 1e6).all()
+def test_pairs_that_no_round_has_stay_zero(comm):
+    rates, latency = links.measure_pairs(comm, np.arange(comm.size), [np.array([[0, 0]])], 0.1, 10**7)
+    assert np.flatnonzero(rates).tolist() == np.flatnonzero(latency).tolist() == [0]
+    none = links.measure_pairs(comm, np.arange(comm.size), [], 0.1, 10**7)
+    assert not np.any(none)

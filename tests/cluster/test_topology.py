@@ -1,15 +1,17 @@
 """Where the ranks are, and how each fact is found."""
 
 import dataclasses
-import json
+import logging
 import sys
+import types
 
 import numpy as np
 import pytest
 from launch import MPIRUN, run
 
 from hpcmoe.cluster import topology as chapter
-from hpcmoe.cluster.topology import Seat, Topology, load_topology, make_topology, read_topology, save_topology
+from hpcmoe.cluster.nodes import Links, Topology
+from hpcmoe.cluster.topology import Seat, make_site, make_topology, read_topology
 from hpcmoe.config import Cluster
 from hpcmoe.errors import ClusterError
 from hpcmoe.wait import gather_to_all
@@ -32,25 +34,20 @@ def seat(leader=0, **facts):
 
 def topology_of(seats, cluster=None):
     """Make the topology of seats, with all links measured as 1."""
-    node_of_rank = np.unique([s.leader for s in seats], return_inverse=True)[1]
-    ones = np.ones((max(node_of_rank) + 1,) * 2)
-    return make_topology(seats, node_of_rank, cluster or Cluster(), (ones, ones))
+    site = make_site(seats, cluster or Cluster())
+    nodes, racks = len(site.node_names), len(site.rack_names)
+    ones = Links(
+        bytes_per_second=np.ones((nodes, nodes)), latency_seconds=np.ones((nodes, nodes)),
+        egress_bytes_per_second=np.ones(nodes), ingress_bytes_per_second=np.ones(nodes),
+        uplink_bytes_per_second=np.ones(racks),
+    )  # fmt: skip
+    return make_topology(site, cluster or Cluster(), ones)
 
 
-def example():
-    """Make a topology of three nodes in two racks, every entry another number."""
-    return Topology(
-        node_of_rank=np.array([0, 1, 0, 2, 1, 0]),
-        node_names=("n0", "n1", "n2"),
-        rack_of_node=np.array([0, 1, 0]),
-        rack_names=("left", "right"),
-        bytes_per_second=np.arange(1.0, 10.0).reshape(3, 3) / 7,
-        latency_seconds=np.arange(11.0, 20.0).reshape(3, 3) * 1e-6,
-        memory_bytes=np.array([10**9, 2 * 10**9, 3 * 10**9]),
-        devices_of_node=np.array([0, 4, 8]),
-        cores_of_node=np.array([2, 4, 6]),
-        source={"links": "measured"},
-    )
+@pytest.fixture
+def rank_0():
+    """Rank 0, for what logs."""
+    return types.SimpleNamespace(rank=0)
 
 
 def assert_same(a, b):
@@ -236,65 +233,28 @@ def test_ranks_of_one_node_at_two_addresses_are_not_believed(alone):
     assert made.num_racks == 1
 
 
-# Files
+def test_links_that_are_given_are_taken_with_their_sources():
+    keys = Cluster(links="config", bytes_per_second=((9.0, 2.0), (3.0, 9.0)), rack_of_node=("a", "b"))
+    made = topology_of([seat(0), seat(1)], keys)
+    assert made.egress_bytes_per_second.tolist() == [2, 3]
+    assert made.uplink_bytes_per_second.tolist() == [np.inf, np.inf]
+    assert (made.source["racks"], made.source["links"]) == ("config", "config; latency not given, taken as 0")
 
 
-def test_a_saved_topology_comes_back_whole(tmp_path):
-    save_topology(example(), tmp_path / "topology.json")
-    assert_same(load_topology(tmp_path / "topology.json"), example())
-    assert [file.name for file in tmp_path.iterdir()] == ["topology.json"]
-
-
-def test_a_saved_topology_is_readable_by_names(tmp_path):
-    save_topology(example(), tmp_path / "topology.json")
-    text = (tmp_path / "topology.json").read_text()
-    tree = json.loads(text)
-    assert tree["nodes"]["n1"]["rack"] == "right"
-    assert tree["nodes"]["n0"]["ranks"] == [0, 2, 5]
-    assert tree["latency_seconds"]["n1"]["n2"] == pytest.approx(16e-6)
-    assert len(text.splitlines()) < 25
-
-
-def test_links_of_an_earlier_run_are_found_by_the_nodes_names(tmp_path):
-    path = str(tmp_path / "topology.json")
-    save_topology(example(), path)
-    made = topology_of([seat(0, name="n2"), seat(1, name="n0")], Cluster(links="file", links_file=path))
-    np.testing.assert_array_equal(made.bytes_per_second, example().bytes_per_second[[[2], [0]], [2, 0]])
-    np.testing.assert_array_equal(made.latency_seconds, example().latency_seconds[[[2], [0]], [2, 0]])
-    assert made.source["links"] == f"file {path}"
-
-
-def test_nodes_that_the_file_lacks_are_named(tmp_path):
-    path = str(tmp_path / "topology.json")
-    save_topology(example(), path)
-    with pytest.raises(
-        ClusterError, match=r"has no links of n7, n8; the run's nodes are n0, n7, n8, the file's n0, n1"
-    ):
-        topology_of(
-            seats_at(("",) * 1) + [seat(1, name="n7"), seat(2, name="n8")], Cluster(links="file", links_file=path)
-        )
-
-
-def test_a_link_of_no_bandwidth_in_a_file_is_refused(tmp_path):
-    path = str(tmp_path / "topology.json")
-    save_topology(dataclasses.replace(example(), bytes_per_second=np.zeros((3, 3))), path)
-    with pytest.raises(ClusterError, match=r"bytes_per_second: entry \[0\]\[0\] = 0, n0 to n0, must be above 0"):
-        topology_of(seats_at(("",)), Cluster(links="file", links_file=path))
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"nodes": {"n0": {}}}', '{"nodes": [1]}', "\xff"])
-def test_a_file_that_is_no_topology_is_refused(tmp_path, text):
-    (tmp_path / "bad.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ClusterError, match="bad.json: not a topology file"):
-        load_topology(tmp_path / "bad.json")
-
-
-def test_files_that_cannot_be_read_or_written_are_named(tmp_path):
-    with pytest.raises(ClusterError, match="none.json: cannot be read: No such file"):
-        load_topology(tmp_path / "none.json")
-    (tmp_path / "file").touch()
-    with pytest.raises(ClusterError, match="topology.json: cannot be written: Not a directory"):
-        save_topology(example(), tmp_path / "file" / "topology.json")
+def test_slow_links_are_told_by_name_a_few_of_them(rank_0, caplog):
+    made = topology_of([seat(rank, name=f"n{rank}") for rank in range(6)])
+    rates = np.full((6, 6), 100.0)
+    rates[2, 3] = 20.0
+    with caplog.at_level(logging.INFO):
+        chapter.tell_slow_links(rank_0, dataclasses.replace(made, bytes_per_second=rates))
+        rates[4, :4] = 10.0
+        rates[5, :2] = 15.0
+        chapter.tell_slow_links(rank_0, dataclasses.replace(made, bytes_per_second=rates))
+        chapter.tell_slow_links(rank_0, made)
+    kind = "links far slower than the median of their kind, in a rack or between: "
+    few, many = (record.getMessage() for record in caplog.records)
+    assert few == f"{kind}n2 to n3 (20%)"
+    assert many == f"{kind}n4 to n0 (10%), n4 to n1 (10%), n4 to n2 (10%), n4 to n3 (10%), n5 to n0 (15%) and 2 more"
 
 
 # All ranks together
@@ -309,6 +269,7 @@ def test_all_ranks_read_the_same_topology(comm):
     assert sorted({int(node) for node in made.node_of_rank}) == list(range(made.num_nodes))
     assert (made.memory_bytes > 2**20).all() and (made.cores_of_node >= 1).all()
     assert (made.source["nodes"], made.source["links"]) == ("MPI split by shared memory", "measured")
+    assert (made.source["ports"], made.source["uplinks"]) == ("measured", "measured")
 
 
 @pytest.mark.mpi

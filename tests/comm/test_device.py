@@ -28,6 +28,16 @@ def make_buffer(device, count, dtype):
     return buffer
 
 
+def test_a_device_tells_its_own_memory_if_it_has_any(device):
+    memory = device.read_memory()
+    if device.name == "host":
+        assert memory is None
+    else:
+        name, free = memory
+        assert name and 0 < free <= torch.cuda.get_device_properties(device.torch_device).total_memory
+        assert open_device("cuda", 0).read_memory()[0] == name
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pack_lays_the_ordered_rows_at_the_start(device, dtype):
     rows, buffer = draw_rows(5, dtype, device), make_buffer(device, 7, dtype)

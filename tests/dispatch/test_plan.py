@@ -122,7 +122,7 @@ def layouts(draw):
 
 @given(layouts(), st.integers(0, 20), st.integers(1, 600))
 def test_copies_go_to_their_experts_slots_by_their_shares(layout, rank, count):
-    """Points by the golden ratio stay within 3.5 copies of any interval's share; random ones would miss by a dozen."""
+    """Points at even steps meet any interval's share to within one copy; random ones would miss by a dozen."""
     expert_of_replica, shares, num_experts = layout
     chooser = SlotChooser(expert_of_replica, shares, num_experts, rank)
     experts = np.random.default_rng(count).permutation(np.repeat(np.arange(num_experts), count)).reshape(count, -1)
@@ -131,7 +131,7 @@ def test_copies_go_to_their_experts_slots_by_their_shares(layout, rank, count):
     assert np.array_equal(expert_of_replica[slots], experts)
     taken = np.bincount(slots.ravel(), minlength=len(shares))
     assert (taken[shares == 0] == 0).all()
-    assert np.abs(taken - count * shares).max() < 3.5
+    assert np.abs(taken - count * shares).max() < 1 + 1e-6
 
 
 def test_ranks_start_at_different_replicas():

@@ -27,10 +27,10 @@ def require(*commands):
         pytest.skip(reason)
 
 
-def script(name, *arguments):
+def script(name, *arguments, **variables):
     """Run one of the lab's scripts, silent unless it fails."""
     command = [LAB / name, *map(str, arguments)]
-    environment = {**os.environ, "PATH": SYSTEM_PATH}
+    environment = {**os.environ, "PATH": SYSTEM_PATH, **variables}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
 
@@ -59,12 +59,15 @@ def free_ports(count):
 
 
 @contextlib.contextmanager
-def racks():
-    """Make four hosts in two racks, 2 Gbit/s to each and 200 Mbit/s between the racks -> the hosts' names."""
+def racks(**shape):
+    """Make four hosts in two racks, 2 Gbit/s to each and 200 Mbit/s between the racks -> the hosts' names.
+
+    shape gives other values to the variables of racks.sh.
+    """
     require("ip", "tc", "unshare")
     name = f"r{os.getpid()}n"
     try:
-        script("racks.sh", "up", name)
+        script("racks.sh", "up", name, **shape)
         yield [f"{name}{number}" for number in range(4)]
     finally:
         script("racks.sh", "down", name)

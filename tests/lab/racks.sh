@@ -1,14 +1,15 @@
 #!/bin/bash
 # racks.sh up NAME | down NAME: the hosts NAME0 to NAME3 in two racks, as network namespaces of this machine.
 # NAME0 and NAME1 share one rack's switch, NAME2 and NAME3 the other's. Each host's link carries INTRA, the link
-# between the switches INTER. Needs root and iproute2. Then: on NAME0 COMMAND...
+# between the switches INTER; before each wait up to QUEUE of its rate, and what comes then is lost.
+# Needs root and iproute2. Then: on NAME0 COMMAND...
 set -euo pipefail
 verb=$1 name=$2
 switch=${name}sw
-intra=${INTRA:-2gbit} inter=${INTER:-200mbit}
+intra=${INTRA:-2gbit} inter=${INTER:-200mbit} queue=${QUEUE:-30ms}
 
 shape() { # NAMESPACE LINK RATE BURST
-  tc -netns "$1" qdisc replace dev "$2" root tbf rate "$3" burst "$4" latency 30ms
+  tc -netns "$1" qdisc replace dev "$2" root tbf rate "$3" burst "$4" latency "$queue"
 }
 
 # Make the two switches and the link between them.

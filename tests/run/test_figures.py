@@ -39,7 +39,7 @@ def make_placement(experts_of_layers, num_ranks, num_nodes=1):
     return SimpleNamespace(
         node_of_rank=np.arange(num_ranks) * num_nodes // num_ranks,
         expert_of_replica=expert_of_replica,
-        share_of_replica=np.repeat(shares[:, None], num_nodes, axis=1),
+        shares_of_node=lambda layer, node: shares[layer],
         slots_per_rank=expert_of_replica.shape[1] // num_ranks,
     )
 
@@ -48,7 +48,8 @@ def simulate_sigma(placement, tokens_of_rank, top_k, num_experts, random):
     """Route tokens fairly and count the copies between ranks -> sigma."""
     num_ranks = len(tokens_of_rank)
     links = np.zeros((num_ranks, num_ranks))
-    for experts_of_slot, shares in zip(placement.expert_of_replica, placement.share_of_replica[:, 0], strict=True):
+    for layer, experts_of_slot in enumerate(placement.expert_of_replica):
+        shares = placement.shares_of_node(layer, 0)
         served = np.zeros((num_experts, num_ranks))
         held = np.flatnonzero(experts_of_slot >= 0)
         served[experts_of_slot[held], held // placement.slots_per_rank] = shares[held]

@@ -12,7 +12,7 @@ from small import make_config, make_topology, open_small_job
 
 from hpcmoe.errors import ClusterError, PlacementError
 from hpcmoe.run.data import share_of
-from hpcmoe.run.job import choose_threads, make_problem, reckon_sizes
+from hpcmoe.run.job import choose_threads, reckon_sizes
 
 
 def make_mesh(expert_parallel, data_parallel=1, tensor_parallel=1):
@@ -70,27 +70,6 @@ def test_ranks_that_serve_others_expect_their_rows_too(changes, expert_rows):
 def test_each_micro_batch_in_flight_has_a_berth(pipeline, num_berths):
     changes = {f"pipeline__{key}": value for key, value in pipeline.items()}
     assert reckon_sizes(make_config(**changes), make_mesh(2)).num_berths == num_berths
-
-
-def test_the_problem_is_of_the_first_groups_ranks_and_nodes():
-    topology = dataclasses.replace(
-        make_topology(8, 4), rack_of_node=np.array([0, 0, 1, 1]), bytes_per_second=np.arange(16.0).reshape(4, 4)
-    )  # fmt: skip
-    problem = make_problem(make_config(), topology, make_mesh(2, 2, 2), 100, 0)  # ranks 0 to 3, every other one
-    assert problem.node_of_rank.tolist() == [0, 1] and problem.node_names == ("n0", "n1")
-    assert problem.rack_of_node.tolist() == [0, 0]
-    assert problem.bytes_per_second.tolist() == [[0, 1], [4, 5]]
-    assert problem.tokens_of_rank.tolist() == [14 * 5 * 2 / 4] * 2
-    assert problem.probability.shape == (2, 2, 4) and np.allclose(problem.probability.sum(axis=2), 1)
-    assert problem.bytes_per_token == 8 * 4 and problem.expert_bytes == 100
-
-
-def test_experts_get_the_memory_that_the_rest_leaves():
-    topology = dataclasses.replace(make_topology(4, 2), memory_bytes=np.array([1000, 100]))
-    problem = make_problem(make_config(), topology, make_mesh(4), 10, 60)
-    assert problem.memory_bytes.tolist() == [2 * (500 - 60), 0]  # of two ranks, and never below zero
-    shared = make_problem(make_config(), topology, make_mesh(2, 1, 2), 10, 60)
-    assert shared.memory_bytes.tolist() == [2 * (500 - 60), 0]  # one expert's memory is that of both its ranks
 
 
 @pytest.mark.mpi

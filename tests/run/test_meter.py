@@ -25,13 +25,15 @@ class FakeExchange:
 
 
 def make_outcome(num_tokens, num_dropped):
-    census = SimpleNamespace(utilisation=np.array([num_tokens, 2.0]), num_dropped=num_dropped)
+    census = SimpleNamespace(
+        utilisation=np.array([num_tokens, 2.0]), num_dropped=num_dropped, own_tokens=np.full((2, 3), num_tokens)
+    )  # fmt: skip
     return SimpleNamespace(num_tokens=num_tokens, census=census)
 
 
 @pytest.fixture
 def meter(comm):
-    return Meter(FakeExchange(comm), SimpleNamespace(world=comm))
+    return Meter(FakeExchange(comm), SimpleNamespace(world=comm, tensor_index=comm.rank % 2))
 
 
 def do_step(meter, seed):
@@ -76,3 +78,20 @@ def test_the_totals_add_up_the_readings(comm, meter):
     assert meter.link_sigma == pytest.approx(sum(reading.links.sigma for reading in readings))
     assert meter.seconds == pytest.approx(sum(reading.seconds for reading in readings))
     assert meter.seconds_of_stage["route"] == pytest.approx(3 * np.arange(1, comm.size + 1).mean())
+
+
+@pytest.mark.mpi
+def test_tokens_are_summed_by_home_node_since_they_were_taken_last(comm, meter):
+    """Every other rank is a tensor-parallel group's second, whose tokens are the first's again."""
+    node_of_rank = np.arange(comm.size) // 2
+    assert meter.take_tokens(node_of_rank) is None
+    for step in (1, 2):
+        meter.read(make_outcome(10 * step * (1 + comm.rank), 0))
+    taken = meter.take_tokens(node_of_rank)
+    if comm.rank > 0:
+        assert taken is None
+    else:
+        firsts = np.arange(0, comm.size, 2)  # one a node
+        assert taken.shape == (2, len(firsts), 3)
+        assert (taken == 30 * (1 + firsts)[None, :, None]).all()
+    assert meter.take_tokens(node_of_rank) is None  # nothing since

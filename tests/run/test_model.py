@@ -63,7 +63,7 @@ def test_a_routing_is_counted_in_one_row():
 def test_a_census_adds_up_micro_batches():
     config = make_config(model__num_experts=2, model__top_k=1, model__num_layers=1)
     first, second = np.array([[3.0, 1, 2.5, 1.5, 7, 2]]), np.array([[0.0, 4, 1, 3, 5, 0]])
-    census = Census(config, [first, second], num_tokens=8)
+    census = Census(config, [first, second], num_tokens=8, own_tokens=np.array([[2, 1]]))
     assert census.tokens_of_expert.tolist() == [[3, 5]]
     assert census.utilisation.tolist() == [[0.75, 1.25]]
     assert census.num_dropped == 2 and census.z_loss == 12 / 8

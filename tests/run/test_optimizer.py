@@ -31,7 +31,10 @@ def test_flat_gradients_are_the_parameters_own_and_sum_over_ranks(comm):
 @pytest.mark.mpi
 def test_every_copy_of_an_expert_gets_the_sum_in_rank_order(comm, shared):
     """Gradients that round differently in any other order."""
-    changes = {"model__num_experts": 2, "cluster__replicate": True, "cluster__spare_slots_per_rank": 1}
+    changes = {
+        "model__num_experts": 2, "cluster__replicate": True, "cluster__spare_slots_per_rank": 1,
+        "cluster__probability": "config", "cluster__expert_probability": ((0.9, 0.1),),
+    }  # fmt: skip
     with open_small_job(comm, shared, **changes) as (job, optimizer, _):
         layers, sharing = job.stepper.network.layers, optimizer.shared
         mine = {}

@@ -1,13 +1,16 @@
-"""A first look at memory refuses what cannot fit anywhere, and nothing else."""
+"""A first look at memory refuses what cannot fit anywhere; the exact one counts what each node's ranks need besides."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from small import make_config, make_topology
 
 from hpcmoe.errors import PlacementError
-from hpcmoe.run.room import check_room
+from hpcmoe.run.room import check_room, describe_room, on_gpus, reckon_room, share_gpus
+
+MEMORY = SimpleNamespace(dense=10, states=4, activations=100, buffers=7)
 
 
 @pytest.mark.parametrize(
@@ -20,3 +23,51 @@ def test_room_is_that_of_all_nodes_for_all_experts_and_their_state(mode, dtype, 
     check_room(config, dataclasses.replace(topology, memory_bytes=np.array([needed // 2, needed // 2])))
     with pytest.raises(PlacementError, match=r"4 experts x 2 layers .* do not fit .* of 4 ranks on 2 nodes"):
         check_room(config, dataclasses.replace(topology, memory_bytes=np.array([needed // 2, needed // 2 - 1])))
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "told", "there"),
+    [("host", 8, 0, False), ("auto", 0, 0, False), ("auto", 8, 0, True), ("cuda", 0, 0, True), ("cuda", 8, 9, False)],
+)
+def test_the_hosts_memory_says_nothing_of_what_lies_on_gpus(device, gpus, told, there):
+    config = make_config(comm__device=device, cluster__memory_bytes_per_node=told)
+    topology = dataclasses.replace(
+        make_topology(4, 2), devices_of_node=np.array([gpus, 0]), memory_bytes=np.array([9, 9])
+    )  # fmt: skip
+    assert on_gpus(config, topology) == there
+    if there:
+        check_room(config, topology)
+    else:
+        with pytest.raises(PlacementError):
+            check_room(config, topology)
+
+
+def test_experts_get_what_process_messages_and_dense_parts_leave():
+    topology = dataclasses.replace(make_topology(3, 2), memory_bytes=np.array([1000, 100]))  # two ranks and one
+    room = reckon_room(topology, MEMORY, 20, None)
+    assert room.besides == {"process": 20, "messages": 7, "dense parts": 40, "activations": 100}
+    assert room.for_experts.tolist() == [1000 - 2 * 167, 0]  # and never below zero
+
+
+def test_on_gpus_only_what_lies_there_counts():
+    topology = dataclasses.replace(make_topology(4, 2), memory_bytes=np.array([1, 1]))
+    room = reckon_room(topology, MEMORY, 20, np.array([500.0, 400, 900, 900]))
+    assert room.what == "GPU memory" and room.besides == {"dense parts": 40, "activations": 100}
+    assert room.for_experts.tolist() == [2 * (400 - 140), 2 * (900 - 140)]  # the node's tightest GPU
+
+
+def test_ranks_of_one_gpu_share_what_is_free_of_it():
+    gpus = [("a", 900), ("b", 1000), ("a", 800), ("a", 850)]  # asked one after the other: the least counts
+    assert share_gpus(gpus).tolist() == pytest.approx([800 / 3, 1000, 800 / 3, 800 / 3])
+    assert share_gpus([None, None]) is None and share_gpus([("a", 1), None]) is None
+
+
+def test_nodes_that_are_alike_share_a_line():
+    topology = dataclasses.replace(make_topology(12, 6), memory_bytes=np.array([5000, 5000, 9000, 5000, 5000, 5000]))
+    lines = describe_room(reckon_room(topology, MEMORY, 20, None), topology, 100, 2)
+    besides = "process 20 B + messages 7 B + dense parts 40 B + activations 100 B"
+    assert lines == [
+        f"memory of nodes n0, n1, n3, n4 and 1 more, each: 5 kB - 2 ranks x ({besides}) = 4.67 kB for experts of 100 B,"
+        " holds 23 a layer",
+        f"memory of node n2: 9 kB - 2 ranks x ({besides}) = 8.67 kB for experts of 100 B, holds 43 a layer",
+    ]

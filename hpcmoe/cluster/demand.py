@@ -1,0 +1,81 @@
+"""Which experts the tokens of a node will ask for: alike, as the config says, or as an earlier run's tokens did."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpcmoe.errors import ConfigError
+
+TOLERANCE = 1e-6  # by which a row of probabilities may miss 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loads:
+    """How tokens were spread over the experts, in any measure, by the node that was their home."""
+
+    tokens: np.ndarray  # [L, nodes, E]
+    node_names: tuple[str, ...]  # [nodes]; empty with one row for every node alike
+
+
+def find_loads(config, read_loads):
+    """Take the loads that [cluster] probability names -> Loads; ConfigError when they are not this model's.
+
+    read_loads(path) -> Loads of a run's record.
+    """
+    model, cluster = config.model, config.cluster
+    match cluster.probability:
+        case "uniform":
+            return Loads(tokens=np.ones((model.num_layers, 1, model.num_experts)), node_names=())
+        case "config":
+            return Loads(tokens=check_rows(cluster.expert_probability, model), node_names=())
+        case "file":
+            return check_loads(read_loads(cluster.loads_file), model, cluster.loads_file)
+        case _:
+            raise ValueError(cluster.probability)
+
+
+def check_rows(rows, model):
+    """Check the config's probabilities, a row or one a layer -> [L, 1, E], or ConfigError naming row and sum."""
+    what, num_layers, num_experts = "[cluster] expert_probability", model.num_layers, model.num_experts
+    if len(rows) not in (1, num_layers):
+        raise ConfigError(f"{what} has {len(rows)} rows, must have 1 or [model] num_layers = {num_layers}")
+    for number, row in enumerate(rows):
+        if len(row) != num_experts:
+            raise ConfigError(f"{what}: row [{number}] has {len(row)} entries, [model] num_experts = {num_experts}")
+        if min(row) < 0:
+            raise ConfigError(f"{what}: entry [{number}][{row.index(min(row))}] = {min(row):g}, must be 0 or above")
+        if abs(sum(row) - 1) > TOLERANCE:
+            raise ConfigError(f"{what}: row [{number}] sums to {sum(row):.8g}, must sum to 1")
+    return np.broadcast_to(np.array(rows, np.float64)[:, None], (num_layers, 1, num_experts))
+
+
+def check_loads(loads, model, path):
+    """Check that recorded loads are of this model's layers and experts -> the Loads, or ConfigError."""
+    num_layers, _, num_experts = loads.tokens.shape
+    for key, has, wants in (
+        ("num_layers", num_layers, model.num_layers),
+        ("num_experts", num_experts, model.num_experts),
+    ):
+        if has != wants:
+            raise ConfigError(f"[cluster] loads_file = {path}: its run had {key} = {has}, [model] {key} = {wants}")
+    if not (np.isfinite(loads.tokens) & (loads.tokens >= 0)).all() or (loads.tokens.sum(axis=(1, 2)) == 0).any():
+        raise ConfigError(f"[cluster] loads_file = {path}: holds a layer without tokens")
+    return loads
+
+
+def make_probability(loads, node_names):
+    """Make each node's probabilities of its loads -> [L, nodes, E], each row's sum 1.
+
+    A node that the loads do not name, or name without a token, takes those of all their nodes together.
+    """
+    everywhere = loads.tokens.sum(axis=1, keepdims=True)  # [L, 1, E]
+    if not set(node_names) & set(loads.node_names):
+        probability = everywhere / everywhere.sum(axis=2, keepdims=True)
+        return np.broadcast_to(probability, (len(probability), len(node_names), probability.shape[2]))
+
+    # Lay the rows out by this run's nodes.
+    known = {name: row for row, name in enumerate(loads.node_names)}
+    rows = [loads.tokens[:, [known[name]]] if name in known else everywhere for name in node_names]
+    tokens = np.concatenate(rows, axis=1).astype(np.float64)
+    tokens = np.where(tokens.sum(axis=2, keepdims=True) > 0, tokens, everywhere)
+    return tokens / tokens.sum(axis=2, keepdims=True)

@@ -1,0 +1,206 @@
+"""Place experts by themselves: `python -m hpcmoe.place CASE.json --objective links --budget 5 -o OUT.json`.
+
+CASE.json holds a placement problem, or a run's run.h5 the one it had. Exit status 2 and a line for each fault.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import sys
+import tempfile
+
+from hpcmoe.errors import EXIT_INTERRUPTED, EXIT_USER, ConfigError, HpcmoeError, say
+from hpcmoe.placement.case import read_case
+from hpcmoe.placement.problem import OBJECTIVES, check_problem
+
+SECONDS_A_LAYER = 0.1  # of search where no budget is given
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def main(words=None):
+    """Run the command -> its exit status."""
+    try:
+        arguments = read_arguments(sys.argv[1:] if words is None else words)
+        check_outputs(arguments)
+        show(place(arguments))
+    except HpcmoeError as fault:
+        say(f"hpcmoe: {line}" for line in str(fault).splitlines())
+        return EXIT_USER
+    except KeyboardInterrupt:
+        say(["hpcmoe: interrupted"])
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def read_arguments(words):
+    """Parse the command line -> arguments. Raises ConfigError; leaves after --help."""
+    parser = argparse.ArgumentParser(prog="python -m hpcmoe.place", description="Place experts on ranks.")
+    parser.error = refuse
+    parser.add_argument("case", metavar="CASE", help="placement problem: CASE.json, or the run.h5 of a run")
+    parser.add_argument(
+        "--objective", choices=OBJECTIVES,
+        help="what a layer costs: its busiest link; ports and uplinks too; ranks' compute too (step, or the run's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget",
+        type=positive,
+        metavar="SECONDS",
+        help="time to search in, 0.1 s a layer; to prove how good the result is takes up to half as much more",
+    )
+    parser.add_argument("-o", "--output", metavar="OUT.json", help="write the placement there")
+    parser.add_argument("--plot", metavar="FILE", help=f"draw it: {', '.join(PICTURES)}")
+    parser.add_argument("--seed", type=natural, default=0, help="of the search (%(default)s)")
+    parser.add_argument(
+        "--iterations", type=natural, default=0, metavar="COUNT",
+        help="end the search of a layer after so many proposals: the same answer every time, if the budget allows them",
+    )  # fmt: skip
+    parser.add_argument("--latency", action="store_true", help="a link in use costs its latency too")
+    parser.add_argument("--layer", type=natural, default=0, help="whose experts are shown (%(default)s)")
+    parser.add_argument("--compare", action="store_true", help="place by EPLB's method too")
+    return parser.parse_args(words)
+
+
+def refuse(message):
+    """Raise what argparse would end the program with."""
+    raise ConfigError(f"command line: {message}")
+
+
+def positive(word):
+    """Read a finite number above 0."""
+    number = float(word)
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError
+    return number
+
+
+def natural(word):
+    """Read a whole number from 0 to 2^63 - 1."""
+    number = int(word)
+    if not 0 <= number < 2**63:
+        raise ValueError
+    return number
+
+
+def check_outputs(arguments):
+    """Make sure, before a long search, that what is asked for can be written."""
+    for path in map(pathlib.Path, filter(None, (arguments.output, arguments.plot))):
+        with one_line_faults(path):
+            if path.is_dir():
+                raise ConfigError(f"{path}: cannot be written: is a folder")
+            if path.resolve() == pathlib.Path(arguments.case).resolve():
+                raise ConfigError(f"{path}: cannot be written: is the case itself")
+            # Try it: root is let in by permissions that a read-only or full disk then belies.
+            with tempfile.TemporaryFile(dir=path.resolve().parent, buffering=0) as probe:
+                probe.write(bytes(4096))
+    if arguments.plot:
+        if pathlib.Path(arguments.plot).suffix.lower() not in PICTURES:
+            raise ConfigError(f"--plot {arguments.plot}: must end with {', '.join(PICTURES)}")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ConfigError("--plot: matplotlib is not there; pip install matplotlib, or hpcmoe[plot]")
+
+
+@contextlib.contextmanager
+def one_line_faults(path):
+    """Turn the system's refusal inside the block into a ConfigError."""
+    try:
+        yield
+    except OSError as fault:
+        raise ConfigError(f"{path}: cannot be written: {fault.strerror or fault}") from None
+
+
+def place(arguments):
+    """Read the problem, solve it, write what was asked for -> the text to show."""
+    problem, notes = read_problem(arguments)
+    if arguments.layer >= problem.num_layers:
+        raise ConfigError(f"--layer {arguments.layer}: must be below layers = {problem.num_layers}")
+    if notes:
+        say(f"hpcmoe: note: {note}" for note in notes)
+
+    # What compiles, or takes a second to import, waits until the input is known to be good.
+    from hpcmoe.placement.solve import compare_methods, make_placement
+    from hpcmoe.placement.usage import measure_usage
+    from hpcmoe.tables import make_tables
+
+    seconds = arguments.budget or SECONDS_A_LAYER * problem.num_layers
+    placement = make_placement(problem, seconds=seconds, iterations=arguments.iterations, seed=arguments.seed)
+    rivals = compare_methods(problem, ("contiguous", "eplb") if arguments.compare else ("contiguous",))
+    usage = measure_usage(problem, placement)
+
+    written = [path for path in (arguments.output, arguments.plot) if path]
+    if arguments.output:
+        write_answer(arguments.output, make_answer(problem, placement, rivals, arguments.seed))
+    if arguments.plot:
+        from hpcmoe.plot import draw
+
+        with replaced(arguments.plot) as part:
+            draw(problem, placement, usage, part, pathlib.Path(arguments.plot).suffix[1:].lower(), arguments.layer)
+    table = make_tables(problem, placement, usage, rivals, arguments.layer)
+    return f"{table}\n\nwritten: {', '.join(written)}" if written else table
+
+
+def read_problem(arguments):
+    """Read the problem of a case file or of a run's record -> (PlacementProblem, notes)."""
+    if pathlib.Path(arguments.case).suffix != ".h5":
+        return read_case(arguments.case, arguments.objective or "step", arguments.latency)
+
+    from hpcmoe.write import problem
+
+    given = {"objective": arguments.objective, "count_latency": arguments.latency}
+    read, notes = problem.read_problem(arguments.case, **{name: value for name, value in given.items() if value})
+    check_problem(read)
+    return read, notes
+
+
+def make_answer(problem, placement, rivals, seed):
+    """Lay a placement out as OUT.json has it -> dict."""
+    shape = problem.num_layers, problem.num_ranks, problem.slots_per_rank
+    return {
+        "objective": problem.objective,
+        "objective_seconds": placement.objective_seconds,
+        "lower_bound_seconds": placement.lower_bound_seconds,
+        "optimal": placement.optimal,
+        "cross_node_share": placement.cross_node_share,
+        "sigma_links": placement.link_sigma,
+        "seconds": placement.spent.seconds,
+        "iterations": placement.spent.num_proposals,
+        "seed": seed,
+        **{f"{method}_seconds": seconds for method, seconds in rivals.items()},
+        "expert_of_slot": placement.expert_of_replica.reshape(shape).tolist(),  # [layers][G][slots], -1 empty
+    }
+
+
+@contextlib.contextmanager
+def replaced(path):
+    """Give a temporary name, which takes the path's place when the block ends well; a device is written as it is."""
+    whole = pathlib.Path(path).resolve()
+    part = whole.with_name(f"{whole.name}.part") if whole.is_file() or not whole.exists() else whole
+    try:
+        with one_line_faults(path):
+            yield part
+            part.replace(whole)
+    finally:
+        if part != whole:
+            part.unlink(missing_ok=True)
+
+
+def write_answer(path, answer):
+    """Write OUT.json, a line for each key."""
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in answer.items())
+    with replaced(path) as part:
+        part.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+
+
+def show(text):
+    """Print; whoever reads may leave early, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at its end
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""What a layout of one layer costs: tokens to the nearest copies, seconds on links, ports, uplinks and ranks.
+
+The reference: plain array arithmetic from the definitions, against which the compiled search is held.
+"""
+
+import numpy as np
+
+
+def count_copies(problem, expert_of_replica):
+    """Count the copies of each expert on each node, for slots [S] -> [nodes, E]."""
+    used = np.flatnonzero(expert_of_replica >= 0)
+    nodes = np.repeat(problem.node_of_rank, problem.slots_per_rank)[used]
+    copies = np.zeros((problem.num_nodes, problem.num_experts), np.int64)
+    np.add.at(copies, (nodes, expert_of_replica[used]), 1)
+    return copies
+
+
+def nearest(problem, copies):
+    """Find the nearest tier with a copy, for copies [nodes, E] -> its distance and its copies, both [nodes, E]."""
+    within = np.stack([(problem.distance <= reach).astype(np.float64) @ copies for reach in range(3)])
+    tier = np.argmax(within > 0, axis=0)
+    return tier, np.take_along_axis(within, tier[None], axis=0)[0]
+
+
+def share_out(problem, expert_of_replica, senders=slice(None)):
+    """Send each node's tokens to the nearest tier with a copy, evenly over its copies: [S] -> shares [nodes, S].
+
+    senders picks some of the nodes, whose rows alone are made.
+    """
+    used = np.flatnonzero(expert_of_replica >= 0)
+    nodes, experts = np.repeat(problem.node_of_rank, problem.slots_per_rank)[used], expert_of_replica[used]
+    tier, count = (array[senders][:, experts] for array in nearest(problem, count_copies(problem, expert_of_replica)))
+    share = np.zeros((len(tier), len(expert_of_replica)))
+    share[:, used] = (problem.distance[senders][:, nodes] <= tier) / count
+    return share
+
+
+def sum_by_node(problem, tokens):
+    """Sum tokens for each slot [nodes, S] over the slots of each node -> [nodes, nodes]."""
+    node_of_slot = np.repeat(problem.node_of_rank, problem.slots_per_rank)
+    return tokens @ (node_of_slot[:, None] == np.arange(problem.num_nodes)).astype(np.float64)
+
+
+def tokens_on_links(problem, layer, expert_of_replica, share):
+    """Count the tokens from each node to each, those that stay on the diagonal: [S], [nodes, S] -> [nodes, nodes]."""
+    return sum_by_node(problem, problem.demand(layer)[:, expert_of_replica] * share)  # an empty slot has no share
+
+
+def tokens_on_ranks(problem, layer, expert_of_replica, share):
+    """Count the tokens that each rank's replicas serve: [S], [nodes, S] -> [P]."""
+    served = (problem.demand(layer)[:, expert_of_replica] * share).sum(axis=0)
+    return served.reshape(-1, problem.slots_per_rank).sum(axis=1)
+
+
+def resource_seconds(problem, layer, expert_of_replica, share=None):
+    """Find how long each resource is busy with one layer, one way -> dict of arrays, whatever the objective.
+
+    "link" [nodes, nodes], "egress" and "ingress" [nodes], "uplink_out" and "uplink_in" [racks], "rank" [P].
+    """
+    share = share_out(problem, expert_of_replica) if share is None else share
+    sent = tokens_on_links(problem, layer, expert_of_replica, share)
+    crossing = np.where(np.eye(len(sent)), 0.0, sent) * problem.bytes_per_token
+    racks = problem.rack_of_node[:, None] == np.arange(len(problem.uplink_bytes_per_second))
+    between = racks.T.astype(np.float64) @ crossing @ racks
+    np.fill_diagonal(between, 0.0)
+    return {
+        "link": sent * problem.link_cost + np.where(crossing > 0, problem.link_latency, 0.0),
+        "egress": crossing.sum(axis=1) / problem.egress_bytes_per_second,
+        "ingress": crossing.sum(axis=0) / problem.ingress_bytes_per_second,
+        "uplink_out": between.sum(axis=1) / problem.uplink_bytes_per_second,
+        "uplink_in": between.sum(axis=0) / problem.uplink_bytes_per_second,
+        "rank": tokens_on_ranks(problem, layer, expert_of_replica, share) * problem.seconds_per_token,
+    }
+
+
+def counted(objective):
+    """Name the resources that an objective counts."""
+    match objective:
+        case "links":
+            return ("link",)
+        case "ports":
+            return ("link", "egress", "ingress", "uplink_out", "uplink_in")
+        case "step":
+            return ("link", "egress", "ingress", "uplink_out", "uplink_in", "rank")
+        case _:
+            raise ValueError(objective)
+
+
+def layer_seconds(problem, layer, expert_of_replica, share=None):
+    """Find a layer's cost: the seconds of the busiest resource that the objective counts."""
+    seconds = resource_seconds(problem, layer, expert_of_replica, share)
+    return max(float(seconds[name].max(initial=0.0)) for name in counted(problem.objective))
+
+
+def merit(problem, layer, expert_of_replica):
+    """Rank layouts [S] of a layer, less is better: its cost, then cross-node tokens, then the busiest rank's."""
+    share = share_out(problem, expert_of_replica)
+    sent = tokens_on_links(problem, layer, expert_of_replica, share)
+    busiest = tokens_on_ranks(problem, layer, expert_of_replica, share).max()
+    figures = (layer_seconds(problem, layer, expert_of_replica, share), sent.sum() - np.trace(sent), busiest)
+    return tuple(float(f"{figure:.9g}") for figure in figures)  # rounding noise decides nothing

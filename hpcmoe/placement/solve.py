@@ -1,0 +1,253 @@
+"""From the problem to the placement: seeds, search, memory shifted between layers, ties, bounds, in numbered steps.
+
+Pure: arrays in, arrays out, run on rank 0. With a count of proposals, one problem and seed give one answer unless the
+clock ends the search first; with a time alone, what the clock allows.
+"""
+
+import dataclasses
+import time
+
+import numpy as np
+
+from hpcmoe.errors import PlacementError
+from hpcmoe.placement.bounds import bound_layer
+from hpcmoe.placement.cost import layer_seconds
+from hpcmoe.placement.moves import most_seconds, rebuild
+from hpcmoe.placement.problem import PlacementProblem, check_problem
+from hpcmoe.placement.quotas import limit_ranks, spread_memory
+from hpcmoe.placement.result import Spent, weigh
+from hpcmoe.placement.search import Budget, clear_up, improve
+from hpcmoe.placement.seats import seat_evenly
+from hpcmoe.placement.seeds import lay_as_eplb, lay_contiguous, lay_packed
+from hpcmoe.placement.shifts import MOST_NODES, shift_memory, weigh_shifts
+from hpcmoe.placement.terms import HOLE, Measure, make_layout, make_terms
+
+LARGE = 2**20  # nodes x nodes x experts: from here on a seed takes tens of milliseconds
+PART_FOR_SHIFTS = 0.3  # of the time, where the layers compete for memory
+PROPOSALS_TO_TIDY = 10  # for each slot
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Orders:
+    """How to search."""
+
+    seconds: float = 1.0  # for all layers
+    iterations: int = 0  # proposals a layer; 0: as many as the seconds allow
+    seed: int = 0
+    start: np.ndarray | None = None  # [L, S], a placement that the answer must not be worse than; it may change in part
+
+
+def make_placement(problem, method="packed", **orders):
+    """Lay all layers' experts on the ranks -> Placement; PlacementError when they do not fit.
+
+    method: "packed" searches, by Orders, and may then take half as long again to prove how good the answer is;
+    "contiguous" and "eplb" do as they do, and raise where that breaks a limit of memory.
+    """
+    # 1 Check that there is a placement. 2 Spread the memory over the layers.
+    check_problem(problem)
+    orders, most_of_node = Orders(**orders), spread_memory(problem)
+    match method:
+        case "packed":
+            compile_all()
+            layouts, spent = search_layers(problem, most_of_node, orders)
+            seconds = orders.seconds / 2
+        case "contiguous" | "eplb":
+            layouts = [lay_plainly(problem, most_of_node, k, method) for k in layers_of(problem)]
+            spent, seconds = Spent(), 0.0
+        case _:
+            raise ValueError(method)
+
+    # 7 Bound every layer from below. 8 Weigh it all.
+    expert_of_replica = np.stack([widen(problem, expert_at) for expert_at in layouts])
+    return weigh(problem, expert_of_replica, bound_layers(problem, expert_of_replica, seconds), method, spent)
+
+
+def compare_methods(problem, methods):
+    """Find what placements by these methods would cost -> dict method: seconds, None where it does not fit."""
+    seconds_of_method, most_of_node = {}, spread_memory(problem)
+    for method in methods:
+        try:
+            layouts = [widen(problem, lay_plainly(problem, most_of_node, k, method)) for k in layers_of(problem)]
+        except PlacementError:
+            seconds_of_method[method] = None
+        else:
+            seconds_of_method[method] = sum(layer_seconds(problem, k, experts) for k, experts in enumerate(layouts))
+    return seconds_of_method
+
+
+def compile_all():
+    """Have what numba compiles compiled, or read from its cache, before any time counts: by placing next to nothing."""
+    one = np.ones(2)
+    tiny = PlacementProblem(
+        num_layers=1, num_experts=2, slots_per_rank=2, replicate=True,
+        node_of_rank=np.arange(2), rack_of_node=np.zeros(2, np.int64),
+        bytes_per_second=np.ones((2, 2)), latency_seconds=np.zeros((2, 2)),
+        egress_bytes_per_second=one, ingress_bytes_per_second=one, uplink_bytes_per_second=np.full(1, np.inf),
+        memory_bytes=np.full(2, 2), expert_bytes=1, bytes_per_token=1,
+        tokens_of_rank=one, probability=np.full((1, 2, 2), 0.5),
+    )  # fmt: skip
+    terms = make_terms(tiny, 0, limit_ranks(tiny, tiny.slots_of_node))
+    expert_at = lay_packed(terms, 1)
+    improve(terms, expert_at, 0, Budget(proposals=1, goal=-1.0))
+    clear_up(terms, expert_at, 0, 1)
+    weigh_shifts(tiny, 0, expert_at)
+
+
+def layers_of(problem):
+    """Number the layers."""
+    return range(problem.num_layers)
+
+
+def lay_plainly(problem, most_of_node, layer, method):
+    """Lay one layer by a method that does not search -> [P, s]; PlacementError where it does not fit the memory."""
+    terms = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer]))
+    lay = lay_contiguous if method == "contiguous" else lay_as_eplb
+    expert_at = lay(terms)
+    if not fits(terms, expert_at):
+        raise PlacementError(f"{method} placement: layer {layer} does not fit the memory of every node")
+    return expert_at
+
+
+def fits(terms, expert_at):
+    """Tell whether a layout [P, s] keeps to the limits and has every expert."""
+    held = expert_at != HOLE
+    count = held.sum(axis=1)
+    of_node = np.bincount(terms.node_of_rank, count, len(terms.most_of_node))
+    return (
+        len(np.unique(expert_at[held])) == len(terms.tokens)
+        and (count <= terms.most_of_rank).all()
+        and (count >= terms.fewest_of_rank).all()
+        and (of_node <= terms.most_of_node).all()
+    )
+
+
+def search_layers(problem, most_of_node, orders):
+    """Search every layer -> (layouts [P, s] of the layers, Spent); most_of_node [L, nodes] may change."""
+    begun, made, cut_short, num_own = time.perf_counter(), 0, False, None
+    adopt_memory(problem, most_of_node, orders.start)
+    first_alike = find_alike(problem, most_of_node)
+    competing = (most_of_node < problem.slots_of_node).any() and problem.num_layers > 1
+    shifting = competing and problem.num_nodes <= MOST_NODES
+    deadline = begun + orders.seconds * (1 - PART_FOR_SHIFTS * shifting)
+    layouts, left = [], len(set(first_alike))
+    for layer in layers_of(problem):
+        if first_alike[layer] < layer:
+            layouts.append(layouts[first_alike[layer]])
+            continue
+
+        # 3 Lay seeds, and take the best. 4 Search on from it.
+        until = time.perf_counter() + max(deadline - time.perf_counter(), 0.0) / left
+        terms = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer]))
+        start = None if orders.start is None else narrow(problem, terms, orders.start[layer])
+        expert_at, num_own = best_seed(terms, start, num_own)
+        budget = Budget(
+            seconds=max(until - time.perf_counter(), 1e-3),
+            proposals=orders.iterations,
+            goal=bound_layer(problem, layer, most_of_node[layer]),
+        )
+        found = improve(terms, expert_at, (orders.seed, layer), budget)
+        layouts.append(found.expert_at)
+        made, cut_short, left = made + found.num_proposals, cut_short or found.cut_short, left - 1
+
+    # 5 Shift memory between the layers. 6 Break ties, by tokens between nodes, then by the ranks' loads.
+    if shifting:
+        layouts = shift_memory(problem, most_of_node, layouts, begun + orders.seconds, orders.seed)
+        cut_short |= time.perf_counter() >= begun + orders.seconds
+    tidied = {}
+    for layer in layers_of(problem):
+        if first_alike[layer] == layer or shifting:
+            tidied[layer] = break_ties(problem, most_of_node, layer, layouts, orders.seed)
+    spent = Spent(seconds=time.perf_counter() - begun, num_proposals=made, cut_short=cut_short)
+    return [tidied.get(layer, tidied[first_alike[layer]]) for layer in layers_of(problem)], spent
+
+
+def find_alike(problem, most_of_node):
+    """Find the first layer that asks for the same and may hold the same as each layer -> list [L]."""
+    first_of_content = {}
+    return [
+        first_of_content.setdefault((problem.probability[k].tobytes(), most_of_node[k].tobytes()), k)
+        for k in layers_of(problem)
+    ]
+
+
+def best_seed(terms, start, num_own):
+    """Lay all seeds -> (the best [P, s], the number of own experts on each node that its like are best with).
+
+    start [P, s] or None is one more.
+
+    num_own is what was best in an earlier layer; on a large cluster the others are not tried again.
+    """
+    packed = [(n, lay_packed(terms, n)) for n in choose_own(terms, num_own)]
+    layouts = [lay_contiguous(terms), lay_contiguous(terms, spread=False), lay_as_eplb(terms), start]
+    layouts = [(None, expert_at) for expert_at in layouts if expert_at is not None and fits(terms, expert_at)]
+    packed = [(n, expert_at) for n, expert_at in packed if expert_at is not None]
+    costs = [cost_of(terms, expert_at) for _, expert_at in packed + layouts]
+    own = packed[int(np.argmin(costs[: len(packed)]))][0] if packed else num_own
+    return (packed + layouts)[int(np.argmin(costs))][1], own
+
+
+def choose_own(terms, num_own):
+    """List the numbers of own experts on each node to try."""
+    if not terms.replicate:
+        return [0]
+    num_nodes, num_experts = terms.demand.shape
+    if num_nodes**2 * num_experts > LARGE and num_own is not None:
+        return [num_own]
+    tries = 4 if num_nodes**2 * num_experts > LARGE else 8
+    return np.unique(np.linspace(0, min(terms.most_of_node.max(), num_experts), tries).astype(int)).tolist()
+
+
+def cost_of(terms, expert_at):
+    """Find how long a layout's busiest resource is busy -> seconds."""
+    layout, log = make_layout(terms, expert_at)
+    rebuild(terms, layout, log, Measure(1.0, 0))
+    return most_seconds(terms, layout, log, False)
+
+
+def break_ties(problem, most_of_node, layer, layouts, seed):
+    """Let fewer tokens leave their nodes, and the ranks of a node be as busy as each other: at no cost -> [P, s]."""
+    terms = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer]))
+    expert_at = clear_up(terms, layouts[layer], (seed, layer), PROPOSALS_TO_TIDY * int(terms.most_of_rank.sum()))
+    return expert_at if terms.rank_cost > 0 else seat_evenly(terms, expert_at)
+
+
+def adopt_memory(problem, most_of_node, start):
+    """Spread the memory over the layers as a placement [L, S] to start from does, where it fits; in place."""
+    if start is None:
+        return
+    nodes = np.repeat(problem.node_of_rank, problem.slots_per_rank)
+    used = np.stack([np.bincount(nodes[row != HOLE], minlength=problem.num_nodes) for row in start])
+    if (used.sum(axis=0) <= np.minimum(problem.memory_copies, problem.slots_of_node * problem.num_layers)).all():
+        for node in np.flatnonzero((most_of_node < used).any(axis=0)):
+            rest = most_of_node[:, node].sum() - used[:, node].sum()
+            room = np.cumsum(problem.slots_of_node[node] - used[:, node])
+            most_of_node[:, node] = used[:, node] + np.diff(np.minimum(room, rest), prepend=0)
+
+
+def narrow(problem, terms, experts):
+    """Lay a layer's slots [S] out by ranks, without the slots that no rank may use -> [P, s'], or None."""
+    expert_at = -np.sort(-experts.reshape(problem.num_ranks, -1), axis=1)  # the empty slots last
+    most = terms.most_of_rank.max()
+    return expert_at[:, :most].copy() if (expert_at[:, most:] == HOLE).all() else None
+
+
+def widen(problem, expert_at):
+    """Give every rank all its slots, the unused ones empty: [P, s'] -> [S]."""
+    missing = problem.slots_per_rank - expert_at.shape[1]
+    return np.pad(expert_at, ((0, 0), (0, missing)), constant_values=HOLE).ravel()
+
+
+def bound_layers(problem, expert_of_replica, seconds):
+    """Bound every layer from below, given the layouts found [L, S] and the time for it -> seconds [L]."""
+    room = np.minimum(problem.slots_of_node, problem.memory_copies)
+    first_alike = find_alike(problem, np.broadcast_to(room, (problem.num_layers, len(room))))
+    deadline, left, bounds = time.perf_counter() + seconds, len(set(first_alike)), []
+    for layer in layers_of(problem):
+        if first_alike[layer] < layer:
+            bounds.append(bounds[first_alike[layer]])
+            continue
+        share = max(deadline - time.perf_counter(), 0.0) / left
+        incumbent = layer_seconds(problem, layer, expert_of_replica[layer])
+        bounds.append(min(bound_layer(problem, layer, room, share, incumbent), incumbent))
+        left -= 1
+    return bounds

@@ -1,0 +1,127 @@
+"""What a search of one layer looks up, what it changes, and the log by which it takes changes back."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hpcmoe.placement.cost import counted
+
+HOLE = np.int64(-1)  # an empty slot, or no rank; typed, for numba compiles a function anew for every literal
+
+
+class Terms(NamedTuple):
+    """What a layer's search looks up and never changes. Costs are seconds a token; 0 where they do not count."""
+
+    demand: np.ndarray  # [nodes, E] tokens
+    tokens: np.ndarray  # [E], of all nodes
+    link_cost: np.ndarray  # [nodes, nodes]
+    link_latency: np.ndarray  # [nodes * nodes] seconds of a link in use
+    out_cost: np.ndarray  # [nodes]
+    in_cost: np.ndarray  # [nodes]
+    uplink_cost: np.ndarray  # [racks]
+    rank_cost: float
+    node_of_rank: np.ndarray  # [P]
+    rack_of_node: np.ndarray  # [nodes]
+    rank_by_node: np.ndarray  # [P], the ranks node after node
+    first_of_node: np.ndarray  # [nodes + 1], where each node's begin
+    fewest_of_rank: np.ndarray  # [P] experts
+    most_of_rank: np.ndarray  # [P] experts
+    most_of_node: np.ndarray  # [nodes] copies
+    replicate: bool
+
+
+class Layout(NamedTuple):
+    """Where the copies are and how busy that makes every resource; changed in place.
+
+    Resources in order: links, ports out, ports in, uplinks out, uplinks in, ranks.
+    """
+
+    expert_at: np.ndarray  # [P, s], HOLE where empty
+    count_of_rank: np.ndarray  # [P]
+    count_of_node: np.ndarray  # [nodes]
+    copies: np.ndarray  # [nodes, E]
+    copies_in_rack: np.ndarray  # [racks, E]
+    num_copies: np.ndarray  # [E]
+    rank_of_copy: np.ndarray  # [E, P + 1]
+    busy: np.ndarray  # [resources] seconds without latency
+    power: np.ndarray  # [resources] (seconds / scale) ** (2 ** doublings)
+    stamp: np.ndarray  # [resources] the move that touched it last
+
+
+class Log(NamedTuple):
+    """What one move has touched, as it was before, and room to work in."""
+
+    resource: np.ndarray  # [resources]
+    busy: np.ndarray  # [resources]
+    power: np.ndarray  # [resources]
+    count: np.ndarray  # [2]: resources touched, moves made
+    at: np.ndarray  # [contributions] the resource of each
+    by: np.ndarray  # [contributions] its seconds
+    served: np.ndarray  # [P + 1] tokens that each copy serves
+    entered: np.ndarray  # [P + 1] those from other nodes
+    crossed: np.ndarray  # [2, racks] those that leave and enter each rack
+
+
+class Measure(NamedTuple):
+    """How seconds become powers."""
+
+    scale: float  # seconds that count as 1
+    doublings: int  # the exponent is 2 to this
+
+
+def make_terms(problem, layer, limits):
+    """Lay down what a layer's search looks up -> Terms; limits: (fewest_of_rank, most_of_rank, most_of_node)."""
+    names, size = counted(problem.objective), problem.bytes_per_token
+    ports, ranks = "egress" in names, "rank" in names
+    demand = np.ascontiguousarray(problem.demand(layer), np.float64)
+    fewest_of_rank, most_of_rank, most_of_node = (np.asarray(limit, np.int64) for limit in limits)
+    return Terms(
+        demand=demand,
+        tokens=demand.sum(axis=0),
+        link_cost=np.ascontiguousarray(problem.link_cost, np.float64),
+        link_latency=np.ascontiguousarray(problem.link_latency, np.float64).ravel(),
+        out_cost=ports * size / np.asarray(problem.egress_bytes_per_second, np.float64),
+        in_cost=ports * size / np.asarray(problem.ingress_bytes_per_second, np.float64),
+        uplink_cost=ports * size / np.asarray(problem.uplink_bytes_per_second, np.float64),
+        rank_cost=float(problem.seconds_per_token) * ranks,
+        node_of_rank=np.ascontiguousarray(problem.node_of_rank, np.int64),
+        rack_of_node=np.ascontiguousarray(problem.rack_of_node, np.int64),
+        rank_by_node=np.argsort(problem.node_of_rank, kind="stable"),
+        first_of_node=np.concatenate([[0], np.cumsum(problem.ranks_of_node)]),
+        fewest_of_rank=fewest_of_rank,
+        most_of_rank=most_of_rank,
+        most_of_node=most_of_node,
+        replicate=bool(problem.replicate),
+    )
+
+
+def make_layout(terms, expert_at):
+    """Make room for a layout with experts at [P, s] and its log -> (Layout, Log); rebuild fills the rest."""
+    (num_nodes, num_experts), num_ranks = terms.demand.shape, len(terms.node_of_rank)
+    num_racks = len(terms.uplink_cost)
+    num_resources = num_nodes * (num_nodes + 2) + 2 * num_racks + num_ranks
+    most_contributions = num_nodes * (num_ranks + 2) + 2 * (num_ranks + num_racks + 1)
+    layout = Layout(
+        expert_at=np.array(expert_at, np.int64),
+        count_of_rank=np.zeros(num_ranks, np.int64),
+        count_of_node=np.zeros(num_nodes, np.int64),
+        copies=np.zeros((num_nodes, num_experts), np.int64),
+        copies_in_rack=np.zeros((num_racks, num_experts), np.int64),
+        num_copies=np.zeros(num_experts, np.int64),
+        rank_of_copy=np.zeros((num_experts, num_ranks + 1), np.int64),
+        busy=np.zeros(num_resources),
+        power=np.zeros(num_resources),
+        stamp=np.zeros(num_resources, np.int64),
+    )
+    log = Log(
+        resource=np.zeros(num_resources, np.int64),
+        busy=np.zeros(num_resources),
+        power=np.zeros(num_resources),
+        count=np.zeros(2, np.int64),
+        at=np.zeros(most_contributions, np.int64),
+        by=np.zeros(most_contributions),
+        served=np.zeros(num_ranks + 1),
+        entered=np.zeros(num_ranks + 1),
+        crossed=np.zeros((2, num_racks)),
+    )
+    return layout, log

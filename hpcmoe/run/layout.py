@@ -1,0 +1,144 @@
+"""Where a run's experts go: the placement problem, stated from config, topology, loads and memory, and solved."""
+
+import dataclasses
+import logging
+import statistics
+import time
+
+import numpy as np
+import torch
+
+from hpcmoe.cluster.demand import make_probability
+from hpcmoe.cluster.groups import fold_groups, fold_memory, fold_probability, list_groups
+from hpcmoe.errors import PlacementError
+from hpcmoe.experts.pace import time_token
+from hpcmoe.placement.problem import PlacementProblem, slots_for
+from hpcmoe.placement.result import Placement, weigh
+from hpcmoe.placement.shares import tune_shares
+from hpcmoe.placement.solve import compare_methods, make_placement
+from hpcmoe.wait import barrier, gather_to_all
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The placement that a run has, and what other methods would have given it."""
+
+    placement: Placement
+    seconds_of_method: dict[str, float | None]  # objective by method; None where it finds no layout that fits
+
+
+def make_problem(config, topology, mesh, room, bytes_of_expert, demand):
+    """State the placement problem that all expert-parallel groups share -> PlacementProblem.
+
+    An expert takes bytes_of_expert with all its state; demand is (Loads, seconds an expert takes for a token's copy).
+    """
+    model, cluster, (loads, seconds_per_token) = config.model, config.cluster, demand
+    groups = list_groups(mesh)
+    nodes, network = fold_groups(topology, groups)
+    rank_bytes = (room.for_experts / room.num_ranks)[topology.node_of_rank]
+    copies = config.data.batch_sequences * model.sequence_length * model.top_k / mesh.num_token_shares
+    return PlacementProblem(
+        num_layers=model.num_layers,
+        num_experts=model.num_experts,
+        slots_per_rank=slots_for(model.num_experts, mesh.expert_parallel, cluster.spare_slots_per_rank),
+        replicate=cluster.replicate,
+        memory_bytes=fold_memory(rank_bytes, groups, network["node_of_rank"], mesh.tensor_parallel),
+        expert_bytes=bytes_of_expert,
+        bytes_per_token=model.hidden * getattr(torch, model.dtype).itemsize,
+        seconds_per_token=seconds_per_token,
+        tokens_of_rank=np.full(mesh.expert_parallel, copies),
+        probability=fold_probability(make_probability(loads, topology.node_names), nodes),
+        objective=cluster.objective,
+        count_latency=cluster.count_latency,
+        **network,
+    )
+
+
+def find_pace(config, mesh, rows, device):
+    """Take the seconds of a token's copy in an expert from the config, or time it on all ranks at once: their median.
+
+    Forward alone, as the links' one way is. Collective over mesh.world.
+    """
+    if config.cluster.seconds_per_token > 0:
+        return config.cluster.seconds_per_token
+    barrier(mesh.world)
+    taken = time_token(config, mesh.tensor_parallel, rows, device.torch_device)
+    return statistics.median(gather_to_all(mesh.world, taken))
+
+
+def lay_out(problem, config, room):
+    """Solve the placement problem, and weigh what else could have been -> Layout; PlacementError tells the memory."""
+    cluster = config.cluster
+    try:
+        placement = search(problem, config)
+    except PlacementError as fault:
+        raise PlacementError(f"{fault}; {room}") from None
+    others = [method for method in ("contiguous", "eplb") if method == "contiguous" or cluster.compare_eplb]
+    return Layout(
+        placement=placement,
+        seconds_of_method=compare_methods(problem, [method for method in others if method != cluster.placement]),
+    )
+
+
+def search(problem, config):
+    """Place by the config's method, within its time, and for the step tune the copies' shares -> Placement."""
+    cluster, begun = config.cluster, time.perf_counter()
+    placement = make_placement(
+        problem,
+        cluster.placement,
+        seconds=cluster.search_seconds,
+        iterations=cluster.search_iterations,
+        seed=config.run.seed,
+    )
+    if cluster.objective != "step" or not cluster.replicate:
+        return placement
+    split = tune_shares(problem, placement.expert_of_replica, cluster.search_seconds)
+    if split is None:
+        return placement
+
+    # The search's bound is that of nearest copies; whatever the shares, no layer is done before all ranks have worked.
+    even = problem.num_layers * problem.tokens_of_rank.sum() * problem.seconds_per_token / problem.num_ranks
+    spent = dataclasses.replace(placement.spent, seconds=time.perf_counter() - begun)
+    bounds = [min(placement.lower_bound_seconds, even)]
+    return weigh(problem, placement.expert_of_replica, bounds, placement.method, spent, split)
+
+
+def tell(layout, cluster):
+    """Say what the search found, within what, and what else could have been -> lines for the log."""
+    placement = layout.placement
+    yield (
+        f"placement {placement.method}: objective {placement.objective} {1e3 * placement.objective_seconds:.4g} ms a "
+        f"step, lower bound {1e3 * placement.lower_bound_seconds:.4g} ms{', optimal' * placement.optimal}"
+        + "".join(f"; {method} {in_milliseconds(seconds)}" for method, seconds in layout.seconds_of_method.items())
+    )
+    if placement.spent.cut_short:
+        yield (
+            f"the clock ended the search after {placement.spent.seconds:.2f} s, before [cluster] search_iterations = "
+            f"{cluster.search_iterations}: another run may place its experts otherwise; more [cluster] search_seconds "
+            "or fewer iterations make runs repeat"
+        )
+
+
+def in_milliseconds(seconds):
+    """Show an objective, or that there is none."""
+    return "finds no layout that fits" if seconds is None else f"{1e3 * seconds:.4g} ms"
+
+
+def describe_layout(records, layout):
+    """Keep the placement and the figures of its search."""
+    placement = layout.placement
+    for name in ("expert_of_replica", "rank_of_replica", "replica_count"):
+        records.describe("cluster", name, getattr(placement, name))
+    if placement.split is not None:
+        records.describe("cluster", "split", placement.split, "share of a node's tokens for the slot's expert")
+    records.describe("cluster", "placement", placement.method)
+    for name in ("objective", "optimal", "cross_node_share", "link_sigma"):
+        records.describe("cluster", name, getattr(placement, name))
+    for name in ("objective_seconds", "lower_bound_seconds"):
+        records.describe("cluster", name, getattr(placement, name), "s")
+    records.describe("cluster", "search_seconds", placement.spent.seconds, "s")
+    records.describe("cluster", "search_proposals", placement.spent.num_proposals)
+    for method, seconds in layout.seconds_of_method.items():
+        records.describe("cluster", f"{method}_seconds", np.nan if seconds is None else seconds, "s")

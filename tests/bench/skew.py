@@ -1,0 +1,56 @@
+"""A router's skew for benches: tokens prefer experts by the rack of their home, as tokens of one domain do."""
+
+import numpy as np
+import torch
+
+from hpcmoe.dispatch.router import Router
+
+OWN_SHARE = 0.85  # of a rack's tokens go to that rack's experts
+ZIPF = 0.3  # how much the experts of a rack differ: the k-th is chosen with weight k ** -ZIPF
+SAMPLES = 40000  # tokens that tell the probabilities of a router's choices
+AWAY = 1e6  # a load that no logit outweighs
+
+
+def make_weights(rack_of_node, num_layers, num_experts, seed):
+    """Draw how likely each node's tokens choose each expert -> [L, nodes, E]; rack r of R prefers r, r + R ..."""
+    random = np.random.default_rng(seed)
+    num_racks = max(rack_of_node) + 1
+    rack_of_expert = np.arange(num_experts) % num_racks
+    weights = np.empty((num_layers, len(rack_of_node), num_experts))
+    for layer in range(num_layers):
+        heat = random.permutation(np.arange(1, num_experts + 1) ** -ZIPF)
+        for node, rack in enumerate(rack_of_node):
+            own = rack_of_expert == rack
+            share = np.where(own, OWN_SHARE / heat[own].sum(), (1 - OWN_SHARE) / heat[~own].sum())
+            weights[layer, node] = heat * share
+    return weights
+
+
+def draw_experts(weights, num_tokens, top_k, random):
+    """Draw top_k different experts for each token by their weights [E] -> [num_tokens, top_k] (Gumbel, top k)."""
+    keys = np.log(weights) + random.gumbel(size=(num_tokens, len(weights)))
+    return np.argpartition(-keys, top_k - 1, axis=1)[:, :top_k]
+
+
+def count_choices(weights, top_k, seed):
+    """Count what tokens with weights [L, nodes, E] choose, for a sample of tokens -> [L, nodes, E]."""
+    counts = np.empty(weights.shape)
+    for at in np.ndindex(weights.shape[:2]):
+        chosen = draw_experts(weights[at], SAMPLES, top_k, np.random.default_rng([seed, *at]))
+        counts[at] = np.bincount(chosen.ravel(), minlength=weights.shape[2])
+    return counts
+
+
+class DrawnRouter(Router):
+    """A router that chooses what it draws; its gates, losses and slopes are the real router's."""
+
+    def __init__(self, router, weights, seed):
+        """router is the network's own; weights [E] of this rank's node in this layer; seed of this rank and layer."""
+        super().__init__(router.weight.data, router.top_k, router.config)
+        self.weights, self.random = weights, np.random.default_rng(seed)
+
+    def forward(self, x, load):
+        """Route tokens x [T, H] to drawn experts: to all others the load is such that none would go -> Routing."""
+        experts = torch.from_numpy(draw_experts(self.weights, len(x), self.top_k, self.random))
+        away = torch.full((len(x), len(self.weights)), AWAY).scatter_(1, experts, 0.0)
+        return super().forward(x, away)

@@ -1,0 +1,145 @@
+"""Links of the config or of an earlier run's file: taken by name, guessed where left out, refused where they misfit."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from cluster.example import example
+
+from hpcmoe.cluster.given import take_links
+from hpcmoe.cluster.nodes import NO_UPLINKS, PORTS_TAKEN, save_topology
+from hpcmoe.config import Cluster
+from hpcmoe.errors import ClusterError
+
+EVEN = ((1.0, 1.0), (1.0, 1.0))
+
+
+def take(nodes=("n0", "n1"), racks=("left", "right"), **keys):
+    """Take the links of [cluster] with these keys."""
+    return take_links(Cluster(**{"links": "config"} | keys), nodes, racks)
+
+
+def take_saved(folder, saved, **names):
+    """Save a topology, then take links from its file."""
+    save_topology(saved, folder / "topology.json")
+    return take(links="file", links_file=str(folder / "topology.json"), **names)
+
+
+def test_links_of_the_config_are_taken_as_they_are():
+    links, source = take(
+        bytes_per_second=((1e9, 1e8), (2e8, 1e9)), latency_seconds=((0.0, 1e-5), (2e-5, 0.0)),
+        egress_bytes_per_second=(3e8, 4e8), ingress_bytes_per_second=(5e8, 6e8), uplink_bytes_per_second=(7e8, 8e8),
+    )  # fmt: skip
+    assert links.bytes_per_second.tolist() == [[1e9, 1e8], [2e8, 1e9]]
+    assert links.latency_seconds.tolist() == [[0, 1e-5], [2e-5, 0]]
+    assert links.egress_bytes_per_second.tolist() == [3e8, 4e8]
+    assert links.ingress_bytes_per_second.tolist() == [5e8, 6e8]
+    assert links.uplink_bytes_per_second.tolist() == [7e8, 8e8]
+    assert source == {"links": "config", "ports": "config", "uplinks": "config"}
+
+
+def test_what_the_config_leaves_out_is_guessed_and_said_to_be():
+    links, source = take(bytes_per_second=((9.0, 1.0), (2.0, 9.0)))
+    assert not links.latency_seconds.any()
+    assert links.egress_bytes_per_second.tolist() == [1, 2]
+    assert links.ingress_bytes_per_second.tolist() == [2, 1]
+    assert np.isinf(links.uplink_bytes_per_second).all()
+    assert source == {
+        "links": "config; latency not given, taken as 0", "ports": f"config; {PORTS_TAKEN}", "uplinks": NO_UPLINKS,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"bytes_per_second": ((1.0,) * 3,) * 3}, "[cluster] bytes_per_second is 3 x 3, the run has 2 nodes"),
+        ({"bytes_per_second": ((1.0, 1.0), (1.0,))}, "[cluster] bytes_per_second is 2 x 1 or 2, the run has 2 nodes"),
+        (
+            {"bytes_per_second": ((1.0, 0.0), (1.0, 1.0))},
+            "[cluster] bytes_per_second: entry [0][1] = 0, n0 to n1, must be above 0",
+        ),
+        (
+            {"bytes_per_second": ((1.0, 1.0), (-2e9, 1.0))},
+            "[cluster] bytes_per_second: entry [1][0] = -2e+09, n1 to n0, must be above 0",
+        ),
+        (
+            {"bytes_per_second": ((1.0, 1.0), (1.0, float("nan")))},
+            "[cluster] bytes_per_second: entry [1][1] = nan, n1 to n1, must be above 0",
+        ),
+        (
+            {"latency_seconds": ((0.0, -1.0), (0.0, 0.0))},
+            "[cluster] latency_seconds: entry [0][1] = -1, n0 to n1, must be 0 or above",
+        ),
+        ({"latency_seconds": ((0.0,),)}, "[cluster] latency_seconds is 1 x 1, the run has 2 nodes"),
+        (
+            {"egress_bytes_per_second": (1.0,)},
+            "[cluster] egress_bytes_per_second has 1 entries, the run has 2 nodes",
+        ),
+        (
+            {"egress_bytes_per_second": (1.0, 0.0)},
+            "[cluster] egress_bytes_per_second: entry [1] = 0, n1, must be above 0",
+        ),
+        (
+            {"ingress_bytes_per_second": (float("inf"), 1.0)},
+            "[cluster] ingress_bytes_per_second: entry [0] = inf, n0, must be above 0",
+        ),
+        (
+            {"uplink_bytes_per_second": (1.0,) * 3},
+            "[cluster] uplink_bytes_per_second has 3 entries, the run has 2 racks",
+        ),
+        (
+            {"uplink_bytes_per_second": (1.0, -1.0)},
+            "[cluster] uplink_bytes_per_second: entry [1] = -1, right, must be above 0",
+        ),
+    ],
+)
+def test_links_of_the_config_that_do_not_fit_are_refused(keys, message):
+    with pytest.raises(ClusterError) as refused:
+        take(**{"bytes_per_second": EVEN} | keys)
+    assert str(refused.value) == message
+
+
+def test_links_of_an_earlier_run_are_found_by_the_names_of_nodes_and_racks(tmp_path):
+    links, source = take_saved(tmp_path, example(), nodes=("n2", "n1"), racks=("right", "left"))
+    np.testing.assert_array_equal(links.bytes_per_second, example().bytes_per_second[[[2], [1]], [2, 1]])
+    np.testing.assert_array_equal(links.latency_seconds, example().latency_seconds[[[2], [1]], [2, 1]])
+    assert links.egress_bytes_per_second.tolist() == [4.5, 3.5]
+    assert links.ingress_bytes_per_second.tolist() == [7.5, 6.5]
+    assert links.uplink_bytes_per_second.tolist() == [np.inf, 1.25]
+    assert source == dict.fromkeys(("links", "ports", "uplinks"), f"file {tmp_path / 'topology.json'}")
+
+
+def test_what_the_file_s_own_run_had_to_guess_is_still_said(tmp_path):
+    guessed = dataclasses.replace(example(), source={"ports": f"config; {PORTS_TAKEN}", "uplinks": NO_UPLINKS})
+    _, source = take_saved(tmp_path, guessed)
+    path = tmp_path / "topology.json"
+    assert (source["ports"], source["uplinks"]) == (f"file {path}; {PORTS_TAKEN}", f"file {path}; {NO_UPLINKS}")
+
+
+def test_a_rack_that_the_file_does_not_know_has_no_limit(tmp_path):
+    links, source = take_saved(tmp_path, example(), racks=("left", "middle"))
+    assert links.uplink_bytes_per_second.tolist() == [1.25, np.inf]
+    assert source["uplinks"] == f"file {tmp_path / 'topology.json'}; of middle {NO_UPLINKS}"
+
+
+def test_nodes_that_the_file_lacks_are_named(tmp_path):
+    with pytest.raises(
+        ClusterError, match=r"has no links of n7, n8; the run's nodes are n0, n7, n8, the file's n0, n1"
+    ):
+        take_saved(tmp_path, example(), nodes=("n0", "n7", "n8"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bytes_per_second": np.zeros((3, 3))}, "bytes_per_second: entry [0][0] = 0, n0 to n0, must be above 0"),
+        ({"latency_seconds": np.full((3, 3), np.nan)}, "latency_seconds: entry [0][0] = nan, n0 to n0, must be 0 or"),
+        ({"egress_bytes_per_second": np.full(3, -1.0)}, "egress_bytes_per_second: entry [0] = -1, n0, must be above"),
+        ({"ingress_bytes_per_second": np.full(3, np.inf)}, "ingress_bytes_per_second: entry [0] = inf, n0, must be"),
+        ({"uplink_bytes_per_second": np.zeros(2)}, "uplink_bytes_per_second: entry [0] = 0, left, must be above 0"),
+    ],
+)
+def test_figures_of_a_file_that_cannot_be_are_refused(tmp_path, fields, message):
+    with pytest.raises(ClusterError) as refused:
+        take_saved(tmp_path, dataclasses.replace(example(), **fields))
+    assert str(refused.value).startswith(f"{tmp_path / 'topology.json'} {message}")
