@@ -24,12 +24,12 @@ def is_optimal(cost, bound):
     return bool(bound >= cost * (1 - MET))
 
 
-def bound_layer(problem, layer, room, seconds=0.0, incumbent=np.inf):
+def bound_layer(problem, layer, room, seconds=0.0, incumbent=np.inf, lower=None):
     """Find seconds below which no placement of one layer can come, in about as many seconds as given.
 
     room [nodes]: the most copies of the layer's experts that each node can hold. incumbent: the cost of the best
     layout known; the search for a bound ends when it is met, to within EQUAL. Without seconds, and on clusters too
-    large for a linear program, the counting arguments must do.
+    large for a linear program, the counting arguments must do; lower: what these gave before, if they were asked.
     """
     deadline = time.perf_counter() + seconds
     demand, room = problem.demand(layer), np.minimum(room, problem.num_experts * problem.ranks_of_node)
@@ -38,7 +38,8 @@ def bound_layer(problem, layer, room, seconds=0.0, incumbent=np.inf):
 
     # Begin with what counting tells; spare room is of use for copies alone.
     spare = count_spare(problem, room) if problem.replicate else 0
-    goal, lower = incumbent * (1 - EQUAL), count_layer(problem, demand, room, spare)
+    goal = incumbent * (1 - EQUAL)
+    lower = count_layer(problem, demand, room, spare) if lower is None else lower
     if lower >= goal or seconds <= 0:
         return lower
     choices = make_choices(problem, room, spare)

@@ -17,9 +17,11 @@ def count_copies(problem, expert_of_replica):
 
 def nearest(problem, copies):
     """Find the nearest tier with a copy, for copies [nodes, E] -> its distance and its copies, both [nodes, E]."""
-    within = np.stack([(problem.distance <= reach).astype(np.float64) @ copies for reach in range(3)])
-    tier = np.argmax(within > 0, axis=0)
-    return tier, np.take_along_axis(within, tier[None], axis=0)[0]
+    in_rack = np.zeros((problem.rack_of_node.max() + 1, copies.shape[1]), copies.dtype)
+    np.add.at(in_rack, problem.rack_of_node, copies)
+    near, everywhere = in_rack[problem.rack_of_node], np.broadcast_to(copies.sum(axis=0), copies.shape)
+    tier = np.where(copies > 0, 0, np.where(near > 0, 1, 2))
+    return tier, np.choose(tier, (copies, near, everywhere))
 
 
 def share_out(problem, expert_of_replica, senders=slice(None)):
@@ -38,7 +40,11 @@ def share_out(problem, expert_of_replica, senders=slice(None)):
 def sum_by_node(problem, tokens):
     """Sum tokens for each slot [nodes, S] over the slots of each node -> [nodes, nodes]."""
     node_of_slot = np.repeat(problem.node_of_rank, problem.slots_per_rank)
-    return tokens @ (node_of_slot[:, None] == np.arange(problem.num_nodes)).astype(np.float64)
+    order = np.argsort(node_of_slot, kind="stable")
+    nodes, first = np.unique(node_of_slot[order], return_index=True)  # a node may be without ranks
+    summed = np.zeros((len(tokens), problem.num_nodes))
+    summed[:, nodes] = np.add.reduceat(tokens[:, order], first, axis=1)
+    return summed
 
 
 def tokens_on_links(problem, layer, expert_of_replica, share):

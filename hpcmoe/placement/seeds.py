@@ -3,6 +3,8 @@
 Each gives a layer's experts at [P, s], -1 in an empty slot.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from hpcmoe.placement.moves import compiled, holds, move, rebuild, undo
@@ -65,24 +67,32 @@ def lay_as_eplb(terms):
     return expert_at
 
 
-def lay_packed(terms, num_own):
-    """Lay each node's num_own hottest experts on it, then the missing ones greedily, then replicas while they help.
+class Kept(NamedTuple):
+    """How many of its own hottest experts each node, and each rack in all, holds before anything else is laid."""
 
-    Returns None where the missing ones find no room. Without replicas num_own is 0.
+    of_node: int = 0
+    of_rack: int = 0
+
+
+def lay_packed(terms, kept):
+    """Lay nodes' and racks' own hottest experts, then the missing ones greedily, then replicas while they help.
+
+    Without replicas nothing is kept.
     """
     num_ranks, num_experts = len(terms.node_of_rank), terms.demand.shape[1]
     layout, log = make_layout(terms, np.full((num_ranks, terms.most_of_rank.max()), HOLE))
-    measure = Measure(worst_seconds(terms), GREEDY)
+    measure, load = Measure(worst_seconds(terms), GREEDY), np.zeros(num_ranks)
     rebuild(terms, layout, log, measure)
-    load = np.zeros(num_ranks)
-    if num_own > 0:
-        hottest = np.argsort(-terms.demand, axis=1, kind="stable")[:, :num_own]
-        keep_hottest(terms, layout, log, measure, hottest, load)
-    if not place_missing(terms, layout, log, measure, np.argsort(-terms.tokens, kind="stable"), load):
-        return None
+    in_rack = np.zeros((len(terms.uplink_cost), num_experts))
+    np.add.at(in_rack, terms.rack_of_node, terms.demand)
+    if kept.of_node > 0:
+        hottest = np.argsort(-terms.demand, axis=1, kind="stable")[:, : kept.of_node]
+        keep_hottest(terms, layout, log, measure, hottest, np.arange(len(terms.rack_of_node)), load)
+    if kept.of_rack > 0:
+        hottest = np.argsort(-in_rack, axis=1, kind="stable")[:, : kept.of_rack]
+        keep_hottest(terms, layout, log, measure, hottest, terms.rack_of_node, load)
+    place_missing(terms, layout, log, measure, np.argsort(-terms.tokens, kind="stable"), load)
     if terms.replicate:
-        in_rack = np.zeros((len(terms.uplink_cost), num_experts))
-        np.add.at(in_rack, terms.rack_of_node, terms.demand)
         add_replicas(terms, layout, log, measure, in_rack, load)
     return layout.expert_at
 
@@ -140,18 +150,35 @@ def weigh(t, s, log, measure, expert, rank):
 
 
 @compiled
-def keep_hottest(t, s, log, measure, hottest, load):
-    """Put its own hottest experts [nodes, n] on each node, as many as it has room for."""
-    for node in range(hottest.shape[0]):
-        for expert in hottest[node]:
-            rank = open_rank(t, s, node, expert, load, t.most_of_rank)
-            if rank != HOLE:
-                add(t, s, log, measure, expert, rank, load)
+def keep_hottest(t, s, log, measure, hottest, group_of_node, load):
+    """Put its own hottest experts [groups, n] on each group of nodes, where there is room beside the missing ones.
+
+    A group's copy goes to the node with fewest copies, among equals to the one that wants it most.
+    """
+    free, missing = np.sum(t.most_of_node) - np.sum(s.count_of_node), np.sum(s.num_copies == 0)
+    for place in range(hottest.shape[1]):
+        for group in range(hottest.shape[0]):
+            expert, best, fewest, most = hottest[group, place], HOLE, np.inf, -1.0
+            is_there = False
+            for node in range(len(group_of_node)):
+                if group_of_node[node] != group:
+                    continue
+                is_there |= s.copies[node, expert] > 0
+                count, wanted = s.count_of_node[node], t.demand[node, expert]
+                if count < fewest or (count == fewest and wanted > most):
+                    rank = open_rank(t, s, node, expert, load, t.most_of_rank)
+                    if rank != HOLE:
+                        best, fewest, most = rank, count, wanted
+            is_new = s.num_copies[expert] == 0
+            if best != HOLE and not is_there and (is_new or free > missing):
+                add(t, s, log, measure, expert, best, load)
+                free -= 1
+                missing -= is_new
 
 
 @compiled
 def place_missing(t, s, log, measure, order, load):
-    """Put each expert that is nowhere yet where it costs least -> whether all found room."""
+    """Put each expert that is nowhere yet where it costs least; there is room for all."""
     missing = np.sum(s.num_copies == 0)
     for expert in order:
         if s.num_copies[expert] > 0:
@@ -166,10 +193,7 @@ def place_missing(t, s, log, measure, order, load):
                 change = weigh(t, s, log, measure, expert, rank)
                 if change < least:
                     best, least = rank, change
-        if best == HOLE:
-            return False
         add(t, s, log, measure, expert, best, load)
-    return True
 
 
 @compiled

@@ -18,13 +18,14 @@ from hpcmoe.placement.quotas import limit_ranks, spread_memory
 from hpcmoe.placement.result import Spent, weigh
 from hpcmoe.placement.search import Budget, clear_up, improve
 from hpcmoe.placement.seats import seat_evenly
-from hpcmoe.placement.seeds import lay_as_eplb, lay_contiguous, lay_packed
+from hpcmoe.placement.seeds import Kept, lay_as_eplb, lay_contiguous, lay_packed
 from hpcmoe.placement.shifts import MOST_NODES, shift_memory, weigh_shifts
 from hpcmoe.placement.terms import HOLE, Measure, make_layout, make_terms
 
 LARGE = 2**20  # nodes x nodes x experts: from here on a seed takes tens of milliseconds
+LEAST_SECONDS = 1e-3  # of a layer's search, however late
 PART_FOR_SHIFTS = 0.3  # of the time, where the layers compete for memory
-PROPOSALS_TO_TIDY = 10  # for each slot
+PROPOSALS_TO_TIDY = 10_000  # to break ties in a layer
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +47,14 @@ def make_placement(problem, method="packed", **orders):
     # 1 Check that there is a placement. 2 Spread the memory over the layers.
     check_problem(problem)
     orders, most_of_node = Orders(**orders), spread_memory(problem)
+    lower = [None] * problem.num_layers
     match method:
         case "packed":
             compile_all()
-            layouts, spent = search_layers(problem, most_of_node, orders)
+            adopt_memory(problem, most_of_node, orders.start)
+            layouts, spent, counted = search_layers(problem, most_of_node, orders)
+            if is_free(problem):  # else a layer may get more memory than what was counted with
+                lower = counted
             seconds = orders.seconds / 2
         case "contiguous" | "eplb":
             layouts = [lay_plainly(problem, most_of_node, k, method) for k in layers_of(problem)]
@@ -59,7 +64,8 @@ def make_placement(problem, method="packed", **orders):
 
     # 7 Bound every layer from below. 8 Weigh it all.
     expert_of_replica = np.stack([widen(problem, expert_at) for expert_at in layouts])
-    return weigh(problem, expert_of_replica, bound_layers(problem, expert_of_replica, seconds), method, spent)
+    bounds = bound_layers(problem, expert_of_replica, lower, seconds)
+    return weigh(problem, expert_of_replica, bounds, method, spent)
 
 
 def compare_methods(problem, methods):
@@ -87,10 +93,15 @@ def compile_all():
         tokens_of_rank=one, probability=np.full((1, 2, 2), 0.5),
     )  # fmt: skip
     terms = make_terms(tiny, 0, limit_ranks(tiny, tiny.slots_of_node))
-    expert_at = lay_packed(terms, 1)
+    expert_at = lay_packed(terms, Kept(of_node=1))
     improve(terms, expert_at, 0, Budget(proposals=1, goal=-1.0))
     clear_up(terms, expert_at, 0, 1)
     weigh_shifts(tiny, 0, expert_at)
+
+
+def is_free(problem):
+    """Tell whether every slot's expert fits the memory, so that layers do not compete for it."""
+    return bool((problem.memory_copies >= problem.slots_of_node * problem.num_layers).all())
 
 
 def layers_of(problem):
@@ -122,43 +133,48 @@ def fits(terms, expert_at):
 
 
 def search_layers(problem, most_of_node, orders):
-    """Search every layer -> (layouts [P, s] of the layers, Spent); most_of_node [L, nodes] may change."""
-    begun, made, cut_short, num_own = time.perf_counter(), 0, False, None
-    adopt_memory(problem, most_of_node, orders.start)
-    first_alike = find_alike(problem, most_of_node)
-    competing = (most_of_node < problem.slots_of_node).any() and problem.num_layers > 1
-    shifting = competing and problem.num_nodes <= MOST_NODES
-    deadline = begun + orders.seconds * (1 - PART_FOR_SHIFTS * shifting)
-    layouts, left = [], len(set(first_alike))
-    for layer in layers_of(problem):
-        if first_alike[layer] < layer:
-            layouts.append(layouts[first_alike[layer]])
-            continue
+    """Search every layer -> (layouts [P, s] of the layers, Spent, a bound of each from counting: seconds [L]).
 
-        # 3 Lay seeds, and take the best. 4 Search on from it.
-        until = time.perf_counter() + max(deadline - time.perf_counter(), 0.0) / left
-        terms = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer]))
-        start = None if orders.start is None else narrow(problem, terms, orders.start[layer])
-        expert_at, num_own = best_seed(terms, start, num_own)
-        budget = Budget(
-            seconds=max(until - time.perf_counter(), 1e-3),
-            proposals=orders.iterations,
-            goal=bound_layer(problem, layer, most_of_node[layer]),
-        )
-        found = improve(terms, expert_at, (orders.seed, layer), budget)
-        layouts.append(found.expert_at)
-        made, cut_short, left = made + found.num_proposals, cut_short or found.cut_short, left - 1
+    most_of_node [L, nodes] is what each layer may hold; it may change.
+    """
+    begun, first_alike = time.perf_counter(), find_alike(problem, most_of_node)
+    competing = not is_free(problem) and problem.num_layers > 1 and problem.num_nodes <= MOST_NODES
+    until = begun + orders.seconds * (1 - PART_FOR_SHIFTS * competing)
+    found, lower = search_each(problem, most_of_node, orders, sorted(set(first_alike)), until)
+    layouts, cut_short = [found[layer].expert_at for layer in first_alike], any(f.cut_short for f in found.values())
 
-    # 5 Shift memory between the layers. 6 Break ties, by tokens between nodes, then by the ranks' loads.
-    if shifting:
+    # 5 Shift memory between the layers, where they compete for it.
+    if competing:
         layouts = shift_memory(problem, most_of_node, layouts, begun + orders.seconds, orders.seed)
         cut_short |= time.perf_counter() >= begun + orders.seconds
-    tidied = {}
-    for layer in layers_of(problem):
-        if first_alike[layer] == layer or shifting:
-            tidied[layer] = break_ties(problem, most_of_node, layer, layouts, orders.seed)
-    spent = Spent(seconds=time.perf_counter() - begun, num_proposals=made, cut_short=cut_short)
-    return [tidied.get(layer, tidied[first_alike[layer]]) for layer in layers_of(problem)], spent
+        limits = [limit_ranks(problem, most) for most in most_of_node]
+        layouts = [
+            break_ties(make_terms(problem, layer, limits[layer]), expert_at, (orders.seed, layer))
+            for layer, expert_at in enumerate(layouts)
+        ]
+    num_proposals = sum(of_layer.num_proposals for of_layer in found.values())
+    spent = Spent(seconds=time.perf_counter() - begun, num_proposals=num_proposals, cut_short=cut_short)
+    return layouts, spent, [lower[layer] for layer in first_alike]
+
+
+def search_each(problem, most_of_node, orders, layers, until):
+    """Search some layers one after the other until a time -> (Found by layer, bound by layer)."""
+    found, lower, kept = {}, {}, None
+    for done, layer in enumerate(layers):
+        begun = time.perf_counter()
+        share = max(until - begun, 0.0) / (len(layers) - done)
+
+        # 3 Lay seeds, and take the best. 4 Search on from it. 6 Break ties.
+        terms = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer]))
+        start = None if orders.start is None else narrow(problem, terms, orders.start[layer])
+        expert_at, kept = best_seed(terms, start, kept)
+        lower[layer] = bound_layer(problem, layer, most_of_node[layer])
+        left = max(begun + share - time.perf_counter(), LEAST_SECONDS)
+        budget = Budget(seconds=left, proposals=orders.iterations, goal=lower[layer])
+        best = improve(terms, expert_at, (orders.seed, layer), budget)
+        tidied = break_ties(terms, best.expert_at, (orders.seed, layer))
+        found[layer] = dataclasses.replace(best, expert_at=tidied)
+    return found, lower
 
 
 def find_alike(problem, most_of_node):
@@ -170,31 +186,41 @@ def find_alike(problem, most_of_node):
     ]
 
 
-def best_seed(terms, start, num_own):
-    """Lay all seeds -> (the best [P, s], the number of own experts on each node that its like are best with).
+def best_seed(terms, start, kept):
+    """Lay all seeds -> (the best [P, s], the Kept that those of its kind are best with).
 
-    start [P, s] or None is one more.
-
-    num_own is what was best in an earlier layer; on a large cluster the others are not tried again.
+    start [P, s] or None is one more seed. kept is what was best in an earlier layer; on a large cluster no other is
+    tried again.
     """
-    packed = [(n, lay_packed(terms, n)) for n in choose_own(terms, num_own)]
-    layouts = [lay_contiguous(terms), lay_contiguous(terms, spread=False), lay_as_eplb(terms), start]
-    layouts = [(None, expert_at) for expert_at in layouts if expert_at is not None and fits(terms, expert_at)]
-    packed = [(n, expert_at) for n, expert_at in packed if expert_at is not None]
-    costs = [cost_of(terms, expert_at) for _, expert_at in packed + layouts]
-    own = packed[int(np.argmin(costs[: len(packed)]))][0] if packed else num_own
-    return (packed + layouts)[int(np.argmin(costs))][1], own
+    ways = choose_kept(terms, kept)
+    packed = [lay_packed(terms, way) for way in ways]
+    others = [lay_contiguous(terms), lay_contiguous(terms, spread=False), lay_as_eplb(terms), start]
+    layouts = packed + [expert_at for expert_at in others if expert_at is not None and fits(terms, expert_at)]
+    costs = [cost_of(terms, expert_at) for expert_at in layouts]
+    return layouts[np.argmin(costs)], ways[np.argmin(costs[: len(ways)])]
 
 
-def choose_own(terms, num_own):
-    """List the numbers of own experts on each node to try."""
+def choose_kept(terms, kept):
+    """List what nodes and racks may keep of their own hottest experts, to try it -> list of Kept."""
     if not terms.replicate:
-        return [0]
-    num_nodes, num_experts = terms.demand.shape
-    if num_nodes**2 * num_experts > LARGE and num_own is not None:
-        return [num_own]
-    tries = 4 if num_nodes**2 * num_experts > LARGE else 8
-    return np.unique(np.linspace(0, min(terms.most_of_node.max(), num_experts), tries).astype(int)).tolist()
+        return [Kept()]
+    (num_nodes, num_experts), num_racks = terms.demand.shape, len(terms.uplink_cost)
+    is_large = num_nodes**2 * num_experts > LARGE
+    if is_large and kept is not None:
+        return [kept]
+    ways = [Kept(of_node=n) for n in choose_numbers(terms.most_of_node.max(), num_experts, 4 if is_large else 8)]
+    if num_racks > 1:
+        of_rack = np.bincount(terms.rack_of_node, terms.most_of_node).max()
+        ways += [Kept(of_rack=n) for n in choose_numbers(of_rack, num_experts, 4)[1:]]
+        ways += [
+            Kept(of_node=1, of_rack=n) for n in choose_numbers(of_rack - num_nodes / num_racks, num_experts, 3)[1:]
+        ]
+    return ways
+
+
+def choose_numbers(most, num_experts, count):
+    """Spread a few whole numbers from 0 to the most that is possible -> ascending list."""
+    return np.unique(np.linspace(0, max(min(most, num_experts), 0), count).astype(int)).tolist()
 
 
 def cost_of(terms, expert_at):
@@ -204,10 +230,9 @@ def cost_of(terms, expert_at):
     return most_seconds(terms, layout, log, False)
 
 
-def break_ties(problem, most_of_node, layer, layouts, seed):
+def break_ties(terms, expert_at, seed):
     """Let fewer tokens leave their nodes, and the ranks of a node be as busy as each other: at no cost -> [P, s]."""
-    terms = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer]))
-    expert_at = clear_up(terms, layouts[layer], (seed, layer), PROPOSALS_TO_TIDY * int(terms.most_of_rank.sum()))
+    expert_at = clear_up(terms, expert_at, seed, PROPOSALS_TO_TIDY)
     return expert_at if terms.rank_cost > 0 else seat_evenly(terms, expert_at)
 
 
@@ -237,8 +262,11 @@ def widen(problem, expert_at):
     return np.pad(expert_at, ((0, 0), (0, missing)), constant_values=HOLE).ravel()
 
 
-def bound_layers(problem, expert_of_replica, seconds):
-    """Bound every layer from below, given the layouts found [L, S] and the time for it -> seconds [L]."""
+def bound_layers(problem, expert_of_replica, lower, seconds):
+    """Bound every layer from below, given the layouts found [L, S] and the time for it -> seconds [L].
+
+    lower [L]: what is known already; None where nothing is.
+    """
     room = np.minimum(problem.slots_of_node, problem.memory_copies)
     first_alike = find_alike(problem, np.broadcast_to(room, (problem.num_layers, len(room))))
     deadline, left, bounds = time.perf_counter() + seconds, len(set(first_alike)), []
@@ -248,6 +276,6 @@ def bound_layers(problem, expert_of_replica, seconds):
             continue
         share = max(deadline - time.perf_counter(), 0.0) / left
         incumbent = layer_seconds(problem, layer, expert_of_replica[layer])
-        bounds.append(min(bound_layer(problem, layer, room, share, incumbent), incumbent))
+        bounds.append(min(bound_layer(problem, layer, room, share, incumbent, lower[layer]), incumbent))
         left -= 1
     return bounds
