@@ -1,6 +1,6 @@
 """The least that is known of every case that is kept: its best value and its highest bound, in best_known.json.
 
-To search each case again, for so many seconds a layer and objective, and keep what is better, from the repository's root:
+To search every case again, so many seconds a layer and objective, and keep what is better, in the repository's root:
 
     PYTHONPATH=tests python -m placement.best_known SECONDS [SEED]
 """
@@ -30,8 +30,14 @@ def read_best_known():
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
+def write_best_known(known):
+    """Write the file, a case a line."""
+    lines = [f"{json.dumps(case)}: {json.dumps(figures)}" for case, figures in sorted(known.items())]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def keep(known, case, placement):
-    """Take a case's value from a placement if it is less than what is known, and its bound if it is higher; in place."""
+    """Take a case's value from a placement if it is below what is known, its bound if it is above; in place."""
     before = known.get(case, {"best_seconds": float("inf"), "bound_seconds": 0.0})
     best = min(before["best_seconds"], placement.objective_seconds)
     known[case] = {
@@ -50,7 +56,7 @@ def renew(seconds, search_seed):
             placement = make_placement(problem, seconds=time, seed=search_seed, start=start)
             keep(known, name_case(name, size, seed, objective), placement)
             start = placement.expert_of_replica
-        FILE.write_text(json.dumps(known, indent=0, sort_keys=True) + "\n")
+        write_best_known(known)
 
 
 if __name__ == "__main__":
