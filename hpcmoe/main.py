@@ -61,11 +61,14 @@ def run(comm, arguments):
     on_root(comm, lambda: check_checkpoint(checkpoint, folder, config))
     split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length))
     on_all(comm, lambda: check_text(split))
+
+    # Read an earlier run's files before the folder, which may be theirs, is moved out of the way; measure after it.
+    loads = keep_on_root(comm, lambda: find_loads(config, read_loads))
+    topology = read_topology(comm, config.cluster) if config.cluster.links == "file" else None
     prepare_folder(comm, config.run.output, config.run.name, resume=goes_on)
 
     # Find out where the ranks are and what joins them.
-    loads = keep_on_root(comm, lambda: find_loads(config, read_loads))
-    topology = read_topology(comm, config.cluster)
+    topology = topology or read_topology(comm, config.cluster)
     on_root(comm, lambda: check_room(config, topology))
     on_root(comm, lambda: save_topology(topology, folder / "topology.json"))
     log.info("%s", topology)

@@ -1,6 +1,6 @@
 """Place experts by themselves: `python -m hpcmoe.place CASE.json --objective links --budget 5 -o OUT.json`.
 
-CASE.json holds a placement problem, or a run's run.h5 the one it had. Exit status 2 and a line for each fault.
+CASE.json holds a placement problem, or a run's run.h5 the one it had. A fault ends it with one line and exit status 2.
 """
 
 import argparse
@@ -28,7 +28,8 @@ def main(words=None):
         check_outputs(arguments)
         show(place(arguments))
     except HpcmoeError as fault:
-        say(f"hpcmoe: {line}" for line in str(fault).splitlines())
+        first, *more = str(fault).splitlines()
+        say([f"hpcmoe: {first}" + f"; and {len(more)} more fault{'s' * (len(more) > 1)}" * bool(more)])
         return EXIT_USER
     except KeyboardInterrupt:
         say(["hpcmoe: interrupted"])

@@ -82,7 +82,9 @@ def aim(t, random, k):
         node, outwards = (k - first_port) % num_nodes, k < first_port + num_nodes
     else:
         node, outwards = draw(random, num_nodes), k < first_uplink + num_racks
-        while t.rack_of_node[node] != (k - first_uplink) % num_racks:
+        for _ in range(num_nodes):  # a rack may be without nodes
+            if t.rack_of_node[node] == (k - first_uplink) % num_racks:
+                break
             node = (node + 1) % num_nodes
     return (node, HOLE, HOLE) if outwards else (HOLE, node, HOLE)
 

@@ -17,6 +17,9 @@ from hpcmoe.placement.terms import HOLE, Measure, make_layout
 CHUNK = 500  # proposals between two looks at the clock
 PROPOSALS_BETWEEN_LOOKS = 8  # at the busiest resource
 FEW_PROPOSALS = 50  # for each slot: too few for annealing
+ROUND = 40  # proposals for each slot and expert: enough to cool down once
+MOST_ROUNDS = 16
+HOTTER, HOTTEST = 1.5, 2.0  # a round's temperatures over the last's; the highest of all
 EQUAL = 1 + 1e-9  # figures closer than this are ties
 
 
@@ -114,7 +117,8 @@ class Found:
 def improve(terms, expert_at, seed, budget):
     """Search from a layout [P, s] for one whose busiest resource is less busy -> Found.
 
-    Every cycle starts from the best that is known.
+    A long search goes in rounds, each hotter than the last, by turns from the best layout known and from the first;
+    within a round every cycle starts from the best.
     """
     layout, log = make_layout(terms, expert_at)
     random = start_random(seed)
@@ -122,14 +126,14 @@ def improve(terms, expert_at, seed, budget):
     best, least = layout.expert_at.copy(), most_seconds(terms, layout, log, False)
     begun, made, part, now = time.perf_counter(), 0, 0.0, None
     while part < 1 and least > budget.goal * EQUAL:
-        cycles = choose_cycles(terms, budget.proposals or made / max(part, 1e-9))
-        cycle = next(cycle for cycle in cycles if part < cycle.until)
-        if cycle is not now:
-            layout.expert_at[:], now, first = best, cycle, part
+        turn, cycle, cooled = find_cycle(terms, part, budget.proposals or made / max(part, 1e-9))
+        if (turn, cycle) != now:
+            is_fresh = turn % 2 == 1 and (now is None or turn != now[0])
+            layout.expert_at[:], now = expert_at if is_fresh else best, (turn, cycle)
 
         # Cool down from the cycle's hot end to its cold end.
-        cooled = (part - first) / max(cycle.until - first, 1e-9)
-        temperature = cycle.hot * (cycle.cold / cycle.hot) ** cooled if cycle.hot else 0.0
+        hot = min(cycle.hot * HOTTER**turn, HOTTEST)
+        temperature = hot * (cycle.cold / hot) ** cooled if hot else 0.0
         anneal(terms, layout, log, random, Measure(least, cycle.doublings), temperature, CHUNK)
         found = most_seconds(terms, layout, log, False)
         if found * EQUAL < least:
@@ -142,11 +146,21 @@ def improve(terms, expert_at, seed, budget):
     return Found(expert_at=best, num_proposals=made, cut_short=bool(short))
 
 
-def choose_cycles(terms, proposals):
-    """Choose how to cool by how many proposals there will be in all."""
-    if 0 < proposals < FEW_PROPOSALS * terms.most_of_rank.sum():
-        return FEW
-    return REPLICATED if terms.replicate else SINGLE
+def find_cycle(terms, part, proposals):
+    """Find where a search of so many proposals is after a part of it -> (round, Cycle, how much of that is over)."""
+    slots = terms.most_of_rank.sum()
+    if 0 < proposals < FEW_PROPOSALS * slots:
+        cycles, num_rounds = FEW, 1
+    else:
+        cycles = REPLICATED if terms.replicate else SINGLE
+        num_rounds = min(max(int(proposals / (ROUND * slots * len(terms.tokens))), 1), MOST_ROUNDS)
+    turn, within = divmod(part * num_rounds, 1)
+    begin = 0.0
+    for cycle in cycles:
+        if within < cycle.until:
+            return int(turn), cycle, (within - begin) / (cycle.until - begin)
+        begin = cycle.until
+    raise ValueError(part)
 
 
 def clear_up(terms, expert_at, seed, num_proposals):

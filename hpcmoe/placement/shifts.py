@@ -13,12 +13,11 @@ from hpcmoe.placement.terms import HOLE, Measure, make_layout, make_terms
 MOST_NODES = 32  # every pair of nodes is weighed in every layer
 PROPOSALS_AFTER = 3000  # to settle a layer after a trade
 LEAST_GAIN = 1e-9  # of the cost
-NOWHERE = -1  # the last index of a table: a copy that comes new, or goes for good
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shifts:
-    """What moving one copy from node to node would change in a layer; index -1 is nowhere."""
+    """What moving one copy from node to node would change in a layer; the last index is nowhere."""
 
     cost: float  # seconds of the layer now
     change: np.ndarray  # [nodes + 1, nodes + 1] seconds, from row to column; inf where nothing can move
@@ -32,9 +31,9 @@ class Trade:
 
     taker: int  # layer
     giver: int  # layer
-    source: int  # node, or NOWHERE
+    source: int  # node, or nowhere
     node: int
-    target: int | None  # node, or NOWHERE; None: the giver has room to spare on the node
+    target: int | None  # node, or nowhere; None: the giver has room to spare on the node
     returns: bool  # does the giver get the memory that the taker leaves on the source?
 
     @property
@@ -73,11 +72,12 @@ def find_trade(most_of_node, shifts):
         free = np.append(spare, True)  # where the giver may move a copy without more memory; nowhere is always free
         for node in np.flatnonzero(most_of_node[giver] > 0).tolist():
             takes, gives = shifts[taker].change[:, node], shifts[giver].change[node]
-            onward = int(np.argmin(np.where(free, gives, np.inf)))
-            total = takes + (0.0 if spare[node] else np.minimum(gives, gives[onward]))
+            freely = np.where(free, gives, np.inf)
+            onward = int(np.argmin(freely))
+            total = takes + (0.0 if spare[node] else np.minimum(gives, freely[onward]))
             source = int(np.argmin(total))
             if total[source] < least:
-                returns = bool(not spare[node] and gives[source] < gives[onward])
+                returns = bool(not spare[node] and gives[source] < freely[onward])
                 target = None if spare[node] else source if returns else onward
                 least = total[source]
                 best = Trade(taker=taker, giver=giver, source=source, node=node, target=target, returns=returns)
@@ -114,7 +114,7 @@ def weigh_all(t, s, log, measure, seconds, how):
     num_ranks, num_experts = len(t.node_of_rank), t.demand.shape[1]
     nowhere = len(t.rack_of_node)
     for expert in range(num_experts):
-        for c in range(s.num_copies[expert] + t.replicate):
+        for c in range(s.num_copies[expert] + t.replicate - 1, -1, -1):  # backwards: undoing a loss appends the copy
             before = s.rank_of_copy[expert, c] if c < s.num_copies[expert] else HOLE
             source = nowhere if before == HOLE else t.node_of_rank[before]
             if before != HOLE and s.count_of_rank[before] <= t.fewest_of_rank[before]:

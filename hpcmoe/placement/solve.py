@@ -13,14 +13,15 @@ from hpcmoe.errors import PlacementError
 from hpcmoe.placement.bounds import bound_layer
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.moves import most_seconds, rebuild
-from hpcmoe.placement.problem import PlacementProblem, check_problem
+from hpcmoe.placement.problem import check_problem
 from hpcmoe.placement.quotas import limit_ranks, spread_memory
 from hpcmoe.placement.result import Spent, weigh
 from hpcmoe.placement.search import Budget, clear_up, improve
 from hpcmoe.placement.seats import seat_evenly
 from hpcmoe.placement.seeds import Kept, lay_as_eplb, lay_contiguous, lay_packed
-from hpcmoe.placement.shifts import MOST_NODES, shift_memory, weigh_shifts
+from hpcmoe.placement.shifts import MOST_NODES, shift_memory
 from hpcmoe.placement.terms import HOLE, Measure, make_layout, make_terms
+from hpcmoe.placement.warm import compile_all
 
 LARGE = 2**20  # nodes x nodes x experts: from here on a seed takes tens of milliseconds
 LEAST_SECONDS = 1e-3  # of a layer's search, however late
@@ -64,6 +65,8 @@ def make_placement(problem, method="packed", **orders):
 
     # 7 Bound every layer from below. 8 Weigh it all.
     expert_of_replica = np.stack([widen(problem, expert_at) for expert_at in layouts])
+    used = np.bincount(np.repeat(problem.node_of_rank, problem.slots_per_rank), (expert_of_replica != HOLE).sum(axis=0))
+    assert (used <= problem.memory_copies[: len(used)]).all(), "a node holds more than its memory"
     bounds = bound_layers(problem, expert_of_replica, lower, seconds)
     return weigh(problem, expert_of_replica, bounds, method, spent)
 
@@ -79,24 +82,6 @@ def compare_methods(problem, methods):
         else:
             seconds_of_method[method] = sum(layer_seconds(problem, k, experts) for k, experts in enumerate(layouts))
     return seconds_of_method
-
-
-def compile_all():
-    """Have what numba compiles compiled, or read from its cache, before any time counts: by placing next to nothing."""
-    one = np.ones(2)
-    tiny = PlacementProblem(
-        num_layers=1, num_experts=2, slots_per_rank=2, replicate=True,
-        node_of_rank=np.arange(2), rack_of_node=np.zeros(2, np.int64),
-        bytes_per_second=np.ones((2, 2)), latency_seconds=np.zeros((2, 2)),
-        egress_bytes_per_second=one, ingress_bytes_per_second=one, uplink_bytes_per_second=np.full(1, np.inf),
-        memory_bytes=np.full(2, 2), expert_bytes=1, bytes_per_token=1,
-        tokens_of_rank=one, probability=np.full((1, 2, 2), 0.5),
-    )  # fmt: skip
-    terms = make_terms(tiny, 0, limit_ranks(tiny, tiny.slots_of_node))
-    expert_at = lay_packed(terms, Kept(of_node=1))
-    improve(terms, expert_at, 0, Budget(proposals=1, goal=-1.0))
-    clear_up(terms, expert_at, 0, 1)
-    weigh_shifts(tiny, 0, expert_at)
 
 
 def is_free(problem):
@@ -147,11 +132,7 @@ def search_layers(problem, most_of_node, orders):
     if competing:
         layouts = shift_memory(problem, most_of_node, layouts, begun + orders.seconds, orders.seed)
         cut_short |= time.perf_counter() >= begun + orders.seconds
-        limits = [limit_ranks(problem, most) for most in most_of_node]
-        layouts = [
-            break_ties(make_terms(problem, layer, limits[layer]), expert_at, (orders.seed, layer))
-            for layer, expert_at in enumerate(layouts)
-        ]
+        layouts = search_on(problem, most_of_node, layouts, orders, begun + orders.seconds)
     num_proposals = sum(of_layer.num_proposals for of_layer in found.values())
     spent = Spent(seconds=time.perf_counter() - begun, num_proposals=num_proposals, cut_short=cut_short)
     return layouts, spent, [lower[layer] for layer in first_alike]
@@ -175,6 +156,19 @@ def search_each(problem, most_of_node, orders, layers, until):
         tidied = break_ties(terms, best.expert_at, (orders.seed, layer))
         found[layer] = dataclasses.replace(best, expert_at=tidied)
     return found, lower
+
+
+def search_on(problem, most_of_node, layouts, orders, until):
+    """Spend what the trades have left on every layer again, where time is what counts, and break ties -> layouts."""
+    searched = []
+    for layer, expert_at in enumerate(layouts):
+        terms, seed = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer])), (orders.seed, layer, 1)
+        share = (until - time.perf_counter()) / (len(layouts) - layer)
+        if share > LEAST_SECONDS and not orders.iterations:
+            goal = bound_layer(problem, layer, most_of_node[layer])
+            expert_at = improve(terms, expert_at, seed, Budget(seconds=share, goal=goal)).expert_at
+        searched.append(break_ties(terms, expert_at, seed))
+    return searched
 
 
 def find_alike(problem, most_of_node):

@@ -10,7 +10,18 @@ from placement.families import make_family
 from placement.problems import assert_layer_is_placed, has_place, make_problem, problems, terms_of
 
 from hpcmoe.placement.cost import layer_seconds, merit
-from hpcmoe.placement.search import EQUAL, FEW, REPLICATED, SINGLE, Budget, choose_cycles, clear_up, improve
+from hpcmoe.placement.search import (
+    EQUAL,
+    FEW,
+    MOST_ROUNDS,
+    REPLICATED,
+    ROUND,
+    SINGLE,
+    Budget,
+    clear_up,
+    find_cycle,
+    improve,
+)
 from hpcmoe.placement.seeds import Kept, lay_contiguous, lay_packed
 
 
@@ -103,6 +114,17 @@ def test_the_start_is_left_as_it_is():
 
 def test_few_proposals_are_not_spent_on_annealing():
     single, copied = (terms_of(make_problem([2, 2], 4, 2, replicate=replicate)) for replicate in (False, True))
-    assert choose_cycles(single, 399) is choose_cycles(copied, 399) is FEW  # 50 for each of 8 slots
-    assert (choose_cycles(single, 400), choose_cycles(copied, 400)) == (SINGLE, REPLICATED)
-    assert choose_cycles(copied, 0) is REPLICATED  # by the clock, not begun
+    assert find_cycle(single, 0.0, 399) == find_cycle(copied, 0.0, 399) == (0, FEW[0], 0.0)  # 50 for each of 8 slots
+    assert (find_cycle(single, 0.0, 400)[1], find_cycle(copied, 0.0, 400)[1]) == (SINGLE[0], REPLICATED[0])
+    assert find_cycle(copied, 0.0, 0)[1] is REPLICATED[0]  # by the clock, not begun
+
+
+def test_a_long_search_goes_in_rounds_of_all_cycles():
+    terms = terms_of(make_problem([2, 2], 4, 2))
+    length = ROUND * 8 * 4  # proposals for its 8 slots and 4 experts
+    turns = [find_cycle(terms, part, 2 * length) for part in (0.0, 0.449, 0.475, 0.5, 0.725, 0.975)]
+    assert [(turn, cycle is SINGLE[1]) for turn, cycle, _ in turns] == [
+        (0, False), (0, False), (0, True), (1, False), (1, False), (1, True),
+    ]  # fmt: skip
+    assert turns[4][2] == pytest.approx(0.5)  # half of what is cooled down in a round
+    assert find_cycle(terms, 0.99, 1000 * length)[0] == int(0.99 * MOST_ROUNDS)

@@ -115,13 +115,21 @@ def test_tiny_problems_with_copies_are_mostly_solved_to_the_optimum():
     assert np.mean(np.array(ratios) < 1 + 1e-9) > 0.9 and np.mean(ratios) < 1.02
 
 
-@pytest.mark.xfail(strict=True, reason="annealing is too cold for layers of a few copies: it stays where it begins")
-@pytest.mark.parametrize(("seed", "num_experts"), [(59, 2), (35, 2), (8, 4)])
+STAYS = pytest.mark.xfail(strict=True, reason="even the hottest round stays where it begins")
+
+
+@pytest.mark.parametrize(("seed", "num_experts"), [(59, 2), (35, 2), pytest.param(8, 4, marks=STAYS)])
 def test_tiny_problems_with_copies_are_all_solved_to_the_optimum(seed, num_experts):
     latency = {"count_latency": num_experts == 2}
     problem = make_problem((2, 1, 2), num_experts, 1, seed, replicate=True, objective="step", **latency)
     optimum, _ = try_all(problem, 0, problem.slots_of_node)
     assert make_placement(problem, **ENOUGH).objective_seconds == pytest.approx(optimum, rel=1e-9)
+
+
+def test_a_rack_may_be_without_nodes():
+    problem = make_problem([2, 2], 4, 1, objective="ports")
+    gap = dataclasses.replace(problem, rack_of_node=np.array([0, 2]), uplink_bytes_per_second=np.array([1e8, 1e8, 1e8]))
+    assert make_placement(gap, **ENOUGH).objective_seconds > 0
 
 
 @settings(max_examples=30)
