@@ -9,7 +9,7 @@ import numpy as np
 def count_copies(problem, expert_of_replica):
     """Count the copies of each expert on each node, for slots [S] -> [nodes, E]."""
     used = np.flatnonzero(expert_of_replica >= 0)
-    nodes = np.repeat(problem.node_of_rank, problem.slots_per_rank)[used]
+    nodes = problem.node_of_slot[used]
     copies = np.zeros((problem.num_nodes, problem.num_experts), np.int64)
     np.add.at(copies, (nodes, expert_of_replica[used]), 1)
     return copies
@@ -24,24 +24,20 @@ def nearest(problem, copies):
     return tier, np.choose(tier, (copies, near, everywhere))
 
 
-def share_out(problem, expert_of_replica, senders=slice(None)):
-    """Send each node's tokens to the nearest tier with a copy, evenly over its copies: [S] -> shares [nodes, S].
-
-    senders picks some of the nodes, whose rows alone are made.
-    """
+def share_out(problem, expert_of_replica):
+    """Send each node's tokens to the nearest tier with a copy, evenly over its copies: [S] -> shares [nodes, S]."""
     used = np.flatnonzero(expert_of_replica >= 0)
-    nodes, experts = np.repeat(problem.node_of_rank, problem.slots_per_rank)[used], expert_of_replica[used]
-    tier, count = (array[senders][:, experts] for array in nearest(problem, count_copies(problem, expert_of_replica)))
+    nodes, experts = problem.node_of_slot[used], expert_of_replica[used]
+    tier, count = (array[:, experts] for array in nearest(problem, count_copies(problem, expert_of_replica)))
     share = np.zeros((len(tier), len(expert_of_replica)))
-    share[:, used] = (problem.distance[senders][:, nodes] <= tier) / count
+    share[:, used] = (problem.distance[:, nodes] <= tier) / count
     return share
 
 
 def sum_by_node(problem, tokens):
     """Sum tokens for each slot [nodes, S] over the slots of each node -> [nodes, nodes]."""
-    node_of_slot = np.repeat(problem.node_of_rank, problem.slots_per_rank)
-    order = np.argsort(node_of_slot, kind="stable")
-    nodes, first = np.unique(node_of_slot[order], return_index=True)  # a node may be without ranks
+    order = np.argsort(problem.node_of_slot, kind="stable")
+    nodes, first = np.unique(problem.node_of_slot[order], return_index=True)  # a node may be without ranks
     summed = np.zeros((len(tokens), problem.num_nodes))
     summed[:, nodes] = np.add.reduceat(tokens[:, order], first, axis=1)
     return summed

@@ -59,6 +59,11 @@ class PlacementProblem:
         return self.ranks_of_node * self.slots_per_rank
 
     @property
+    def node_of_slot(self):
+        """The node of each slot of a layer -> [S] int64."""
+        return np.repeat(self.node_of_rank, self.slots_per_rank)
+
+    @property
     def memory_copies(self):
         """Count the copies, of all layers together, that fit into each node's memory -> [nodes] int64."""
         return self.memory_bytes // max(self.expert_bytes, 1)

@@ -65,8 +65,8 @@ def make_placement(problem, method="packed", **orders):
 
     # 7 Bound every layer from below. 8 Weigh it all.
     expert_of_replica = np.stack([widen(problem, expert_at) for expert_at in layouts])
-    used = np.bincount(np.repeat(problem.node_of_rank, problem.slots_per_rank), (expert_of_replica != HOLE).sum(axis=0))
-    assert (used <= problem.memory_copies[: len(used)]).all(), "a node holds more than its memory"
+    used = np.bincount(problem.node_of_slot, (expert_of_replica != HOLE).sum(axis=0), problem.num_nodes)
+    assert (used <= problem.memory_copies).all(), "a node holds more than its memory"
     bounds = bound_layers(problem, expert_of_replica, lower, seconds)
     return weigh(problem, expert_of_replica, bounds, method, spent)
 
@@ -234,7 +234,7 @@ def adopt_memory(problem, most_of_node, start):
     """Spread the memory over the layers as a placement [L, S] to start from does, where it fits; in place."""
     if start is None:
         return
-    nodes = np.repeat(problem.node_of_rank, problem.slots_per_rank)
+    nodes = problem.node_of_slot
     used = np.stack([np.bincount(nodes[row != HOLE], minlength=problem.num_nodes) for row in start])
     if (used.sum(axis=0) <= np.minimum(problem.memory_copies, problem.slots_of_node * problem.num_layers)).all():
         for node in np.flatnonzero((most_of_node < used).any(axis=0)):

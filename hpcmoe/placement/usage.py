@@ -59,7 +59,7 @@ def tokens_on_experts(problem, layer, expert_of_replica, share):
     """Count the tokens that a node's replicas of each expert serve: [S], [nodes, S] -> [nodes, E]."""
     served = (problem.demand(layer)[:, expert_of_replica] * share).sum(axis=0)  # [S], an empty slot has no share
     tokens = np.zeros((problem.num_nodes, problem.num_experts))
-    np.add.at(tokens, (np.repeat(problem.node_of_rank, problem.slots_per_rank), expert_of_replica), served)
+    np.add.at(tokens, (problem.node_of_slot, expert_of_replica), served)
     return tokens
 
 

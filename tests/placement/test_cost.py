@@ -79,7 +79,7 @@ def test_shares_go_to_the_nearest_tier_evenly():
     share = share_out(problem, np.array([0, -1, 0, 0, -1]))
     expected = [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0.5, 0.5, 0], [0, 0, 0.5, 0.5, 0]]  # own, rack's, own, rack's
     np.testing.assert_allclose(share, expected)
-    far = share_out(problem, np.array([-1, -1, 0, 0, -1]), [0])
+    far = share_out(problem, np.array([-1, -1, 0, 0, -1]))[[0]]
     np.testing.assert_allclose(far, [[0, 0, 0.5, 0.5, 0]])  # none near: anywhere
 
 
