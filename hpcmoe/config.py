@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
+from hpcmoe.contradictions import contradictions
 from hpcmoe.errors import ConfigError
 
 STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # what pydantic is to be picky about
@@ -92,7 +93,11 @@ class Comm:
     """What carries bytes."""
 
     device: Literal["auto", "host", "cuda"] = "auto"
+    shared_memory: bool = True
+    once_per_node: Literal["auto", "on", "racks", "off"] = "auto"
+    message_rows: CountOrNone = 0
     buffer_factor: Annotated[float, Interval(ge=1, le=1000)] = 1.5
+    pool_bytes: Annotated[int, Interval(ge=1, lt=2**63)] = 1_000_000_000
 
 
 @section
@@ -114,7 +119,7 @@ class Experts:
 
     kind: Literal["gelu", "relu", "swiglu"] = "gelu"
     bias: bool = False
-    max_batch_rows: Count = 4096
+    gemm_rows: CountOrNone = 0
 
 
 @section
@@ -122,7 +127,7 @@ class Pipeline:
     """How micro-batches follow each other."""
 
     micro_batches: Count = 2
-    schedule: Literal["serial", "overlap"] = "overlap"
+    schedule: Literal["serial", "overlap", "arrival"] = "overlap"
     in_flight: Count = 2
     deterministic: bool = True
 
@@ -261,39 +266,3 @@ def suggest(word, known):
     """Name the nearest known word, or all of them."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(known)}"
-
-
-def contradictions(config):
-    """Find values that do not fit together -> list of ((section, key), text)."""
-    model, cluster, pipeline, data = config.model, config.cluster, config.pipeline, config.data
-    checks = [
-        (model.top_k <= model.num_experts, "model", "top_k",
-         f"must be at most num_experts = {model.num_experts}"),
-        (not model.attention or model.hidden % model.num_heads == 0, "model", "num_heads",
-         f"must divide hidden = {model.hidden}"),
-        (model.feed_forward % cluster.tensor_parallel == 0, "cluster", "tensor_parallel",
-         f"must divide [model] feed_forward = {model.feed_forward}"),
-        (cluster.links != "file" or cluster.links_file, "cluster", "links_file",
-         'must name a file when links = "file"'),
-        (cluster.links != "config" or cluster.bytes_per_second, "cluster", "bytes_per_second",
-         'must be a matrix, nodes x nodes, when links = "config"'),
-        (cluster.probability != "config" or cluster.expert_probability, "cluster", "expert_probability",
-         'must be rows of [model] num_experts numbers when probability = "config"'),
-        (cluster.probability != "file" or cluster.loads_file, "cluster", "loads_file",
-         'must name a file when probability = "file"'),
-        (cluster.tensor_parallel == 1 or pipeline.deterministic, "pipeline", "deterministic",
-         f"must be true with [cluster] tensor_parallel = {cluster.tensor_parallel}: its ranks sum batch by batch"),
-        (pipeline.micro_batches <= data.batch_sequences, "pipeline", "micro_batches",
-         f"must be at most [data] batch_sequences = {data.batch_sequences}"),
-        (all(layer < model.num_layers for layer in config.write.activations_of_layers), "write",
-         "activations_of_layers", f"must be layers below [model] num_layers = {model.num_layers}"),
-        (len(set(config.write.activations_of_layers)) == len(config.write.activations_of_layers), "write",
-         "activations_of_layers", "must name each layer once"),
-        ("\0" not in config.run.name, "run", "name", "must hold no zero byte"),
-        ("\0" not in config.run.output, "run", "output", "must hold no zero byte"),
-    ]  # fmt: skip
-    return [
-        ((name, key), f"[{name}] {key} = {getattr(getattr(config, name), key)!r}: {text}")
-        for fits, name, key, text in checks
-        if not fits
-    ]

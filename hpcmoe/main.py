@@ -180,6 +180,7 @@ def list_written(config, folder):
 def announce(job):
     """Say what is about to run and how much memory it will take."""
     from hpcmoe.run.layout import tell
+    from hpcmoe.run.ways import describe_ways
 
     memory, model, text_bytes = job.memory, job.config.model, len(job.training)
     log.info(
@@ -187,7 +188,8 @@ def announce(job):
         model.num_layers, model.num_experts, model.top_k, model.hidden, model.feed_forward, text_bytes / 1e6,
     )  # fmt: skip
     reckoned = describe_room(job.room, job.topology, memory.per_expert, model.num_layers)
-    for line in [*reckoned, *tell(job.layout, job.config.cluster)]:
+    ways = describe_ways(job.stepper.exchange.sizes, job.stepper.exchange.routes)
+    for line in [*reckoned, *tell(job.layout, job.config.cluster), *ways]:
         log.info("%s", line)
     log.info(
         "memory of a rank, as computed: %.1f MB, of these %.1f MB message buffers and %.1f MB activations",

@@ -34,8 +34,8 @@ class Patience:
             self.sleep_seconds = min(self.sleep_seconds * SLEEP_GROWTH, LONGEST_SLEEP_SECONDS)
 
 
-def wait_all(requests, timeout_seconds=None):
-    """Wait until every request is done -> False when the time ran out first."""
+def wait_all(requests, timeout_seconds=None, poke=None):
+    """Wait until every request is done, doing poke() meanwhile -> False when the time ran out first."""
     patience = Patience()
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     while True:
@@ -46,7 +46,7 @@ def wait_all(requests, timeout_seconds=None):
             patience.reset()
         elif deadline is not None and time.monotonic() > deadline:
             return False
-        else:
+        elif poke is None or not poke():
             patience.pause()
 
 

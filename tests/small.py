@@ -10,10 +10,14 @@ from hpcmoe.clock import Clock
 from hpcmoe.cluster.demand import find_loads
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.cluster.topology import Topology
-from hpcmoe.comm.device import HostDevice, HostEvent
-from hpcmoe.comm.transport import offsets_of
+from hpcmoe.comm.device import HostDevice
+from hpcmoe.comm.mpi import open_mpi_transport
+from hpcmoe.comm.transport import Loopback
+from hpcmoe.comm.window import make_private_window, open_window
 from hpcmoe.config import Config
-from hpcmoe.dispatch.exchange import Exchange, Sizes
+from hpcmoe.dispatch.exchange import Exchange
+from hpcmoe.dispatch.routes import make_routes
+from hpcmoe.dispatch.sizes import Sizes, most_parcels
 from hpcmoe.run.data import find_text
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
@@ -101,44 +105,40 @@ def gather_logical(comm, state, array_of):
     return {name: torch.from_numpy(array) for name, array in whole.items()}
 
 
-def make_rows(source, destination, count, row_bytes, seed=0):
-    """Random rows that one rank has for another -> uint8 [count, row_bytes]."""
-    random = np.random.default_rng([source, destination, seed])
-    return random.integers(0, 256, (count, row_bytes), dtype=np.uint8)
+def make_exchange(hidden, transport=None, window=None, node_of_rank=(0,), once=False, slots=1, **sizes):
+    """An exchange on the host, alone in its window unless one is given; 20 tokens a micro-batch unless sizes say so."""
+    transport = transport or Loopback()
+    nodes = max(node_of_rank) + 1
+    routes = make_routes(node_of_rank, transport.rank, slots, np.full((nodes, nodes), once))
+    sizes = make_sizes(routes, hidden=hidden, **sizes)
+    window = window or make_private_window(sizes.window_sizes(routes))
+    return Exchange(transport, window, HostDevice(), Clock(), sizes, routes)
 
 
-def make_send(transport, matrix, row_bytes, seed=0):
-    """Lay down what this rank has for each peer under a matrix of rows [P, P] -> uint8 tensor."""
-    counts = enumerate(matrix[transport.rank])
-    return torch.from_numpy(
-        np.concatenate([make_rows(transport.rank, peer, count, row_bytes, seed) for peer, count in counts])
-    )
+@contextlib.contextmanager
+def open_small_exchange(comm, hidden, num_nodes=1, once=False, hesitate=None, **changes):
+    """Open an exchange over MPI, its ranks dealt to nodes in blocks; sizes, and slots of a rank, as make_exchange's."""
+    node_of_rank = np.arange(comm.size) * num_nodes // comm.size
+    mates = comm.Split(int(node_of_rank[comm.rank]), comm.rank)
+    routes = make_routes(node_of_rank, comm.rank, changes.get("slots", 1), np.full((num_nodes, num_nodes), once))
+    sizes = make_sizes(routes, hidden=hidden, **{key: value for key, value in changes.items() if key != "slots"})
+    with (
+        open_window(mates, sizes.window_sizes(routes)) as window,
+        open_mpi_transport(comm, sizes.row_bytes, hesitate) as transport,
+    ):
+        yield make_exchange(hidden, transport, window, node_of_rank, once, **changes)
+    mates.Free()
 
 
-def carry(transport, matrix, row_bytes, tag, send=None):
-    """Start an exchange of matrix [P, P] rows -> (Pending, check), where check(peers) looks at what came from them."""
-    send = make_send(transport, matrix, row_bytes, tag) if send is None else send
-    counts = matrix[:, transport.rank]
-    recv = torch.full((counts.sum() + 2, row_bytes), 170, dtype=torch.uint8)  # two rows that nobody may write
-    pending = transport.start(send, matrix[transport.rank], recv, counts, HostEvent(), tag)
-    offsets = offsets_of(counts)
-
-    def check(peers=range(transport.size)):
-        for peer in peers:
-            expected = make_rows(peer, transport.rank, counts[peer], row_bytes, tag)
-            assert np.array_equal(recv[offsets[peer] : offsets[peer + 1]].numpy(), expected), f"from {peer}"
-        assert (recv[-2:] == 170).all()
-
-    return pending, check
-
-
-def make_exchange(transport, hidden, **sizes):
-    """An exchange on the host, with room for 40 rows a micro-batch unless sizes say otherwise."""
+def make_sizes(routes, **sizes):
+    """Sizes of a small exchange, its pool as large as all parcels of an even load."""
     usual = {
-        "dtype": torch.float32, "home_rows": 40, "expert_rows": 40, "num_berths": 1, "num_micro_batches": 2,
-        "max_batch_rows": 100, "deterministic": True,
-    }  # fmt: skip
-    return Exchange(transport, HostDevice(), Clock(), Sizes(hidden=hidden, **(usual | sizes)))
+        "dtype": torch.float32, "tokens": 20, "top_k": 2, "num_berths": 1, "num_micro_batches": 2, "expert_rows": 40,
+        "batch_rows": 100, "parcel_tokens": 8, "pool_rows": 200 * bool(routes.senders),
+        "parcels_at_once": 4, "in_order": True, "deterministic": True,
+    } | sizes  # fmt: skip
+    sent = most_parcels(len(routes.landings), *(usual[name] for name in ("tokens", "top_k", "parcel_tokens")))
+    return Sizes(parcels_sent=sent, **usual)
 
 
 def gather_pieces(comm, state, load):

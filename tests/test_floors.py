@@ -10,8 +10,8 @@ import pytest
 from launch import ROOT
 
 FLOORS = (
-    "wait", "clock", "errors", "watch", "config",
-    "cluster", "placement", "comm", "dispatch", "experts", "pipeline", "run", "write", "tables", "plot",
+    "wait", "clock", "errors", "watch", "contradictions", "config",
+    "cluster", "placement", "comm", "gemm", "dispatch", "experts", "pipeline", "run", "write", "tables", "plot",
 )  # fmt: skip
 PROGRAMS = ("main", "place", "check", "watcher")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))

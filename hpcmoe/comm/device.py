@@ -4,6 +4,7 @@ Message buffers are host memory on both devices: on a GPU they are pinned, and r
 """
 
 import torch
+from torch import nn
 
 from hpcmoe.errors import ClusterError
 
@@ -15,36 +16,46 @@ class HostEvent:
         """Return at once."""
 
 
+class HostStream:
+    """A stream of the host: what is asked of it is done when the call returns, and messages progress when poked."""
+
+    def record_event(self):
+        """Mark the work given to the stream so far -> HostEvent."""
+        return HostEvent()
+
+    def wait_event(self, event):
+        """Have what follows wait for an event, which here has happened."""
+
+
 class HostDevice:
     """The host's cores: arrays are message buffers as they are."""
 
     name = "host"
     torch_device = torch.device("cpu")
 
+    def __init__(self):
+        self.compute = self.send = self.receive = HostStream()
+
     def make_buffer(self, num_rows, row_bytes):
         """Allocate and touch a message buffer -> uint8 tensor [num_rows, row_bytes]."""
         return torch.zeros(num_rows, row_bytes, dtype=torch.uint8)
 
-    def pack(self, rows, order, buffer):
-        """Copy rows[order] [n, H] (all rows when order is None) into the buffer's first n rows -> Event."""
-        wire = as_rows(buffer, rows.dtype)[: len(rows) if order is None else len(order)]
-        if order is None:
-            wire.copy_(rows)
-        else:
-            torch.index_select(rows, 0, order, out=wire)  # no temporary: straight into the message
+    def put(self, rows, target):
+        """Copy rows [n, H] of any precision to message rows [n, H] -> Event."""
+        target.copy_(rows)
         return HostEvent()
 
-    def unpack(self, buffer, order, dtype):
-        """Copy the buffer's rows in this order -> a fresh tensor [n, H] on the device."""
-        return as_rows(buffer, dtype).index_select(0, order)
+    def take(self, table, order):
+        """Gather message rows table[order] -> a fresh tensor [n, H] on the device."""
+        return table.index_select(0, order)
 
-    def scatter(self, rows, order, buffer):
-        """Write rows [n, H] to the buffer's rows `order`."""
-        as_rows(buffer, rows.dtype).index_copy_(0, order, rows)
+    def lay(self, rows, table, order):
+        """Write rows [n, H] to message rows table[order], order an int64 array."""
+        table.view(torch.uint8).numpy()[order] = rows.view(torch.uint8).numpy()  # twice as fast as torch's index_copy_
 
-    def record(self):
-        """Mark the work given to the device so far -> Event."""
-        return HostEvent()
+    def sum_rows(self, table, rows, weights):
+        """Sum message rows table[rows[t, k]] * weights[t, k] over k -> a fresh tensor [T, H] on the device."""
+        return nn.functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights.to(table.dtype))
 
     def read_memory(self):
         """Tell of no memory but the node's -> None."""
@@ -62,51 +73,51 @@ class CudaDevice:
         self.send = torch.cuda.Stream()
         self.receive = torch.cuda.Stream()
 
+    @property
+    def compute(self):
+        """The stream on which torch works."""
+        return torch.cuda.current_stream()
+
     def make_buffer(self, num_rows, row_bytes):
         """Allocate a pinned message buffer -> uint8 tensor [num_rows, row_bytes] on the host."""
         return torch.zeros(num_rows, row_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def pack(self, rows, order, buffer):
-        """Copy rows[order] (all rows when order is None) into the buffer on the send stream -> Event."""
-        rows = rows if order is None else rows.index_select(0, order.to(self.torch_device))
-        return self.copy_out(rows, as_rows(buffer, rows.dtype)[: len(rows)])
+    def put(self, rows, target):
+        """Copy rows [n, H] of any precision to message rows [n, H] on the send stream -> Event."""
+        rows = rows.to(target.dtype)
+        self.send.wait_event(self.compute.record_event())
+        with torch.cuda.stream(self.send):
+            target.copy_(rows, non_blocking=True)
+            rows.record_stream(self.send)
+            return self.send.record_event()
 
-    def unpack(self, buffer, order, dtype):
-        """Copy the buffer's rows in this order on the receive stream -> a fresh tensor [n, H] on the device."""
-        rows = as_rows(buffer, dtype).index_select(0, order).pin_memory()
+    def take(self, table, order):
+        """Gather message rows table[order] on the receive stream -> a fresh tensor [n, H] on the device."""
+        return self.bring(table.index_select(0, order))
+
+    def lay(self, rows, table, order):
+        """Write rows [n, H] to message rows table[order], order an int64 array."""
+        staged = rows.cpu()  # host waits for the device here
+        table.view(torch.uint8).numpy()[order] = staged.view(torch.uint8).numpy()
+
+    def sum_rows(self, table, rows, weights):
+        """Sum message rows table[rows[t, k]] * weights[t, k] over k -> a fresh tensor [T, H] on the device."""
+        weights = weights.to(table.dtype)
+        return self.bring(nn.functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights))
+
+    def bring(self, rows):
+        """Copy host rows to the device on the receive stream -> a tensor that the compute stream may use."""
+        staged = rows.pin_memory()
         with torch.cuda.stream(self.receive):
-            arrived = rows.to(self.torch_device, non_blocking=True)
-        torch.cuda.current_stream().wait_stream(self.receive)
-        arrived.record_stream(torch.cuda.current_stream())
+            arrived = staged.to(self.torch_device, non_blocking=True)
+        self.compute.wait_event(self.receive.record_event())
+        arrived.record_stream(self.compute)
         return arrived
-
-    def scatter(self, rows, order, buffer):
-        """Write rows [n, H] to the buffer's rows `order`."""
-        staged = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-        self.copy_out(rows, staged).synchronize()  # host waits for the device here
-        as_rows(buffer, rows.dtype).index_copy_(0, order, staged)
-
-    def record(self):
-        """Mark the copies given to the send stream so far -> torch.cuda.Event."""
-        return self.send.record_event()
 
     def read_memory(self):
         """Read the GPU's name, the same for all its ranks, and its free memory -> (name, bytes)."""
         name = str(torch.cuda.get_device_properties(self.torch_device).uuid)
         return name, torch.cuda.mem_get_info(self.torch_device)[0]
-
-    def copy_out(self, rows, staged):
-        """Copy device rows to pinned host rows behind the compute stream -> torch.cuda.Event."""
-        self.send.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.send):
-            staged.copy_(rows, non_blocking=True)
-            rows.record_stream(self.send)
-            return self.send.record_event()
-
-
-def as_rows(buffer, dtype):
-    """See a uint8 buffer [n, row_bytes] as rows of numbers [n, H] of this dtype, without a copy."""
-    return buffer.view(dtype)
 
 
 def open_device(kind, local_rank):

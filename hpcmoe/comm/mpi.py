@@ -1,20 +1,25 @@
-"""Rows by MPI: Isend and Irecv between every two ranks, on buffers that stay where they are."""
+"""Messages by MPI: Isend and Irecv on buffers that stay where they are, and sums over ranks."""
 
 import contextlib
 
-import numpy as np
 from mpi4py import MPI
 
-from hpcmoe.comm.transport import offsets_of
-from hpcmoe.wait import Patience, wait_all
+from hpcmoe.comm.progress import open_progress_thread
+from hpcmoe.comm.transport import Ticket
+from hpcmoe.wait import wait_all
 
 
 @contextlib.contextmanager
-def open_mpi_transport(comm, row_bytes, max_message_rows):
-    """Make the transport of a group, freed at the end. Collective over comm."""
+def open_mpi_transport(comm, row_bytes, hesitate=None):
+    """Make the transport of a group, freed at the end. Collective over comm.
+
+    hesitate, for tests: a call before each poke; while it returns true, nothing progresses.
+    """
     row_type = MPI.BYTE.Create_contiguous(row_bytes).Commit()
+    transport = MpiTransport(comm, row_type, hesitate)
     try:
-        yield MpiTransport(comm, row_type, max_message_rows)
+        with open_progress_thread(comm, lambda: bool(transport.requests)):
+            yield transport
     finally:
         row_type.Free()
 
@@ -22,113 +27,64 @@ def open_mpi_transport(comm, row_bytes, max_message_rows):
 class MpiTransport:
     """Carries rows of one width among the ranks of a communicator."""
 
-    def __init__(self, comm, row_type, max_message_rows):
+    def __init__(self, comm, row_type, hesitate):
         self.comm = comm
         self.rank, self.size = comm.rank, comm.size
         self.row_type = row_type
-        self.max_message_rows = max_message_rows
+        self.hesitate = hesitate
         self.last_tag = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)  # Open MPI tells it of no other communicator
+        self.requests, self.tickets = [], []  # under way, in pairs
+        self.num_sent = 0  # messages, ever
 
-    def start(self, send, send_counts, recv, recv_counts, ready, tag):
-        """Begin an exchange -> Pending. Receives come first, then sends, each rank starting with its neighbour."""
-        send, recv = send.numpy(), recv.numpy()
-        send_offsets, recv_offsets = offsets_of(send_counts), offsets_of(recv_counts)
-        tag %= self.last_tag + 1
+    def send_rows(self, rows, peer, tag):
+        """Begin to send uint8 rows [n, row_bytes], which must stay as they are until the ticket is done -> Ticket."""
+        self.num_sent += 1
+        return self.add(self.comm.Isend([rows, len(rows), self.row_type], peer, self.fold(tag)))
 
-        receives, peers = [], []
-        for peer in self.neighbours(-1):
-            for part in self.parts(recv, recv_offsets, peer):
-                receives.append(self.comm.Irecv(part, peer, tag))
-                peers.append(peer)
+    def receive_rows(self, rows, peer, tag):
+        """Begin to receive into uint8 rows [n, row_bytes] -> Ticket."""
+        return self.add(self.comm.Irecv([rows, len(rows), self.row_type], peer, self.fold(tag)))
 
-        ready.synchronize()  # MPI reads the rows from the host: they must be there
-        sends = [
-            self.comm.Isend(part, peer, tag)
-            for peer in self.neighbours(+1)
-            for part in self.parts(send, send_offsets, peer)
-        ]
-        own_send, own_recv = send_offsets[self.rank], recv_offsets[self.rank]
-        own = send_counts[self.rank]
-        recv[own_recv : own_recv + own] = send[own_send : own_send + own]
-        return MpiPending(receives, peers, sends, self.size)
+    def send_words(self, words, peer, tag):
+        """Begin to send an int64 array -> Ticket."""
+        self.num_sent += 1
+        return self.add(self.comm.Isend(words, peer, self.fold(tag)))
 
-    def neighbours(self, way):
-        """List the other ranks, nearest first, to the right (+1) or to the left (-1)."""
-        return [(self.rank + way * step) % self.size for step in range(1, self.size)]
-
-    def parts(self, buffer, offsets, peer):
-        """Cut a peer's rows into messages of at most max_message_rows -> buffer specifications for MPI."""
-        for first in range(offsets[peer], offsets[peer + 1], self.max_message_rows):
-            count = min(self.max_message_rows, offsets[peer + 1] - first)
-            yield [buffer[first : first + count], int(count), self.row_type]
-
-    def start_counts(self, counts):
-        """Begin to tell each peer p its row counts[p] of an int64 array [P, n] -> a call that waits for theirs."""
-        send = np.ascontiguousarray(counts, dtype=np.int64)
-        recv = np.empty_like(send)
-        request = self.comm.Ialltoall(send, recv)
-
-        def wait():
-            wait_all([request])
-            return recv
-
-        return wait
-
-
-class MpiPending:
-    """An exchange under way: its requests, and whose rows have landed."""
-
-    def __init__(self, receives, peers, sends, num_peers):
-        self.receives, self.peers, self.sends = receives, peers, sends
-        self.parts_missing = np.bincount(peers, minlength=num_peers)
-        self.landed = {peer for peer in range(num_peers) if self.parts_missing[peer] == 0}
+    def receive_words(self, words, peer, tag):
+        """Begin to receive into an int64 array -> Ticket."""
+        return self.add(self.comm.Irecv(words, peer, self.fold(tag)))
 
     def poke(self):
-        """Let messages progress -> the peers whose last row landed just now."""
-        MPI.Request.Testsome(self.sends)
-        fresh = []
-        for index in MPI.Request.Testsome(self.receives) or []:
-            peer = self.peers[index]
-            self.parts_missing[peer] -= 1
-            if self.parts_missing[peer] == 0:
-                fresh.append(peer)
-        self.landed.update(fresh)
-        return fresh
+        """Let messages progress and mark the tickets of those that are done, without waiting -> whether any is."""
+        if not self.requests or (self.hesitate is not None and self.hesitate()):
+            return False
+        done = MPI.Request.Testsome(self.requests)
+        for index in done or ():
+            self.tickets[index].done = True
+        if done:  # the list is kept short: each test looks at all of it
+            left = [index for index, ticket in enumerate(self.tickets) if not ticket.done]
+            self.requests = [self.requests[index] for index in left]
+            self.tickets = [self.tickets[index] for index in left]
+        return bool(done)
 
-    def arrivals(self):
-        """Yield lists of peers whose rows have landed since the last one, own rows first, until all have."""
-        yield sorted(self.landed)
-        patience = Patience()
-        while len(self.landed) < len(self.parts_missing):
-            fresh = self.poke()
-            if fresh:
-                patience.reset()
-                yield fresh
-            else:
-                patience.pause()
+    def add(self, request):
+        """Follow a request until it is done -> its Ticket."""
+        ticket = Ticket()
+        self.requests.append(request)
+        self.tickets.append(ticket)
+        return ticket
 
-    def wait_for(self, peers):
-        """Wait until the rows of all these peers have landed."""
-        patience = Patience()
-        while not self.landed.issuperset(peers):
-            if self.poke():
-                patience.reset()
-            else:
-                patience.pause()
-
-    def wait(self):
-        """Wait until everything has landed and left."""
-        self.wait_for(range(len(self.parts_missing)))
-        wait_all(self.sends)
+    def fold(self, tag):
+        """Bring a tag into the range that this MPI has."""
+        return tag % (self.last_tag + 1)
 
 
 def start_all_reduce(comm, array):
-    """Begin to sum a NumPy array over the ranks, in place -> a call that waits for it. Collective over comm."""
-    request = comm.Iallreduce(MPI.IN_PLACE, array)
-    return lambda: wait_all([request])
+    """Begin to sum a NumPy array over the ranks, in place -> its request. Collective over comm."""
+    return comm.Iallreduce(MPI.IN_PLACE, array)
 
 
-def all_reduce(comm, array):
-    """Sum a NumPy array over the ranks, in place. Collective over comm."""
-    start_all_reduce(comm, array)()
+def all_reduce(comm, array, poke=None):
+    """Sum a NumPy array over the ranks, in place, doing poke() while it waits. Collective over comm."""
+    wait_all([start_all_reduce(comm, array)], poke=poke)
     return array

@@ -1,17 +1,16 @@
-"""The one seam between the program and whatever carries its rows: MPI today, a loopback in tests.
+"""The one seam between the program and whatever carries messages between nodes: MPI today, nobody in a group of mates.
 
-A transport moves rows: buffers are uint8 [rows, row_bytes], laid out peer after peer, and counts are rows. So a
-bfloat16 row needs no special case, and a message of more than 2 GiB is still a small number of rows.
+A transport moves rows: arrays are uint8 [rows, row_bytes] and lengths are rows. So a bfloat16 row needs no special
+case, and a message of more than 2 GiB is still a small number of rows. Ranks of one node need none of it: they share
+a window (hpcmoe.comm.window).
 """
 
 import enum
 from typing import Protocol
 
-import numpy as np
-
 
 class Direction(enum.IntEnum):
-    """What a message carries; part of its tag."""
+    """What an exchange carries; part of its tag."""
 
     DISPATCH = 0  # tokens to their experts
     COMBINE = 1  # results back home
@@ -19,77 +18,67 @@ class Direction(enum.IntEnum):
     DISPATCH_BACKWARD = 3  # gradients of the tokens, back home
 
 
-class Pending(Protocol):
-    """An exchange under way."""
+HOMEWARD = {Direction.DISPATCH: Direction.COMBINE, Direction.COMBINE_BACKWARD: Direction.DISPATCH_BACKWARD}
 
-    def poke(self):
-        """Let messages progress and note whose rows have landed, without waiting."""
 
-    def arrivals(self):
-        """Yield lists of peers whose rows have landed since the last one, until all have."""
+class Part(enum.IntEnum):
+    """What a message of an exchange holds; part of its tag."""
 
-    def wait_for(self, peers):
-        """Wait until the rows of all these peers have landed."""
+    HEADER = 0  # what the parcels hold
+    PARCEL = 1  # rows, and a number for each copy, on their way out
+    RETURN = 2  # the same on their way home
 
-    def wait(self):
-        """Wait until everything has landed and left: both buffers are free again."""
+
+class Ticket:
+    """A message under way."""
+
+    __slots__ = ("done",)
+
+    def __init__(self, done=False):
+        self.done = done
 
 
 class Transport(Protocol):
-    """Carries rows among the P ranks of a group."""
+    """Carries messages among the P ranks of a group, without blocking."""
 
     rank: int
     size: int
+    num_sent: int  # messages, ever
 
-    def start(self, send, send_counts, recv, recv_counts, ready, tag):
-        """Begin an exchange: send_counts[p] rows to and recv_counts[p] rows from each peer p -> Pending.
+    def send_rows(self, rows, peer, tag):
+        """Begin to send uint8 rows [n, row_bytes], which must stay as they are until the ticket is done -> Ticket."""
 
-        `ready` is the event after which the send buffer holds its rows.
-        """
+    def receive_rows(self, rows, peer, tag):
+        """Begin to receive into uint8 rows [n, row_bytes] -> Ticket."""
 
-    def start_counts(self, counts):
-        """Begin to tell each peer p its row counts[p] of an int64 array [P, n] -> a call that waits for theirs."""
+    def send_words(self, words, peer, tag):
+        """Begin to send an int64 array -> Ticket."""
+
+    def receive_words(self, words, peer, tag):
+        """Begin to receive into an int64 array -> Ticket."""
+
+    def poke(self):
+        """Let messages progress and mark the tickets of those that are done, without waiting -> whether any is."""
 
 
-def make_tag(layer, micro_batch, direction, num_micro_batches):
+def make_tag(layer, micro_batch, num_micro_batches, direction):
     """Number an exchange, so that messages of different layers, micro-batches and directions never match."""
     return (layer * num_micro_batches + micro_batch) * len(Direction) + direction
 
 
-def offsets_of(counts):
-    """Running start of each segment: counts [P] -> offsets [P + 1]."""
-    return np.concatenate(([0], np.cumsum(counts)))
+def make_part_tag(exchange_tag, part, parcel, max_parcels):
+    """Number a message of an exchange: parcels of one pair of ranks may overtake each other on their way back."""
+    return (exchange_tag * len(Part) + part) * max_parcels + parcel
 
 
 class Loopback:
-    """A group of one rank: what it sends, it receives. The stand-in for tests that need no MPI."""
+    """A group in which no two ranks lie on different nodes: nothing is ever sent."""
 
-    rank = 0
-    size = 1
+    num_sent = 0
 
-    def start(self, send, send_counts, recv, recv_counts, ready, tag):
-        """Copy the rows at once -> Landed."""
-        ready.synchronize()
-        recv[: recv_counts[0]] = send[: send_counts[0]]
-        return Landed()
-
-    def start_counts(self, counts):
-        """Give the rank its own counts back."""
-        return lambda: counts
-
-
-class Landed:
-    """A Pending whose only peer is this rank, and whose rows are there."""
+    def __init__(self, rank=0, size=1):
+        self.rank, self.size = rank, size
 
     def poke(self):
-        """Do nothing: all has landed."""
-
-    def arrivals(self):
-        """Yield the one peer."""
-        yield [0]
-
-    def wait_for(self, peers):
-        """Return at once."""
-
-    def wait(self):
-        """Return at once."""
+        """Find nothing under way."""
+        return False

@@ -1,7 +1,10 @@
 """Rows leave for their experts and return: dispatch and combine, each the other's backward.
 
-outward   dispatch, and the backward of combine    home order [N', H]    -> expert order [R, H]
-homeward  combine, and the backward of dispatch    expert order [R, H]   -> home order [N', H]
+outward   dispatch, and the backward of combine    tokens [T, H] at home      -> gathered by their experts
+homeward  combine, and the backward of dispatch    results laid at home       -> summed by token [T, H]
+
+On one node a row is copied once each way: an expert gathers tokens straight from their homes' part of the window, and
+lays results straight into it. Between nodes the same rows pass through a parcel (hpcmoe.dispatch.landing).
 """
 
 from dataclasses import dataclass
@@ -9,153 +12,271 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hpcmoe.comm.transport import Direction, make_tag
-from hpcmoe.dispatch.plan import cut_into_batches, make_batch
+from hpcmoe.comm.transport import HOMEWARD, Direction, Part, make_part_tag, make_tag
+from hpcmoe.dispatch.arrivals import Arrivals
+from hpcmoe.dispatch.landing import Hall, Landing, see_trailer
+from hpcmoe.dispatch.plan import make_plan
+from hpcmoe.dispatch.sizes import FEW_ROWS, group_peers, make_pools, round_rows
+
+END = object()  # of a group of peers
+PAUSES = 16  # between two looks at everything: looking costs more than asking whether there is anything new
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """What the message buffers must hold, and how rows meet in batches."""
+@dataclass(slots=True, kw_only=True)
+class Traffic:
+    """What this rank has sent to each of P ranks."""
 
-    hidden: int  # H
-    dtype: torch.dtype  # of the rows that travel
-    home_rows: int  # the most copies that a micro-batch of this rank has: T x K
-    expert_rows: int  # rows expected at this rank's experts, and room for some more
-    num_berths: int  # micro-batches in flight
-    num_micro_batches: int
-    max_batch_rows: int  # B_max
-    deterministic: bool  # batches by counts alone, or by arrival
-
-    @property
-    def row_bytes(self):
-        """Bytes of one token on the wire."""
-        return self.hidden * self.dtype.itemsize
+    copies: np.ndarray  # [P] int64, tokens' copies in dispatch
+    rows: np.ndarray  # [4, P] int64, by direction: through the window, or in parcels to who lands them
 
 
 class Berth:
-    """The message buffers of one micro-batch in flight, at its home and at its experts."""
+    """Where one micro-batch in flight keeps its tokens and results, and the exchange that is under way there."""
 
-    def __init__(self, device, row_bytes, home_rows, expert_rows):
-        self.device, self.row_bytes = device, row_bytes
-        self.home_send = device.make_buffer(home_rows, row_bytes)
-        self.home_recv = device.make_buffer(home_rows, row_bytes)
-        self.expert_send = device.make_buffer(expert_rows, row_bytes)
-        self.expert_recv = device.make_buffer(expert_rows, row_bytes)
-        self.outward = self.homeward = None  # the exchange that last used the buffers
-
-    def make_room(self, expert_rows):
-        """Grow the experts' buffers when a micro-batch brings more rows than any before."""
-        if expert_rows > len(self.expert_recv):
-            expert_rows = expert_rows * 5 // 4  # grow seldom
-            self.expert_send = self.device.make_buffer(expert_rows, self.row_bytes)
-            self.expert_recv = self.device.make_buffer(expert_rows, self.row_bytes)
-
-    @property
-    def num_bytes(self):
-        """Memory that the four buffers take."""
-        return sum(b.numel() for b in (self.home_send, self.home_recv, self.expert_send, self.expert_recv))
+    def __init__(self, number, sizes, first_row, device):
+        self.number = number
+        self.tokens = first_row + number * sizes.home_window_rows  # first row in the window
+        self.results = self.tokens + sizes.tokens
+        self.zero = self.tokens + sizes.home_window_rows - 1  # a row that nobody writes
+        self.send = device.make_buffer(sizes.parcel_rows, sizes.row_bytes)
+        self.exchange, self.direction = 0, None  # number of the one under way, from 1; which way it goes out
+        self.tickets, self.returns = [], []  # of messages from here, and of those that come back
+        self.arrivals = None
 
 
 class Exchange:
     """Carries the rows of one expert-parallel group for all layers and micro-batches."""
 
-    def __init__(self, transport, device, clock, sizes):
-        self.transport, self.device, self.clock, self.sizes = transport, device, clock, sizes
-        self.berths = [
-            Berth(device, sizes.row_bytes, sizes.home_rows, sizes.expert_rows) for _ in range(sizes.num_berths)
-        ]
-        self.rows_to_peer = np.zeros((len(Direction), transport.size), dtype=np.int64)  # since the last take_traffic
+    def __init__(self, transport, window, device, clock, sizes, routes):
+        self.transport, self.window, self.device, self.clock = transport, window, device, clock
+        self.sizes, self.routes = sizes, routes
+        self.berths = [Berth(number, sizes, window.first_row, device) for number in range(sizes.num_berths)]
+        pools = make_pools(sizes, window.first_row)
+        self.hall = Hall(transport, window, routes, pools, sizes, self.tally)
+        self.landings = []
+        self.groups = group_peers(routes, sizes)
+        self.traffic = self.no_traffic()
+
+    def no_traffic(self):
+        """Start counting -> Traffic."""
+        size = self.transport.size
+        return Traffic(copies=np.zeros(size, np.int64), rows=np.zeros((len(Direction), size), np.int64))
+
+    def take_traffic(self):
+        """Return what was sent since the last call -> Traffic."""
+        traffic, self.traffic = self.traffic, self.no_traffic()
+        return traffic
+
+    def poke(self):
+        """Let messages progress, and all that this rank lands for others, without waiting -> whether anything moved."""
+        moved = self.transport.poke()
+        for landing in self.landings:
+            moved |= landing.poke()
+        self.landings = [landing for landing in self.landings if not landing.is_over]
+        return moved
+
+    def wait_for_news(self, patience):
+        """Pause, a few times at most, until a message has moved or a mate has told something."""
+        before = self.window.count_news()
+        for _ in range(PAUSES):
+            patience.pause()
+            if self.transport.poke() or self.window.count_news() != before:
+                return
 
     @property
     def buffer_bytes(self):
-        """Memory that all message buffers take on this rank."""
-        return sum(berth.num_bytes for berth in self.berths)
+        """Memory that messages take on this rank."""
+        return self.sizes.buffer_bytes(self.routes)
 
-    def take_traffic(self):
-        """Return the rows sent to each peer since the last call, by direction. [4, P] int64"""
-        rows, self.rows_to_peer = self.rows_to_peer, np.zeros_like(self.rows_to_peer)
-        return rows
+    @property
+    def is_idle(self):
+        """Whether this rank has nothing left to do for others."""
+        return not self.landings and all(ticket.done for berth in self.berths for ticket in berth.tickets)
 
-    def start_outward(self, flight, rows, order, direction):
-        """Send rows[order] (all when order is None), home order [N', H], to their experts."""
-        berth, plan = self.berths[flight.berth], flight.plan
-        with self.clock.stage("dispatch"):
-            settle(berth.outward)  # before the buffers of the last exchange are written again
-            settle(berth.homeward)
-            berth.make_room(plan.num_received)
-            ready = self.device.pack(rows, order, berth.home_send)
-            berth.outward = self.transport.start(
-                berth.home_send,
-                plan.send_counts,
-                berth.expert_recv,
-                plan.recv_counts,
-                ready,
-                self.tag(flight, direction),
-            )
-        self.rows_to_peer[direction] += plan.send_counts
+    def make_plan(self, slots, kept):
+        """Find the way of each kept copy -> Plan: slots [T, K], kept [T, K] bool."""
+        return make_plan(slots, kept, self.routes, self.sizes.parcel_tokens, self.sizes.row_bytes)
 
-    def start_homeward(self, flight, direction):
-        """Send the results that put_result has laid down, expert order [R, H], home."""
-        berth, plan = self.berths[flight.berth], flight.plan
-        with self.clock.stage("combine"):
-            ready = self.device.record()
-            berth.homeward = self.transport.start(
-                berth.expert_send,
-                plan.recv_counts,
-                berth.home_recv,
-                plan.send_counts,
-                ready,
-                self.tag(flight, direction),
-            )
-        self.rows_to_peer[direction] += plan.recv_counts
-
-    def arrived_batches(self, flight):
-        """Yield (batch, rows [n, H] grouped by slot) as rows reach their experts, until all have."""
-        berth, plan = self.berths[flight.berth], flight.plan
-        if self.sizes.deterministic:
-            groups = cut_into_batches(plan, self.transport.rank, self.sizes.max_batch_rows)
-        else:
-            groups = self.timed(berth.outward.arrivals())
-        for peers in groups:
-            batch = make_batch(plan, peers)
-            if len(batch.order):
-                yield batch, self.take_rows(flight, batch)
-
-    def timed(self, arrivals):
-        """Yield from arrivals, and book the time spent on waiting for them to dispatch."""
-        while True:
-            with self.clock.stage("dispatch"):
-                peers = next(arrivals, None)
-            if peers is None:
-                return
-            yield peers
-
-    def take_rows(self, flight, batch):
-        """Wait for a batch's rows and copy them out of the receive buffer -> fresh [n, H], grouped by slot."""
+    def may_start(self, flight):
+        """Whether the next exchange of a micro-batch can be announced: its mates have read what it would overwrite."""
         berth = self.berths[flight.berth]
-        with self.clock.stage("dispatch"):
-            berth.outward.wait_for(batch.peers)
-        return self.device.unpack(berth.expert_recv, torch.from_numpy(batch.order), self.sizes.dtype)
+        return self.window.may_post(berth.number, berth.exchange + 1) and all(t.done for t in berth.tickets)
 
-    def put_result(self, flight, batch, rows):
-        """Lay a batch's results [n, H], grouped by slot, down where start_homeward sends them from."""
-        buffer = self.berths[flight.berth].expert_send
-        self.device.scatter(rows.to(self.sizes.dtype), torch.from_numpy(batch.order), buffer)
+    def start_outward(self, flight, rows, gates, direction):
+        """Offer the tokens' rows [T, H], and each copy's gate [T, K], to the experts that the flight's plan names."""
+        berth, plan, window = self.berths[flight.berth], flight.plan, self.window
+        berth.exchange, berth.direction = berth.exchange + 1, direction
+        berth.arrivals = Arrivals(window, self.routes, berth.number, berth.exchange)
+        table, gates = window.table(self.sizes.dtype), gates.numpy(force=True).ravel()
+        ready = self.device.put(rows, table[berth.tokens : berth.tokens + len(rows)])
 
-    def finish_homeward(self, flight):
-        """Wait for the rows that come home -> fresh tensor [N', H]."""
+        # Say of each result row what it is computed from.
+        results = slice(berth.results, berth.results + len(plan.copies))
+        window.sources[results] = berth.tokens + plan.copies // plan.top_k
+        window.numbers[results] = gates[plan.copies]
+        ready.synchronize()  # host waits for the device here: mates read the rows from now on
+        window.post(berth.number, berth.exchange, 0, berth.results, 1, plan.counts)
+
+        if len(self.routes.landings):
+            self.send_parcels(flight, gates, direction)
+        if self.routes.senders:
+            self.landings.append(
+                Landing(self.hall, berth.number, berth.exchange, direction, self.tags(flight, direction))
+            )
+        self.count(plan, direction)
+
+    def send_parcels(self, flight, gates, direction):
+        """Send the headers of all parcels to their landings, and the parcels; expect their sums."""
+        berth, plan, transport = self.berths[flight.berth], flight.plan, self.transport
+        tag_of, window, row_bytes = self.tags(flight, direction), self.window, self.sizes.row_bytes
+        of_landing = [[] for _ in self.routes.landings]
+        for parcel in plan.parcels:
+            of_landing[parcel.landing].append(parcel)
+        berth.tickets, berth.returns = [], []
+        for peer, parcels in zip(self.routes.landings.tolist(), of_landing, strict=True):
+            header = [[len(parcels)], *([parcel.num_tokens, *parcel.counts.ravel()] for parcel in parcels)]
+            berth.tickets.append(transport.send_words(np.concatenate(header), peer, tag_of(Part.HEADER)))
+            for number, parcel in enumerate(parcels):
+                num_rows = parcel.num_rows(row_bytes)
+                home = berth.results + parcel.first
+                rows = window.rows[home : home + num_rows]
+                berth.returns.append(transport.receive_rows(rows, peer, tag_of(Part.RETURN, number)))
+                first = parcel.first - len(plan.copies)
+                rows = berth.send[first : first + num_rows].numpy()
+                self.pack(rows, berth.tokens, parcel, gates)
+                berth.tickets.append(transport.send_rows(rows, peer, tag_of(Part.PARCEL, number)))
+
+    def pack(self, rows, first, parcel, gates):
+        """Lay a parcel's tokens, of those from window row `first` on, and its copies' numbers into a message."""
+        np.take(self.window.rows, first + parcel.tokens, axis=0, out=rows[: parcel.num_tokens], mode="clip")
+        tokens, numbers = see_trailer(rows[parcel.num_tokens :], parcel.num_copies)
+        tokens[:], numbers[:] = parcel.token_of_copy, gates[parcel.copies]
+
+    def count(self, plan, direction):
+        """Count what leaves for the experts."""
+        self.tally(direction, self.routes.mates, plan.counts.sum(axis=1))
+        for parcel in plan.parcels:
+            self.tally(direction, self.routes.landings[parcel.landing], parcel.num_tokens)
+        if direction == Direction.DISPATCH:
+            self.traffic.copies += plan.copies_to_rank
+
+    def tally(self, direction, ranks, rows):
+        """Count rows that go from here to other ranks."""
+        self.traffic.rows[direction, ranks] += rows
+
+    def batches(self, flight):
+        """Yield Batches as rows reach this rank's experts, and None while there are none, until all have come."""
+        arrivals = self.berths[flight.berth].arrivals
+        runs = self.runs_in_order(arrivals) if self.sizes.in_order else self.runs_by_arrival(arrivals)
+        for run in runs:
+            if run is None:
+                yield None
+            elif run:
+                yield arrivals.batch_of(run)
+
+    def runs_by_arrival(self, arrivals):
+        """Yield lists of slips as they come, enough of them for a GEMM of some rows; None while there are too few.
+
+        Parcels wait for others only while these keep coming: room must become free for those that have none.
+        """
+        run, enough = [], FEW_ROWS * self.routes.num_slots
+        while len(arrivals.expected):
+            fresh = arrivals.look()
+            run += fresh
+            takes_room = any(slip > 0 for _, slip in run)  # a parcel's, which the next may be waiting for
+            if len(arrivals.expected) and arrivals.count_rows(run) < enough and (fresh or not takes_room):
+                yield None
+            else:
+                yield run
+                run = []
+
+    def runs_in_order(self, arrivals):
+        """Yield lists of slips that are the same at every run, None while none is complete.
+
+        They come in order if the run is to be deterministic, otherwise whichever group of peers is there.
+        """
+        groups = [arrivals.runs(peers, self.sizes.parcels_at_once) for peers in self.groups]
+        while groups:
+            arrivals.look()
+            run = None
+            for group in groups[:1] if self.sizes.deterministic else list(groups):
+                run = next(group, END)
+                if run is END:
+                    groups.remove(group)
+                if run is not None:
+                    break
+            if run is not END:
+                yield run
+
+    def batches_again(self, flight, batches):
+        """Yield the numbers of these batches, of the same plans, as their rows come again, and None meanwhile."""
+        arrivals, left = self.berths[flight.berth].arrivals, list(enumerate(batches))
+        while left or len(arrivals.expected):
+            arrivals.look()
+            ahead = left[:1] if self.sizes.deterministic else left
+            ready = next((entry for entry in ahead if arrivals.has(entry[1])), None)
+            if ready is not None:
+                left.remove(ready)
+            yield None if ready is None else ready[0]
+
+    def rows_of(self, flight, batch):
+        """Find where a batch's results are to be laid -> rows of the window [n] int64."""
+        return self.berths[flight.berth].arrivals.rows(batch)
+
+    def take(self, results):
+        """Gather the tokens from which these result rows [n] are computed -> (fresh [m, H], their numbers [m]).
+
+        m is n or a little more: a few different sizes of GEMM serve all. What is too much has the number 0.
+        """
+        window, num_rows = self.window, round_rows(len(results))
+        sources, numbers = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.float32)
+        sources[: len(results)], numbers[: len(results)] = window.sources[results], window.numbers[results]
+        rows = self.device.take(window.table(self.sizes.dtype), torch.from_numpy(sources))
+        return rows, torch.from_numpy(numbers).to(self.device.torch_device)
+
+    def lay(self, rows, results, numbers=None):
+        """Lay rows [m, H], and numbers [m] if any, down at these result rows [n]; those beyond n are dropped."""
+        rows = rows[: len(results)].to(self.sizes.dtype)
+        self.device.lay(rows, self.window.table(self.sizes.dtype), results)
+        if numbers is not None:
+            self.window.numbers[results] = numbers[: len(results)].numpy(force=True)
+
+    def finish(self, flight, batch):
+        """Tell the homes of a batch's rows that its results are there."""
         berth = self.berths[flight.berth]
-        with self.clock.stage("combine"):
-            berth.homeward.wait()
-        everything = torch.arange(len(flight.plan.copy_of_row))
-        return self.device.unpack(berth.home_recv, everything, self.sizes.dtype)
+        berth.arrivals.finish(batch)
+        for slip in batch.slips:
+            if slip[1] == 0 or slip[0] != self.routes.mate:  # what this rank has landed itself stays with it
+                home = self.routes.mates[slip[0]]
+                self.tally(HOMEWARD[berth.direction], home, berth.arrivals.count_rows([slip]))
 
-    def tag(self, flight, direction):
-        """Number the exchange of this layer, micro-batch and direction."""
-        return make_tag(flight.layer, flight.micro_batch, direction, self.sizes.num_micro_batches)
+    def is_home(self, flight):
+        """Whether all results of a micro-batch are home."""
+        berth = self.berths[flight.berth]
+        if not all(ticket.done for ticket in berth.returns):
+            return False
+        return self.window.is_done(berth.number, berth.exchange, 0, flight.plan.counts)
 
+    def sum_home(self, flight, gates):
+        """Sum the rows that came home by token, a copy's times its gate [T, K] -> fresh [T, H] of the rows' dtype."""
+        berth, plan = self.berths[flight.berth], flight.plan
+        rows = np.where(plan.row_of_entry < 0, berth.zero, berth.results + plan.row_of_entry)
+        weights = torch.where(torch.from_numpy(plan.is_sum), 1.0, gates.cpu())
+        return self.device.sum_rows(self.window.table(self.sizes.dtype), torch.from_numpy(rows), weights)
 
-def settle(pending):
-    """Wait until an exchange, if there was one, is done with its buffers."""
-    if pending is not None:
-        pending.wait()
+    def numbers_home(self, flight):
+        """Collect the numbers that came home with the copies' results -> [T, K] float32, 0 where there is no copy."""
+        berth, plan = self.berths[flight.berth], flight.plan
+        numbers = np.zeros(plan.row_of_entry.size, np.float32)
+        numbers[plan.copies] = self.window.numbers[berth.results : berth.results + len(plan.copies)]
+        for parcel in plan.parcels:
+            first = berth.results + parcel.first + parcel.num_tokens
+            trailer = self.window.rows[first : berth.results + parcel.first + parcel.num_rows(self.sizes.row_bytes)]
+            numbers[parcel.copies] = see_trailer(trailer, parcel.num_copies)[1]
+        return torch.from_numpy(numbers).view(plan.row_of_entry.shape).to(self.device.torch_device)
+
+    def tags(self, flight, direction):
+        """Number the messages of a micro-batch's exchange -> tag_of(part, parcel=0)."""
+        tag = make_tag(flight.layer, flight.micro_batch, self.sizes.num_micro_batches, direction)
+        max_parcels = self.window.sizes.max_parcels
+        return lambda part, parcel=0: make_part_tag(tag, part, parcel, max_parcels)

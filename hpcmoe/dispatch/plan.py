@@ -1,75 +1,127 @@
-"""Routing and placement become a Plan: which row goes where, forward and backward alike.
+"""Routing becomes a Plan: which copy takes which way, and where its result will lie at home.
 
-Rows travel sorted by destination slot, so every message is already grouped by expert; slot j lives on rank j // s.
+Copies are laid in the order of their ways (hpcmoe.dispatch.routes) and by slot, so that whatever takes one way to one
+expert lies in one run.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from hpcmoe.comm.transport import offsets_of
-
 GOLDEN = 0.6180339887498949  # its multiples, modulo 1, fill [0, 1) evenly however many are taken
 BELOW_ONE = 1 - 1e-9  # keeps expert + point below expert + 1 after rounding
+NUMBER_BYTES = 8  # of a copy in a parcel: which of its tokens it is, and a number of its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parcel:
+    """Tokens for other nodes that travel, and whose sums come back, in one message: each token once."""
+
+    landing: int  # which of the routes' parcels it is part of
+    tokens: np.ndarray  # [U] int64, ascending
+    copies: np.ndarray  # [C] int64, t * K + k, by slot
+    token_of_copy: np.ndarray  # [C] int32, which of the parcel's tokens each copy is of
+    counts: np.ndarray  # [served, s] int64, copies for each slot of the ranks that it serves
+    first: int  # row at home, after the window's copies, where its sums land
+
+    @property
+    def num_tokens(self):
+        """U."""
+        return len(self.tokens)
+
+    @property
+    def num_copies(self):
+        """C."""
+        return len(self.copies)
+
+    def num_rows(self, row_bytes):
+        """Rows of its message: tokens, and behind them the copies' numbers."""
+        return self.num_tokens + num_trailing_rows(self.num_copies, row_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What one micro-batch exchanges in one layer; N' copies leave this rank and R rows reach it."""
+    """What one micro-batch exchanges in one layer, as its home sees it."""
 
-    copy_of_row: np.ndarray  # [N'] int64, which copy t * K + k each row sent is, in sending order
-    row_of_copy: np.ndarray  # [T, K] int64, the inverse; 0 for a dropped copy, whose gate is zero
-    sent_to_slot: np.ndarray  # [P, s] int64, rows for each peer's slots
-    received_for_slot: np.ndarray  # [P, s] int64, rows from each peer for this rank's slots
-    top_k: int
-
-    @property
-    def token_of_row(self):
-        """The token whose copy each row sent is. [N']"""
-        return self.copy_of_row // self.top_k
+    copies: np.ndarray  # [N'] int64, t * K + k: those that take the window, by mate and slot
+    counts: np.ndarray  # [mates, s] int64, of these for each slot
+    parcels: tuple  # of all other copies
+    row_of_entry: np.ndarray  # [T, K] int64, the rows whose sum is a token's result; -1 where there are fewer than K
+    is_sum: np.ndarray  # [T, K] bool: the row holds several copies' sum, already weighed
+    num_rows: int  # rows that come home
+    copies_to_rank: np.ndarray  # [P] int64
 
     @property
-    def send_counts(self):
-        """Rows for each peer. [P]"""
-        return self.sent_to_slot.sum(axis=1)
-
-    @property
-    def recv_counts(self):
-        """Rows from each peer. [P]"""
-        return self.received_for_slot.sum(axis=1)
-
-    @property
-    def num_received(self):
-        """R: rows that reach this rank."""
-        return int(self.received_for_slot.sum())
+    def top_k(self):
+        """K."""
+        return self.row_of_entry.shape[1]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Rows of some peers on which the local experts work at once."""
-
-    peers: tuple  # whose rows they are
-    order: np.ndarray  # [n] int64, the rows' places in the receive buffer, grouped by slot
-    rows_of_slot: np.ndarray  # [s] int64
-
-
-def make_send_order(slot_of_copy, kept):
-    """Sort the kept copies by slot, in token order within a slot: slots [N], kept [N] -> copy_of_row [N']."""
+def make_plan(slots, kept, routes, max_tokens, row_bytes):
+    """Find the way of each kept copy -> Plan: slots [T, K], kept [T, K] bool, at most max_tokens tokens a parcel."""
     copies = np.flatnonzero(kept)
-    return copies[np.argsort(slot_of_copy[copies], kind="stable")]
+    place = routes.place_of_slot[slots.ravel()[copies]]
+    narrow = np.uint8 if len(routes.place_of_slot) <= 256 else np.uint16 if len(routes.place_of_slot) <= 65536 else None
+    order = np.argsort(place if narrow is None else place.astype(narrow), kind="stable")  # a narrow key sorts faster
+    copies = copies[order]
+    counts = np.bincount(place, minlength=len(routes.place_of_slot))
+    edges = np.concatenate(([0], np.cumsum(counts)))[routes.edges]
 
+    # The window's copies come home each to a row of its own.
+    local = edges[0]
+    row_of_entry, is_sum = np.full(slots.size, -1), np.zeros(slots.size, bool)
+    row_of_entry[copies[:local]] = np.arange(local)
 
-def make_plan(slot_of_copy, copy_of_row, sent_to_slot, received_for_slot):
-    """Put a Plan together: slot_of_copy [T, K], copy_of_row [N'], counts [P, s] both ways."""
-    row_of_copy = np.zeros(slot_of_copy.size, dtype=np.int64)
-    row_of_copy[copy_of_row] = np.arange(len(copy_of_row))
+    # A parcel's come home summed by token: the row is entered for the first copy of each.
+    parcels, row = [], int(local)
+    for landing in np.flatnonzero(np.diff(edges)).tolist():
+        mine = copies[edges[landing] : edges[landing + 1]]
+        of_slots = counts[routes.edges[landing] : routes.edges[landing + 1]]
+        for cut, entries in cut_by_token(mine, of_slots.reshape(-1, routes.num_slots), slots.shape[1], max_tokens):
+            parcel = Parcel(landing=landing, first=row, **cut)
+            parcels.append(parcel)
+            row_of_entry[entries] = np.arange(row, row + parcel.num_tokens)
+            is_sum[entries] = True
+            row += parcel.num_rows(row_bytes)
     return Plan(
-        copy_of_row=copy_of_row,
-        row_of_copy=row_of_copy.reshape(slot_of_copy.shape),
-        sent_to_slot=sent_to_slot,
-        received_for_slot=received_for_slot,
-        top_k=slot_of_copy.shape[1],
+        copies=copies[:local],
+        counts=counts[: routes.num_places].reshape(-1, routes.num_slots),
+        parcels=tuple(parcels),
+        row_of_entry=row_of_entry.reshape(slots.shape),
+        is_sum=is_sum.reshape(slots.shape),
+        num_rows=row,
+        copies_to_rank=counts[routes.place_of_slot].reshape(-1, routes.num_slots).sum(axis=1),
     )
+
+
+def cut_by_token(copies, counts, top_k, max_tokens):
+    """Cut one way's copies [C], counts [served, s] of them a slot, into parcels -> (fields of Parcel, entries) of each.
+
+    entries are the first copy of each token.
+    """
+    tokens, entries, token_of_copy = np.unique(copies // top_k, return_index=True, return_inverse=True)
+    slot_of_copy = np.repeat(np.arange(counts.size), counts.ravel())
+    for begin in range(0, len(tokens), max_tokens):
+        part = slice(begin, begin + max_tokens)
+        inside = (token_of_copy >= begin) & (token_of_copy < begin + max_tokens)
+        cut = {
+            "tokens": tokens[part],
+            "copies": copies[inside],
+            "token_of_copy": (token_of_copy[inside] - begin).astype(np.int32),
+            "counts": np.bincount(slot_of_copy[inside], minlength=counts.size).reshape(counts.shape),
+        }
+        yield cut, copies[entries[part]]
+
+
+def num_trailing_rows(num_copies, row_bytes):
+    """Rows that hold the numbers of a parcel's copies, behind its tokens."""
+    return -(-num_copies * NUMBER_BYTES // row_bytes)
+
+
+def ranges(starts, counts):
+    """Concatenate start, start + 1, ... of each count: starts [n], counts [n] -> int64."""
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(starts - before, counts)
 
 
 class SlotChooser:
@@ -113,36 +165,3 @@ def place_among_equals(values):
     place = np.empty(len(values), dtype=np.int64)
     place[order] = np.arange(len(values)) - np.searchsorted(ordered, ordered)
     return place
-
-
-def make_batch(plan, peers):
-    """Gather the rows of these peers into one batch, grouped by slot and by peer within a slot -> Batch."""
-    segments = offsets_of(plan.received_for_slot.ravel())[:-1].reshape(plan.received_for_slot.shape)  # [P, s]
-    peers = np.asarray(peers)
-    counts = plan.received_for_slot[peers]  # [peers, s]
-    return Batch(
-        peers=tuple(peers.tolist()),
-        order=ranges(segments[peers].T.ravel(), counts.T.ravel()),
-        rows_of_slot=counts.sum(axis=0),
-    )
-
-
-def ranges(starts, counts):
-    """Concatenate start, start + 1, ... of each count: starts [n], counts [n] -> int64."""
-    before = offsets_of(counts)
-    return np.arange(before[-1]) + np.repeat(starts - before[:-1], counts)
-
-
-def cut_into_batches(plan, rank, max_rows):
-    """Cut the peers, own rows first and then as they lie to the left, into lists of about max_rows rows.
-
-    A function of the counts alone: the same rows meet in the same GEMM at every run.
-    """
-    counts, batches, rows = plan.recv_counts, [[]], 0
-    for peer in (np.arange(rank, rank - len(counts), -1) % len(counts)).tolist():
-        if batches[-1] and rows + counts[peer] > max_rows:
-            batches.append([])
-            rows = 0
-        batches[-1].append(peer)
-        rows += counts[peer]
-    return batches

@@ -1,4 +1,4 @@
-"""The feed-forward networks of this rank's replicas: one GEMM pair (or three) an expert.
+"""The feed-forward networks of this rank's replicas: one GEMM pair (or three) an expert, and the way back by hand.
 
 Under tensor parallelism the first matrix is split by columns and the second by rows over the group, so that each rank
 computes a partial sum of the output (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
@@ -10,73 +10,145 @@ from torch import nn
 
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.experts.shapes import MATRICES, split_axis, weight_shape
+from hpcmoe.gemm import Matrix, activate, activate_back, find_gradient
 
 
 class Expert(nn.Module):
     """One replica: y = W_down act(W_up x), or y = W_down (silu(W_gate x) * W_up x) when gated (Shazeer 2020,
-    arXiv:2002.05202)."""
+    arXiv:2002.05202).
 
-    def __init__(self, kind, weights):
-        """weights: dict name: tensor; up, gate [F, H], down [H, F]; biases up_bias, gate_bias [F], down_bias [H]."""
+    Autograd has no part in it: forward_kept() hands out what backward() asks for.
+    """
+
+    def __init__(self, kind, weights, packed=False):
+        """weights: dict name: tensor; up, gate [F, H], down [H, F]; biases up_bias, gate_bias [F], down_bias [H].
+
+        packed: the weights rest, as in inference: each is packed at its first use. In training it was not worth it
+        at 2048 rows a step or fewer.
+        """
         super().__init__()
+        if kind not in MATRICES:
+            raise ValueError(f"unknown kind of expert {kind}")
         self.kind = kind
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight))
+        self.matrices = {name: Matrix(getattr(self, name), packed) for name in MATRICES[kind]}
+        self.biases = {}  # (name, dtype): in that precision
 
+    @torch.no_grad()
     def forward(self, x):
         """x [n, H] -> y [n, H] in x's precision, n at least 1; a partial sum under tensor parallelism."""
-        return self.in_batches(x, len(x))[0]
+        if self.kind == "swiglu":
+            hidden = self.linear("gate", x, "silu").mul_(self.linear("up", x))
+        else:
+            hidden = self.linear("up", x, self.kind)
+        return self.linear("down", hidden)
 
-    def in_batches(self, x, max_rows):
-        """The same with at most max_rows rows a GEMM -> list of outputs."""
-        weights = {name: parameter.to(x.dtype) for name, parameter in self.named_parameters()}  # cast once for all
-        return [self.work(batch, weights) for batch in x.split(max_rows)]
+    @torch.no_grad()
+    def forward_kept(self, x):
+        """The same -> (y, kept): x and what went into the activation, all that backward() needs. n * (H + F) numbers,
+        n * (H + 2 F) when gated."""
+        inner = tuple(self.linear(name, x) for name in MATRICES[self.kind] if name != "down")
+        return self.linear("down", self.work(inner)), (x, *inner)
 
-    def work(self, x, weights):
-        """One batch through the network."""
+    @torch.no_grad()
+    def backward(self, kept, slope, gates):
+        """Go back from slope [n, H], of the loss by the output to which y came as gate * y, gates [n] float32
+        -> (x_slope [n, H] in slope's precision, gate_slope [n] float32).
 
-        def linear(x, name):
-            return nn.functional.linear(x, weights[name], weights.get(f"{name}_bias"))
+        Adds to the parameters' gradients. gate_slope = slope . y = (slope W_down) . hidden + slope . down_bias, and
+        like x_slope a partial sum under tensor parallelism.
+        """
+        x, *inner = kept
+        hidden, hidden_slope = self.work(inner), self.matrices["down"].back(slope)
+        gate_slope = (hidden_slope * hidden).sum(dim=1).float()  # adds in float32, rounds the sum
+        if hasattr(self, "down_bias"):
+            gate_slope += slope.float() @ self.down_bias.float()
 
-        hidden = linear(x, "up")
-        match self.kind:
-            case "gelu":
-                hidden = nn.functional.gelu(hidden)
-            case "relu":
-                hidden = nn.functional.relu(hidden)
-            case "swiglu":
-                hidden = nn.functional.silu(linear(x, "gate")) * hidden
-            case _:
-                raise ValueError(f"unknown kind of expert {self.kind}")
-        return linear(hidden, "down")
+        # From here on slopes are times the gate.
+        gates = gates.to(slope.dtype)[:, None]
+        self.add_gradients("down", slope * gates, hidden)
+        inner_slopes = self.work_back(inner, hidden_slope.mul_(gates))
+        x_slope = None
+        for name, inner_slope in inner_slopes.items():
+            self.add_gradients(name, inner_slope, x)
+            part = self.matrices[name].back(inner_slope)
+            x_slope = part if x_slope is None else x_slope.add_(part)
+        return x_slope, gate_slope
+
+    def work(self, inner):
+        """Apply the activation to what went into it, [n, F] each -> hidden [n, F]."""
+        if self.kind == "swiglu":
+            gate, up = inner
+            return activate(gate, "silu").mul_(up)
+        return activate(inner[0], self.kind)
+
+    def work_back(self, inner, slope):
+        """Go back through the activation, slope [n, F] by hidden -> dict name: slope [n, F] by its product."""
+        if self.kind == "swiglu":
+            gate, up = inner
+            return {"gate": activate_back(slope * up, gate, "silu"), "up": slope.mul_(activate(gate, "silu"))}
+        return {"up": activate_back(slope, inner[0], self.kind)}
+
+    def linear(self, name, x, activation="none"):
+        """Multiply by a matrix of this expert, with its bias."""
+        bias, key = getattr(self, f"{name}_bias", None), (name, x.dtype)
+        if bias is not None and key not in self.biases:
+            self.biases[key] = bias.detach().to(x.dtype)
+        return self.matrices[name].linear(x, self.biases.get(key), activation)
+
+    def add_gradients(self, name, slope, x):
+        """Add to the gradients of a matrix and its bias."""
+        self.matrices[name].add_gradient(slope, x)
+        if hasattr(self, f"{name}_bias"):
+            find_gradient(getattr(self, f"{name}_bias")).add_(slope.sum(dim=0, dtype=torch.float32))
+
+    def refresh(self):
+        """Make copies of the weights anew at the next use: they have changed.
+
+        torch does not always tell: its fused AdamW and writes through .data leave a tensor's version as it was.
+        """
+        self.biases = {}
+        for matrix in self.matrices.values():
+            matrix.refresh()
+
+    @property
+    def num_packed_bytes(self):
+        """Bytes of the copies, cast and packed, of the matrices."""
+        return sum(matrix.num_packed_bytes for matrix in self.matrices.values())
 
 
 class LocalExperts(nn.Module):
     """The replicas in this rank's slots, an empty slot being an Identity that no row ever reaches."""
 
-    def __init__(self, replicas, tensor_comm, max_batch_rows):
+    def __init__(self, replicas, tensor_comm):
         super().__init__()
         self.replicas = nn.ModuleList(replicas)
         self.tensor_comm = tensor_comm
-        self.max_batch_rows = max_batch_rows
 
-    def forward(self, x, rows_of_slot):
-        """Work on rows grouped by slot, x [n, H] and rows_of_slot [s] -> y [n, H].
+    def refresh(self):
+        """Tell all replicas that their weights have changed."""
+        for replica in self.held():
+            replica.refresh()
 
-        B_e = min(T_e, B_max): a GEMM takes at most max_batch_rows rows, so that its scratch memory stays bounded.
+    @property
+    def num_packed_bytes(self):
+        """Bytes of the copies of all replicas' matrices."""
+        return sum(replica.num_packed_bytes for replica in self.held())
+
+    def held(self):
+        """List the replicas that are there."""
+        return [replica for replica in self.replicas if isinstance(replica, Expert)]
+
+    def sum_over_shards(self, rows, poke=None):
+        """Add up the partial sums of the tensor-parallel group, rows [n, H] -> [n, H], doing poke() while it waits.
+
+        Collective over tp.
         """
-        pieces = []
-        for replica, rows in zip(self.replicas, x.split(rows_of_slot.tolist()), strict=True):
-            if len(rows):
-                pieces.extend(replica.in_batches(rows, self.max_batch_rows))
-        return torch.cat(pieces)
-
-    def sum_over_shards(self, rows):
-        """Add up the partial sums of the tensor-parallel group, rows [n, H] -> [n, H]. Collective over tp."""
         if self.tensor_comm.size == 1:
             return rows
         total = rows.float().cpu().numpy(force=True).copy()
-        return torch.from_numpy(all_reduce(self.tensor_comm, total)).to(rows)
+        return torch.from_numpy(all_reduce(self.tensor_comm, total, poke)).to(rows)
 
 
 def make_expert_weights(config, layer, expert, tensor_index, tensor_size):

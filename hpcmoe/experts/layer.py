@@ -3,16 +3,15 @@
     forward    route -> dispatch -> compute -> combine
     backward   combine_backward -> compute_backward -> route_backward
 
-Autograd works inside a stage; between stages, where rows travel, the layer hands values and slopes (gradients of the
-loss) on by itself. So a schedule may put any other work between two stages of a layer, in the backward pass too.
+Between stages rows travel, so a schedule may put any other work there, in the backward pass too. A stage that may have
+to wait is a generator: it yields True after a piece of work and False when there is nothing to do yet, and whoever
+runs it may do something else meanwhile. Autograd works in the dense part and the router alone.
 """
 
-import numpy as np
 import torch
 from torch import nn
 
 from hpcmoe.comm.transport import Direction
-from hpcmoe.dispatch.plan import make_plan, make_send_order
 
 
 class Flight:
@@ -21,7 +20,7 @@ class Flight:
     def __init__(self, layer, micro_batch, berth, training):
         self.layer, self.micro_batch, self.berth = layer, micro_batch, berth
         self.training = training
-        self.batches = []  # (batch, input rows, output rows) of the local experts
+        self.batches, self.kept = [], []  # of the local experts: Batches, and what each of their chunks kept
 
 
 class MoELayer(nn.Module):
@@ -34,78 +33,128 @@ class MoELayer(nn.Module):
         self.exchange, self.chooser = exchange, chooser
 
     def route(self, flight, x, load):
-        """Choose experts for the tokens x [T, H], and begin to tell their ranks how many rows come."""
+        """Choose experts for the tokens x [T, H], and the way of each copy to them."""
         flight.x = x.detach().requires_grad_(flight.training)
         with self.exchange.clock.stage("dense"):
             flight.residual, flight.normed = self.dense(flight.x)
         flight.routing = self.router(flight.normed, load)
 
-        # Host waits for the device here: MPI must know the counts.
+        # Host waits for the device here: it must know where the tokens go.
         experts, kept = flight.routing.experts.cpu().numpy(), flight.routing.kept.cpu().numpy()
-        flight.slots = self.chooser.choose(experts)
-        flight.order = make_send_order(flight.slots.ravel(), kept.ravel())
-        peers, slots = self.exchange.transport.size, len(self.experts.replicas)
-        sent = np.bincount(flight.slots.ravel()[flight.order], minlength=peers * slots)
-        flight.sent_to_slot = sent.reshape(peers, slots)
-        flight.wait_for_counts = self.exchange.transport.start_counts(flight.sent_to_slot)
+        flight.plan = self.exchange.make_plan(self.chooser.choose(experts), kept)
 
     def dispatch(self, flight):
-        """Send the tokens to their experts."""
-        with self.exchange.clock.stage("dispatch"):
-            received = flight.wait_for_counts()
-        flight.plan = make_plan(flight.slots, flight.order, flight.sent_to_slot, received)
-        rows = flight.normed.detach().to(self.exchange.sizes.dtype)
-        self.exchange.start_outward(flight, rows, torch.from_numpy(flight.plan.token_of_row), Direction.DISPATCH)
+        """Offer the tokens to their experts."""
+        while not self.exchange.may_start(flight):
+            yield False
+        gates = flight.routing.gates.detach()
+        self.exchange.start_outward(flight, flight.normed.detach(), gates, Direction.DISPATCH)
+        yield True
 
     def compute(self, flight):
-        """Let the experts work on rows as they land, and send the results home."""
-        for batch, rows in self.exchange.arrived_batches(flight):
-            rows.requires_grad_(flight.training)
-            results = self.experts(rows, batch.rows_of_slot)
-            self.exchange.put_result(flight, batch, self.experts.sum_over_shards(results.detach()))
+        """Let the experts work on rows as they come, and lay the results down at the tokens' homes."""
+        exchange = self.exchange
+        for batch in exchange.batches(flight):
+            if batch is None:
+                yield False
+                continue
+            places, kept = exchange.rows_of(flight, batch), []
+            for part, slots in batch.portions(exchange.sizes.batch_rows):
+                rows, _ = exchange.take(places[part])
+                exchange.lay(self.work(slots, rows, kept if flight.training else None), places[part])
+                yield True
+            exchange.finish(flight, batch)
             if flight.training:
-                flight.batches.append((batch, rows, results))
-        self.exchange.start_homeward(flight, Direction.COMBINE)
+                flight.batches.append(batch)
+                flight.kept.append(kept)
+
+    def work(self, slots, rows, kept):
+        """Let the experts in some slots work on rows [m, H] grouped by slot -> results [m, H].
+
+        What their backward pass needs is added to `kept`, which is None in inference.
+        """
+        results = []
+        for slot, own in split_by_slot(slots, rows):
+            expert = self.experts.replicas[slot]
+            if kept is None:
+                results.append(expert(own))
+            else:
+                result, remembered = expert.forward_kept(own)
+                results.append(result)
+                kept.append(remembered)
+        return self.experts.sum_over_shards(join(results), self.exchange.poke)
 
     def combine(self, flight):
         """Weigh the K results of each token and add them to the residual -> x of the next layer [T, H]."""
-        flight.results = self.exchange.finish_homeward(flight)  # [N', H]
-        flight.row_of_copy = torch.from_numpy(flight.plan.row_of_copy).to(flight.results.device)  # [T, K]
-        copies = flight.results[flight.row_of_copy].float()  # [T, K, H]
-        x = flight.residual.detach() + torch.einsum("tk,tkh->th", flight.routing.gates.detach(), copies)
+        while not self.exchange.is_home(flight):
+            yield False
+        total = self.exchange.sum_home(flight, flight.routing.gates.detach())
+        flight.output = torch.add(flight.residual.detach(), total)
         if not flight.training:
-            flight.results = flight.residual = flight.normed = None  # nothing will ask for them
-        return x
+            flight.residual = flight.normed = None  # nothing will ask for them
+        yield True
 
     def combine_backward(self, flight, slope):
-        """Take the slope by the next layer's x [T, H]; send the experts theirs, and keep the gates'."""
+        """Offer the experts the slope by the next layer's x [T, H], with the gates that each copy's share of it has."""
+        while not self.exchange.may_start(flight):
+            yield False
         flight.slope = slope
-        copies = flight.results[flight.row_of_copy].float()
-        flight.gate_slope = torch.einsum("th,tkh->tk", slope, copies)
-
-        # A row's slope is its token's, times its gate.
-        gate_of_row = flight.routing.gates.detach().flatten()[flight.plan.copy_of_row]
-        rows = slope[flight.plan.token_of_row] * gate_of_row[:, None]
-        self.exchange.start_outward(flight, rows.to(self.exchange.sizes.dtype), None, Direction.COMBINE_BACKWARD)
+        self.exchange.start_outward(flight, slope, flight.routing.gates.detach(), Direction.COMBINE_BACKWARD)
+        yield True
 
     def compute_backward(self, flight):
-        """Go back through the experts as slopes land, and send the slopes by their inputs home."""
-        for batch, rows, results in flight.batches:
-            results.backward(self.exchange.take_rows(flight, batch))
-            self.exchange.put_result(flight, batch, self.experts.sum_over_shards(rows.grad))
-        flight.batches = []
-        self.exchange.start_homeward(flight, Direction.DISPATCH_BACKWARD)
+        """Go back through the experts as slopes come, and lay the slopes by their inputs, and by the gates, down."""
+        exchange = self.exchange
+        for number in exchange.batches_again(flight, flight.batches):
+            if number is None:
+                yield False
+                continue
+            batch, kept = flight.batches[number], flight.kept[number][::-1]
+            places = exchange.rows_of(flight, batch)
+            flight.kept[number] = None
+            for part, slots in batch.portions(exchange.sizes.batch_rows):
+                by_input, by_gate = self.work_back(slots, *exchange.take(places[part]), kept)
+                exchange.lay(by_input, places[part], by_gate)
+                yield True
+            exchange.finish(flight, batch)
+        flight.batches, flight.kept = [], []
+
+    def work_back(self, slots, slopes, gates, kept):
+        """Go back through the experts in some slots, slopes [m, H] and gates [m] grouped by slot -> slopes by both.
+
+        Each takes what it remembers from the end of `kept`, whose memory is then free for the next.
+        """
+        by_input, by_gate = [], []
+        for (slot, own), (_, own_gates) in zip(split_by_slot(slots, slopes), split_by_slot(slots, gates), strict=True):
+            of_input, of_gate = self.experts.replicas[slot].backward(kept.pop(), own, own_gates)
+            by_input.append(of_input)
+            by_gate.append(of_gate)
+        return tuple(self.experts.sum_over_shards(join(parts), self.exchange.poke) for parts in (by_input, by_gate))
 
     def route_backward(self, flight, probability_slope, z_slope):
         """Go back through router and dense part -> slope by this layer's x [T, H].
 
         probability_slope [E] and z_slope [] are those of the load-balancing and z-losses by the routing's sums.
         """
-        copies = self.exchange.finish_homeward(flight)[flight.row_of_copy].float()
+        while not self.exchange.is_home(flight):
+            yield False
         routing = flight.routing
-        normed_slope = torch.einsum("tk,tkh->th", routing.kept.float(), copies)
+        normed_slope = self.exchange.sum_home(flight, torch.ones_like(routing.gates.detach())).float()
         torch.autograd.backward(
             [flight.residual, flight.normed, routing.gates, routing.probability_sum, routing.z_sum],
-            [flight.slope, normed_slope, flight.gate_slope, probability_slope, z_slope],
+            [flight.slope, normed_slope, self.exchange.numbers_home(flight), probability_slope, z_slope],
         )
-        return flight.x.grad
+        flight.output = flight.x.grad
+        yield True
+
+
+def split_by_slot(slots, rows):
+    """Split rows [m, ...] among slots, ((slot, rows), ...) -> (slot, its rows) of each; the last takes any padding."""
+    counts = [count for _, count in slots[:-1]]
+    parts = rows.split([*counts, len(rows) - sum(counts)])
+    return [(slot, part) for (slot, _), part in zip(slots, parts, strict=True)]
+
+
+def join(parts):
+    """Join tensors along their rows; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

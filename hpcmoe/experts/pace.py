@@ -33,7 +33,7 @@ def time_passes(config, inner, rows, torch_device):
         shape = [*weight_shape(config.model, name)]
         shape[split_axis(name)] = inner
         weights[name] = torch.zeros(shape, dtype=dtype)
-    expert = Expert(config.experts.kind, weights).to(torch_device)
+    expert = Expert(config.experts.kind, weights, packed=config.run.mode == "infer").to(torch_device)
     x = torch.zeros(rows, config.model.hidden, dtype=dtype, device=torch_device)
 
     taken = []

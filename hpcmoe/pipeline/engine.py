@@ -1,10 +1,11 @@
-"""Runs a schedule: calls each stage in turn and carries what one stage leaves for the next."""
+"""Runs a schedule: takes every lane as far as it can go, and carries what one stage leaves for the next."""
 
 from typing import Protocol
 
 import torch
 
 from hpcmoe.experts.layer import Flight
+from hpcmoe.wait import Patience
 
 
 class Network(Protocol):
@@ -19,6 +20,9 @@ class Network(Protocol):
     def head(self, micro_batch, x, flights):
         """Take the last layer's x [T, H] and all layers' flights -> the loss's slope by x, when training."""
 
+    def has_slopes(self, micro_batch):
+        """Whether routing_slopes can be told without waiting."""
+
     def routing_slopes(self, layer, micro_batch):
         """Return the slopes of the routing losses: by probability_sum [E] and by z_sum []."""
 
@@ -26,27 +30,86 @@ class Network(Protocol):
         """Take the slope by the first layer's x [T, H]."""
 
 
+class Lane:
+    """One lane of a schedule, as far as it has come."""
+
+    def __init__(self, ops, do):
+        self.ops, self.do = iter(ops), do
+        self.going_on()
+
+    def going_on(self):
+        """Turn to the next op."""
+        self.op = next(self.ops, None)
+        self.pieces = iter(()) if self.op is None else self.do(self.op)
+
+    def step(self):
+        """Do the next piece of work, if there is one to do -> whether there was."""
+        worked = next(self.pieces, None)
+        if worked is None:
+            self.going_on()
+            return True
+        return worked
+
+
 class Engine:
     """One step of a network, by a schedule."""
 
-    def __init__(self, network, clock, num_berths):
-        self.network, self.clock, self.num_berths = network, clock, num_berths
+    def __init__(self, network, exchange, num_berths):
+        self.network, self.exchange, self.clock = network, exchange, exchange.clock
+        self.num_berths = num_berths
         self.values = {}  # micro-batch: what travels between layers, x on the way up and its slope on the way down
         self.flights = {}  # (layer, micro-batch): Flight
+        self.num_heads = 0  # micro-batches that have passed the head, in order: it begins a sum over all ranks
 
     def run(self, schedule, training, observe=None):
-        """Do every op of the schedule in order; show observe() the flights after each. Collective over ep and tp."""
+        """Do all ops of the schedule; show observe() the flights after each. Collective over ep and tp."""
+        self.num_heads = 0
         with torch.set_grad_enabled(training):
-            for op in schedule:
-                with self.clock.stage(STAGE_NAMES[op.stage]):
-                    self.do(op, training)
-                if observe is not None:
-                    observe(self.flights.values())
+            lanes = [Lane(ops, lambda op: self.do(op, training, observe)) for ops in schedule]
+            self.go(lanes)
+        self.drain()
         self.values.clear()
         self.flights.clear()
 
-    def do(self, op, training):
-        """Do one op."""
+    def go(self, lanes):
+        """Take all lanes to their ends: first those that send and fetch, then one piece of an expert's work."""
+        patience = Patience()
+        while lanes := [lane for lane in lanes if lane.op is not None]:
+            moved = self.exchange.poke()
+            for lane in sorted(lanes, key=is_heavy):
+                if lane.op is not None and self.step(lane):
+                    moved = True
+                    if is_heavy(lane):
+                        break
+            if moved:
+                patience.reset()
+            else:
+                with self.clock.stage(WAITS[lanes[0].op.stage]):
+                    self.exchange.wait_for_news(patience)
+
+    def step(self, lane):
+        """Do the next piece of a lane -> whether there was one."""
+        with self.clock.stage(STAGE_NAMES[lane.op.stage]):
+            return lane.step()
+
+    def drain(self):
+        """Wait until this rank has done all that others want of it."""
+        patience = Patience()
+        with self.clock.stage("waiting"):
+            while not self.exchange.is_idle:
+                if self.exchange.poke():
+                    patience.reset()
+                else:
+                    self.exchange.wait_for_news(patience)
+
+    def do(self, op, training, observe):
+        """Do one op, piece by piece."""
+        yield from self.pieces(op, training)
+        if observe is not None:
+            observe(self.flights.values())
+
+    def pieces(self, op, training):
+        """Yield True after each piece of an op, and False while it must wait."""
         network, at, m = self.network, (op.layer, op.micro_batch), op.micro_batch
         layer = network.layers[op.layer]
         match op.stage:
@@ -56,27 +119,43 @@ class Engine:
                 self.flights[at] = Flight(op.layer, m, m % self.num_berths, training)
                 layer.route(self.flights[at], self.values.pop(m), network.load[op.layer])
             case "dispatch":
-                layer.dispatch(self.flights[at])
+                yield from layer.dispatch(self.flights[at])
             case "compute":
-                layer.compute(self.flights[at])
+                yield from layer.compute(self.flights[at])
             case "combine":
-                self.values[m] = layer.combine(self.flights[at])
+                yield from layer.combine(self.flights[at])
+                self.values[m] = self.flights[at].output
             case "head":
-                flights = [self.flights[number, m] for number in range(len(network.layers))]
-                self.values[m] = network.head(m, self.values.pop(m), flights)
-                if not training:  # no way down needs them
-                    for number in range(len(flights)):
-                        del self.flights[number, m]
+                while self.num_heads < m:
+                    yield False
+                self.pass_head(m, training)
             case "combine_backward":
-                layer.combine_backward(self.flights[at], self.values.pop(m))
+                yield from layer.combine_backward(self.flights[at], self.values.pop(m))
             case "compute_backward":
-                layer.compute_backward(self.flights[at])
+                yield from layer.compute_backward(self.flights[at])
             case "route_backward":
-                self.values[m] = layer.route_backward(self.flights.pop(at), *network.routing_slopes(*at))
+                while not network.has_slopes(m):
+                    yield False
+                yield from layer.route_backward(self.flights[at], *network.routing_slopes(*at))
+                self.values[m] = self.flights.pop(at).output
             case "embed_backward":
                 network.embed_backward(m, self.values.pop(m))
             case _:
                 raise ValueError(f"unknown stage {op.stage}")
+
+    def pass_head(self, m, training):
+        """Give a micro-batch to the head."""
+        flights = [self.flights[number, m] for number in range(len(self.network.layers))]
+        self.values[m] = self.network.head(m, self.values.pop(m), flights)
+        self.num_heads += 1
+        if not training:  # no way down needs them
+            for number in range(len(flights)):
+                del self.flights[number, m]
+
+
+def is_heavy(lane):
+    """Whether a lane is at its experts' work, which may wait while others send and fetch."""
+    return lane.op is not None and lane.op.stage in ("compute", "compute_backward")
 
 
 STAGE_NAMES = {  # under which name a stage's seconds are reported
@@ -90,4 +169,10 @@ STAGE_NAMES = {  # under which name a stage's seconds are reported
     "compute_backward": "compute",
     "route_backward": "dense",
     "embed_backward": "dense",
+}
+WAITS = STAGE_NAMES | {  # and the seconds that nothing could be done but to wait for it
+    "compute": "dispatch",
+    "compute_backward": "dispatch",
+    "head": "waiting",
+    "route_backward": "combine",
 }

@@ -1,4 +1,8 @@
-"""The order of stages over micro-batches and layers, as plain data: the same on every rank, so nothing deadlocks."""
+"""The order of stages over micro-batches and layers, as plain data: lanes of ops.
+
+A lane is done op by op. Lanes go on side by side, each as far as it can without waiting, so what waits for rows in one
+lane is hidden behind the work of another; a schedule of one lane is the same sequence on every rank at every run.
+"""
 
 from itertools import zip_longest
 from typing import NamedTuple
@@ -16,18 +20,28 @@ FORWARD = ("route", "dispatch", "compute", "combine")
 BACKWARD = ("combine_backward", "compute_backward", "route_backward")
 
 
-def make_schedule(num_layers, num_micro_batches, in_flight, training):
-    """Put all stages of a step in order -> tuple of Op.
+def make_schedule(kind, num_layers, num_micro_batches, in_flight, training):
+    """Put all stages of a step in order -> tuple of lanes, each a tuple of Op. At most in_flight micro-batches run.
 
-    One micro-batch in flight is the serial schedule. More take turns stage by stage, so that between a stage that
-    starts a transfer and the stage that needs it, the others compute.
+    "serial": one micro-batch after the other. "overlap": in_flight take turns, so that between a stage that starts a
+    transfer and the stage that needs it the others compute. "arrival": in_flight lanes, whoever has rows goes on.
     """
-    ops = []
-    for first in range(0, num_micro_batches, in_flight):
-        group = range(first, min(first + in_flight, num_micro_batches))
-        paths = [make_path(num_layers, micro_batch, training) for micro_batch in group]
-        ops.extend(op for turn in zip_longest(*paths) for op in turn if op is not None)
-    return tuple(ops)
+    paths = [make_path(num_layers, micro_batch, training) for micro_batch in range(num_micro_batches)]
+    match kind:
+        case "serial":
+            lanes = [[op for path in paths for op in path]]
+        case "overlap":
+            lanes = [[op for first in range(0, len(paths), in_flight) for op in take_turns(paths[first:][:in_flight])]]
+        case "arrival":
+            lanes = [[op for path in paths[berth::in_flight] for op in path] for berth in range(in_flight)]
+        case _:
+            raise ValueError(f"unknown schedule {kind}")
+    return tuple(tuple(lane) for lane in lanes if lane)
+
+
+def take_turns(paths):
+    """Interleave paths op by op, each path a stage pair behind the one before -> list of Op."""
+    return [op for turn in zip_longest(*paths) for op in turn if op is not None]
 
 
 def make_path(num_layers, micro_batch, training):

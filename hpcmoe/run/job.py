@@ -1,7 +1,6 @@
 """A run put together: text, device, placement, transport, exchange, network."""
 
 import contextlib
-import math
 from dataclasses import dataclass
 
 import psutil
@@ -11,9 +10,12 @@ from hpcmoe.clock import Clock
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.device import open_device
+from hpcmoe.comm.heap import keep_heap
 from hpcmoe.comm.mpi import open_mpi_transport
+from hpcmoe.comm.transport import Loopback
+from hpcmoe.comm.window import open_window
 from hpcmoe.config import Config
-from hpcmoe.dispatch.exchange import Exchange, Sizes
+from hpcmoe.dispatch.exchange import Exchange
 from hpcmoe.errors import keep_on_root, on_all, on_root
 from hpcmoe.placement.problem import PlacementProblem, slots_for
 from hpcmoe.placement.result import Placement
@@ -24,7 +26,8 @@ from hpcmoe.run.meter import Meter
 from hpcmoe.run.model import make_model
 from hpcmoe.run.room import Room, reckon_room, share_gpus
 from hpcmoe.run.step import Stepper
-from hpcmoe.wait import gather_to_all
+from hpcmoe.run.ways import find_routes, reckon_sizes
+from hpcmoe.wait import barrier, gather_to_all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,19 +56,20 @@ def open_job(config, topology, mesh, split, loads):
     """
     world, here = mesh.world, topology.ranks_of_node(topology.node_of_rank[mesh.world.rank])
     torch.set_num_threads(config.run.threads_per_rank or choose_threads(topology, world.rank))
+    keep_heap()
     device = on_all(world, lambda: open_device(config.comm.device, list(here).index(world.rank)))
 
     # Reckon what a rank needs besides experts, and place these in the rest of the memory.
-    sizes = reckon_sizes(config, mesh)
     slots = slots_for(config.model.num_experts, mesh.expert_parallel, config.cluster.spare_slots_per_rank)
-    memory = reckon_memory(config, mesh.tensor_parallel, slots, sizes)
+    routes = find_routes(config, topology, mesh, slots)
+    sizes = reckon_sizes(config, topology, mesh, routes)
+    memory = reckon_memory(config, mesh.tensor_parallel, slots, sizes, sizes.buffer_bytes(routes))
     room = find_room(config, topology, world, memory, device)
     pace = find_pace(config, mesh, sizes.expert_rows // slots, device)
     problem = keep_on_root(world, lambda: make_problem(config, topology, mesh, room, memory.per_expert, (loads, pace)))
     layout = on_root(world, lambda: lay_out(problem, config, room))
 
-    with open_mpi_transport(mesh.ep, sizes.row_bytes, config.experts.max_batch_rows) as transport:
-        exchange = Exchange(transport, device, Clock(), sizes)
+    with open_exchange(mesh.ep, device, sizes, routes) as exchange:
         network = make_model(config, mesh, layout.placement, exchange, device)
         yield Job(
             config=config,
@@ -97,22 +101,17 @@ def choose_threads(topology, rank):
     return max(int(topology.cores_of_node[node]) // len(topology.ranks_of_node(node)), 1)
 
 
-def reckon_sizes(config, mesh):
-    """Compute how many rows a micro-batch brings at most to a rank's home, and likely to its experts -> Sizes."""
-    model, pipeline, cluster = config.model, config.pipeline, config.cluster
-    sequences = math.ceil(math.ceil(config.data.batch_sequences / pipeline.micro_batches) / mesh.num_token_shares)
-    home_rows = sequences * model.sequence_length * model.top_k
-
-    # With fewer experts than ranks and no replicas, the ranks that hold one serve the others too.
-    busy = mesh.expert_parallel if cluster.replicate else min(model.num_experts, mesh.expert_parallel)
-    expected = home_rows * mesh.expert_parallel / busy
-    return Sizes(
-        hidden=model.hidden,
-        dtype=getattr(torch, model.dtype),
-        home_rows=home_rows,
-        expert_rows=math.ceil(config.comm.buffer_factor * expected),
-        num_berths=1 if pipeline.schedule == "serial" else min(pipeline.in_flight, pipeline.micro_batches),
-        num_micro_batches=pipeline.micro_batches,
-        max_batch_rows=config.experts.max_batch_rows,
-        deterministic=pipeline.deterministic,
-    )
+@contextlib.contextmanager
+def open_exchange(comm, device, sizes, routes):
+    """Open what carries the rows of an expert-parallel group -> Exchange. Collective over comm, both ends."""
+    barrier(comm)
+    mates = comm.Split(int(routes.mates[0]), comm.rank)
+    one_node = len(routes.mates) == comm.size
+    with (
+        open_window(mates, sizes.window_sizes(routes)) as window,
+        contextlib.nullcontext(Loopback(comm.rank, comm.size))
+        if one_node
+        else open_mpi_transport(comm, sizes.row_bytes) as transport,
+    ):
+        yield Exchange(transport, window, device, Clock(), sizes, routes)
+    mates.Free()

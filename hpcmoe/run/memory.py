@@ -6,7 +6,7 @@ import weakref
 
 import torch
 
-from hpcmoe.experts.shapes import count_expert_parameters, reckon_expert
+from hpcmoe.experts.shapes import MATRICES, reckon_expert
 from hpcmoe.run.model import NUM_BYTES
 
 FLOAT32 = 4  # bytes
@@ -23,6 +23,7 @@ class Memory:
     gradients: int
     optimizer: int  # AdamW's two moments
     buffers: int  # for messages
+    copies: int  # of the experts' matrices: cast in training, packed in inference
     activations: int  # kept for the backward pass by the micro-batches in flight
 
     @property
@@ -38,10 +39,11 @@ class Memory:
     @property
     def total(self):
         """All of it on this rank."""
-        return self.experts + self.dense + self.gradients + self.optimizer + self.buffers + self.activations
+        parameters = self.experts + self.dense + self.copies
+        return parameters + self.gradients + self.optimizer + self.buffers + self.activations
 
 
-def reckon_memory(config, tensor_parallel, slots, sizes):
+def reckon_memory(config, tensor_parallel, slots, sizes, buffer_bytes):
     """Compute the memory of a rank with all its slots full from the config -> Memory.
 
     Activations are those of an even load; a rank that draws more rows keeps more.
@@ -57,10 +59,9 @@ def reckon_memory(config, tensor_parallel, slots, sizes):
         dense=dense,
         gradients=experts + dense if training else 0,
         optimizer=2 * (experts + dense) if training else 0,
-        buffers=2 * sizes.num_berths * (sizes.home_rows + sizes.expert_rows) * sizes.row_bytes,
-        activations=reckon_activations(config, tensor_parallel, slots, sizes)
-        if training
-        else reckon_passing(model, sizes),
+        buffers=buffer_bytes,
+        copies=reckon_copies(config, tensor_parallel, slots),
+        activations=reckon_activations(config, tensor_parallel, sizes) if training else reckon_passing(model, sizes),
     )
 
 
@@ -72,10 +73,19 @@ def count_dense_parameters(model):
     return model.num_layers * block + model.hidden + (2 * NUM_BYTES + model.sequence_length) * model.hidden
 
 
-def reckon_activations(config, tensor_parallel, slots, sizes):
+def reckon_copies(config, tensor_parallel, slots):
+    """Bytes of the experts' matrices once more: cast to bfloat16 in training, packed in inference on the host."""
+    model, itemsize = config.model, 2 if config.model.dtype == "bfloat16" else FLOAT32
+    if config.run.mode == "train" and itemsize == FLOAT32:
+        return 0
+    numbers = len(MATRICES[config.experts.kind]) * model.hidden * model.feed_forward // tensor_parallel
+    return itemsize * numbers * slots * model.num_layers
+
+
+def reckon_activations(config, tensor_parallel, sizes):
     """Bytes that the micro-batches in flight keep for their backward pass, at an even load."""
     model = config.model
-    tokens, wire = sizes.home_rows // model.top_k, sizes.dtype.itemsize
+    tokens, wire = sizes.tokens, sizes.dtype.itemsize
 
     # Of each token: block input, residual, normed input and its scale; in attention also the norm's, the queries, keys
     # and values, the heads' output twice and its log-sums; of the router logits, probabilities and gates.
@@ -84,15 +94,14 @@ def reckon_activations(config, tensor_parallel, slots, sizes):
     if model.attention:
         token_bytes += FLOAT32 * (model.hidden + model.num_heads) + wire * 6 * model.hidden
 
-    # Of each copy at its expert: input, activations before and after, output; of each copy at home: the result.
-    inner = {"gelu": 2, "relu": 1, "swiglu": 4}[config.experts.kind] * model.feed_forward // tensor_parallel
-    copy_bytes = wire * (2 * model.hidden + inner) + wire * model.hidden
+    # Of each copy at its expert: input, and what goes into the activation.
+    inner = {"gelu": 1, "relu": 1, "swiglu": 2}[config.experts.kind] * model.feed_forward // tensor_parallel
+    copy_bytes = wire * (model.hidden + inner)
 
-    # In bfloat16 also a copy of each weight in that precision, and the norms' outputs before they were rounded.
+    # In bfloat16 also a copy of each weight of attention, and the norms' outputs before they were rounded.
     weights = 0
     if wire < FLOAT32:
-        weights = wire * slots * count_expert_parameters(config) // tensor_parallel
-        weights += wire * 4 * model.hidden**2 if model.attention else 0
+        weights = wire * 4 * model.hidden**2 if model.attention else 0
         token_bytes += FLOAT32 * model.hidden
     of_layer = tokens * (token_bytes + model.top_k * copy_bytes) + weights
     return sizes.num_berths * model.num_layers * of_layer
@@ -100,7 +109,7 @@ def reckon_activations(config, tensor_parallel, slots, sizes):
 
 def reckon_passing(model, sizes):
     """Bytes that the micro-batches in flight hold in inference: each layer's input and routing, until the last."""
-    tokens = sizes.home_rows // model.top_k
+    tokens = sizes.tokens
     return sizes.num_berths * model.num_layers * tokens * (FLOAT32 * model.hidden + 40 * model.top_k)
 
 
@@ -179,6 +188,7 @@ def measure_memory(network, optimizer, exchange, gauge):
         gradients=sum(p.grad.nbytes for p in parameters if p.grad is not None),
         optimizer=sum(value.nbytes for value in moments),
         buffers=exchange.buffer_bytes,
+        copies=sum(layer.experts.num_packed_bytes for layer in network.layers),
         activations=gauge.peak_bytes,
     )
 

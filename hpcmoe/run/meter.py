@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcmoe.comm.mpi import all_reduce
-from hpcmoe.comm.transport import Direction
 from hpcmoe.run.figures import Links, spread_of_links, sums_of_links
 from hpcmoe.wait import wait_all
 
@@ -51,9 +50,9 @@ class Meter:
         """End a step that had this Outcome -> Reading. Collective over all ranks."""
         seconds = time.perf_counter() - self.started
         spent = self.clock.take()
-        rows = self.exchange.take_traffic()  # [4, P]
+        traffic = self.exchange.take_traffic()
         sums = np.concatenate([
-            sums_of_links(rows[Direction.DISPATCH], self.exchange.transport.rank),
+            sums_of_links(traffic.copies, self.exchange.transport.rank),
             [spent.get(stage, 0.0) for stage in STAGES],
         ])  # fmt: skip
         all_reduce(self.mesh.world, sums)
@@ -63,7 +62,7 @@ class Meter:
             links=spread_of_links(*sums[:3]),
             num_tokens=outcome.num_tokens,
         )
-        self.rows_to_peer += rows.sum(axis=0)
+        self.rows_to_peer += traffic.rows.sum(axis=0)
         self.add(reading, outcome.census)
         return reading
 

@@ -13,6 +13,8 @@ from hpcmoe.dispatch.plan import SlotChooser
 from hpcmoe.dispatch.router import Router, load_balancing_loss, load_balancing_slope
 from hpcmoe.experts.ffn import Expert, LocalExperts, make_expert_weights
 from hpcmoe.experts.layer import MoELayer
+from hpcmoe.gemm import multiply
+from hpcmoe.wait import wait_all
 
 NUM_BYTES = 256  # the vocabulary
 
@@ -39,11 +41,11 @@ class Dense(nn.Module):
 
     def attend(self, x):
         """Causal self-attention within each sequence: x [T, H] -> [T, H]."""
-        mixed = nn.functional.linear(x, self.query_key_value.to(x.dtype))
+        mixed = multiply(x, self.query_key_value.to(x.dtype))
         shape = (-1, self.sequence_length, 3, self.num_heads, x.shape[1] // self.num_heads)
         query, key, value = mixed.view(len(x) // self.sequence_length, *shape[1:]).permute(2, 0, 3, 1, 4)
         heads = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return nn.functional.linear(heads.transpose(1, 2).reshape(x.shape), self.attention_out.to(x.dtype))
+        return multiply(heads.transpose(1, 2).reshape(x.shape), self.attention_out.to(x.dtype))
 
 
 def norm(x, weight):
@@ -73,7 +75,7 @@ class LanguageModel(nn.Module):
         self.num_tokens, self.purpose, self.watched_layers = max(num_tokens, 1), purpose, watched_layers
         self.load = torch.as_tensor(load, dtype=torch.float32, device=self.device.torch_device)
         self.loss_sum = 0.0  # cross-entropy over this rank's tokens, nats
-        self.census = {}  # micro-batch: (array, a call that waits for its sum over all ranks)
+        self.census = {}  # micro-batch: (array, the request for its sum over all ranks, None when it is there)
         self.own_tokens = np.zeros(self.load.shape, np.int64)  # [L, E] copies whose home is this rank
         self.seen = {}  # name: arrays of the activations asked for, a micro-batch each
 
@@ -91,7 +93,7 @@ class LanguageModel(nn.Module):
         if self.purpose == "infer":
             return None
         x.requires_grad_(self.purpose == "train")
-        logits = nn.functional.linear(norm(x, self.last_norm), self.head_weight)
+        logits = multiply(norm(x, self.last_norm), self.head_weight)
         targets = self.batches[micro_batch][:, 1:].flatten()
         loss_sum = nn.functional.cross_entropy(logits, targets, reduction="sum")
         self.loss_sum += loss_sum.item()
@@ -115,6 +117,11 @@ class LanguageModel(nn.Module):
         """Return the activations kept in the last step -> dict name: array [tokens of this rank, ...]."""
         return {name: np.concatenate(arrays) for name, arrays in self.seen.items()}
 
+    def has_slopes(self, micro_batch):
+        """Whether the routing of all ranks is known, so that routing_slopes need not wait."""
+        _, request = self.census[micro_batch]
+        return request is None or request.Test()
+
     def routing_slopes(self, layer, micro_batch):
         """Return the slopes of the routing losses: by a layer's probability_sum [E] and by its z_sum []."""
         dispatch, num_experts = self.config.dispatch, self.config.model.num_experts
@@ -134,9 +141,9 @@ class LanguageModel(nn.Module):
 
     def census_of(self, micro_batch):
         """Wait for a micro-batch's routing, summed over all ranks -> float64 [L, 2 E + 2]."""
-        census, wait = self.census[micro_batch]
-        if wait is not None:
-            wait()
+        census, request = self.census[micro_batch]
+        if request is not None:
+            wait_all([request])
             census /= self.mesh.tensor_parallel  # the ranks of a tensor-parallel group counted the same tokens
             self.census[micro_batch] = (census, None)
         return census
@@ -195,7 +202,7 @@ def make_layer(config, mesh, placement, exchange, draw, number):
     router = Router(draw(model.num_experts, model.hidden), model.top_k, config.dispatch)
     expert_of_slot = placement.experts_of_rank(number, mesh.expert_index)
     replicas = [make_expert(config, mesh, number, expert) for expert in expert_of_slot.tolist()]
-    experts = LocalExperts(replicas, mesh.tp, config.experts.max_batch_rows)
+    experts = LocalExperts(replicas, mesh.tp)
     node = placement.node_of_rank[mesh.expert_index]
     chooser = SlotChooser(
         placement.expert_of_replica[number],
@@ -213,4 +220,4 @@ def make_expert(config, mesh, layer, expert):
     weights = make_expert_weights(config, layer, expert, mesh.tensor_index, mesh.tensor_parallel)
     if config.run.mode == "infer":  # what is not trained needs no float32; router and norms keep theirs
         weights = {name: weight.to(getattr(torch, config.model.dtype)) for name, weight in weights.items()}
-    return Expert(config.experts.kind, weights)
+    return Expert(config.experts.kind, weights, packed=config.run.mode == "infer")

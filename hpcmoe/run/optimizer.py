@@ -135,6 +135,8 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate_at(number, self.train)
         self.adamw.step()
+        for layer in self.network.layers:
+            layer.experts.refresh()
         return norm
 
     def sum_gradients(self):

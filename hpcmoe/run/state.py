@@ -77,6 +77,8 @@ class State:
         for place, name, tensor in self.arrays():
             values = torch.from_numpy(np.ascontiguousarray(arrays[name, place.start]))
             tensor.copy_(values.view(tensor.shape))
+        for block in self.network.layers:
+            block.experts.refresh()
         if self.optimizer is not None:
             for parameter in self.places:
                 self.optimizer.adamw.state[parameter]["step"].fill_(float(step))

@@ -27,11 +27,13 @@ class Stepper:
     def __init__(self, config, mesh, network, exchange):
         self.config, self.mesh, self.network, self.exchange = config, mesh, network, exchange
         self.clock = exchange.clock
-        self.engine = Engine(network, self.clock, exchange.sizes.num_berths)
+        self.engine = Engine(network, exchange, exchange.sizes.num_berths)
         self.gauge = ActivationGauge(network)
         pipeline, num_layers = config.pipeline, config.model.num_layers
         self.schedules = {
-            training: make_schedule(num_layers, pipeline.micro_batches, exchange.sizes.num_berths, training)
+            training: make_schedule(
+                pipeline.schedule, num_layers, pipeline.micro_batches, exchange.sizes.num_berths, training
+            )
             for training in (True, False)
         }
 

@@ -9,9 +9,16 @@ import pathlib
 import sys
 
 import pytest
-from bench import machine, placement
+from bench import cost, exchange, layer, machine, overlap, peers, placement
 
-BENCHES = {"placement": placement}
+BENCHES = {
+    "layer": layer,
+    "exchange": exchange,
+    "cost": cost,
+    "peers": peers,
+    "placement": placement,
+    "overlap": overlap,
+}
 FOLDER = pathlib.Path("out/bench")
 
 

@@ -6,36 +6,17 @@ the two placements take turns in one process group (bench/placement_run.py). Bes
 exchanges alone, as the placement predicts it from the measured topology and as it is.
 """
 
-import json
-import os
 import statistics
-import sys
 
-from lab.machines import LAB, racks
-from launch import MPIRUN, ROOT, run
+from bench.hosts import run_on_hosts
 from tabulate import tabulate
 
 RANKS_A_HOST = 4
-LIMIT_SECONDS = 600.0
-QUEUE = "300ms"  # of its rate: the uplink holds 7.5 MB, as a rack's switch does; with less, lost packets tell the time
-SEND_BUFFER = "16k"  # of a connection, of which 64 share the uplink
 
 
 def measure(folder, pairs=7):
     """Run the pairs of steps over the shaped hosts -> figures. Skips, with the reason, where they cannot be made."""
-    path = folder.absolute() / "run.json"
-    path.unlink(missing_ok=True)
-    with racks(QUEUE=QUEUE) as hosts:
-        where = ["-hosts", ",".join(f"{host}:{RANKS_A_HOST}" for host in hosts), "-n", RANKS_A_HOST * len(hosts)]
-        mpirun = [MPIRUN, "-launcher", "rsh", "-launcher-exec", LAB / "agent", *where]
-        worker = [sys.executable, "-m", "bench.placement_run", path, pairs]
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-        ended = run(
-            LAB / "on", hosts[0], *mpirun, *worker,
-            timeout_seconds=LIMIT_SECONDS, UCX_TLS="tcp,self", UCX_TCP_SNDBUF=SEND_BUFFER, PYTHONPATH=paths,
-        )  # fmt: skip
-    assert ended.status == 0, ended
-    return summarize(json.loads(path.read_text()))
+    return summarize(run_on_hosts("placement_run", folder, RANKS_A_HOST, pairs))
 
 
 def summarize(figures):

@@ -10,12 +10,12 @@ import time
 import numpy as np
 import torch
 from bench.skew import DrawnRouter, count_choices, make_weights
+from bench.stages import carry
 from mpi4py import MPI
 
 from hpcmoe.cluster.demand import Loads
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.cluster.topology import host_name, read_topology
-from hpcmoe.comm.transport import Direction
 from hpcmoe.config import Cluster, Config, Data, Model, Pipeline, Run
 from hpcmoe.errors import exit_with, on_root
 from hpcmoe.experts.layer import Flight
@@ -96,7 +96,7 @@ def make_exchanger(job):
         network.begin(batches, len(starts) * length, even_load(len(network.layers), config.model.num_experts), "infer")
         with torch.no_grad():
             return sum(
-                carry(job, Flight(number, micro_batch, 0, False))
+                time_carry(job, Flight(number, micro_batch, 0, False))
                 for number in range(len(network.layers))
                 for micro_batch in range(config.pipeline.micro_batches)
             )
@@ -104,18 +104,14 @@ def make_exchanger(job):
     return exchange
 
 
-def carry(job, flight):
+def time_carry(job, flight):
     """Route a micro-batch in a layer; then send its rows out and home -> seconds from the first to the last rank."""
-    network, exchange = job.stepper.network, job.stepper.exchange
+    network = job.stepper.network
     layer = network.layers[flight.layer]
     layer.route(flight, network.embed(flight.micro_batch), network.load[flight.layer])
     barrier(job.mesh.world)
     begin = time.perf_counter()
-    layer.dispatch(flight)
-    for batch, rows in exchange.arrived_batches(flight):
-        exchange.put_result(flight, batch, rows)
-    exchange.start_homeward(flight, Direction.COMBINE)
-    exchange.finish_homeward(flight)
+    carry(layer, flight)
     barrier(job.mesh.world)
     return time.perf_counter() - begin
 

@@ -1,9 +1,10 @@
-"""Rows get from a device into a message and back unchanged, whatever their precision."""
+"""Rows get from a device into message rows and back unchanged, whatever their precision."""
 
+import numpy as np
 import pytest
 import torch
 
-from hpcmoe.comm.device import CudaDevice, HostDevice, as_rows, open_device
+from hpcmoe.comm.device import CudaDevice, HostDevice, open_device
 from hpcmoe.errors import ClusterError
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -21,11 +22,12 @@ def draw_rows(count, dtype, device):
     return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(count)).to(device.torch_device, dtype)
 
 
-def make_buffer(device, count, dtype):
+def make_table(device, count, dtype):
+    """Message rows on the host, seen as numbers [count, HIDDEN], all zero."""
     buffer = device.make_buffer(count, HIDDEN * dtype.itemsize)
     assert buffer.dtype == torch.uint8 and buffer.shape == (count, HIDDEN * dtype.itemsize)
     assert buffer.device.type == "cpu" and not buffer.any()
-    return buffer
+    return buffer.view(dtype)
 
 
 def test_a_device_tells_its_own_memory_if_it_has_any(device):
@@ -38,68 +40,54 @@ def test_a_device_tells_its_own_memory_if_it_has_any(device):
         assert open_device("cuda", 0).read_memory()[0] == name
 
 
+@pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_pack_lays_the_ordered_rows_at_the_start(device, dtype):
-    rows, buffer = draw_rows(5, dtype, device), make_buffer(device, 7, dtype)
-    order = torch.tensor([4, 0, 0, 2])
-    device.pack(rows, order, buffer).synchronize()
-    assert torch.equal(as_rows(buffer, dtype)[:4], rows.cpu()[order])
-    assert not buffer[4:].any()
+def test_put_lays_all_rows_in_the_tables_precision(device, dtype, source):
+    rows, table = draw_rows(5, source, device), make_table(device, 7, dtype)
+    device.put(rows, table[1:6]).synchronize()
+    assert torch.equal(table[1:6], rows.cpu().to(dtype))
+    assert not table[[0, 6]].any()
 
 
+def test_what_was_put_stays_as_it_was(device):
+    """Rows that are written again after the event do not change the message."""
+    rows, table = draw_rows(5, torch.float32, device), make_table(device, 5, torch.float32)
+    before = rows.cpu().clone()
+    device.put(rows, table).synchronize()
+    rows.zero_()
+    assert torch.equal(table, before)
+
+
+@pytest.mark.parametrize("order", [[3, 3, 1], [1, 2, 3], []])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_pack_without_an_order_lays_all_rows(device, dtype):
-    rows, buffer = draw_rows(5, dtype, device), make_buffer(device, 7, dtype)
-    device.pack(rows, None, buffer).synchronize()
-    assert torch.equal(as_rows(buffer, dtype)[:5], rows.cpu())
-    assert not buffer[5:].any()
-
-
-@pytest.mark.parametrize("order", [[3, 3, 1], [1, 2, 3]])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_unpack_gives_fresh_rows_in_order(device, dtype, order):
-    buffer = make_buffer(device, 5, dtype)
-    sent = draw_rows(5, dtype, HostDevice())
-    as_rows(buffer, dtype).copy_(sent)
-    rows = device.unpack(buffer, torch.tensor(order), dtype)
-    device.record().synchronize()
-    buffer.zero_()
+def test_take_gives_fresh_rows_in_order(device, dtype, order):
+    table, sent = make_table(device, 5, dtype), draw_rows(5, dtype, HostDevice())
+    table.copy_(sent)
+    rows = device.take(table, torch.tensor(order, dtype=torch.int64))
+    table.zero_()
     assert rows.device.type == device.torch_device.type and rows.dtype == dtype
     assert torch.equal(rows.cpu(), sent[order])
 
 
+@pytest.mark.parametrize("order", [[4, 0, 2], []])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scatter_writes_only_the_named_rows(device, dtype):
-    rows, buffer = draw_rows(3, dtype, device), make_buffer(device, 5, dtype)
-    device.scatter(rows, torch.tensor([4, 0, 2]), buffer)
-    device.record().synchronize()
-    assert torch.equal(as_rows(buffer, dtype)[[4, 0, 2]], rows.cpu())
-    assert not buffer[[1, 3]].any()
+def test_lay_writes_only_the_named_rows(device, dtype, order):
+    rows, table = draw_rows(len(order), dtype, device), make_table(device, 5, dtype)
+    device.lay(rows, table, np.array(order, np.int64))
+    assert torch.equal(table[order], rows.cpu())
+    assert not table[[row for row in range(5) if row not in order]].any()
 
 
-def test_no_rows_are_fine(device):
-    rows, buffer = draw_rows(0, torch.float32, device), make_buffer(device, 3, torch.float32)
-    none = torch.tensor([], dtype=torch.int64)
-    device.pack(rows, none, buffer).synchronize()
-    device.scatter(rows, none, buffer)
-    assert device.unpack(buffer, none, torch.float32).shape == (0, HIDDEN)
-    assert not buffer.any()
-
-
-def test_a_packed_message_keeps_what_it_took(device):
-    """Rows that are written again after the event do not change the message."""
-    rows, buffer = draw_rows(5, torch.float32, device), make_buffer(device, 5, torch.float32)
-    before = rows.cpu().clone()
-    device.pack(rows, None, buffer).synchronize()
-    rows.zero_()
-    device.record().synchronize()
-    assert torch.equal(as_rows(buffer, torch.float32), before)
-
-
-def test_rows_of_numbers_share_the_buffers_memory():
-    buffer = HostDevice().make_buffer(2, HIDDEN * 2)
-    as_rows(buffer, torch.bfloat16)[1] = 1.0
-    assert buffer[1].any() and not buffer[0].any()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_summed_by_token_with_their_weights(device, dtype):
+    table = make_table(device, 5, dtype)
+    table.copy_(torch.arange(5)[:, None].expand(-1, HIDDEN))
+    rows, weights = torch.tensor([[1, 2], [4, 0], [3, 3]]), torch.tensor([[1.0, 0.5], [2.0, 9.0], [0.0, 1.0]])
+    total = device.sum_rows(table, rows, weights)
+    table.zero_()
+    assert total.dtype == dtype and total.device.type == device.torch_device.type
+    assert total[:, 0].tolist() == total[:, -1].tolist() == [2, 8, 3]
+    assert device.sum_rows(table, rows[:0], weights[:0]).shape == (0, HIDDEN)
 
 
 def test_cuda_where_there_is_none_is_refused_in_one_line(monkeypatch):

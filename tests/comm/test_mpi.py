@@ -1,23 +1,147 @@
-"""Sums over the ranks."""
+"""Rows and words reach the peer and the tag they are for, however late anyone is; sums over the ranks."""
+
+import random
+import time
 
 import numpy as np
 import pytest
 
-from hpcmoe.comm.mpi import all_reduce, start_all_reduce
+from hpcmoe.comm.mpi import MpiTransport, all_reduce, open_mpi_transport, start_all_reduce
+from hpcmoe.wait import Patience, barrier
+
+ROW_BYTES = 6
+
+
+@pytest.fixture
+def transport(comm):
+    """Open an MPI transport. Collective."""
+    with open_mpi_transport(comm, ROW_BYTES) as transport:
+        yield transport
+
+
+def wait_for(transport, *tickets):
+    """Poke until all tickets are done."""
+    patience, deadline = Patience(), time.monotonic() + 20
+    while not all(ticket.done for ticket in tickets):
+        assert time.monotonic() < deadline, "stuck"
+        if not transport.poke():
+            patience.pause()
+
+
+def make_rows(source, target, tag, count):
+    """What one rank sends another with a tag."""
+    return np.random.default_rng([source, target, tag]).integers(0, 256, (count, ROW_BYTES), dtype=np.uint8)
+
+
+def exchange_rows(transport, tags, counts):
+    """Begin to send every peer rows with each tag, and to receive them -> (tickets, check)."""
+    peers = [peer for peer in range(transport.size) if peer != transport.rank]
+    received, tickets = {}, []
+    for tag, count in zip(tags, counts, strict=True):
+        for peer in peers:
+            received[peer, tag] = np.zeros((count, ROW_BYTES), np.uint8)
+            tickets.append(transport.receive_rows(received[peer, tag], peer, tag))
+            tickets.append(transport.send_rows(make_rows(transport.rank, peer, tag, count), peer, tag))
+
+    def check():
+        for (peer, tag), rows in received.items():
+            assert np.array_equal(rows, make_rows(peer, transport.rank, tag, len(rows)))
+
+    return tickets, check
+
+
+@pytest.mark.mpi
+def test_rows_reach_peer_and_tag_in_any_order(transport):
+    way = 1 - 2 * (transport.rank % 2)  # half the ranks begin with the last
+    tickets, check = exchange_rows(transport, [5, 6, 7, 8][::way], [0, 1, 30, 4000][::way])
+    wait_for(transport, *tickets)
+    check()
+    assert transport.num_sent == 4 * (transport.size - 1) and not transport.poke()
+    assert transport.requests == transport.tickets == []
+
+
+@pytest.mark.mpi
+def test_words_reach_peer_and_tag(transport):
+    peers = [peer for peer in range(transport.size) if peer != transport.rank]
+    received = {peer: np.zeros(9, np.int64) for peer in peers}  # room for more than comes
+    tickets = [transport.receive_words(received[peer], peer, 3) for peer in peers]
+    tickets += [transport.send_words(np.array([transport.rank, peer, -(2**60)]), peer, 3) for peer in peers]
+    wait_for(transport, *tickets)
+    for peer in peers:
+        assert received[peer].tolist() == [peer, transport.rank, -(2**60), *[0] * 6]
+
+
+@pytest.mark.mpi
+def test_a_ticket_is_done_when_its_own_message_is(comm, transport):
+    """What a late peer has not sent yet is not there, and what others sent is."""
+    if comm.size < 3:
+        pytest.skip("needs a third rank")
+    late, buffers = comm.size - 1, {peer: np.zeros((2, ROW_BYTES), np.uint8) for peer in range(comm.size)}
+    if comm.rank == late:
+        barrier(comm)
+    sends = [transport.send_rows(make_rows(comm.rank, p, 0, 2), p, 0) for p in buffers if p != comm.rank]
+    tickets = {peer: transport.receive_rows(buffers[peer], peer, 0) for peer in buffers if peer != comm.rank}
+    early = [ticket for peer, ticket in tickets.items() if peer != late]
+    if comm.rank != late:
+        wait_for(transport, *early)
+        assert not tickets[late].done and not buffers[late].any()
+        barrier(comm)
+    wait_for(transport, *sends, *tickets.values())
+
+
+@pytest.mark.mpi
+def test_while_it_hesitates_nothing_progresses(comm):
+    hesitates = [True]
+    with open_mpi_transport(comm, ROW_BYTES, lambda: hesitates[0]) as transport:
+        tickets, check = exchange_rows(transport, [1], [3])
+        for _ in range(50):
+            assert not transport.poke() and not any(ticket.done for ticket in tickets)
+        hesitates[0] = False
+        wait_for(transport, *tickets)
+        check()
+
+
+@pytest.mark.mpi
+def test_random_hesitation_changes_nothing(comm):
+    dawdle = random.Random(comm.rank)
+    with open_mpi_transport(comm, ROW_BYTES, lambda: dawdle.random() < 0.7) as transport:
+        for seed in range(100):
+            tickets, check = exchange_rows(transport, [2 * seed, 2 * seed + 1], [seed, 7])
+            wait_for(transport, *tickets)
+            check()
+
+
+@pytest.mark.mpi
+def test_tags_beyond_what_mpi_has_wrap_around(transport):
+    transport.last_tag = 9
+    assert [transport.fold(tag) for tag in (0, 9, 10, 23)] == [0, 9, 0, 3]
+    tickets, check = exchange_rows(transport, [23, 1000, 11], [3, 1, 2])
+    wait_for(transport, *tickets)
+    check()
+
+
+@pytest.mark.mpi
+def test_a_transport_frees_its_row_type(comm):
+    with open_mpi_transport(comm, ROW_BYTES) as transport:
+        assert isinstance(transport, MpiTransport) and transport.row_type
+    assert not transport.row_type
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
-def test_all_reduce_sums_in_place(comm, dtype):
-    array = np.array([[comm.rank, 1], [2, 10**comm.rank]], dtype)
-    assert all_reduce(comm, array) is array
+def test_all_reduce_sums_in_place_and_pokes_meanwhile(comm, dtype):
+    array, pokes = np.array([[comm.rank, 1], [2, 10**comm.rank]], dtype), []
+    if comm.rank == 0:
+        time.sleep(0.02)
+    assert all_reduce(comm, array, poke=lambda: pokes.append(1)) is array
     assert array.tolist() == [[sum(range(comm.size)), comm.size], [2 * comm.size, int("1" * comm.size)]]
+    assert pokes or comm.rank == 0
 
 
 @pytest.mark.mpi
 def test_sums_under_way_together_end_in_any_order(comm):
     arrays = [np.full(3, float(10**n)) for n in range(3)]
-    waits = [start_all_reduce(comm, array) for array in arrays]
+    requests = [start_all_reduce(comm, array) for array in arrays]
     for n in (2, 0, 1):
-        waits[n]()
+        requests[n].Wait()
         assert arrays[n].tolist() == [comm.size * 10**n] * 3

@@ -1,72 +1,63 @@
-"""Rows that leave come home; dispatch and combine are each the other's adjoint; buffers and traffic are counted."""
+"""Rows that leave come home; dispatch and combine are each the other's adjoint; micro-batches do not mix."""
 
-import dataclasses
-from types import SimpleNamespace
+import itertools
 
 import numpy as np
 import pytest
 import torch
-from small import make_exchange
+from journeys import (
+    check_all_is_given_back,
+    check_backward,
+    check_forward,
+    go,
+    make_journey,
+    travel_backward,
+    travel_both_ways,
+    travel_forward,
+)
+from small import make_exchange, open_small_exchange
 
-from hpcmoe.comm.mpi import all_reduce, open_mpi_transport
-from hpcmoe.comm.transport import Direction, Loopback
-from hpcmoe.dispatch.plan import make_plan, make_send_order
+from hpcmoe.comm.mpi import all_reduce
+from hpcmoe.comm.transport import HOMEWARD, Direction
+from hpcmoe.wait import gather_to_all
 
 HIDDEN, TOP_K, SLOTS = 4, 3, 2
+SHAPES = [(1, False), (2, False), (2, True), (4, False), (3, True)]  # nodes, once
+SIZES = {"slots": SLOTS, "top_k": TOP_K, "num_berths": 2, "batch_rows": 7, "parcel_tokens": 4, "pool_rows": 60,
+         "parcels_at_once": 1}  # fmt: skip
 
 
-def make_flight(exchange, num_tokens, seed=0, berth=0, kept_share=0.8):
-    """A micro-batch with random slots, some copies dropped, and its Plan. Collective over the transport's ranks."""
-    transport = exchange.transport
-    random = np.random.default_rng([transport.rank, seed])
-    slots = random.integers(0, transport.size * SLOTS, (num_tokens, TOP_K))
-    order = make_send_order(slots.ravel(), random.random(slots.size) < kept_share)
-    sent = np.bincount(slots.ravel()[order], minlength=transport.size * SLOTS).reshape(transport.size, SLOTS)
-    plan = make_plan(slots, order, sent, transport.start_counts(sent)())
-    return SimpleNamespace(plan=plan, berth=berth, layer=0, micro_batch=berth)
-
-
-def dispatch(exchange, flight, x):
-    """Send the tokens x [T, H] -> rows at their experts [R, H], as they lie in the receive buffer."""
-    exchange.start_outward(flight, x, torch.from_numpy(flight.plan.token_of_row), Direction.DISPATCH)
-    arrived = torch.full((flight.plan.num_received, HIDDEN), torch.nan)
-    for batch, rows in exchange.arrived_batches(flight):
-        arrived[torch.from_numpy(batch.order)] = rows.float()
-    return arrived
-
-
-def combine(exchange, flight, y):
-    """Send rows y [R, H] home, batch by batch, and sum each token's copies -> [T, H]."""
-    for batch, _ in exchange.arrived_batches(flight):
-        exchange.put_result(flight, batch, y[torch.from_numpy(batch.order)])
-    exchange.start_homeward(flight, Direction.COMBINE)
-    home = exchange.finish_homeward(flight).float()
-    return torch.zeros(len(flight.plan.row_of_copy), HIDDEN).index_add(
-        0, torch.from_numpy(flight.plan.token_of_row), home
-    )
-
-
-def draw_rows(count, seed):
-    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture(params=SHAPES, ids=lambda shape: f"{shape[0]} nodes{', once' * shape[1]}")
+def shape(comm, request):
+    """Nodes, no more than ranks, and whether tokens go once to each."""
+    num_nodes, once = request.param
+    if num_nodes > comm.size:
+        pytest.skip(f"needs {num_nodes} ranks")
+    return {"num_nodes": num_nodes, "once": once}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_identity_experts_give_every_kept_copy_back(dtype, deterministic):
-    exchange = make_exchange(Loopback(), HIDDEN, dtype=dtype, deterministic=deterministic)
-    flight = make_flight(exchange, 9)
-    x = draw_rows(9, seed=1).to(dtype)
-    arrived = dispatch(exchange, flight, x)
-    kept = np.bincount(flight.plan.token_of_row, minlength=9)
-    assert 0 < kept.sum() < 9 * TOP_K
-    assert torch.equal(combine(exchange, flight, arrived), x.float() * torch.from_numpy(kept)[:, None])
+@pytest.mark.parametrize(("in_order", "deterministic"), [(True, True), (True, False), (False, False)])
+def test_experts_alone_on_a_rank_map_every_kept_copy(dtype, in_order, deterministic):
+    exchange = make_exchange(HIDDEN, slots=4, top_k=TOP_K, dtype=dtype, in_order=in_order, deterministic=deterministic)
+    journey = make_journey(exchange, 9, seed=1)
+    assert 0 < journey.kept.sum() < 9 * TOP_K
+    go(exchange, travel_forward(exchange, journey))
+    check_forward(exchange, journey)
+    assert journey.output.dtype == dtype
 
 
-@pytest.fixture
-def exchange(comm):
-    """Open an exchange over MPI, its messages and batches of at most five rows, two berths. Collective."""
-    with open_mpi_transport(comm, HIDDEN * 4, max_message_rows=5) as transport:
-        yield make_exchange(transport, HIDDEN, num_berths=2, max_batch_rows=5)
+@pytest.mark.mpi
+@pytest.mark.parametrize(("in_order", "deterministic"), [(True, True), (True, False), (False, False)])
+def test_identity_experts_give_every_kept_copy_back(comm, shape, monkeypatch, in_order, deterministic):
+    monkeypatch.setattr("journeys.map_of", lambda slot, hidden: torch.eye(hidden))
+    order = {"in_order": in_order, "deterministic": deterministic}
+    with open_small_exchange(comm, HIDDEN, **shape, **SIZES, **order) as exchange:
+        for num_tokens in (20, (7 * comm.rank) % 13, 1):  # some ranks have none
+            journey = make_journey(exchange, num_tokens, seed=num_tokens)
+            go(exchange, travel_forward(exchange, journey))
+            assert torch.equal(journey.output, journey.x * journey.gates.sum(dim=1, keepdim=True))
+        check_all_is_given_back(exchange)
 
 
 def dot(comm, a, b):
@@ -76,79 +67,157 @@ def dot(comm, a, b):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_combine_is_dispatchs_adjoint(comm, exchange, deterministic):
-    """<dispatch(x), y> = <x, combine(y)> for any x and y: so each can be the other's backward."""
-    exchange.sizes = dataclasses.replace(exchange.sizes, deterministic=deterministic)
-    for seed in range(4):
-        num_tokens = (7 * comm.rank + 5 * seed) % 13  # some ranks have none
-        flight = make_flight(exchange, num_tokens, seed)
-        x, y = draw_rows(num_tokens, seed + 10 * comm.rank), draw_rows(flight.plan.num_received, 99 - comm.rank)
-        arrived = dispatch(exchange, flight, x)
-        assert not arrived.isnan().any()
-        left = dot(comm, arrived, y)
-        assert left == pytest.approx(dot(comm, x, combine(exchange, flight, y)), rel=1e-5, abs=1e-5)
+def test_each_way_is_the_others_adjoint(comm, shape, deterministic):
+    """<output, slope> = <x, x_slope> = sum of gates times gate slopes, and each is what its definition says."""
+    with open_small_exchange(comm, HIDDEN, **shape, **SIZES, deterministic=deterministic) as exchange:
+        for seed in range(6):
+            num_tokens = (7 * comm.rank + 5 * seed) % 21
+            journey = make_journey(exchange, num_tokens, seed, kept_share=seed / 5)
+            go(exchange, travel_both_ways(exchange, journey))
+            check_forward(exchange, journey)
+            check_backward(exchange, journey)
+            whole = dot(comm, journey.output, journey.slope)
+            assert whole == dot(comm, journey.x, journey.x_slope) == dot(comm, journey.gates, journey.gate_slope)
+            assert (whole != 0) == (seed > 0)
+        check_all_is_given_back(exchange)
 
 
 @pytest.mark.mpi
-def test_experts_get_the_rows_of_their_slots(comm, exchange):
-    """Each row carries its slot; what a batch calls a slot's rows are those."""
-    flight = make_flight(exchange, 11)
-    slot_of_row = np.repeat(np.arange(comm.size * SLOTS), flight.plan.sent_to_slot.ravel())
-    rows = torch.from_numpy(slot_of_row).float()[:, None].expand(-1, HIDDEN)
-    exchange.start_outward(flight, rows, None, Direction.COMBINE_BACKWARD)
-    for batch, arrived in exchange.arrived_batches(flight):
-        mine = comm.rank * SLOTS + np.repeat(np.arange(SLOTS), batch.rows_of_slot)
-        assert torch.equal(arrived, torch.from_numpy(mine).float()[:, None].expand(-1, HIDDEN))
-    exchange.start_homeward(flight, Direction.DISPATCH_BACKWARD)
-    exchange.finish_homeward(flight)
+@pytest.mark.parametrize("favourite", [0, -1])
+def test_all_copies_may_go_to_one_slot(comm, shape, favourite):
+    """Nine of ten ranks' experts get nothing, and one all: in pieces, through a pool that holds a parcel or two."""
+    with open_small_exchange(comm, HIDDEN, **shape, **SIZES) as exchange:
+        favourite %= SLOTS * comm.size
+        journey = make_journey(exchange, 20, seed=2, favourite=favourite)
+        go(exchange, travel_both_ways(exchange, journey))
+        check_forward(exchange, journey)
+        check_backward(exchange, journey)
+        rows = sum(len(x) for seen in journey.seen for _, x in seen)
+        everyone = sum(gather_to_all(comm, int(journey.kept.sum())))
+        assert rows == (everyone if favourite // SLOTS == comm.rank else 0)
 
 
 @pytest.mark.mpi
-def test_two_micro_batches_under_way_do_not_mix(comm, exchange):
-    flights = [make_flight(exchange, 10, seed=berth, berth=berth) for berth in range(2)]
-    xs = [draw_rows(10, seed=comm.rank + 100 * berth) for berth in range(2)]
-    order = [torch.from_numpy(flight.plan.token_of_row) for flight in flights]
-    ways = [1, -1][comm.rank % 2]  # half the ranks start the second first
-    for flight, x, rows in list(zip(flights, xs, order, strict=True))[::ways]:
-        exchange.start_outward(flight, x, rows, Direction.DISPATCH)
-    for flight in flights:
-        for batch, rows in exchange.arrived_batches(flight):
-            exchange.put_result(flight, batch, 2 * rows)
-        exchange.start_homeward(flight, Direction.COMBINE)
-    for flight, x, rows in zip(reversed(flights), reversed(xs), reversed(order), strict=True):
-        assert torch.equal(exchange.finish_homeward(flight), 2 * x[rows])
+def test_experts_get_the_rows_of_their_slots_and_no_others(comm, shape):
+    """Each token says where its copies go; what a batch calls a slot's rows are those."""
+    with open_small_exchange(comm, HIDDEN, **shape, **SIZES | {"top_k": 1}) as exchange:
+        journey = make_journey(exchange, 17, seed=3)
+        journey.x = torch.from_numpy(journey.slots).float().expand(-1, HIDDEN).contiguous()
+        go(exchange, travel_forward(exchange, journey))
+        taken = np.zeros(comm.size * SLOTS, int)
+        for slot, rows in itertools.chain(*journey.seen):
+            number = comm.rank * SLOTS + slot
+            assert (rows == number).all() and len(rows) <= 1.5 * exchange.sizes.batch_rows
+            taken[number] += len(rows)
+        meant = np.bincount(journey.slots[journey.kept], minlength=len(taken))
+        assert np.array_equal(sum(gather_to_all(comm, taken)), sum(gather_to_all(comm, meant)))
 
 
 @pytest.mark.mpi
-def test_traffic_is_counted_by_direction_and_peer(comm, exchange):
-    flight = make_flight(exchange, 8)
-    y = dispatch(exchange, flight, draw_rows(8, seed=0))
-    combine(exchange, flight, y)
-    traffic = exchange.take_traffic()
-    assert traffic[Direction.DISPATCH].tolist() == flight.plan.send_counts.tolist()
-    assert traffic[Direction.COMBINE].tolist() == flight.plan.recv_counts.tolist()
-    assert not traffic[[Direction.COMBINE_BACKWARD, Direction.DISPATCH_BACKWARD]].any()
-    assert not exchange.take_traffic().any()
+def test_two_micro_batches_under_way_do_not_mix(comm, shape):
+    """Half the ranks begin with the second."""
+    with open_small_exchange(comm, HIDDEN, **shape, **SIZES, deterministic=False) as exchange:
+        for seed in range(5):
+            journeys = [make_journey(exchange, 19, seed, berth) for berth in range(2)]
+            go(exchange, *[travel_both_ways(exchange, journey) for journey in journeys[:: 1 - 2 * (comm.rank % 2)]])
+            for journey in journeys:
+                check_forward(exchange, journey)
+                check_backward(exchange, journey)
 
 
-def test_buffers_grow_where_more_rows_come_and_are_counted():
-    exchange = make_exchange(Loopback(), HIDDEN, home_rows=60, expert_rows=10, num_berths=2)
-    row_bytes = 4 * HIDDEN
-    assert exchange.buffer_bytes == 2 * 2 * (60 + 10) * row_bytes
-
-    # Twenty rows come to one berth: its experts' buffers grow to a quarter more, once.
-    flight = make_flight(exchange, 20 // TOP_K + 1, kept_share=1.0)
-    assert flight.plan.num_received == 21
-    grown = 2 * 2 * 60 + 2 * 10 + 2 * 26
-    for _ in range(2):
-        x = draw_rows(7, seed=3)
-        assert torch.equal(combine(exchange, flight, dispatch(exchange, flight, x)), TOP_K * x)
-        assert exchange.buffer_bytes == grown * row_bytes
+@pytest.mark.mpi
+def test_the_way_back_meets_the_same_batches(comm, shape):
+    with open_small_exchange(comm, HIDDEN, **shape, **SIZES) as exchange:
+        journey = make_journey(exchange, 20, seed=4)
+        go(exchange, travel_forward(exchange, journey))
+        go(exchange, travel_backward(exchange, journey))
+        assert journey.backward_order == list(range(len(journey.batches)))
 
 
-def test_waiting_for_rows_is_booked_to_dispatch_and_combine():
-    exchange = make_exchange(Loopback(), HIDDEN, deterministic=False)
-    flight = make_flight(exchange, 5)
-    with exchange.clock.stage("compute"):
-        combine(exchange, flight, dispatch(exchange, flight, draw_rows(5, seed=0)))
-    assert set(exchange.clock.take()) == {"compute", "dispatch", "combine"}
+@pytest.mark.mpi
+def test_traffic_is_counted_by_direction_and_peer(comm, shape):
+    with open_small_exchange(comm, HIDDEN, **shape, **SIZES) as exchange:
+        journey = make_journey(exchange, 18, seed=5)
+        go(exchange, travel_both_ways(exchange, journey))
+        traffic, routes = exchange.take_traffic(), exchange.routes
+
+        # Every copy is counted where it goes; rows where they land: a token once in each parcel, a mate's copies each.
+        rank_of_copy = journey.slots // SLOTS
+        assert traffic.copies.tolist() == np.bincount(rank_of_copy[journey.kept], minlength=comm.size).tolist()
+        rows = np.zeros(comm.size, int)
+        rows[routes.mates] = traffic.copies[routes.mates]
+        node_of_rank = np.arange(comm.size) * shape["num_nodes"] // comm.size
+        for t in range(18):
+            away = [r for r in rank_of_copy[t][journey.kept[t]] if r not in routes.mates]
+            if shape["once"]:
+                for node in {node_of_rank[r] for r in away}:
+                    rows[next(r for r in routes.landings if node_of_rank[r] == node)] += 1
+            else:
+                rows[list(set(away))] += 1
+        landed = np.isin(np.arange(comm.size), routes.mates) & shape["once"]  # handed on to mates besides
+        for direction in (Direction.DISPATCH, Direction.COMBINE_BACKWARD):
+            assert traffic.rows[direction][~landed].tolist() == rows[~landed].tolist()
+            assert (traffic.rows[direction] >= rows).all()
+
+        # What went out came home, row for row and link for link.
+        of_all = np.stack(gather_to_all(comm, traffic.rows), axis=1)  # [4, P, P]
+        for out, back in HOMEWARD.items():
+            assert np.array_equal(of_all[out], of_all[back].T)
+        again = exchange.take_traffic()
+        assert not again.rows.any() and not again.copies.any()
+
+
+@pytest.mark.mpi
+def test_messages_are_a_header_and_parcels_to_each_landing(comm, shape):
+    with open_small_exchange(comm, HIDDEN, **shape, **SIZES | {"parcel_tokens": 20, "pool_rows": 200}) as exchange:
+        journey = make_journey(exchange, 20, seed=6)
+        go(exchange, travel_forward(exchange, journey))
+        others = len(exchange.routes.landings)
+        sent = len(journey.plan.parcels)
+        everyone = gather_to_all(comm, [exchange.routes.landings[p.landing] for p in journey.plan.parcels])
+        returned = sum(list(landings).count(comm.rank) for landings in everyone)
+        assert exchange.transport.num_sent == others + sent + returned
+        assert sent <= others
+
+
+@pytest.mark.mpi
+def test_nothing_is_announced_before_it_has_been_read(comm):
+    """A rank that is far ahead waits with its next exchange until its mates have seen the last but one."""
+    with open_small_exchange(comm, HIDDEN, **SIZES) as exchange:
+        journey = make_journey(exchange, 5, seed=7, kept_share=0.0)
+        for number in range(1, 4):
+            assert exchange.may_start(journey) == (number < 3)
+            if number < 3:
+                exchange.start_outward(journey, journey.x, journey.gates, Direction.DISPATCH)
+            assert exchange.is_home(journey)  # it has no copies
+        comm.Barrier()
+        for number in (1, 2):  # nobody has looked so far: see both now, the second with the berth's own eyes
+            arrivals = exchange.berths[0].arrivals
+            arrivals.exchange, arrivals.expected = number, np.array([(mate, 0) for mate in range(comm.size)])
+            arrivals.look()
+        comm.Barrier()
+        assert exchange.may_start(journey)
+
+
+def test_what_the_experts_take_is_padded_to_a_few_sizes_and_the_rest_counts_for_nothing():
+    exchange = make_exchange(HIDDEN, top_k=1, slots=1, tokens=300)
+    journey = make_journey(exchange, 300, seed=8, kept_share=1.0)
+    exchange.start_outward(journey, journey.x, journey.gates, Direction.DISPATCH)
+    batch = next(exchange.batches(journey))
+    places = exchange.rows_of(journey, batch)
+    for count in (1, 63, 65, 200, 297):
+        rows, numbers = exchange.take(places[:count])
+        assert count <= len(rows) == len(numbers) <= 1.04 * count
+        assert torch.equal(rows[:count], journey.x[:count]) and not numbers[count:].any()
+        before = exchange.window.rows.copy()
+        exchange.lay(rows * 0 + 5, places[:count], numbers)
+        changed = np.flatnonzero((before != exchange.window.rows).any(axis=1))
+        assert set(changed) <= set(places[:count].tolist())
+
+
+def test_the_announced_bytes_are_those_allocated():
+    exchange = make_exchange(HIDDEN, num_berths=2)
+    arrays = [getattr(exchange.window, name) for name in exchange.window.sizes.arrays(1)]
+    held = sum(-(-array.nbytes // 4096) * 4096 for array in arrays)
+    sent = sum(berth.send.nbytes for berth in exchange.berths)
+    assert exchange.buffer_bytes == held + sent

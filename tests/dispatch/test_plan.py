@@ -1,61 +1,124 @@
-"""Plans equal slow ones made row by row, and replicas are chosen by their shares."""
+"""Every kept copy takes one way and is entered once at home, and replicas are chosen by their shares."""
 
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from hpcmoe.dispatch.plan import (
     SlotChooser,
     cumulative_share,
-    cut_into_batches,
-    make_batch,
     make_plan,
-    make_send_order,
+    num_trailing_rows,
     place_among_equals,
     ranges,
 )
+from hpcmoe.dispatch.routes import make_routes
 
-counts = arrays(np.int64, st.tuples(st.integers(1, 5), st.integers(1, 4)), elements=st.integers(0, 6))  # [P, s]
+ROW_BYTES = 24
 
 
 @st.composite
 def choices(draw):
-    """Slots [T, K] of a few tokens, and which copies are kept."""
-    shape = draw(st.tuples(st.integers(0, 12), st.integers(1, 3)))
-    return draw(arrays(np.int64, shape, elements=st.integers(0, 7))), draw(arrays(bool, shape))
+    """Routes of a rank; slots [T, K], a token's all different; which copies are kept; tokens of a parcel."""
+    num_nodes, num_slots = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    more = draw(st.lists(st.integers(0, num_nodes - 1), max_size=3))
+    node_of_rank = np.array(draw(st.permutations([*range(num_nodes), *more])))
+    once = np.full((num_nodes, num_nodes), draw(st.booleans()))
+    routes = make_routes(node_of_rank, draw(st.integers(0, len(node_of_rank) - 1)), num_slots, once)
+    random = np.random.default_rng(draw(st.integers(0, 10**6)))
+    num_tokens, top_k = draw(st.integers(0, 12)), draw(st.integers(1, min(3, len(routes.place_of_slot))))
+    all_slots = np.tile(np.arange(len(routes.place_of_slot)), (num_tokens, 1))
+    slots = random.permuted(all_slots, axis=1)[:, :top_k]
+    kept = random.random(slots.shape) < draw(st.sampled_from([0.0, 0.7, 1.0]))
+    return routes, slots, kept, draw(st.integers(1, 5))
 
 
-def plan_of_received(received):
-    """A Plan of which only the received rows matter."""
-    none = np.zeros(0, np.int64)
-    return make_plan(np.zeros((0, 1), np.int64), none, np.zeros_like(received), received)
+def plan_of(choice):
+    routes, slots, kept, max_tokens = choice
+    return make_plan(slots, kept, routes, max_tokens, ROW_BYTES)
 
 
 @given(choices())
-def test_rows_leave_sorted_by_slot_and_then_by_token(choice):
-    slots, kept = choice
-    order = make_send_order(slots.ravel(), kept.ravel())
-    slowly = [copy for slot in range(8) for copy in range(slots.size) if slots.flat[copy] == slot and kept.flat[copy]]
-    assert order.tolist() == slowly
+def test_every_kept_copy_takes_exactly_one_way_and_that_of_its_slot(choice):
+    (routes, slots, kept, _), plan = choice, plan_of(choice)
+    everyone = np.concatenate([plan.copies, *(parcel.copies for parcel in plan.parcels)])
+    assert sorted(everyone) == np.flatnonzero(kept).tolist()
+    places = routes.place_of_slot[slots.ravel()]
+
+    # The window's copies lie by mate and slot, and within it by token.
+    slowly = sorted((c for c in np.flatnonzero(kept) if places[c] < routes.num_places), key=lambda c: (places[c], c))
+    assert plan.copies.tolist() == slowly
+    assert plan.counts.ravel().tolist() == np.bincount(places[slowly], minlength=routes.num_places).tolist()
+    for parcel in plan.parcels:
+        begin, end = routes.edges[parcel.landing], routes.edges[parcel.landing + 1]
+        assert ((begin <= places[parcel.copies]) & (places[parcel.copies] < end)).all()
+        assert parcel.copies.tolist() == sorted(parcel.copies, key=lambda c: (places[c], c))
+        of_slot = np.bincount(places[parcel.copies] - begin, minlength=end - begin)
+        assert parcel.counts.ravel().tolist() == of_slot.tolist() and parcel.counts.shape[1] == routes.num_slots
 
 
 @given(choices())
-def test_a_plan_finds_every_copys_row_and_every_rows_token(choice):
-    slots, kept = choice
-    order = make_send_order(slots.ravel(), kept.ravel())
-    sent, received = np.arange(8).reshape(4, 2), np.arange(8, 0, -1).reshape(4, 2)
-    plan = make_plan(slots, order, sent, received)
-    assert plan.row_of_copy.shape == slots.shape
-    for t, k in np.ndindex(slots.shape):
-        row = plan.row_of_copy[t, k]
-        if kept[t, k]:
-            assert plan.copy_of_row[row] == t * slots.shape[1] + k and plan.token_of_row[row] == t
-        else:
-            assert row == 0
-    assert plan.send_counts.tolist() == [1, 5, 9, 13] and plan.recv_counts.tolist() == [15, 11, 7, 3]
-    assert plan.num_received == 36
+def test_a_parcel_holds_each_of_its_tokens_once_and_says_whose_each_copy_is(choice):
+    (_, slots, _, max_tokens), plan = choice, plan_of(choice)
+    for parcel in plan.parcels:
+        assert 1 <= parcel.num_tokens <= max_tokens and (np.diff(parcel.tokens) > 0).all()
+        assert parcel.tokens[parcel.token_of_copy].tolist() == (parcel.copies // slots.shape[1]).tolist()
+        assert set(parcel.token_of_copy) == set(range(parcel.num_tokens))
+    for landing in {parcel.landing for parcel in plan.parcels}:
+        of_landing = [parcel for parcel in plan.parcels if parcel.landing == landing]
+        assert all(parcel.num_tokens == max_tokens for parcel in of_landing[:-1])  # no cut is needless
+        tokens = np.concatenate([parcel.tokens for parcel in of_landing])
+        assert (np.diff(tokens) > 0).all()
+
+
+@given(choices())
+def test_entries_cover_exactly_what_comes_home(choice):
+    """A row for each of the window's copies, and one for each token of a parcel, entered at one of its copies."""
+    (_, slots, kept, _), plan = choice, plan_of(choice)
+    assert plan.row_of_entry.shape == plan.is_sum.shape == slots.shape and plan.top_k == slots.shape[1]
+    entered = plan.row_of_entry[plan.row_of_entry >= 0]
+    rows = list(range(len(plan.copies)))
+    for parcel in plan.parcels:
+        rows += range(parcel.first, parcel.first + parcel.num_tokens)
+    assert sorted(entered) == rows and kept[plan.row_of_entry >= 0].all()
+    assert plan.row_of_entry.ravel()[plan.copies].tolist() == list(range(len(plan.copies)))
+    assert not plan.is_sum.ravel()[plan.copies].any()
+    for parcel in plan.parcels:
+        for place, token in enumerate(parcel.tokens):
+            (k,) = np.flatnonzero(plan.row_of_entry[token] == parcel.first + place)
+            assert plan.is_sum[token, k] and token * slots.shape[1] + k in parcel.copies
+    assert plan.is_sum.sum() == sum(parcel.num_tokens for parcel in plan.parcels)
+
+
+@given(choices())
+def test_parcels_lie_one_behind_the_other_behind_the_windows_copies(choice):
+    plan, row = plan_of(choice), len(plan_of(choice).copies)
+    for parcel in plan.parcels:
+        assert parcel.first == row
+        assert parcel.num_rows(ROW_BYTES) == parcel.num_tokens + -(-8 * parcel.num_copies // ROW_BYTES)
+        row += parcel.num_rows(ROW_BYTES)
+    assert plan.num_rows == row
+
+
+@given(choices())
+def test_copies_are_counted_by_the_rank_that_they_are_for(choice):
+    (routes, slots, kept, _), plan = choice, plan_of(choice)
+    ranks = slots[kept] // routes.num_slots
+    assert plan.copies_to_rank.tolist() == np.bincount(ranks, minlength=len(routes.publishers)).tolist()
+
+
+@pytest.mark.parametrize("num_slots", [200, 300, 70_000])
+def test_any_number_of_slots_is_sorted_by(num_slots):
+    """Keys of one, two and eight bytes."""
+    routes = make_routes(np.zeros(1, int), 0, num_slots, np.zeros((1, 1), bool))
+    slots = np.random.default_rng(0).integers(0, num_slots, (500, 2))
+    plan = make_plan(slots, np.ones_like(slots, bool), routes, 9, ROW_BYTES)
+    assert plan.copies.tolist() == np.argsort(slots.ravel(), kind="stable").tolist()
+
+
+def test_the_numbers_of_copies_take_whole_rows():
+    assert [num_trailing_rows(copies, 24) for copies in (0, 1, 3, 4)] == [0, 1, 1, 2]
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6)), max_size=8))
@@ -63,37 +126,6 @@ def test_ranges_are_joined(pairs):
     starts, lengths = np.array(pairs, np.int64).reshape(-1, 2).T
     slowly = [place for start, length in pairs for place in range(start, start + length)]
     assert ranges(starts, lengths).tolist() == slowly
-
-
-@given(counts, st.data())
-def test_a_batch_holds_its_peers_rows_grouped_by_slot_and_peer(received, data):
-    peers = data.draw(st.lists(st.integers(0, len(received) - 1), unique=True, min_size=1))
-    batch = make_batch(plan_of_received(received), peers)
-
-    # Walk the receive buffer: peer after peer, each sorted by slot.
-    owners = [(p, slot) for p, row in enumerate(received) for slot, count in enumerate(row) for _ in range(count)]
-    slowly = [
-        place for slot in range(received.shape[1]) for peer in peers
-        for place, owner in enumerate(owners) if owner == (peer, slot)
-    ]  # fmt: skip
-    assert batch.order.tolist() == slowly
-    assert batch.rows_of_slot.tolist() == received[peers].sum(axis=0).tolist()
-    assert batch.peers == tuple(peers)
-
-
-@given(counts, st.integers(1, 12), st.data())
-def test_batches_take_every_peer_once_and_no_more_rows_than_they_may(received, max_rows, data):
-    size = len(received)
-    rank = data.draw(st.integers(0, size - 1))
-    plan = plan_of_received(received)
-    batches = cut_into_batches(plan, rank, max_rows)
-    assert sum(batches, []) == [(rank - step) % size for step in range(size)]  # own first, then leftward
-    rows = [plan.recv_counts[batch].sum() for batch in batches]
-    assert all(count <= max_rows or len(batch) == 1 for batch, count in zip(batches, rows, strict=True))
-
-    # No cut is needless: the next peer would not have fitted.
-    for count, following in zip(rows, batches[1:], strict=False):
-        assert count + plan.recv_counts[following[0]] > max_rows
 
 
 @given(st.lists(st.integers(0, 4)))

@@ -1,12 +1,11 @@
-"""Experts compute their formulas, batch by batch as in one piece, with the same weights however they are split."""
-
-from types import SimpleNamespace
+"""Experts compute their formulas and go back as autograd would, with the same weights however they are split."""
 
 import pytest
 import torch
 from small import make_config
 from torch import nn
 
+from hpcmoe import gemm
 from hpcmoe.experts.ffn import MATRICES, Expert, LocalExperts, make_expert_weights, split_axis
 
 KINDS = list(MATRICES)
@@ -39,37 +38,120 @@ def draw_weights(kind, bias, hidden=6, feed_forward=10):
     return weights
 
 
+def near(found, expected, dtype):
+    """Whether arrays agree up to what the precision rounds, by the norm of their difference."""
+    bound = {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    return ((found.double() - expected).norm() <= bound * expected.norm()).item()
+
+
+@pytest.fixture(params=["as this machine does", "by torch alone"])
+def multiplier(request, monkeypatch):
+    """Whatever choose_gemm finds here, and the fallback."""
+    if request.param == "by torch alone":
+        monkeypatch.setattr(gemm, "choose_gemm", lambda weight: gemm.TorchGemm())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_expert_computes_its_formula(kind, bias):
-    weights, x = draw_weights(kind, bias), draw(7, 6, seed=5)
-    y = Expert(kind, weights)(x)
-    assert torch.allclose(y, by_formula(kind, weights, x), atol=1e-5)
-    rounded = Expert(kind, weights)(x.bfloat16())
-    assert rounded.dtype == torch.bfloat16 and torch.allclose(rounded.float(), y, atol=0.5, rtol=0.1)
+def test_an_expert_computes_its_formula(kind, bias, dtype, packed, multiplier):
+    weights = draw_weights(kind, bias)
+    expert = Expert(kind, weights, packed)
+    for num_rows in (1, 7, 70):
+        x = draw(num_rows, 6, seed=5).to(dtype)
+        y = expert(x)
+        assert y.dtype == dtype and y.is_contiguous() and not y.requires_grad
+        assert near(y, by_formula(kind, {name: w.to(dtype).double() for name, w in weights.items()}, x.double()), dtype)
+        again, kept = expert.forward_kept(x)
+        assert near(again, y.double(), dtype)
+        assert sum(tensor.numel() for tensor in kept) == num_rows * (6 + 10 * (len(MATRICES[kind]) - 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_expert_goes_back_as_autograd_does_on_the_formula(kind, bias, dtype, multiplier):
+    """Over several batches, all gone up before the first goes back, with gates among which one is zero."""
+    weights, gathered = draw_weights(kind, bias), draw(10, 6, seed=30)
+    expert = Expert(kind, weights)
+    expert.up.grad = gathered.clone()  # what another micro-batch left there
+    exact = {name: weight.to(dtype).double().requires_grad_() for name, weight in weights.items()}
+    batches = []
+    for num_rows in (1, 5, 64, 150):
+        x, slope = draw(num_rows, 6, seed=num_rows).to(dtype), draw(num_rows, 6, seed=num_rows + 1).to(dtype)
+        gates = draw(num_rows, seed=num_rows + 2).sigmoid()
+        gates[num_rows // 2] = 0
+        batches.append((x, slope, gates, expert.forward_kept(x)[1]))
+
+    found, expected = [], []
+    for x, slope, gates, kept in batches:
+        before = slope.clone(), gates.clone()
+        x_slope, gate_slope = expert.backward(kept, slope, gates)
+        assert torch.equal(slope, before[0]) and torch.equal(gates, before[1])
+        assert x_slope.dtype == dtype and gate_slope.dtype == torch.float32 and x_slope.is_contiguous()
+
+        exact_x, exact_gates = x.double().requires_grad_(), gates.double().requires_grad_()
+        (slope.double() * exact_gates[:, None] * by_formula(kind, exact, exact_x)).sum().backward()
+        found.append((x_slope, gate_slope))
+        expected.append((exact_x.grad, exact_gates.grad))
+
+    for parts, exact_parts in zip(zip(*found, strict=True), zip(*expected, strict=True), strict=True):
+        assert near(torch.cat(parts), torch.cat(exact_parts), dtype)
+    exact["up"].grad += gathered
+    for name, weight in exact.items():
+        gradient = getattr(expert, name).grad
+        assert gradient.dtype == torch.float32 and near(gradient, weight.grad, dtype), name
+
+
+@pytest.mark.parametrize("write", ["in place", "through data", "by fused AdamW"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_changed_weights_count_after_refresh(dtype, write):
+    """All of them, the biases too, however they were written."""
+    weights, x = draw_weights("swiglu", True), draw(9, 6, seed=5).to(dtype)
+    expert = Expert("swiglu", weights, packed=write == "in place")
+    before, kept = expert.forward_kept(x)
+    expert.backward(kept, before, torch.ones(9))
+    expert(x)
+
+    if write == "by fused AdamW":
+        torch.optim.AdamW(expert.parameters(), lr=0.5, fused=True).step()
+    for parameter in expert.parameters():
+        if write == "in place":
+            with torch.no_grad():
+                parameter.copy_(parameter * 1.5)
+        elif write == "through data":
+            parameter.data.mul_(1.5)
+    LocalExperts([nn.Identity(), expert], None).refresh()
+
+    now = {name: parameter.detach().to(dtype).double() for name, parameter in expert.named_parameters()}
+    y, kept = expert.forward_kept(x)
+    expected = by_formula("swiglu", now, x.double())
+    assert near(y, expected, dtype) and near(expert(x), expected, dtype) and not near(before, expected, dtype)
+    fresh = Expert("swiglu", {name: weight.float() for name, weight in now.items()})
+    x_slope, _ = fresh.backward(kept, before, torch.ones(9))
+    assert torch.allclose(expert.backward(kept, before, torch.ones(9))[0], x_slope)
 
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="tanh"):
-        Expert("tanh", draw_weights("gelu", False))(draw(2, 6))
+        Expert("tanh", draw_weights("gelu", False))
 
 
-def make_experts(max_batch_rows):
-    replicas = [Expert("gelu", draw_weights("gelu", True)), nn.Identity(), Expert("relu", draw_weights("relu", False))]
-    return LocalExperts(replicas, SimpleNamespace(size=1), max_batch_rows)
-
-
-@pytest.mark.parametrize("max_batch_rows", [1, 2, 5, 100])
-@pytest.mark.parametrize("rows_of_slot", [(7, 0, 4), (0, 0, 3), (1, 0, 0)])
-def test_local_experts_work_on_their_own_rows_in_batches(max_batch_rows, rows_of_slot, monkeypatch):
-    experts, x = make_experts(max_batch_rows), draw(sum(rows_of_slot), 6)
-    batch_sizes, work = [], Expert.work
-    monkeypatch.setattr(Expert, "work", lambda self, x, w: batch_sizes.append(len(x)) or work(self, x, w))
-    y = experts(x, torch.tensor(rows_of_slot).numpy())
-    assert max(batch_sizes) <= max_batch_rows and min(batch_sizes) > 0 and sum(batch_sizes) == len(x)
-    first, _, last = x.split(rows_of_slot)
-    expected = [experts.replicas[slot](rows) for slot, rows in ((0, first), (2, last)) if len(rows)]
-    assert torch.allclose(y, torch.cat(expected), atol=1e-6)
+def test_local_experts_count_the_copies_of_their_matrices():
+    replicas = [
+        Expert("gelu", draw_weights("gelu", True)),
+        nn.Identity(),
+        Expert("swiglu", draw_weights("swiglu", False)),
+    ]
+    experts = LocalExperts(replicas, None)
+    for expert in replicas:
+        expert(draw(3, 6))
+    assert experts.num_packed_bytes == 0
+    replicas[0](draw(3, 6).bfloat16())
+    assert experts.num_packed_bytes == 2 * 60 * 2
+    replicas[2](draw(3, 6).bfloat16())
+    assert experts.num_packed_bytes == 5 * 60 * 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,6 +175,14 @@ def test_shards_join_to_the_whole_and_their_partial_sums_add_up(kind, tensor_siz
     x = draw(5, config.model.hidden)
     partial_sums = [Expert(kind, shard)(x) for shard in shards]
     assert torch.allclose(sum(partial_sums), Expert(kind, whole)(x), atol=1e-5)
+
+    # Slopes by input and gates are partial sums too.
+    def go_back(weights):
+        expert = Expert(kind, weights)
+        return expert.backward(expert.forward_kept(x)[1], draw(5, config.model.hidden, seed=1), draw(5, seed=2))
+
+    for parts, joined in zip(zip(*map(go_back, shards), strict=True), go_back(whole), strict=True):
+        assert torch.allclose(sum(parts), joined, atol=1e-5)
 
 
 def test_each_expert_of_each_layer_and_seed_has_weights_of_its_own():
@@ -122,7 +212,7 @@ def test_weights_have_the_variance_of_one_over_their_inputs():
 @pytest.mark.mpi
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_partial_sums_are_added_over_the_group(comm, dtype):
-    experts = LocalExperts([], comm, 10)
+    experts = LocalExperts([], comm)
     rows = torch.full((2, 3), comm.rank + 1.0, dtype=dtype)
     total = experts.sum_over_shards(rows)
     assert total.dtype == dtype and (total == sum(range(1, comm.size + 1))).all()

@@ -1,18 +1,49 @@
-"""The engine calls each stage of a schedule with what the stage before it left."""
+"""The engine calls each stage with what the stage before it left, and goes on in another lane where one must wait."""
+
+import random
+from collections import Counter
 
 import pytest
 import torch
 
 from hpcmoe.clock import Clock
-from hpcmoe.pipeline.engine import STAGE_NAMES, Engine
+from hpcmoe.pipeline.engine import STAGE_NAMES, WAITS, Engine, Lane
 from hpcmoe.pipeline.schedule import BACKWARD, FORWARD, Op, make_schedule
+
+KINDS = ["serial", "overlap", "arrival"]
+
+
+class FakeExchange:
+    """Pokes a few times before it has nothing left to do."""
+
+    def __init__(self, left=3):
+        self.clock, self.left, self.pokes, self.waits = Clock(), left, 0, 0
+
+    def wait_for_news(self, patience):
+        self.waits += 1
+
+    @property
+    def is_idle(self):
+        return self.left == 0
+
+    def poke(self):
+        self.pokes += 1
+        moved, self.left = self.left > 0, max(self.left - 1, 0)
+        return moved
 
 
 class FakeLayer:
-    """Adds its letter to what passes through; every stage but the first and last must find its own flight."""
+    """Adds its letter to what passes through; every stage but the first and last must find its own flight.
 
-    def __init__(self, letter, calls):
-        self.letter, self.calls = letter, calls
+    A stage waits as often as `delays` says, before it works.
+    """
+
+    def __init__(self, letter, calls, delays):
+        self.letter, self.calls, self.delays = letter, calls, delays
+
+    def wait(self, flight):
+        for _ in range(self.delays(flight.micro_batch)):
+            yield False
 
     def route(self, flight, x, load):
         assert load == f"load {self.letter}"
@@ -20,31 +51,46 @@ class FakeLayer:
         flight.x = x
 
     def dispatch(self, flight):
+        yield from self.wait(flight)
         flight.x += ">"
+        yield True
 
     def compute(self, flight):
+        yield from self.wait(flight)
         flight.x += self.letter
+        yield True
+        yield from self.wait(flight)
+        flight.x += "'"
+        yield True
 
     def combine(self, flight):
-        return flight.x + "<"
+        yield from self.wait(flight)
+        flight.output = flight.x + "<"
+        yield True
 
     def combine_backward(self, flight, slope):
+        yield from self.wait(flight)
         flight.slope = slope + ">"
+        yield True
 
     def compute_backward(self, flight):
+        yield from self.wait(flight)
         flight.slope += self.letter
+        yield True
 
     def route_backward(self, flight, probability_slope, z_slope):
         assert (probability_slope, z_slope) == (flight.layer, flight.micro_batch)
-        return flight.slope + "<"
+        yield from self.wait(flight)
+        flight.output = flight.slope + "<"
+        yield True
 
 
 class FakeNetwork:
     """Two layers, a and b."""
 
-    def __init__(self):
-        self.calls, self.tops, self.bottoms = [], {}, {}
-        self.layers = [FakeLayer(letter, self.calls) for letter in "ab"]
+    def __init__(self, delays=lambda micro_batch: 0):
+        self.calls, self.tops, self.bottoms, self.asked = [], {}, {}, Counter()
+        self.layers = [FakeLayer(letter, self.calls, delays) for letter in "ab"]
         self.load = ["load a", "load b"]
 
     def embed(self, micro_batch):
@@ -55,41 +101,109 @@ class FakeNetwork:
         self.tops[micro_batch] = x
         return f"{micro_batch}!"
 
+    def has_slopes(self, micro_batch):
+        self.asked[micro_batch] += 1
+        return self.asked[micro_batch] > 2
+
     def routing_slopes(self, layer, micro_batch):
+        assert self.asked[micro_batch] > 2, "asked before they are there"
         return layer, micro_batch
 
     def embed_backward(self, micro_batch, slope):
         self.bottoms[micro_batch] = slope
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
 @pytest.mark.parametrize("training", [True, False])
-def test_every_micro_batch_passes_up_and_in_training_down(training, in_flight):
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_every_micro_batch_passes_up_and_in_training_down(kind, training, in_flight, seed):
+    dawdle = random.Random(seed)
+    network = FakeNetwork(lambda micro_batch: 0 if seed is None else dawdle.choice([0, 0, 3, 40]))
+    exchange = FakeExchange()
+    engine = Engine(network, exchange, in_flight)
+    for _ in range(2):
+        engine.run(make_schedule(kind, 2, 5, in_flight, training), training)
+        assert list(network.tops) == list(range(5))  # heads in order, on every rank the same
+        assert network.tops == {m: f"{m}:>a'<>b'<" for m in range(5)}
+        assert network.bottoms == ({m: f"{m}!>b<>a<" for m in range(5)} if training else {})
+        assert sorted(network.calls) == sorted(
+            (layer, m, m % in_flight, training, training) for layer in range(2) for m in range(5)
+        )
+        assert engine.values == engine.flights == {}  # nothing is left for the next step
+        assert exchange.is_idle
+        network.calls.clear(), network.tops.clear(), network.bottoms.clear()
+        exchange.left = 3
+
+
+def test_a_lane_that_waits_holds_no_other_up():
+    """The first micro-batch waits until the second is all the way through its layers; its head then waits its turn."""
+    second_at_head, network = [], FakeNetwork()
+    network.layers[0].wait = lambda flight: wait_for_the_other(flight, network, second_at_head)
+    Engine(network, FakeExchange(), 2).run(make_schedule("arrival", 2, 2, 2, False), False)
+    assert list(network.tops) == [0, 1] and second_at_head == ["seen"]
+
+
+def wait_for_the_other(flight, network, seen):
+    """The first micro-batch goes on when the second has left the last layer's route behind it."""
+    for _ in range(10_000):
+        if flight.micro_batch == 1 or any(call[:2] == (1, 1) for call in network.calls):
+            break
+        yield False
+    else:
+        raise AssertionError("the second lane never went on")
+    if flight.micro_batch == 0 and not seen:
+        seen.append("seen")
+
+
+def test_sending_and_fetching_go_before_an_experts_next_piece():
+    """Of two lanes, one at its experts: the other's light stages are all done between two pieces of it."""
+    done = []
+
+    class Layer(FakeLayer):
+        def compute(self, flight):
+            for piece in range(4):
+                done.append((flight.micro_batch, piece))
+                yield True
+            flight.x += self.letter + "'"
+
+        def dispatch(self, flight):
+            done.append((flight.micro_batch, "dispatch"))
+            yield from super().dispatch(flight)
+
     network = FakeNetwork()
-    engine = Engine(network, Clock(), in_flight)
-    engine.run(make_schedule(2, 3, in_flight, training), training)
-    assert network.tops == {m: f"{m}:>a<>b<" for m in range(3)}
-    assert network.bottoms == ({m: f"{m}!>b<>a<" for m in range(3)} if training else {})
-    assert sorted(network.calls) == sorted(
-        (layer, m, m % in_flight, training, training) for layer in range(2) for m in range(3)
-    )
-    assert engine.values == engine.flights == {}  # nothing is left for the next step
+    network.layers = [Layer(letter, network.calls, lambda micro_batch: 0) for letter in "ab"]
+    Engine(network, FakeExchange(), 2).run(make_schedule("arrival", 2, 2, 2, False), False)
+    first, second = (done.index((m, "dispatch")) for m in (0, 1))
+    assert max(first, second) < min(done.index((m, 0)) for m in (0, 1)) + 2
+    assert network.tops == {m: f"{m}:>a'<>b'<" for m in range(2)}
+
+
+def test_what_others_want_is_done_before_a_step_ends():
+    exchange = FakeExchange(left=10_000)
+    Engine(FakeNetwork(), exchange, 1).run(make_schedule("serial", 2, 1, 1, False), False)
+    assert exchange.is_idle and exchange.pokes >= 10_000
+
+
+def test_a_lane_ends_an_op_when_its_pieces_are_over():
+    lane = Lane(["a", "b"], lambda op: iter([True, False] if op == "a" else []))
+    assert [lane.step() for _ in range(3)] == [True, False, True] and lane.op == "b"
+    assert lane.step() and lane.op is None
 
 
 def test_each_op_is_timed_and_then_shown():
     network, seen = FakeNetwork(), []
-    engine = Engine(network, Clock(), 1)
-    schedule = make_schedule(2, 1, 1, True)
-    engine.run(schedule, True, lambda flights: seen.append(len(flights)))
+    engine = Engine(network, FakeExchange(), 1)
+    engine.run(make_schedule("serial", 2, 1, 1, True), True, lambda flights: seen.append(len(flights)))
     assert seen == [0] + [1] * 4 + [2] * 7 + [1] * 3 + [0] * 2  # a flight lasts from route to route_backward
-    assert set(engine.clock.take()) == {"dense", "route", "dispatch", "compute", "combine"}
+    assert set(engine.clock.take()) == {"dense", "route", "dispatch", "compute", "combine", "waiting"}
 
 
 def test_every_stage_has_a_name_to_be_booked_under():
-    assert set(STAGE_NAMES) == {"embed", *FORWARD, "head", *BACKWARD, "embed_backward"}
+    assert set(STAGE_NAMES) == set(WAITS) == {"embed", *FORWARD, "head", *BACKWARD, "embed_backward"}
 
 
 def test_an_unknown_stage_is_refused(monkeypatch):
     monkeypatch.setitem(STAGE_NAMES, "polish", "dense")
     with pytest.raises(ValueError, match="polish"):
-        Engine(FakeNetwork(), Clock(), 1).run([Op("polish", 0, 0)], True)
+        Engine(FakeNetwork(), FakeExchange(), 1).run([[Op("polish", 0, 0)]], True)

@@ -25,22 +25,15 @@ class LateDevice(HostDevice):
     def __init__(self):
         self.queue = []
 
-    def pack(self, rows, order, buffer):
+    def put(self, rows, target):
         """Queue the copy."""
-        self.queue.append(lambda: HostDevice.pack(self, rows, order, buffer))
-        return LateEvent(self)
-
-    def scatter(self, rows, order, buffer):
-        """Queue the copy."""
-        self.queue.append(lambda: HostDevice.scatter(self, rows, order, buffer))
-
-    def record(self):
-        """Mark the work given so far."""
+        self.queue.append(lambda: HostDevice.put(self, rows, target))
         return LateEvent(self)
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("schedule", ["serial", "overlap"])
-def test_nothing_is_sent_before_its_event(comm, shared, monkeypatch, schedule):
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_nothing_is_sent_before_its_event(comm, shared, monkeypatch, schedule, shared_memory):
     monkeypatch.setattr("hpcmoe.run.job.open_device", lambda kind, rank: LateDevice())
-    check_against_oracle(comm, shared, pipeline__schedule=schedule)
+    check_against_oracle(comm, shared, pipeline__schedule=schedule, comm__shared_memory=shared_memory)

@@ -57,9 +57,10 @@ def test_inference_has_parameters_buffers_and_what_passes_through(comm, tmp_path
     with open_job(comm, tmp_path, run__mode="infer") as (job, _, _):
         measured = take_step(job, None, "infer")
     reckoned = job.memory
-    varying = {"buffers": 0, "activations": 0}
+    varying = {"buffers": 0, "activations": 0, "copies": 0}
     assert dataclasses.replace(measured, **varying) == dataclasses.replace(reckoned, **varying)
     assert measured.activations == pytest.approx(reckoned.activations, rel=0.3)
+    assert reckoned.copies <= measured.copies <= 2 * reckoned.copies  # packing fills small matrices up
     assert reckoned.gradients == reckoned.optimizer == 0 and reckoned.states == 1
 
 
@@ -73,10 +74,11 @@ def test_ranks_with_all_slots_full_take_what_was_reckoned(comm, shared):
 
 def test_sums_of_memory():
     memory = Memory(
-        states=4, one_expert=10, experts=20, dense=3, gradients=23, optimizer=46, buffers=100, activations=1000
+        states=4, one_expert=10, experts=20, dense=3, gradients=23, optimizer=46, buffers=100, copies=9,
+        activations=1000,
     )  # fmt: skip
     assert memory.per_expert == 40
-    assert memory.total == 20 + 3 + 23 + 46 + 100 + 1000
+    assert memory.total == 20 + 3 + 23 + 46 + 100 + 9 + 1000
     assert memory.besides_experts == memory.total - 2 * 40
 
 

@@ -8,20 +8,23 @@ import pytest
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.transport import Direction
+from hpcmoe.dispatch.exchange import Traffic
 from hpcmoe.run.meter import STAGES, Meter
 from hpcmoe.wait import gather_to_all
 
 
 class FakeExchange:
-    """An exchange that has carried rows [4, P] that the test sets."""
+    """An exchange that has carried copies [P] and rows [4, P] that the test sets."""
 
     def __init__(self, comm):
         self.clock, self.transport = Clock(), SimpleNamespace(rank=comm.rank, size=comm.size)
-        self.carried = np.zeros((len(Direction), comm.size), np.int64)
+        self.take_traffic()
 
     def take_traffic(self):
-        rows, self.carried = self.carried, np.zeros_like(self.carried)
-        return rows
+        size = self.transport.size
+        carried = getattr(self, "carried", None)
+        self.carried = Traffic(copies=np.zeros(size, np.int64), rows=np.zeros((len(Direction), size), np.int64))
+        return carried
 
 
 def make_outcome(num_tokens, num_dropped):
@@ -37,24 +40,25 @@ def meter(comm):
 
 
 def do_step(meter, seed):
-    """Carry random rows and spend rank + 1 more seconds on each stage but the last -> the rows."""
+    """Carry random rows and spend rank + 1 more seconds on each stage but the last -> (copies [P], rows [4, P])."""
     comm = meter.mesh.world
-    rows = np.random.default_rng([comm.rank, seed]).integers(0, 50, (len(Direction), comm.size))
-    meter.exchange.carried += rows
+    copies, *rows = np.random.default_rng([comm.rank, seed]).integers(0, 50, (1 + len(Direction), comm.size))
+    meter.exchange.carried.copies += copies
+    meter.exchange.carried.rows += rows
     for stage in STAGES[:-1]:
         meter.clock.seconds[stage] = meter.clock.seconds.get(stage, 0.0) + comm.rank + 1
-    return rows
+    return copies, np.array(rows)
 
 
 @pytest.mark.mpi
 def test_a_reading_is_of_this_step_and_of_all_ranks(comm, meter):
     do_step(meter, seed=0)
     meter.start()  # forgets that
-    rows = do_step(meter, seed=1)
+    copies, _ = do_step(meter, seed=1)
     time.sleep(0.01)
     reading = meter.read(make_outcome(300, 0))
 
-    dispatched = np.array(gather_to_all(comm, rows[Direction.DISPATCH]))
+    dispatched = np.array(gather_to_all(comm, copies))
     others = dispatched[~np.eye(comm.size, dtype=bool)]
     assert reading.links.count == len(others) == comm.size * (comm.size - 1)
     if comm.size > 1:
@@ -70,7 +74,7 @@ def test_the_totals_add_up_the_readings(comm, meter):
     readings, rows = [], []
     for step in range(3):
         meter.start()
-        rows.append(do_step(meter, seed=step))
+        rows.append(do_step(meter, seed=step)[1])
         readings.append(meter.read(make_outcome(100 * step, step)))
     assert (meter.num_steps, meter.num_tokens, meter.num_dropped) == (3, 300, 3)
     assert np.array_equal(meter.rows_to_peer, sum(rows).sum(axis=0))  # all directions

@@ -11,7 +11,6 @@ CASES = {
     "plain": {},
     "one expert": {"model__num_experts": 1, "model__top_k": 1},
     "fewer experts than ranks, k 1": {"model__num_experts": 3, "model__top_k": 1},
-    "every expert chosen": {"model__num_experts": 3, "model__top_k": 3},
     "eight experts": {"model__num_experts": 8},
     "seventeen experts, all chosen": {"model__num_experts": 17, "model__top_k": 17},
     "sixteen experts, gated, biases": {"model__num_experts": 16, "experts__kind": "swiglu", "experts__bias": True},
@@ -19,12 +18,48 @@ CASES = {
     "gates as they are, load on both": {"dispatch__renormalize": False, "dispatch__load_feedback_on": "both"},
     "capacity": {"dispatch__capacity_factor": 0.8},
     "ranks without tokens": {"data__batch_sequences": 2, "pipeline__micro_batches": 2},
-    "tiny messages and batches": {"experts__max_batch_rows": 3},
+    "tiny batches": {"experts__gemm_rows": 3},
     "serial": {"pipeline__schedule": "serial"},
     "three in flight": {"pipeline__in_flight": 3},
-    "as rows arrive": {"pipeline__deterministic": False, "experts__max_batch_rows": 7},
     "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 3},
     "contiguous": {"cluster__placement": "contiguous", "model__num_experts": 5},
+}
+
+# How rows travel, and in which order they are worked on.
+MESSAGES = {"comm__shared_memory": False}
+DIRECT = {"num_nodes": 2, "comm__once_per_node": "off"}
+ONCE = {"num_nodes": 2, "comm__once_per_node": "on"}
+THREE = {"num_nodes": 3, "comm__once_per_node": "on"}
+TIGHT = {"comm__message_rows": 3, "comm__pool_bytes": 3000}
+WAYS = {"window": {}, "messages": MESSAGES, "nodes": DIRECT, "once a node": ONCE, "by itself": {"num_nodes": 2}}
+ORDERS = {
+    "serial": {"pipeline__schedule": "serial"},
+    "overlap": {"experts__gemm_rows": 7},
+    "overlap, any order": {"pipeline__deterministic": False, "experts__gemm_rows": 7},
+    "arrival": {"pipeline__schedule": "arrival", "pipeline__deterministic": False},
+}
+MIXTURES = {
+    "messages, hardly any room": MESSAGES | TIGHT,
+    "nodes, hardly any room": DIRECT | TIGHT,
+    "once a node, hardly any room": ONCE | TIGHT,
+    "once a node, hardly any room, arrival": ONCE | TIGHT | ORDERS["arrival"],
+    "messages, hardly any room, any order": MESSAGES | TIGHT | ORDERS["overlap, any order"],
+    "three nodes": THREE | {"model__num_experts": 7, "model__top_k": 3},
+    "three nodes, hardly any room": THREE | TIGHT | ORDERS["arrival"],
+    "once a node, seven experts, top 3": ONCE | {"model__num_experts": 7, "model__top_k": 3},
+    "once a node, every expert chosen": ONCE | {"model__top_k": 4, "comm__message_rows": 5},
+    "once a node, fewer experts than ranks": ONCE | {"model__num_experts": 3, "model__top_k": 1},
+    "once a node, sixteen experts, relu, biases": ONCE
+    | {"model__num_experts": 16, "experts__kind": "relu", "experts__bias": True},
+    "once a node, capacity": ONCE | {"dispatch__capacity_factor": 0.5, "pipeline__deterministic": False},
+    "messages, capacity": MESSAGES | {"dispatch__capacity_factor": 0.5},
+    "once a node, gated, no attention": ONCE
+    | {"model__attention": False, "experts__kind": "swiglu", "experts__bias": True},
+    "once a node, ranks without tokens": ONCE | {"data__batch_sequences": 2, "pipeline__micro_batches": 2},
+    "messages, ranks without tokens": MESSAGES | {"data__batch_sequences": 2, "pipeline__micro_batches": 2},
+    "once a node, replicas": ONCE | {"cluster__replicate": True, "cluster__spare_slots_per_rank": 2},
+    "once a node, replicas, any order": ONCE
+    | {"cluster__replicate": True, "cluster__spare_slots_per_rank": 2, "pipeline__deterministic": False},
 }
 
 
@@ -35,15 +70,28 @@ def test_step_equals_the_oracle(comm, shared, case):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("num_experts", [1, 3, 4, 8, 16])
-@pytest.mark.parametrize("top_k", [1, 2, 0])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_in_every_order_equals_the_oracle(comm, shared, way, order):
+    check_against_oracle(comm, shared, **WAYS[way] | ORDERS[order])
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("case", MIXTURES)
+def test_ways_with_other_shapes_equal_the_oracle(comm, shared, case):
+    check_against_oracle(comm, shared, **MIXTURES[case])
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("num_experts", [3, 4])
+@pytest.mark.parametrize("top_k", [1, 0])
 def test_every_number_of_experts_and_choices(comm, shared, num_experts, top_k):
     top_k = min(top_k or num_experts, num_experts)
     check_against_oracle(comm, shared, model__num_experts=num_experts, model__top_k=top_k)
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("shape", ["tensor", "data", "both", "replicas on two nodes"])
+@pytest.mark.parametrize("shape", ["tensor", "data", "both", "tensor on nodes", "data on nodes"])
 def test_parallel_shapes_equal_the_oracle(comm, shared, shape):
     if comm.size % 2:
         pytest.skip("needs an even number of ranks")
@@ -51,7 +99,8 @@ def test_parallel_shapes_equal_the_oracle(comm, shared, shape):
         "tensor": {"cluster__tensor_parallel": 2, "experts__bias": True},
         "data": {"cluster__data_parallel": 2},
         "both": {"cluster__tensor_parallel": 2, "cluster__data_parallel": comm.size // 2, "experts__kind": "swiglu"},
-        "replicas on two nodes": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 2, "num_nodes": 2},
+        "tensor on nodes": {"cluster__tensor_parallel": 2, "num_nodes": comm.size // 2, "comm__once_per_node": "on"},
+        "data on nodes": {"cluster__data_parallel": 2, "num_nodes": comm.size, "comm__message_rows": 3},
     }[shape]
     check_against_oracle(comm, shared, **changes)
 
@@ -62,9 +111,10 @@ def test_capacity_drops_copies(comm, shared):
 
 
 @pytest.mark.mpi
-def test_all_tokens_to_one_expert(comm, shared):
+@pytest.mark.parametrize("way", [{}, MESSAGES | TIGHT, ONCE | TIGHT], ids=["window", "messages", "once a node"])
+def test_all_tokens_to_one_expert(comm, shared, way):
     """A load that repels from all experts but one sends everything there; the others' ranks receive nothing."""
-    with open_small_job(comm, shared, model__top_k=1, dispatch__load_feedback=1.0) as (job, optimizer, state):
+    with open_small_job(comm, shared, model__top_k=1, dispatch__load_feedback=1.0, **way) as (job, optimizer, state):
         load = np.full((2, 4), 1e4)
         load[:, 2] = 0.0
         weights = {name: w.requires_grad_() for name, w in gather_logical(comm, state, lambda p: p.data).items()}
@@ -113,8 +163,9 @@ def test_training_equals_adamw_on_the_oracle(comm, shared):
 
 
 @pytest.mark.mpi
-def test_bfloat16_is_near_the_oracle(comm, shared):
-    with open_small_job(comm, shared, model__dtype="bfloat16") as (job, optimizer, state):
+@pytest.mark.parametrize("way", WAYS)
+def test_bfloat16_is_near_the_oracle(comm, shared, way):
+    with open_small_job(comm, shared, model__dtype="bfloat16", **WAYS[way]) as (job, optimizer, state):
         load = np.ones((2, 4))
         weights = gather_logical(comm, state, lambda p: p.data)
         starts, batches, groups = whole_batches(job, 1)

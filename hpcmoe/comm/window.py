@@ -1,0 +1,176 @@
+"""Memory that the ranks of one node share: rows that any of them gathers from and writes to, without a message.
+
+Three arrays run over all rows of all mates (the ranks that share the window): the row itself, a number that goes with
+it, and the row from which it is to be computed. A board of words says when what is there. Each word has one writer,
+who lets what it announces reach memory first.
+"""
+
+import contextlib
+import math
+import mmap
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from hpcmoe.errors import ClusterError, on_all
+from hpcmoe.wait import barrier
+
+SHARED_MEMORY = "/dev/shm"  # where MPIs on Linux keep it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowSizes:
+    """What each mate puts into the window."""
+
+    rows: int
+    row_bytes: int
+    num_berths: int
+    num_guests: int  # ranks of other nodes whose parcels a mate lands, at most
+    max_parcels: int  # of each of them in one exchange
+    num_slots: int  # of all mates together
+
+    @property
+    def num_slips(self):
+        """What a rank can announce in one exchange: its own tokens, and all parcels that it lands."""
+        return 1 + self.num_guests * self.max_parcels
+
+    def arrays(self, num_mates):
+        """List the window's arrays -> dict name: (shape, dtype)."""
+        rows, berths = num_mates * self.rows, self.num_berths
+        return {
+            "rows": ((rows, self.row_bytes), np.uint8),
+            "numbers": ((rows,), np.float32),
+            "sources": ((rows,), np.int64),
+            "news": ((num_mates,), np.int64),
+            "taken": ((num_mates, berths), np.int64),
+            "done": ((num_mates, berths, num_mates, self.num_slips), np.int64),
+            "slips": ((num_mates, berths, 2, self.num_slips, SLIP_WORDS + self.num_slots), np.int64),
+        }
+
+    def num_bytes(self, num_mates):
+        """Bytes of the whole window."""
+        return sum(round_up(size_of(*array)) for array in self.arrays(num_mates).values())
+
+
+SLIP_WORDS = 3  # exchange, first row, number of slips that its sender has; then rows for each mate's slots
+
+
+class Window:
+    """Rows and board of the mates."""
+
+    def __init__(self, sizes, num_mates, mate, memory, sync):
+        """memory: uint8 array of sizes.num_bytes, all zero; sync: a call that orders memory among the mates."""
+        self.sizes, self.num_mates, self.mate, self.sync = sizes, num_mates, mate, sync
+        begin = 0
+        for name, (shape, dtype) in sizes.arrays(num_mates).items():
+            num_bytes = size_of(shape, dtype)
+            setattr(self, name, memory[begin : begin + num_bytes].view(dtype).reshape(shape))
+            begin += round_up(num_bytes)
+        self.first_row = mate * sizes.rows  # of this rank
+
+    def table(self, dtype):
+        """See all rows as numbers -> tensor [mates * rows, H]."""
+        return torch.from_numpy(self.rows).view(dtype)
+
+    def post(self, berth, exchange, slip, first, num_slips, counts):
+        """Announce rows that lie in the window: counts [mates, s] of them for each mate's slots, from `first` on."""
+        words = self.slips[self.mate, berth, exchange % 2, slip]
+        words[1], words[2], words[SLIP_WORDS:] = first, num_slips, counts.ravel()
+        self.sync()
+        words[0] = exchange
+        self.news[self.mate] += 1
+
+    def may_post(self, berth, exchange):
+        """Whether all mates have read what the last exchange but one announced: its slips are written over."""
+        return bool((self.taken[:, berth] >= exchange - 2).all())
+
+    def mark_taken(self, berth, exchange):
+        """Tell that this rank has read all that was announced."""
+        self.sync()
+        self.taken[self.mate, berth] = exchange
+        self.news[self.mate] += 1
+
+    def mark_done(self, berth, exchange, mate, slip):
+        """Tell that this rank's experts have done what a mate's slip asked."""
+        self.sync()
+        self.done[self.mate, berth, mate, slip] = exchange
+        self.news[self.mate] += 1
+
+    def count_news(self):
+        """Count how often anything has been told, by any mate: while it stays, there is nothing to look for."""
+        return int(self.news.sum())
+
+    def is_done(self, berth, exchange, slip, counts):
+        """Whether the experts of all mates have done this rank's slip: counts [mates, s]."""
+        if not (self.done[:, berth, self.mate, slip] >= exchange)[counts.any(axis=1)].all():
+            return False
+        self.sync()
+        return True
+
+
+def size_of(shape, dtype):
+    """Bytes of an array."""
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def round_up(num_bytes):
+    """Fill the last page, so that each array has pages of its own."""
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def make_private_window(sizes):
+    """Make the window of a rank without mates."""
+    return Window(sizes, 1, 0, np.zeros(sizes.num_bytes(1), np.uint8), lambda: None)
+
+
+@contextlib.contextmanager
+def open_window(comm, sizes):
+    """Share a window among the ranks of comm, which all lie on one node -> Window. Collective over comm, both ends.
+
+    Raises ClusterError, before any memory is touched, when the node has not so much to share.
+    """
+    if comm.size == 1:
+        yield make_private_window(sizes)
+        return
+    num_bytes = sizes.num_bytes(comm.size)
+    on_all(comm, lambda: check_shared_memory(num_bytes, comm.size))
+
+    # All of it belongs to the first rank, so that it is one range; each page goes to the core that touches it first.
+    barrier(comm)
+    shared = MPI.Win.Allocate_shared(num_bytes if comm.rank == 0 else 0, 1, comm=comm)
+    memory = np.frombuffer(shared.Shared_query(0)[0], np.uint8, num_bytes)
+    shared.Lock_all(MPI.MODE_NOCHECK)
+    window = Window(sizes, comm.size, comm.rank, memory, shared.Sync)
+    touch(window)
+    barrier(comm)
+    yield window
+
+    # Freeing is collective: after a fault, which not all ranks may share, leave it to the end of the process.
+    barrier(comm)
+    shared.Unlock_all()
+    shared.Free()
+
+
+def check_shared_memory(num_bytes, num_ranks):
+    """Raise ClusterError when the node's shared memory is too small for a window: touching it would kill the rank."""
+    if not os.path.isdir(SHARED_MEMORY):
+        return
+    state = os.statvfs(SHARED_MEMORY)
+    free = state.f_bavail * state.f_frsize
+    if num_bytes > free:
+        raise ClusterError(
+            f"{SHARED_MEMORY}: {free / 1e6:.0f} MB free, and the {num_ranks} ranks of this node share "
+            f"{num_bytes / 1e6:.0f} MB; enlarge it, or set [comm] shared_memory = false"
+        )
+
+
+def touch(window):
+    """Zero this rank's part of each array, which brings its pages near."""
+    for name in ("rows", "numbers", "sources"):
+        of_mates = getattr(window, name).reshape(window.num_mates, -1)
+        of_mates[window.mate] = 0
+    for words in (window.news, window.taken, window.done, window.slips):
+        words[window.mate] = 0

@@ -1,0 +1,112 @@
+"""Which way a copy takes to each slot: through the window to a mate, or by a parcel that some rank there lands.
+
+Ranks of one node are mates. A parcel serves the slots of one rank of another node, which lands it itself; or, where a
+token goes there only once, those of all ranks of that node: then one of them lands it for all, and each home has its
+own, so that the landings of a node are shared out over its ranks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routes:
+    """The ways from and to one rank of an expert-parallel group of P ranks with s slots each."""
+
+    rank: int
+    num_slots: int  # s, of a rank
+    mates: np.ndarray  # [mates] int64, the ranks of this node, ascending
+    landings: np.ndarray  # [parcels] int64, the ranks that land this rank's parcels
+    place_of_slot: np.ndarray  # [P * s] int64, the order in which copies are laid: to the mates, then parcel by parcel
+    edges: np.ndarray  # [parcels + 1] int64, the first place of each parcel, and the end
+    peers_by_node: tuple  # all ranks [P], the mates from this one on first, then node by node, the next one first
+    senders: tuple  # the ranks whose parcels this rank lands, in that order of the nodes
+    most_guests: int  # such ranks of any mate
+    most_served: int  # slots that any parcel between any two nodes serves
+    fewest_mates: int  # ranks of the smallest node
+    served: tuple  # for each of them the numbers of the mates that it serves
+    publishers: np.ndarray  # [P] int64, the mate on whose board each peer's rows are announced to this rank
+    guests: np.ndarray  # [P] int64, the peer's number among those that the publisher lands; -1: a mate's own rows
+
+    @property
+    def mate(self):
+        """This rank's number among its mates."""
+        return int(np.searchsorted(self.mates, self.rank))
+
+    @property
+    def num_places(self):
+        """Slots that the window leads to."""
+        return len(self.mates) * self.num_slots
+
+
+def make_routes(node_of_rank, rank, num_slots, once):
+    """Find the ways of a rank: node_of_rank [P], and once[a, b], whether tokens of node a go to node b only once."""
+    node_of_rank = np.asarray(node_of_rank)
+    here = node_of_rank[rank]
+    mates = np.flatnonzero(node_of_rank == here)
+
+    # Lay slots in order of the ways: own node first, then each parcel's.
+    landings, order = [], [mates]
+    for node in np.unique(node_of_rank[node_of_rank != here]):
+        ranks = np.flatnonzero(node_of_rank == node)
+        served = [ranks] if once[here, node] else ranks[:, None]
+        landings += [landing_of(rank, node_of_rank, node)] if once[here, node] else ranks.tolist()
+        order += list(served)
+    slots = [(ranks[:, None] * num_slots + np.arange(num_slots)).ravel() for ranks in order]
+    place_of_slot = np.empty(len(node_of_rank) * num_slots, np.int64)
+    place_of_slot[np.concatenate(slots)] = np.arange(len(place_of_slot))
+
+    # Find whose parcels land here, and where those are announced that serve this rank.
+    others = order_of_nodes(node_of_rank, here)
+    landed = {mate: landed_by(mate, node_of_rank, once, others) for mate in mates.tolist()}
+    publishers, guests = np.zeros(len(node_of_rank), np.int64), np.full(len(node_of_rank), -1)
+    for number, mate in enumerate(mates.tolist()):
+        publishers[mate] = number
+        for guest, sender in enumerate(landed[mate]):
+            if mate == rank or once[node_of_rank[sender], here]:
+                publishers[sender], guests[sender] = number, guest
+    num_mates = np.bincount(node_of_rank, minlength=len(once))
+    between = np.where(once, num_mates, 1)[
+        ~np.eye(len(once), dtype=bool)
+    ]  # [pairs of nodes] ranks that a parcel serves
+    everyone, self_alone = np.arange(len(mates)), np.flatnonzero(mates == rank)
+    return Routes(
+        rank=rank,
+        num_slots=num_slots,
+        mates=mates,
+        landings=np.array(landings, np.int64),
+        place_of_slot=place_of_slot,
+        edges=np.cumsum([len(of_way) for of_way in slots]),
+        peers_by_node=(np.roll(mates, -int(np.searchsorted(mates, rank))), *others),
+        senders=tuple(landed[rank]),
+        most_guests=max(map(len, landed.values())),
+        served=tuple(everyone if once[node_of_rank[sender], here] else self_alone for sender in landed[rank]),
+        most_served=int(max(between, default=0)) * num_slots,
+        fewest_mates=int(num_mates[num_mates > 0].min()),
+        publishers=publishers,
+        guests=guests,
+    )
+
+
+def landing_of(rank, node_of_rank, node):
+    """Find the rank of another node that lands for all ranks there what this rank sends."""
+    ranks = np.flatnonzero(node_of_rank == node)
+    number = np.searchsorted(np.flatnonzero(node_of_rank == node_of_rank[rank]), rank)
+    return int(ranks[number % len(ranks)])
+
+
+def order_of_nodes(node_of_rank, here):
+    """List the other nodes' ranks, node by node, beginning with the node after this one."""
+    nodes = np.unique(node_of_rank)
+    return [np.flatnonzero(node_of_rank == node) for node in np.roll(nodes, -int(np.searchsorted(nodes, here)))[1:]]
+
+
+def landed_by(rank, node_of_rank, once, others):
+    """List the ranks of other nodes whose parcels a rank lands, in the order of others (lists of ranks)."""
+    here = node_of_rank[rank]
+    return [
+        sender
+        for sender in (sender for ranks in others for sender in ranks.tolist())
+        if not once[node_of_rank[sender], here] or landing_of(sender, node_of_rank, here) == rank
+    ]

@@ -1,0 +1,155 @@
+"""How large everything is that rows pass through: reckoned once, allocated once, and the same at any step."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hpcmoe.comm.pool import RowPool
+from hpcmoe.comm.window import WindowSizes
+from hpcmoe.dispatch.plan import num_trailing_rows
+from hpcmoe.errors import ConfigError
+
+PORTION_BYTES = 2**21  # of the rows that a GEMM takes
+FEW_ROWS = 256  # of a GEMM: with fewer it is slower by the row, and reads its weights for little
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What buffers must hold, and how rows meet in batches."""
+
+    hidden: int  # H
+    dtype: torch.dtype  # of the rows that travel
+    tokens: int  # T, the most that a micro-batch of this rank has
+    top_k: int
+    num_berths: int  # micro-batches in flight
+    num_micro_batches: int
+    expert_rows: int  # rows expected at this rank's experts
+    batch_rows: int  # of a GEMM, about
+    parcel_tokens: int  # B_max, tokens of a message between nodes
+    parcels_sent: int  # by this rank in an exchange, at most; 0: all ranks lie on one node
+    pool_rows: int  # where parcels land, of each micro-batch in flight
+    parcels_at_once: int  # that find room there together, whatever they hold
+    in_order: bool  # the same rows meet in the same batches at every run
+    deterministic: bool  # and the batches are worked on in the same order
+
+    @property
+    def row_bytes(self):
+        """Bytes of one token on the wire."""
+        return self.hidden * self.dtype.itemsize
+
+    @property
+    def parcel_rows(self):
+        """Rows of all messages that a micro-batch sends in one exchange."""
+        if self.parcels_sent == 0:
+            return 0
+        return (
+            self.tokens * self.top_k + num_trailing_rows(self.tokens * self.top_k, self.row_bytes) + self.parcels_sent
+        )
+
+    @property
+    def home_window_rows(self):
+        """Rows of the window that a micro-batch has for its tokens and results, and one that is zero."""
+        return self.tokens + max(self.tokens * self.top_k, self.parcel_rows) + 1
+
+    @property
+    def window_rows(self):
+        """Rows of the window that belong to this rank."""
+        return self.num_berths * (self.home_window_rows + self.pool_rows)
+
+    def window_sizes(self, routes):
+        """What each mate puts into the window -> WindowSizes."""
+        return WindowSizes(
+            rows=self.window_rows,
+            row_bytes=self.row_bytes,
+            num_berths=self.num_berths,
+            num_guests=routes.most_guests,
+            max_parcels=count_parcels(self.tokens, self.parcel_tokens),
+            num_slots=routes.num_places,
+        )
+
+    def buffer_bytes(self, routes):
+        """Memory that messages take on this rank: its share of the window, and what it sends from."""
+        shared = self.window_sizes(routes).num_bytes(len(routes.mates)) // len(routes.mates)
+        return shared + self.num_berths * self.parcel_rows * self.row_bytes
+
+
+def make_pools(sizes, first_row):
+    """Make each berth's pool of rows for landings, behind what homes have from window row first_row on."""
+    begin = first_row + sizes.num_berths * sizes.home_window_rows
+    return [RowPool(begin + berth * sizes.pool_rows, sizes.pool_rows) for berth in range(sizes.num_berths)]
+
+
+def count_parcels(tokens, parcel_tokens):
+    """Parcels into which one way's tokens are cut, at most."""
+    return -(-tokens // max(parcel_tokens, 1))
+
+
+def most_parcels(num_ways, tokens, top_k, parcel_tokens):
+    """Parcels that a rank sends over all its ways, at most: all but the last of each way are full, none is empty."""
+    copies = tokens * top_k
+    return min(num_ways * count_parcels(tokens, parcel_tokens), num_ways + copies // max(parcel_tokens, 1), copies)
+
+
+def rows_of_parcel(tokens, copies_of_token, row_bytes):
+    """Rows that a full parcel takes where it lands: tokens, their copies' numbers, results of the copies."""
+    copies = tokens * copies_of_token
+    return tokens + num_trailing_rows(copies, row_bytes) + copies
+
+
+def fit_parcels(parcel_tokens, expected_rows, most_rows, copies_of_token, row_bytes):
+    """Size a pool and the parcels that land in it: expected_rows where the limit allows.
+
+    -> (tokens of a parcel, rows of the pool, parcels that find room together whatever they hold)
+
+    A parcel must fit whole; where the limit is tight it is made smaller. Raises ConfigError when not one token fits.
+    """
+    while parcel_tokens > 1 and rows_of_parcel(parcel_tokens, copies_of_token, row_bytes) > most_rows:
+        parcel_tokens = -(-parcel_tokens // 2)
+    least = rows_of_parcel(parcel_tokens, copies_of_token, row_bytes)
+    if least > most_rows:
+        raise ConfigError(
+            f"[comm] pool_bytes: a token with its results takes {least} rows of {row_bytes} B where it lands, "
+            f"more than the {most_rows} rows of a micro-batch in flight"
+        )
+    pool_rows = min(max(expected_rows, least), most_rows)
+    at_once = (pool_rows // least + 1) // 2  # with one less there, one of the gaps between them is still large enough
+    return parcel_tokens, pool_rows, at_once
+
+
+def choose_parcel_tokens(bytes_per_second, latency_seconds, row_bytes):
+    """Choose B_max from the links between nodes [nodes, nodes]: latency is at most a tenth of what a message takes.
+
+    At least FEW_ROWS, since rows that land together are worked on together.
+    """
+    in_flight = (bytes_per_second * latency_seconds)[~np.eye(len(bytes_per_second), dtype=bool)]
+    bytes_in_flight = float(in_flight.max()) if in_flight.size else 0.0
+    return max(FEW_ROWS, math.ceil(9 * bytes_in_flight / row_bytes))
+
+
+def choose_gemm_rows(row_bytes):
+    """Choose the rows of a GEMM: its input stays in a core's cache, and its weights are read for many rows."""
+    return max(FEW_ROWS, PORTION_BYTES // row_bytes)
+
+
+def group_peers(routes, sizes):
+    """Part the peers, mates first, into lists whose rows meet in a batch: about batch_rows a slot, or a few nodes'."""
+    enough = min(FEW_ROWS, sizes.batch_rows) * routes.num_slots
+    each = max(sizes.expert_rows / len(routes.publishers), 1e-9)
+    at_once = max(int(sizes.batch_rows * routes.num_slots / each), 1)
+    groups = []
+    for peers in routes.peers_by_node:
+        for first in range(0, len(peers), at_once):
+            piece = peers[first : first + at_once].tolist()
+            if groups and len(groups[-1]) * each < enough:
+                groups[-1].extend(piece)
+            else:
+                groups.append(piece)
+    return groups
+
+
+def round_rows(count):
+    """Round a number of rows up, by 3 % at most: libraries make a kernel, and malloc a hole, for each size they see."""
+    step = 1 << max(count.bit_length() - 6, 0)
+    return -(-count // step) * step

@@ -1,0 +1,108 @@
+"""One MoE layer of hpcmoe, opened as a run opens it: router, plan, dispatch, experts, combine, residual."""
+
+import contextlib
+
+import torch
+from bench.stages import carry, finish
+
+from hpcmoe.cluster.demand import find_loads
+from hpcmoe.cluster.mesh import open_mesh
+from hpcmoe.cluster.topology import read_topology
+from hpcmoe.config import Cluster, Config, Data, Dispatch, Model, Pipeline, Run
+from hpcmoe.errors import on_root
+from hpcmoe.experts.ffn import make_expert_weights
+from hpcmoe.experts.layer import Flight
+from hpcmoe.run.data import find_text
+from hpcmoe.run.job import open_job
+from hpcmoe.write.loads import read_loads
+
+SEQUENCE = 16  # tokens; without attention it matters only that it divides the tokens of a rank
+SEED = 3
+
+
+def make_config(shape):
+    """State a run of this layer alone, its experts laid on the ranks in order -> Config."""
+    return Config(
+        run=Run(mode="train" if shape.training else "infer", threads_per_rank=1, seed=SEED),
+        model=Model(
+            hidden=shape.hidden, feed_forward=shape.feed_forward, num_layers=1, num_experts=shape.experts,
+            top_k=shape.top_k, attention=False, sequence_length=SEQUENCE, dtype=shape.dtype,
+        ),
+        cluster=Cluster(placement="contiguous", seconds_per_token=1e-6),
+        dispatch=Dispatch(load_feedback=0.0),
+        pipeline=Pipeline(micro_batches=1, schedule="serial", deterministic=False),
+        data=Data(batch_sequences=shape.ranks * shape.tokens // SEQUENCE),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def open_layer(comm, shape):
+    """Open the layer of a shape -> Layer. Collective over comm, both ends."""
+    config = make_config(shape)
+    topology = read_topology(comm, config.cluster)
+    split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length))
+    loads = find_loads(config, read_loads)
+    with open_mesh(comm, config.cluster) as mesh, open_job(config, topology, mesh, split, loads) as job:
+        yield Layer(job)
+
+
+def draw_expert(shape, expert):
+    """Draw an expert's matrices as the layer of this shape has them -> dict up [F, H], down [H, F], float32."""
+    return make_expert_weights(make_config(shape), 0, expert, 0, 1)
+
+
+class Bare(torch.nn.Module):
+    """No dense part: tokens come normed, as a user of a layer alone would give them."""
+
+    def forward(self, x):
+        """x [T, H] -> (residual, normed) [T, H]."""
+        return x, x
+
+
+class Layer:
+    """The one layer of a job, called by itself. All its calls are collective."""
+
+    def __init__(self, job):
+        self.layer, self.exchange = job.stepper.network.layers[0], job.stepper.exchange
+        self.layer.dense = Bare()
+        self.load = torch.ones(job.config.model.num_experts)
+
+    @property
+    def router_weight(self):
+        """The gate's matrix. [E, H] float32"""
+        return self.layer.router.weight.detach()
+
+    def forward(self, x):
+        """x [T, H] float32 -> the next layer's x [T, H]."""
+        with torch.no_grad():
+            return self.rise(Flight(0, 0, 0, False), x)
+
+    def train(self, x, slope):
+        """Go up from x [T, H] and down from the loss's slope by the result -> slope by x; weights' gradients add up."""
+        flight = Flight(0, 0, 0, True)
+        with torch.enable_grad():
+            self.rise(flight, x)
+            finish(self.exchange, self.layer.combine_backward(flight, slope))
+            finish(self.exchange, self.layer.compute_backward(flight))
+            finish(self.exchange, self.layer.route_backward(flight, torch.zeros_like(self.load), torch.zeros(())))
+            return flight.output
+
+    def rise(self, flight, x):
+        """Take the four stages of the way up."""
+        self.layer.route(flight, x, self.load)
+        finish(self.exchange, self.layer.dispatch(flight))
+        finish(self.exchange, self.layer.compute(flight))
+        finish(self.exchange, self.layer.combine(flight))
+        return flight.output
+
+    def route(self, x):
+        """Choose experts for x [T, H] -> what `carry` takes."""
+        flight = Flight(0, 0, 0, False)
+        with torch.no_grad():
+            self.layer.route(flight, x, self.load)
+        return flight
+
+    def carry(self, flight):
+        """Dispatch and combine: rows reach their experts, who do nothing, and come home."""
+        with torch.no_grad():
+            carry(self.layer, flight)

@@ -1,0 +1,144 @@
+"""What the overlap bench runs on every rank: steps whole, without work, and the work alone, into a JSON file."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+import torch
+from bench.overlap import LANES, WAYS
+from mpi4py import MPI
+from torch import nn
+
+from hpcmoe.cluster.demand import find_loads
+from hpcmoe.cluster.mesh import open_mesh
+from hpcmoe.cluster.topology import host_name, read_topology
+from hpcmoe.comm.mpi import all_reduce
+from hpcmoe.config import Cluster, Comm, Config, Data, Dispatch, Model, Pipeline, Run
+from hpcmoe.errors import exit_with, on_root
+from hpcmoe.run.balance import even_load
+from hpcmoe.run.data import draw_starts, find_text
+from hpcmoe.run.job import open_job
+from hpcmoe.wait import barrier
+from hpcmoe.write.loads import read_loads
+
+CONFIG = Config(
+    run=Run(mode="infer", threads_per_rank=1),
+    model=Model(
+        hidden=512, feed_forward=8192, num_layers=2, num_experts=4, top_k=2, attention=False, sequence_length=64
+    ),
+    cluster=Cluster(
+        rack_of_node=("left", "left", "right", "right"), measure_seconds=4.0, placement="contiguous",
+        seconds_per_token=1e-6,
+    ),
+    comm=Comm(once_per_node="off"),
+    dispatch=Dispatch(load_feedback=0.0),
+    pipeline=Pipeline(micro_batches=8, deterministic=False),
+    data=Data(batch_sequences=256),
+)  # fmt: skip
+
+
+class Recorder(nn.Module):
+    """An expert that works, and remembers on how many rows."""
+
+    def __init__(self, expert, log):
+        super().__init__()
+        self.expert, self.log = expert, log
+
+    def forward(self, x):
+        """x [n, H] -> y [n, H]."""
+        self.log.append((self.expert, len(x)))
+        return self.expert(x)
+
+
+def main(path, what, rounds):
+    """Measure and write path on rank 0. Collective over all ranks."""
+    comm = MPI.COMM_WORLD
+    topology = read_topology(comm, CONFIG.cluster)
+    split = on_root(comm, lambda: find_text(CONFIG.data, CONFIG.model.sequence_length))
+    with open_mesh(comm, CONFIG.cluster) as mesh, contextlib.ExitStack() as stack:
+        jobs = {}
+        for name, config in (make_schedules() if what == "schedules" else make_ways()).items():
+            loads = find_loads(config, read_loads)
+            jobs[name] = stack.enter_context(open_job(config, topology, mesh, split, loads))
+        figures = measure(jobs, comm, rounds, apart=what == "schedules")
+        if comm.rank == 0:
+            pathlib.Path(path).write_text(json.dumps(figures))
+
+
+def make_schedules():
+    """Vary the order of work -> dict name: Config."""
+    configs = {}
+    for name in LANES:
+        kind, _, in_flight = name.partition(" ")
+        pipeline = dataclasses.replace(CONFIG.pipeline, schedule=kind, in_flight=int(in_flight or 1))
+        configs[name] = dataclasses.replace(CONFIG, pipeline=pipeline)
+    return configs
+
+
+def make_ways():
+    """Vary how a token goes to another node -> dict name: Config."""
+    model = dataclasses.replace(CONFIG.model, feed_forward=512, num_experts=16, top_k=4)
+    pipeline = dataclasses.replace(CONFIG.pipeline, schedule="arrival", in_flight=4)
+    configs = {}
+    for name in WAYS:
+        comm = dataclasses.replace(CONFIG.comm, once_per_node=name)
+        configs[name] = dataclasses.replace(CONFIG, model=model, pipeline=pipeline, comm=comm)
+    return configs
+
+
+def measure(jobs, comm, rounds, apart):
+    """Take turns with the jobs, and with the parts of each -> {name: {part: seconds of each round}}."""
+    figures = {name: {"whole": [], "transfers": [], "work": []} for name in jobs}
+    for number in range(rounds + 1):
+        for name, job in jobs.items():
+            log = []
+            seconds = {"whole": clock(comm, lambda job=job, log=log: step(job, lambda e: Recorder(e, log)))}
+            rows = job.stepper.exchange.take_traffic().rows.sum(axis=0)
+            if apart:
+                seconds["transfers"] = clock(comm, lambda job=job: step(job, lambda e: nn.Identity()))
+                seconds["work"] = clock(comm, lambda log=log: repeat(log))
+            for part, taken in seconds.items():
+                if number > 0:  # the first warms up
+                    figures[name][part].append(taken)
+            elsewhere = job.topology.node_of_rank != job.topology.node_of_rank[comm.rank]
+            figures[name]["rows_between_nodes"] = int(all_reduce(comm, np.array([rows[elsewhere].sum()]))[0])
+    return figures
+
+
+def step(job, stand_in):
+    """Run one batch forward, another module standing in for each expert."""
+    network, model = job.stepper.network, job.config.model
+    experts = [layer.experts.replicas for layer in network.layers]
+    for layer in network.layers:
+        layer.experts.replicas = nn.ModuleList(stand_in(expert) for expert in layer.experts.replicas)
+    starts = draw_starts(len(job.training), job.config.data.batch_sequences, model.sequence_length, 0, 1)
+    job.stepper.run(job.training, starts, even_load(model.num_layers, model.num_experts), "infer")
+    for layer, replicas in zip(network.layers, experts, strict=True):
+        layer.experts.replicas = replicas
+
+
+def repeat(log):
+    """Do an experts' log of work again, without anything around it."""
+    x = torch.randn(max((rows for _, rows in log), default=1), CONFIG.model.hidden)
+    for expert, rows in log:
+        expert(x[:rows])
+
+
+def clock(comm, call):
+    """Call on all ranks -> seconds until the last is done. Collective over comm."""
+    barrier(comm)
+    begin = time.perf_counter()
+    call()
+    barrier(comm)
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    except Exception as fault:
+        exit_with(MPI.COMM_WORLD, fault, host_name())

@@ -1,0 +1,162 @@
+"""Slow and silent ranks corrupt nothing: random hesitation everywhere, over hundreds of seeds, with hardly any room."""
+
+import random
+import time
+
+import pytest
+import torch
+from journeys import check_all_is_given_back, check_backward, check_forward, go, make_journey, travel_both_ways
+from small import open_small_exchange
+
+from hpcmoe.comm.transport import Ticket
+from hpcmoe.dispatch.arrivals import Arrivals
+from hpcmoe.dispatch.sizes import fit_parcels
+
+HIDDEN, TOP_K, SLOTS, TOKENS, PARCEL_TOKENS, SEEDS = 4, 3, 2, 8, 2, 14
+SHAPES = [(1, False), (2, False), (2, True), (3, True), (4, False)]  # nodes, once
+MODES = {"deterministic": (True, True), "in order": (True, False), "by arrival": (False, False)}
+
+
+class Dawdler:
+    """Decides by seed when to do nothing, and when to do something late."""
+
+    def __init__(self):
+        self.begin(0, 0)
+
+    def begin(self, rank, seed):
+        """Take on another rhythm: some ranks are mostly silent, some never."""
+        self.random = random.Random(f"{rank} {seed}")
+        self.idle, self.late = self.random.choice([0.0, 0.2, 0.6]), self.random.choice([0.0, 0.01, 0.05])
+
+    def hesitate(self):
+        """Whether to let an occasion pass."""
+        return self.random.random() < self.idle
+
+    def sleep(self):
+        """Be late, now and then."""
+        if self.random.random() < self.late:
+            time.sleep(self.random.choice([0, 1e-5, 1e-4, 5e-4]))
+
+
+def make_all_dawdle(exchange, dawdler, monkeypatch):
+    """Have progress, sight and every word on the board come late; messages hesitate in the transport."""
+    poke, look, sync = exchange.poke, Arrivals.look, exchange.window.sync
+    monkeypatch.setattr(Arrivals, "look", lambda self: [] if dawdler.hesitate() else look(self))
+    monkeypatch.setattr(exchange, "poke", lambda: not dawdler.hesitate() and poke())
+    monkeypatch.setattr(exchange.window, "sync", lambda: (dawdler.sleep(), sync(), dawdler.sleep()))
+    late = LateSends(exchange.transport, dawdler)
+    monkeypatch.setattr(exchange.transport, "send_rows", late.send_rows)
+    monkeypatch.setattr(exchange.transport, "poke", late.poke)
+
+
+class LateSends:
+    """Reads the rows of a message late, as MPI does with long ones: whoever writes them too early spoils them."""
+
+    def __init__(self, transport, dawdler):
+        self.dawdler, self.send, self.progress = dawdler, transport.send_rows, transport.poke
+        self.waiting, self.under_way = [], []
+
+    def send_rows(self, rows, peer, tag):
+        """Note the message down."""
+        ticket = Ticket()
+        self.waiting.append((rows, peer, tag, ticket))
+        return ticket
+
+    def poke(self):
+        """Send what was noted down, in order, when it is time."""
+        while self.waiting and not self.dawdler.hesitate():
+            *message, ticket = self.waiting.pop(0)
+            self.under_way.append((self.send(*message), ticket))
+        moved = self.progress()
+        for sent, ticket in self.under_way:
+            ticket.done = sent.done
+        self.under_way = [entry for entry in self.under_way if not entry[1].done]
+        return moved
+
+
+def fit(shape, room):
+    """The smallest pool, or one in which a parcel may lie in another's way."""
+    served = SLOTS * (2 if shape[1] else 1)  # of a node of two ranks at least
+    wanted = (PARCEL_TOKENS, 30 * room, 30 * room + 25, min(TOP_K, served), 4 * HIDDEN)
+    tokens, rows, at_once = fit_parcels(*wanted)
+    assert tokens == PARCEL_TOKENS
+    return {"parcel_tokens": tokens, "pool_rows": rows, "parcels_at_once": at_once}
+
+
+def slowly(way, dawdler):
+    """Sleep between the pieces of a way."""
+    for _ in way:
+        dawdler.sleep()
+        yield
+
+
+def run(exchange, dawdler, seed, **how):
+    """Two micro-batches there and back, one of them full, at this seed's pace -> the journeys."""
+    dawdler.begin(exchange.routes.rank, f"{seed} {how.pop('again', 0)}")
+    shares = random.Random(seed)
+    counts = [TOKENS, shares.randrange(TOKENS + 1) * (exchange.routes.rank != seed % 3)]
+    favourite = shares.choice([None, None, shares.randrange(len(exchange.routes.place_of_slot))])
+    how |= {"favourite": favourite, "kept_share": shares.choice([0.2, 0.9, 1.0])}
+    journeys = [make_journey(exchange, count, seed, berth, **how) for berth, count in enumerate(counts)]
+    ways = [travel_both_ways(exchange, journey) for journey in journeys]
+    shares = random.Random(f"{exchange.routes.rank} {seed}")  # from here on ranks differ
+    go(exchange, *(slowly(way, dawdler) for way in shares.sample(ways, 2)))
+    return journeys
+
+
+@pytest.fixture(params=[(shape, mode) for shape in SHAPES for mode in MODES],
+                ids=lambda p: f"{p[0][0]} nodes{', once' * p[0][1]}, {p[1]}")  # fmt: skip
+def slow(comm, request, monkeypatch):
+    """Open an exchange in which everything dawdles -> (exchange, dawdler, mode)."""
+    shape, mode = request.param
+    if shape[0] > comm.size:
+        pytest.skip(f"needs {shape[0]} ranks")
+    in_order, deterministic = MODES[mode]
+    dawdler, room = Dawdler(), list(MODES).index(mode)
+    with open_small_exchange(
+        comm, HIDDEN, num_nodes=shape[0], once=shape[1], hesitate=lambda: dawdler.hesitate(), slots=SLOTS, top_k=TOP_K,
+        tokens=TOKENS, num_berths=2, batch_rows=9, expert_rows=40, in_order=in_order, deterministic=deterministic,
+        **fit(shape, room),
+    ) as exchange:  # fmt: skip
+        make_all_dawdle(exchange, dawdler, monkeypatch)
+        yield exchange, dawdler, mode
+
+
+@pytest.mark.mpi
+def test_delays_change_nothing(slow):
+    exchange, dawdler, _ = slow
+    for seed in range(SEEDS):
+        for journey in run(exchange, dawdler, seed):
+            check_forward(exchange, journey)
+            check_backward(exchange, journey)
+        check_all_is_given_back(exchange)
+
+
+@pytest.mark.mpi
+def test_delays_change_the_order_of_work_only_where_they_may(slow):
+    """With deterministic work every sum is the same bit for bit; else the same rows still meet in the same batches."""
+    exchange, dawdler, mode = slow
+    for seed in range(SEEDS // 3):
+        first, second = (run(exchange, dawdler, seed, whole=False, again=again) for again in range(2))
+        for one, other in zip(first, second, strict=True):
+            if mode == "deterministic":
+                assert batches_of(one) == batches_of(other) and one.backward_order == other.backward_order
+                assert sums_of(one) == sums_of(other)
+            if mode != "by arrival":
+                assert sorted(batches_of(one)) == sorted(batches_of(other))
+            assert torch.allclose(one.output, other.output, atol=1e-5)
+            if exchange.routes.most_served == 0 or mode != "by arrival":
+                assert torch.equal(one.output, other.output) and torch.equal(one.x_slope, other.x_slope)
+
+
+def batches_of(journey):
+    """What met in each batch, in order."""
+    return [(batch.slips, batch.slip_of_row.tolist(), batch.offset_of_row.tolist()) for batch in journey.batches]
+
+
+def sums_of(journey):
+    """The gradients' sums by slot, added up in the order of the work."""
+    total = {}
+    for slot, slope in journey.weight_slopes:
+        total[slot] = slope + total.get(slot, 0)
+    return {slot: slope.tolist() for slot, slope in total.items()}

@@ -1,0 +1,151 @@
+"""Buffers hold what can come, fit what they may take, and stay bounded as ranks grow."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small import make_config, make_sizes, make_topology
+
+from hpcmoe.comm.pool import RowPool
+from hpcmoe.dispatch.plan import make_plan
+from hpcmoe.dispatch.routes import make_routes
+from hpcmoe.dispatch.sizes import (
+    FEW_ROWS,
+    choose_parcel_tokens,
+    fit_parcels,
+    group_peers,
+    make_pools,
+    round_rows,
+    rows_of_parcel,
+)
+from hpcmoe.errors import ConfigError
+from hpcmoe.run.ways import reckon_sizes
+
+
+@given(st.integers(1, 500), st.integers(0, 3000), st.integers(1, 4000), st.integers(1, 8), st.integers(8, 4096))
+def test_a_pool_stays_in_its_limit_and_holds_a_full_parcel(wanted, expected, most, copies, row_bytes):
+    try:
+        tokens, rows, at_once = fit_parcels(wanted, expected, most, copies, row_bytes)
+    except ConfigError as refused:
+        assert rows_of_parcel(1, copies, row_bytes) > most
+        assert "\n" not in str(refused) and f"more than the {most} rows" in str(refused)
+        return
+    least = rows_of_parcel(tokens, copies, row_bytes)
+    assert 1 <= tokens <= wanted and least <= rows <= most and at_once >= 1
+    assert rows == max(min(expected, most), least)
+    if tokens < wanted:  # it was cut because twice as many would not fit
+        assert rows_of_parcel(min(2 * tokens, wanted), copies, row_bytes) > most
+
+
+@given(st.integers(1, 12), st.integers(0, 150), st.integers(1, 4), st.randoms())
+def test_so_many_parcels_find_room_together_whatever_lies_there(tokens, expected, copies, random):
+    """They come and go in order, and each is smaller than a full one or as large; at_once of them are always there."""
+    tokens, rows, at_once = fit_parcels(tokens, expected, 10**6, copies, 16)
+    pool, held, full = RowPool(0, rows), [], rows_of_parcel(tokens, copies, 16)
+    for _ in range(100):
+        wish = random.choice([full, random.randint(1, full)])
+        while len(held) >= at_once:
+            pool.give_back(*held.pop(random.randrange(len(held))))
+        first = pool.take(wish)
+        assert first is not None
+        held.append((first, wish))
+
+
+def test_a_token_that_does_not_fit_is_refused_with_the_arithmetic():
+    with pytest.raises(ConfigError, match=r"^\[comm\] pool_bytes: a token with its results takes 6 rows of 16 B"):
+        fit_parcels(100, 50, 5, 3, 16)
+
+
+def test_messages_are_long_enough_for_their_links():
+    slow = np.array([[9e9, 2e8], [1e8, 9e9]]), np.array([[1e-3, 1e-3], [2e-3, 1e-3]])
+    assert choose_parcel_tokens(*slow, 1000) == 9 * 2e8 * 1e-3 / 1000
+    assert choose_parcel_tokens(*slow, 10**6) == FEW_ROWS
+    assert choose_parcel_tokens(np.full((1, 1), 1e9), np.full((1, 1), 1.0), 8) == FEW_ROWS
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5000), st.integers(1, 600), st.data())
+def test_every_peer_is_in_one_group_and_groups_are_neither_small_nor_needlessly_large(
+    num_nodes, mates, expert_rows, batch_rows, data
+):
+    node_of_rank = np.repeat(np.arange(num_nodes), mates)
+    rank = data.draw(st.integers(0, len(node_of_rank) - 1))
+    routes = make_routes(node_of_rank, rank, 1, np.zeros((num_nodes, num_nodes), bool))
+    groups = group_peers(routes, SimpleNamespace(expert_rows=expert_rows, batch_rows=batch_rows))
+    assert sum(groups, []) == np.concatenate(routes.peers_by_node).tolist()
+    each, enough = expert_rows / len(node_of_rank), min(FEW_ROWS, batch_rows)
+    for group in groups[:-1]:
+        assert len(group) * each >= enough
+    for group in groups:  # what was enough was not added to
+        assert (len(group) - 1) * each < enough + batch_rows
+
+
+@given(st.integers(0, 10**6))
+def test_numbers_of_rows_are_rounded_up_to_a_few_sizes(count):
+    rounded = round_rows(count)
+    assert count <= rounded <= 1.04 * count and round_rows(rounded) == rounded
+    assert len({round_rows(n) for n in range(1, 5000)}) < 350
+
+
+@given(st.integers(1, 20), st.integers(1, 3), st.integers(1, 6), st.booleans(), st.integers(0, 99))
+def test_no_plan_needs_more_rows_than_its_berth_has(tokens, top_k, parcel_tokens, once, seed):
+    routes = make_routes([0, 0, 1, 1, 2], seed % 5, 1, np.full((3, 3), once))
+    sizes = make_sizes(routes, hidden=3, tokens=tokens, top_k=top_k, parcel_tokens=parcel_tokens, num_berths=2)
+    random = np.random.default_rng(seed)
+    slots = random.permuted(np.tile(np.arange(5), (tokens, 1)), axis=1)[:, :top_k]
+    plan = make_plan(slots, np.ones_like(slots, bool), routes, parcel_tokens, sizes.row_bytes)
+    assert plan.num_rows - len(plan.copies) <= sizes.parcel_rows
+    assert tokens + plan.num_rows + 1 <= sizes.home_window_rows  # and one that is zero
+    assert len(plan.parcels) <= sizes.parcels_sent
+    pools = make_pools(sizes, 1000)
+    assert [pool.runs for pool in pools] == [
+        [(1000 + 2 * sizes.home_window_rows + berth * sizes.pool_rows, sizes.pool_rows)] for berth in range(2)
+    ]
+    assert 1000 + sizes.window_rows == pools[1].runs[0][0] + sizes.pool_rows
+
+
+def reckon(num_ranks, top_k, once, **changes):
+    """Sizes and Routes of a rank among many, eight a node: twice 4096 tokens of 4096 bfloat16 in flight."""
+    node_of_rank, num_nodes = np.arange(num_ranks) // 8, num_ranks // 8
+    routes = make_routes(node_of_rank, 11, 1, np.full((num_nodes, num_nodes), once))
+    config = make_config(
+        model__hidden=4096, model__dtype="bfloat16", model__num_experts=num_ranks, model__top_k=top_k,
+        model__sequence_length=4096, data__batch_sequences=2 * num_ranks, pipeline__micro_batches=2,
+        comm__buffer_factor=1.5, **changes,
+    )  # fmt: skip
+    mesh = SimpleNamespace(
+        expert_parallel=num_ranks, num_token_shares=num_ranks, tensor_parallel=1, data_parallel=1
+    )  # fmt: skip
+    return reckon_sizes(config, make_topology(num_ranks, num_nodes), mesh, routes), routes
+
+
+@pytest.mark.parametrize("once", [True, False])
+@pytest.mark.parametrize("top_k", [2, 4, 8])
+def test_at_4096_ranks_on_512_nodes_buffers_are_little_larger_than_at_1024(top_k, once):
+    """Rows and pool do not grow with the ranks but for the last, part-filled parcel to each, and the board's words."""
+    figures = {}
+    for num_ranks in (1024, 4096):
+        sizes, routes = reckon(num_ranks, top_k, once)
+        window = sizes.window_sizes(routes)
+        board = (window.num_bytes(8) - 8 * sizes.window_rows * (sizes.row_bytes + 12)) / 8
+        figures[num_ranks] = sizes.buffer_bytes(routes) / 1e6, board / 1e6
+        assert sizes.num_berths * sizes.pool_rows * sizes.row_bytes <= 1_000_000_000
+    said = ", ".join(
+        f"{ranks} ranks: {all_:.0f} MB each, the board {board:.1f}" for ranks, (all_, board) in figures.items()
+    )
+    print(f"top {top_k}{', once a node' * once}: {said}")
+    own = 2 * 4096 * (1 + 2 * top_k) * 8192 / 1e6  # tokens, results and what is sent
+    pool = min(1000.0, 1.5 * 2 * 2 * 4096 * top_k * 8192 / 1e6)
+    assert figures[4096][0] <= 1.3 * (own + pool) + 100, said
+    assert figures[4096][0] <= 1.3 * figures[1024][0], said
+    assert figures[4096][1] <= 40, said
+
+
+@pytest.mark.parametrize("pool_bytes", [2_000_000, 50_000_000])
+def test_the_pool_obeys_its_key_however_many_rows_are_expected(pool_bytes):
+    sizes, _ = reckon(64, 8, False, comm__pool_bytes=pool_bytes)
+    assert 0.5 * pool_bytes <= sizes.num_berths * sizes.pool_rows * sizes.row_bytes <= pool_bytes
+    assert sizes.parcel_tokens < 256 or pool_bytes > 10**7
+    assert sizes.dtype == torch.bfloat16 and sizes.row_bytes == 8192
