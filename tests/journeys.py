@@ -130,12 +130,13 @@ def go(exchange, *ways):
     ways = list(ways)
     while ways or not exchange.is_idle:
         assert time.monotonic() < deadline, "stuck"
+        news = exchange.count_news()
         moved = exchange.poke()
         ways = [way for way in ways if next(way, way) is not way]
         if moved:
             patience.reset()
         else:
-            exchange.wait_for_news(patience)
+            exchange.wait_for_news(patience, news)
 
 
 def check_forward(exchange, journey):

@@ -6,7 +6,7 @@ from mpi4py import MPI
 
 from hpcmoe.comm.progress import open_progress_thread
 from hpcmoe.comm.transport import Ticket
-from hpcmoe.wait import wait_all
+from hpcmoe.wait import barrier, wait_all
 
 
 @contextlib.contextmanager
@@ -15,13 +15,16 @@ def open_mpi_transport(comm, row_bytes, hesitate=None):
 
     hesitate, for tests: a call before each poke; while it returns true, nothing progresses.
     """
+    barrier(comm)
+    own = comm.Dup()  # nobody else's messages are in it
     row_type = MPI.BYTE.Create_contiguous(row_bytes).Commit()
-    transport = MpiTransport(comm, row_type, hesitate)
+    transport = MpiTransport(own, row_type, hesitate)
     try:
-        with open_progress_thread(comm, lambda: bool(transport.requests)):
+        with open_progress_thread(own, lambda: bool(transport.requests)):
             yield transport
     finally:
         row_type.Free()
+    own.Free()
 
 
 class MpiTransport:

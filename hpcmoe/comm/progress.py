@@ -10,25 +10,26 @@ import threading
 from mpi4py import MPI
 
 PERIOD_SECONDS = 1e-3
-NO_TAG = 0  # of a communicator on which nothing is ever sent
 
 
 @contextlib.contextmanager
 def open_progress_thread(comm, is_busy):
-    """Keep MPI going within the with-block, while is_busy(). Collective over comm, both ends.
+    """Keep MPI going within the with-block, while is_busy().
 
     Without MPI's leave to call it from several threads there is no thread.
     """
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         yield
         return
-    silent, over = comm.Dup(), threading.Event()
+    over = threading.Event()
+
+    last_tag = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
 
     def work():
-        """Ask for a message that never comes: what MPI does on the way is the point."""
+        """Ask for some message: what MPI does on the way is the point."""
         while not over.wait(PERIOD_SECONDS):
             if is_busy():
-                silent.Iprobe(MPI.ANY_SOURCE, NO_TAG)
+                comm.Iprobe(MPI.ANY_SOURCE, last_tag)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -37,4 +38,3 @@ def open_progress_thread(comm, is_busy):
     finally:
         over.set()
         thread.join()
-    silent.Free()

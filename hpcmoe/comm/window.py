@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from hpcmoe.errors import ClusterError, on_all
+from hpcmoe.errors import ClusterError
 from hpcmoe.wait import barrier
 
 SHARED_MEMORY = "/dev/shm"  # where MPIs on Linux keep it
@@ -128,15 +128,11 @@ def make_private_window(sizes):
 
 @contextlib.contextmanager
 def open_window(comm, sizes):
-    """Share a window among the ranks of comm, which all lie on one node -> Window. Collective over comm, both ends.
-
-    Raises ClusterError, before any memory is touched, when the node has not so much to share.
-    """
+    """Share a window among the ranks of comm, which all lie on one node -> Window. Collective over comm, both ends."""
     if comm.size == 1:
         yield make_private_window(sizes)
         return
     num_bytes = sizes.num_bytes(comm.size)
-    on_all(comm, lambda: check_shared_memory(num_bytes, comm.size))
 
     # All of it belongs to the first rank, so that it is one range; each page goes to the core that touches it first.
     barrier(comm)
@@ -154,16 +150,16 @@ def open_window(comm, sizes):
     shared.Free()
 
 
-def check_shared_memory(num_bytes, num_ranks):
-    """Raise ClusterError when the node's shared memory is too small for a window: touching it would kill the rank."""
+def check_shared_memory(num_bytes):
+    """Raise ClusterError when the node's shared memory is too small: touching more of it would kill the rank."""
     if not os.path.isdir(SHARED_MEMORY):
         return
     state = os.statvfs(SHARED_MEMORY)
     free = state.f_bavail * state.f_frsize
     if num_bytes > free:
         raise ClusterError(
-            f"{SHARED_MEMORY}: {free / 1e6:.0f} MB free, and the {num_ranks} ranks of this node share "
-            f"{num_bytes / 1e6:.0f} MB; enlarge it, or set [comm] shared_memory = false"
+            f"{SHARED_MEMORY}: {free / 1e6:.0f} MB free, and the ranks of a node share {num_bytes / 1e6:.0f} MB; "
+            "enlarge it, or set [comm] shared_memory = false"
         )
 
 

@@ -97,8 +97,12 @@ class Arrivals:
         At most at_once parcels that one rank lands are in a list, since no more need have room there together; and all
         mates cut the same lists.
         """
-        run, landed = [], Counter()
+        run, landed, once = [], Counter(), None
         for peer in peers:
+            if once not in (None, self.routes.once[peer]):  # mates do not all see the parcels that serve one of them
+                yield run
+                run, landed = [], Counter()
+            once = self.routes.once[peer]
             number, num_slips = 0, 1
             while number < num_slips:
                 slip = self.slip_of(peer, number)

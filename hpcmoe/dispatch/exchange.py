@@ -75,9 +75,12 @@ class Exchange:
         self.landings = [landing for landing in self.landings if not landing.is_over]
         return moved
 
-    def wait_for_news(self, patience):
-        """Pause, a few times at most, until a message has moved or a mate has told something."""
-        before = self.window.count_news()
+    def count_news(self):
+        """Count how often any mate has told anything."""
+        return self.window.count_news()
+
+    def wait_for_news(self, patience, before):
+        """Pause, a few times at most, until a message has moved or a mate has told more than `before`."""
         for _ in range(PAUSES):
             patience.pause()
             if self.transport.poke() or self.window.count_news() != before:
@@ -229,7 +232,7 @@ class Exchange:
         m is n or a little more: a few different sizes of GEMM serve all. What is too much has the number 0.
         """
         window, num_rows = self.window, round_rows(len(results))
-        sources, numbers = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.float32)
+        sources, numbers = np.full(num_rows, self.berths[0].zero), np.zeros(num_rows, np.float32)
         sources[: len(results)], numbers[: len(results)] = window.sources[results], window.numbers[results]
         rows = self.device.take(window.table(self.sizes.dtype), torch.from_numpy(sources))
         return rows, torch.from_numpy(numbers).to(self.device.torch_device)

@@ -27,6 +27,7 @@ class Routes:
     fewest_mates: int  # ranks of the smallest node
     served: tuple  # for each of them the numbers of the mates that it serves
     publishers: np.ndarray  # [P] int64, the mate on whose board each peer's rows are announced to this rank
+    once: np.ndarray  # [P] bool, whether a peer's tokens come to this node once for all mates
     guests: np.ndarray  # [P] int64, the peer's number among those that the publisher lands; -1: a mate's own rows
 
     @property
@@ -85,6 +86,7 @@ def make_routes(node_of_rank, rank, num_slots, once):
         most_served=int(max(between, default=0)) * num_slots,
         fewest_mates=int(num_mates[num_mates > 0].min()),
         publishers=publishers,
+        once=once[node_of_rank, here],
         guests=guests,
     )
 

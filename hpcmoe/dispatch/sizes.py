@@ -110,8 +110,8 @@ def fit_parcels(parcel_tokens, expected_rows, most_rows, copies_of_token, row_by
     least = rows_of_parcel(parcel_tokens, copies_of_token, row_bytes)
     if least > most_rows:
         raise ConfigError(
-            f"[comm] pool_bytes: a token with its results takes {least} rows of {row_bytes} B where it lands, "
-            f"more than the {most_rows} rows of a micro-batch in flight"
+            f"[comm] pool_bytes: has {most_rows} rows of {row_bytes} B for each micro-batch in flight, "
+            f"and a token with its results takes {least} where it lands"
         )
     pool_rows = min(max(expected_rows, least), most_rows)
     at_once = (pool_rows // least + 1) // 2  # with one less there, one of the gaps between them is still large enough

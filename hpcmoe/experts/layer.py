@@ -59,14 +59,16 @@ class MoELayer(nn.Module):
                 yield False
                 continue
             places, kept = exchange.rows_of(flight, batch), []
-            for part, slots in batch.portions(exchange.sizes.batch_rows):
+            for number, (part, slots) in enumerate(batch.portions(exchange.sizes.batch_rows)):
+                if number > 0:
+                    yield True
                 rows, _ = exchange.take(places[part])
                 exchange.lay(self.work(slots, rows, kept if flight.training else None), places[part])
-                yield True
-            exchange.finish(flight, batch)
+            exchange.finish(flight, batch)  # before anything else is done: the homes wait for it
             if flight.training:
                 flight.batches.append(batch)
                 flight.kept.append(kept)
+            yield True
 
     def work(self, slots, rows, kept):
         """Let the experts in some slots work on rows [m, H] grouped by slot -> results [m, H].
@@ -112,11 +114,13 @@ class MoELayer(nn.Module):
             batch, kept = flight.batches[number], flight.kept[number][::-1]
             places = exchange.rows_of(flight, batch)
             flight.kept[number] = None
-            for part, slots in batch.portions(exchange.sizes.batch_rows):
+            for portion, (part, slots) in enumerate(batch.portions(exchange.sizes.batch_rows)):
+                if portion > 0:
+                    yield True
                 by_input, by_gate = self.work_back(slots, *exchange.take(places[part]), kept)
                 exchange.lay(by_input, places[part], by_gate)
-                yield True
             exchange.finish(flight, batch)
+            yield True
         flight.batches, flight.kept = [], []
 
     def work_back(self, slots, slopes, gates, kept):

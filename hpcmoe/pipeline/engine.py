@@ -75,17 +75,19 @@ class Engine:
         """Take all lanes to their ends: first those that send and fetch, then one piece of an expert's work."""
         patience = Patience()
         while lanes := [lane for lane in lanes if lane.op is not None]:
+            news = self.exchange.count_news()  # before anything is looked at
             moved = self.exchange.poke()
             for lane in sorted(lanes, key=is_heavy):
-                if lane.op is not None and self.step(lane):
+                heavy = is_heavy(lane)
+                if self.step(lane):
                     moved = True
-                    if is_heavy(lane):
+                    if heavy:
                         break
             if moved:
                 patience.reset()
             else:
                 with self.clock.stage(WAITS[lanes[0].op.stage]):
-                    self.exchange.wait_for_news(patience)
+                    self.exchange.wait_for_news(patience, news)
 
     def step(self, lane):
         """Do the next piece of a lane -> whether there was one."""
@@ -97,10 +99,11 @@ class Engine:
         patience = Patience()
         with self.clock.stage("waiting"):
             while not self.exchange.is_idle:
+                news = self.exchange.count_news()
                 if self.exchange.poke():
                     patience.reset()
                 else:
-                    self.exchange.wait_for_news(patience)
+                    self.exchange.wait_for_news(patience, news)
 
     def do(self, op, training, observe):
         """Do one op, piece by piece."""

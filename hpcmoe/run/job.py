@@ -13,7 +13,7 @@ from hpcmoe.comm.device import open_device
 from hpcmoe.comm.heap import keep_heap
 from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.transport import Loopback
-from hpcmoe.comm.window import open_window
+from hpcmoe.comm.window import check_shared_memory, open_window
 from hpcmoe.config import Config
 from hpcmoe.dispatch.exchange import Exchange
 from hpcmoe.errors import keep_on_root, on_all, on_root
@@ -62,8 +62,10 @@ def open_job(config, topology, mesh, split, loads):
     # Reckon what a rank needs besides experts, and place these in the rest of the memory.
     slots = slots_for(config.model.num_experts, mesh.expert_parallel, config.cluster.spare_slots_per_rank)
     routes = find_routes(config, topology, mesh, slots)
-    sizes = reckon_sizes(config, topology, mesh, routes)
-    memory = reckon_memory(config, mesh.tensor_parallel, slots, sizes, sizes.buffer_bytes(routes))
+    sizes = on_all(world, lambda: reckon_sizes(config, topology, mesh, routes))
+    check_windows(world, topology, sizes, routes)
+    buffer_bytes = max(gather_to_all(world, sizes.buffer_bytes(routes)))
+    memory = reckon_memory(config, mesh.tensor_parallel, slots, sizes, buffer_bytes)
     room = find_room(config, topology, world, memory, device)
     pace = find_pace(config, mesh, sizes.expert_rows // slots, device)
     problem = keep_on_root(world, lambda: make_problem(config, topology, mesh, room, memory.per_expert, (loads, pace)))
@@ -85,6 +87,15 @@ def open_job(config, topology, mesh, split, loads):
             training=Text(split.training),
             validation=Text(split.validation),
         )
+
+
+def check_windows(world, topology, sizes, routes):
+    """Raise ClusterError when all windows on a node exceed its shared memory. Collective over world."""
+    node = int(topology.node_of_rank[world.rank])
+    shares = len(routes.mates) > 1 and routes.mate == 0  # the first of some mates speaks for them
+    own = sizes.window_sizes(routes).num_bytes(len(routes.mates)) if shares else 0
+    everyone = gather_to_all(world, (node, own))
+    on_all(world, lambda: check_shared_memory(sum(num_bytes for other, num_bytes in everyone if other == node)))
 
 
 def find_room(config, topology, world, memory, device):

@@ -13,12 +13,28 @@ SLOWER = 2.0  # times slower than a node's own memory: then a link is worth sums
 
 
 def find_routes(config, topology, mesh, slots):
-    """Find the ways of this rank's rows -> Routes. Collective over mesh.ep."""
-    node_of_rank = np.array(gather_to_all(mesh.ep, int(topology.node_of_rank[mesh.world.rank])))
+    """Find the ways of this rank's rows -> Routes. Collective over mesh.ep and mesh.tp.
+
+    The ranks of a tensor-parallel group must meet the same rows in the same batches: mates are only those that share a
+    node in every one of its expert-parallel groups.
+    """
+    nodes = np.array(gather_to_all(mesh.ep, int(topology.node_of_rank[mesh.world.rank])))  # [P]
+    once = choose_once(config, topology, nodes)[np.ix_(nodes, nodes)]  # [P, P]
     if not config.comm.shared_memory:  # each rank is a node of its own
-        once = np.zeros((mesh.ep.size, mesh.ep.size), bool)
-        return make_routes(np.arange(mesh.ep.size), mesh.ep.rank, slots, once)
-    return make_routes(node_of_rank, mesh.ep.rank, slots, choose_once(config, topology, node_of_rank))
+        nodes, once = np.arange(len(nodes)), np.zeros_like(once)
+    nodes, once = fold_nodes(gather_to_all(mesh.tp, (nodes, once)))
+    return make_routes(nodes, mesh.ep.rank, slots, once)
+
+
+def fold_nodes(groups):
+    """See several expert-parallel groups as one: (node of each rank [P], once [P, P]) of each -> (nodes [P], once).
+
+    Ranks are on one node where they are in all groups; a token goes to a node once where it does in all. once is
+    [nodes, nodes] of the new nodes.
+    """
+    _, first, nodes = np.unique([n for n, _ in groups], axis=1, return_index=True, return_inverse=True)
+    once = np.logical_and.reduce([o for _, o in groups])
+    return nodes.ravel(), once[np.ix_(first, first)]
 
 
 def choose_once(config, topology, node_of_rank):

@@ -6,11 +6,13 @@ from hpcmoe.wait import Patience
 def finish(exchange, pieces):
     """Do a stage to its end, letting messages progress."""
     patience = Patience()
+    news = exchange.count_news()
     for worked in pieces:
         if exchange.poke() or worked:
             patience.reset()
         else:
-            exchange.wait_for_news(patience)
+            exchange.wait_for_news(patience, news)
+        news = exchange.count_news()
 
 
 def echo(exchange, flight):

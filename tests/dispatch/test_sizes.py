@@ -31,7 +31,7 @@ def test_a_pool_stays_in_its_limit_and_holds_a_full_parcel(wanted, expected, mos
         tokens, rows, at_once = fit_parcels(wanted, expected, most, copies, row_bytes)
     except ConfigError as refused:
         assert rows_of_parcel(1, copies, row_bytes) > most
-        assert "\n" not in str(refused) and f"more than the {most} rows" in str(refused)
+        assert "\n" not in str(refused) and f"has {most} rows" in str(refused)
         return
     least = rows_of_parcel(tokens, copies, row_bytes)
     assert 1 <= tokens <= wanted and least <= rows <= most and at_once >= 1
@@ -55,7 +55,7 @@ def test_so_many_parcels_find_room_together_whatever_lies_there(tokens, expected
 
 
 def test_a_token_that_does_not_fit_is_refused_with_the_arithmetic():
-    with pytest.raises(ConfigError, match=r"^\[comm\] pool_bytes: a token with its results takes 6 rows of 16 B"):
+    with pytest.raises(ConfigError, match=r"pool_bytes: has 5 rows of 16 B .* takes 6 where"):
         fit_parcels(100, 50, 5, 3, 16)
 
 

@@ -19,7 +19,10 @@ class FakeExchange:
     def __init__(self, left=3):
         self.clock, self.left, self.pokes, self.waits = Clock(), left, 0, 0
 
-    def wait_for_news(self, patience):
+    def count_news(self):
+        return 0
+
+    def wait_for_news(self, patience, before):
         self.waits += 1
 
     @property

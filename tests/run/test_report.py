@@ -22,7 +22,7 @@ LABELS = {
 
 def run_job(comm, folder, **changes):
     """Run three steps -> (job, Totals, table, Notes)."""
-    notes, load = Notes(), np.ones((2, 4))
+    notes, load = Notes(), np.ones((2, changes.get("model__num_experts", 4)))
     with open_small_job(comm, folder, run__steps=STEPS, **changes) as (job, optimizer, _):
         if optimizer is None:
             losses = infer(job, notes, load, lambda *state: None) or {}

@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mpi4py import MPI
 from small import make_config, make_topology
 
 from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.dispatch.sizes import FEW_ROWS
 from hpcmoe.run.data import share_of
-from hpcmoe.run.ways import choose_once, describe_ways, find_routes, reckon_sizes
+from hpcmoe.run.ways import choose_once, describe_ways, find_routes, fold_nodes, reckon_sizes
 from hpcmoe.wait import gather_to_all
 
 
@@ -117,11 +118,22 @@ def test_what_messages_take_is_announced():
     assert len(describe_ways(reckon(config, 4), make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))) == 1
 
 
+def test_mates_share_a_node_in_all_groups_of_a_tensor_parallel_run():
+    """Six ranks on two nodes of three, two to an expert: the shards' groups lie [0, 0, 1] and [0, 1, 1]."""
+    nodes = [np.array([0, 0, 1]), np.array([0, 1, 1])]
+    once = [np.not_equal.outer(of, of) for of in nodes]
+    folded, of_all = fold_nodes(list(zip(nodes, once, strict=True)))
+    assert folded.tolist() == [0, 1, 2]
+    assert of_all.tolist() == [[False, False, True], [False, False, False], [True, False, False]]
+    alone, same = fold_nodes([(np.array([3, 3, 1]), np.zeros((3, 3), bool))])
+    assert alone.tolist() == [1, 1, 0] and not same.any()
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_ranks_of_a_node_are_mates_unless_the_key_forbids(comm, shared_memory):
     config = make_config(comm__shared_memory=shared_memory)
-    mesh = SimpleNamespace(ep=comm, world=comm)
+    mesh = SimpleNamespace(ep=comm, world=comm, tp=MPI.COMM_SELF)
     routes = find_routes(config, make_topology(comm.size, min(2, comm.size)), mesh, 1)
     nodes = np.arange(comm.size) * min(2, comm.size) // comm.size
     own = np.flatnonzero(nodes == nodes[comm.rank]) if shared_memory else [comm.rank]
