@@ -1,6 +1,6 @@
 """Host or CUDA: where arrays live, how rows get from them into message buffers and back, and when they are there.
 
-Message buffers are host memory on both devices: on a GPU they are pinned, and rows are staged through them.
+Message buffers are host memory on both devices: with a GPU rows are staged through them.
 """
 
 import torch

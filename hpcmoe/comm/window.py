@@ -64,7 +64,7 @@ class Window:
     def __init__(self, sizes, num_mates, mate, memory, sync):
         """memory: uint8 array of sizes.num_bytes, all zero; sync: a call that orders memory among the mates."""
         self.sizes, self.num_mates, self.mate, self.sync = sizes, num_mates, mate, sync
-        begin = 0
+        self.num_bytes, begin = len(memory), 0
         for name, (shape, dtype) in sizes.arrays(num_mates).items():
             num_bytes = size_of(shape, dtype)
             setattr(self, name, memory[begin : begin + num_bytes].view(dtype).reshape(shape))
@@ -123,7 +123,9 @@ def round_up(num_bytes):
 
 def make_private_window(sizes):
     """Make the window of a rank without mates."""
-    return Window(sizes, 1, 0, np.zeros(sizes.num_bytes(1), np.uint8), lambda: None)
+    window = Window(sizes, 1, 0, np.zeros(sizes.num_bytes(1), np.uint8), lambda: None)
+    touch(window)
+    return window
 
 
 @contextlib.contextmanager

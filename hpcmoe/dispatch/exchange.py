@@ -88,8 +88,8 @@ class Exchange:
 
     @property
     def buffer_bytes(self):
-        """Memory that messages take on this rank."""
-        return self.sizes.buffer_bytes(self.routes)
+        """Memory that messages take on this rank: its share of the window, and what it sends from."""
+        return self.window.num_bytes // self.window.num_mates + sum(berth.send.numel() for berth in self.berths)
 
     @property
     def is_idle(self):

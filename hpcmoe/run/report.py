@@ -193,6 +193,7 @@ def rows_of_memory(computed, totals):
     names = {
         "one_expert": "one expert of a layer, all its matrices",
         "experts": "experts, parameters",
+        "copies": "experts, matrices cast or packed",
         "dense": "dense parts, parameters",
         "gradients": "gradients",
         "optimizer": "optimizer's moments",
