@@ -21,9 +21,7 @@ def open_progress_thread(comm, is_busy):
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         yield
         return
-    over = threading.Event()
-
-    last_tag = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+    over, last_tag = threading.Event(), MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
 
     def work():
         """Ask for some message: what MPI does on the way is the point."""

@@ -50,6 +50,7 @@ class Exchange:
     def __init__(self, transport, window, device, clock, sizes, routes):
         self.transport, self.window, self.device, self.clock = transport, window, device, clock
         self.sizes, self.routes = sizes, routes
+        self.table = window.table(sizes.dtype)  # all its rows as numbers
         self.berths = [Berth(number, sizes, window.first_row, device) for number in range(sizes.num_berths)]
         pools = make_pools(sizes, window.first_row)
         self.hall = Hall(transport, window, routes, pools, sizes, self.tally)
@@ -110,8 +111,8 @@ class Exchange:
         berth, plan, window = self.berths[flight.berth], flight.plan, self.window
         berth.exchange, berth.direction = berth.exchange + 1, direction
         berth.arrivals = Arrivals(window, self.routes, berth.number, berth.exchange)
-        table, gates = window.table(self.sizes.dtype), gates.numpy(force=True).ravel()
-        ready = self.device.put(rows, table[berth.tokens : berth.tokens + len(rows)])
+        gates = gates.numpy(force=True).ravel()
+        ready = self.device.put(rows, self.table[berth.tokens : berth.tokens + len(rows)])
 
         # Say of each result row what it is computed from.
         results = slice(berth.results, berth.results + len(plan.copies))
@@ -234,13 +235,13 @@ class Exchange:
         window, num_rows = self.window, round_rows(len(results))
         sources, numbers = np.full(num_rows, self.berths[0].zero), np.zeros(num_rows, np.float32)
         sources[: len(results)], numbers[: len(results)] = window.sources[results], window.numbers[results]
-        rows = self.device.take(window.table(self.sizes.dtype), torch.from_numpy(sources))
+        rows = self.device.take(self.table, torch.from_numpy(sources))
         return rows, torch.from_numpy(numbers).to(self.device.torch_device)
 
     def lay(self, rows, results, numbers=None):
         """Lay rows [m, H], and numbers [m] if any, down at these result rows [n]; those beyond n are dropped."""
         rows = rows[: len(results)].to(self.sizes.dtype)
-        self.device.lay(rows, self.window.table(self.sizes.dtype), results)
+        self.device.lay(rows, self.table, results)
         if numbers is not None:
             self.window.numbers[results] = numbers[: len(results)].numpy(force=True)
 
@@ -265,7 +266,7 @@ class Exchange:
         berth, plan = self.berths[flight.berth], flight.plan
         rows = np.where(plan.row_of_entry < 0, berth.zero, berth.results + plan.row_of_entry)
         weights = torch.where(torch.from_numpy(plan.is_sum), 1.0, gates.cpu())
-        return self.device.sum_rows(self.window.table(self.sizes.dtype), torch.from_numpy(rows), weights)
+        return self.device.sum_rows(self.table, torch.from_numpy(rows), weights)
 
     def numbers_home(self, flight):
         """Collect the numbers that came home with the copies' results -> [T, K] float32, 0 where there is no copy."""

@@ -69,10 +69,18 @@ class Sizes:
             num_slots=routes.num_places,
         )
 
+    def shared_bytes(self, routes):
+        """Memory of the window that is this rank's share."""
+        return self.window_sizes(routes).num_bytes(len(routes.mates)) // len(routes.mates)
+
+    @property
+    def send_bytes(self):
+        """Memory from which this rank sends."""
+        return self.num_berths * self.parcel_rows * self.row_bytes
+
     def buffer_bytes(self, routes):
         """Memory that messages take on this rank: its share of the window, and what it sends from."""
-        shared = self.window_sizes(routes).num_bytes(len(routes.mates)) // len(routes.mates)
-        return shared + self.num_berths * self.parcel_rows * self.row_bytes
+        return self.shared_bytes(routes) + self.send_bytes
 
 
 def make_pools(sizes, first_row):

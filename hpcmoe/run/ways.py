@@ -100,11 +100,9 @@ def reckon_sizes(config, topology, mesh, routes):
 
 def describe_ways(sizes, routes):
     """Say what messages take on a rank, and how they travel -> lines."""
-    sent = sizes.num_berths * sizes.parcel_rows * sizes.row_bytes
-    window = sizes.window_sizes(routes).num_bytes(len(routes.mates)) // len(routes.mates)
     lines = [
-        f"rows, on each rank: {window / 1e6:.1f} MB of memory that {len(routes.mates)} ranks of its node share + "
-        f"{sent / 1e6:.1f} MB to send from, for {sizes.num_berths} micro-batches in flight"
+        f"rows, on each rank: {sizes.shared_bytes(routes) / 1e6:.1f} MB of memory that {len(routes.mates)} ranks of "
+        f"its node share + {sizes.send_bytes / 1e6:.1f} MB to send from, for {sizes.num_berths} micro-batches in flight"
     ]
     if sizes.parcels_sent:
         once = f"{len(routes.landings)} ranks" + " for all of their node" * (routes.most_served > routes.num_slots)

@@ -11,7 +11,7 @@ from bench import ranks
 from bench.floor import RawExchange, count_bytes, count_rows
 from bench.ours import open_layer
 from bench.pairs import compare, show_milliseconds, show_ratio, take_turns
-from bench.shapes import Shape, read_shapes, write_shapes
+from bench.shapes import Shape, read_shapes
 from tabulate import tabulate
 
 BUDGET_SECONDS = 8.0  # a case
@@ -33,12 +33,8 @@ SHAPES = [
 
 
 def measure(folder, shapes=SHAPES, budget_seconds=BUDGET_SECONDS):
-    """Run the sizes, one group of ranks a size -> figures."""
-    cases = {}
-    for num_ranks in sorted({shape.ranks for shape in shapes}):
-        chosen = write_shapes(shape for shape in shapes if shape.ranks == num_ranks)
-        cases |= ranks.run_ranks(num_ranks, "exchange", folder, chosen, budget_seconds)
-    return {"cases": cases}
+    """Run the sizes -> figures."""
+    return {"cases": ranks.run_shapes(shapes, "exchange", folder, budget_seconds)}
 
 
 def work(comm, shapes, budget_seconds):

@@ -11,7 +11,7 @@ from bench import ranks
 from bench.floor import Floor, count_rows
 from bench.ours import open_layer
 from bench.pairs import compare, show_milliseconds, show_ratio, take_turns
-from bench.shapes import DECODE, DTYPES, MANY, MIDDLE, NARROW, WIDE, read_shapes, write_shapes
+from bench.shapes import DECODE, DTYPES, MANY, MIDDLE, NARROW, WIDE, read_shapes
 from tabulate import tabulate
 
 BUDGET_SECONDS = 16.0  # a case
@@ -25,12 +25,8 @@ SHAPES = [
 
 
 def measure(folder, shapes=SHAPES, budget_seconds=BUDGET_SECONDS):
-    """Run the shapes, one group of ranks a size -> figures."""
-    cases = {}
-    for num_ranks in sorted({shape.ranks for shape in shapes}):
-        chosen = write_shapes(shape for shape in shapes if shape.ranks == num_ranks)
-        cases |= ranks.run_ranks(num_ranks, "layer", folder, chosen, budget_seconds)
-    return {"cases": cases}
+    """Run the shapes -> figures."""
+    return {"cases": ranks.run_shapes(shapes, "layer", folder, budget_seconds)}
 
 
 def work(comm, shapes, budget_seconds):

@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 
+from bench.shapes import write_shapes
 from launch import MPIRUN, ROOT, run
 from mpi4py import MPI
 
@@ -26,6 +27,15 @@ def run_ranks(num_ranks, module, folder, *arguments):
     ended = run(MPIRUN, "-n", num_ranks, *worker, timeout_seconds=LIMIT_SECONDS, PYTHONPATH=paths, OMP_NUM_THREADS="1")
     assert ended.status == 0, ended
     return json.loads(path.read_text())
+
+
+def run_shapes(shapes, module, folder, budget_seconds):
+    """Run a module on shapes, one group of ranks a size -> {name: case} of all."""
+    cases = {}
+    for num_ranks in sorted({shape.ranks for shape in shapes}):
+        chosen = write_shapes(shape for shape in shapes if shape.ranks == num_ranks)
+        cases |= run_ranks(num_ranks, module, folder, chosen, budget_seconds)
+    return cases
 
 
 def main(work):
