@@ -74,7 +74,8 @@ class Cluster:
     uplink_bytes_per_second: tuple[float, ...] = ()
     rack_of_node: tuple[str, ...] = ()
     memory_bytes_per_node: Annotated[int, Interval(ge=0, lt=2**63)] = 0
-    placement: Literal["packed", "contiguous", "eplb"] = "packed"
+    placement: Literal["packed", "contiguous", "eplb", "file"] = "packed"
+    placement_file: str = ""
     objective: Literal["links", "ports", "step"] = "step"
     count_latency: bool = False
     search_seconds: Positive = 1.0
@@ -86,6 +87,10 @@ class Cluster:
     seconds_per_token: NotNegative = 0.0
     replicate: bool = False
     spare_slots_per_rank: Annotated[int, Interval(ge=0, le=1024)] = 0
+    rebalance_every: CountOrNone = 0
+    rebalance_horizon: CountOrNone = 0
+    rebalance_margin: NotNegative = 0.3
+    rebalance_moves: Count = 8
 
 
 @section

@@ -19,6 +19,8 @@ def contradictions(config):
          'must be rows of [model] num_experts numbers when probability = "config"'),
         (cluster.probability != "file" or cluster.loads_file, "cluster", "loads_file",
          'must name a file when probability = "file"'),
+        (cluster.placement != "file" or cluster.placement_file, "cluster", "placement_file",
+         'must name a file when placement = "file"'),
         (cluster.tensor_parallel == 1 or pipeline.deterministic, "pipeline", "deterministic",
          f"must be true with [cluster] tensor_parallel = {cluster.tensor_parallel}: its ranks sum batch by batch"),
         (pipeline.schedule != "arrival" or not pipeline.deterministic, "pipeline", "schedule",

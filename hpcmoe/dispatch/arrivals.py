@@ -23,12 +23,13 @@ class Batch:
     offset_of_row: np.ndarray  # [n] int64, its place in that slip's rows
     rows_of_slot: np.ndarray  # [s] int64
 
-    def portions(self, about_rows):
+    def portions(self, about_rows, apart=False):
         """Cut the rows into what is gathered, worked on and laid down at once -> (slice, ((slot, rows), ...)) of each.
 
-        A slot with many rows has several portions, as even as can be; where all are few, there is one for all slots.
+        A slot with many rows has several portions, as even as can be; where all are few, there is one for all slots,
+        or, so that none depends on another, one for each.
         """
-        if len(self.slip_of_row) <= about_rows:
+        if len(self.slip_of_row) <= about_rows and not apart:
             slots = [(slot, rows) for slot, rows in enumerate(self.rows_of_slot.tolist()) if rows]
             yield slice(0, len(self.slip_of_row)), slots
             return

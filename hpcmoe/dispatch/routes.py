@@ -20,7 +20,8 @@ class Routes:
     landings: np.ndarray  # [parcels] int64, the ranks that land this rank's parcels
     place_of_slot: np.ndarray  # [P * s] int64, the order in which copies are laid: to the mates, then parcel by parcel
     edges: np.ndarray  # [parcels + 1] int64, the first place of each parcel, and the end
-    peers_by_node: tuple  # all ranks [P], the mates from this one on first, then node by node, the next one first
+    peers_by_node: tuple  # all ranks [P] in the order in which their rows are worked on, node by node
+    same_order: bool  # that order is the same at all ranks: an expert meets the same rows wherever it is
     senders: tuple  # the ranks whose parcels this rank lands, in that order of the nodes
     most_guests: int  # such ranks of any mate
     most_served: int  # slots that any parcel between any two nodes serves
@@ -41,8 +42,12 @@ class Routes:
         return len(self.mates) * self.num_slots
 
 
-def make_routes(node_of_rank, rank, num_slots, once):
-    """Find the ways of a rank: node_of_rank [P], and once[a, b], whether tokens of node a go to node b only once."""
+def make_routes(node_of_rank, rank, num_slots, once, same_order=False):
+    """Find the ways of a rank: node_of_rank [P], and once[a, b], whether tokens of node a go to node b only once.
+
+    Peers come in an order that begins at each rank with itself and its mates, which wait for nobody; with same_order in
+    the one order that is the same at all ranks.
+    """
     node_of_rank = np.asarray(node_of_rank)
     here = node_of_rank[rank]
     mates = np.flatnonzero(node_of_rank == here)
@@ -59,7 +64,8 @@ def make_routes(node_of_rank, rank, num_slots, once):
     place_of_slot[np.concatenate(slots)] = np.arange(len(place_of_slot))
 
     # Find whose parcels land here, and where those are announced that serve this rank.
-    others = order_of_nodes(node_of_rank, here)
+    first = 0 if same_order else here
+    others = [ranks for ranks in order_of_nodes(node_of_rank, first) if node_of_rank[ranks[0]] != here]
     landed = {mate: landed_by(mate, node_of_rank, once, others) for mate in mates.tolist()}
     publishers, guests = np.zeros(len(node_of_rank), np.int64), np.full(len(node_of_rank), -1)
     for number, mate in enumerate(mates.tolist()):
@@ -79,7 +85,10 @@ def make_routes(node_of_rank, rank, num_slots, once):
         landings=np.array(landings, np.int64),
         place_of_slot=place_of_slot,
         edges=np.cumsum([len(of_way) for of_way in slots]),
-        peers_by_node=(np.roll(mates, -int(np.searchsorted(mates, rank))), *others),
+        same_order=same_order,
+        peers_by_node=tuple(order_of_nodes(node_of_rank, 0))
+        if same_order
+        else (np.roll(mates, -int(np.searchsorted(mates, rank))), *others),
         senders=tuple(landed[rank]),
         most_guests=max(map(len, landed.values())),
         served=tuple(everyone if once[node_of_rank[sender], here] else self_alone for sender in landed[rank]),
@@ -98,10 +107,10 @@ def landing_of(rank, node_of_rank, node):
     return int(ranks[number % len(ranks)])
 
 
-def order_of_nodes(node_of_rank, here):
-    """List the other nodes' ranks, node by node, beginning with the node after this one."""
+def order_of_nodes(node_of_rank, first):
+    """List the ranks of all nodes, node by node, beginning with the first, or the one after it."""
     nodes = np.unique(node_of_rank)
-    return [np.flatnonzero(node_of_rank == node) for node in np.roll(nodes, -int(np.searchsorted(nodes, here)))[1:]]
+    return [np.flatnonzero(node_of_rank == node) for node in np.roll(nodes, -int(np.searchsorted(nodes, first)))]
 
 
 def landed_by(rank, node_of_rank, once, others):

@@ -125,6 +125,7 @@ class LocalExperts(nn.Module):
         super().__init__()
         self.replicas = nn.ModuleList(replicas)
         self.tensor_comm = tensor_comm
+        self.arriving = False  # while weights are on their way from other ranks
 
     def refresh(self):
         """Tell all replicas that their weights have changed."""

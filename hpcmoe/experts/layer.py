@@ -54,12 +54,14 @@ class MoELayer(nn.Module):
     def compute(self, flight):
         """Let the experts work on rows as they come, and lay the results down at the tokens' homes."""
         exchange = self.exchange
+        while self.experts.arriving:
+            yield False
         for batch in exchange.batches(flight):
             if batch is None:
                 yield False
                 continue
             places, kept = exchange.rows_of(flight, batch), []
-            for number, (part, slots) in enumerate(batch.portions(exchange.sizes.batch_rows)):
+            for number, (part, slots) in enumerate(batch.portions(exchange.sizes.batch_rows, exchange.routes.same_order)):
                 if number > 0:
                     yield True
                 rows, _ = exchange.take(places[part])
@@ -114,7 +116,7 @@ class MoELayer(nn.Module):
             batch, kept = flight.batches[number], flight.kept[number][::-1]
             places = exchange.rows_of(flight, batch)
             flight.kept[number] = None
-            for portion, (part, slots) in enumerate(batch.portions(exchange.sizes.batch_rows)):
+            for portion, (part, slots) in enumerate(batch.portions(exchange.sizes.batch_rows, exchange.routes.same_order)):
                 if portion > 0:
                     yield True
                 by_input, by_gate = self.work_back(slots, *exchange.take(places[part]), kept)

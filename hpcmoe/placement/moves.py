@@ -28,7 +28,7 @@ def compiled(function):
 @compiled
 def rebuild(t, s, log, measure):
     """Make everything that follows from expert_at anew, free of rounding's traces -> sum of the powers."""
-    for counts in (s.count_of_rank, s.count_of_node, s.num_copies):
+    for counts in (s.count_of_rank, s.count_of_node, s.num_copies, s.num_moved):
         counts[:] = 0
     s.copies[:] = 0
     s.copies_in_rack[:] = 0
@@ -110,6 +110,8 @@ def count(t, s, expert, rank, more):
     s.copies_in_rack[t.rack_of_node[node], expert] += more
     s.count_of_rank[rank] += more
     s.count_of_node[node] += more
+    if t.most_moves != HOLE and not t.stays[rank, expert]:
+        s.num_moved[0] += more
 
 
 @inlined

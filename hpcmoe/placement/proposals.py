@@ -129,10 +129,24 @@ def propose(t, s, random, busiest):
     return a, slot, b, draw(random, t.most_of_rank[b])
 
 
+@inlined
+def more_moves(t, e, a, f, b):
+    """Count how many copies more would be where they were not, with f on rank a instead of b, and e on b."""
+    more = 0
+    for expert, source, target in ((e, a, b), (f, b, a)):
+        if expert != HOLE and source != HOLE and not t.stays[source, expert]:
+            more -= 1
+        if expert != HOLE and target != HOLE and not t.stays[target, expert]:
+            more += 1
+    return more
+
+
 @compiled
 def may_move(t, s, e, a, f, b):
     """Tell whether f may come from rank b to a, and e go from a to b, in slots, memory and number of copies."""
     if e == f or a == b or (f != HOLE and holds(s, a, f)):
+        return False
+    if t.most_moves != HOLE and s.num_moved[0] + more_moves(t, e, a, f, b) > t.most_moves:
         return False
     node_of_rank = t.node_of_rank
     if b == HOLE:  # f comes anew, e goes for good

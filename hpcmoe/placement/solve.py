@@ -105,12 +105,14 @@ def lay_plainly(problem, most_of_node, layer, method):
 
 
 def fits(terms, expert_at):
-    """Tell whether a layout [P, s] keeps to the limits and has every expert."""
+    """Tell whether a layout [P, s] keeps to the limits and has every expert, on no rank twice."""
     held = expert_at != HOLE
-    count = held.sum(axis=1)
+    count, ordered = held.sum(axis=1), np.sort(expert_at, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != HOLE)
     of_node = np.bincount(terms.node_of_rank, count, len(terms.most_of_node))
     return (
         len(np.unique(expert_at[held])) == len(terms.tokens)
+        and not twice.any()
         and (count <= terms.most_of_rank).all()
         and (count >= terms.fewest_of_rank).all()
         and (of_node <= terms.most_of_node).all()

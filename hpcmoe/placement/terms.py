@@ -28,6 +28,8 @@ class Terms(NamedTuple):
     most_of_rank: np.ndarray  # [P] experts
     most_of_node: np.ndarray  # [nodes] copies
     replicate: bool
+    stays: np.ndarray  # [P, E] bool, who holds what already; used where moves are limited
+    most_moves: int  # copies that may be where they were not; HOLE: any number
 
 
 class Layout(NamedTuple):
@@ -46,6 +48,7 @@ class Layout(NamedTuple):
     busy: np.ndarray  # [resources] seconds without latency
     power: np.ndarray  # [resources] (seconds / scale) ** (2 ** doublings)
     stamp: np.ndarray  # [resources] the move that touched it last
+    num_moved: np.ndarray  # [1] copies on ranks that did not hold them, where moves are limited
 
 
 class Log(NamedTuple):
@@ -92,6 +95,8 @@ def make_terms(problem, layer, limits):
         most_of_rank=most_of_rank,
         most_of_node=most_of_node,
         replicate=bool(problem.replicate),
+        stays=np.zeros((0, 0), bool),
+        most_moves=HOLE,
     )
 
 
@@ -112,6 +117,7 @@ def make_layout(terms, expert_at):
         busy=np.zeros(num_resources),
         power=np.zeros(num_resources),
         stamp=np.zeros(num_resources, np.int64),
+        num_moved=np.zeros(1, np.int64),
     )
     log = Log(
         resource=np.zeros(num_resources, np.int64),

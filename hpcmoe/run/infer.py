@@ -3,6 +3,7 @@
 from hpcmoe.run.balance import update_load
 from hpcmoe.run.data import draw_starts
 from hpcmoe.run.progress import open_progress
+from hpcmoe.run.rebalance import Rebalancer
 from hpcmoe.run.train import layers_to_write, report_step
 
 
@@ -14,11 +15,14 @@ def infer(job, records, load, save):
     run = job.config.run
     for number in range(1, run.warmup_steps + 1):
         _, load = infer_step(job, load, -number)
+    rebalancer = Rebalancer(job, None, records)
     with open_progress(run.steps, 0, job.mesh.world.rank == 0) as progress:
         for step in range(1, run.steps + 1):
             job.meter.start()
+            rebalancer.consider(step - 1)
             outcome, load = infer_step(job, load, step)
             report_step(records, progress, step, outcome, job.meter.read(outcome))
+            rebalancer.note(step, outcome.census)
             save(step, load, job.stepper.network.take_activations())
     return {}
 

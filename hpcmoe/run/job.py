@@ -18,7 +18,6 @@ from hpcmoe.config import Config
 from hpcmoe.dispatch.exchange import Exchange
 from hpcmoe.errors import keep_on_root, on_all, on_root
 from hpcmoe.placement.problem import PlacementProblem, slots_for
-from hpcmoe.placement.result import Placement
 from hpcmoe.run.data import Text
 from hpcmoe.run.layout import Layout, find_pace, lay_out, make_problem
 from hpcmoe.run.memory import Memory, reckon_memory
@@ -30,22 +29,26 @@ from hpcmoe.run.ways import find_routes, reckon_sizes
 from hpcmoe.wait import barrier, gather_to_all
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Job:
-    """What training and inference work with."""
+    """What training and inference work with; its layout changes when experts move (hpcmoe.run.rebalance)."""
 
     config: Config
     topology: Topology
     mesh: Mesh
-    placement: Placement
     layout: Layout
-    problem: PlacementProblem | None  # that placement solves, on rank 0 alone
+    problem: PlacementProblem | None  # that the first placement solves, on rank 0 alone
     room: Room
     memory: Memory  # of a rank, as reckoned
     stepper: Stepper
     meter: Meter
     training: Text
     validation: Text
+
+    @property
+    def placement(self):
+        """Where the experts are now -> Placement."""
+        return self.layout.placement
 
 
 @contextlib.contextmanager
@@ -77,7 +80,6 @@ def open_job(config, topology, mesh, split, loads):
             config=config,
             topology=topology,
             mesh=mesh,
-            placement=layout.placement,
             layout=layout,
             problem=problem,
             room=room,

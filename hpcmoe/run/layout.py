@@ -10,12 +10,13 @@ import torch
 
 from hpcmoe.cluster.demand import make_probability
 from hpcmoe.cluster.groups import fold_groups, fold_memory, fold_probability, list_groups
-from hpcmoe.errors import PlacementError
+from hpcmoe.errors import ConfigError, PlacementError
 from hpcmoe.experts.pace import time_token
+from hpcmoe.placement.maps import read_map
 from hpcmoe.placement.problem import PlacementProblem, slots_for
-from hpcmoe.placement.result import Placement, weigh
+from hpcmoe.placement.result import Placement, Spent, weigh
 from hpcmoe.placement.shares import tune_shares
-from hpcmoe.placement.solve import compare_methods, make_placement
+from hpcmoe.placement.solve import bound_layers, compare_methods, make_placement
 from hpcmoe.wait import barrier, gather_to_all
 
 log = logging.getLogger(__name__)
@@ -70,11 +71,16 @@ def find_pace(config, mesh, rows, device):
 
 def lay_out(problem, config, room):
     """Solve the placement problem, and weigh what else could have been -> Layout; PlacementError tells the memory."""
-    cluster = config.cluster
     try:
         placement = search(problem, config)
     except PlacementError as fault:
         raise PlacementError(f"{fault}; {room}") from None
+    return compare(problem, config, placement)
+
+
+def compare(problem, config, placement):
+    """Weigh what other methods would have given beside a placement -> Layout."""
+    cluster = config.cluster
     others = [method for method in ("contiguous", "eplb") if method == "contiguous" or cluster.compare_eplb]
     return Layout(
         placement=placement,
@@ -85,6 +91,8 @@ def lay_out(problem, config, room):
 def search(problem, config):
     """Place by the config's method, within its time, and for the step tune the copies' shares -> Placement."""
     cluster, begun = config.cluster, time.perf_counter()
+    if cluster.placement == "file":
+        return weigh_layouts(problem, config, read_layouts(problem, cluster.placement_file), "file", cluster.search_seconds / 2)
     placement = make_placement(
         problem,
         cluster.placement,
@@ -92,6 +100,29 @@ def search(problem, config):
         iterations=cluster.search_iterations,
         seed=config.run.seed,
     )
+    return tune(problem, config, placement, begun)
+
+
+def read_layouts(problem, path):
+    """Read where [cluster] placement_file has the experts -> [L, S], or ConfigError."""
+    try:
+        layouts, notes = read_map(path, problem)
+    except ConfigError as fault:
+        raise ConfigError(f"[cluster] placement_file = {fault}") from None
+    for note in notes:
+        log.warning("[cluster] placement_file = %s: %s", path, note)
+    return layouts
+
+
+def weigh_layouts(problem, config, layouts, method, seconds):
+    """Weigh layouts [L, S] that are there already, bounding them in so many seconds -> Placement."""
+    begun, bounds = time.perf_counter(), bound_layers(problem, layouts, [None] * problem.num_layers, seconds)
+    return tune(problem, config, weigh(problem, layouts, bounds, method, Spent()), begun)
+
+
+def tune(problem, config, placement, begun):
+    """For the step, share the copies' tokens out anew where that gains -> Placement, its search begun at that time."""
+    cluster = config.cluster
     if cluster.objective != "step" or not cluster.replicate:
         return placement
     split = tune_shares(problem, placement.expert_of_replica, cluster.search_seconds)

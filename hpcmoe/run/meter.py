@@ -83,15 +83,20 @@ class Meter:
 
         None there too when no step was read since. The first rank of a tensor-parallel group speaks for it.
         """
-        world, own = self.mesh.world, self.own_tokens
-        self.own_tokens = 0
-        if np.ndim(own) == 0:
-            return None
-        own = np.ascontiguousarray(own * (self.mesh.tensor_index == 0))
-        everyone = np.zeros((world.size, *own.shape), np.int64) if world.rank == 0 else None
-        wait_all([world.Igather(own, everyone)])
-        if everyone is None:
-            return None
-        of_node = np.zeros((max(node_of_rank) + 1, *own.shape), np.int64)
-        np.add.at(of_node, node_of_rank, everyone)
-        return of_node.swapaxes(0, 1)
+        own, self.own_tokens = self.own_tokens, 0
+        return None if np.ndim(own) == 0 else sum_by_node(self.mesh, own, node_of_rank)
+
+
+def sum_by_node(mesh, own, node_of_rank):
+    """Sum copies whose home is a rank, own int64 [..., L, E], by node -> [..., L, nodes, E] on rank 0, else None.
+
+    The first rank of a tensor-parallel group speaks for it. Collective over mesh.world.
+    """
+    world, own = mesh.world, np.ascontiguousarray(own * (mesh.tensor_index == 0))
+    everyone = np.zeros((world.size, *own.shape), np.int64) if world.rank == 0 else None
+    wait_all([world.Igather(own, everyone)])
+    if everyone is None:
+        return None
+    of_node = np.zeros((max(node_of_rank) + 1, *own.shape), np.int64)
+    np.add.at(of_node, node_of_rank, everyone)
+    return np.moveaxis(of_node, 0, -2)

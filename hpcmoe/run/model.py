@@ -203,14 +203,18 @@ def make_layer(config, mesh, placement, exchange, draw, number):
     expert_of_slot = placement.experts_of_rank(number, mesh.expert_index)
     replicas = [make_expert(config, mesh, number, expert) for expert in expert_of_slot.tolist()]
     experts = LocalExperts(replicas, mesh.tp)
+    return MoELayer(dense, router, experts, exchange, make_chooser(config, mesh, placement, number))
+
+
+def make_chooser(config, mesh, placement, number):
+    """Build what sends this rank's tokens to the replicas of layer `number`."""
     node = placement.node_of_rank[mesh.expert_index]
-    chooser = SlotChooser(
+    return SlotChooser(
         placement.expert_of_replica[number],
         placement.shares_of_node(number, node),
-        model.num_experts,
+        config.model.num_experts,
         mesh.expert_index,
     )
-    return MoELayer(dense, router, experts, exchange, chooser)
 
 
 def make_expert(config, mesh, layer, expert):

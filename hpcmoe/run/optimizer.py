@@ -117,6 +117,21 @@ class Optimizer:
             groups, lr=self.train.learning_rate, betas=betas, eps=self.train.epsilon, fused=True
         )
 
+    def follow(self, placement, step):
+        """Take on the experts that this rank has under another placement, after so many steps; new ones' moments are 0."""
+        self.shared = SharedExperts(placement, self.mesh.ep)
+        self.expert = FlatGradients(p for layer in self.network.layers for p in layer.experts.parameters())
+        others = set(self.network.parameters()) - set(self.expert.parameters)
+        for group, wanted in zip(self.adamw.param_groups, (lambda p: p.dim() > 1, lambda p: p.dim() <= 1), strict=True):
+            kept = [p for p in group["params"] if p in others]
+            group["params"] = kept + [p for p in self.expert.parameters if wanted(p)]
+        for parameter in set(self.adamw.state) - others - set(self.expert.parameters):
+            del self.adamw.state[parameter]
+        for parameter in self.expert.parameters:
+            if not self.adamw.state[parameter]:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.adamw.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device)} | moments
+
     def zero_gradients(self):
         """Start a step's sums from zero."""
         self.dense.flat.zero_()
@@ -148,11 +163,12 @@ class Optimizer:
 
     def global_norm(self):
         """Norm of all gradients, every logical parameter counted once. Collective over all ranks."""
-        square = 0.0
-        for (layer, slot), (_, ranks) in self.shared.ranks_of.items():
-            for p in self.network.layers[layer].experts.replicas[slot].parameters():
-                square += square_of(p.grad) / len(ranks)
-        square = all_reduce(self.mesh.world, np.array([square / self.mesh.data_parallel]))[0]
+        layers = self.network.layers
+        squares = np.zeros((len(layers), len(layers[0].router.weight)))  # of each expert: whoever holds it, one sum
+        for (layer, slot), (expert, ranks) in self.shared.ranks_of.items():
+            for p in layers[layer].experts.replicas[slot].parameters():
+                squares[layer, expert] += square_of(p.grad) / len(ranks) / self.mesh.data_parallel
+        square = all_reduce(self.mesh.world, squares).sum()
         return float(square + square_of(self.dense.flat)) ** 0.5
 
 

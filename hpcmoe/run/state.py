@@ -27,19 +27,24 @@ class State:
     """Names every array of this rank's training state, or of its parameters alone when there is no optimizer."""
 
     def __init__(self, job, optimizer):
-        self.network, self.optimizer = job.stepper.network, optimizer
+        self.job, self.network, self.optimizer = job, job.stepper.network, optimizer
         self.load_shape = (job.config.model.num_layers, job.config.model.num_experts)
         self.rank = job.mesh.world.rank
-        self.places = {}
+
+    @property
+    def places(self):
+        """Place every parameter of this rank, the experts' as they lie now -> dict parameter: Place."""
+        places, job, optimizer = {}, self.job, self.optimizer
         for layer, block in enumerate(self.network.layers):
             experts = job.placement.experts_of_rank(layer, job.mesh.expert_index).tolist()
             for slot, (expert, replica) in enumerate(zip(experts, block.experts.replicas, strict=True)):
                 owned = job.mesh.data_index == 0 and optimizer is not None and optimizer.shared.owns(layer, slot)
                 for name, parameter in replica.named_parameters():
-                    self.places[parameter] = place_of_expert(job, parameter, (layer, expert, name), owned)
+                    places[parameter] = place_of_expert(job, parameter, (layer, expert, name), owned)
         for name, parameter in self.network.named_parameters():
-            if parameter not in self.places:
-                self.places[parameter] = place_of_dense(parameter, name, owned=self.rank == 0)
+            if parameter not in places:
+                places[parameter] = place_of_dense(parameter, name, owned=self.rank == 0)
+        return places
 
     def arrays(self):
         """Yield every array of this rank -> (Place of its parameter, its logical name, tensor)."""

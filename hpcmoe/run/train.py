@@ -7,6 +7,7 @@ from hpcmoe.errors import TrainingError, raise_or_return
 from hpcmoe.run.balance import update_load
 from hpcmoe.run.data import draw_starts, even_starts, share_of
 from hpcmoe.run.progress import open_progress
+from hpcmoe.run.rebalance import Rebalancer
 
 log = logging.getLogger(__name__)
 
@@ -21,13 +22,16 @@ def train(job, records, optimizer, start, save):
     losses = {"validation loss, first": validate(job, load, first_step)}
     if first_step == 0:  # a resumed run has recorded it
         records.append(0, "train", "validation_loss", losses["validation loss, first"], "nats/byte")
+    rebalancer = Rebalancer(job, optimizer, records)
     with open_progress(config.run.steps, first_step, job.mesh.world.rank == 0) as progress:
         for step in range(first_step + 1, config.run.steps + 1):
             job.meter.start()
+            rebalancer.consider(step - 1)
             outcome, norm = train_step(job, optimizer, load, step)
             reading, activations = job.meter.read(outcome), network.take_activations()
             records.append(step, "train", "gradient_norm", norm)
             report_step(records, progress, step, outcome, reading)
+            rebalancer.note(step, outcome.census)
 
             # What was measured acts on the next step's routers.
             load = update_load(load, outcome.census.utilisation, config.dispatch.load_window_steps)

@@ -23,7 +23,16 @@ def find_routes(config, topology, mesh, slots):
     if not config.comm.shared_memory:  # each rank is a node of its own
         nodes, once = np.arange(len(nodes)), np.zeros_like(once)
     nodes, once = fold_nodes(gather_to_all(mesh.tp, (nodes, once)))
-    return make_routes(nodes, mesh.ep.rank, slots, once)
+    return make_routes(nodes, mesh.ep.rank, slots, once, choose_order(config, len(once)))
+
+
+def choose_order(config, num_nodes):
+    """Choose whether all ranks work on rows in one order, so that losses do not depend on where the experts are.
+
+    Between nodes that costs overlap, for a rank's own rows are there first: there only where experts may move.
+    """
+    may_move = config.cluster.rebalance_every > 0
+    return config.pipeline.deterministic and config.run.mode == "train" and (num_nodes == 1 or may_move)
 
 
 def fold_nodes(groups):

@@ -1,0 +1,135 @@
+"""Experts on their way: weights and the optimizer's moments travel piece by piece, while the next step begins.
+
+A move is a permutation of slots, the same for every number of an expert. So experts change places within the slots,
+a piece of each at a time, and beside these no rank holds more than STAGING_BYTES.
+"""
+
+import time
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import nn
+
+from hpcmoe.placement.terms import HOLE
+from hpcmoe.run.model import make_chooser, make_expert
+from hpcmoe.run.state import MOMENTS
+
+STAGING_BYTES = 2**24  # of what has arrived and is not yet laid down, on a rank
+
+
+class Move:
+    """The experts that go to other ranks and come from them; an exchange pokes it as it does a landing."""
+
+    def __init__(self, comm, layers):
+        """layers: (LocalExperts, piece bytes, sends, receives) of each that changes; sends and receives list
+        (peer, tag, tensors)."""
+        self.comm, self.is_over = comm, False
+        self.begun = time.perf_counter()
+        self.seconds = 0.0
+        for experts, *_ in layers:
+            experts.arriving = True
+        self.course = self.go(layers)
+
+    def poke(self):
+        """Let it progress, without waiting -> whether anything moved."""
+        return next(self.course, False)
+
+    def go(self, layers):
+        """Bring one layer's experts after the other, so that a step may begin with the first; yields as poke() does."""
+        for experts, piece_bytes, sends, receives in layers:
+            for pieces in zip(*(cut(tensors, piece_bytes) for _, _, tensors in [*sends, *receives]), strict=True):
+                yield from self.exchange(sends, receives, pieces)
+            if receives:
+                experts.refresh()
+            experts.arriving = False
+            yield True
+        self.is_over, self.seconds = True, time.perf_counter() - self.begun
+
+    def exchange(self, sends, receives, pieces):
+        """Send a piece of each expert that goes, and lay down one of each that comes, when the old one has left."""
+        requests, staged = [], []
+        for (peer, tag, _), piece in zip(sends, pieces, strict=False):
+            requests.append(self.comm.Isend(bytes_of(piece.cpu()), peer, tag))
+        for (peer, tag, _), piece in zip(receives, pieces[len(sends) :], strict=True):
+            staged.append(torch.empty(piece.shape, dtype=piece.dtype))
+            requests.append(self.comm.Irecv(bytes_of(staged[-1]), peer, tag))
+        while not MPI.Request.Testall(requests):
+            yield False
+        for piece, arrived in zip(pieces[len(sends) :], staged, strict=True):
+            piece.copy_(arrived)
+        yield True
+
+
+def cut(tensors, piece_bytes):
+    """Cut tensors, one after the other, into flat pieces of so many bytes at most."""
+    for tensor in tensors:
+        yield from tensor.view(-1).split(max(piece_bytes // tensor.element_size(), 1))
+
+
+def bytes_of(tensor):
+    """See a flat tensor on the host as bytes."""
+    return tensor.view(torch.uint8).numpy()
+
+
+def begin_move(job, optimizer, layout, moves, step):
+    """Seat the experts as another layout has them after a step, and begin to bring those that come -> Move.
+
+    Choosers and the optimizer follow at once; each layer's experts wait for their weights. Collective over ep.
+    """
+    network, rank = job.stepper.network, job.mesh.expert_index
+
+    # What leaves is taken hold of before a slot, or the optimizer, may let go of it.
+    sends = find_ends(network, optimizer, moves, (moves.source, moves.source_slot, moves.target), rank)
+    for layer in range(len(network.layers)):
+        seat(job, layer, layout.placement)
+    job.layout = layout
+    if optimizer is not None:
+        optimizer.follow(layout.placement, step)
+    receives = find_ends(network, optimizer, moves, (moves.target, moves.target_slot, moves.source), rank)
+
+    entries = []
+    for layer in np.unique(moves.layer).tolist():
+        most = int(np.bincount(moves.target[moves.layer == layer]).max())  # every rank cuts the same pieces
+        experts = network.layers[layer].experts
+        entries.append((experts, STAGING_BYTES // most, sends.get(layer, []), receives.get(layer, [])))
+    return Move(job.mesh.ep, entries)
+
+
+def find_ends(network, optimizer, moves, ends, rank):
+    """Find the moves that begin or end on this rank -> {layer: list of (peer, tag, tensors)}.
+
+    ends: (rank [n], its slot [n], the peer [n]) of each move, as seen from the end in question.
+    """
+    own, slots, peers = ends
+    found = {}
+    for number in np.flatnonzero(own == rank).tolist():
+        layer = int(moves.layer[number])
+        tensors = tensors_of(network, optimizer, layer, int(slots[number]))
+        found.setdefault(layer, []).append((int(peers[number]), number, tensors))
+    return found
+
+
+def seat(job, layer, placement):
+    """Make room for a layer's experts of another placement: slots that fill get arrays, slots that empty lose them."""
+    block, mesh = job.stepper.network.layers[layer], job.mesh
+    held = zip(
+        *(p.experts_of_rank(layer, mesh.expert_index).tolist() for p in (job.placement, placement)), strict=True
+    )
+    for slot, (before, after) in enumerate(held):
+        if before == HOLE != after:
+            expert = make_expert(job.config, mesh, layer, after)
+            block.experts.replicas[slot] = expert.to(job.stepper.network.device.torch_device)
+        elif after == HOLE != before:
+            block.experts.replicas[slot] = nn.Identity()
+    block.chooser = make_chooser(job.config, mesh, placement, layer)
+
+
+def tensors_of(network, optimizer, layer, slot):
+    """List all that an expert is: its weights, and in training their moments -> tensors, the same for every expert."""
+    parameters = list(network.layers[layer].experts.replicas[slot].parameters())
+    tensors = [parameter.data for parameter in parameters]
+    if optimizer is not None:
+        states = [optimizer.adamw.state[parameter] for parameter in parameters]
+        tensors += [state[name] for state in states for name in MOMENTS.values()]
+    return tensors

@@ -1,0 +1,137 @@
+"""A placement that moves: loads are measured, rank 0 solves anew, and experts move where that gains more than it costs."""
+
+import dataclasses
+import logging
+
+import numpy as np
+
+from hpcmoe.cluster.demand import Loads, make_probability
+from hpcmoe.cluster.groups import fold_groups, fold_probability, list_groups
+from hpcmoe.experts.shapes import reckon_expert
+from hpcmoe.placement.adopt import Verdict, judge, layers_seconds, list_moves, move_seconds, standard_error
+from hpcmoe.placement.resettle import resettle
+from hpcmoe.placement.solve import Orders
+from hpcmoe.run.layout import compare, weigh_layouts
+from hpcmoe.run.meter import sum_by_node
+from hpcmoe.run.moving import begin_move
+from hpcmoe.wait import broadcast, gather_to_all
+
+log = logging.getLogger(__name__)
+
+PARTS = 4  # into which an interval's steps are dealt, to tell how much of a gain is chance
+
+
+class Rebalancer:
+    """Watches the loads of a run, and every [cluster] rebalance_every steps asks whether its experts should move."""
+
+    def __init__(self, job, optimizer, records):
+        """optimizer: None in inference; records takes append(step, chapter, name, value, unit)."""
+        self.job, self.optimizer, self.records = job, optimizer, records
+        self.every = job.config.cluster.rebalance_every
+        self.parts, self.num_steps = 0, 0  # [PARTS, L, E] copies whose home is this rank, of so many steps
+        self.move, self.verdict = None, None  # under way, and why
+
+    def consider(self, step):
+        """After `step` steps, if it is time, solve anew and begin to move. Collective over all ranks."""
+        if self.every == 0 or self.num_steps == 0 or step % self.every:
+            return
+        with self.job.stepper.clock.stage("waiting"):
+            tokens = sum_by_node(self.job.mesh, self.parts, self.job.topology.node_of_rank)
+            num_parts = min(self.num_steps, PARTS)
+            self.parts, self.num_steps = 0, 0
+            mine = None if tokens is None else propose(self.job, tokens[:num_parts], step)
+            verdict, layout = broadcast(self.job.mesh.world, mine)
+        report(step, verdict)
+        if verdict.adopted:
+            self.verdict = verdict
+            self.move = begin_move(self.job, self.optimizer, layout, verdict.moves, step)
+            self.job.stepper.exchange.landings.append(self.move)  # it is poked as what others send is
+
+    def note(self, step, census):
+        """Count a step's tokens; after one that began with a move, keep what that was. Collective over all ranks."""
+        if self.every == 0:
+            return
+        if np.ndim(self.parts) == 0:
+            self.parts = np.zeros((PARTS, *census.own_tokens.shape), np.int64)
+        self.parts[self.num_steps % PARTS] += census.own_tokens
+        self.num_steps += 1
+        if self.move is not None:
+            seconds = max(gather_to_all(self.job.mesh.world, self.move.seconds))
+            self.keep(step, seconds)
+            self.move = None
+
+    def keep(self, step, seconds):
+        """Log and record a move that a step began with."""
+        verdict, layout = self.verdict, self.job.placement
+        log.info(
+            "step %d: %d experts, %.3g MB, have moved in %.3g s beside the step's work, predicted %.3g s alone",
+            step, len(verdict.moves), verdict.num_bytes / 1e6, seconds, verdict.cost_seconds,
+        )  # fmt: skip
+        for name, value, unit in (
+            ("adopted", layout.expert_of_replica, "expert of each slot, from this step on"),
+            ("moved", len(verdict.moves), "copies"),
+            ("moved_bytes", verdict.num_bytes, "B, of an expert-parallel group"),
+            ("move_seconds", seconds, "s, beside the step's work"),
+            ("move_seconds_predicted", verdict.cost_seconds, "s, alone"),
+            ("gain_seconds_predicted", verdict.gain_seconds, "s, over the horizon"),
+        ):
+            self.records.append(step, "cluster", name, value, unit)
+        if layout.split is not None:
+            self.records.append(step, "cluster", "adopted_split", layout.split, "share of a node's tokens")
+
+
+def propose(job, tokens, step):
+    """Solve anew for the tokens [parts, L, nodes, E] of the last interval -> (Verdict, the Layout to adopt or None)."""
+    config, cluster = job.config, job.config.cluster
+    whole, *parts = (see_loads(job, t) for t in (tokens.sum(axis=0), *tokens))
+    present = job.placement
+    orders = Orders(seconds=cluster.search_seconds, iterations=cluster.search_iterations, seed=config.run.seed)
+    layouts = resettle(whole, present.expert_of_replica, cluster.rebalance_moves, orders)
+    moves = list_moves(whole, present.expert_of_replica, layouts)
+    layout = compare(whole, config, weigh_layouts(whole, config, layouts, "packed", 0.0))
+
+    # Its gain in the steps for which the loads are trusted, against its cost.
+    training = config.run.mode == "train"
+    ways = (4, 3) if training else (2, 1)  # out and home, and the same backward; a backward pass takes two forward ones
+    both = [(p.expert_of_replica, p.split) for p in (present, layout.placement)]
+    (before, after), *of_parts = [
+        [layers_seconds(problem, *experts, ways).sum() for experts in both] for problem in (whole, *parts)
+    ]
+    noise = standard_error([old - new for old, new in of_parts])
+    one_expert, states = reckon_expert(config)
+    num_bytes = one_expert * (states - training) // job.mesh.tensor_parallel  # gradients stay
+    cost = move_seconds(whole, moves, num_bytes)
+    horizon = min(cluster.rebalance_horizon or cluster.rebalance_every, config.run.steps - step)
+    adopted = len(moves) > 0 and judge(before - after, noise, cost, horizon, cluster.rebalance_margin)
+    verdict = Verdict(
+        moves=moves,
+        num_bytes=num_bytes * len(moves),
+        seconds_before=float(before),
+        seconds_after=float(after),
+        gain_seconds=float(horizon * (before - after)),
+        noise_seconds=float(horizon * noise),
+        cost_seconds=cost,
+        adopted=bool(adopted),
+    )
+    return verdict, layout if adopted else None
+
+
+def see_loads(job, tokens):
+    """State the run's placement problem with the tokens [L, nodes, E] that were measured."""
+    topology = job.topology
+    nodes, _ = fold_groups(topology, list_groups(job.mesh))
+    loads = Loads(tokens=tokens, node_names=topology.node_names)
+    return dataclasses.replace(job.problem, probability=fold_probability(make_probability(loads, topology.node_names), nodes))
+
+
+def report(step, verdict):
+    """Say what was decided, and by which figures."""
+    if len(verdict.moves) == 0:
+        log.info("step %d: the experts stay: no placement nearby is better", step)
+        return
+    log.info(
+        "step %d: %s: %d copies, %.3g MB, cost %.3g s; gain %.3g s +- %.2g s over the horizon (%.4g -> %.4g ms a step)",
+        step, "experts move" if verdict.adopted else "the experts stay", len(verdict.moves), verdict.num_bytes / 1e6,
+        verdict.cost_seconds, verdict.gain_seconds, verdict.noise_seconds, 1e3 * verdict.seconds_before,
+        1e3 * verdict.seconds_after,
+    )  # fmt: skip
