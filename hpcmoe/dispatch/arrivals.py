@@ -96,9 +96,11 @@ class Arrivals:
         """Yield the slips of these peers in order, in lists for a batch each, and None until the next are all there.
 
         At most at_once parcels that one rank lands are in a list, since no more need have room there together; and all
-        mates cut the same lists.
+        mates cut the same lists. Where each rank lands its own, and all meet rows in the same order, a mate's rows count
+        as a parcel too: then all ranks cut alike.
         """
         run, landed, once = [], Counter(), None
+        alike = self.routes.same_order and not self.routes.once.any()
         for peer in peers:
             if once not in (None, self.routes.once[peer]):  # mates do not all see the parcels that serve one of them
                 yield run
@@ -113,10 +115,11 @@ class Arrivals:
                 num_slips = follow if number == 0 else num_slips
                 run += [slip] if counts.any() else []
                 number += 1
-                if self.routes.guests[peer] < 0 or num_slips == 0:
+                if num_slips == 0 or (self.routes.guests[peer] < 0 and not (alike and counts.any())):
                     continue
-                landed[slip[0]] += 1
-                if landed[slip[0]] == at_once:  # there may be no room for the next before these are done
+                lands = None if alike else slip[0]
+                landed[lands] += 1
+                if at_once and landed[lands] == at_once:  # there may be no room for the next before these are done
                     yield run
                     run, landed = [], Counter()
         yield run

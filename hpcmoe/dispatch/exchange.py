@@ -265,6 +265,11 @@ class Exchange:
         """Sum the rows that came home by token, a copy's times its gate [T, K] -> fresh [T, H] of the rows' dtype."""
         berth, plan = self.berths[flight.berth], flight.plan
         rows = np.where(plan.row_of_entry < 0, berth.zero, berth.results + plan.row_of_entry)
+        if self.routes.same_order and len(self.routes.landings) and berth.direction == Direction.DISPATCH:
+            # As where parcels land: products are rounded before they are added, whichever way they have come.
+            own = self.table[berth.results : berth.results + len(plan.copies)]
+            own *= gates.cpu().flatten()[torch.from_numpy(plan.copies)].to(own.dtype)[:, None]
+            gates = torch.ones_like(gates)
         weights = torch.where(torch.from_numpy(plan.is_sum), 1.0, gates.cpu())
         return self.device.sum_rows(self.table, torch.from_numpy(rows), weights)
 

@@ -200,6 +200,9 @@ class Hall:
         order = np.argsort(token_of_copy, kind="stable")
         begins = np.searchsorted(token_of_copy[order], np.arange(guest.num_tokens))
         weights = guest.numbers[order] if weigh else np.ones(guest.num_copies, np.float32)
+        if weigh and self.routes.same_order:  # rounded before they are added, as at home
+            table[results.start + order] *= torch.from_numpy(weights).to(self.dtype)[:, None]
+            weights = np.ones_like(weights)
         table[guest.first : guest.first + guest.num_tokens] = functional.embedding_bag(
             torch.from_numpy(results.start + order),
             table,
