@@ -12,9 +12,11 @@ import os
 import pathlib
 import sys
 import tempfile
+import time
 
 from hpcmoe.errors import EXIT_INTERRUPTED, EXIT_USER, ConfigError, HpcmoeError, say
 from hpcmoe.placement.case import read_case
+from hpcmoe.placement.maps import check_map, read_map, write_map
 from hpcmoe.placement.problem import OBJECTIVES, check_problem
 
 SECONDS_A_LAYER = 0.1  # of search where no budget is given
@@ -53,6 +55,15 @@ def read_arguments(words):
         help="time to search in, 0.1 s a layer; to prove how good the result is takes up to half as much more",
     )
     parser.add_argument("-o", "--output", metavar="OUT.json", help="write the placement there")
+    parser.add_argument("--eplb-out", metavar="MAP", help="write it as EPLB's map of slots to experts: .json, .npy")
+    parser.add_argument(
+        "--start", metavar="FILE",
+        help="begin with the placement there: an OUT.json, an EPLB map (.json, .npy), or the run.h5 of a run",
+    )  # fmt: skip
+    parser.add_argument(
+        "--moves", type=natural, metavar="COUNT",
+        help="after --start: copies of a layer that may move, 0 to weigh it as it is; without it as many as help",
+    )  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", help=f"draw it: {', '.join(PICTURES)}")
     parser.add_argument("--seed", type=natural, default=0, help="of the search (%(default)s)")
     parser.add_argument(
@@ -62,7 +73,10 @@ def read_arguments(words):
     parser.add_argument("--latency", action="store_true", help="a link in use costs its latency too")
     parser.add_argument("--layer", type=natural, default=0, help="whose experts are shown (%(default)s)")
     parser.add_argument("--compare", action="store_true", help="place by EPLB's method too")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if arguments.moves is not None and not arguments.start:
+        raise ConfigError(f"--moves {arguments.moves}: needs --start")
+    return arguments
 
 
 def refuse(message):
@@ -88,7 +102,7 @@ def natural(word):
 
 def check_outputs(arguments):
     """Make sure, before a long search, that what is asked for can be written."""
-    for path in map(pathlib.Path, filter(None, (arguments.output, arguments.plot))):
+    for path in map(pathlib.Path, filter(None, (arguments.output, arguments.eplb_out, arguments.plot))):
         with one_line_faults(path):
             if path.is_dir():
                 raise ConfigError(f"{path}: cannot be written: is a folder")
@@ -97,6 +111,8 @@ def check_outputs(arguments):
             # Try it: root is let in by permissions that a read-only or full disk then belies.
             with tempfile.TemporaryFile(dir=path.resolve().parent, buffering=0) as probe:
                 probe.write(bytes(4096))
+    if arguments.eplb_out and pathlib.Path(arguments.eplb_out).suffix not in (".json", ".npy"):
+        raise ConfigError(f"--eplb-out {arguments.eplb_out}: must end with .json, .npy")
     if arguments.plot:
         if pathlib.Path(arguments.plot).suffix.lower() not in PICTURES:
             raise ConfigError(f"--plot {arguments.plot}: must end with {', '.join(PICTURES)}")
@@ -122,18 +138,20 @@ def place(arguments):
         say(f"hpcmoe: note: {note}" for note in notes)
 
     # What compiles, or takes a second to import, waits until the input is known to be good.
-    from hpcmoe.placement.solve import compare_methods, make_placement
+    from hpcmoe.placement.solve import compare_methods
     from hpcmoe.placement.usage import measure_usage
     from hpcmoe.tables import make_tables
 
-    seconds = arguments.budget or SECONDS_A_LAYER * problem.num_layers
-    placement = make_placement(problem, seconds=seconds, iterations=arguments.iterations, seed=arguments.seed)
+    placement = find_placement(problem, arguments)
     rivals = compare_methods(problem, ("contiguous", "eplb") if arguments.compare else ("contiguous",))
     usage = measure_usage(problem, placement)
 
-    written = [path for path in (arguments.output, arguments.plot) if path]
+    written = [path for path in (arguments.output, arguments.eplb_out, arguments.plot) if path]
     if arguments.output:
         write_answer(arguments.output, make_answer(problem, placement, rivals, arguments.seed))
+    if arguments.eplb_out:
+        with replaced(arguments.eplb_out) as part:
+            write_map(part, placement.expert_of_replica, pathlib.Path(arguments.eplb_out).suffix)
     if arguments.plot:
         from hpcmoe.plot import draw
 
@@ -141,6 +159,36 @@ def place(arguments):
             draw(problem, placement, usage, part, pathlib.Path(arguments.plot).suffix[1:].lower(), arguments.layer)
     table = make_tables(problem, placement, usage, rivals, arguments.layer)
     return f"{table}\n\nwritten: {', '.join(written)}" if written else table
+
+
+def find_placement(problem, arguments):
+    """Search for a placement, from the one that --start names if any -> Placement."""
+    from hpcmoe.placement.resettle import resettle
+    from hpcmoe.placement.result import Spent, weigh
+    from hpcmoe.placement.solve import Orders, bound_layers, make_placement
+
+    seconds = arguments.budget or SECONDS_A_LAYER * problem.num_layers
+    orders = {"seconds": seconds, "iterations": arguments.iterations, "seed": arguments.seed}
+    start = read_start(problem, arguments.start) if arguments.start else None
+    if arguments.moves is None:
+        return make_placement(problem, start=start, **orders)
+    begun = time.perf_counter()
+    layouts = resettle(problem, start, arguments.moves, Orders(**orders)) if arguments.moves else start
+    spent = Spent(seconds=time.perf_counter() - begun)
+    return weigh(problem, layouts, bound_layers(problem, layouts, [None] * len(layouts), seconds / 2), "packed", spent)
+
+
+def read_start(problem, path):
+    """Read the placement to begin with -> [L, S]."""
+    if pathlib.Path(path).suffix == ".h5":
+        from hpcmoe.write.problem import read_layouts
+
+        layouts, notes = check_map(path, "its placement", read_layouts(path), problem)
+    else:
+        layouts, notes = read_map(path, problem)
+    if notes:
+        say(f"hpcmoe: note: {path}: {note}" for note in notes)
+    return layouts
 
 
 def read_problem(arguments):

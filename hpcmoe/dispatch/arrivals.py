@@ -96,8 +96,8 @@ class Arrivals:
         """Yield the slips of these peers in order, in lists for a batch each, and None until the next are all there.
 
         At most at_once parcels that one rank lands are in a list, since no more need have room there together; and all
-        mates cut the same lists. Where each rank lands its own, and all meet rows in the same order, a mate's rows count
-        as a parcel too: then all ranks cut alike.
+        mates cut the same lists. Where each rank lands its own, and all meet rows in the same order, a mate's rows
+        count as a parcel too: then all ranks cut alike.
         """
         run, landed, once = [], Counter(), None
         alike = self.routes.same_order and not self.routes.once.any()

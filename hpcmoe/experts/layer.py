@@ -61,7 +61,9 @@ class MoELayer(nn.Module):
                 yield False
                 continue
             places, kept = exchange.rows_of(flight, batch), []
-            for number, (part, slots) in enumerate(batch.portions(exchange.sizes.batch_rows, exchange.routes.same_order)):
+            for number, (part, slots) in enumerate(
+                batch.portions(exchange.sizes.batch_rows, exchange.routes.same_order)
+            ):
                 if number > 0:
                     yield True
                 rows, _ = exchange.take(places[part])
@@ -116,7 +118,9 @@ class MoELayer(nn.Module):
             batch, kept = flight.batches[number], flight.kept[number][::-1]
             places = exchange.rows_of(flight, batch)
             flight.kept[number] = None
-            for portion, (part, slots) in enumerate(batch.portions(exchange.sizes.batch_rows, exchange.routes.same_order)):
+            for portion, (part, slots) in enumerate(
+                batch.portions(exchange.sizes.batch_rows, exchange.routes.same_order)
+            ):
                 if portion > 0:
                     yield True
                 by_input, by_gate = self.work_back(slots, *exchange.take(places[part]), kept)

@@ -10,7 +10,7 @@ from hpcmoe.placement.terms import HOLE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moves:
-    """Copies that come to ranks which lack them, [n] each, layer by layer; each is fetched from one rank that has it."""
+    """Copies that come to ranks which lack them, [n] each, layer by layer; each is fetched from one holder."""
 
     layer: np.ndarray
     expert: np.ndarray
@@ -69,7 +69,7 @@ def list_moves(problem, old, new):
 
 
 def move_seconds(problem, moves, bytes_of_expert):
-    """Predict how long moves take: bytes over the bandwidth of whichever link, port, uplink or memory has most to do."""
+    """Predict how long moves take: bytes over bandwidth of the link, port, uplink or memory that has most to do."""
     nodes = problem.node_of_rank
     sent = np.zeros((problem.num_nodes, problem.num_nodes))
     np.add.at(sent, (nodes[moves.source], nodes[moves.target]), float(bytes_of_expert))
@@ -90,7 +90,7 @@ def move_seconds(problem, moves, bytes_of_expert):
 def layers_seconds(problem, expert_of_replica, split, ways):
     """Predict the seconds of each layer's busiest resource in a step -> [L].
 
-    split [L, nodes, S] or None as a placement's; ways = (times that rows cross the links, experts' passes over forward's).
+    split [L, nodes, S] or None as a placement's; ways = (times that rows cross links, experts' passes over forward's).
     """
     crossings, passes = ways
     taken = np.zeros(problem.num_layers)

@@ -92,7 +92,8 @@ def search(problem, config):
     """Place by the config's method, within its time, and for the step tune the copies' shares -> Placement."""
     cluster, begun = config.cluster, time.perf_counter()
     if cluster.placement == "file":
-        return weigh_layouts(problem, config, read_layouts(problem, cluster.placement_file), "file", cluster.search_seconds / 2)
+        layouts = read_layouts(problem, cluster.placement_file)
+        return weigh_layouts(problem, config, layouts, "file", cluster.search_seconds / 2)
     placement = make_placement(
         problem,
         cluster.placement,

@@ -113,9 +113,7 @@ def find_ends(network, optimizer, moves, ends, rank):
 def seat(job, layer, placement):
     """Make room for a layer's experts of another placement: slots that fill get arrays, slots that empty lose them."""
     block, mesh = job.stepper.network.layers[layer], job.mesh
-    held = zip(
-        *(p.experts_of_rank(layer, mesh.expert_index).tolist() for p in (job.placement, placement)), strict=True
-    )
+    held = zip(*(p.experts_of_rank(layer, mesh.expert_index).tolist() for p in (job.placement, placement)), strict=True)
     for slot, (before, after) in enumerate(held):
         if before == HOLE != after:
             expert = make_expert(job.config, mesh, layer, after)

@@ -118,7 +118,7 @@ class Optimizer:
         )
 
     def follow(self, placement, step):
-        """Take on the experts that this rank has under another placement, after so many steps; new ones' moments are 0."""
+        """Take on what this rank has under another placement, after so many steps; moments of a new expert are zero."""
         self.shared = SharedExperts(placement, self.mesh.ep)
         self.expert = FlatGradients(p for layer in self.network.layers for p in layer.experts.parameters())
         others = set(self.network.parameters()) - set(self.expert.parameters)

@@ -1,4 +1,4 @@
-"""A placement that moves: loads are measured, rank 0 solves anew, and experts move where that gains more than it costs."""
+"""A placement that moves: loads are measured, rank 0 solves anew, experts move where that gains more than it costs."""
 
 import dataclasses
 import logging
@@ -120,8 +120,8 @@ def see_loads(job, tokens):
     """State the run's placement problem with the tokens [L, nodes, E] that were measured."""
     topology = job.topology
     nodes, _ = fold_groups(topology, list_groups(job.mesh))
-    loads = Loads(tokens=tokens, node_names=topology.node_names)
-    return dataclasses.replace(job.problem, probability=fold_probability(make_probability(loads, topology.node_names), nodes))
+    probability = make_probability(Loads(tokens=tokens, node_names=topology.node_names), topology.node_names)
+    return dataclasses.replace(job.problem, probability=fold_probability(probability, nodes))
 
 
 def report(step, verdict):

@@ -44,3 +44,12 @@ def read_problem(path, **changes):
         shape = facts["num_layers"], len(facts["rack_of_node"]), facts["num_experts"]
         facts["probability"] = np.broadcast_to(facts["probability"], shape)
     return PlacementProblem(**facts | changes), notes
+
+
+def read_layouts(path):
+    """Read where the experts of a run were at last -> [L, S] int64; CheckpointError in one line."""
+    with one_line_faults(path, "read"), h5py.File(path) as file:
+        adopted = file.get("cluster/adopted/value", ())
+        if len(adopted):
+            return adopted[-1]
+        return file["cluster/expert_of_replica"][:]

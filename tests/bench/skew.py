@@ -54,3 +54,14 @@ class DrawnRouter(Router):
         experts = torch.from_numpy(draw_experts(self.weights, len(x), self.top_k, self.random))
         away = torch.full((len(x), len(self.weights)), AWAY).scatter_(1, experts, 0.0)
         return super().forward(x, away)
+
+
+def shift_weights(weights, rack_of_node, num_hot):
+    """Let the hottest num_hot experts of two racks change places in weights [L, nodes, E] -> [L, nodes, E]."""
+    rack_of_expert = np.arange(weights.shape[2]) % (max(rack_of_node) + 1)
+    shifted = weights.copy()
+    for layer, row in enumerate(weights.max(axis=1)):
+        left, right = (np.flatnonzero(rack_of_expert == rack) for rack in (0, 1))
+        left, right = (own[np.argsort(-row[own], kind="stable")[:num_hot]] for own in (left, right))
+        shifted[layer][:, left], shifted[layer][:, right] = weights[layer][:, right], weights[layer][:, left]
+    return shifted

@@ -1,11 +1,9 @@
 """Experts that move leave the training as it was: losses, gradients, parameters and checkpoints."""
 
-import dataclasses
 
 import numpy as np
 import pytest
-import torch
-from small import Notes, gather_logical, gather_pieces, open_small_job
+from small import gather_logical, gather_pieces, open_small_job
 
 from hpcmoe.placement.adopt import keep_slots, list_moves
 from hpcmoe.placement.result import Spent, weigh
@@ -66,7 +64,7 @@ def force(job, optimizer, seed, step, change=shuffle):
 
 
 def run_steps(comm, folder, moves_after=(), **changes):
-    """Train a few steps, moving after some of them -> (losses and norms, logical parameters, pieces of a checkpoint)."""
+    """Train a few steps, moving after some of them -> (losses and norms, gradients, parameters, a checkpoint)."""
     change = changes.pop("change", shuffle)
     with open_small_job(comm, folder, **changes) as (job, optimizer, state):
         load, told, moved = even_load(*state.load_shape), [], 0
@@ -110,3 +108,64 @@ def test_a_move_leaves_training_as_it_was_bit_for_bit(comm, shared, case):
 def test_a_move_leaves_training_as_it_was_to_rounding(comm, shared, case):
     stays, moves = (run_steps(comm, shared, after, **MOVES | NEAR[case]) for after in ((), (1, 3)))
     assert_near(stays, moves)
+
+
+@pytest.mark.mpi
+def test_copies_of_an_expert_move_too(comm, shared):
+    """Every copy stays the same bit for bit, which gather_logical asserts; their gradients are summed elsewhere."""
+    changes = {
+        "cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 3, "num_nodes": 2,
+        "cluster__probability": "config", "cluster__expert_probability": ((0.6, 0.3, 0.1),),
+    }  # fmt: skip
+    stays, moves = (run_steps(comm, shared, after, **MOVES | changes) for after in ((), (1, 2, 3)))
+    assert_near(stays, moves)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("shape", ["tensor", "data"])
+def test_groups_move_alike(comm, shared, shape):
+    if comm.size % 2:
+        pytest.skip("needs an even number of ranks")
+    changes = {f"cluster__{shape}_parallel": 2, "experts__bias": True, "model__num_experts": 5, "num_nodes": 2}
+    stays, moves = (run_steps(comm, shared, after, **MOVES | changes) for after in ((), (1, 3)))
+    assert_equal(stays, moves)
+
+
+@pytest.mark.mpi
+def test_no_rank_holds_more_than_the_staging_of_what_comes(comm, shared, monkeypatch):
+    """The same in many small pieces: the bound is less than one matrix."""
+    seen = []
+
+    def keep(tensors, piece_bytes):
+        for piece in cut(tensors, piece_bytes):
+            seen.append(piece.nbytes)
+            yield piece
+
+    cut = moving.cut
+    stays = run_steps(comm, shared, **MOVES)
+    monkeypatch.setattr(moving, "STAGING_BYTES", 200)
+    monkeypatch.setattr(moving, "cut", keep)
+    assert_equal(stays, run_steps(comm, shared, (1, 3), **MOVES))
+    assert all(nbytes <= 200 for nbytes in seen) and (comm.size == 1 or len(seen) > 20)
+
+
+@pytest.mark.mpi
+def test_a_checkpoint_is_taken_back_wherever_the_experts_have_moved(comm, shared):
+    changes = MOVES | {"model__num_experts": 5}
+    told, _, _, pieces = run_steps(comm, shared, (1,), **changes)
+    with open_small_job(comm, shared, **changes) as (job, optimizer, state):
+        load = even_load(*state.load_shape)
+        train_step(job, optimizer, load, 1)
+        force(job, optimizer, 7, 1)
+        job.stepper.exchange.poke()
+        while not job.stepper.exchange.is_idle:
+            job.stepper.exchange.poke()
+        arrays = {}
+        for name, _, start, extent, _ in state.wanted():
+            box = tuple(slice(first, first + count) for first, count in zip(start, extent, strict=True))
+            arrays[name, start] = pieces[name][box]
+        state.restore(arrays, STEPS)
+        again = gather_pieces(comm, state, load)
+        outcome, _ = train_step(job, optimizer, load, STEPS + 1)
+    assert set(again) == set(pieces) and all(np.array_equal(again[name], pieces[name]) for name in pieces)
+    assert outcome.loss < told[0][0]

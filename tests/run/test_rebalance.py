@@ -1,0 +1,85 @@
+"""Experts move when the measured loads call for it, and a run that may move them loses nothing by it."""
+
+import numpy as np
+import pytest
+from bench.skew import DrawnRouter
+from small import Notes, open_small_job
+
+from hpcmoe.errors import on_root
+from hpcmoe.run.infer import infer
+from hpcmoe.run.rebalance import propose, see_loads
+from hpcmoe.run.train import train
+
+SKEWED = {
+    "num_nodes": 2, "cluster__placement": "contiguous", "cluster__objective": "links", "run__steps": 7, "run__warmup_steps": 0,
+    "cluster__rebalance_every": 3, "comm__once_per_node": "off", "train__validate_every": 4, "cluster__search_seconds": 20.0,
+    "cluster__search_iterations": 1000,
+}  # fmt: skip
+
+
+def run(comm, folder, **changes):
+    """Run with tokens that prefer the experts of the other node -> (what was recorded, the final layout)."""
+    notes = Notes()
+    with open_small_job(comm, folder, **SKEWED | changes) as (job, optimizer, _):
+        experts, node = job.config.model.num_experts, job.topology.node_of_rank[comm.rank]
+        first = job.placement.expert_of_replica.copy()
+        for number, layer in enumerate(job.stepper.network.layers):
+            holder = job.topology.node_of_rank[[np.argmax(first[number] == e) for e in range(experts)]]
+            weights = np.where(holder == node, 0.02, 1.0)
+            layer.router = DrawnRouter(layer.router, weights / weights.sum(), [number, comm.rank])
+        load = np.ones((2, experts))
+        if optimizer is None:
+            infer(job, notes, load, lambda *state: None)
+        else:
+            train(job, notes, optimizer, (0, load), lambda *state: None)
+        return notes.values, first, job.placement.expert_of_replica
+
+
+@pytest.mark.mpi
+def test_training_moves_its_experts_once_and_loses_nothing(comm, shared):
+    if comm.size == 1:
+        pytest.skip("needs two nodes")
+    moves, first, last = run(comm, shared)
+    stays, _, same = run(comm, shared, cluster__rebalance_margin=1e9)
+    assert (same == first).all() and (last != first).any()
+    assert list(moves["cluster/adopted"]) == [4] and "cluster/adopted" not in stays
+    assert np.array_equal(moves["cluster/adopted"][4], last)
+    assert moves["cluster/moved"][4] == (first != last).sum() and moves["cluster/move_seconds"][4] > 0
+    assert moves["cluster/gain_seconds_predicted"][4] > 1.3 * moves["cluster/move_seconds_predicted"][4] > 0
+    for name in ("train/loss", "train/gradient_norm", "train/validation_loss"):
+        assert moves[name] == stays[name], name
+
+
+@pytest.mark.mpi
+def test_inference_moves_its_experts(comm, shared):
+    if comm.size == 1:
+        pytest.skip("needs two nodes")
+    moves, first, last = run(comm, shared, run__mode="infer", model__dtype="bfloat16")
+    assert list(moves["cluster/adopted"]) == [4] and (last != first).any()
+
+
+@pytest.mark.mpi
+def test_a_proposal_weighs_gain_noise_and_cost(comm, shared):
+    """Loads that part of the steps belies make noise; of no step left there is no gain."""
+    with open_small_job(comm, shared, **SKEWED) as (job, _, _):
+
+        def ask():
+            wants = np.ones((2, 4))
+            present, nodes = job.placement.expert_of_replica, job.topology.num_nodes
+            tokens = np.stack([np.full((nodes, 4), 10) for _ in wants])
+            for layer, row in enumerate(present):
+                for e in range(4):
+                    tokens[layer, job.topology.node_of_rank[np.argmax(row == e)], e] = 1
+            steady = propose(job, np.stack([tokens] * 3), 3)
+            fickle = propose(job, np.stack([5 * tokens, 0 * tokens + 40, tokens]), 3)
+            late = propose(job, np.stack([tokens] * 3), 7)
+            return see_loads(job, tokens).probability, steady, fickle, late
+
+        probability, (steady, layout), (fickle, _), (late, nothing) = on_root(comm, ask)
+    assert np.allclose(probability.sum(axis=2), 1)
+    assert late.gain_seconds == 0 and not late.adopted and nothing is None
+    if comm.size > 1:
+        assert steady.adopted and steady.noise_seconds == 0 and steady.seconds_after < steady.seconds_before
+        assert steady.gain_seconds == pytest.approx(3 * (steady.seconds_before - steady.seconds_after))
+        assert layout.placement.objective_seconds * 4 == pytest.approx(steady.seconds_after)
+        assert fickle.noise_seconds > 0
