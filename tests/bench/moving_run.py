@@ -24,6 +24,8 @@ from hpcmoe.run.train import train_step
 from hpcmoe.wait import barrier
 
 NAMES = ("moves", "stays")
+SEQUENCES = 32  # of a batch: the links are slow
+SECONDS_PER_TOKEN = 5e-7  # an expert's; timed, it would tell of what else runs on this machine
 HOT = 4  # experts of each rack that change places with the other rack's
 
 
@@ -41,7 +43,7 @@ class Notes:
 def main(path, every):
     """Train for three intervals, the shift after the first; write path on rank 0. Collective over all ranks."""
     comm = MPI.COMM_WORLD
-    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, batch_sequences=128))
+    config = make_config()
     topology = read_topology(comm, config.cluster)
     split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length))
     before = make_weights(topology.rack_of_node, config.model.num_layers, config.model.num_experts, SEED)
@@ -50,8 +52,7 @@ def main(path, every):
     with open_mesh(comm, config.cluster) as mesh, contextlib.ExitStack() as stack:
         runs = {}
         for name in NAMES:
-            cluster = dataclasses.replace(config.cluster, rebalance_every=every if name == "moves" else 2**30)
-            own = dataclasses.replace(config, cluster=cluster)
+            own = make_config(rebalance_every=every if name == "moves" else 2**30)
             job = stack.enter_context(open_job(own, topology, mesh, split, loads))
             runs[name] = (job, *make_step(job))
         figures = {name: {"seconds": [], "losses": []} for name in NAMES}
@@ -71,6 +72,13 @@ def main(path, every):
             figures |= {"every": every, "told": told}
             figures |= {"cross_rack_share": {name: cross_rack_share(job) for name, (job, *_) in runs.items()}}
             pathlib.Path(path).write_text(json.dumps(figures, indent=1))
+
+
+def make_config(**cluster):
+    """Make the placement bench's config with a smaller batch and other keys of [cluster]."""
+    cluster = {"seconds_per_token": SECONDS_PER_TOKEN} | cluster
+    data = dataclasses.replace(CONFIG.data, batch_sequences=SEQUENCES)
+    return dataclasses.replace(CONFIG, data=data, cluster=dataclasses.replace(CONFIG.cluster, **cluster))
 
 
 def make_step(job):

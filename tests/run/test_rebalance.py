@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from bench.skew import DrawnRouter
+import torch
 from small import Notes, open_small_job
 
 from hpcmoe.errors import on_root
@@ -11,10 +11,22 @@ from hpcmoe.run.rebalance import propose, see_loads
 from hpcmoe.run.train import train
 
 SKEWED = {
-    "num_nodes": 2, "cluster__placement": "contiguous", "cluster__objective": "links", "run__steps": 7, "run__warmup_steps": 0,
-    "cluster__rebalance_every": 3, "comm__once_per_node": "off", "train__validate_every": 4, "cluster__search_seconds": 20.0,
-    "cluster__search_iterations": 1000,
+    "num_nodes": 2, "cluster__placement": "contiguous", "cluster__objective": "links", "run__steps": 7,
+    "run__warmup_steps": 0, "cluster__rebalance_every": 3, "comm__once_per_node": "off", "train__validate_every": 4,
+    "cluster__search_seconds": 20.0, "cluster__search_iterations": 1000,
 }  # fmt: skip
+
+
+def find_holders(job, layer):
+    """The node that holds each expert of a layer [E]."""
+    placement = job.placement
+    slots = [int(np.argmax(placement.expert_of_replica[layer] == e)) for e in range(job.config.model.num_experts)]
+    return job.topology.node_of_rank[placement.rank_of_replica[slots]]
+
+
+def repel(forward, load):
+    """Make a router's forward feel more load on some experts."""
+    return lambda x, felt: forward(x, (felt + load).float())
 
 
 def run(comm, folder, **changes):
@@ -24,9 +36,8 @@ def run(comm, folder, **changes):
         experts, node = job.config.model.num_experts, job.topology.node_of_rank[comm.rank]
         first = job.placement.expert_of_replica.copy()
         for number, layer in enumerate(job.stepper.network.layers):
-            holder = job.topology.node_of_rank[[np.argmax(first[number] == e) for e in range(experts)]]
-            weights = np.where(holder == node, 0.02, 1.0)
-            layer.router = DrawnRouter(layer.router, weights / weights.sum(), [number, comm.rank])
+            holder = find_holders(job, number)
+            layer.router.forward = repel(layer.router.forward, torch.from_numpy(np.where(holder == node, 20.0, 0.0)))
         load = np.ones((2, experts))
         if optimizer is None:
             infer(job, notes, load, lambda *state: None)
@@ -64,12 +75,9 @@ def test_a_proposal_weighs_gain_noise_and_cost(comm, shared):
     with open_small_job(comm, shared, **SKEWED) as (job, _, _):
 
         def ask():
-            wants = np.ones((2, 4))
-            present, nodes = job.placement.expert_of_replica, job.topology.num_nodes
-            tokens = np.stack([np.full((nodes, 4), 10) for _ in wants])
-            for layer, row in enumerate(present):
-                for e in range(4):
-                    tokens[layer, job.topology.node_of_rank[np.argmax(row == e)], e] = 1
+            tokens = np.full((2, job.topology.num_nodes, 4), 10)
+            for layer in range(2):  # nobody wants what is on its own node
+                tokens[layer, find_holders(job, layer), range(4)] = 1
             steady = propose(job, np.stack([tokens] * 3), 3)
             fickle = propose(job, np.stack([5 * tokens, 0 * tokens + 40, tokens]), 3)
             late = propose(job, np.stack([tokens] * 3), 7)
