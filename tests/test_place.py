@@ -302,3 +302,43 @@ def test_the_command_ends_on_ctrl_c_with_one_word(tmp_path):
     ended = running.wait(20)
     assert ended.status == 130 and ended.errors.splitlines()[-1] == "hpcmoe: interrupted"
     assert "Traceback" not in ended.errors and not list(tmp_path.glob("out*"))
+
+
+def test_a_placement_is_begun_with_weighed_and_written_as_eplbs_map(tmp_path):
+    case = write_case(tmp_path / "case.json", make_case(replicate=False, slots=2))
+    out, again, eplb = tmp_path / "out.json", tmp_path / "again.json", tmp_path / "map.json"
+    status, *_ = place(case, "-o", out, "--eplb-out", eplb)
+    first, map_ = json.loads(out.read_text()), json.loads(eplb.read_text())
+    assert status == 0
+    assert np.reshape(first["expert_of_slot"], (3, -1)).tolist() == map_["physical_to_logical"]
+
+    # As it is; then with a move or two from the contiguous placement.
+    for start in (out, eplb):
+        assert place(case, "--start", start, "--moves", 0, "-o", again)[0] == 0
+        weighed = json.loads(again.read_text())
+        assert weighed["expert_of_slot"] == first["expert_of_slot"] and weighed["iterations"] == 0
+        assert weighed["objective_seconds"] == first["objective_seconds"]
+    plain = np.pad(np.arange(8)[:, None], ((0, 0), (0, 1)), constant_values=-1)
+    (tmp_path / "plain.json").write_text(json.dumps([plain.ravel().tolist()] * 3))
+    costs = []
+    for moves in ("0", "2", None):
+        words = ("--moves", moves) if moves else ()
+        assert place(case, "--start", tmp_path / "plain.json", *words, "-o", again)[0] == 0
+        answer = json.loads(again.read_text())
+        costs.append(answer["objective_seconds"])
+        moved = (np.array(answer["expert_of_slot"])[..., 0] != np.arange(8)).sum(axis=1)
+        assert moves is None or moved.max() <= int(moves)
+    assert costs[0] > costs[1] > costs[2] * 0.999
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--moves", "2"), "--moves 2: needs --start"),
+        (("--eplb-out", "map.txt"), "--eplb-out map.txt: must end with .json, .npy"),
+        (("--start", "none.json"), "none.json: cannot be read: No such file or directory"),
+    ],
+)
+def test_what_is_wrong_with_a_start_is_one_line(tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert place(write_case(tmp_path / "case.json", make_case()), *words)[::2] == (2, [f"hpcmoe: {said}"])

@@ -12,7 +12,10 @@ from bench.hosts import run_on_hosts
 from tabulate import tabulate
 
 RANKS_A_HOST = 4
-SLOW = {"INTRA": "200mbit", "INTER": "20mbit"}  # a tenth of the placement bench's: the links, not the cores, tell the time
+SLOW = {
+    "INTRA": "200mbit",
+    "INTER": "20mbit",
+}  # a tenth of the placement bench's: the links, not the cores, tell the time
 
 
 def measure(folder, every=4):

@@ -1,6 +1,5 @@
 """Experts that move leave the training as it was: losses, gradients, parameters and checkpoints."""
 
-
 import numpy as np
 import pytest
 from small import gather_logical, gather_pieces, open_small_job
