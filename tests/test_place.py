@@ -148,6 +148,21 @@ def test_a_run_can_be_placed_again(tmp_path):
     check_answer(case, tmp_path / "out.json", "ports")
     assert place(tmp_path / "run.h5", "--objective", "links", "-o", tmp_path / "out.json")[0] == 0
     check_answer(case, tmp_path / "out.json", "links")
+
+    # Its placement is the one that it had last.
+    layouts = np.stack([np.random.default_rng(seed).permuted(np.tile(np.arange(8), (3, 1)), axis=1) for seed in (1, 2)])
+    with h5py.File(tmp_path / "run.h5", "a") as file:
+        file["cluster/expert_of_replica"] = layouts[0]
+    for expected in layouts:
+        words = ("--start", tmp_path / "run.h5", "--moves", 0, "-o", tmp_path / "out.json")
+        assert place(tmp_path / "run.h5", *words)[0] == 0
+        assert (
+            np.reshape(json.loads((tmp_path / "out.json").read_text())["expert_of_slot"], (3, -1)).tolist()
+            == expected.tolist()
+        )
+        with h5py.File(tmp_path / "run.h5", "a") as file:
+            file.require_group("cluster/adopted").require_dataset("value", data=layouts, shape=layouts.shape, dtype=int)
+
     (tmp_path / "run.h5").write_text("{}")
     status, _, errors = place(tmp_path / "run.h5")
     assert status == 2 and len(errors) == 1 and "run.h5: cannot be read" in errors[0]

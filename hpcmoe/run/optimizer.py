@@ -120,7 +120,13 @@ class Optimizer:
     def follow(self, placement, step):
         """Take on what this rank has under another placement, after so many steps; moments of a new expert are zero."""
         self.shared = SharedExperts(placement, self.mesh.ep)
-        self.expert = FlatGradients(p for layer in self.network.layers for p in layer.experts.parameters())
+        parameters = [p for layer in self.network.layers for p in layer.experts.parameters()]
+        if list(map(id, parameters)) == list(map(id, self.expert.parameters)):
+            return  # other experts, in the same arrays
+        for parameter in self.expert.parameters:
+            parameter.grad = None
+        self.expert = None  # its memory is free before more is taken
+        self.expert = FlatGradients(parameters)
         others = set(self.network.parameters()) - set(self.expert.parameters)
         for group, wanted in zip(self.adamw.param_groups, (lambda p: p.dim() > 1, lambda p: p.dim() <= 1), strict=True):
             kept = [p for p in group["params"] if p in others]

@@ -30,6 +30,7 @@ class Rebalancer:
         self.every = job.config.cluster.rebalance_every
         self.parts, self.num_steps = 0, 0  # [PARTS, L, E] copies whose home is this rank, of so many steps
         self.move, self.verdict = None, None  # under way, and why
+        self.is_new = True  # is the placement of the next step to be recorded?
 
     def consider(self, step):
         """After `step` steps, if it is time, solve anew and begin to move. Collective over all ranks."""
@@ -43,7 +44,7 @@ class Rebalancer:
             verdict, layout = broadcast(self.job.mesh.world, mine)
         report(step, verdict)
         if verdict.adopted:
-            self.verdict = verdict
+            self.verdict, self.is_new = verdict, True
             self.move = begin_move(self.job, self.optimizer, layout, verdict.moves, step)
             self.job.stepper.exchange.landings.append(self.move)  # it is poked as what others send is
 
@@ -51,6 +52,8 @@ class Rebalancer:
         """Count a step's tokens; after one that began with a move, keep what that was. Collective over all ranks."""
         if self.every == 0:
             return
+        if self.is_new:
+            self.keep_placement(step)
         if np.ndim(self.parts) == 0:
             self.parts = np.zeros((PARTS, *census.own_tokens.shape), np.int64)
         self.parts[self.num_steps % PARTS] += census.own_tokens
@@ -62,13 +65,12 @@ class Rebalancer:
 
     def keep(self, step, seconds):
         """Log and record a move that a step began with."""
-        verdict, layout = self.verdict, self.job.placement
+        verdict = self.verdict
         log.info(
             "step %d: %d experts, %.3g MB, have moved in %.3g s beside the step's work, predicted %.3g s alone",
             step, len(verdict.moves), verdict.num_bytes / 1e6, seconds, verdict.cost_seconds,
         )  # fmt: skip
         for name, value, unit in (
-            ("adopted", layout.expert_of_replica, "expert of each slot, from this step on"),
             ("moved", len(verdict.moves), "copies"),
             ("moved_bytes", verdict.num_bytes, "B, of an expert-parallel group"),
             ("move_seconds", seconds, "s, beside the step's work"),
@@ -76,8 +78,15 @@ class Rebalancer:
             ("gain_seconds_predicted", verdict.gain_seconds, "s, over the horizon"),
         ):
             self.records.append(step, "cluster", name, value, unit)
-        if layout.split is not None:
-            self.records.append(step, "cluster", "adopted_split", layout.split, "share of a node's tokens")
+
+    def keep_placement(self, step):
+        """Record where the experts are from a step on."""
+        placement, self.is_new = self.job.placement, False
+        self.records.append(
+            step, "cluster", "adopted", placement.expert_of_replica, "expert of each slot, from here on"
+        )
+        if placement.split is not None:
+            self.records.append(step, "cluster", "adopted_split", placement.split, "share of a node's tokens")
 
 
 def propose(job, tokens, step):
