@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 import pytest
-from bench import cost, exchange, layer, machine, overlap, peers, placement
+from bench import cost, exchange, layer, machine, moving, overlap, peers, placement
 
 BENCHES = {
     "layer": layer,
@@ -17,6 +17,7 @@ BENCHES = {
     "cost": cost,
     "peers": peers,
     "placement": placement,
+    "moving": moving,
     "overlap": overlap,
 }
 FOLDER = pathlib.Path("out/bench")

@@ -1,9 +1,9 @@
 """A placement that moves: the hot experts of two racks change places in mid-run, on four shaped hosts.
 
-Sixteen ranks, as in the placement bench. For one interval tokens prefer experts as the placement knew it; then the
-hottest experts of either rack are wanted by the other. One run may move its experts at the end of each interval, the
-other may not; their steps take turns in one process group (bench/moving_run.py). A step that begins with a search and a
-move counts them.
+Four ranks with four experts each, else as in the placement bench. For one interval tokens prefer experts as the placement
+knew it; then the hottest experts of either rack are wanted by the other. One run may move its experts at the end of each
+interval, the other may not; their steps take turns in one process group (bench/moving_run.py). A step that begins with a
+search and a move counts them.
 """
 
 import statistics
@@ -11,11 +11,8 @@ import statistics
 from bench.hosts import run_on_hosts
 from tabulate import tabulate
 
-RANKS_A_HOST = 4
-SLOW = {
-    "INTRA": "200mbit",
-    "INTER": "20mbit",
-}  # a tenth of the placement bench's: the links, not the cores, tell the time
+RANKS_A_HOST = 1
+SLOW = {"INTRA": "400mbit", "INTER": "40mbit"}  # a fifth of the placement bench's: links, not cores, tell the time
 
 
 def measure(folder, every=4):

@@ -24,7 +24,7 @@ from hpcmoe.run.train import train_step
 from hpcmoe.wait import barrier
 
 NAMES = ("moves", "stays")
-SEQUENCES = 32  # of a batch: the links are slow
+SEQUENCES = 64  # of a batch: the links are slow
 SECONDS_PER_TOKEN = 5e-7  # an expert's; timed, it would tell of what else runs on this machine
 HOT = 4  # experts of each rack that change places with the other rack's
 
