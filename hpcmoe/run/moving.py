@@ -27,8 +27,8 @@ class Move:
         self.comm, self.is_over = comm, False
         self.begun = time.perf_counter()
         self.seconds = 0.0
-        for experts, *_ in layers:
-            experts.arriving = True
+        for experts, _, _, receives in layers:
+            experts.arriving = bool(receives)
         self.course = self.go(layers)
 
     def poke(self):

@@ -76,6 +76,7 @@ class Rebalancer:
             ("move_seconds", seconds, "s, beside the step's work"),
             ("move_seconds_predicted", verdict.cost_seconds, "s, alone"),
             ("gain_seconds_predicted", verdict.gain_seconds, "s, over the horizon"),
+            ("gain_seconds_noise", verdict.noise_seconds, "s, over the horizon"),
         ):
             self.records.append(step, "cluster", name, value, unit)
 

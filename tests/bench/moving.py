@@ -1,9 +1,9 @@
 """A placement that moves: the hot experts of two racks change places in mid-run, on four shaped hosts.
 
-Four ranks with four experts each, else as in the placement bench. For one interval tokens prefer experts as the placement
-knew it; then the hottest experts of either rack are wanted by the other. One run may move its experts at the end of each
-interval, the other may not; their steps take turns in one process group (bench/moving_run.py). A step that begins with a
-search and a move counts them.
+Four ranks with four experts each, else as in the placement bench. For one interval tokens prefer experts as the
+placement knew it; then the hottest experts of either rack are wanted by the other. One run may move its experts at the
+end of each interval, the other may not; their steps take turns in one process group (bench/moving_run.py). A step that
+begins with a search and a move counts them.
 """
 
 import statistics

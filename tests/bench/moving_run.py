@@ -7,7 +7,7 @@ import pathlib
 import sys
 import time
 
-from bench.placement_run import CONFIG, SEED, cross_rack_share
+from bench.placement_run import CONFIG, SEED
 from bench.skew import DrawnRouter, count_choices, make_weights, shift_weights
 from mpi4py import MPI
 
@@ -54,24 +54,28 @@ def main(path, every):
         for name in NAMES:
             own = make_config(rebalance_every=every if name == "moves" else 2**30)
             job = stack.enter_context(open_job(own, topology, mesh, split, loads))
+            draw_routers(job, before)
             runs[name] = (job, *make_step(job))
         figures = {name: {"seconds": [], "losses": []} for name in NAMES}
         for step in range(1, 3 * every + 1):
             for name in NAMES[:: 1 if step % 2 else -1]:
                 job, take, _ = runs[name]
-                if step in (1, every + 1):
-                    draw_routers(job, before if step == 1 else after)
+                if step == every + 1:
+                    draw_routers(job, after)
                 barrier(comm)
                 begin = time.perf_counter()
                 loss = take(step)
                 barrier(comm)
                 figures[name]["seconds"].append(time.perf_counter() - begin)
                 figures[name]["losses"].append(float(loss))
-        if comm.rank == 0:
-            told = {name: (step, value) for name, (step, value) in runs["moves"][2].values.items() if name != "adopted"}
-            figures |= {"every": every, "told": told}
-            figures |= {"cross_rack_share": {name: cross_rack_share(job) for name, (job, *_) in runs.items()}}
-            pathlib.Path(path).write_text(json.dumps(figures, indent=1))
+                if comm.rank == 0:  # also what there is so far, for whoever waits
+                    pathlib.Path(path).write_text(json.dumps(figures | describe(runs, every), indent=1))
+
+
+def describe(runs, every):
+    """Tell what moved -> dict for JSON."""
+    told = {name: entry for name, entry in runs["moves"][2].values.items() if not name.startswith("adopted")}
+    return {"every": every, "told": told}
 
 
 def make_config(**cluster):

@@ -45,6 +45,17 @@ def test_portions_take_every_row_once_and_are_about_so_long(counts, about):
     assert row == counts.sum()
 
 
+def test_apart_a_slots_portions_depend_on_its_own_rows_alone():
+    alone, few, many = (make_batch([(0, 0)], [0], np.array([counts])) for counts in ([0, 7, 0], [2, 7, 1], [90, 7, 30]))
+    for about in (5, 10, 200):
+        sizes = [
+            [rows for _, slots in batch.portions(about, apart=True) for slot, rows in slots if slot == 1]
+            for batch in (alone, few, many)
+        ]
+        assert sizes[0] == sizes[1] == sizes[2]
+        assert all(len(slots) == 1 for _, slots in few.portions(about, apart=True))
+
+
 def make_board(node_of_rank, rank, once, max_parcels=3, num_slots=2):
     """A window that one process holds for all mates of a rank, and the rank's Routes."""
     nodes = max(node_of_rank) + 1

@@ -85,6 +85,21 @@ def test_mates_meet_the_other_nodes_in_the_same_order(cluster):
         assert [peer for peer in peers if peer in routes.senders] == list(routes.senders)
 
 
+@given(clusters())
+def test_in_the_same_order_all_ranks_meet_all_peers_alike(cluster):
+    """And so an expert's rows are in the same order wherever it is; who lands what is as before."""
+    node_of_rank, once, num_slots = cluster
+    orders = set()
+    for rank in range(len(node_of_rank)):
+        routes, usual = (make_routes(node_of_rank, rank, num_slots, once, same) for same in (True, False))
+        peers = np.concatenate(routes.peers_by_node).tolist()
+        orders.add(tuple(peers))
+        assert sorted(peers) == list(range(len(node_of_rank)))
+        assert [peer for peer in peers if peer in routes.senders] == list(routes.senders)
+        assert sorted(routes.senders) == sorted(usual.senders) and (routes.landings == usual.landings).all()
+    assert len(orders) == 1
+
+
 def test_the_landings_of_a_node_are_shared_out_over_its_ranks():
     node_of_rank = np.repeat([0, 1, 2], 4)
     for rank in range(4):

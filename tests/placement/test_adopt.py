@@ -58,7 +58,7 @@ def test_each_copy_comes_from_the_nearest_holder_that_has_least_to_send():
         ({"ingress_bytes_per_second": np.array([1.0, np.inf])}, 100.0),
         ({"ingress_bytes_per_second": np.array([0.5, np.inf])}, 200.0),
         ({"uplink_bytes_per_second": np.array([0.5, np.inf])}, 400.0),
-        ({"bytes_per_second": np.array([[0.1, 2.0], [4.0, 8.0]])}, 1000.0),  # a node's own memory
+        ({"bytes_per_second": np.array([[0.1, 2.0], [4.0, 8.0]])}, 2000.0),  # two within a node, by its memory
     ],
 )
 def test_a_move_takes_as_long_as_whatever_has_most_to_carry(changes, seconds):
