@@ -8,7 +8,7 @@ import pytest
 from small import make_config, make_topology, open_small_job
 
 from hpcmoe.cluster.demand import Loads
-from hpcmoe.errors import PlacementError
+from hpcmoe.errors import ConfigError, PlacementError
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.result import Spent
 from hpcmoe.placement.solve import compare_methods
@@ -66,6 +66,21 @@ def test_every_group_must_have_the_room():
 def test_an_experts_memory_is_that_of_its_tensor_parallel_group():
     problem = state(make_config(), make_topology(4, 2), make_mesh(2, 1, 2), bytes_a_node=1000, besides=60)
     assert problem.memory_bytes.tolist() == [2 * (500 - 60)] * 2
+
+
+def test_a_placement_is_taken_from_a_file(tmp_path):
+    path = tmp_path / "map.json"
+    path.write_text("[[2, 0, 3, 1], [3, 2, 1, 0]]")
+    config = make_config(cluster__placement="file", cluster__placement_file=str(path))
+    problem = state(config, make_topology(4, 2), make_mesh(4))
+    layout = lay_out(problem, config, make_room(make_topology(4, 2)))
+    assert layout.placement.expert_of_replica.tolist() == [[2, 0, 3, 1], [3, 2, 1, 0]]
+    assert layout.placement.method == "file" and set(layout.seconds_of_method) == {"contiguous"}
+    assert "placement file: objective step" in next(tell(layout, config.cluster))
+    path.write_text("[[2, 0, 3, 1]]")
+    with pytest.raises(ConfigError) as refused:
+        lay_out(problem, config, make_room(make_topology(4, 2)))
+    assert str(refused.value) == f"[cluster] placement_file = {path}: the list has 1 layers, layers = 2"
 
 
 def test_what_does_not_fit_is_told_with_what_else_takes_the_memory():
