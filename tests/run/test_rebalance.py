@@ -55,7 +55,7 @@ def test_training_moves_its_experts_once_and_loses_nothing(comm, shared):
     assert (same == first).all() and (last != first).any()
     assert list(moves["cluster/adopted"]) == [1, 4] and list(stays["cluster/adopted"]) == [1]
     assert np.array_equal(moves["cluster/adopted"][1], first) and np.array_equal(moves["cluster/adopted"][4], last)
-    assert moves["cluster/moved"][4] == (first != last).sum() and moves["cluster/move_seconds"][4] > 0
+    assert moves["cluster/moved"][4] == ((first != last) & (last >= 0)).sum() and moves["cluster/move_seconds"][4] > 0
     assert moves["cluster/gain_seconds_predicted"][4] > 1.3 * moves["cluster/move_seconds_predicted"][4] > 0
     for name in ("train/loss", "train/gradient_norm", "train/validation_loss"):
         assert moves[name] == stays[name], name
@@ -87,7 +87,7 @@ def test_a_proposal_weighs_gain_noise_and_cost(comm, shared):
     assert np.allclose(probability.sum(axis=2), 1)
     assert late.gain_seconds == 0 and not late.adopted and nothing is None
     if comm.size > 1:
-        assert steady.adopted and steady.noise_seconds == 0 and steady.seconds_after < steady.seconds_before
+        assert steady.adopted and steady.noise_seconds < 1e-12 and steady.seconds_after < steady.seconds_before
         assert steady.gain_seconds == pytest.approx(3 * (steady.seconds_before - steady.seconds_after))
         assert layout.placement.objective_seconds * 4 == pytest.approx(steady.seconds_after)
         assert fickle.noise_seconds > 0
