@@ -14,8 +14,6 @@ from hpcmoe.errors import PlacementError
 from hpcmoe.experts.pace import time_token
 from hpcmoe.placement.problem import PlacementProblem, slots_for
 from hpcmoe.placement.result import Placement, weigh
-from hpcmoe.placement.shares import tune_shares
-from hpcmoe.placement.solve import compare_methods, make_placement
 from hpcmoe.wait import barrier, gather_to_all
 
 log = logging.getLogger(__name__)
@@ -70,6 +68,8 @@ def find_pace(config, mesh, rows, device):
 
 def lay_out(problem, config, room):
     """Solve the placement problem, and weigh what else could have been -> Layout; PlacementError tells the memory."""
+    from hpcmoe.placement.solve import compare_methods  # imports numba and scipy: rank 0 alone pays for it
+
     cluster = config.cluster
     try:
         placement = search(problem, config)
@@ -84,6 +84,9 @@ def lay_out(problem, config, room):
 
 def search(problem, config):
     """Place by the config's method, within its time, and for the step tune the copies' shares -> Placement."""
+    from hpcmoe.placement.shares import tune_shares
+    from hpcmoe.placement.solve import make_placement
+
     cluster, begun = config.cluster, time.perf_counter()
     placement = make_placement(
         problem,
