@@ -7,6 +7,7 @@ import weakref
 import torch
 
 from hpcmoe.experts.shapes import MATRICES, reckon_expert
+from hpcmoe.gemm import count_copy_bytes
 from hpcmoe.run.model import NUM_BYTES
 
 FLOAT32 = 4  # bytes
@@ -74,12 +75,12 @@ def count_dense_parameters(model):
 
 
 def reckon_copies(config, tensor_parallel, slots):
-    """Bytes of the experts' matrices once more: cast to bfloat16 in training, packed in inference on the host."""
-    model, itemsize = config.model, 2 if config.model.dtype == "bfloat16" else FLOAT32
-    if config.run.mode == "train" and itemsize == FLOAT32:
-        return 0
+    """Bytes of the experts' matrices as the host's products read them: cast in training, packed in inference."""
+    model, training, dtype = config.model, config.run.mode == "train", getattr(torch, config.model.dtype)
     numbers = len(MATRICES[config.experts.kind]) * model.hidden * model.feed_forward // tensor_parallel
-    return itemsize * numbers * slots * model.num_layers
+    return (
+        count_copy_bytes(dtype, torch.float32 if training else dtype, not training) * numbers * slots * model.num_layers
+    )
 
 
 def reckon_activations(config, tensor_parallel, sizes):
