@@ -164,7 +164,7 @@ def test_traffic_is_counted_by_direction_and_peer(comm, shape):
         for out, back in HOMEWARD.items():
             assert np.array_equal(of_all[out], of_all[back].T)
         again = exchange.take_traffic()
-        assert not again.rows.any() and not again.copies.any()
+        assert not again.rows.any() and not again.copies
 
 
 @pytest.mark.mpi
