@@ -43,18 +43,18 @@ MECHANISMS = {
 CONFIG = Config(
     cluster=Cluster(placement="contiguous", seconds_per_token=1e-6),
     pipeline=Pipeline(micro_batches=1),
-    train=Train(validate_every=10**6),  # at the last step
+    train=Train(learning_rate=0.001, validate_every=10**6),  # validates at the last step
 )
 SERIES = {"loss": "train/loss", "sigma": "dispatch/link_sigma", "balancedness": "experts/balancedness",
           "utilisation": "experts/utilisation", "seconds": "run/seconds"}  # fmt: skip
 
 
-def measure(folder, num_ranks=RANKS, steps=STEPS):
-    """Train by each mechanism -> figures."""
-    return summarize(ranks.run_ranks(num_ranks, "balance", folder, steps))
+def measure(folder, num_ranks=RANKS, steps=STEPS, names=tuple(MECHANISMS)):
+    """Train by each of some mechanisms, "none" among them -> figures."""
+    return summarize(ranks.run_ranks(num_ranks, "balance", folder, steps, *names))
 
 
-def work(comm, steps):
+def work(comm, steps, *names):
     """Train by each mechanism, one after the other -> figures by mechanism, and the floor. Collective over comm."""
     config = replace(CONFIG, run=Run(steps=int(steps), threads_per_rank=1))
     topology = read_topology(comm, config.cluster)
@@ -62,8 +62,8 @@ def work(comm, steps):
     loads = find_loads(config, read_loads)  # all experts alike
     figures = {"ranks": comm.size, "steps": config.run.steps, "mechanisms": {}}
     with open_mesh(comm, config.cluster) as mesh:
-        for name, dispatch in MECHANISMS.items():
-            with open_job(replace(config, dispatch=dispatch), topology, mesh, split, loads) as job:
+        for name in names:
+            with open_job(replace(config, dispatch=MECHANISMS[name]), topology, mesh, split, loads) as job:
                 figures["mechanisms"][name] = train_skewed(job)
                 figures["sigma_floor"] = find_floors(job)[0]
     return figures
