@@ -2,8 +2,8 @@
 
 Sources: softmax top-k gating with renormalised weights, Shazeer et al. 2017 (arXiv:1701.06538) and Lepikhin et al. 2020
 (arXiv:2006.16668), section 2.2; load-balancing loss, Fedus et al. 2021 (arXiv:2101.03961), equation 4; router z-loss,
-Zoph et al. 2022 (arXiv:2202.08906), equation 5; a bias on the choice alone,
-Wang et al. 2024 (arXiv:2408.15664).
+Zoph et al. 2022 (arXiv:2202.08906), equation 5; a bias on the choice alone, Wang et al. 2024
+(arXiv:2408.15664).
 """
 
 import math

@@ -56,7 +56,7 @@ class Meter:
         spent = self.clock.take()
         traffic = self.exchange.take_traffic()
         copies = np.stack([traffic.copies[layer] for layer in sorted(traffic.copies)])  # [L, P]
-        served, sums, stages = self.sum_up(copies, [spent.get(stage, 0.0) for stage in STAGES])
+        served, sums, stages = self.sum_over_ranks(copies, [spent.get(stage, 0.0) for stage in STAGES])
         links, *of_layers = (spread_of_links(*row) for row in sums)
         of_layer, whole = balancedness(served)
         reading = Reading(
@@ -72,7 +72,7 @@ class Meter:
         self.add(reading, outcome.census)
         return reading
 
-    def sum_up(self, copies, spent):
+    def sum_over_ranks(self, copies, spent):
         """Sum over all ranks, in one message, what this one sent in each layer [L, P] and how long each stage took.
 
         Gives the copies that each rank serves [L, ranks], the sums of links of all layers and of each [1 + L, 3], and

@@ -112,7 +112,7 @@ def test_what_ranks_serve_is_what_their_experts_were_asked_for(comm, shared, cha
         job.meter.start()
         outcome = job.stepper.run(job.training, np.arange(14), np.ones((2, experts)), "train")
         copies = np.stack([job.stepper.exchange.traffic.copies[layer] for layer in range(2)])
-        served, links, _ = job.meter.sum_up(copies, [0.0])
+        served, links, _ = job.meter.sum_over_ranks(copies, [0.0])
     assert served.shape == (2, experts * data)
     assert np.array_equal(served.reshape(2, data, experts).sum(axis=1), outcome.census.tokens_of_expert)
     assert links.shape == (3, 3) and np.array_equal(links[0, 0], links[1:, 0].sum())
