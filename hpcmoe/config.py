@@ -110,6 +110,7 @@ class Dispatch:
     load_feedback: Annotated[float, Interval(ge=0, le=1)] = 0.2
     load_feedback_on: Literal["selection", "both"] = "selection"
     load_window_steps: Count = 10
+    bias_update_speed: Annotated[float, Interval(ge=0, le=1)] = 0.0
     capacity_factor: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
 
 

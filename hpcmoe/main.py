@@ -75,7 +75,7 @@ def run(comm, arguments):
 
     with open_mesh(comm, config.cluster) as mesh:
         from hpcmoe.run.job import open_job  # imports torch: seconds of CPU on a laptop
-        from hpcmoe.run.report import make_table
+        from hpcmoe.run.report import describe_totals, make_table
 
         with open_job(config, topology, mesh, split, loads) as job:
             start = make_start(job, checkpoint)
@@ -180,6 +180,7 @@ def list_written(config, folder):
 def announce(job):
     """Say what is about to run and how much memory it will take."""
     from hpcmoe.run.layout import tell
+    from hpcmoe.run.report import tell_floors
     from hpcmoe.run.ways import describe_ways
 
     memory, model, text_bytes = job.memory, job.config.model, len(job.training)
@@ -189,7 +190,7 @@ def announce(job):
     )  # fmt: skip
     reckoned = describe_room(job.room, job.topology, memory.per_expert, model.num_layers)
     ways = describe_ways(job.stepper.exchange.sizes, job.stepper.exchange.routes)
-    for line in [*reckoned, *tell(job.layout, job.config.cluster), *ways]:
+    for line in [*reckoned, *tell(job.layout, job.config.cluster), *ways, tell_floors(job)]:
         log.info("%s", line)
     log.info(
         "memory of a rank, as computed: %.1f MB, of these %.1f MB message buffers and %.1f MB activations",
@@ -222,14 +223,6 @@ def describe_tokens(records, job):
     tokens = job.meter.take_tokens(job.topology.node_of_rank)
     if tokens is not None:
         records.describe("experts", "tokens_of_node", tokens, "copies")
-
-
-def describe_totals(records, totals):
-    """Keep the figures of the whole run."""
-    records.describe("run", "tokens_per_second_overall", totals.tokens_per_second, "tokens/s")
-    records.describe("comm", "bytes_of_link", totals.bytes_of_link, "B, rank to rank")
-    records.describe("dispatch", "link_sigma_floor", totals.link_sigma_floor, "1")
-    records.describe("run", "peak_resident_bytes", totals.peak_resident_bytes, "B")
 
 
 def read_versions():

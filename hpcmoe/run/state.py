@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from hpcmoe.experts.shapes import split_axis, weight_shape
+from hpcmoe.run.balance import read_biases, write_biases
 
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  # our name: AdamW's
-LOAD = "balance/load"  # what the routers feel, [L, E]
+LOAD, BIAS = "balance/load", "balance/bias"  # what the routers feel, and what it has made of their biases, [L, E]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,19 +65,24 @@ class State:
             for place, name, tensor in self.arrays()
             if place.owned
         ]
-        return pieces + ([(LOAD, self.load_shape, (0, 0), load)] if self.rank == 0 else [])
+        balance = [
+            (LOAD, self.load_shape, (0, 0), load),
+            (BIAS, self.load_shape, (0, 0), read_biases(self.network.layers)),
+        ]
+        return pieces + (balance if self.rank == 0 else [])
 
     def wanted(self):
         """List what this rank takes from a checkpoint -> list of (name, logical shape, start, extent, keys)."""
         pieces = [(name, place.shape, place.start, place.extent, place.keys) for place, name, _ in self.arrays()]
         keys = ("[model] num_layers", "[model] num_experts")
-        return [*pieces, (LOAD, self.load_shape, (0, 0), self.load_shape, keys)]
+        return [*pieces, *((name, self.load_shape, (0, 0), self.load_shape, keys) for name in (LOAD, BIAS))]
 
     def restore(self, arrays, step):
         """Take what wanted() listed, by (name, start), after so many steps -> load [L, E]."""
         for place, name, tensor in self.arrays():
             values = torch.from_numpy(np.ascontiguousarray(arrays[name, place.start]))
             tensor.copy_(values.view(tensor.shape))
+        write_biases(self.network.layers, arrays[BIAS, (0, 0)])
         for block in self.network.layers:
             block.experts.refresh()
         if self.optimizer is not None:

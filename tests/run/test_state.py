@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from small import gather_logical, gather_pieces, open_small_job
 
+from hpcmoe.run.balance import read_biases, write_biases
 from hpcmoe.run.data import draw_starts
 
 SHAPES = {
@@ -50,6 +51,8 @@ def test_parts_tile_the_logical_arrays(comm, shared, name):
     with open_small_job(comm, shared, **shape_for(comm, name)) as (job, optimizer, state):
         load = np.random.default_rng(0).random(state.load_shape)
         take_steps(job, optimizer, [1])
+        biases = np.random.default_rng(1).random(state.load_shape).astype(np.float32)
+        write_biases(job.stepper.network.layers, biases)
         saved = gather_pieces(comm, state, load)
         for kind, array_of in (
             ("value", lambda p: p.data),
@@ -60,7 +63,8 @@ def test_parts_tile_the_logical_arrays(comm, shared, name):
             for array, values in held.items():
                 assert np.array_equal(saved.pop(f"{array}/{kind}"), values), array
                 assert values.any() or array.endswith("_bias")
-        assert np.array_equal(saved.pop("balance/load"), load) and saved == {}
+        assert np.array_equal(saved.pop("balance/load"), load)
+        assert np.array_equal(saved.pop("balance/bias"), biases) and saved == {}
 
 
 @pytest.mark.mpi
@@ -73,12 +77,15 @@ def test_a_state_taken_up_on_other_ranks_is_the_same_and_trains_on_alike(comm, s
     (shared / str(comm.rank)).mkdir()
     with open_small_job(comm, shared, **changes) as (job, optimizer, state):
         take_steps(job, optimizer, [1, 2])
+        biases = np.random.default_rng(1).normal(size=state.load_shape).astype(np.float32)
+        write_biases(job.stepper.network.layers, biases)
         load = np.random.default_rng(0).random(state.load_shape)
         saved = gather_pieces(comm, state, load)
         take_steps(job, optimizer, [3])
         expected = gather_logical(comm, state, lambda p: p.data)
     with open_small_job(alone, shared / str(comm.rank), run__seed=5, **model) as (job, optimizer, state):
         assert np.array_equal(state.restore(cut_out(saved, state.wanted()), 2), load)
+        assert np.array_equal(read_biases(job.stepper.network.layers), biases)
         again = gather_pieces(alone, state, load)
         assert again.keys() == saved.keys()
         assert all(np.array_equal(again[array], values) for array, values in saved.items())
@@ -107,7 +114,8 @@ def test_a_state_saved_alone_is_taken_up_by_all(comm, shared):
 def test_without_an_optimizer_parameters_alone_are_wanted(comm, shared):
     with open_small_job(comm, shared, run__mode="infer") as (_, _, state):
         names = [name for name, *_ in state.wanted()]
-        assert names[-1] == "balance/load" and all(name.endswith("/value") for name in names[:-1])
+        assert names[-2:] == ["balance/load", "balance/bias"]
+        assert all(name.endswith("/value") for name in names[:-2])
         assert {name for name, *_ in state.collect(None)} <= set(names)
 
 
