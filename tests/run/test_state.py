@@ -5,6 +5,7 @@ import pytest
 from small import gather_logical, gather_pieces, open_small_job
 
 from hpcmoe.run.data import draw_starts
+from hpcmoe.run.state import LOAD
 
 SHAPES = {
     "one group": {},
@@ -48,9 +49,9 @@ def cut_out(arrays, wanted):
 @pytest.mark.parametrize("name", SHAPES)
 def test_parts_tile_the_logical_arrays(comm, shared, name):
     with open_small_job(comm, shared, **shape_for(comm, name)) as (job, optimizer, state):
-        load = np.random.default_rng(0).random(state.load_shape)
+        load = np.random.default_rng(0).random(state.shared[LOAD][0])
         take_steps(job, optimizer, [1])
-        saved = gather_pieces(comm, state, load)
+        saved = gather_pieces(comm, state, {LOAD: load})
         for kind, array_of in (
             ("value", lambda p: p.data),
             ("first_moment", lambda p: optimizer.adamw.state[p]["exp_avg"]),
@@ -73,13 +74,13 @@ def test_a_state_taken_up_on_other_ranks_is_the_same_and_trains_on_alike(comm, s
     (shared / str(comm.rank)).mkdir()
     with open_small_job(comm, shared, **changes) as (job, optimizer, state):
         take_steps(job, optimizer, [1, 2])
-        load = np.random.default_rng(0).random(state.load_shape)
-        saved = gather_pieces(comm, state, load)
+        load = np.random.default_rng(0).random(state.shared[LOAD][0])
+        saved = gather_pieces(comm, state, {LOAD: load})
         take_steps(job, optimizer, [3])
         expected = gather_logical(comm, state, lambda p: p.data)
     with open_small_job(alone, shared / str(comm.rank), run__seed=5, **model) as (job, optimizer, state):
-        assert np.array_equal(state.restore(cut_out(saved, state.wanted()), 2), load)
-        again = gather_pieces(alone, state, load)
+        assert np.array_equal(state.restore(cut_out(saved, state.wanted()), 2)[LOAD], load)
+        again = gather_pieces(alone, state, {LOAD: load})
         assert again.keys() == saved.keys()
         assert all(np.array_equal(again[array], values) for array, values in saved.items())
         take_steps(job, optimizer, [3])
@@ -94,10 +95,10 @@ def test_a_state_saved_alone_is_taken_up_by_all(comm, shared):
     (shared / str(comm.rank)).mkdir()
     with open_small_job(alone, shared / str(comm.rank)) as (job, optimizer, state):
         take_steps(job, optimizer, [1])
-        saved = gather_pieces(alone, state, np.ones(state.load_shape))
+        saved = gather_pieces(alone, state, {LOAD: np.ones((2, 4))})
     with open_small_job(comm, shared, run__seed=5) as (job, optimizer, state):
         state.restore(cut_out(saved, state.wanted()), 1)
-        again = gather_pieces(comm, state, np.ones(state.load_shape))
+        again = gather_pieces(comm, state, {LOAD: np.ones((2, 4))})
         assert all(np.array_equal(again[array], values) for array, values in saved.items())
         assert {entry["step"].item() for entry in optimizer.adamw.state.values()} == {1.0}
     alone.Free()
@@ -108,7 +109,7 @@ def test_without_an_optimizer_parameters_alone_are_wanted(comm, shared):
     with open_small_job(comm, shared, run__mode="infer") as (_, _, state):
         names = [name for name, *_ in state.wanted()]
         assert names[-1] == "balance/load" and all(name.endswith("/value") for name in names[:-1])
-        assert {name for name, *_ in state.collect(None)} <= set(names)
+        assert {name for name, *_ in state.collect({})} <= set(names)
 
 
 @pytest.mark.mpi

@@ -264,7 +264,7 @@ def test_experts_dealt_out_in_any_order(comm, shared):
 def test_rank_without_pieces_writes_no_file(comm, shared):
     last = comm.size - 1
     write_pieces(comm, shared / "a", [make_piece(everything(WHOLE))] if comm.rank == last else [], {})
-    assert sorted(path.name for path in (shared / "a").iterdir()) == ["master.h5", f"rank{last:04d}.h5"]
+    assert sorted(path.name for path in (shared / "a").iterdir()) == ["SHA256SUMS", "master.h5", f"rank{last:04d}.h5"]
     arrays, _ = read_pieces(comm, shared / "a", [make_part(split(2, comm.rank, comm.size))] if comm.rank == 0 else [])
     if comm.rank == 0:
         np.testing.assert_array_equal(arrays.popitem()[1], WHOLE[split(2, 0, comm.size)])
