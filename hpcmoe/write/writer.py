@@ -1,5 +1,6 @@
 """Checkpoints at once, or by a thread while the steps go on; what is MPI's stays with the main thread."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -48,7 +49,7 @@ class Writer:
     def __init__(self, comm, folder, keep, pool):
         self.comm, self.folder, self.keep = comm, folder, keep
         self.pool = pool  # a thread; None: checkpoints are written at once
-        self.copies = {}  # (name, start): array as it was at the last checkpoint
+        self.copies = []  # arrays, kept from one checkpoint to the next
         self.turns = None  # of the checkpoint that is being written
         self.work = None  # this rank's part of the turn, a future
         self.question = None  # whether all ranks' threads are done: (request, array)
@@ -56,7 +57,7 @@ class Writer:
     @property
     def copy_bytes(self):
         """What the copies take, for the thread to write from."""
-        return sum(array.nbytes for array in self.copies.values())
+        return sum(array.nbytes for array in self.copies)
 
     def save(self, step, pieces, facts):
         """Save as save_checkpoint does; where a thread writes, return once the pieces are copied. Collective over comm.
@@ -93,19 +94,18 @@ class Writer:
             self.go_on(self.work.result)
 
     def copy(self, pieces):
-        """Copy pieces, into the arrays of the last time where they are alike -> pieces."""
-        before, self.copies = self.copies, {}
-        return [dataclasses.replace(piece, array=self.keep_copy(piece, before)) for piece in pieces]
-
-    def keep_copy(self, piece, before):
-        """Copy one piece's array."""
-        key = (piece.name, piece.start)
-        kept = before.pop(key, None)
-        if kept is None or (kept.shape, kept.dtype) != (piece.array.shape, piece.array.dtype):
-            kept = np.empty(piece.array.shape, piece.array.dtype)
-        np.copyto(kept, piece.array)
-        self.copies[key] = kept
-        return kept
+        """Copy pieces, into arrays of the last time wherever one fits -> pieces."""
+        spare = collections.defaultdict(list)
+        for array in self.copies:
+            spare[array.shape, array.dtype].append(array)
+        copied, self.copies = [], []
+        for piece in pieces:
+            fitting = spare[piece.array.shape, piece.array.dtype]
+            array = fitting.pop() if fitting else np.empty(piece.array.shape, piece.array.dtype)
+            np.copyto(array, piece.array)
+            self.copies.append(array)
+            copied.append(dataclasses.replace(piece, array=array))
+        return copied
 
     def ask(self):
         """Start to ask whether all ranks' threads are done. Collective over comm."""
