@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 
-from hpcmoe.errors import CheckpointError, on_root, raise_or_return
+from hpcmoe.errors import CheckpointError, on_all, on_root, raise_or_return
 from hpcmoe.write.hdf5 import one_line_faults
 from hpcmoe.write.pieces import discard, do_at_once, read_pieces, write_by_turns
 from hpcmoe.write.verify import verify_master, verify_pieces
@@ -30,7 +30,7 @@ def save_by_turns(comm, folder, step, pieces, facts, keep):
     started = time.monotonic()
     yield from write_by_turns(comm, folder / f"checkpoint-{step}", pieces, facts)
     pruned = yield lambda: prune(folder, step, keep) if comm.rank == 0 else None
-    on_root(comm, pruned)
+    on_all(comm, pruned)
     log.info("step %d: checkpoint written in %.2f s", step, time.monotonic() - started)
 
 

@@ -99,7 +99,7 @@ def write_by_turns(comm, folder, pieces, facts):
         own = RankFile(num_bytes=num_bytes, digest=digest, parts=[piece.part for piece in pieces])
         files = comm.gather(own)
         finished = yield lambda: finish(folder, partial, files, facts) if comm.rank == 0 else None
-        on_root(comm, finished)
+        on_all(comm, finished)
     except CheckpointError:
         on_root(comm, lambda: shutil.rmtree(partial, ignore_errors=True))
         raise

@@ -145,6 +145,16 @@ def test_a_fault_that_all_ranks_share_does_not_hide_the_writers(comm, shared, fi
     assert first == "not finite" and "rank0000.h5: cannot be written: File too large" in second and fault.value.shared
 
 
+def test_a_master_that_cannot_be_written_is_heard_too(comm, tmp_path, file_size_limit):
+    with file_size_limit(1 << 17), pytest.raises(CheckpointError) as fault:  # noqa: SIM117
+        with open_writer(comm, tmp_path, 2, True) as writer:
+            writer.save(1, pieces_of(comm, np.ones((1, 3))), {"step": 1, "table": np.ones(1 << 16)})
+            look_until(writer, lambda: False)
+    path = tmp_path / "checkpoint-1.partial" / "master.h5"
+    assert str(fault.value) == f"[rank 0 of {comm.size}] {path}: cannot be written: File too large"
+    assert names(tmp_path) == []
+
+
 def test_a_mistake_in_the_thread_is_not_lost(comm, tmp_path, monkeypatch):
     monkeypatch.setattr(pieces_module, "write_rank_file", lambda path, pieces: 1 / 0)
     with pytest.raises(ZeroDivisionError), open_writer(comm, tmp_path, 2, True) as writer:
