@@ -104,13 +104,13 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_its_line(tmp_path
 
 
 def test_a_rank_whose_files_may_not_grow_is_named(tmp_path):
-    settings = {"write.asynchronous": "true", "run.steps": 1000000, "write.checkpoint_every": 2, "model.hidden": 128}
+    settings = {"write.asynchronous": "true", "run.steps": 1000000, "train.validate_every": 0}
     running = Running(MPIRUN, "-n", 2, sys.executable, *main_command(tmp_path, settings))
     try:
         wait_for(lambda: list_checkpoints(tmp_path / "run"), LONG_SECONDS)
         victim = next(p for p in running.processes() if rank_of(p) == "1")
         victim.rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))
-        ended = running.wait(60)
+        ended = running.wait(LONG_SECONDS)
     finally:
         running.kill()
     (line,) = ended.lines("hpcmoe:")
@@ -134,7 +134,7 @@ def test_kills_at_random_moments_each_go_on_from_a_whole_checkpoint(tmp_path):
             time.sleep(moments.uniform(0, 1))
             victim = next(p for p in running.processes() if rank_of(p) == str(attempt % 2))
             os.kill(victim.pid, signal.SIGKILL)
-            assert running.wait(60).status != 0
+            assert running.wait(LONG_SECONDS).status != 0
         finally:
             running.kill()
         for path in list_checkpoints(tmp_path / "run").values():
