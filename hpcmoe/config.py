@@ -164,6 +164,7 @@ class Write:
 
     checkpoint_every: CountOrNone = 60
     checkpoints_kept: Count = 2
+    asynchronous: bool = False
     activations_of_layers: tuple[CountOrNone, ...] = ()
     activations_every: Count = 100
 

@@ -26,6 +26,7 @@ class Memory:
     buffers: int  # for messages
     copies: int  # of the experts' matrices: cast in training, packed in inference
     activations: int  # kept for the backward pass by the micro-batches in flight
+    snapshot: int = 0  # parameters and moments once more, on the host, from which a thread writes checkpoints
 
     @property
     def besides_experts(self):
@@ -41,13 +42,14 @@ class Memory:
     def total(self):
         """All of it on this rank."""
         parameters = self.experts + self.dense + self.copies
-        return parameters + self.gradients + self.optimizer + self.buffers + self.activations
+        return parameters + self.gradients + self.optimizer + self.buffers + self.activations + self.snapshot
 
 
 def reckon_memory(config, tensor_parallel, slots, sizes, buffer_bytes):
     """Compute the memory of a rank with all its slots full from the config -> Memory.
 
-    Activations are those of an even load; a rank that draws more rows keeps more.
+    Activations are those of an even load; a rank that draws more rows keeps more. The snapshot is that of rank 0,
+    which saves the dense parts.
     """
     model, training = config.model, config.run.mode == "train"
     one_expert, states = reckon_expert(config)
@@ -63,7 +65,13 @@ def reckon_memory(config, tensor_parallel, slots, sizes, buffer_bytes):
         buffers=buffer_bytes,
         copies=reckon_copies(config, tensor_parallel, slots),
         activations=reckon_activations(config, tensor_parallel, sizes) if training else reckon_passing(model, sizes),
+        snapshot=3 * (experts + dense) if training and keeps_snapshot(config.write) else 0,
     )
+
+
+def keeps_snapshot(write):
+    """Whether a thread writes checkpoints while the steps change the state."""
+    return write.asynchronous and write.checkpoint_every > 0
 
 
 def count_dense_parameters(model):

@@ -43,10 +43,14 @@ class Totals:
         return self.num_tokens / max(self.seconds, 1e-9)
 
 
-def sum_up(job, optimizer, losses):
-    """Gather a run's totals -> Totals, on all ranks but for bytes_of_link. Collective over all ranks."""
+def sum_up(job, optimizer, losses, snapshot_bytes):
+    """Gather a run's totals -> Totals, on all ranks but for bytes_of_link. Collective over all ranks.
+
+    snapshot_bytes: what this rank's copy of the state for checkpoints takes.
+    """
     meter, world = job.meter, job.mesh.world
     measured = measure_memory(job.stepper.network, optimizer, job.stepper.exchange, job.stepper.gauge)
+    measured = dataclasses.replace(measured, snapshot=snapshot_bytes)
     everyone = gather_to_all(world, (measured, peak_resident_bytes()))
     steps = max(meter.num_steps, 1)
     floor, floor_of_layer = on_root(world, lambda: find_floors(job))
@@ -250,6 +254,7 @@ def rows_of_memory(computed, totals):
         "optimizer": "optimizer's moments",
         "buffers": "message buffers",
         "activations": "activations in flight",
+        "snapshot": "copy of the state for checkpoints",
         "total": "all of these",
     }
     rows = [

@@ -61,7 +61,7 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu):
     """
     num_ranks = np.bincount(topology.node_of_rank)
     on_device = {"dense parts": memory.dense * memory.states, "activations": memory.activations}
-    on_host = {"process": process_bytes, "messages": memory.buffers}
+    on_host = {"process": process_bytes, "messages": memory.buffers, "copy for checkpoints": memory.snapshot}
     if share_of_gpu is None:
         return Room(
             what="memory", node_bytes=topology.memory_bytes, num_ranks=num_ranks, besides=on_host | on_device

@@ -29,7 +29,7 @@ def run_job(comm, folder, **changes):
             losses = infer(job, notes, load, lambda *state: None) or {}
         else:
             losses = train(job, notes, optimizer, (0, load), lambda *state: None)
-        totals = sum_up(job, optimizer, losses)
+        totals = sum_up(job, optimizer, losses, 0)
         totals = dataclasses.replace(totals, bytes_of_link=broadcast(comm, totals.bytes_of_link))
         return job, totals, make_table(job, totals), notes.values
 

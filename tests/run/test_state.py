@@ -6,6 +6,7 @@ from small import gather_logical, gather_pieces, open_small_job
 
 from hpcmoe.run.balance import read_biases, write_biases
 from hpcmoe.run.data import draw_starts
+from hpcmoe.run.state import BIAS, LOAD
 
 SHAPES = {
     "one group": {},
@@ -49,11 +50,11 @@ def cut_out(arrays, wanted):
 @pytest.mark.parametrize("name", SHAPES)
 def test_parts_tile_the_logical_arrays(comm, shared, name):
     with open_small_job(comm, shared, **shape_for(comm, name)) as (job, optimizer, state):
-        load = np.random.default_rng(0).random(state.load_shape)
+        load = np.random.default_rng(0).random(state.shared[LOAD][0])
         take_steps(job, optimizer, [1])
-        biases = np.random.default_rng(1).random(state.load_shape).astype(np.float32)
+        biases = np.random.default_rng(1).random(state.shared[BIAS][0]).astype(np.float32)
         write_biases(job.stepper.network.layers, biases)
-        saved = gather_pieces(comm, state, load)
+        saved = gather_pieces(comm, state, {LOAD: load})
         for kind, array_of in (
             ("value", lambda p: p.data),
             ("first_moment", lambda p: optimizer.adamw.state[p]["exp_avg"]),
@@ -77,16 +78,16 @@ def test_a_state_taken_up_on_other_ranks_is_the_same_and_trains_on_alike(comm, s
     (shared / str(comm.rank)).mkdir()
     with open_small_job(comm, shared, **changes) as (job, optimizer, state):
         take_steps(job, optimizer, [1, 2])
-        biases = np.random.default_rng(1).normal(size=state.load_shape).astype(np.float32)
+        biases = np.random.default_rng(1).normal(size=state.shared[BIAS][0]).astype(np.float32)
         write_biases(job.stepper.network.layers, biases)
-        load = np.random.default_rng(0).random(state.load_shape)
-        saved = gather_pieces(comm, state, load)
+        load = np.random.default_rng(0).random(state.shared[LOAD][0])
+        saved = gather_pieces(comm, state, {LOAD: load})
         take_steps(job, optimizer, [3])
         expected = gather_logical(comm, state, lambda p: p.data)
     with open_small_job(alone, shared / str(comm.rank), run__seed=5, **model) as (job, optimizer, state):
-        assert np.array_equal(state.restore(cut_out(saved, state.wanted()), 2), load)
+        assert np.array_equal(state.restore(cut_out(saved, state.wanted()), 2)[LOAD], load)
         assert np.array_equal(read_biases(job.stepper.network.layers), biases)
-        again = gather_pieces(alone, state, load)
+        again = gather_pieces(alone, state, {LOAD: load})
         assert again.keys() == saved.keys()
         assert all(np.array_equal(again[array], values) for array, values in saved.items())
         take_steps(job, optimizer, [3])
@@ -101,10 +102,10 @@ def test_a_state_saved_alone_is_taken_up_by_all(comm, shared):
     (shared / str(comm.rank)).mkdir()
     with open_small_job(alone, shared / str(comm.rank)) as (job, optimizer, state):
         take_steps(job, optimizer, [1])
-        saved = gather_pieces(alone, state, np.ones(state.load_shape))
+        saved = gather_pieces(alone, state, {LOAD: np.ones((2, 4))})
     with open_small_job(comm, shared, run__seed=5) as (job, optimizer, state):
         state.restore(cut_out(saved, state.wanted()), 1)
-        again = gather_pieces(comm, state, np.ones(state.load_shape))
+        again = gather_pieces(comm, state, {LOAD: np.ones((2, 4))})
         assert all(np.array_equal(again[array], values) for array, values in saved.items())
         assert {entry["step"].item() for entry in optimizer.adamw.state.values()} == {1.0}
     alone.Free()
@@ -116,7 +117,7 @@ def test_without_an_optimizer_parameters_alone_are_wanted(comm, shared):
         names = [name for name, *_ in state.wanted()]
         assert names[-2:] == ["balance/load", "balance/bias"]
         assert all(name.endswith("/value") for name in names[:-2])
-        assert {name for name, *_ in state.collect(None)} <= set(names)
+        assert {name for name, *_ in state.collect({})} <= set(names)
 
 
 @pytest.mark.mpi
