@@ -19,8 +19,6 @@ def contradictions(config):
          'must be rows of [model] num_experts numbers when probability = "config"'),
         (cluster.probability != "file" or cluster.loads_file, "cluster", "loads_file",
          'must name a file when probability = "file"'),
-        (cluster.tensor_parallel == 1 or pipeline.deterministic, "pipeline", "deterministic",
-         f"must be true with [cluster] tensor_parallel = {cluster.tensor_parallel}: its ranks sum batch by batch"),
         (pipeline.schedule != "arrival" or not pipeline.deterministic, "pipeline", "schedule",
          "needs deterministic = false: whichever micro-batch has rows goes on"),
         (pipeline.micro_batches <= data.batch_sequences, "pipeline", "micro_batches",

@@ -71,7 +71,7 @@ def open_job(config, topology, mesh, split, loads):
     problem = keep_on_root(world, lambda: make_problem(config, topology, mesh, room, memory.per_expert, (loads, pace)))
     layout = on_root(world, lambda: lay_out(problem, config, room))
 
-    with open_exchange(mesh.ep, device, sizes, routes) as exchange:
+    with open_exchange(mesh.group, device, sizes, routes) as exchange:
         network = make_model(config, mesh, layout.placement, exchange, device)
         yield Job(
             config=config,
@@ -114,7 +114,7 @@ def choose_threads(topology, rank):
 
 @contextlib.contextmanager
 def open_exchange(comm, device, sizes, routes):
-    """Open what carries the rows of an expert-parallel group -> Exchange. Collective over comm, both ends."""
+    """Open what carries the rows among the ranks of comm -> Exchange. Collective over comm, both ends."""
     barrier(comm)
     mates = comm.Split(int(routes.mates[0]), comm.rank)
     one_node = len(routes.mates) == comm.size

@@ -103,14 +103,14 @@ def reckon_activations(config, tensor_parallel, sizes):
     if wire < FLOAT32:
         weights = wire * 4 * model.hidden**2 if model.attention else 0
         token_bytes += FLOAT32 * model.hidden
-    of_layer = tokens * (token_bytes + model.top_k * copy_bytes) + weights
+    of_layer = tokens * (token_bytes + sizes.top_k * copy_bytes) + weights
     return sizes.num_berths * model.num_layers * of_layer
 
 
 def reckon_passing(model, sizes):
     """Bytes that the micro-batches in flight hold in inference: each layer's input and routing, until the last."""
     tokens = sizes.tokens
-    return sizes.num_berths * model.num_layers * tokens * (FLOAT32 * model.hidden + 40 * model.top_k)
+    return sizes.num_berths * model.num_layers * tokens * (FLOAT32 * model.hidden + 40 * sizes.top_k)
 
 
 class ActivationGauge:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hpcmoe.comm.mpi import start_all_reduce
-from hpcmoe.dispatch.plan import SlotChooser
+from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
 from hpcmoe.dispatch.router import Router, load_balancing_loss, load_balancing_slope
 from hpcmoe.experts.ffn import Expert, LocalExperts, make_expert_weights
 from hpcmoe.experts.layer import MoELayer
@@ -108,10 +108,7 @@ class LanguageModel(nn.Module):
             flight = flights[layer]
             kept = {"input": flight.x, "output": outputs[layer], "experts": flight.routing.experts}
             for name, values in kept.items():
-                rows = values.detach().cpu().numpy()
-                if self.mesh.tensor_index > 0:  # the first of a tensor-parallel group speaks for it
-                    rows = rows[:0]
-                self.seen.setdefault(f"layer{layer}/{name}", []).append(rows.copy())
+                self.seen.setdefault(f"layer{layer}/{name}", []).append(values.detach().cpu().numpy().copy())
 
     def take_activations(self):
         """Return the activations kept in the last step -> dict name: array [tokens of this rank, ...]."""
@@ -144,7 +141,6 @@ class LanguageModel(nn.Module):
         census, request = self.census[micro_batch]
         if request is not None:
             wait_all([request])
-            census /= self.mesh.tensor_parallel  # the ranks of a tensor-parallel group counted the same tokens
             self.census[micro_batch] = (census, None)
         return census
 
@@ -202,13 +198,14 @@ def make_layer(config, mesh, placement, exchange, draw, number):
     router = Router(draw(model.num_experts, model.hidden), model.top_k, config.dispatch)
     expert_of_slot = placement.experts_of_rank(number, mesh.expert_index)
     replicas = [make_expert(config, mesh, number, expert) for expert in expert_of_slot.tolist()]
-    experts = LocalExperts(replicas, mesh.tp)
+    experts = LocalExperts(replicas)
     node = placement.node_of_rank[mesh.expert_index]
     chooser = SlotChooser(
         placement.expert_of_replica[number],
         placement.shares_of_node(number, node),
+        find_slots_of_shards(len(placement.rank_of_replica), placement.slots_per_rank, mesh.tensor_parallel),
         model.num_experts,
-        mesh.expert_index,
+        mesh.group.rank,
     )
     return MoELayer(dense, router, experts, exchange, chooser)
 

@@ -22,14 +22,12 @@ class FlatGradients:
         for parameter, piece in zip(self.parameters, pieces, strict=True):
             parameter.grad = piece.view(parameter.shape)
 
-    def all_reduce(self, comm, scale=1.0):
-        """Sum over the ranks of comm, in place, and scale. Collective over comm."""
+    def all_reduce(self, comm):
+        """Sum over the ranks of comm, in place. Collective over comm."""
         if comm.size > 1 and len(self.flat):
             total = self.flat.cpu().numpy()
             all_reduce(comm, total)
             self.flat.copy_(torch.from_numpy(total))
-        if scale != 1.0:
-            self.flat *= scale
 
 
 class SharedExperts:
@@ -141,8 +139,7 @@ class Optimizer:
 
     def sum_gradients(self):
         """Sum gradients over the ranks that share the parameter. Collective over all ranks."""
-        # The ranks of a tensor-parallel group all hold the dense gradients of the same tokens.
-        self.dense.all_reduce(self.mesh.world, 1 / self.mesh.tensor_parallel)
+        self.dense.all_reduce(self.mesh.world)
         self.shared.sum_gradients(self.network.layers)
         self.expert.all_reduce(self.mesh.dp)
 
