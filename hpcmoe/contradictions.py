@@ -9,7 +9,7 @@ def contradictions(config):
          f"must be at most num_experts = {model.num_experts}"),
         (not model.attention or model.hidden % model.num_heads == 0, "model", "num_heads",
          f"must divide hidden = {model.hidden}"),
-        (model.feed_forward % cluster.tensor_parallel == 0, "cluster", "tensor_parallel",
+        (model.feed_forward % max(cluster.tensor_parallel, 1) == 0, "cluster", "tensor_parallel",
          f"must divide [model] feed_forward = {model.feed_forward}"),
         (cluster.links != "file" or cluster.links_file, "cluster", "links_file",
          'must name a file when links = "file"'),

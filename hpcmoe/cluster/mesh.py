@@ -80,7 +80,11 @@ def open_mesh(comm, cluster):
 
 
 def mesh_shape(num_ranks, data_parallel, expert_parallel, tensor_parallel):
-    """Check the parallel sizes against the ranks -> (data, expert, tensor); expert_parallel 0 takes what is left."""
+    """Check the parallel sizes against the ranks -> (data, expert, tensor).
+
+    expert_parallel 0 takes what is left; tensor_parallel 0, where nobody has chosen it, is 1.
+    """
+    tensor_parallel = tensor_parallel or 1
     if num_ranks % tensor_parallel:
         raise ClusterError(f"[cluster] tensor_parallel = {tensor_parallel} must divide the {num_ranks} ranks")
     tensor_groups = num_ranks // tensor_parallel

@@ -12,6 +12,8 @@ import numpy as np
 
 from hpcmoe.errors import ConfigError
 
+NUM_BYTES = 256  # the vocabulary
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:

@@ -65,7 +65,7 @@ def open_job(config, topology, mesh, split, loads):
     sizes = on_all(world, lambda: reckon_sizes(config, topology, mesh, routes))
     check_windows(world, topology, sizes, routes)
     buffer_bytes = max(gather_to_all(world, sizes.buffer_bytes(routes)))
-    memory = reckon_memory(config, mesh.tensor_parallel, slots, sizes, buffer_bytes)
+    memory = reckon_memory(config, mesh, slots, sizes, buffer_bytes)
     room = find_room(config, topology, world, memory, device)
     pace = find_pace(config, mesh, sizes.expert_rows // slots, device)
     problem = keep_on_root(world, lambda: make_problem(config, topology, mesh, room, memory.per_expert, (loads, pace)))

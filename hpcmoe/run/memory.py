@@ -7,9 +7,7 @@ import weakref
 import torch
 
 from hpcmoe.experts.shapes import MATRICES, reckon_expert
-from hpcmoe.run.model import NUM_BYTES
-
-FLOAT32 = 4  # bytes
+from hpcmoe.run.room import FLOAT32, count_dense_parameters
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,20 +35,26 @@ class Memory:
         return self.one_expert * self.states
 
     @property
+    def dense_with_state(self):
+        """All else with its gradient and this rank's share of its moments."""
+        return self.dense + self.gradients + self.optimizer - self.experts * (self.states - 1)
+
+    @property
     def total(self):
         """All of it on this rank."""
         parameters = self.experts + self.dense + self.copies
         return parameters + self.gradients + self.optimizer + self.buffers + self.activations
 
 
-def reckon_memory(config, tensor_parallel, slots, sizes, buffer_bytes):
+def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
     """Compute the memory of a rank with all its slots full from the config -> Memory.
 
     Activations are those of an even load; a rank that draws more rows keeps more.
     """
-    model, training = config.model, config.run.mode == "train"
+    model, training, tensor_parallel = config.model, config.run.mode == "train", mesh.tensor_parallel
     one_expert, states = reckon_expert(config)
     experts = one_expert * slots * model.num_layers // tensor_parallel
+    num_shares = mesh.world.size if config.train.shard_optimizer else 1
     dense = count_dense_parameters(model) * FLOAT32
     return Memory(
         states=states,
@@ -58,19 +62,11 @@ def reckon_memory(config, tensor_parallel, slots, sizes, buffer_bytes):
         experts=experts,
         dense=dense,
         gradients=experts + dense if training else 0,
-        optimizer=2 * (experts + dense) if training else 0,
+        optimizer=2 * (experts + dense // num_shares) if training else 0,
         buffers=buffer_bytes,
         copies=reckon_copies(config, tensor_parallel, slots),
         activations=reckon_activations(config, tensor_parallel, sizes) if training else reckon_passing(model, sizes),
     )
-
-
-def count_dense_parameters(model):
-    """Numbers outside the experts: embedding, positions, norms, attention, routers, head."""
-    block = model.hidden + model.num_experts * model.hidden
-    if model.attention:
-        block += model.hidden + 4 * model.hidden**2
-    return model.num_layers * block + model.hidden + (2 * NUM_BYTES + model.sequence_length) * model.hidden
 
 
 def reckon_copies(config, tensor_parallel, slots):

@@ -14,9 +14,8 @@ from hpcmoe.dispatch.router import Router, load_balancing_loss, load_balancing_s
 from hpcmoe.experts.ffn import Expert, LocalExperts, make_expert_weights
 from hpcmoe.experts.layer import MoELayer
 from hpcmoe.gemm import multiply
+from hpcmoe.run.data import NUM_BYTES
 from hpcmoe.wait import wait_all
-
-NUM_BYTES = 256  # the vocabulary
 
 
 class Dense(nn.Module):
@@ -65,6 +64,23 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.last_norm = nn.Parameter(torch.ones(model.hidden))
         self.head_weight = nn.Parameter(0.1 * draw(NUM_BYTES, model.hidden))
+        self.sums = None  # of gradients, while the backward pass goes on; None where nothing is trained
+
+    def dense_parts(self):
+        """List what all ranks hold by the op that ends its gradients, in order -> dict (stage, layer): parameters."""
+        parts = {("head", 0): [self.last_norm, self.head_weight]}
+        for number, layer in reversed(list(enumerate(self.layers))):
+            parts["route_backward", number] = [*layer.dense.parameters(), *layer.router.parameters()]
+        return parts | {("embed_backward", 0): [self.embedding, self.positions]}
+
+    def passed(self, op):
+        """Hear that a micro-batch has passed an op of training."""
+        if self.sums is not None:
+            self.sums.passed(op)
+
+    def poke(self):
+        """Let the sums of gradients progress -> whether one has ended."""
+        return self.sums is not None and self.sums.poke()
 
     def begin(self, batches, num_tokens, load, purpose, watched_layers=()):
         """Take a step's batch: uint8 [n, length + 1] a micro-batch; num_tokens over all ranks; load [L, E].
