@@ -43,11 +43,13 @@ def test_inference_needs_parameters_alone():
 
 @pytest.mark.mpi
 def test_the_mesh_takes_what_was_chosen_and_the_log_tells_why(comm, caplog):
-    topology = dataclasses.replace(make_topology(comm.size), memory_bytes=np.array([comm.size * (DENSE + EXPERT // 2)]))
+    memory_bytes = np.array([comm.size * (DENSE + EXPERT // 2)])
+    topology = dataclasses.replace(make_topology(comm.size), memory_bytes=memory_bytes)
+    fitting = [number for number in range(2, comm.size + 1) if comm.size % number == 0 and 12 % number == 0]
     with caplog.at_level(logging.INFO):
         cluster = settle_shards(comm, make_config(comm__device="host"), topology)
-    assert cluster.tensor_parallel == (1 if comm.size % 2 else 2)
-    assert caplog.messages[0].endswith(": tensor_parallel 2" if comm.size % 2 == 0 else "does not suffice")
+    assert cluster.tensor_parallel == min(fitting, default=1)
+    assert caplog.messages[0].endswith(f": tensor_parallel {fitting[0]}" if fitting else "does not suffice")
     with open_mesh(comm, cluster) as mesh:
         assert mesh.tensor_parallel * mesh.expert_parallel == comm.size
     given = make_config(cluster__tensor_parallel=7)
