@@ -34,11 +34,11 @@ def shapes_of(ranks):
 def models_for(shape):
     """List (experts, kind, attention, replicas) in which any value of one meets any of another.
 
-    Beyond a few ranks a shape takes every other of them, the next shape the others.
+    Beyond a few ranks half the shapes take one half of them, the others the other.
     """
     parity = sum(shape) % 2
     for number, replicas in itertools.product(range(len(NUM_EXPERTS)), range(2)):
-        if math.prod(shape) <= FEW_RANKS or (number + replicas + parity) % 2:
+        if math.prod(shape) <= FEW_RANKS or replicas == ((number >= 3) + parity) % 2:
             kind, attention = KINDS[(number + replicas) % 2], (number // 2 + replicas) % 2 == 0
             yield NUM_EXPERTS[number], kind, attention, bool(replicas)
 
