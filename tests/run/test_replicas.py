@@ -95,7 +95,7 @@ step_as_usual = train.train_step
 
 def step_and_flip(job, optimizer, load, step):
     if step == 3 and MPI.COMM_WORLD.rank == 1:
-        job.stepper.network.head_weight.data.view(-1)[:1].view(train.torch.int32).bitwise_xor_(1)
+        job.stepper.network.head_weight.data.view(-1)[:1].view(train.torch.int32).bitwise_xor_(1 << 20)  # AdamW rounds a lower bit away
     return step_as_usual(job, optimizer, load, step)
 
 import torch

@@ -92,7 +92,7 @@ def test_thirty_steps_give_the_same_losses_at_every_shape(comm, shared):
     assert len(expected) == STEPS and expected[-1] < expected[0] - 0.2
     for number, shape in enumerate(shapes_of(comm.size)):
         replicas = {"cluster__replicate": number % 2 == 0, "cluster__spare_slots_per_rank": 1}
-        losses = train_losses(comm, shared, **keys_of(shape, **model, **replicas))
+        losses = train_losses(comm, shared, **keys_of(shape, **model | replicas))
         assert losses == pytest.approx(expected, rel=1e-4), name_shape(shape)
     alone.Free()
 
