@@ -89,17 +89,17 @@ def test_a_digest_is_that_of_the_bits():
 
 
 FLIP = """
-import hpcmoe.main, hpcmoe.run.train as train
+import hpcmoe.main, hpcmoe.run.train as train, torch
 from mpi4py import MPI
 step_as_usual = train.train_step
 
 def step_and_flip(job, optimizer, load, step):
     if step == 3 and MPI.COMM_WORLD.rank == 1:
-        job.stepper.network.head_weight.data.view(-1)[:1].view(train.torch.int32).bitwise_xor_(1 << 20)  # AdamW rounds a lower bit away
+        first = job.stepper.network.head_weight.data.view(-1)[:1]
+        first.view(torch.int32).bitwise_xor_(1 << 20)  # AdamW rounds a lower bit away
     return step_as_usual(job, optimizer, load, step)
 
-import torch
-train.torch, train.train_step = torch, step_and_flip
+train.train_step = step_and_flip
 hpcmoe.main.main()
 """
 
