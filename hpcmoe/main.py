@@ -20,6 +20,7 @@ from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
 from hpcmoe.run.data import check_text, find_text
 from hpcmoe.run.facts import check_facts, describe_state, tell_other_data
 from hpcmoe.run.room import check_room, describe_room
+from hpcmoe.run.shards import settle_shards
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
@@ -74,8 +75,7 @@ def run(comm, arguments):
     on_root(comm, lambda: check_room(config, topology))
     on_root(comm, lambda: save_topology(topology, folder / "topology.json"))
     log.info("%s", topology)
-
-    with open_mesh(comm, config.cluster) as mesh:
+    with open_mesh(comm, settle_shards(comm, config, topology)) as mesh:
         from hpcmoe.run.job import open_job  # imports torch: seconds of CPU on a laptop
         from hpcmoe.run.report import describe_totals, make_table
 

@@ -40,11 +40,14 @@ def check_against_oracle(comm, folder, bias=0.0, **changes):
         gradients = gather_logical(comm, state, lambda p: p.grad)
         norm = optimizer.global_norm()
 
-        weights = {name: weight.requires_grad_() for name, weight in weights.items()}
-        total, entropy, dropped = oracle.loss_of(
-            weights, config, batches, torch.tensor(load).float(), groups, torch.from_numpy(biases)
-        )
-        total.backward()
+    if comm.rank > 0:
+        return outcome  # one oracle is enough: the ranks' gradients are all gathered
+
+    weights = {name: weight.requires_grad_() for name, weight in weights.items()}
+    total, entropy, dropped = oracle.loss_of(
+        weights, config, batches, torch.tensor(load).float(), groups, torch.from_numpy(biases)
+    )
+    total.backward()
     assert outcome.loss == pytest.approx(entropy.item(), rel=2e-6)
     assert outcome.census.num_dropped == dropped
     losses = (

@@ -99,8 +99,6 @@ def test_a_fault_shows_file_section_key_value_and_what_is_allowed(file, text, sa
         ("[pipeline]\nmicro_batches = 65", "[pipeline] micro_batches = 65: must be at most [data] batch_sequences"),
         ("[write]\nactivations_of_layers = [0, 2]",
          "[write] activations_of_layers = (0, 2): must be layers below [model] num_layers = 2"),
-        ("[cluster]\ntensor_parallel = 2\n[pipeline]\ndeterministic = false",
-         "[pipeline] deterministic = False: must be true with [cluster] tensor_parallel = 2"),
     ],
 )  # fmt: skip
 def test_values_that_contradict_each_other_are_refused(file, text, said):

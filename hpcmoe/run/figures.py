@@ -46,12 +46,14 @@ def sampling_floor(placement, tokens_of_rank, top_k, num_experts, layers):
 
     A token's K distinct experts are a draw without replacement from E. A rank that serves shares w_e of the experts
     gets from T tokens T K / E sum(w) copies in the mean, with variance T (K / E) (1 - K / E) (E sum(w^2) - sum(w)^2)
-    / (E - 1). Layers are drawn apart and summed. The placement's own unevenness is part of the floor.
+    / (E - 1). Layers are drawn apart and summed. The placement's own unevenness is part of the floor. Where
+    tokens_of_rank has several ranks for each of the placement's, they share its experts' matrices and each gets all.
     """
-    num_ranks = len(placement.node_of_rank)
+    num_ranks = len(tokens_of_rank)
+    shards = np.ones((num_ranks // len(placement.node_of_rank),) * 2)
     mean, variance = np.zeros((num_ranks, num_ranks)), np.zeros((num_ranks, num_ranks))
     for layer in layers:
-        served, squares = served_by_rank(placement, layer)  # [P, P] source, destination
+        served, squares = (np.kron(each, shards) for each in served_by_rank(placement, layer))  # source, destination
         chance, spread = top_k / num_experts, num_experts * squares - served**2
         mean += tokens_of_rank[:, None] * chance * served
         variance += tokens_of_rank[:, None] * chance * (1 - chance) * spread / max(num_experts - 1, 1)

@@ -36,7 +36,8 @@ def make_problem(config, topology, mesh, room, bytes_of_expert, demand):
     groups = list_groups(mesh)
     nodes, network = fold_groups(topology, groups)
     rank_bytes = (room.for_experts / room.num_ranks)[topology.node_of_rank]
-    copies = config.data.batch_sequences * model.sequence_length * model.top_k / mesh.num_token_shares
+    homes = mesh.data_parallel * mesh.expert_parallel  # a tensor-parallel group's ranks are one
+    copies = config.data.batch_sequences * model.sequence_length * model.top_k / homes
     return PlacementProblem(
         num_layers=model.num_layers,
         num_experts=model.num_experts,

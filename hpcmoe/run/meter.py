@@ -80,7 +80,7 @@ class Meter:
         """
         mesh, rank = self.mesh, self.exchange.transport.rank
         served = np.zeros((len(copies), mesh.data_parallel, copies.shape[1]))
-        served[:, mesh.data_index] = copies / mesh.tensor_parallel  # whose ranks all send the same tokens
+        served[:, mesh.data_index] = copies
         links = np.stack([sums_of_links(row, rank) for row in (copies.sum(axis=0), *copies)])
         sums = all_reduce(mesh.world, np.concatenate([served.ravel(), links.ravel(), spent]))
         of_served, of_links, seconds = np.split(sums, [served.size, served.size + links.size])
@@ -104,13 +104,12 @@ class Meter:
     def take_tokens(self, node_of_rank):
         """Sum the copies since the last call by home node -> [L, nodes, E] on rank 0, else None. Collective over world.
 
-        None there too when no step was read since. The first rank of a tensor-parallel group speaks for it.
+        None there too when no step was read since.
         """
         world, own = self.mesh.world, self.own_tokens
         self.own_tokens = 0
         if np.ndim(own) == 0:
             return None
-        own = np.ascontiguousarray(own * (self.mesh.tensor_index == 0))
         everyone = np.zeros((world.size, *own.shape), np.int64) if world.rank == 0 else None
         wait_all([world.Igather(own, everyone)])
         if everyone is None:

@@ -78,7 +78,7 @@ def gather_traffic(job):
     """Gather the bytes that each rank sent to each other -> [P, P] on rank 0, else None. Collective over all ranks."""
     world, row_bytes = job.mesh.world, job.stepper.exchange.sizes.row_bytes
     sent = np.zeros(world.size)
-    sent[gather_to_all(job.mesh.ep, world.rank)] = job.meter.rows_to_peer * row_bytes
+    sent[gather_to_all(job.mesh.group, world.rank)] = job.meter.rows_to_peer * row_bytes
     everyone = np.empty((world.size, world.size)) if world.rank == 0 else None
     wait_all([world.Igather(sent, everyone)])
     return everyone
@@ -90,7 +90,7 @@ def find_floors(job):
     sequences = count_sequences(
         job.config.data.batch_sequences, job.config.pipeline.micro_batches, mesh.num_token_shares
     )
-    tokens = sequences[: mesh.expert_parallel] * model.sequence_length  # of the first expert-parallel group
+    tokens = sequences[: mesh.group.size] * model.sequence_length  # of the first group
 
     def floor(layers):
         return sampling_floor(job.placement, tokens, model.top_k, model.num_experts, layers)
@@ -191,16 +191,16 @@ def row_of_link(job, totals, bytes_of_link, i, j):
 
 
 def exchange_links(mesh):
-    """Find the ordered pairs of different ranks of one expert-parallel group -> bool [P, P] over all ranks."""
+    """Find the ordered pairs of different ranks among which tokens travel -> bool [P, P] over all ranks."""
     rank = np.arange(mesh.world.size)
-    group = rank // (mesh.expert_parallel * mesh.tensor_parallel) * mesh.tensor_parallel + rank % mesh.tensor_parallel
+    group = rank // (mesh.expert_parallel * mesh.tensor_parallel)
     return (group[:, None] == group) & ~np.eye(len(rank), dtype=bool)
 
 
 def links_between(what, bytes_of_link, job, totals):
     """List the bandwidth of the links [n] between ranks or nodes; nothing where there is only one of these."""
     model, sizes = job.config.model, job.stepper.exchange.sizes
-    transfers = model.top_k * model.num_layers * TRANSFERS[job.config.run.mode]
+    transfers = sizes.top_k * model.num_layers * TRANSFERS[job.config.run.mode]
     seconds = max(totals.seconds, 1e-9)
     bandwidth = compare_bandwidth(bytes_of_link, totals.tokens_per_second, sizes.row_bytes, transfers, seconds)
     if bandwidth is None:
@@ -208,7 +208,7 @@ def links_between(what, bytes_of_link, job, totals):
     carried = bytes_of_link / 1e6
     sigma = carried.std() / max(carried.mean(), 1e-9)
     unit = "MB/s a link"
-    counted = f"{unit}, x {model.top_k} copies x {TRANSFERS[job.config.run.mode]} ways x {model.num_layers} layers"
+    counted = f"{unit}, x {sizes.top_k} copies x {TRANSFERS[job.config.run.mode]} ways x {model.num_layers} layers"
     return [
         (f"links between {what}s", f"{bandwidth.num_links}", "experts' rows alone, no sums of gradients"),
         ("  bytes carried", f"{carried.min():.2f} / {carried.mean():.2f} / {carried.max():.2f}",

@@ -1,5 +1,6 @@
 """The whole state of training as logical arrays: a checkpoint names experts, never the ranks that held them."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,16 +47,16 @@ class State:
         """Yield every array of which this rank holds a part -> (Place of the part, logical name, tensor)."""
         for parameter, place in self.places.items():
             yield place, f"{place.name}/value", parameter.data
-            if self.optimizer is not None:
-                for kind, moment in self.moments_of(parameter).items():
-                    yield place, f"{place.name}/{kind}", moment
+            for piece in self.optimizer.pieces[parameter] if self.optimizer is not None else ():
+                for kind, moment in self.moments_of(piece.rows).items():
+                    yield place_of_piece(place, parameter, piece), f"{place.name}/{kind}", moment
 
-    def moments_of(self, parameter):
-        """Return AdamW's two moments of a parameter; before its first step they are zero."""
-        state = self.optimizer.adamw.state[parameter]
+    def moments_of(self, rows):
+        """Return AdamW's two moments of what it steps; before its first step they are zero."""
+        state = self.optimizer.adamw.state[rows]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state |= {name: torch.zeros_like(parameter) for name in MOMENTS.values()}
+            state["step"] = torch.zeros((), device=rows.device)
+            state |= {name: torch.zeros_like(rows) for name in MOMENTS.values()}
         return {kind: state[name] for kind, name in MOMENTS.items()}
 
     def collect(self, shared):
@@ -82,8 +83,8 @@ class State:
         for block in self.network.layers:
             block.experts.refresh()
         if self.optimizer is not None:
-            for parameter in self.places:
-                self.optimizer.adamw.state[parameter]["step"].fill_(float(step))
+            for state in self.optimizer.adamw.state.values():
+                state["step"].fill_(float(step))
         return {name: arrays[name, (0,) * len(shape)] for name, (shape, _) in self.shared.items()}
 
 
@@ -91,6 +92,14 @@ def shared_arrays(model):
     """List the arrays that steps hand on, alike on all ranks -> {name: (shape, keys of the config, axis by axis)}."""
     of_experts = ((model.num_layers, model.num_experts), ("[model] num_layers", "[model] num_experts"))
     return {LOAD: of_experts, BIAS: of_experts}
+
+
+def place_of_piece(place, parameter, piece):
+    """Place what of a parameter is stepped here: rows of it that are a share's are on no other rank."""
+    if piece.rows is parameter:
+        return place
+    start, extent = (piece.first, *place.start[1:]), (len(piece.rows), *place.extent[1:])
+    return dataclasses.replace(place, start=start, extent=extent, owned=True)
 
 
 def place_of_dense(parameter, name, owned):

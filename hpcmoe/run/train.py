@@ -7,6 +7,7 @@ from hpcmoe.errors import TrainingError, raise_or_return
 from hpcmoe.run.balance import move_biases, update_load
 from hpcmoe.run.data import draw_starts, even_starts, share_of
 from hpcmoe.run.progress import open_progress
+from hpcmoe.run.replicas import check_replicas
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,9 @@ def train_step(job, optimizer, load, step):
     with job.stepper.clock.stage("optimizer"):
         norm = optimizer.step(step)
     check_finite(outcome.loss, norm, step, config.train.learning_rate)
+    if is_due(step, config.train.check_every, config.run.steps):
+        with job.stepper.clock.stage("optimizer"):
+            check_replicas(job.stepper.network, optimizer.shared, job.mesh, step)
     return outcome, norm
 
 

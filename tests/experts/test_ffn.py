@@ -122,7 +122,7 @@ def test_changed_weights_count_after_refresh(dtype, write):
                 parameter.copy_(parameter * 1.5)
         elif write == "through data":
             parameter.data.mul_(1.5)
-    LocalExperts([nn.Identity(), expert], None).refresh()
+    LocalExperts([nn.Identity(), expert]).refresh()
 
     now = {name: parameter.detach().to(dtype).double() for name, parameter in expert.named_parameters()}
     y, kept = expert.forward_kept(x)
@@ -144,7 +144,7 @@ def test_local_experts_count_the_copies_of_their_matrices():
         nn.Identity(),
         Expert("swiglu", draw_weights("swiglu", False)),
     ]
-    experts = LocalExperts(replicas, None)
+    experts = LocalExperts(replicas)
     for expert in replicas:
         expert(draw(3, 6))
     assert experts.num_packed_bytes == 0
@@ -208,13 +208,3 @@ def test_weights_have_the_variance_of_one_over_their_inputs():
     assert weights["up"].shape == (400, 100) and weights["down"].shape == (100, 400)
     assert weights["up"].std().item() == pytest.approx(0.1, rel=0.02)
     assert weights["down"].std().item() == pytest.approx(0.05, rel=0.02)
-
-
-@pytest.mark.mpi
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_partial_sums_are_added_over_the_group(comm, dtype):
-    experts = LocalExperts([], comm)
-    rows = torch.full((2, 3), comm.rank + 1.0, dtype=dtype)
-    total = experts.sum_over_shards(rows)
-    assert total.dtype == dtype and (total == sum(range(1, comm.size + 1))).all()
-    assert (rows == comm.rank + 1).all()  # what was given is kept

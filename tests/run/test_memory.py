@@ -9,6 +9,7 @@ from small import open_small_job
 from torch import nn
 
 from hpcmoe.run.memory import ActivationGauge, Memory, find_tensors, measure_memory, peak_resident_bytes
+from hpcmoe.wait import gather_to_all
 
 CASES = {
     "gelu": {},
@@ -92,12 +93,25 @@ def test_without_a_thread_that_writes_there_is_no_copy(comm, tmp_path, changes):
         assert job.memory.snapshot == 0 and "copy for checkpoints" not in str(job.room)
 
 
+@pytest.mark.mpi
+def test_a_rank_keeps_its_share_of_the_dense_parts_moments(comm, shared):
+    with open_small_job(comm, shared, model__num_experts=2 * comm.size, train__shard_optimizer=True) as job_and_more:
+        job, optimizer, _ = job_and_more
+        measured = take_step(job, optimizer)
+    of_ranks = gather_to_all(comm, measured.optimizer)
+    reckoned, dense = job.memory, job.memory.dense
+    assert sum(of_ranks) == comm.size * 2 * reckoned.experts + 2 * dense  # each moment is on one rank
+    assert max(abs(own - reckoned.optimizer) for own in of_ranks) <= 2 * 4 * 8 * 3  # rows are whole
+    assert reckoned.dense_with_state == 2 * dense + 2 * (dense // comm.size)
+
+
 def test_sums_of_memory():
     memory = Memory(
         states=4, one_expert=10, experts=20, dense=3, gradients=23, optimizer=46, buffers=100, copies=9,
         activations=1000, snapshot=500,
     )  # fmt: skip
     assert memory.per_expert == 40
+    assert memory.dense_with_state == 4 * 3
     assert memory.total == 20 + 3 + 23 + 46 + 100 + 9 + 1000 + 500
     assert memory.besides_experts == memory.total - 2 * 40
 

@@ -39,10 +39,7 @@ def make_outcome(num_tokens, num_dropped):
 
 @pytest.fixture
 def meter(comm):
-    mesh = SimpleNamespace(
-        world=comm, tensor_index=comm.rank % 2, tensor_parallel=1, data_index=0, data_parallel=1
-    )  # fmt: skip
-    return Meter(FakeExchange(comm), mesh)
+    return Meter(FakeExchange(comm), SimpleNamespace(world=comm, data_index=0, data_parallel=1))
 
 
 def do_step(meter, seed):
@@ -102,7 +99,7 @@ def test_the_totals_add_up_the_readings(comm, meter):
 @pytest.mark.mpi
 @pytest.mark.parametrize("changes", [{}, {"tensor": 2}, {"data": 2}])
 def test_what_ranks_serve_is_what_their_experts_were_asked_for(comm, shared, changes):
-    """One expert a rank: its load is the rank's; a second group of ranks serves its own tokens' part of it."""
+    """One expert a rank: its load is the rank's, whole for each shard; a second group serves its own tokens' part."""
     tensor, data = changes.get("tensor", 1), changes.get("data", 1)
     if comm.size % (tensor * data):
         pytest.skip("does not fit this number of ranks")
@@ -113,14 +110,15 @@ def test_what_ranks_serve_is_what_their_experts_were_asked_for(comm, shared, cha
         outcome = job.stepper.run(job.training, np.arange(14), np.ones((2, experts)), "train")
         copies = np.stack([job.stepper.exchange.traffic.copies[layer] for layer in range(2)])
         served, links, _ = job.meter.sum_over_ranks(copies, [0.0])
-    assert served.shape == (2, experts * data)
-    assert np.array_equal(served.reshape(2, data, experts).sum(axis=1), outcome.census.tokens_of_expert)
+    assert served.shape == (2, comm.size)
+    for shard in range(tensor):
+        of_groups = served[:, shard::tensor].reshape(2, data, experts)
+        assert np.array_equal(of_groups.sum(axis=1), outcome.census.tokens_of_expert)
     assert links.shape == (3, 3) and np.array_equal(links[0, 0], links[1:, 0].sum())
 
 
 @pytest.mark.mpi
 def test_tokens_are_summed_by_home_node_since_they_were_taken_last(comm, meter):
-    """Every other rank is a tensor-parallel group's second, whose tokens are the first's again."""
     node_of_rank = np.arange(comm.size) // 2
     assert meter.take_tokens(node_of_rank) is None
     for step in (1, 2):
@@ -129,7 +127,7 @@ def test_tokens_are_summed_by_home_node_since_they_were_taken_last(comm, meter):
     if comm.rank > 0:
         assert taken is None
     else:
-        firsts = np.arange(0, comm.size, 2)  # one a node
-        assert taken.shape == (2, len(firsts), 3)
-        assert (taken == 30 * (1 + firsts)[None, :, None]).all()
+        of_node = np.bincount(node_of_rank, 30 * (1 + np.arange(comm.size)))
+        assert taken.shape == (2, len(of_node), 3)
+        assert (taken == of_node[None, :, None]).all()
     assert meter.take_tokens(node_of_rank) is None  # nothing since

@@ -10,7 +10,7 @@ from small import make_config, make_topology
 from hpcmoe.errors import PlacementError
 from hpcmoe.run.room import check_room, describe_room, on_gpus, reckon_room, share_gpus
 
-MEMORY = SimpleNamespace(dense=10, states=4, activations=100, buffers=7, snapshot=0)
+MEMORY = SimpleNamespace(dense_with_state=40, activations=100, buffers=7, snapshot=0)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from small import gather_logical, gather_pieces, open_small_job
 
 from hpcmoe.run.balance import read_biases, write_biases
 from hpcmoe.run.data import draw_starts
 from hpcmoe.run.state import BIAS, LOAD
+from hpcmoe.wait import gather_to_all
 
 SHAPES = {
     "one group": {},
@@ -16,6 +18,8 @@ SHAPES = {
     "tensor": {"cluster__tensor_parallel": 2, "experts__bias": True},
     "data": {"cluster__data_parallel": 2},
     "both": {"cluster__tensor_parallel": 2, "cluster__data_parallel": 2},
+    "sharded": {"train__shard_optimizer": True, "experts__bias": True},
+    "sharded, data": {"train__shard_optimizer": True, "cluster__data_parallel": 2},
 }
 
 
@@ -35,6 +39,14 @@ def take_steps(job, optimizer, numbers):
         optimizer.zero_gradients()
         job.stepper.run(job.training, starts, np.ones((model.num_layers, model.num_experts)), "train")
         optimizer.step(number)
+
+
+def moment_of(comm, optimizer, parameter, name):
+    """A moment of a whole parameter, whoever has it. Collective for dense parameters: all ranks ask in one order."""
+    pieces = [(p.first, optimizer.adamw.state[p.rows][name].numpy()) for p in optimizer.pieces[parameter]]
+    if optimizer.train.shard_optimizer and any(parameter is dense for dense in optimizer.dense.parameters):
+        pieces = sorted(sum(gather_to_all(comm, pieces), []), key=lambda piece: piece[0])
+    return torch.from_numpy(np.concatenate([rows for _, rows in pieces]))
 
 
 def cut_out(arrays, wanted):
@@ -57,8 +69,8 @@ def test_parts_tile_the_logical_arrays(comm, shared, name):
         saved = gather_pieces(comm, state, {LOAD: load})
         for kind, array_of in (
             ("value", lambda p: p.data),
-            ("first_moment", lambda p: optimizer.adamw.state[p]["exp_avg"]),
-            ("second_moment", lambda p: optimizer.adamw.state[p]["exp_avg_sq"]),
+            ("first_moment", lambda p: moment_of(comm, optimizer, p, "exp_avg")),
+            ("second_moment", lambda p: moment_of(comm, optimizer, p, "exp_avg_sq")),
         ):
             held = gather_logical(comm, state, array_of)
             for array, values in held.items():
