@@ -10,7 +10,7 @@ make test         all tests: serial, then under mpirun at 1, 2, 3 and 4 ranks
 make test-serial  the tests that need no mpirun, and those that start their own
 make test-3       the MPI tests at 3 ranks; any number
 make bench        layers against their floor, the exchange against MPI, and what placement gains (that one needs root);
-                  ARGS="layer exchange cost peers placement moving": which of them
+                  ARGS="layer exchange cost peers placement moving overlap balance sums": which of them
 make bench-peers  hpcmoe's layer beside DeepSpeed's, Megatron-Core's and others', in an environment of their own
 make lint         ruff, over everything
 make clean        remove the environments and caches

@@ -26,7 +26,7 @@ PAUSES = 16  # between two looks at everything: looking costs more than asking w
 class Traffic:
     """What this rank has sent to each of P ranks."""
 
-    copies: np.ndarray  # [P] int64, tokens' copies in dispatch
+    copies: dict  # layer: [P] int64, tokens' copies in dispatch
     rows: np.ndarray  # [4, P] int64, by direction: through the window, or in parcels to who lands them
 
 
@@ -61,7 +61,7 @@ class Exchange:
     def no_traffic(self):
         """Start counting -> Traffic."""
         size = self.transport.size
-        return Traffic(copies=np.zeros(size, np.int64), rows=np.zeros((len(Direction), size), np.int64))
+        return Traffic(copies={}, rows=np.zeros((len(Direction), size), np.int64))
 
     def take_traffic(self):
         """Return what was sent since the last call -> Traffic."""
@@ -127,7 +127,7 @@ class Exchange:
             self.landings.append(
                 Landing(self.hall, berth.number, berth.exchange, direction, self.tags(flight, direction))
             )
-        self.count(plan, direction)
+        self.count(flight, direction)
 
     def send_parcels(self, flight, gates, direction):
         """Send the headers of all parcels to their landings, and the parcels; expect their sums."""
@@ -156,13 +156,14 @@ class Exchange:
         tokens, numbers = see_trailer(rows[parcel.num_tokens :], parcel.num_copies)
         tokens[:], numbers[:] = parcel.token_of_copy, gates[parcel.copies]
 
-    def count(self, plan, direction):
+    def count(self, flight, direction):
         """Count what leaves for the experts."""
+        plan = flight.plan
         self.tally(direction, self.routes.mates, plan.counts.sum(axis=1))
         for parcel in plan.parcels:
             self.tally(direction, self.routes.landings[parcel.landing], parcel.num_tokens)
         if direction == Direction.DISPATCH:
-            self.traffic.copies += plan.copies_to_rank
+            self.traffic.copies[flight.layer] = self.traffic.copies.get(flight.layer, 0) + plan.copies_to_rank
 
     def tally(self, direction, ranks, rows):
         """Count rows that go from here to other ranks."""

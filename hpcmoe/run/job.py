@@ -68,13 +68,13 @@ def open_job(config, topology, mesh, split, loads):
     sizes = on_all(world, lambda: reckon_sizes(config, topology, mesh, routes))
     check_windows(world, topology, sizes, routes)
     buffer_bytes = max(gather_to_all(world, sizes.buffer_bytes(routes)))
-    memory = reckon_memory(config, mesh.tensor_parallel, slots, sizes, buffer_bytes)
+    memory = reckon_memory(config, mesh, slots, sizes, buffer_bytes)
     room = find_room(config, topology, world, memory, device)
     pace = find_pace(config, mesh, sizes.expert_rows // slots, device)
     problem = keep_on_root(world, lambda: make_problem(config, topology, mesh, room, memory.per_expert, (loads, pace)))
     layout = on_root(world, lambda: lay_out(problem, config, room))
 
-    with open_exchange(mesh.ep, device, sizes, routes) as exchange:
+    with open_exchange(mesh.group, device, sizes, routes) as exchange:
         network = make_model(config, mesh, layout.placement, exchange, device)
         yield Job(
             config=config,
@@ -116,7 +116,7 @@ def choose_threads(topology, rank):
 
 @contextlib.contextmanager
 def open_exchange(comm, device, sizes, routes):
-    """Open what carries the rows of an expert-parallel group -> Exchange. Collective over comm, both ends."""
+    """Open what carries the rows among the ranks of comm -> Exchange. Collective over comm, both ends."""
     barrier(comm)
     mates = comm.Split(int(routes.mates[0]), comm.rank)
     one_node = len(routes.mates) == comm.size

@@ -15,8 +15,6 @@ from hpcmoe.experts.pace import time_token
 from hpcmoe.placement.maps import read_map
 from hpcmoe.placement.problem import PlacementProblem, slots_for
 from hpcmoe.placement.result import Placement, Spent, weigh
-from hpcmoe.placement.shares import tune_shares
-from hpcmoe.placement.solve import bound_layers, compare_methods, make_placement
 from hpcmoe.wait import barrier, gather_to_all
 
 log = logging.getLogger(__name__)
@@ -39,7 +37,8 @@ def make_problem(config, topology, mesh, room, bytes_of_expert, demand):
     groups = list_groups(mesh)
     nodes, network = fold_groups(topology, groups)
     rank_bytes = (room.for_experts / room.num_ranks)[topology.node_of_rank]
-    copies = config.data.batch_sequences * model.sequence_length * model.top_k / mesh.num_token_shares
+    homes = mesh.data_parallel * mesh.expert_parallel  # a tensor-parallel group's ranks are one
+    copies = config.data.batch_sequences * model.sequence_length * model.top_k / homes
     return PlacementProblem(
         num_layers=model.num_layers,
         num_experts=model.num_experts,
@@ -80,6 +79,8 @@ def lay_out(problem, config, room):
 
 def compare(problem, config, placement):
     """Weigh what other methods would have given beside a placement -> Layout."""
+    from hpcmoe.placement.solve import compare_methods  # imports numba and scipy: rank 0 alone pays for it
+
     cluster = config.cluster
     others = [method for method in ("contiguous", "eplb") if method == "contiguous" or cluster.compare_eplb]
     return Layout(
@@ -90,6 +91,8 @@ def compare(problem, config, placement):
 
 def search(problem, config):
     """Place by the config's method, within its time, and for the step tune the copies' shares -> Placement."""
+    from hpcmoe.placement.solve import make_placement
+
     cluster, begun = config.cluster, time.perf_counter()
     if cluster.placement == "file":
         layouts = read_layouts(problem, cluster.placement_file)
@@ -117,12 +120,16 @@ def read_layouts(problem, path):
 
 def weigh_layouts(problem, config, layouts, method, seconds):
     """Weigh layouts [L, S] that are there already, bounding them in so many seconds -> Placement."""
+    from hpcmoe.placement.solve import bound_layers
+
     begun, bounds = time.perf_counter(), bound_layers(problem, layouts, [None] * problem.num_layers, seconds)
     return tune(problem, config, weigh(problem, layouts, bounds, method, Spent()), begun)
 
 
 def tune(problem, config, placement, begun):
     """For the step, share the copies' tokens out anew where that gains -> Placement, its search begun at that time."""
+    from hpcmoe.placement.shares import tune_shares
+
     cluster = config.cluster
     if cluster.objective != "step" or not cluster.replicate:
         return placement

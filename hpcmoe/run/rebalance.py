@@ -9,8 +9,6 @@ from hpcmoe.cluster.demand import Loads, make_probability
 from hpcmoe.cluster.groups import fold_groups, fold_probability, list_groups
 from hpcmoe.experts.shapes import reckon_expert
 from hpcmoe.placement.adopt import Verdict, judge, layers_seconds, list_moves, move_seconds, standard_error
-from hpcmoe.placement.resettle import resettle
-from hpcmoe.placement.solve import Orders
 from hpcmoe.run.layout import compare, weigh_layouts
 from hpcmoe.run.meter import sum_by_node
 from hpcmoe.run.moving import begin_move
@@ -37,7 +35,7 @@ class Rebalancer:
         if self.every == 0 or self.num_steps == 0 or step % self.every:
             return
         with self.job.stepper.clock.stage("waiting"):
-            tokens = sum_by_node(self.job.mesh, self.parts, self.job.topology.node_of_rank)
+            tokens = sum_by_node(self.job.mesh.world, self.parts, self.job.topology.node_of_rank)
             num_parts = min(self.num_steps, PARTS)
             self.parts, self.num_steps = 0, 0
             mine = None if tokens is None else propose(self.job, tokens[:num_parts], step)
@@ -92,6 +90,9 @@ class Rebalancer:
 
 def propose(job, tokens, step):
     """Solve anew for the tokens [parts, L, nodes, E] of the last interval -> (Verdict, the Layout to adopt or None)."""
+    from hpcmoe.placement.resettle import resettle  # imports numba and scipy: rank 0 alone pays for it
+    from hpcmoe.placement.solve import Orders
+
     config, cluster = job.config, job.config.cluster
     whole, *parts = (see_loads(job, t) for t in (tokens.sum(axis=0), *tokens))
     present = job.placement

@@ -7,8 +7,18 @@ import numpy as np
 from hpcmoe.errors import PlacementError
 from hpcmoe.experts.shapes import reckon_expert
 from hpcmoe.placement.problem import in_units
+from hpcmoe.run.data import NUM_BYTES
 
+FLOAT32 = 4  # bytes
 MOST_NAMES = 4  # of nodes that are alike, in a line
+
+
+def count_dense_parameters(model):
+    """Numbers outside the experts: embedding, positions, norms, attention, routers, head."""
+    block = model.hidden + model.num_experts * model.hidden
+    if model.attention:
+        block += model.hidden + 4 * model.hidden**2
+    return model.num_layers * block + model.hidden + (2 * NUM_BYTES + model.sequence_length) * model.hidden
 
 
 def check_room(config, topology):
@@ -60,8 +70,8 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu):
     tells the memory. Host memory bears process and messages, and with GPUs nothing else.
     """
     num_ranks = np.bincount(topology.node_of_rank)
-    on_device = {"dense parts": memory.dense * memory.states, "activations": memory.activations}
-    on_host = {"process": process_bytes, "messages": memory.buffers}
+    on_device = {"dense parts": memory.dense_with_state, "activations": memory.activations}
+    on_host = {"process": process_bytes, "messages": memory.buffers, "copy for checkpoints": memory.snapshot}
     if share_of_gpu is None:
         return Room(
             what="memory", node_bytes=topology.memory_bytes, num_ranks=num_ranks, besides=on_host | on_device

@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 import pytest
-from bench import cost, exchange, layer, machine, moving, overlap, peers, placement
+from bench import balance, cost, exchange, layer, machine, moving, overlap, peers, placement, sums
 
 BENCHES = {
     "layer": layer,
@@ -19,6 +19,8 @@ BENCHES = {
     "placement": placement,
     "moving": moving,
     "overlap": overlap,
+    "balance": balance,
+    "sums": sums,
 }
 FOLDER = pathlib.Path("out/bench")
 
