@@ -32,7 +32,7 @@ def test_sbatch_runs_the_job_on_four_nodes_in_two_racks(slurm_conf, launch, rank
     log = tmp_path / "log"
     job = ["jobs/ep16.slurm", *SHORT, "--set", f"run.output={tmp_path}"]
     sbatch = ["sbatch", "--wait", f"--ntasks-per-node={ranks // 4}", f"--output={log}"]
-    ended = run(*sbatch, *job, timeout_seconds=300, SLURM_CONF=slurm_conf, LAUNCH=launch)
+    ended = run(*sbatch, *job, timeout_seconds=600, SLURM_CONF=slurm_conf, LAUNCH=launch)
 
     assert ended.status == 0, f"{ended}\n{log.read_text() if log.exists() else 'no output'}"
     assert f"{ranks} ranks on 4 nodes in 2 racks" in log.read_text(), log.read_text()

@@ -97,7 +97,8 @@ class MoELayer(nn.Module):
         while not self.exchange.is_home(flight):
             yield False
         total = self.exchange.sum_home(flight, flight.gates)
-        flight.output = torch.add(flight.residual.detach(), total)
+        residual = flight.residual.detach()
+        flight.output = total.add_(residual) if total.dtype == residual.dtype else residual + total
         if not flight.training:
             flight.residual = flight.normed = None  # nothing will ask for them
         yield True

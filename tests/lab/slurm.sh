@@ -51,6 +51,7 @@ SelectTypeParameters=CR_CPU
 TopologyPlugin=topology/tree
 SlurmdParameters=config_overrides
 ReturnToService=2
+MessageTimeout=100
 KillWait=5
 PropagateResourceLimits=NONE
 NodeName=node[0-3] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + 4))] \
