@@ -140,7 +140,7 @@ def test_groups_move_alike(comm, shared, shape):
     changes = GROUPS[shape] | {"experts__bias": True, "model__num_experts": 5}
     stays, moves = (run_steps(comm, shared, after, **MOVES | changes) for after in ((), (1, 3)))
     assert_equal(stays, moves)
-    changes |= {"num_nodes": 2, "model__feed_forward": 12}  # shards that fill no line of memory
+    changes |= {"num_nodes": 2, "model__feed_forward": 12}  # shards of no multiple of 32 bytes
     stays, moves = (run_steps(comm, shared, after, **MOVES | changes) for after in ((), (1, 3)))
     assert_near(stays, moves)
 
