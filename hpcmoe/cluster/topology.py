@@ -18,6 +18,7 @@ from hpcmoe.wait import barrier, broadcast, gather_to_all
 log = logging.getLogger(__name__)
 
 MOST_NAMED = 5  # slow links in one line
+NCCL_SHARES = "NCCL_MULTI_RANK_GPU_ENABLE"  # 1: NCCL 2.30 and later may run several ranks on one GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +196,11 @@ def visible_devices():
     if chosen and "SLURM_GPUS_ON_NODE" in os.environ:
         return frozenset(map(str, range(int(os.environ["SLURM_GPUS_ON_NODE"]))))
     return frozenset(chosen.split(",")) - {"", "-1", "NoDevFiles"}
+
+
+def may_share_gpus():
+    """Whether NCCL has been told that several ranks may run on one GPU."""
+    return os.environ.get(NCCL_SHARES) == "1"
 
 
 def find_racks(seats_of_node, names, cluster):

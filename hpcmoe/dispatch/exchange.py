@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hpcmoe.comm.sums import Sums
 from hpcmoe.comm.transport import HOMEWARD, Direction, Part, make_part_tag, make_tag
 from hpcmoe.dispatch.arrivals import Arrivals
 from hpcmoe.dispatch.landing import Hall, Landing, see_trailer
@@ -49,7 +50,7 @@ class Exchange:
 
     def __init__(self, transport, window, device, clock, sizes, routes):
         self.transport, self.window, self.device, self.clock = transport, window, device, clock
-        self.sizes, self.routes = sizes, routes
+        self.sizes, self.routes, self.sums = sizes, routes, Sums()
         self.table = window.table(sizes.dtype)  # all its rows as numbers
         self.berths = [Berth(number, sizes, window.first_row, device) for number in range(sizes.num_berths)]
         pools = make_pools(sizes, window.first_row)
@@ -96,6 +97,12 @@ class Exchange:
     def is_idle(self):
         """Whether this rank has nothing left to do for others."""
         return not self.landings and all(ticket.done for berth in self.berths for ticket in berth.tickets)
+
+    def plan(self, routing, chooser):
+        """Choose a replica for each copy of a Routing, and find its way -> Plan."""
+        # Host waits for the device here: it must know where the tokens go.
+        experts, kept = routing.experts.cpu().numpy(), routing.kept.cpu().numpy()
+        return self.make_plan(chooser.choose(experts), kept)
 
     def make_plan(self, slots, kept):
         """Find the way of each kept copy -> Plan: slots [T, K], kept [T, K] bool."""

@@ -38,10 +38,7 @@ class MoELayer(nn.Module):
         with self.exchange.clock.stage("dense"):
             flight.residual, flight.normed = self.dense(flight.x)
         flight.routing = self.router(flight.normed, load)
-
-        # Host waits for the device here: it must know where the tokens go.
-        experts, kept = flight.routing.experts.cpu().numpy(), flight.routing.kept.cpu().numpy()
-        flight.plan = self.exchange.make_plan(self.chooser.choose(experts), kept)
+        flight.plan = self.exchange.plan(flight.routing, self.chooser)
 
     def dispatch(self, flight):
         """Offer the tokens to their experts."""

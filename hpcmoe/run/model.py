@@ -60,6 +60,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         model = config.model
         self.config, self.mesh, self.device = config, mesh, device
+        self.sums = layers[0].exchange.sums
         self.embedding = nn.Parameter(draw(NUM_BYTES, model.hidden) * model.hidden**0.5)
         self.positions = nn.Parameter(0.1 * draw(model.sequence_length, model.hidden) * model.hidden**0.5)
         self.layers = nn.ModuleList(layers)

@@ -7,14 +7,15 @@ import numpy as np
 import torch
 
 from hpcmoe.comm.mpi import all_reduce
+from hpcmoe.comm.sums import Sums
 from hpcmoe.wait import wait_all
 
 
 class FlatGradients:
     """The gradients of some parameters as one array, so that one message sums them all."""
 
-    def __init__(self, parameters):
-        self.parameters = list(parameters)
+    def __init__(self, parameters, sums=None):
+        self.parameters, self.sums = list(parameters), sums or Sums()
         total = sum(p.numel() for p in self.parameters)
         where = self.parameters[0].device if self.parameters else None
         self.flat = torch.zeros(total, device=where)
@@ -25,9 +26,7 @@ class FlatGradients:
     def all_reduce(self, comm, scale=1.0):
         """Sum over the ranks of comm, in place, and scale. Collective over comm."""
         if comm.size > 1 and len(self.flat):
-            total = self.flat.cpu().numpy()
-            all_reduce(comm, total)
-            self.flat.copy_(torch.from_numpy(total))
+            self.sums.all_reduce(comm, self.flat)
         if scale != 1.0:
             self.flat *= scale
 
@@ -104,8 +103,8 @@ class Optimizer:
         self.network, self.train, self.mesh = network, config.train, mesh
         self.shared = SharedExperts(placement, mesh.ep)
         experts = {p for layer in network.layers for p in layer.experts.parameters()}
-        self.dense = FlatGradients(p for p in network.parameters() if p not in experts)
-        self.expert = FlatGradients(p for layer in network.layers for p in layer.experts.parameters())
+        self.dense = FlatGradients((p for p in network.parameters() if p not in experts), network.sums)
+        self.expert = FlatGradients((p for layer in network.layers for p in layer.experts.parameters()), network.sums)
 
         # Norms and biases are not decayed.
         matrices = [p for p in network.parameters() if p.dim() > 1]
