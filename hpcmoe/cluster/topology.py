@@ -198,6 +198,18 @@ def visible_devices():
     return frozenset(chosen.split(",")) - {"", "-1", "NoDevFiles"}
 
 
+def find_launcher():
+    """Say who started this rank, from what it has left in the environment -> text."""
+    slurm = f"Slurm, job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else "no Slurm"
+    starters = {
+        "SLURM_STEP_ID": "srun",
+        "OMPI_COMM_WORLD_SIZE": "mpirun of Open MPI",
+        "PMI_SIZE": "mpirun or srun by PMI",
+    }
+    seen = [starter for key, starter in starters.items() if key in os.environ]
+    return f"{seen[-1] if seen else 'none: a process alone'}; {slurm}"
+
+
 def may_share_gpus():
     """Whether NCCL has been told that several ranks may run on one GPU."""
     return os.environ.get(NCCL_SHARES) == "1"

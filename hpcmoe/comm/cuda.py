@@ -13,6 +13,9 @@ from hpcmoe.comm.carrier import Buffer
 CUPY = 'cupy is missing: pip install "hpcmoe[gpu]", or cupy-cuda12x where the driver is of CUDA 12'
 
 
+FIRST_GROUPED = (9, 0)  # compute capability of the GPUs whose grouped GEMM all versions of torch have
+
+
 def count_gpus():
     """Count the GPUs that torch may use."""
     return torch.cuda.device_count()
@@ -76,3 +79,8 @@ def describe_gpu(index):
     """Name a GPU as people do -> text."""
     properties = torch.cuda.get_device_properties(index)
     return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
+
+
+def has_grouped_gemm(torch_device):
+    """Whether torch's grouped GEMM, where it has one, runs on a device."""
+    return torch_device.type != "cuda" or torch.cuda.get_device_capability(torch_device) >= FIRST_GROUPED

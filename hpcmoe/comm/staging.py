@@ -18,9 +18,9 @@ class StagedCarrier:
     name = "mpi, staged"
     in_order = False
 
-    def __init__(self, transport, device, row_bytes, piece_bytes=PIECE_BYTES):
+    def __init__(self, transport, device, row_bytes):
         self.transport, self.device, self.row_bytes = transport, device, row_bytes
-        self.piece_rows = max(piece_bytes // row_bytes, 1)
+        self.piece_rows = max(PIECE_BYTES // row_bytes, 1)
         self.pending, self.free = [], []
 
     def start(self, leg, ready, after):

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from hpcmoe.comm.mpi import start_all_reduce
+from hpcmoe.dispatch.device_exchange import DeviceExchange
 from hpcmoe.dispatch.plan import SlotChooser
 from hpcmoe.dispatch.router import Router, load_balancing_loss, load_balancing_slope
 from hpcmoe.experts.ffn import Expert, LocalExperts, make_expert_weights
+from hpcmoe.experts.grouped import GroupedExperts, GroupedLayer
 from hpcmoe.experts.layer import MoELayer
 from hpcmoe.gemm import multiply
 from hpcmoe.wait import wait_all
@@ -192,8 +194,11 @@ def make_model(config, mesh, placement, exchange, device):
         return torch.randn(rows, columns, generator=generator) * columns**-0.5
 
     layers = [make_layer(config, mesh, placement, exchange, draw, number) for number in range(config.model.num_layers)]
-    network = LanguageModel(config, layers, draw, mesh, device)
-    return network.to(device.torch_device)
+    network = LanguageModel(config, layers, draw, mesh, device).to(device.torch_device)
+    for layer in layers:
+        if isinstance(layer, GroupedLayer):
+            layer.experts.join()
+    return network
 
 
 def make_layer(config, mesh, placement, exchange, draw, number):
@@ -203,7 +208,8 @@ def make_layer(config, mesh, placement, exchange, draw, number):
     router = Router(draw(model.num_experts, model.hidden), model.top_k, config.dispatch)
     expert_of_slot = placement.experts_of_rank(number, mesh.expert_index)
     replicas = [make_expert(config, mesh, number, expert) for expert in expert_of_slot.tolist()]
-    experts = LocalExperts(replicas, mesh.tp)
+    at_once = isinstance(exchange, DeviceExchange)
+    experts = GroupedExperts(replicas, mesh.tp, exchange.sums) if at_once else LocalExperts(replicas, mesh.tp)
     node = placement.node_of_rank[mesh.expert_index]
     chooser = SlotChooser(
         placement.expert_of_replica[number],
@@ -211,7 +217,7 @@ def make_layer(config, mesh, placement, exchange, draw, number):
         model.num_experts,
         mesh.expert_index,
     )
-    return MoELayer(dense, router, experts, exchange, chooser)
+    return (GroupedLayer if at_once else MoELayer)(dense, router, experts, exchange, chooser)
 
 
 def make_expert(config, mesh, layer, expert):
