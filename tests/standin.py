@@ -64,10 +64,10 @@ class Order:
         end, known = begin + num_bytes, self.clocks[actor]
         self.num_checked += 1
         for access in self.accesses:
-            if access.begin < end and begin < access.end and (writes or access.writes):
-                if known.get(access.actor, 0) < access.tick:
-                    did, does = ("write" if write else "read" for write in (access.writes, writes))
-                    self.races.append(f"{actor} {does}s what {access.actor} has not been seen to {did}")
+            both = access.begin < end and begin < access.end and (writes or access.writes)
+            if both and known.get(access.actor, 0) < access.tick:
+                did, does = ("write" if write else "read" for write in (access.writes, writes))
+                self.races.append(f"{actor} {does}s what {access.actor} has not been seen to {did}")
         self.in_flight = [entry for entry in self.in_flight if not entry[3].done]
         for first, last, written, _ in self.in_flight:
             if first < end and begin < last and (writes or written):

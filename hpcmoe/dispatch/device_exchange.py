@@ -168,22 +168,26 @@ class DeviceExchange:
 
     def start_outward(self, flight, rows, gates, direction):
         """Pack the tokens' rows [T, H], and each copy's gate [T, K], and send them to their experts."""
-        berth, plan, device = self.berths[flight.berth], flight.plan, self.device
-        counts = plan.counts
-        num_copies = int(counts.leaving.sum())
-        copies = plan.order[:num_copies]
-        torch.index_select(rows.to(self.sizes.dtype), 0, copies // plan.top_k, out=berth.rows(berth.home)[:num_copies])
-        torch.index_select(gates.flatten(), 0, copies, out=berth.numbers(berth.home)[:num_copies])
-
+        berth, counts = self.berths[flight.berth], flight.plan.counts
+        self.pack(flight, rows, gates)
         berth.make_room(int(counts.coming.sum()))
         berth.direction, berth.homeward = direction, None
         sides = {"send": berth.home, "send_edges": counts.send_edges,
                  "receive": berth.away, "receive_edges": counts.receive_edges}  # fmt: skip
-        berth.outward = self.carrier.start(self.leg(flight, direction, **sides), device.compute.record_event(), None)
+        leg, ready = self.leg(flight, direction, **sides), self.device.compute.record_event()
+        berth.outward = self.carrier.start(leg, ready, None)
         leaving = counts.leaving.sum(axis=1)
         self.traffic.rows[direction] += leaving
         if direction == Direction.DISPATCH:
             self.traffic.copies += leaving
+
+    def pack(self, flight, rows, gates):
+        """Lay a row for each copy that is sent, and its gate, into the buffer at home, by destination."""
+        berth, plan = self.berths[flight.berth], flight.plan
+        copies = plan.order[: int(plan.counts.leaving.sum())]
+        packed, numbers = (of(berth.home)[: len(copies)] for of in (berth.rows, berth.numbers))
+        torch.index_select(rows.to(self.sizes.dtype), 0, copies // plan.top_k, out=packed)
+        torch.index_select(gates.flatten(), 0, copies, out=numbers)
 
     def leg(self, flight, direction, **sides):
         """Describe one way of a flight's rows -> Leg."""

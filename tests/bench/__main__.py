@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 import pytest
-from bench import cost, exchange, layer, machine, overlap, peers, placement
+from bench import cost, exchange, gpu, layer, machine, overlap, peers, placement
 
 BENCHES = {
     "layer": layer,
@@ -18,6 +18,7 @@ BENCHES = {
     "peers": peers,
     "placement": placement,
     "overlap": overlap,
+    "gpu": gpu,
 }
 FOLDER = pathlib.Path("out/bench")
 
