@@ -169,11 +169,10 @@ def try_all(comm, device, sights):
         device = PlainDevice()
     why_not = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights), "staged": ""}
     for kind, reason in why_not.items():
-        name = "NCCL" if kind == "nccl" else f"MPI, {kind}"
         outcome = f"not tried: {reason}" if reason else attempt_carrier(try_carrier, kind, comm, device)
         if comm.rank == 0:
             where = " on the host's memory, in a GPU's place" if on_host and not reason else ""
-            show([(name, outcome + where)])
+            show([(f"try {kind}", outcome + where)])
 
 
 def attempt_carrier(try_carrier, kind, comm, device):

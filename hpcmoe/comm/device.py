@@ -46,6 +46,10 @@ class HostDevice:
         """Allocate and touch a message buffer -> uint8 tensor [num_rows, row_bytes]."""
         return torch.zeros(num_rows, row_bytes, dtype=torch.uint8)
 
+    def fetch(self, tensor):
+        """Begin to copy a tensor to the host -> (host tensor, event of its arrival); here it is its own copy."""
+        return tensor, HostEvent()
+
     def put(self, rows, target):
         """Copy rows [n, H] of any precision to message rows [n, H] -> Event."""
         target.copy_(rows)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from hpcmoe.clock import Clock
-from hpcmoe.comm.choose import Choice, choose, find_nccl, look, open_carrier, why_not_direct
+from hpcmoe.comm.choose import Choice, choose, look, open_carrier, why_not_direct
 from hpcmoe.comm.mpi import open_mpi_transport
-from hpcmoe.comm.nccl import open_nccl
+from hpcmoe.comm.nccl import find_nccl, open_nccl
 from hpcmoe.comm.sums import Sums
 from hpcmoe.dispatch.device_exchange import DeviceExchange, DeviceSizes
 from hpcmoe.errors import ClusterError, on_root

@@ -6,6 +6,7 @@ import weakref
 
 import torch
 
+from hpcmoe.dispatch.device_exchange import DeviceSizes
 from hpcmoe.experts.shapes import MATRICES, reckon_expert
 from hpcmoe.run.model import NUM_BYTES
 
@@ -50,6 +51,7 @@ def reckon_memory(config, tensor_parallel, slots, sizes, buffer_bytes):
     """
     model, training = config.model, config.run.mode == "train"
     one_expert, states = reckon_expert(config)
+    on_device = isinstance(sizes, DeviceSizes)  # where nothing is packed
     experts = one_expert * slots * model.num_layers // tensor_parallel
     dense = count_dense_parameters(model) * FLOAT32
     return Memory(
@@ -60,7 +62,7 @@ def reckon_memory(config, tensor_parallel, slots, sizes, buffer_bytes):
         gradients=experts + dense if training else 0,
         optimizer=2 * (experts + dense) if training else 0,
         buffers=buffer_bytes,
-        copies=reckon_copies(config, tensor_parallel, slots),
+        copies=0 if on_device and not training else reckon_copies(config, tensor_parallel, slots),
         activations=reckon_activations(config, tensor_parallel, sizes) if training else reckon_passing(model, sizes),
     )
 

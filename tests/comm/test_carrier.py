@@ -1,5 +1,7 @@
 """Carriers take every row where it belongs, in pieces or whole, and say who is with whom when NCCL fails."""
 
+import itertools
+
 import numpy as np
 import pytest
 from standin import ASKED_BEFORE, Order, OrderedDevice, StandInNccl, Watching
@@ -83,7 +85,8 @@ def test_staged_copies_and_messages_run_side_by_side(comm, monkeypatch):
     monkeypatch.setattr("hpcmoe.comm.staging.PIECE_BYTES", ROW_BYTES)
     order = Order()
     device, seen = OrderedDevice(order), []
-    with open_mpi_transport(comm, ROW_BYTES) as transport:
+    slow = itertools.cycle([True] * 9 + [False])  # messages take as long as several looks at them
+    with open_mpi_transport(comm, ROW_BYTES, lambda: next(slow)) as transport:
         carrier, send_rows = StagedCarrier(transport, device, ROW_BYTES), transport.send_rows
 
         def watched(rows, peer, tag):

@@ -31,7 +31,7 @@ CHOICES = {
     "one GPU, told": ({}, having("a", "a", shares=True), "nccl", "each rank"),
     "one GPU, told, old": ({}, having("a", "a", shares=True, nccl=22907), "direct", "from 2.30 on"),
     "no GPU": ({}, having(None, None), "direct", "rank 0 has no GPU"),
-    "mpi": ({"transport": "mpi"}, having("a", "b"), "direct", YES),
+    "by MPI": ({"transport": "mpi"}, having("a", "b"), "direct", YES),
     "mpi, staged": ({"transport": "mpi", "buffers": "staged"}, having("a", "b"), "staged", "[comm] buffers"),
     "mpi, none": ({"transport": "mpi"}, having("a", "b", **POOR), "staged", NO),
     "staged, if by MPI": ({"buffers": "staged"}, having("a", "a"), "staged", "share a GPU"),
