@@ -1,7 +1,11 @@
 """The GPUs' way of the rows, whole, on a stand-in that watches its order: losses and gradients equal the oracle's."""
 
+import numpy as np
+import oracle
 import pytest
-from against_oracle import check_against_oracle
+import torch
+from against_oracle import check_against_oracle, whole_batches
+from small import gather_logical, open_small_job
 from standin import Stream, watch_job
 
 WAYS = {
@@ -47,6 +51,38 @@ def test_step_equals_the_oracle(comm, shared, monkeypatch, way, case):
 def test_lanes_may_start_in_any_order(comm, shared, monkeypatch, way):
     changes = {"pipeline__schedule": "arrival", "pipeline__deterministic": False}
     assert step(comm, shared, monkeypatch, way, **changes).races == []
+
+
+@pytest.mark.mpi
+def test_shards_are_summed_as_the_oracle_does(comm, shared, monkeypatch):
+    if comm.size % 2:
+        pytest.skip("needs an even number of ranks")
+    changes = {"cluster__tensor_parallel": 2, "experts__bias": True}
+    assert step(comm, shared, monkeypatch, "staged", **changes).races == []
+
+
+@pytest.mark.mpi
+def test_bfloat16_is_near_the_oracle_by_grouped_gemms(comm, shared, monkeypatch):
+    """Loss and gradients of one layer, whose router sees float32: in a second one near ties would go another way."""
+    shapes = {"model__hidden": 16, "model__feed_forward": 32, "model__dtype": "bfloat16", "model__num_experts": 8,
+              "model__num_layers": 1, "model__attention": False}  # fmt: skip
+    with (
+        watch_job(monkeypatch) as order,
+        open_small_job(comm, shared, **shapes, **WAYS["staged"]) as (job, optimizer, state),
+    ):
+        load = np.ones((1, 8))
+        weights = {name: w.requires_grad_() for name, w in gather_logical(comm, state, lambda p: p.data).items()}
+        starts, batches, groups = whole_batches(job, 1)
+        optimizer.zero_gradients()
+        outcome = job.stepper.run(job.training, starts, load, "train")
+        again = job.stepper.run(job.training, starts, load, "evaluate")
+        optimizer.sum_gradients()
+        gradients = gather_logical(comm, state, lambda p: p.grad)
+        total, entropy, _ = oracle.loss_of(weights, job.config, batches, torch.tensor(load).float(), groups)
+        total.backward()
+    assert order.races == [] and outcome.loss == again.loss == pytest.approx(entropy.item(), rel=1e-2)
+    for name, weight in weights.items():
+        assert (gradients[name] - weight.grad).norm() <= 1e-2 * weight.grad.norm(), name
 
 
 @pytest.mark.mpi

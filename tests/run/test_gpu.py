@@ -63,10 +63,11 @@ def test_tensor_and_data_parallel_equal_the_oracle(comm, shared, way):
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 def test_bfloat16_is_within_a_hundredth(comm, shared, way, kind):
-    """Loss and gradients; widths of 16, so that grouped GEMMs take them."""
-    shapes = {"model__hidden": 16, "model__feed_forward": 32, "model__dtype": "bfloat16", "experts__kind": kind}
+    """Loss and gradients of one layer, whose router sees float32: in a second one near ties would go another way."""
+    shapes = {"model__hidden": 16, "model__feed_forward": 32, "model__dtype": "bfloat16", "experts__kind": kind,
+              "model__num_layers": 1, "model__attention": False, "model__num_experts": 8}  # fmt: skip
     with open_small_job(comm, shared, **shapes, **way[1]) as (job, optimizer, state):
-        load = np.ones((2, 4))
+        load = np.ones((1, 8))
         weights = {name: w.requires_grad_() for name, w in gather_logical(comm, state, lambda p: p.data).items()}
         starts, batches, groups = whole_batches(job, 1)
         optimizer.zero_gradients()
@@ -78,7 +79,7 @@ def test_bfloat16_is_within_a_hundredth(comm, shared, way, kind):
     assert math.isclose(outcome.loss, entropy.item(), rel_tol=1e-2)
     for name, weight in weights.items():
         difference = (gradients[name] - weight.grad).norm() / weight.grad.norm()
-        assert difference < 3e-2, name  # of a whole network; one layer's outputs are within 1e-2, see the next
+        assert difference <= 1e-2, name
 
 
 def test_a_layer_in_bfloat16_is_within_a_hundredth_of_float32(comm, shared, way):
