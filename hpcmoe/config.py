@@ -62,7 +62,7 @@ class Cluster:
 
     data_parallel: Count = 1
     expert_parallel: CountOrNone = 0
-    tensor_parallel: Count = 1
+    tensor_parallel: CountOrNone = 0
     links: Literal["measure", "config", "file"] = "measure"
     measure_seconds: Positive = 2.0
     measure_bytes: Annotated[int, Interval(ge=1, lt=2**63)] = 2_000_000_000
@@ -112,6 +112,7 @@ class Dispatch:
     load_feedback: Annotated[float, Interval(ge=0, le=1)] = 0.2
     load_feedback_on: Literal["selection", "both"] = "selection"
     load_window_steps: Count = 10
+    bias_update_speed: Annotated[float, Interval(ge=0, le=1)] = 0.0
     capacity_factor: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
 
 
@@ -156,6 +157,9 @@ class Train:
     beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.99
     epsilon: Positive = 1e-8
     clip_norm: NotNegative = 1.0
+    bucket_bytes: Annotated[int, Interval(ge=0, lt=2**31)] = 4_000_000
+    shard_optimizer: bool = False
+    check_every: CountOrNone = 100
     validate_every: CountOrNone = 40
 
 
@@ -165,6 +169,7 @@ class Write:
 
     checkpoint_every: CountOrNone = 60
     checkpoints_kept: Count = 2
+    asynchronous: bool = False
     activations_of_layers: tuple[CountOrNone, ...] = ()
     activations_every: Count = 100
 

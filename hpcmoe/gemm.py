@@ -1,7 +1,9 @@
-"""Matrix products: by oneDNN with fused activations where torch offers it, else by torch alone.
+"""Matrix products by whoever is fastest on this processor: oneDNN, MKL through torch, or float32 in bfloat16's place.
 
-On a core with AVX-512 oneDNN's float32 products run at twice the speed of torch.mm, which asks MKL. oneDNN compiles a
-kernel for every new shape (0.2 ms, kept for the 1024 shapes last used), so few different numbers of rows are faster.
+With AVX-512 oneDNN's float32 products run at twice the speed of torch.mm on AMD, where MKL keeps to AVX2. Without it
+MKL is the faster by a fifth, but for few rows, whose weights oneDNN reads packed; and bfloat16 has no products at all.
+oneDNN compiles a kernel for every new shape (0.2 ms, kept for the 1024 shapes last used), so few different numbers of
+rows are faster. Who multiplies follows from the processor, never from a timing: the same run has the same last bits.
 """
 
 import functools
@@ -11,6 +13,7 @@ from torch.nn import functional
 
 MOST_GRADIENT_ROWS = 512  # of one product for a gradient; oneDNN slows down beyond
 FEW_PRODUCTS = 2**22  # of numbers; MKL needs no kernel of its own for each new shape
+FEW_ROWS = 64  # of a packed product that without AVX-512 oneDNN does faster than MKL
 PIECE_BYTES = 2**21  # of a product before it is added up
 
 
@@ -29,14 +32,14 @@ class Matrix:
     @property
     def num_packed_bytes(self):
         """Bytes of the copies that are kept."""
-        copies = [weight for dtype, weight in self.weights.items() if dtype != self.parameter.dtype]
+        copies = [weight for weight in self.weights.values() if weight.dtype != self.parameter.dtype]
         copies += [pack for dtype, pack in self.packs.items() if pack is not self.weights[dtype]]
         return sum(torch.ops.mkldnn._nbytes(copy) if copy.is_mkldnn else copy.nbytes for copy in copies)
 
     def linear(self, x, bias=None, activation="none"):
         """x [n, in] -> activation(x W^T + bias) [n, out]; activation "none", "gelu" (exact), "relu" or "silu"."""
         gemm, weight = self.prepare(x.dtype)
-        if self.packed:
+        if self.packed and gemm.wants_packed(len(x)):
             if x.dtype not in self.packs:
                 self.packs[x.dtype] = gemm.pack(weight)
             weight = self.packs[x.dtype]
@@ -45,45 +48,63 @@ class Matrix:
     def back(self, slope):
         """slope [n, out] -> slope W [n, in]."""
         gemm, weight = self.prepare(slope.dtype)
-        return gemm.linear(slope, weight.t(), None, "none")
+        return gemm.back(slope, weight)
 
     def add_gradient(self, slope, x):
         """Add slope^T x to the weight's gradient, slope [n, out], x [n, in]; float32 whatever they are."""
         gemm, _ = self.prepare(x.dtype)
-        gradient = find_gradient(self.parameter)
-        for rows in zip(slope.split(MOST_GRADIENT_ROWS), x.split(MOST_GRADIENT_ROWS), strict=True):
-            gemm.add_product(gradient, *rows)
+        gemm.add_product(find_gradient(self.parameter), slope, x)
 
     def prepare(self, dtype):
-        """Find who multiplies in this precision, and the weight in it -> (gemm, weight [out, in])."""
-        if dtype not in self.weights:
-            self.weights[dtype] = self.parameter.detach().to(dtype)
+        """Find who multiplies in this precision, and the weight as it is read -> (gemm, weight [out, in])."""
         if dtype not in self.gemms:
-            self.gemms[dtype] = choose_gemm(self.weights[dtype])
+            self.gemms[dtype] = choose_gemm(self.parameter.device.type, dtype)
+        if dtype not in self.weights:
+            self.weights[dtype] = self.parameter.detach().to(self.gemms[dtype].precision or dtype)
         return self.gemms[dtype], self.weights[dtype]
 
 
 class TorchGemm:
     """Products that every build and device of torch has."""
 
-    def pack(self, weight):
+    precision = None  # of the weights: that of the rows
+
+    def wants_packed(self, num_rows):
         """There is no better layout."""
-        return weight
+        return False
 
     def linear(self, x, weight, bias, activation):
         """activation(x weight^T + bias)."""
-        return activate(functional.linear(x, weight, bias), activation)
+        return activate(functional.linear(x, weight, bias), activation, in_place=True)
+
+    def back(self, slope, weight):
+        """slope weight."""
+        return torch.mm(slope, weight)
+
+    def outer(self, slope, x):
+        """slope^T x."""
+        return torch.mm(slope.t(), x)
 
     def add_product(self, gradient, slope, x):
         """gradient += slope^T x, in float32; a product in bfloat16 is rounded once, then added."""
         if x.dtype == gradient.dtype:
             gradient.addmm_(slope.t(), x)
         else:
-            gradient.add_(torch.mm(slope.t(), x))
+            gradient.add_(self.outer(slope, x))
 
 
 class OneDnnGemm:
     """Products by oneDNN, which takes bias and activation along."""
+
+    precision = None
+
+    def __init__(self, few_rows=None):
+        """few_rows: beyond so many rows, and on the way back, torch is faster; None: never."""
+        self.few_rows, self.torch = few_rows, TorchGemm()
+
+    def wants_packed(self, num_rows):
+        """Whether a product with so many rows is faster on the layout of pack()."""
+        return self.few_rows is None or num_rows <= self.few_rows
 
     def pack(self, weight):
         """Lay a weight out as oneDNN's kernels read it -> an opaque tensor."""
@@ -91,11 +112,22 @@ class OneDnnGemm:
 
     def linear(self, x, weight, bias, activation):
         """activation(x weight^T + bias)."""
-        if x.dtype == torch.float32 and not weight.is_mkldnn and len(x) * weight.numel() < FEW_PRODUCTS:
-            return TorchGemm().linear(x, weight, bias, activation)
+        small = x.dtype == torch.float32 and len(x) * weight.numel() < FEW_PRODUCTS
+        if not weight.is_mkldnn and (small or not self.wants_packed(len(x))):
+            return self.torch.linear(x, weight, bias, activation)
         name = "swish" if activation == "silu" else activation
         algorithm = "none" if activation == "gelu" else ""  # gelu without an approximation
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+
+    def back(self, slope, weight):
+        """slope weight."""
+        return self.torch.back(slope, weight) if self.few_rows else self.linear(slope, weight.t(), None, "none")
+
+    def outer(self, slope, x):
+        """slope^T x."""
+        if self.few_rows or len(x) == 0:  # oneDNN knows no product over nothing
+            return self.torch.outer(slope, x)
+        return self.linear(slope.t(), x.t(), None, "none")
 
     def add_product(self, gradient, slope, x):
         """gradient += slope^T x, in float32; a product in bfloat16 is rounded once, then added.
@@ -103,12 +135,47 @@ class OneDnnGemm:
         It is made in pieces: kernels stay in memory, and each that is made beside a product as large as the weight
         keeps the heap from using that space for the next.
         """
+        if self.few_rows:
+            self.torch.add_product(gradient, slope, x)
+            return
         num_columns = max(1, PIECE_BYTES // (x.shape[1] * x.element_size()))
-        for piece, columns in zip(gradient.split(num_columns), slope.split(num_columns, dim=1), strict=True):
-            if x.dtype == torch.float32:
-                piece.add_(self.linear(columns.t(), x.t(), None, "none"))
-            else:
-                piece.add_(torch.mm(columns.t(), x))  # by oneDNN too, and here the faster
+        for slopes, rows in zip(slope.split(MOST_GRADIENT_ROWS), x.split(MOST_GRADIENT_ROWS), strict=True):
+            for piece, columns in zip(gradient.split(num_columns), slopes.split(num_columns, dim=1), strict=True):
+                # In bfloat16 torch asks oneDNN too, and is here the faster.
+                gemm = self if x.dtype == torch.float32 else self.torch
+                piece.add_(gemm.outer(columns, rows))
+
+
+class WideGemm:
+    """Products in float32 of rows in another precision, whose results are rounded once: where it has no products."""
+
+    precision = torch.float32
+
+    def __init__(self, gemm):
+        """gemm: who multiplies in float32."""
+        self.gemm, self.wants_packed, self.pack = gemm, gemm.wants_packed, getattr(gemm, "pack", None)
+
+    def linear(self, x, weight, bias, activation):
+        """activation(x weight^T + bias)."""
+        wide = None if bias is None else bias.float()
+        return self.gemm.linear(x.float(), widen(weight), wide, activation).to(x.dtype)
+
+    def back(self, slope, weight):
+        """slope weight."""
+        return self.gemm.back(slope.float(), widen(weight)).to(slope.dtype)
+
+    def outer(self, slope, x):
+        """slope^T x."""
+        return self.gemm.outer(slope.float(), x.float()).to(slope.dtype)
+
+    def add_product(self, gradient, slope, x):
+        """gradient += slope^T x, in float32."""
+        self.gemm.add_product(gradient, slope.float(), x.float())
+
+
+def widen(weight):
+    """See a weight in float32, packed or not."""
+    return weight if weight.is_mkldnn else weight.float()
 
 
 def multiply(x, weight):
@@ -123,48 +190,55 @@ class Product(torch.autograd.Function):
     def forward(ctx, x, weight):
         """Multiply."""
         ctx.save_for_backward(x, weight)
-        return choose_gemm(weight).linear(x, weight, None, "none")
+        return choose_gemm(weight.device.type, x.dtype).linear(x, weight, None, "none")
 
     @staticmethod
     def backward(ctx, slope):
         """Go back: slope W, and slope^T x."""
         x, weight = ctx.saved_tensors
-        gemm = choose_gemm(weight) if len(x) else TorchGemm()  # oneDNN knows no product over nothing
+        gemm = choose_gemm(weight.device.type, x.dtype)
         slope = slope.contiguous()
-        by_x = gemm.linear(slope, weight.t(), None, "none") if ctx.needs_input_grad[0] else None
-        by_weight = gemm.linear(slope.t(), x.t(), None, "none") if ctx.needs_input_grad[1] else None
+        by_x = gemm.back(slope, weight) if ctx.needs_input_grad[0] else None
+        by_weight = gemm.outer(slope, x) if ctx.needs_input_grad[1] else None
         return by_x, by_weight
 
 
-def choose_gemm(weight):
-    """Choose who multiplies by weights like this one."""
-    return choose_gemm_for(weight.device.type, weight.dtype)
-
-
 @functools.cache
-def choose_gemm_for(device, dtype):
-    """Take oneDNN if this build of torch has it and it accepts this precision, asked with a small weight."""
-    if device == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        gemm, small = OneDnnGemm(), torch.zeros(2, 2, dtype=dtype)
+def choose_gemm(device, dtype):
+    """Choose who multiplies on a kind of device in a precision, by what this build and processor can."""
+    if device != "cpu":
+        return TorchGemm()
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        gemm = OneDnnGemm(None if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else FEW_ROWS)
+        small = torch.zeros(2, 2, dtype=dtype)
         try:
             gemm.linear(small, gemm.pack(small), None, "gelu")
         except RuntimeError:  # a precision that this processor lacks
-            return TorchGemm()
-        return gemm
-    return TorchGemm()
+            pass
+        else:
+            return gemm
+    return TorchGemm() if dtype == torch.float32 else WideGemm(choose_gemm(device, torch.float32))
 
 
-def activate(x, activation):
+def count_copy_bytes(dtype, parameter_dtype, packed):
+    """Bytes that a number of a Matrix on the host takes besides its parameter, once it has been multiplied with."""
+    gemm = choose_gemm("cpu", dtype)
+    read = gemm.precision or dtype
+    cast = 0 if read == parameter_dtype else read.itemsize
+    return cast + (read.itemsize if packed and gemm.wants_packed(1) else 0)
+
+
+def activate(x, activation, in_place=False):
     """Apply an activation by name, to each number."""
     match activation:
         case "none":
             return x
         case "gelu":
-            return functional.gelu(x)
+            return torch.ops.aten.gelu_(x) if in_place else functional.gelu(x)
         case "relu":
-            return functional.relu(x)
+            return functional.relu(x, inplace=in_place)
         case "silu":
-            return functional.silu(x)
+            return functional.silu(x, inplace=in_place)
         case _:
             raise ValueError(f"unknown activation {activation}")
 

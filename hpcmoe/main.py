@@ -16,17 +16,20 @@ from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.cluster.nodes import save_topology
 from hpcmoe.cluster.topology import check_launcher, host_name, read_topology
 from hpcmoe.config import read_config
-from hpcmoe.errors import CheckpointError, ConfigError, exit_with, keep_on_root, on_all, on_root
+from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
 from hpcmoe.run.data import check_text, find_text
+from hpcmoe.run.facts import check_facts, describe_state, tell_other_data
 from hpcmoe.run.room import check_room, describe_room
+from hpcmoe.run.shards import settle_shards
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
-from hpcmoe.write.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from hpcmoe.write.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, step_of
 from hpcmoe.write.loads import read_loads
 from hpcmoe.write.pieces import Part, Piece
 from hpcmoe.write.problem import describe_problem
 from hpcmoe.write.records import open_records, prepare_folder
+from hpcmoe.write.writer import open_writer
 
 log = logging.getLogger("hpcmoe.main")
 
@@ -72,10 +75,9 @@ def run(comm, arguments):
     on_root(comm, lambda: check_room(config, topology))
     on_root(comm, lambda: save_topology(topology, folder / "topology.json"))
     log.info("%s", topology)
-
-    with open_mesh(comm, config.cluster) as mesh:
+    with open_mesh(comm, settle_shards(comm, config, topology)) as mesh:
         from hpcmoe.run.job import open_job  # imports torch: seconds of CPU on a laptop
-        from hpcmoe.run.report import make_table
+        from hpcmoe.run.report import describe_totals, make_table
 
         with open_job(config, topology, mesh, split, loads) as job:
             start = make_start(job, checkpoint)
@@ -118,57 +120,44 @@ def train_or_infer(job, records, folder, start):
     """Do what [run] mode asks -> Totals. Collective over all ranks."""
     from hpcmoe.run.infer import infer
     from hpcmoe.run.report import sum_up
+    from hpcmoe.run.state import LOAD
     from hpcmoe.run.train import is_due, layers_to_write, train
 
     config, world, training = job.config, job.mesh.world, start.optimizer is not None
+    write = config.write
 
     def save(step, load, activations):
         """Keep what is due after a step. Collective over all ranks."""
+        writer.look()
         if layers_to_write(config, step):
             write_activations(world, folder, step, activations)
-        if training and is_due(step, config.write.checkpoint_every, config.run.steps):
+        if training and is_due(step, write.checkpoint_every, config.run.steps):
             describe_tokens(records, job)
             records.flush()
-            pieces = [Piece(name=n, shape=s, start=at, array=a) for n, s, at, a in start.state.collect(load)]
-            facts = {"step": step, "num_ranks": world.size} | describe_model(config)
-            save_checkpoint(world, folder, step, pieces, facts, config.write.checkpoints_kept)
-            log.info("step %d: checkpoint written", step)
+            held = start.state.collect({LOAD: load})
+            pieces = (Piece(name=name, shape=shape, start=at, array=array) for name, shape, at, array in held)
+            writer.save(step, pieces, describe_state(job, step))
 
     announce(job)
-    if training:
-        losses = train(job, records, start.optimizer, (start.step, start.load), save)
-    else:
-        losses = infer(job, records, start.load, save)
-    return sum_up(job, start.optimizer, losses)
+    with open_writer(world, folder, write.checkpoints_kept, write.asynchronous) as writer:
+        if training:
+            losses = train(job, records, start.optimizer, (start.step, start.load), save)
+        else:
+            losses = infer(job, records, start.load, save)
+    return sum_up(job, start.optimizer, losses, writer.copy_bytes)
 
 
 def resume(job, state, checkpoint):
     """Take the state from a checkpoint of any number of ranks -> (its step, its load). Collective over all ranks."""
+    from hpcmoe.run.state import LOAD
+
     wanted = [Part(name=n, shape=s, start=at, extent=e, keys=keys) for n, s, at, e, keys in state.wanted()]
     arrays, facts = load_checkpoint(job.mesh.world, checkpoint, wanted)
-    on_root(job.mesh.world, lambda: check_facts(facts, job.config, checkpoint))
-    log.info("resumed %s, step %d, written by %d ranks", checkpoint, facts["step"], facts["num_ranks"])
-    return int(facts["step"]), state.restore(arrays, int(facts["step"]))
-
-
-def describe_model(config):
-    """Name what shapes alone do not tell of a model -> dict key: value, as checkpoints keep it."""
-    return {
-        "[experts] kind": config.experts.kind,
-        "[experts] bias": int(config.experts.bias),
-        "[model] attention": int(config.model.attention),
-        "[model] num_heads": config.model.num_heads,
-        "[model] top_k": config.model.top_k,
-    }
-
-
-def check_facts(facts, config, checkpoint):
-    """Refuse a checkpoint of another model, or one whose facts are not whole."""
-    if facts.get("step") != step_of(checkpoint) or "num_ranks" not in facts:
-        raise CheckpointError(f"{checkpoint}: its step is not the one in its name; it is not whole")
-    for key, wants in describe_model(config).items():
-        if facts.get(key) != wants:
-            raise CheckpointError(f"{checkpoint}: was written with {key} = {facts.get(key)}, this run has {wants}")
+    step = step_of(checkpoint)
+    on_root(job.mesh.world, lambda: check_facts(facts, job.config, checkpoint, step))
+    log.info("resumed %s, step %d, written by %d ranks", checkpoint, step, facts["num_ranks"])
+    tell_other_data(facts, job.config, len(job.training))
+    return step, state.restore(arrays, step)[LOAD]
 
 
 def list_written(config, folder):
@@ -180,6 +169,7 @@ def list_written(config, folder):
 def announce(job):
     """Say what is about to run and how much memory it will take."""
     from hpcmoe.run.layout import tell
+    from hpcmoe.run.report import tell_floors
     from hpcmoe.run.ways import describe_ways
 
     memory, model, text_bytes = job.memory, job.config.model, len(job.training)
@@ -189,7 +179,7 @@ def announce(job):
     )  # fmt: skip
     reckoned = describe_room(job.room, job.topology, memory.per_expert, model.num_layers)
     ways = describe_ways(job.stepper.exchange.sizes, job.stepper.exchange.routes)
-    for line in [*reckoned, *tell(job.layout, job.config.cluster), *ways]:
+    for line in [*reckoned, *tell(job.layout, job.config.cluster), *ways, tell_floors(job)]:
         log.info("%s", line)
     log.info(
         "memory of a rank, as computed: %.1f MB, of these %.1f MB message buffers and %.1f MB activations",
@@ -224,25 +214,12 @@ def describe_tokens(records, job):
         records.describe("experts", "tokens_of_node", tokens, "copies")
 
 
-def describe_totals(records, totals):
-    """Keep the figures of the whole run."""
-    records.describe("run", "tokens_per_second_overall", totals.tokens_per_second, "tokens/s")
-    records.describe("comm", "bytes_of_link", totals.bytes_of_link, "B, rank to rank")
-    records.describe("dispatch", "link_sigma_floor", totals.link_sigma_floor, "1")
-    records.describe("run", "peak_resident_bytes", totals.peak_resident_bytes, "B")
-
-
 def read_versions():
     """Name the versions of what computes -> dict."""
     packages = ("hpcmoe", "numpy", "torch", "mpi4py", "h5py")
     versions = {name: importlib.metadata.version(name) for name in packages}
     library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
     return versions | {"python": platform.python_version(), "MPI library": library}
-
-
-def step_of(checkpoint):
-    """Read the step in a checkpoint's name."""
-    return int(checkpoint.resolve().name.rpartition("-")[2])
 
 
 def check_checkpoint(checkpoint, folder, config):

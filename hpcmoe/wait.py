@@ -7,14 +7,16 @@ from mpi4py import MPI
 
 # Measured with 16 ranks on 2 cores: a GEMM beside 15 waiting ranks slows 1.1 times, a wake-up takes 1.2 ms.
 # A blocking Recv there slowed the GEMM 8.9 times.
-YIELDS_BEFORE_SLEEP = 32
+YIELDS_BEFORE_SLEEP = 32  # that give the core to somebody
+AT_ONCE_SECONDS = 5e-6  # a yield that comes back so soon has given it to nobody,
+YIELDS_TO_NOBODY = 16  # and so many of these count as one
 FIRST_SLEEP_SECONDS = 50e-6
 LONGEST_SLEEP_SECONDS = 200e-6
 SLEEP_GROWTH = 1.3
 
 
 class Patience:
-    """Yield the core a few times, then sleep a little longer at each pause."""
+    """Yield the core a few times, more often while nobody else wants it, then sleep a little longer at each pause."""
 
     def __init__(self):
         self.reset()
@@ -27,8 +29,10 @@ class Patience:
     def pause(self):
         """Give the core away for a moment."""
         if self.yields_left > 0:
-            self.yields_left -= 1
+            begin = time.perf_counter()
             os.sched_yield()
+            alone = time.perf_counter() - begin < AT_ONCE_SECONDS
+            self.yields_left -= 1 / YIELDS_TO_NOBODY if alone else 1
         else:
             time.sleep(self.sleep_seconds)
             self.sleep_seconds = min(self.sleep_seconds * SLEEP_GROWTH, LONGEST_SLEEP_SECONDS)

@@ -38,11 +38,15 @@ def norm(x, weight):
     return x * (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt() * weight
 
 
-def choose(config, logits, load, groups):
-    """Gates of all experts [T, E], zero where not chosen or over the capacity of a group (slice) of tokens."""
+def choose(config, logits, pushed, groups):
+    """Gates of all experts [T, E], zero where not chosen or over the capacity of a group (slice) of tokens.
+
+    pushed is a layer's (load [E], bias [E]).
+    """
     dispatch, (top_k, num_experts) = config.dispatch, (config.model.top_k, config.model.num_experts)
+    load, bias = pushed
     damped = logits - dispatch.load_feedback * load
-    chosen = damped.topk(top_k).indices
+    chosen = (damped + bias).topk(top_k).indices
     source = damped if dispatch.load_feedback_on == "both" else logits
     gates = source.softmax(-1).gather(1, chosen)
     gates = gates / gates.sum(-1, keepdim=True) if dispatch.renormalize else gates
@@ -62,9 +66,10 @@ def choose(config, logits, load, groups):
     )
 
 
-def loss_of(weights, config, batches, load, groups_of_batch):
+def loss_of(weights, config, batches, load, groups_of_batch, bias=None):
     """Whole loss of a step, batches [n, length + 1] of all ranks together -> (total, cross-entropy, copies dropped)."""
     dispatch, model = config.dispatch, config.model
+    bias = torch.zeros_like(load) if bias is None else bias
     num_tokens = sum(len(batch) for batch in batches) * model.sequence_length
     total, entropy, dropped = 0.0, 0.0, 0
     for batch, groups in zip(batches, groups_of_batch, strict=True):
@@ -75,7 +80,7 @@ def loss_of(weights, config, batches, load, groups_of_batch):
                 x = x + attend(weights, config, prefix, norm(x, weights[f"{prefix}.attention_norm"]))
             inner = norm(x, weights[f"{prefix}.experts_norm"])
             logits = F.linear(inner, weights[f"dense/layers.{layer}.router.weight"])
-            gates, count, lost = choose(config, logits, load[layer], groups)
+            gates, count, lost = choose(config, logits, (load[layer], bias[layer]), groups)
             x = x + sum(gates[:, e, None] * expert(weights, config, layer, e, inner) for e in range(model.num_experts))
             shares = count / count.sum()
             total += dispatch.aux_loss_weight * model.num_experts * (shares * logits.softmax(-1).sum(0)).sum()

@@ -141,10 +141,10 @@ def make_sizes(routes, **sizes):
     return Sizes(parcels_sent=sent, **usual)
 
 
-def gather_pieces(comm, state, load):
+def gather_pieces(comm, state, shared):
     """Join what all ranks would save -> dict name: array; every number must be saved exactly once. Collective."""
     arrays, times = {}, {}
-    for pieces in gather_to_all(comm, state.collect(load)):
+    for pieces in gather_to_all(comm, list(state.collect(shared))):
         for name, shape, start, piece in pieces:
             box = tuple(slice(first, first + count) for first, count in zip(start, piece.shape, strict=True))
             arrays.setdefault(name, np.empty(shape, piece.dtype))[box] = piece

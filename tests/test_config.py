@@ -77,6 +77,7 @@ def test_every_fault_is_listed_at_once(file):
         ("[cluster]\nbytes_per_second = [[1.0, 'x']]", "bytes_per_second = [[1.0, 'x']]: entry [0, 1]: must be"),
         ("[write]\nactivations_of_layers = [-1]", "activations_of_layers = [-1]: entry [0]: must be greater"),
         ("[dispatch]\nload_feedback = 1.5", "[dispatch] load_feedback = 1.5: must be less than or equal to 1"),
+        ("[dispatch]\nbias_update_speed = 2.0", "[dispatch] bias_update_speed = 2.0: must be less than or equal to 1"),
         ("run = 3", "[run]: 3: must be a section"),
         ("pi = 3", "[pi]: unknown section; allowed: run, model, cluster, "),
         ("[write]\nzzz = 3", "[write] zzz = 3: unknown key; allowed: checkpoint_every, checkpoints_kept, "),
@@ -98,8 +99,6 @@ def test_a_fault_shows_file_section_key_value_and_what_is_allowed(file, text, sa
         ("[pipeline]\nmicro_batches = 65", "[pipeline] micro_batches = 65: must be at most [data] batch_sequences"),
         ("[write]\nactivations_of_layers = [0, 2]",
          "[write] activations_of_layers = (0, 2): must be layers below [model] num_layers = 2"),
-        ("[cluster]\ntensor_parallel = 2\n[pipeline]\ndeterministic = false",
-         "[pipeline] deterministic = False: must be true with [cluster] tensor_parallel = 2"),
     ],
 )  # fmt: skip
 def test_values_that_contradict_each_other_are_refused(file, text, said):

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from hpcmoe import gemm
-from hpcmoe.gemm import Matrix, OneDnnGemm, TorchGemm, activate, activate_back, choose_gemm
+from hpcmoe.gemm import (
+    Matrix,
+    OneDnnGemm,
+    TorchGemm,
+    WideGemm,
+    activate,
+    activate_back,
+    choose_gemm,
+    count_copy_bytes,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # of the largest number
@@ -25,11 +34,23 @@ def assert_near(found, expected, dtype):
     assert error < TOLERANCE[dtype], error.item()
 
 
-@pytest.fixture(params=["as this machine does", "by torch alone"], autouse=True)
+def make_gemms():
+    """Whoever may multiply on some processor, and can on this one."""
+    gemms = {"torch": TorchGemm(), "wide, by torch": WideGemm(TorchGemm())}
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        gemms |= {"oneDNN": OneDnnGemm(), "oneDNN for few rows": OneDnnGemm(4)}
+        gemms |= {f"wide, by {name}": WideGemm(gemms[name]) for name in ("oneDNN", "oneDNN for few rows")}
+    return gemms
+
+
+@pytest.fixture(params=["as this machine does", *make_gemms()], autouse=True)
 def multiplier(request, monkeypatch):
-    """Whatever choose_gemm finds here, and the fallback."""
-    if request.param == "by torch alone":
-        monkeypatch.setattr(gemm, "choose_gemm", lambda weight: TorchGemm())
+    """Whatever choose_gemm finds here, and all others; oneDNN for bfloat16 only where it has it."""
+    if request.param != "as this machine does":
+        own = make_gemms()[request.param]
+        refuses = request.param.startswith("oneDNN") and isinstance(choose_gemm("cpu", torch.bfloat16), WideGemm)
+        chosen = {torch.bfloat16: WideGemm(own)} if refuses else {}
+        monkeypatch.setattr(gemm, "choose_gemm", lambda device, dtype: chosen.get(dtype, own))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -85,17 +106,17 @@ def test_small_contributions_in_bfloat16_are_not_lost():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_copies_are_made_once_and_anew_after_refresh(packed):
-    parameter, x, slope = torch.nn.Parameter(draw(64, 32)), draw(5, 32).bfloat16(), draw(5, 64).bfloat16()
+    parameter, x, slope = torch.nn.Parameter(draw(64, 32)), draw(3, 32).bfloat16(), draw(3, 64).bfloat16()
     matrix = Matrix(parameter, packed)
     assert matrix.num_packed_bytes == 0
     before = matrix.linear(x), matrix.back(slope)
     held = matrix.num_packed_bytes
-    num_copies = 2 if packed and isinstance(gemm.choose_gemm(parameter), OneDnnGemm) else 1
-    assert held == num_copies * parameter.numel() * 2
+    assert held == parameter.numel() * count_copy_bytes(torch.bfloat16, torch.float32, packed)
     parameter.data.mul_(2)
-    for same, copied in zip((matrix.linear(x), matrix.back(slope)), before, strict=True):
-        assert torch.equal(same, copied)
+    again = matrix.linear(x), matrix.back(slope)
     assert matrix.num_packed_bytes == held
+    if gemm.choose_gemm("cpu", torch.bfloat16).precision is None:  # else the weight itself is read
+        assert all(torch.equal(same, copied) for same, copied in zip(again, before, strict=True))
 
     matrix.refresh()
     assert matrix.num_packed_bytes == 0
@@ -113,7 +134,7 @@ def test_a_weight_in_its_own_precision_is_not_copied():
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
 def test_going_back_through_an_activation_is_autograds(activation):
     x, slope = draw(6, 5).double().requires_grad_(), draw(6, 5, seed=1).double()
-    activate(x, activation).backward(slope)
+    activate(1 * x, activation, in_place=True).backward(slope)
     assert torch.allclose(activate_back(slope, x.detach(), activation), x.grad)
 
 
@@ -123,14 +144,29 @@ def test_unknown_activations_are_refused():
             refused()
 
 
-def test_torch_multiplies_where_onednn_cannot(monkeypatch):
-    weight = draw(2, 2)
-    choose = gemm.choose_gemm_for.__wrapped__  # which remembers nothing
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert isinstance(choose("cpu", weight.dtype), TorchGemm)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(OneDnnGemm, "pack", lambda gemm, weight: weight[:, :1])  # a shape that it refuses
-    assert isinstance(choose("cpu", weight.dtype), TorchGemm)
+def test_torch_multiplies_where_onednn_cannot_and_bfloat16_is_widened(monkeypatch):
+    choose = choose_gemm.__wrapped__  # which remembers nothing
+    for without in (
+        (torch.backends.mkldnn, "is_available", lambda: False),
+        (OneDnnGemm, "pack", lambda g, w: w[:, :1]),
+    ):
+        monkeypatch.setattr(*without)
+        monkeypatch.setattr(gemm, "choose_gemm", choose)
+        assert isinstance(choose("cpu", torch.float32), TorchGemm)
+        wide = choose("cpu", torch.bfloat16)
+        assert isinstance(wide, WideGemm) and isinstance(wide.gemm, TorchGemm)
+        monkeypatch.undo()
+    assert isinstance(choose("cuda", torch.bfloat16), TorchGemm)
+
+
+def test_without_avx512_many_rows_and_the_way_back_are_mkls(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    narrow = choose_gemm.__wrapped__("cpu", torch.float32)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512_BF16")
+    wide = choose_gemm.__wrapped__("cpu", torch.float32)
+    if isinstance(narrow, OneDnnGemm):
+        assert narrow.wants_packed(gemm.FEW_ROWS) and not narrow.wants_packed(gemm.FEW_ROWS + 1)
+        assert wide.wants_packed(10**6) and wide.few_rows is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,7 +185,7 @@ def test_multiply_and_its_way_back_are_autograds(num_rows, dtype):
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of torch has no oneDNN")
 def test_onednn_multiplies_where_it_can():
-    assert isinstance(choose_gemm(draw(2, 2)), OneDnnGemm)
+    assert isinstance(choose_gemm("cpu", torch.float32), OneDnnGemm)
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of torch has no oneDNN")

@@ -1,5 +1,6 @@
 """Waiting gives the core away, ends as soon as there is something, and ends in time when there is nothing."""
 
+import itertools
 import time
 from types import SimpleNamespace
 
@@ -11,10 +12,11 @@ from hpcmoe import wait
 
 @pytest.fixture
 def pauses(monkeypatch):
-    """Record each pause instead of taking it: 0 for a yield, else the seconds of a sleep."""
-    taken = []
+    """Record each pause instead of taking it: 0 for a yield, which others use, else the seconds of a sleep."""
+    taken, clock = [], itertools.count(0.0, 1e-3)
     monkeypatch.setattr(wait.os, "sched_yield", lambda: taken.append(0.0))
     monkeypatch.setattr(wait.time, "sleep", taken.append)
+    monkeypatch.setattr(wait.time, "perf_counter", lambda: next(clock))
     return taken
 
 
@@ -24,6 +26,14 @@ def test_pauses_are_yields_then_sleeps_that_grow_to_a_bound(pauses):
         patience.pause()
     assert pauses[:32] == [0.0] * 32
     assert pauses[32:] == pytest.approx([50e-6, 65e-6, 84.5e-6, 109.85e-6, 142.805e-6, 185.6465e-6, 200e-6, 200e-6])
+
+
+def test_while_nobody_wants_the_core_sleep_comes_late(pauses, monkeypatch):
+    monkeypatch.setattr(wait.time, "perf_counter", lambda: 0.0)
+    patience = wait.Patience()
+    for _ in range(32 * 16 + 1):
+        patience.pause()
+    assert pauses == [0.0] * (32 * 16) + [50e-6]
 
 
 def test_after_a_completion_pauses_are_short_again(pauses):

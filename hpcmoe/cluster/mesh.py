@@ -18,12 +18,13 @@ class Mesh:
     """
 
     world: MPI.Comm  # all ranks of the run
-    tp: MPI.Comm  # the ranks that share one shard set of experts
-    ep: MPI.Comm  # the ranks among which the experts are spread
+    group: MPI.Comm  # the ranks that hold the network once: its tokens travel among them
+    ep: MPI.Comm  # of these, the ranks among which the same shard of all experts is spread
     dp: MPI.Comm  # the ranks that hold the same shard of the same experts
     data_index: int
     expert_index: int
     tensor_index: int
+    tensor_parallel: int  # number of ranks that share an expert's matrices
 
     @property
     def data_parallel(self):
@@ -36,19 +37,14 @@ class Mesh:
         return self.ep.size
 
     @property
-    def tensor_parallel(self):
-        """Number of ranks that share an expert's matrices."""
-        return self.tp.size
-
-    @property
     def token_index(self):
-        """Which share of a batch this rank reads: the ranks of a tensor-parallel group read the same."""
-        return self.data_index * self.expert_parallel + self.expert_index
+        """Which share of a batch this rank reads: every rank has tokens of its own."""
+        return self.world.rank
 
     @property
     def num_token_shares(self):
-        """Number of ranks, or tensor-parallel groups, that read different tokens."""
-        return self.data_parallel * self.expert_parallel
+        """Number of ranks that read different tokens."""
+        return self.world.size
 
 
 @contextlib.contextmanager
@@ -63,27 +59,32 @@ def open_mesh(comm, cluster):
     )
     data_index, expert_index, tensor_index = mesh_coordinates(comm.rank, ep, tp)
 
-    # Each group is named by the two coordinates that its ranks share and ordered by the third.
+    # Each group is named by the coordinates that its ranks share and ordered by the others.
     barrier(comm)
     mesh = Mesh(
         world=comm.Dup(),
-        tp=comm.Split(data_index * ep + expert_index, tensor_index),
+        group=comm.Split(data_index, expert_index * tp + tensor_index),
         ep=comm.Split(data_index * tp + tensor_index, expert_index),
         dp=comm.Split(expert_index * tp + tensor_index, data_index),
         data_index=data_index,
         expert_index=expert_index,
         tensor_index=tensor_index,
+        tensor_parallel=tp,
     )
     yield mesh
 
     # Freeing is collective: after a fault, which not all ranks may share, leave it to the end of the process.
     barrier(mesh.world)
-    for group in (mesh.dp, mesh.ep, mesh.tp, mesh.world):
+    for group in (mesh.dp, mesh.ep, mesh.group, mesh.world):
         group.Free()
 
 
 def mesh_shape(num_ranks, data_parallel, expert_parallel, tensor_parallel):
-    """Check the parallel sizes against the ranks -> (data, expert, tensor); expert_parallel 0 takes what is left."""
+    """Check the parallel sizes against the ranks -> (data, expert, tensor).
+
+    expert_parallel 0 takes what is left; tensor_parallel 0, where nobody has chosen it, is 1.
+    """
+    tensor_parallel = tensor_parallel or 1
     if num_ranks % tensor_parallel:
         raise ClusterError(f"[cluster] tensor_parallel = {tensor_parallel} must divide the {num_ranks} ranks")
     tensor_groups = num_ranks // tensor_parallel

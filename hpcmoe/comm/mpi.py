@@ -20,7 +20,7 @@ def open_mpi_transport(comm, row_bytes, hesitate=None):
     row_type = MPI.BYTE.Create_contiguous(row_bytes).Commit()
     transport = MpiTransport(own, row_type, hesitate)
     try:
-        with open_progress_thread(own, lambda: bool(transport.requests)):
+        with open_progress_thread(transport):
             yield transport
     finally:
         row_type.Free()
@@ -37,7 +37,7 @@ class MpiTransport:
         self.hesitate = hesitate
         self.last_tag = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)  # Open MPI tells it of no other communicator
         self.requests, self.tickets = [], []  # under way, in pairs
-        self.num_sent = 0  # messages, ever
+        self.num_sent, self.num_pokes = 0, 0  # messages and looks, ever
 
     def send_rows(self, rows, peer, tag):
         """Begin to send uint8 rows [n, row_bytes], which must stay as they are until the ticket is done -> Ticket."""
@@ -59,6 +59,7 @@ class MpiTransport:
 
     def poke(self):
         """Let messages progress and mark the tickets of those that are done, without waiting -> whether any is."""
+        self.num_pokes += 1
         if not self.requests or (self.hesitate is not None and self.hesitate()):
             return False
         done = MPI.Request.Testsome(self.requests)

@@ -1,7 +1,8 @@
 """Messages that move while the host multiplies: a thread that enters MPI a thousand times a second.
 
 Large messages progress only while some thread is inside an MPI call. Between two GEMMs the transport is poked; a long
-GEMM lets the interpreter go, and then this thread does it.
+GEMM lets the interpreter go, and then this thread does it. While the transport is poked anyway it stays out of the way:
+sixteen such threads on two cores took half of their time.
 """
 
 import contextlib
@@ -9,12 +10,12 @@ import threading
 
 from mpi4py import MPI
 
-PERIOD_SECONDS = 1e-3
+SHORTEST_SECONDS, LONGEST_SECONDS = 1e-3, 8e-3  # between two looks
 
 
 @contextlib.contextmanager
-def open_progress_thread(comm, is_busy):
-    """Keep MPI going within the with-block, while is_busy().
+def open_progress_thread(transport):
+    """Keep a transport's messages going within the with-block, whenever nobody pokes it.
 
     Without MPI's leave to call it from several threads there is no thread.
     """
@@ -25,9 +26,15 @@ def open_progress_thread(comm, is_busy):
 
     def work():
         """Ask for some message: what MPI does on the way is the point."""
-        while not over.wait(PERIOD_SECONDS):
-            if is_busy():
-                comm.Iprobe(MPI.ANY_SOURCE, last_tag)
+        pause, seen = SHORTEST_SECONDS, 0
+        while not over.wait(pause):
+            pokes = transport.num_pokes
+            if transport.requests and pokes == seen:
+                transport.comm.Iprobe(MPI.ANY_SOURCE, last_tag)
+                pause = SHORTEST_SECONDS
+            else:
+                pause = min(2 * pause, LONGEST_SECONDS)
+            seen = pokes
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

@@ -7,11 +7,14 @@ those of another node that it has landed.
 import itertools
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from hpcmoe.comm.window import SLIP_WORDS
 from hpcmoe.dispatch.plan import ranges
+
+MOST_OF_PORTION = 1.5  # x the rows it is to have, as rounding to whole portions gives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,30 +29,50 @@ class Batch:
     def portions(self, about_rows):
         """Cut the rows into what is gathered, worked on and laid down at once -> (slice, ((slot, rows), ...)) of each.
 
-        A slot with many rows has several portions, as even as can be; where all are few, there is one for all slots.
+        A slot with many rows has several portions, as even as can be; slots with few rows share one. None has more than
+        MOST_OF_PORTION x about_rows.
         """
-        if len(self.slip_of_row) <= about_rows:
-            slots = [(slot, rows) for slot, rows in enumerate(self.rows_of_slot.tolist()) if rows]
-            yield slice(0, len(self.slip_of_row)), slots
-            return
-        begin = 0
+        begin, end, shared = 0, 0, []  # of the portion that is not full yet
         for slot, rows in enumerate(self.rows_of_slot.tolist()):
-            num_portions = max(round(rows / about_rows), rows > 0)
-            edges = [begin + rows * portion // max(num_portions, 1) for portion in range(num_portions + 1)]
-            yield from ((slice(*ends), [(slot, ends[1] - ends[0])]) for ends in itertools.pairwise(edges))
-            begin += rows
+            if shared and end - begin + rows > MOST_OF_PORTION * about_rows:
+                yield slice(begin, end), shared
+                begin, shared = end, []
+            edges = cut_evenly(end, rows, max(round(rows / about_rows), 1))
+            if len(edges) > 2:
+                yield from ((slice(*ends), [(slot, ends[1] - ends[0])]) for ends in itertools.pairwise(edges))
+                begin = edges[-1]
+            elif rows:
+                shared.append((slot, rows))
+            end = edges[-1]
+        if shared:
+            yield slice(begin, end), shared
+
+
+def cut_evenly(begin, count, parts):
+    """Cut a range into parts as even as can be -> their edges, one more than parts."""
+    return [begin + count * part // parts for part in range(parts + 1)]
 
 
 def make_batch(slips, starts, counts):
     """Put together the rows of slips [n]: at starts [n], counts [n, s] of them for each slot of this rank -> Batch."""
     first = np.asarray(starts)[:, None] + np.cumsum(counts, axis=1) - counts  # [n, s]
-    of_slip = np.broadcast_to(np.arange(len(slips))[:, None], counts.shape)
+    of_slip, by_slot = np.tile(np.arange(len(slips)), counts.shape[1]), counts.T.ravel()  # [s * n]
     return Batch(
         slips=tuple(slips),
-        slip_of_row=np.repeat(of_slip.T.ravel(), counts.T.ravel()),
-        offset_of_row=ranges(first.T.ravel(), counts.T.ravel()),
+        slip_of_row=np.repeat(of_slip, by_slot),
+        offset_of_row=ranges(first.T.ravel(), by_slot),
         rows_of_slot=counts.sum(axis=0),
     )
+
+
+class Seen(NamedTuple):
+    """What a slip says to this rank."""
+
+    first: int  # row of the window where its rows begin
+    start: int  # of them, those for the mates before this one
+    counts: np.ndarray  # [s] int64, rows for each slot of this rank
+    num_rows: int  # their sum
+    num_slips: int  # that its peer has in this exchange, told by the first of them
 
 
 class Arrivals:
@@ -57,14 +80,13 @@ class Arrivals:
 
     def __init__(self, window, routes, berth, exchange):
         self.window, self.routes, self.berth, self.exchange = window, routes, berth, exchange
-        self.seen = {}  # (publisher, slip): (first row, start and counts [s] of this rank's share, slips of that peer)
-        firsts = [self.slip_of(peer) for peer in range(len(routes.publishers))]
-        self.expected = np.array(firsts)  # [n, 2] publisher and slip, of those that have not been seen
+        self.seen = {}  # (publisher, slip): Seen
+        self.expected = np.stack(self.slip_of(np.arange(len(routes.publishers))), axis=1)  # [n, 2], not yet seen
 
     def slip_of(self, peer, number=0):
-        """Find where a peer's rows are announced -> (publisher, slip); number counts the parcels of another node's."""
-        guest, publisher = int(self.routes.guests[peer]), int(self.routes.publishers[peer])
-        return publisher, 0 if guest < 0 else 1 + guest * self.window.sizes.max_parcels + number
+        """Find where peers' rows are announced -> (publishers, slips); number counts the parcels of another node's."""
+        guests = self.routes.guests[peer]
+        return self.routes.publishers[peer], (guests >= 0) * (1 + guests * self.window.sizes.max_parcels + number)
 
     def look(self):
         """See what is new -> the slips with rows for this rank that were not there before."""
@@ -75,21 +97,30 @@ class Arrivals:
         if not there.any():
             return []
         self.window.sync()
-        fresh, self.expected = list(map(tuple, self.expected[there].tolist())), self.expected[~there]
-        for publisher, slip in fresh:
-            self.read(publisher, slip, slips[publisher, slip])
+        fresh, self.expected = self.expected[there], self.expected[~there]
+        found = self.read(fresh, slips[fresh[:, 0], fresh[:, 1]])
         if len(self.expected) == 0:
             self.window.mark_taken(self.berth, self.exchange)
-        return [slip for slip in fresh if self.seen[slip][2].any()]
+        return found
 
-    def read(self, publisher, slip, words):
-        """Take in one slip; the first of several tells how many follow."""
-        first, num_slips, counts = int(words[1]), int(words[2]), words[SLIP_WORDS:].reshape(-1, self.routes.num_slots)
-        mate = self.routes.mate
-        self.seen[publisher, slip] = (first, int(counts[:mate].sum()), counts[mate].copy(), num_slips)
-        if num_slips > 1:
-            more = [(publisher, slip + number) for number in range(1, num_slips)]
+    def read(self, fresh, words):
+        """Take in slips [n, 2], by their words [n, ...] -> those with rows for this rank.
+
+        The first of several of one peer tells how many follow, which are expected from now on.
+        """
+        counts, mate = words[:, SLIP_WORDS:].reshape(len(words), -1, self.routes.num_slots), self.routes.mate
+        own, starts = counts[:, mate], counts[:, :mate].sum(axis=(1, 2)).tolist()
+        totals, (firsts, nums_slips) = own.sum(axis=1).tolist(), words[:, 1:SLIP_WORDS].T.tolist()
+        found = list(map(tuple, fresh.tolist()))
+        self.seen.update(zip(found, map(Seen, firsts, starts, own, totals, nums_slips), strict=True))
+        more = [
+            (publisher, slip + number)
+            for (publisher, slip), num_slips in zip(found, nums_slips, strict=True)
+            for number in range(1, num_slips)
+        ]
+        if more:
             self.expected = np.concatenate([self.expected, more])
+        return [slip for slip, total in zip(found, totals, strict=True) if total]
 
     def runs(self, peers, at_once):
         """Yield the slips of these peers in order, in lists for a batch each, and None until the next are all there.
@@ -105,12 +136,12 @@ class Arrivals:
             once = self.routes.once[peer]
             number, num_slips = 0, 1
             while number < num_slips:
-                slip = self.slip_of(peer, number)
+                slip = tuple(map(int, self.slip_of(peer, number)))
                 while slip not in self.seen:
                     yield None
-                counts, follow = self.seen[slip][2:]
-                num_slips = follow if number == 0 else num_slips
-                run += [slip] if counts.any() else []
+                seen = self.seen[slip]
+                num_slips = seen.num_slips if number == 0 else num_slips
+                run += [slip] if seen.num_rows else []
                 number += 1
                 if self.routes.guests[peer] < 0 or num_slips == 0:
                     continue
@@ -122,12 +153,12 @@ class Arrivals:
 
     def count_rows(self, slips):
         """Count the rows that these slips have for this rank."""
-        return sum(int(self.seen[slip][2].sum()) for slip in slips)
+        return sum(self.seen[slip].num_rows for slip in slips)
 
     def batch_of(self, slips):
         """Put together what these slips have for this rank, at least one of them -> Batch."""
-        _, starts, counts, _ = zip(*(self.seen[slip] for slip in slips), strict=True)
-        return make_batch(slips, starts, np.stack(counts))
+        seen = [self.seen[slip] for slip in slips]
+        return make_batch(slips, [slip.start for slip in seen], np.array([slip.counts for slip in seen]))
 
     def has(self, batch):
         """Whether all slips of a batch, made in an earlier exchange of the same plans, have been seen."""
@@ -135,7 +166,7 @@ class Arrivals:
 
     def rows(self, batch):
         """Find where a batch's results go, now -> rows of the window [n] int64."""
-        firsts = np.array([self.seen[slip][0] for slip in batch.slips])
+        firsts = np.array([self.seen[slip].first for slip in batch.slips])
         return firsts[batch.slip_of_row] + batch.offset_of_row
 
     def finish(self, batch):

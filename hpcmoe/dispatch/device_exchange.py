@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from hpcmoe.comm.carrier import Leg
-from hpcmoe.comm.sums import Sums
 from hpcmoe.comm.transport import HOMEWARD, Direction, Part
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan, tag_of, tag_of_counts
 from hpcmoe.dispatch.exchange import Traffic
@@ -31,7 +30,7 @@ class DeviceSizes:
     hidden: int  # H
     dtype: torch.dtype  # of the rows that travel
     tokens: int  # T, the most that a micro-batch of this rank has
-    top_k: int
+    top_k: int  # copies of a token: an expert's shards get one each
     num_berths: int  # micro-batches in flight
     num_micro_batches: int
     expert_rows: int  # rows expected at this rank's experts
@@ -105,10 +104,13 @@ class Places:
 class DeviceExchange:
     """Carries the rows of one expert-parallel group for all layers and micro-batches."""
 
-    def __init__(self, carrier, transport, device, clock, ways, sums=None):
-        """carrier takes the rows; transport, by MPI, the counts; ways are (DeviceSizes, Routes)."""
+    def __init__(self, carrier, transport, device, clock, ways, nccl=None):
+        """carrier takes the rows; transport, by MPI, the counts; ways are (DeviceSizes, Routes).
+
+        nccl, the Group of all ranks of the run, sums gradients where there is NCCL.
+        """
         self.carrier, self.transport, self.device, self.clock = carrier, transport, device, clock
-        (self.sizes, self.routes), self.sums = ways, sums or Sums()
+        (self.sizes, self.routes), self.nccl = ways, nccl
         self.num_slots = len(self.routes.place_of_slot)
         self.berths = [Berth(self.sizes, device) for _ in range(self.sizes.num_berths)]
         self.choosers = {}
@@ -117,7 +119,7 @@ class DeviceExchange:
     def no_traffic(self):
         """Start counting -> Traffic."""
         size = self.transport.size
-        return Traffic(copies=np.zeros(size, np.int64), rows=np.zeros((len(Direction), size), np.int64))
+        return Traffic(copies={}, rows=np.zeros((len(Direction), size), np.int64))
 
     def take_traffic(self):
         """Return what was sent since the last call -> Traffic."""
@@ -153,7 +155,8 @@ class DeviceExchange:
         """Choose a replica for each copy of a Routing, and find its way -> DevicePlan, made on the device."""
         if chooser not in self.choosers:
             self.choosers[chooser] = DeviceChooser(chooser, self.device.torch_device)
-        return self.make_plan(self.choosers[chooser].choose(routing.experts), routing.kept)
+        slots = self.choosers[chooser].choose(routing.experts)
+        return self.make_plan(slots, routing.kept.repeat_interleave(slots.shape[1] // routing.kept.shape[1], dim=1))
 
     def make_plan(self, slots, kept):
         """Find the way of each kept copy -> DevicePlan: slots [T, K], kept [T, K] bool."""
@@ -176,10 +179,14 @@ class DeviceExchange:
                  "receive": berth.away, "receive_edges": counts.receive_edges}  # fmt: skip
         leg, ready = self.leg(flight, direction, **sides), self.device.compute.record_event()
         berth.outward = self.carrier.start(leg, ready, None)
-        leaving = counts.leaving.sum(axis=1)
+        self.count(flight, direction)
+
+    def count(self, flight, direction):
+        """Count what leaves for the experts."""
+        leaving = flight.plan.counts.leaving.sum(axis=1)
         self.traffic.rows[direction] += leaving
         if direction == Direction.DISPATCH:
-            self.traffic.copies += leaving
+            self.traffic.copies[flight.layer] = self.traffic.copies.get(flight.layer, 0) + leaving
 
     def pack(self, flight, rows, gates):
         """Lay a row for each copy that is sent, and its gate, into the buffer at home, by destination."""

@@ -87,14 +87,14 @@ class DeviceChooser:
     """A SlotChooser on the device: the same replicas for the same copies."""
 
     def __init__(self, chooser, torch_device):
-        self.unique, self.phase = chooser.unique, chooser.phase
+        self.unique, self.phase = chooser.unique, chooser.phase  # whether each expert has one replica alone
         self.slots = torch.from_numpy(chooser.slots).to(torch_device)
         self.edges = torch.from_numpy(chooser.edges).to(torch_device)
 
     def choose(self, experts):
-        """experts [T, K] -> slots [T, K]."""
+        """experts [T, K] -> slots [T, K * shards]."""
         if self.unique:
-            return self.slots[experts]
+            return self.slots[experts].flatten(1)
         flat = experts.flatten()
         ordered, order = flat.sort(stable=True)
         first, end = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
@@ -103,7 +103,7 @@ class DeviceChooser:
         count = torch.empty_like(order).scatter_(0, order, end - first)
         point = (number + self.phase) / count.double() * BELOW_ONE
         chosen = torch.searchsorted(self.edges, flat + point, right=True)
-        return self.slots[chosen].view(experts.shape)
+        return self.slots[chosen].view(len(experts), experts.shape[1] * self.slots.shape[1])
 
 
 def edges_of(counts):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hpcmoe.comm.sums import Sums
 from hpcmoe.comm.transport import HOMEWARD, Direction, Part, make_part_tag, make_tag
 from hpcmoe.dispatch.arrivals import Arrivals
 from hpcmoe.dispatch.landing import Hall, Landing, see_trailer
@@ -27,7 +26,7 @@ PAUSES = 16  # between two looks at everything: looking costs more than asking w
 class Traffic:
     """What this rank has sent to each of P ranks."""
 
-    copies: np.ndarray  # [P] int64, tokens' copies in dispatch
+    copies: dict  # layer: [P] int64, tokens' copies in dispatch
     rows: np.ndarray  # [4, P] int64, by direction: through the window, or in parcels to who lands them
 
 
@@ -48,9 +47,11 @@ class Berth:
 class Exchange:
     """Carries the rows of one expert-parallel group for all layers and micro-batches."""
 
+    nccl = None  # sums gradients on GPUs
+
     def __init__(self, transport, window, device, clock, sizes, routes):
         self.transport, self.window, self.device, self.clock = transport, window, device, clock
-        self.sizes, self.routes, self.sums = sizes, routes, Sums()
+        self.sizes, self.routes = sizes, routes
         self.table = window.table(sizes.dtype)  # all its rows as numbers
         self.berths = [Berth(number, sizes, window.first_row, device) for number in range(sizes.num_berths)]
         pools = make_pools(sizes, window.first_row)
@@ -62,7 +63,7 @@ class Exchange:
     def no_traffic(self):
         """Start counting -> Traffic."""
         size = self.transport.size
-        return Traffic(copies=np.zeros(size, np.int64), rows=np.zeros((len(Direction), size), np.int64))
+        return Traffic(copies={}, rows=np.zeros((len(Direction), size), np.int64))
 
     def take_traffic(self):
         """Return what was sent since the last call -> Traffic."""
@@ -102,7 +103,8 @@ class Exchange:
         """Choose a replica for each copy of a Routing, and find its way -> Plan."""
         # Host waits for the device here: it must know where the tokens go.
         experts, kept = routing.experts.cpu().numpy(), routing.kept.cpu().numpy()
-        return self.make_plan(chooser.choose(experts), kept)
+        slots = chooser.choose(experts)
+        return self.make_plan(slots, kept.repeat(slots.shape[1] // experts.shape[1], axis=1))
 
     def make_plan(self, slots, kept):
         """Find the way of each kept copy -> Plan: slots [T, K], kept [T, K] bool."""
@@ -134,7 +136,7 @@ class Exchange:
             self.landings.append(
                 Landing(self.hall, berth.number, berth.exchange, direction, self.tags(flight, direction))
             )
-        self.count(plan, direction)
+        self.count(flight, direction)
 
     def send_parcels(self, flight, gates, direction):
         """Send the headers of all parcels to their landings, and the parcels; expect their sums."""
@@ -163,13 +165,14 @@ class Exchange:
         tokens, numbers = see_trailer(rows[parcel.num_tokens :], parcel.num_copies)
         tokens[:], numbers[:] = parcel.token_of_copy, gates[parcel.copies]
 
-    def count(self, plan, direction):
+    def count(self, flight, direction):
         """Count what leaves for the experts."""
+        plan = flight.plan
         self.tally(direction, self.routes.mates, plan.counts.sum(axis=1))
         for parcel in plan.parcels:
             self.tally(direction, self.routes.landings[parcel.landing], parcel.num_tokens)
         if direction == Direction.DISPATCH:
-            self.traffic.copies += plan.copies_to_rank
+            self.traffic.copies[flight.layer] = self.traffic.copies.get(flight.layer, 0) + plan.copies_to_rank
 
     def tally(self, direction, ranks, rows):
         """Count rows that go from here to other ranks."""

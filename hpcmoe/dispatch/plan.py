@@ -131,23 +131,31 @@ class SlotChooser:
     replica's copies miss its share by less than one. Ranks differ in phase: single copies do not all go the same way.
     """
 
-    def __init__(self, expert_of_replica, share_of_replica, num_experts, rank):
-        """expert_of_replica [S] (-1 empty) and share_of_replica [S] of one layer."""
+    def __init__(self, expert_of_replica, share_of_replica, slots_of_replica, num_experts, rank):
+        """expert_of_replica [S] (-1 empty), share_of_replica [S] and slots_of_replica [S, shards] of one layer."""
         used = np.flatnonzero((expert_of_replica >= 0) & (share_of_replica > 0))
-        self.slots = used[np.argsort(expert_of_replica[used], kind="stable")]  # grouped by expert
-        experts = expert_of_replica[self.slots]
-        self.edges = experts + cumulative_share(experts, share_of_replica[self.slots])
-        self.unique = len(self.slots) == num_experts
+        used = used[np.argsort(expert_of_replica[used], kind="stable")]  # grouped by expert
+        self.slots = slots_of_replica[used]
+        experts = expert_of_replica[used]
+        self.edges = experts + cumulative_share(experts, share_of_replica[used])
+        self.unique = len(used) == num_experts
         self.phase = rank * GOLDEN % 1.0
 
     def choose(self, experts):
-        """experts [T, K] -> slots [T, K]."""
+        """experts [T, K] -> slots [T, K * shards]."""
+        shape = len(experts), experts.shape[1] * self.slots.shape[1]
         if self.unique:
-            return self.slots[experts]
+            return self.slots[experts].reshape(shape)
         flat = experts.ravel()
         point = (place_among_equals(flat) + self.phase) / np.bincount(flat)[flat] * BELOW_ONE
         chosen = np.searchsorted(self.edges, flat + point, side="right")
-        return self.slots[chosen].reshape(experts.shape)
+        return self.slots[chosen].reshape(shape)
+
+
+def find_slots_of_shards(num_replicas, slots_per_rank, num_shards):
+    """Find the slots of the ranks that hold a replica's shards, neighbours all -> [S, shards] int64."""
+    position, slot = np.divmod(np.arange(num_replicas), slots_per_rank)
+    return (position[:, None] * num_shards + np.arange(num_shards)) * slots_per_rank + slot[:, None]
 
 
 def cumulative_share(experts, shares):

@@ -2,7 +2,8 @@
 
 Sources: softmax top-k gating with renormalised weights, Shazeer et al. 2017 (arXiv:1701.06538) and Lepikhin et al. 2020
 (arXiv:2006.16668), section 2.2; load-balancing loss, Fedus et al. 2021 (arXiv:2101.03961), equation 4; router z-loss,
-Zoph et al. 2022 (arXiv:2202.08906), equation 5.
+Zoph et al. 2022 (arXiv:2202.08906), equation 5; a bias on the choice alone, Wang et al. 2024
+(arXiv:2408.15664).
 """
 
 import math
@@ -39,18 +40,22 @@ class Router(nn.Module):
     def __init__(self, weight, top_k, config):
         super().__init__()
         self.weight = nn.Parameter(weight)  # [E, H] float32
+        self.register_buffer("bias", torch.zeros(len(weight)))  # [E] float32, moved by the load, not by gradients
         self.top_k = top_k
         self.config = config
 
     def forward(self, x, load):
-        """Route tokens x [T, H] under the measured load [E] (tokens of an expert / expected; 1 is even) -> Routing."""
+        """Route tokens x [T, H] under the measured load [E] (tokens of an expert / expected; 1 is even) -> Routing.
+
+        The choice is by logits - alpha x load + bias; the gates never see the bias.
+        """
         logits = multiply(x.float(), self.weight)  # [T, E]
         probabilities = logits.softmax(dim=-1)
 
-        # Let the load speak: on the choice alone, or on the weights too.
-        damped = logits - self.config.load_feedback * load
-        experts = choose_largest(damped.detach(), self.top_k)  # [T, K]
-        speaking = damped if self.config.load_feedback_on == "both" else logits
+        # Let load and bias speak on the choice, and the load on the weights too where it is to.
+        pressure = self.config.load_feedback * load
+        experts = choose_largest(logits.detach() + (self.bias - pressure), self.top_k)  # [T, K]
+        speaking = logits - pressure if self.config.load_feedback_on == "both" else logits
         if self.config.renormalize:
             gates = speaking.gather(1, experts).softmax(dim=-1)  # the same as p / sum(p), and safe where p underflows
         else:

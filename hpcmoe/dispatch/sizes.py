@@ -22,7 +22,7 @@ class Sizes:
     hidden: int  # H
     dtype: torch.dtype  # of the rows that travel
     tokens: int  # T, the most that a micro-batch of this rank has
-    top_k: int
+    top_k: int  # copies of a token: an expert's shards get one each
     num_berths: int  # micro-batches in flight
     num_micro_batches: int
     expert_rows: int  # rows expected at this rank's experts

@@ -1,14 +1,14 @@
 """The feed-forward networks of this rank's replicas: one GEMM pair (or three) an expert, and the way back by hand.
 
 Under tensor parallelism the first matrix is split by columns and the second by rows over the group, so that each rank
-computes a partial sum of the output (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
+computes a partial sum of the output (Shoeybi et al. 2019, arXiv:1909.08053, section 3). Each goes to the token's home,
+which adds them up with the K results: the reduce-scatter of the group is part of combine.
 """
 
 import numpy as np
 import torch
 from torch import nn
 
-from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.experts.shapes import MATRICES, split_axis, weight_shape
 from hpcmoe.gemm import Matrix, activate, activate_back, find_gradient
 
@@ -121,10 +121,9 @@ class Expert(nn.Module):
 class LocalExperts(nn.Module):
     """The replicas in this rank's slots, an empty slot being an Identity that no row ever reaches."""
 
-    def __init__(self, replicas, tensor_comm):
+    def __init__(self, replicas):
         super().__init__()
         self.replicas = nn.ModuleList(replicas)
-        self.tensor_comm = tensor_comm
 
     def refresh(self):
         """Tell all replicas that their weights have changed."""
@@ -139,16 +138,6 @@ class LocalExperts(nn.Module):
     def held(self):
         """List the replicas that are there."""
         return [replica for replica in self.replicas if isinstance(replica, Expert)]
-
-    def sum_over_shards(self, rows, poke=None):
-        """Add up the partial sums of the tensor-parallel group, rows [n, H] -> [n, H], doing poke() while it waits.
-
-        Collective over tp.
-        """
-        if self.tensor_comm.size == 1:
-            return rows
-        total = rows.float().cpu().numpy(force=True).copy()
-        return torch.from_numpy(all_reduce(self.tensor_comm, total, poke)).to(rows)
 
 
 def make_expert_weights(config, layer, expert, tensor_index, tensor_size):

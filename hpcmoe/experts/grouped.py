@@ -28,9 +28,8 @@ class Groups:
 class GroupedExperts(LocalExperts):
     """The replicas in this rank's slots, their matrices side by side."""
 
-    def __init__(self, replicas, tensor_comm, sums):
-        super().__init__(replicas, tensor_comm)
-        self.sums = sums
+    def __init__(self, replicas):
+        super().__init__(replicas)
         self.joined, self.casts = {}, {}  # name: [e, out, in]; (name, dtype): the same in that precision
 
     def join(self):
@@ -119,28 +118,17 @@ class GroupedExperts(LocalExperts):
             if hasattr(replica, name) and len(own[0]):
                 yield getattr(replica, name), *own
 
-    def sum_over_shards(self, rows, poke=None):
-        """Add up the partial sums of the tensor-parallel group, rows [n, ...] -> the same. Collective over tp."""
-        if self.tensor_comm.size == 1:
-            return rows
-        total = rows.float()
-        self.sums.all_reduce(self.tensor_comm, total, poke)
-        return total.to(rows.dtype)
-
 
 class GroupedLayer(MoELayer):
     """A layer whose experts are worked on at once."""
 
     def work(self, slots, rows, kept):
-        """Let the experts in some slots work on rows [m, H] grouped by slot -> results [m, H]."""
-        groups = self.experts.group(slots, rows.device)
-        return self.experts.sum_over_shards(self.experts(groups, rows, kept), self.exchange.poke)
+        """Let the experts in some slots work on rows [m, H] grouped by slot -> results [m, H], or this shard's part."""
+        return self.experts(self.experts.group(slots, rows.device), rows, kept)
 
     def work_back(self, slots, slopes, gates, kept):
         """Go back through the experts in some slots, slopes [m, H] and gates [m] grouped by slot -> slopes by both."""
-        groups = self.experts.group(slots, slopes.device)
-        parts = self.experts.backward(groups, kept.pop(), slopes, gates)
-        return tuple(self.experts.sum_over_shards(part, self.exchange.poke) for part in parts)
+        return self.experts.backward(self.experts.group(slots, slopes.device), kept.pop(), slopes, gates)
 
 
 def multiply(x, weights, groups):

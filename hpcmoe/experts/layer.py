@@ -27,7 +27,7 @@ class MoELayer(nn.Module):
     """A block of the network: `dense` up to the router's input, then the experts, with a residual around both."""
 
     def __init__(self, dense, router, experts, exchange, chooser):
-        """dense: x [T, H] -> (residual, normed) [T, H]; chooser: experts [T, K] -> slots [T, K]."""
+        """dense: x [T, H] -> (residual, normed) [T, H]; chooser: experts [T, K] -> slots [T, K * shards]."""
         super().__init__()
         self.dense, self.router, self.experts = dense, router, experts
         self.exchange, self.chooser = exchange, chooser
@@ -39,13 +39,14 @@ class MoELayer(nn.Module):
             flight.residual, flight.normed = self.dense(flight.x)
         flight.routing = self.router(flight.normed, load)
         flight.plan = self.exchange.plan(flight.routing, self.chooser)
+        num_shards = flight.plan.top_k // flight.routing.gates.shape[1]  # a copy goes to all of its expert's
+        flight.gates = flight.routing.gates.detach().repeat_interleave(num_shards, dim=1)
 
     def dispatch(self, flight):
         """Offer the tokens to their experts."""
         while not self.exchange.may_start(flight):
             yield False
-        gates = flight.routing.gates.detach()
-        self.exchange.start_outward(flight, flight.normed.detach(), gates, Direction.DISPATCH)
+        self.exchange.start_outward(flight, flight.normed.detach(), flight.gates, Direction.DISPATCH)
         yield True
 
     def compute(self, flight):
@@ -68,7 +69,7 @@ class MoELayer(nn.Module):
             yield True
 
     def work(self, slots, rows, kept):
-        """Let the experts in some slots work on rows [m, H] grouped by slot -> results [m, H].
+        """Let the experts in some slots work on rows [m, H] grouped by slot -> results [m, H], or this shard's part.
 
         What their backward pass needs is added to `kept`, which is None in inference.
         """
@@ -81,13 +82,13 @@ class MoELayer(nn.Module):
                 result, remembered = expert.forward_kept(own)
                 results.append(result)
                 kept.append(remembered)
-        return self.experts.sum_over_shards(join(results), self.exchange.poke)
+        return join(results)
 
     def combine(self, flight):
-        """Weigh the K results of each token and add them to the residual -> x of the next layer [T, H]."""
+        """Weigh the K results of each token, all shards' parts, and add them to the residual -> the next x [T, H]."""
         while not self.exchange.is_home(flight):
             yield False
-        total = self.exchange.sum_home(flight, flight.routing.gates.detach())
+        total = self.exchange.sum_home(flight, flight.gates)
         flight.output = torch.add(flight.residual.detach(), total)
         if not flight.training:
             flight.residual = flight.normed = None  # nothing will ask for them
@@ -98,7 +99,7 @@ class MoELayer(nn.Module):
         while not self.exchange.may_start(flight):
             yield False
         flight.slope = slope
-        self.exchange.start_outward(flight, slope, flight.routing.gates.detach(), Direction.COMBINE_BACKWARD)
+        self.exchange.start_outward(flight, slope, flight.gates, Direction.COMBINE_BACKWARD)
         yield True
 
     def compute_backward(self, flight):
@@ -130,7 +131,7 @@ class MoELayer(nn.Module):
             of_input, of_gate = self.experts.replicas[slot].backward(kept.pop(), own, own_gates)
             by_input.append(of_input)
             by_gate.append(of_gate)
-        return tuple(self.experts.sum_over_shards(join(parts), self.exchange.poke) for parts in (by_input, by_gate))
+        return join(by_input), join(by_gate)
 
     def route_backward(self, flight, probability_slope, z_slope):
         """Go back through router and dense part -> slope by this layer's x [T, H].
@@ -140,10 +141,11 @@ class MoELayer(nn.Module):
         while not self.exchange.is_home(flight):
             yield False
         routing = flight.routing
-        normed_slope = self.exchange.sum_home(flight, torch.ones_like(routing.gates.detach())).float()
+        normed_slope = self.exchange.sum_home(flight, torch.ones_like(flight.gates)).float()
+        of_shards = self.exchange.numbers_home(flight).unflatten(1, (routing.gates.shape[1], -1))
         torch.autograd.backward(
             [flight.residual, flight.normed, routing.gates, routing.probability_sum, routing.z_sum],
-            [flight.slope, normed_slope, self.exchange.numbers_home(flight), probability_slope, z_slope],
+            [flight.slope, normed_slope, of_shards.sum(dim=2), probability_slope, z_slope],
         )
         flight.output = flight.x.grad
         yield True

@@ -32,6 +32,12 @@ class Network(Protocol):
     def embed_backward(self, micro_batch, slope):
         """Take the slope by the first layer's x [T, H]."""
 
+    def passed(self, op):
+        """Hear that an op of training is done."""
+
+    def poke(self):
+        """Let what goes on beside the schedule progress -> whether any of it has ended."""
+
 
 class Lane:
     """One lane of a schedule, as far as it has come."""
@@ -93,7 +99,7 @@ class Engine:
         patience = Patience()
         while lanes := [lane for lane in lanes if lane.op is not None]:
             news = self.exchange.count_news()  # before anything is looked at
-            moved = self.exchange.poke()
+            moved = self.exchange.poke() | self.network.poke()
             for lane in sorted(lanes, key=is_heavy):
                 heavy = is_heavy(lane)
                 if self.step(lane):
@@ -126,6 +132,8 @@ class Engine:
     def do(self, op, training, observe):
         """Do one op, piece by piece."""
         yield from self.pieces(op, training)
+        if training:
+            self.network.passed(op)
         if observe is not None:
             observe(self.flights.values())
 

@@ -13,15 +13,9 @@ from hpcmoe.placement.cost import counted
 from hpcmoe.placement.linear import make_program
 
 EQUAL = 1e-6  # nearer to the incumbent than this no bound is sought
-MET = 1e-5  # a layout this near to its bound is optimal, as far as solvers can tell
 ROUNDING = 1e-9
 MOST_HOT = 256  # experts, of which one decides
 MOST_COLUMNS = 6000  # of a program in whole numbers that HiGHS should be asked to solve
-
-
-def is_optimal(cost, bound):
-    """Tell whether a cost meets its bound, both in seconds."""
-    return bool(bound >= cost * (1 - MET))
 
 
 def bound_layer(problem, layer, room, seconds=0.0, incumbent=np.inf, lower=None):

@@ -5,6 +5,8 @@ The reference: plain array arithmetic from the definitions, against which the co
 
 import numpy as np
 
+MET = 1e-5  # a layout this near to its bound is optimal, as far as solvers can tell
+
 
 def count_copies(problem, expert_of_replica):
     """Count the copies of each expert on each node, for slots [S] -> [nodes, E]."""
@@ -101,3 +103,8 @@ def merit(problem, layer, expert_of_replica):
     busiest = tokens_on_ranks(problem, layer, expert_of_replica, share).max()
     figures = (layer_seconds(problem, layer, expert_of_replica, share), sent.sum() - np.trace(sent), busiest)
     return tuple(float(f"{figure:.9g}") for figure in figures)  # rounding noise decides nothing
+
+
+def is_optimal(cost, bound):
+    """Tell whether a cost meets its bound, both in seconds."""
+    return bool(bound >= cost * (1 - MET))

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcmoe.placement.bounds import is_optimal
-from hpcmoe.placement.cost import layer_seconds, share_out, tokens_on_links
+from hpcmoe.placement.cost import is_optimal, layer_seconds, share_out, tokens_on_links
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,8 @@ import numpy as np
 
 from hpcmoe.errors import ConfigError
 
+NUM_BYTES = 256  # the vocabulary
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
@@ -150,8 +152,7 @@ def count_sequences(num_sequences, num_micro_batches, num_shares):
 def read_micro_batches(text, starts, sequence_length, num_micro_batches, mesh):
     """Read this rank's part of each micro-batch -> list of uint8 [n, sequence_length + 1], n 0 or more.
 
-    Micro-batch m is the same set of sequences at any number of ranks; the ranks that hold different tokens share it
-    evenly, and the ranks of a tensor-parallel group read the same.
+    Micro-batch m is the same set of sequences at any number of ranks, which share it evenly.
     """
     batches = []
     for micro_batch in range(num_micro_batches):

@@ -30,17 +30,30 @@ def sums_of_links(tokens_to_peer, rank):
     return np.array([others.sum(), np.square(others).sum(), len(others)])
 
 
-def sampling_floor(placement, tokens_of_rank, top_k, num_experts):
-    """The sigma that even the fairest router shows, since it draws finitely many tokens -> float.
+def balancedness(served):
+    """Mean / max of the tokens that ranks serve, [L, ranks] -> (of each layer [L], of the whole step).
+
+    The step's is the sum of the means over the sum of the maxima, since in each layer all wait for its busiest rank:
+    the share of their time that ranks work, were there nothing but experts. Where nothing is served it is 1.
+    """
+    mean, most = served.mean(axis=1), served.max(axis=1)
+    of_layer = np.divide(mean, most, out=np.ones(len(most)), where=most > 0)
+    return of_layer, float(mean.sum() / most.sum()) if most.any() else 1.0
+
+
+def sampling_floor(placement, tokens_of_rank, top_k, num_experts, layers):
+    """The sigma over some layers that even the fairest router shows, since it draws finitely many tokens -> float.
 
     A token's K distinct experts are a draw without replacement from E. A rank that serves shares w_e of the experts
     gets from T tokens T K / E sum(w) copies in the mean, with variance T (K / E) (1 - K / E) (E sum(w^2) - sum(w)^2)
-    / (E - 1). Layers are drawn apart and summed. The placement's own unevenness is part of the floor.
+    / (E - 1). Layers are drawn apart and summed. The placement's own unevenness is part of the floor. Where
+    tokens_of_rank has several ranks for each of the placement's, they share its experts' matrices and each gets all.
     """
-    num_ranks, num_layers = len(placement.node_of_rank), len(placement.expert_of_replica)
+    num_ranks = len(tokens_of_rank)
+    shards = np.ones((num_ranks // len(placement.node_of_rank),) * 2)
     mean, variance = np.zeros((num_ranks, num_ranks)), np.zeros((num_ranks, num_ranks))
-    for layer in range(num_layers):
-        served, squares = served_by_rank(placement, layer)  # [P, P] source, destination
+    for layer in layers:
+        served, squares = (np.kron(each, shards) for each in served_by_rank(placement, layer))  # source, destination
         chance, spread = top_k / num_experts, num_experts * squares - served**2
         mean += tokens_of_rank[:, None] * chance * served
         variance += tokens_of_rank[:, None] * chance * (1 - chance) * spread / max(num_experts - 1, 1)

@@ -12,7 +12,6 @@ from hpcmoe.clock import Clock
 from hpcmoe.comm.choose import Choice, choose, look, open_carrier, why_not_direct
 from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.nccl import find_nccl, open_nccl
-from hpcmoe.comm.sums import Sums
 from hpcmoe.dispatch.device_exchange import DeviceExchange, DeviceSizes
 from hpcmoe.errors import ClusterError, on_root
 from hpcmoe.wait import gather_to_all
@@ -60,16 +59,16 @@ def reckon_device_sizes(config, mesh):
     """Compute how many rows a micro-batch brings at most to a rank's home, and likely to its experts -> DeviceSizes."""
     model, pipeline = config.model, config.pipeline
     sequences = math.ceil(math.ceil(config.data.batch_sequences / pipeline.micro_batches) / mesh.num_token_shares)
-    tokens, num_ranks = sequences * model.sequence_length, mesh.expert_parallel
-    busy = num_ranks if config.cluster.replicate else min(model.num_experts, num_ranks)
+    tokens, copies = sequences * model.sequence_length, model.top_k * mesh.tensor_parallel
+    busy = mesh.expert_parallel if config.cluster.replicate else min(model.num_experts, mesh.expert_parallel)
     return DeviceSizes(
         hidden=model.hidden,
         dtype=getattr(torch, model.dtype),
         tokens=tokens,
-        top_k=model.top_k,
+        top_k=copies,
         num_berths=1 if pipeline.schedule == "serial" else min(pipeline.in_flight, pipeline.micro_batches),
         num_micro_batches=pipeline.micro_batches,
-        expert_rows=math.ceil(tokens * model.top_k * num_ranks / busy),
+        expert_rows=math.ceil(tokens * copies * mesh.expert_parallel / busy),
         buffer_factor=config.comm.buffer_factor,
         batch_rows=ALL_ROWS,
     )
@@ -77,25 +76,24 @@ def reckon_device_sizes(config, mesh):
 
 @contextlib.contextmanager
 def open_device_exchange(mesh, device, sizes, routes, kind):
-    """Open what carries the rows of an expert-parallel group between its devices -> DeviceExchange.
+    """Open what carries the rows of the ranks of mesh.group between its devices -> DeviceExchange.
 
     Collective over mesh.world, both ends.
     """
     with (
-        open_sums(mesh, device, kind) as sums,
-        open_mpi_transport(mesh.ep, sizes.row_bytes) as transport,
-        open_carrier(kind, mesh.ep, device, sizes.row_bytes, transport) as carrier,
+        open_sums(mesh.world, device, kind) as nccl,
+        open_mpi_transport(mesh.group, sizes.row_bytes) as transport,
+        open_carrier(kind, mesh.group, device, sizes.row_bytes, transport) as carrier,
     ):
-        yield DeviceExchange(carrier, transport, device, Clock(), (sizes, routes), sums)
+        yield DeviceExchange(carrier, transport, device, Clock(), (sizes, routes), nccl)
 
 
-@contextlib.contextmanager
-def open_sums(mesh, device, kind):
-    """Open what sums gradients and partial results on devices -> Sums. Collective over mesh.world."""
-    with contextlib.ExitStack() as stack:
-        comms = [comm for comm in (mesh.world, mesh.dp, mesh.tp) if kind == "nccl" and comm.size > 1]
-        nccl = find_nccl()[0] if comms else None
-        yield Sums([(comm, stack.enter_context(open_nccl(comm, device, nccl))) for comm in comms])
+def open_sums(world, device, kind):
+    """Open what sums dense gradients on devices -> an NCCL Group where NCCL carries the rows, else None.
+
+    To be used in a with-block. Collective over world, both ends.
+    """
+    return open_nccl(world, device, find_nccl()[0]) if kind == "nccl" and world.size > 1 else contextlib.nullcontext()
 
 
 def describe_device_ways(sizes):

@@ -70,7 +70,7 @@ def open_job(config, topology, mesh, split, loads):
     else:
         sizes = reckon_device_sizes(config, mesh)
     buffer_bytes = max(gather_to_all(world, sizes.buffer_bytes(routes)))
-    memory = reckon_memory(config, mesh.tensor_parallel, slots, sizes, buffer_bytes)
+    memory = reckon_memory(config, mesh, slots, sizes, buffer_bytes)
     gpus = share_gpus(gather_to_all(world, device.read_memory()))  # asked when every rank has opened its device
     topology = keep_gpu_memory(topology, gpus)
     room = find_room(config, topology, world, memory, gpus)
@@ -79,7 +79,7 @@ def open_job(config, topology, mesh, split, loads):
     layout = on_root(world, lambda: lay_out(problem, config, room))
 
     opened = (
-        open_exchange(mesh.ep, device, sizes, routes)
+        open_exchange(mesh.group, device, sizes, routes)
         if kind == "window"
         else open_device_exchange(mesh, device, sizes, routes, kind)
     )
@@ -147,7 +147,7 @@ def choose_threads(topology, rank):
 
 @contextlib.contextmanager
 def open_exchange(comm, device, sizes, routes):
-    """Open what carries the rows of an expert-parallel group -> Exchange. Collective over comm, both ends."""
+    """Open what carries the rows among the ranks of comm -> Exchange. Collective over comm, both ends."""
     barrier(comm)
     mates = comm.Split(int(routes.mates[0]), comm.rank)
     one_node = len(routes.mates) == comm.size

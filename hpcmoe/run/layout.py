@@ -14,8 +14,6 @@ from hpcmoe.errors import PlacementError
 from hpcmoe.experts.pace import time_token
 from hpcmoe.placement.problem import PlacementProblem, slots_for
 from hpcmoe.placement.result import Placement, weigh
-from hpcmoe.placement.shares import tune_shares
-from hpcmoe.placement.solve import compare_methods, make_placement
 from hpcmoe.wait import barrier, gather_to_all
 
 log = logging.getLogger(__name__)
@@ -38,7 +36,8 @@ def make_problem(config, topology, mesh, room, bytes_of_expert, demand):
     groups = list_groups(mesh)
     nodes, network = fold_groups(topology, groups)
     rank_bytes = (room.for_experts / room.num_ranks)[topology.node_of_rank]
-    copies = config.data.batch_sequences * model.sequence_length * model.top_k / mesh.num_token_shares
+    homes = mesh.data_parallel * mesh.expert_parallel  # a tensor-parallel group's ranks are one
+    copies = config.data.batch_sequences * model.sequence_length * model.top_k / homes
     return PlacementProblem(
         num_layers=model.num_layers,
         num_experts=model.num_experts,
@@ -70,6 +69,8 @@ def find_pace(config, mesh, rows, device):
 
 def lay_out(problem, config, room):
     """Solve the placement problem, and weigh what else could have been -> Layout; PlacementError tells the memory."""
+    from hpcmoe.placement.solve import compare_methods  # imports numba and scipy: rank 0 alone pays for it
+
     cluster = config.cluster
     try:
         placement = search(problem, config)
@@ -84,6 +85,9 @@ def lay_out(problem, config, room):
 
 def search(problem, config):
     """Place by the config's method, within its time, and for the step tune the copies' shares -> Placement."""
+    from hpcmoe.placement.shares import tune_shares
+    from hpcmoe.placement.solve import make_placement
+
     cluster, begun = config.cluster, time.perf_counter()
     placement = make_placement(
         problem,

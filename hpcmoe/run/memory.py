@@ -8,9 +8,8 @@ import torch
 
 from hpcmoe.dispatch.device_exchange import DeviceSizes
 from hpcmoe.experts.shapes import MATRICES, reckon_expert
-from hpcmoe.run.model import NUM_BYTES
-
-FLOAT32 = 4  # bytes
+from hpcmoe.gemm import count_copy_bytes
+from hpcmoe.run.room import FLOAT32, count_dense_parameters
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +25,7 @@ class Memory:
     buffers: int  # for messages
     copies: int  # of the experts' matrices: cast in training, packed in inference
     activations: int  # kept for the backward pass by the micro-batches in flight
+    snapshot: int = 0  # parameters and moments once more, on the host, from which a thread writes checkpoints
 
     @property
     def besides_experts(self):
@@ -38,21 +38,27 @@ class Memory:
         return self.one_expert * self.states
 
     @property
+    def dense_with_state(self):
+        """All else with its gradient and this rank's share of its moments."""
+        return self.dense + self.gradients + self.optimizer - self.experts * (self.states - 1)
+
+    @property
     def total(self):
         """All of it on this rank."""
         parameters = self.experts + self.dense + self.copies
-        return parameters + self.gradients + self.optimizer + self.buffers + self.activations
+        return parameters + self.gradients + self.optimizer + self.buffers + self.activations + self.snapshot
 
 
-def reckon_memory(config, tensor_parallel, slots, sizes, buffer_bytes):
+def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
     """Compute the memory of a rank with all its slots full from the config -> Memory.
 
-    Activations are those of an even load; a rank that draws more rows keeps more.
+    Activations are those of an even load; a rank that draws more rows keeps more. The snapshot is that of rank 0,
+    which saves the dense parts.
     """
-    model, training = config.model, config.run.mode == "train"
+    model, training, tensor_parallel = config.model, config.run.mode == "train", mesh.tensor_parallel
     one_expert, states = reckon_expert(config)
-    on_device = isinstance(sizes, DeviceSizes)  # where nothing is packed
     experts = one_expert * slots * model.num_layers // tensor_parallel
+    num_shares = mesh.world.size if config.train.shard_optimizer else 1
     dense = count_dense_parameters(model) * FLOAT32
     return Memory(
         states=states,
@@ -60,28 +66,29 @@ def reckon_memory(config, tensor_parallel, slots, sizes, buffer_bytes):
         experts=experts,
         dense=dense,
         gradients=experts + dense if training else 0,
-        optimizer=2 * (experts + dense) if training else 0,
+        optimizer=2 * (experts + dense // num_shares) if training else 0,
         buffers=buffer_bytes,
-        copies=0 if on_device and not training else reckon_copies(config, tensor_parallel, slots),
+        copies=reckon_copies(config, tensor_parallel, slots, isinstance(sizes, DeviceSizes)),
         activations=reckon_activations(config, tensor_parallel, sizes) if training else reckon_passing(model, sizes),
+        snapshot=3 * (experts + dense) if training and keeps_snapshot(config.write) else 0,
     )
 
 
-def count_dense_parameters(model):
-    """Numbers outside the experts: embedding, positions, norms, attention, routers, head."""
-    block = model.hidden + model.num_experts * model.hidden
-    if model.attention:
-        block += model.hidden + 4 * model.hidden**2
-    return model.num_layers * block + model.hidden + (2 * NUM_BYTES + model.sequence_length) * model.hidden
+def keeps_snapshot(write):
+    """Whether a thread writes checkpoints while the steps change the state."""
+    return write.asynchronous and write.checkpoint_every > 0
 
 
-def reckon_copies(config, tensor_parallel, slots):
-    """Bytes of the experts' matrices once more: cast to bfloat16 in training, packed in inference on the host."""
-    model, itemsize = config.model, 2 if config.model.dtype == "bfloat16" else FLOAT32
-    if config.run.mode == "train" and itemsize == FLOAT32:
-        return 0
+def reckon_copies(config, tensor_parallel, slots, on_device):
+    """Bytes of the experts' matrices as products read them: cast in training, packed in inference on the host."""
+    model, training, dtype = config.model, config.run.mode == "train", getattr(torch, config.model.dtype)
     numbers = len(MATRICES[config.experts.kind]) * model.hidden * model.feed_forward // tensor_parallel
-    return itemsize * numbers * slots * model.num_layers
+    of_parameters = torch.float32 if training else dtype
+    if on_device:
+        each = 0 if dtype == of_parameters else dtype.itemsize
+    else:
+        each = count_copy_bytes(dtype, of_parameters, not training)
+    return each * numbers * slots * model.num_layers
 
 
 def reckon_activations(config, tensor_parallel, sizes):
@@ -105,14 +112,14 @@ def reckon_activations(config, tensor_parallel, sizes):
     if wire < FLOAT32:
         weights = wire * 4 * model.hidden**2 if model.attention else 0
         token_bytes += FLOAT32 * model.hidden
-    of_layer = tokens * (token_bytes + model.top_k * copy_bytes) + weights
+    of_layer = tokens * (token_bytes + sizes.top_k * copy_bytes) + weights
     return sizes.num_berths * model.num_layers * of_layer
 
 
 def reckon_passing(model, sizes):
     """Bytes that the micro-batches in flight hold in inference: each layer's input and routing, until the last."""
     tokens = sizes.tokens
-    return sizes.num_berths * model.num_layers * tokens * (FLOAT32 * model.hidden + 40 * model.top_k)
+    return sizes.num_berths * model.num_layers * tokens * (FLOAT32 * model.hidden + 40 * sizes.top_k)
 
 
 class ActivationGauge:

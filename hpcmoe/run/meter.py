@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcmoe.comm.mpi import all_reduce
-from hpcmoe.run.figures import Links, spread_of_links, sums_of_links
+from hpcmoe.run.figures import Links, balancedness, spread_of_links, sums_of_links
 from hpcmoe.wait import wait_all
 
 STAGES = ("data", "dense", "route", "dispatch", "compute", "combine", "optimizer", "waiting")
@@ -19,6 +19,9 @@ class Reading:
     seconds: float  # on the wall, on this rank
     seconds_of_stage: dict  # mean over the ranks
     links: Links  # dispatched tokens between ranks
+    link_sigma_of_layer: np.ndarray  # [L]
+    balancedness: float  # mean / max of the tokens that ranks serve, layer by layer
+    balancedness_of_layer: np.ndarray  # [L]
     num_tokens: int
 
     @property
@@ -35,7 +38,8 @@ class Meter:
         self.rows_to_peer = np.zeros(exchange.transport.size, dtype=np.int64)
         self.own_tokens = 0  # [L, E] copies whose home is this rank, since take_tokens
         self.num_steps = self.num_tokens = self.num_dropped = 0
-        self.utilisation = self.link_sigma = 0.0  # sums over the steps
+        self.utilisation = self.link_sigma = self.balancedness = 0.0  # sums over the steps
+        self.link_sigma_of_layer = self.balancedness_of_layer = 0.0
         self.seconds = 0.0
         self.seconds_of_stage = dict.fromkeys(STAGES, 0.0)
         self.start()
@@ -51,20 +55,36 @@ class Meter:
         seconds = time.perf_counter() - self.started
         spent = self.clock.take()
         traffic = self.exchange.take_traffic()
-        sums = np.concatenate([
-            sums_of_links(traffic.copies, self.exchange.transport.rank),
-            [spent.get(stage, 0.0) for stage in STAGES],
-        ])  # fmt: skip
-        all_reduce(self.mesh.world, sums)
+        copies = np.stack([traffic.copies[layer] for layer in sorted(traffic.copies)])  # [L, P]
+        served, sums, stages = self.sum_over_ranks(copies, [spent.get(stage, 0.0) for stage in STAGES])
+        links, *of_layers = (spread_of_links(*row) for row in sums)
+        of_layer, whole = balancedness(served)
         reading = Reading(
             seconds=seconds,
-            seconds_of_stage=dict(zip(STAGES, sums[3:] / self.mesh.world.size, strict=True)),
-            links=spread_of_links(*sums[:3]),
+            seconds_of_stage=dict(zip(STAGES, stages / self.mesh.world.size, strict=True)),
+            links=links,
+            link_sigma_of_layer=np.array([layer.sigma for layer in of_layers]),
+            balancedness=whole,
+            balancedness_of_layer=of_layer,
             num_tokens=outcome.num_tokens,
         )
         self.rows_to_peer += traffic.rows.sum(axis=0)
         self.add(reading, outcome.census)
         return reading
+
+    def sum_over_ranks(self, copies, spent):
+        """Sum over all ranks, in one message, what this one sent in each layer [L, P] and how long each stage took.
+
+        Gives the copies that each rank serves [L, ranks], the sums of links of all layers and of each [1 + L, 3], and
+        the seconds [stages]. Collective over all ranks.
+        """
+        mesh, rank = self.mesh, self.exchange.transport.rank
+        served = np.zeros((len(copies), mesh.data_parallel, copies.shape[1]))
+        served[:, mesh.data_index] = copies
+        links = np.stack([sums_of_links(row, rank) for row in (copies.sum(axis=0), *copies)])
+        sums = all_reduce(mesh.world, np.concatenate([served.ravel(), links.ravel(), spent]))
+        of_served, of_links, seconds = np.split(sums, [served.size, served.size + links.size])
+        return of_served.reshape(len(copies), -1), of_links.reshape(links.shape), seconds
 
     def add(self, reading, census):
         """Add a step to the totals."""
@@ -72,6 +92,9 @@ class Meter:
         self.own_tokens = self.own_tokens + census.own_tokens
         self.num_dropped += census.num_dropped
         self.link_sigma += reading.links.sigma
+        self.link_sigma_of_layer = self.link_sigma_of_layer + reading.link_sigma_of_layer
+        self.balancedness += reading.balancedness
+        self.balancedness_of_layer = self.balancedness_of_layer + reading.balancedness_of_layer
         self.num_steps += 1
         self.num_tokens += reading.num_tokens
         self.seconds += reading.seconds
@@ -81,13 +104,12 @@ class Meter:
     def take_tokens(self, node_of_rank):
         """Sum the copies since the last call by home node -> [L, nodes, E] on rank 0, else None. Collective over world.
 
-        None there too when no step was read since. The first rank of a tensor-parallel group speaks for it.
+        None there too when no step was read since.
         """
         world, own = self.mesh.world, self.own_tokens
         self.own_tokens = 0
         if np.ndim(own) == 0:
             return None
-        own = np.ascontiguousarray(own * (self.mesh.tensor_index == 0))
         everyone = np.zeros((world.size, *own.shape), np.int64) if world.rank == 0 else None
         wait_all([world.Igather(own, everyone)])
         if everyone is None:

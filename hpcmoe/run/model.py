@@ -10,15 +10,14 @@ from torch import nn
 
 from hpcmoe.comm.mpi import start_all_reduce
 from hpcmoe.dispatch.device_exchange import DeviceExchange
-from hpcmoe.dispatch.plan import SlotChooser
+from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
 from hpcmoe.dispatch.router import Router, load_balancing_loss, load_balancing_slope
 from hpcmoe.experts.ffn import Expert, LocalExperts, make_expert_weights
 from hpcmoe.experts.grouped import GroupedExperts, GroupedLayer
 from hpcmoe.experts.layer import MoELayer
 from hpcmoe.gemm import multiply
+from hpcmoe.run.data import NUM_BYTES
 from hpcmoe.wait import wait_all
-
-NUM_BYTES = 256  # the vocabulary
 
 
 class Dense(nn.Module):
@@ -62,12 +61,28 @@ class LanguageModel(nn.Module):
         super().__init__()
         model = config.model
         self.config, self.mesh, self.device = config, mesh, device
-        self.sums = layers[0].exchange.sums
         self.embedding = nn.Parameter(draw(NUM_BYTES, model.hidden) * model.hidden**0.5)
         self.positions = nn.Parameter(0.1 * draw(model.sequence_length, model.hidden) * model.hidden**0.5)
         self.layers = nn.ModuleList(layers)
         self.last_norm = nn.Parameter(torch.ones(model.hidden))
         self.head_weight = nn.Parameter(0.1 * draw(NUM_BYTES, model.hidden))
+        self.sums = None  # of gradients, while the backward pass goes on; None where nothing is trained
+
+    def dense_parts(self):
+        """List what all ranks hold by the op that ends its gradients, in order -> dict (stage, layer): parameters."""
+        parts = {("head", 0): [self.last_norm, self.head_weight]}
+        for number, layer in reversed(list(enumerate(self.layers))):
+            parts["route_backward", number] = [*layer.dense.parameters(), *layer.router.parameters()]
+        return parts | {("embed_backward", 0): [self.embedding, self.positions]}
+
+    def passed(self, op):
+        """Hear that a micro-batch has passed an op of training."""
+        if self.sums is not None:
+            self.sums.passed(op)
+
+    def poke(self):
+        """Let the sums of gradients progress -> whether one has ended."""
+        return self.sums is not None and self.sums.poke()
 
     def begin(self, batches, num_tokens, load, purpose, watched_layers=()):
         """Take a step's batch: uint8 [n, length + 1] a micro-batch; num_tokens over all ranks; load [L, E].
@@ -128,10 +143,7 @@ class LanguageModel(nn.Module):
             flight = flights[layer]
             kept = {"input": flight.x, "output": outputs[layer], "experts": flight.routing.experts}
             for name, values in kept.items():
-                rows = values.detach().cpu().numpy()
-                if self.mesh.tensor_index > 0:  # the first of a tensor-parallel group speaks for it
-                    rows = rows[:0]
-                self.seen.setdefault(f"layer{layer}/{name}", []).append(rows.copy())
+                self.seen.setdefault(f"layer{layer}/{name}", []).append(values.detach().cpu().numpy().copy())
 
     def take_activations(self):
         """Return the activations kept in the last step -> dict name: array [tokens of this rank, ...]."""
@@ -168,7 +180,6 @@ class LanguageModel(nn.Module):
         census, request = self.census[micro_batch]
         if request is not None:
             wait_all([request])
-            census /= self.mesh.tensor_parallel  # the ranks of a tensor-parallel group counted the same tokens
             self.census[micro_batch] = (census, None)
         return census
 
@@ -230,13 +241,14 @@ def make_layer(config, mesh, placement, exchange, draw, number):
     expert_of_slot = placement.experts_of_rank(number, mesh.expert_index)
     replicas = [make_expert(config, mesh, number, expert) for expert in expert_of_slot.tolist()]
     at_once = isinstance(exchange, DeviceExchange)
-    experts = GroupedExperts(replicas, mesh.tp, exchange.sums) if at_once else LocalExperts(replicas, mesh.tp)
+    experts = (GroupedExperts if at_once else LocalExperts)(replicas)
     node = placement.node_of_rank[mesh.expert_index]
     chooser = SlotChooser(
         placement.expert_of_replica[number],
         placement.shares_of_node(number, node),
+        find_slots_of_shards(len(placement.rank_of_replica), placement.slots_per_rank, mesh.tensor_parallel),
         model.num_experts,
-        mesh.expert_index,
+        mesh.group.rank,
     )
     return (GroupedLayer if at_once else MoELayer)(dense, router, experts, exchange, chooser)
 

@@ -1,125 +1,128 @@
 """Gradients are summed where parameters are shared, clipped by their global norm, and given to AdamW.
 
-AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2; clipping: Pascanu et al. 2013 (arXiv:1211.5063).
+AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2; clipping: Pascanu et al. 2013 (arXiv:1211.5063);
+optimizer state sharded over the ranks: Rajbhandari et al. 2020 (arXiv:1910.02054), section 5.1.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from mpi4py import MPI
+from torch import nn
 
 from hpcmoe.comm.mpi import all_reduce
-from hpcmoe.comm.sums import Sums
+from hpcmoe.run.sums import GradientSums
 from hpcmoe.wait import wait_all
 
 
 class FlatGradients:
-    """The gradients of some parameters as one array, so that one message sums them all."""
+    """The gradients of some parts of the network as one array, so that one message sums many."""
 
-    def __init__(self, parameters, sums=None):
-        self.parameters, self.sums = list(parameters), sums or Sums()
-        total = sum(p.numel() for p in self.parameters)
+    def __init__(self, parts):
+        """parts: name of a part: its parameters, laid one part after the other."""
+        parts = {name: list(parameters) for name, parameters in parts.items()}
+        self.parameters = [p for parameters in parts.values() for p in parameters]
         where = self.parameters[0].device if self.parameters else None
-        self.flat = torch.zeros(total, device=where)
+        self.flat = torch.zeros(sum(p.numel() for p in self.parameters), device=where)
         pieces = self.flat.split([p.numel() for p in self.parameters])
         for parameter, piece in zip(self.parameters, pieces, strict=True):
             parameter.grad = piece.view(parameter.shape)
+        sizes = [sum(p.numel() for p in parameters) for parameters in parts.values()]
+        self.end_of_part = dict(zip(parts, np.cumsum(sizes, dtype=int).tolist(), strict=True))
 
-    def all_reduce(self, comm, scale=1.0):
-        """Sum over the ranks of comm, in place, and scale. Collective over comm."""
-        if comm.size > 1 and len(self.flat):
-            self.sums.all_reduce(comm, self.flat)
-        if scale != 1.0:
-            self.flat *= scale
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """What one slot of this rank holds of an expert, and who else in the group holds the same."""
+
+    layer: int
+    slot: int
+    expert: int
+    ranks: tuple[int, ...]  # of the expert-parallel group, ascending
+    owned: bool  # this rank is the first of them
+    tag: int  # of the messages about it
+    begin: int  # where its gradients lie in the flat array
+    end: int
+
+    @property
+    def size(self):
+        """Numbers in its parameters."""
+        return self.end - self.begin
 
 
 class SharedExperts:
-    """The experts of this rank that have copies on other ranks of the group, and the sum of their gradients."""
+    """The experts of this rank, which of them have copies on other ranks of the group, and all their gradients.
 
-    def __init__(self, placement, comm):
-        self.comm = comm
-        self.ranks_of = {}  # (layer, slot on this rank): (expert, ranks that hold it, ascending)
-        for layer, experts in enumerate(placement.expert_of_replica):
-            for slot, expert in enumerate(placement.experts_of_rank(layer, comm.rank).tolist()):
-                ranks = np.sort(placement.rank_of_replica[experts == expert]).tolist()
-                if expert >= 0:
-                    self.ranks_of[layer, slot] = (expert, ranks)
+    Gradients lie as the backward pass ends them, last layer first; in a layer those of owned experts come first.
+    """
+
+    def __init__(self, placement, comm, layers):
+        self.comm, self.of_layer, parts, end = comm, {}, {}, 0
+        for layer in reversed(range(len(layers))):
+            held = placement.experts_of_rank(layer, comm.rank).tolist()
+            ranks_of = {
+                slot: tuple(np.unique(placement.rank_of_replica[placement.expert_of_replica[layer] == expert]).tolist())
+                for slot, expert in enumerate(held)
+                if expert >= 0
+            }
+            self.of_layer[layer] = []
+            for slot in sorted(ranks_of, key=lambda slot: ranks_of[slot][0] != comm.rank):
+                parts[layer, slot] = list(layers[layer].experts.replicas[slot].parameters())
+                begin, end = end, end + sum(p.numel() for p in parts[layer, slot])
+                owned, tag = ranks_of[slot][0] == comm.rank, layer * len(layers[layer].router.weight) + held[slot]
+                where = {"layer": layer, "slot": slot, "expert": held[slot], "ranks": ranks_of[slot]}
+                self.of_layer[layer].append(Copy(**where, owned=owned, tag=tag, begin=begin, end=end))
+        self.flat = FlatGradients(parts).flat
+
+    def copies(self):
+        """List what all slots of this rank hold."""
+        return [copy for held in self.of_layer.values() for copy in held]
 
     def owns(self, layer, slot):
         """Whether this rank is the first that holds what is in its slot."""
-        return (layer, slot) in self.ranks_of and self.ranks_of[layer, slot][1][0] == self.comm.rank
-
-    def sum_gradients(self, layers):
-        """Give every copy of an expert the same sum, bit for bit. Collective over ep.
-
-        The first rank that holds an expert adds the others' gradients in rank order and sends the sum back.
-        """
-        shared = [
-            (layer * len(layers[0].router.weight) + expert, ranks, layers[layer].experts.replicas[slot])
-            for (layer, slot), (expert, ranks) in self.ranks_of.items()
-            if len(ranks) > 1
-        ]
-        mine = {tag: flatten_gradients(replica) for tag, _, replica in shared}
-        others = {tag: np.empty((len(ranks) - 1, len(mine[tag])), np.float32) for tag, ranks, _ in shared}
-
-        # Copies' gradients travel to the first rank of each expert.
-        requests = []
-        for tag, (first, *rest), _ in shared:
-            if self.comm.rank == first:
-                requests += [self.comm.Irecv(row, rank, tag) for row, rank in zip(others[tag], rest, strict=True)]
-            else:
-                requests.append(self.comm.Isend(mine[tag], first, tag))
-        wait_all(requests)
-
-        # It sums them and sends every copy the result.
-        requests = []
-        for tag, (first, *rest), _ in shared:
-            if self.comm.rank == first:
-                for row in others[tag]:
-                    mine[tag] += row
-                requests += [self.comm.Isend(mine[tag], rank, tag) for rank in rest]
-            else:
-                requests.append(self.comm.Irecv(mine[tag], first, tag))
-        wait_all(requests)
-        for tag, _, replica in shared:
-            spread_gradients(replica, mine[tag])
+        return any(copy.owned and copy.slot == slot for copy in self.of_layer[layer])
 
 
-def flatten_gradients(module):
-    """Join a module's gradients -> NumPy array."""
-    return torch.cat([p.grad.flatten() for p in module.parameters()]).cpu().numpy()
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Piece:
+    """Rows of a parameter that AdamW steps here, a view of them; with its state in Optimizer.adamw."""
 
-
-def spread_gradients(module, flat):
-    """Write a flat array back into a module's gradients."""
-    parameters = list(module.parameters())
-    pieces = torch.from_numpy(flat).split([p.numel() for p in parameters])
-    for parameter, piece in zip(parameters, pieces, strict=True):
-        parameter.grad.copy_(piece.view(parameter.shape))
+    rows: nn.Parameter
+    first: int
 
 
 class Optimizer:
-    """AdamW over this rank's parameters, dense and expert."""
+    """AdamW over this rank's parameters, dense and expert.
+
+    pieces[parameter] says what of it is stepped here, and so whose state is here: all of an expert that this rank
+    holds; all of a dense parameter, or with shard_optimizer its rows that are this rank's share, if any.
+    """
 
     def __init__(self, network, placement, config, mesh):
         self.network, self.train, self.mesh = network, config.train, mesh
-        self.shared = SharedExperts(placement, mesh.ep)
-        experts = {p for layer in network.layers for p in layer.experts.parameters()}
-        self.dense = FlatGradients((p for p in network.parameters() if p not in experts), network.sums)
-        self.expert = FlatGradients((p for layer in network.layers for p in layer.experts.parameters()), network.sums)
+        self.shared = SharedExperts(placement, mesh.ep, network.layers)
+        self.dense = FlatGradients(network.dense_parts())
+        self.sums = network.sums = GradientSums(self.dense, self.shared, network)
+
+        self.pieces = {p: [Piece(rows=p, first=0)] for p in network.parameters()}
+        if self.train.shard_optimizer:
+            self.pieces |= cut_pieces(self.dense.parameters, mesh.world.rank, mesh.world.size)
 
         # Norms and biases are not decayed.
-        matrices = [p for p in network.parameters() if p.dim() > 1]
-        vectors = [p for p in network.parameters() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": self.train.weight_decay},
-                  {"params": vectors, "weight_decay": 0.0}]  # fmt: skip
+        stepped = [piece.rows for pieces in self.pieces.values() for piece in pieces]
+        groups = [{"params": [p for p in stepped if p.dim() > 1], "weight_decay": self.train.weight_decay},
+                  {"params": [p for p in stepped if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
         betas = (self.train.beta1, self.train.beta2)
         self.adamw = torch.optim.AdamW(
             groups, lr=self.train.learning_rate, betas=betas, eps=self.train.epsilon, fused=True
         )
 
     def zero_gradients(self):
-        """Start a step's sums from zero."""
+        """Start a step's sums from zero. Collective over all ranks."""
+        self.sums.begin()
         self.dense.flat.zero_()
-        self.expert.flat.zero_()
+        self.shared.flat.zero_()
 
     def step(self, number):
         """Sum, clip and apply the gradients of step `number` (from 1) -> their global norm before clipping.
@@ -130,29 +133,65 @@ class Optimizer:
         norm = self.global_norm()
         if 0 < self.train.clip_norm < norm:
             self.dense.flat *= self.train.clip_norm / norm
-            self.expert.flat *= self.train.clip_norm / norm
+            self.shared.flat *= self.train.clip_norm / norm
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate_at(number, self.train)
         self.adamw.step()
+        if self.train.shard_optimizer:
+            self.gather_dense()
         for layer in self.network.layers:
             layer.experts.refresh()
         return norm
 
     def sum_gradients(self):
-        """Sum gradients over the ranks that share the parameter. Collective over all ranks."""
-        # The ranks of a tensor-parallel group all hold the dense gradients of the same tokens.
-        self.dense.all_reduce(self.mesh.world, 1 / self.mesh.tensor_parallel)
-        self.shared.sum_gradients(self.network.layers)
-        self.expert.all_reduce(self.mesh.dp)
+        """Wait for the sums of gradients over the ranks that share a parameter. Collective over all ranks."""
+        self.sums.finish()
+
+    def gather_dense(self):
+        """Give every rank the rows that others have stepped, through the memory of the gradients, which are applied.
+
+        Collective over all ranks.
+        """
+        for parameter in self.dense.parameters:
+            for piece in self.pieces[parameter]:
+                parameter.grad[piece.first : piece.first + len(piece.rows)] = piece.rows.detach()
+        shares = [cut_rows(self.dense.parameters, rank, self.mesh.world.size) for rank in range(self.mesh.world.size)]
+        counts = [sum((end - first) * p[0].numel() for p, first, end in share) for share in shares]
+        host = self.dense.flat.cpu().numpy()
+        edges = np.cumsum([0, *counts[:-1]]).tolist()
+        wait_all([self.mesh.world.Iallgatherv(MPI.IN_PLACE, [host, counts, edges, MPI.FLOAT])])
+        self.dense.flat.copy_(torch.from_numpy(host))
+        for parameter in self.dense.parameters:
+            parameter.data.copy_(parameter.grad)
 
     def global_norm(self):
         """Norm of all gradients, every logical parameter counted once. Collective over all ranks."""
-        square = 0.0
-        for (layer, slot), (_, ranks) in self.shared.ranks_of.items():
-            for p in self.network.layers[layer].experts.replicas[slot].parameters():
-                square += square_of(p.grad) / len(ranks)
+        square = sum(square_of(self.shared.flat[copy.begin : copy.end]) for copy in self.shared.copies() if copy.owned)
         square = all_reduce(self.mesh.world, np.array([square / self.mesh.data_parallel]))[0]
         return float(square + square_of(self.dense.flat)) ** 0.5
+
+
+def cut_rows(parameters, index, num_shares):
+    """Deal the rows of parameters out in nearly equal shares -> list of (parameter, first row, end) of one share."""
+    total, before, rows = sum(p.numel() for p in parameters), 0, []
+    for parameter in parameters:
+        width = parameter[0].numel()
+        edges = (total * edge // num_shares - before for edge in (index, index + 1))
+        first, end = (min(max(-(-edge // width), 0), len(parameter)) for edge in edges)
+        if first < end:
+            rows.append((parameter, first, end))
+        before += parameter.numel()
+    return rows
+
+
+def cut_pieces(parameters, index, num_shares):
+    """Make one share's rows into what AdamW can step -> dict parameter: list of Piece."""
+    pieces = {parameter: [] for parameter in parameters}
+    for parameter, first, end in cut_rows(parameters, index, num_shares):
+        rows = nn.Parameter(parameter.data[first:end])
+        rows.grad = parameter.grad[first:end]
+        pieces[parameter].append(Piece(rows=rows, first=first))
+    return pieces
 
 
 def square_of(tensor):

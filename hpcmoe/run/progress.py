@@ -73,8 +73,10 @@ def describe(outcome, reading):
     """Put a step's figures in a line."""
     seconds = reading.seconds_of_stage
     stages = [stage for stage in ("route", "dispatch", "compute", "combine", "optimizer") if seconds[stage]]
-    return f"{describe_briefly(outcome, reading)}, dropped {outcome.census.num_dropped}, ms: " + " ".join(
-        f"{stage} {1000 * seconds[stage]:.0f}" for stage in stages
+    layers = f"balancedness {span(reading.balancedness_of_layer)}, sigma {span(reading.link_sigma_of_layer)}"
+    return (
+        f"{describe_briefly(outcome, reading)}; by layer {layers}; dropped {outcome.census.num_dropped}, ms: "
+        + " ".join(f"{stage} {1000 * seconds[stage]:.0f}" for stage in stages)
     )
 
 
@@ -83,6 +85,11 @@ def describe_briefly(outcome, reading):
     utilisation = outcome.census.utilisation
     loss = f"loss {outcome.loss:.4f}, " if outcome.loss is not None else ""
     return (
-        f"{loss}{reading.tokens_per_second:.0f} tokens/s, U_e {utilisation.min():.2f}-{utilisation.max():.2f}, "
-        f"sigma {reading.links.sigma:.3f}"
+        f"{loss}{reading.tokens_per_second:.0f} tokens/s, U_e {span(utilisation)}, "
+        f"balancedness {reading.balancedness:.2f}, sigma {reading.links.sigma:.3f}"
     )
+
+
+def span(values):
+    """Write the least and the most of some values."""
+    return f"{values.min():.2f}-{values.max():.2f}"

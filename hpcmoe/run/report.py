@@ -12,6 +12,7 @@ from hpcmoe.run.memory import Memory, measure_memory, peak_resident_bytes
 from hpcmoe.wait import gather_to_all, wait_all
 
 MOST_NODES_IN_A_TABLE = 8
+MOST_LAYERS_IN_A_TABLE = 8
 TRANSFERS = {"train": 4, "infer": 2}  # of a token's copy in a layer: there and back, and the same backward
 
 
@@ -25,8 +26,12 @@ class Totals:
     seconds_of_stage: dict  # mean over the ranks
     bytes_of_link: np.ndarray | None  # [P, P] bytes sent from rank to rank; on rank 0 alone
     utilisation: np.ndarray  # U_e [L, E], mean over the steps
+    balancedness: float  # of the ranks, mean / max of the tokens served; mean over the steps
+    balancedness_of_layer: np.ndarray  # [L]
     link_sigma: float  # mean over the steps
+    link_sigma_of_layer: np.ndarray  # [L]
     link_sigma_floor: float  # of a step
+    link_sigma_floor_of_layer: np.ndarray  # [L]
     num_dropped: int
     measured: Memory  # of the rank that took most
     peak_resident_bytes: int  # of the process that took most
@@ -38,12 +43,17 @@ class Totals:
         return self.num_tokens / max(self.seconds, 1e-9)
 
 
-def sum_up(job, optimizer, losses):
-    """Gather a run's totals -> Totals, on all ranks but for bytes_of_link. Collective over all ranks."""
+def sum_up(job, optimizer, losses, snapshot_bytes):
+    """Gather a run's totals -> Totals, on all ranks but for bytes_of_link. Collective over all ranks.
+
+    snapshot_bytes: what this rank's copy of the state for checkpoints takes.
+    """
     meter, world = job.meter, job.mesh.world
     measured = measure_memory(job.stepper.network, optimizer, job.stepper.exchange, job.stepper.gauge)
+    measured = dataclasses.replace(measured, snapshot=snapshot_bytes)
     everyone = gather_to_all(world, (measured, peak_resident_bytes()))
     steps = max(meter.num_steps, 1)
+    floor, floor_of_layer = on_root(world, lambda: find_floors(job))
     return Totals(
         num_steps=meter.num_steps,
         num_tokens=meter.num_tokens,
@@ -51,8 +61,12 @@ def sum_up(job, optimizer, losses):
         seconds_of_stage=meter.seconds_of_stage,
         bytes_of_link=gather_traffic(job),
         utilisation=meter.utilisation / steps,
+        balancedness=meter.balancedness / steps,
+        balancedness_of_layer=meter.balancedness_of_layer / steps,
         link_sigma=meter.link_sigma / steps,
-        link_sigma_floor=on_root(world, lambda: find_floor(job)),
+        link_sigma_of_layer=meter.link_sigma_of_layer / steps,
+        link_sigma_floor=floor,
+        link_sigma_floor_of_layer=floor_of_layer,
         num_dropped=meter.num_dropped,
         measured=max((memory for memory, _ in everyone), key=lambda memory: memory.total),
         peak_resident_bytes=max(peak for _, peak in everyone),
@@ -64,20 +78,42 @@ def gather_traffic(job):
     """Gather the bytes that each rank sent to each other -> [P, P] on rank 0, else None. Collective over all ranks."""
     world, row_bytes = job.mesh.world, job.stepper.exchange.sizes.row_bytes
     sent = np.zeros(world.size)
-    sent[gather_to_all(job.mesh.ep, world.rank)] = job.meter.rows_to_peer * row_bytes
+    sent[gather_to_all(job.mesh.group, world.rank)] = job.meter.rows_to_peer * row_bytes
     everyone = np.empty((world.size, world.size)) if world.rank == 0 else None
     wait_all([world.Igather(sent, everyone)])
     return everyone
 
 
-def find_floor(job):
-    """Compute the sampling floor of a step's link sigma."""
+def find_floors(job):
+    """Compute the sampling floor of a step's link sigma -> (of all layers together, of each [L])."""
     model, mesh = job.config.model, job.mesh
     sequences = count_sequences(
         job.config.data.batch_sequences, job.config.pipeline.micro_batches, mesh.num_token_shares
     )
-    tokens = sequences[: mesh.expert_parallel] * model.sequence_length  # of the first expert-parallel group
-    return sampling_floor(job.placement, tokens, model.top_k, model.num_experts)
+    tokens = sequences[: mesh.group.size] * model.sequence_length  # of the first group
+
+    def floor(layers):
+        return sampling_floor(job.placement, tokens, model.top_k, model.num_experts, layers)
+
+    return floor(range(model.num_layers)), np.array([floor([layer]) for layer in range(model.num_layers)])
+
+
+def tell_floors(job):
+    """Say how uneven links would be under an even router -> a line for the log. Collective over all ranks."""
+    floor, of_layer = on_root(job.mesh.world, lambda: find_floors(job))
+    return (
+        f"sigma of links under an even router, which draws finitely many tokens: {floor:.3f} a step, "
+        f"{of_layer.min():.3f}-{of_layer.max():.3f} a layer"
+    )
+
+
+def describe_totals(records, totals):
+    """Keep the figures of the whole run."""
+    records.describe("run", "tokens_per_second_overall", totals.tokens_per_second, "tokens/s")
+    records.describe("comm", "bytes_of_link", totals.bytes_of_link, "B, rank to rank")
+    records.describe("dispatch", "link_sigma_floor", totals.link_sigma_floor, "1")
+    records.describe("dispatch", "link_sigma_floor_of_layer", totals.link_sigma_floor_of_layer, "1")
+    records.describe("run", "peak_resident_bytes", totals.peak_resident_bytes, "B")
 
 
 def make_table(job, totals):
@@ -88,6 +124,7 @@ def make_table(job, totals):
         tabulate(table, headers=headers, disable_numparse=True, preserve_whitespace=True)
         for table, headers in (
             (rows, ("figure", "value", "unit")),
+            (rows_of_layers(totals), ("layer", "U_e, least - most", "balancedness", "sigma", "its sampling floor")),
             (memory, ("memory of a rank", "as computed", "as measured")),
         )
     )
@@ -111,9 +148,27 @@ def rows_of_balance(totals):
     busy = totals.utilisation
     return [
         ("expert utilisation U_e", f"{busy.min():.2f} - {busy.max():.2f}", "actual/expected tokens, least - most"),
+        ("balancedness of ranks", f"{totals.balancedness:.3f}", "mean/max tokens that a rank serves, layer by layer"),
         ("link balance sigma", f"{totals.link_sigma:.3f}", "std/mean of a step's tokens per link"),
         ("  its sampling floor", f"{totals.link_sigma_floor:.3f}", "an even router's sigma at a step's token count"),
         ("copies dropped", f"{totals.num_dropped}", ""),
+    ]
+
+
+def rows_of_layers(totals):
+    """List how evenly each layer used experts, ranks and links; of many layers those that kept ranks busy least."""
+    shown = np.arange(len(totals.utilisation))
+    if len(shown) > MOST_LAYERS_IN_A_TABLE:
+        shown = np.sort(np.argsort(totals.balancedness_of_layer, kind="stable")[:MOST_LAYERS_IN_A_TABLE])
+    return [
+        (
+            f"{layer}",
+            f"{totals.utilisation[layer].min():.2f} - {totals.utilisation[layer].max():.2f}",
+            f"{totals.balancedness_of_layer[layer]:.3f}",
+            f"{totals.link_sigma_of_layer[layer]:.3f}",
+            f"{totals.link_sigma_floor_of_layer[layer]:.3f}",
+        )
+        for layer in shown.tolist()
     ]
 
 
@@ -136,16 +191,16 @@ def row_of_link(job, totals, bytes_of_link, i, j):
 
 
 def exchange_links(mesh):
-    """Find the ordered pairs of different ranks of one expert-parallel group -> bool [P, P] over all ranks."""
+    """Find the ordered pairs of different ranks among which tokens travel -> bool [P, P] over all ranks."""
     rank = np.arange(mesh.world.size)
-    group = rank // (mesh.expert_parallel * mesh.tensor_parallel) * mesh.tensor_parallel + rank % mesh.tensor_parallel
+    group = rank // (mesh.expert_parallel * mesh.tensor_parallel)
     return (group[:, None] == group) & ~np.eye(len(rank), dtype=bool)
 
 
 def links_between(what, bytes_of_link, job, totals):
     """List the bandwidth of the links [n] between ranks or nodes; nothing where there is only one of these."""
     model, sizes = job.config.model, job.stepper.exchange.sizes
-    transfers = model.top_k * model.num_layers * TRANSFERS[job.config.run.mode]
+    transfers = sizes.top_k * model.num_layers * TRANSFERS[job.config.run.mode]
     seconds = max(totals.seconds, 1e-9)
     bandwidth = compare_bandwidth(bytes_of_link, totals.tokens_per_second, sizes.row_bytes, transfers, seconds)
     if bandwidth is None:
@@ -153,7 +208,7 @@ def links_between(what, bytes_of_link, job, totals):
     carried = bytes_of_link / 1e6
     sigma = carried.std() / max(carried.mean(), 1e-9)
     unit = "MB/s a link"
-    counted = f"{unit}, x {model.top_k} copies x {TRANSFERS[job.config.run.mode]} ways x {model.num_layers} layers"
+    counted = f"{unit}, x {sizes.top_k} copies x {TRANSFERS[job.config.run.mode]} ways x {model.num_layers} layers"
     return [
         (f"links between {what}s", f"{bandwidth.num_links}", "experts' rows alone, no sums of gradients"),
         ("  bytes carried", f"{carried.min():.2f} / {carried.mean():.2f} / {carried.max():.2f}",
@@ -199,6 +254,7 @@ def rows_of_memory(computed, totals):
         "optimizer": "optimizer's moments",
         "buffers": "message buffers",
         "activations": "activations in flight",
+        "snapshot": "copy of the state for checkpoints",
         "total": "all of these",
     }
     rows = [

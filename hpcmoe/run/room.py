@@ -7,9 +7,19 @@ import numpy as np
 from hpcmoe.errors import PlacementError
 from hpcmoe.experts.shapes import reckon_expert
 from hpcmoe.placement.problem import in_units
+from hpcmoe.run.data import NUM_BYTES
 
+FLOAT32 = 4  # bytes
 GPU_LIBRARY_BYTES = 2**30  # of a rank's GPU for what cuBLAS and NCCL take there: an estimate, never measured
 MOST_NAMES = 4  # of nodes that are alike, in a line
+
+
+def count_dense_parameters(model):
+    """Numbers outside the experts: embedding, positions, norms, attention, routers, head."""
+    block = model.hidden + model.num_experts * model.hidden
+    if model.attention:
+        block += model.hidden + 4 * model.hidden**2
+    return model.num_layers * block + model.hidden + (2 * NUM_BYTES + model.sequence_length) * model.hidden
 
 
 def check_room(config, topology):
@@ -58,18 +68,17 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu):
     """Reckon the room for experts on each node -> Room.
 
     share_of_gpu [ranks] is the free memory of each rank's GPU over its ranks, None without GPUs or where the config
-    tells the memory. With GPUs the host's memory bears the process alone.
+    tells the memory. With GPUs the host's memory bears the process and the copy for checkpoints.
     """
     num_ranks = np.bincount(topology.node_of_rank)
-    besides = {
-        "messages": memory.buffers, "dense parts": memory.dense * memory.states, "activations": memory.activations
-    }  # fmt: skip
+    messages, on_host = {"messages": memory.buffers}, {"copy for checkpoints": memory.snapshot}
+    rest = {"dense parts": memory.dense_with_state, "activations": memory.activations}
     if share_of_gpu is None:
         return Room(
             what="memory",
             node_bytes=topology.memory_bytes,
             num_ranks=num_ranks,
-            besides={"process": process_bytes} | besides,
+            besides={"process": process_bytes} | messages | on_host | rest,
         )
     least = np.full(len(num_ranks), np.inf)
     np.minimum.at(least, topology.node_of_rank, share_of_gpu)
@@ -77,7 +86,7 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu):
         what="GPU memory",
         node_bytes=least * num_ranks,
         num_ranks=num_ranks,
-        besides=besides | {"libraries": GPU_LIBRARY_BYTES},
+        besides=messages | rest | {"libraries": GPU_LIBRARY_BYTES},
     )
 
 

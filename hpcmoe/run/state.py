@@ -1,14 +1,16 @@
 """The whole state of training as logical arrays: a checkpoint names experts, never the ranks that held them."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from hpcmoe.experts.shapes import split_axis, weight_shape
+from hpcmoe.run.balance import read_biases, write_biases
 
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  # our name: AdamW's
-LOAD = "balance/load"  # what the routers feel, [L, E]
+LOAD, BIAS = "balance/load", "balance/bias"  # what the routers feel, and what it has made of their biases, [L, E]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,7 @@ class State:
 
     def __init__(self, job, optimizer):
         self.network, self.optimizer = job.stepper.network, optimizer
-        self.load_shape = (job.config.model.num_layers, job.config.model.num_experts)
+        self.shared = shared_arrays(job.config.model)
         self.rank = job.mesh.world.rank
         self.places = {}
         for layer, block in enumerate(self.network.layers):
@@ -42,47 +44,62 @@ class State:
                 self.places[parameter] = place_of_dense(parameter, name, owned=self.rank == 0)
 
     def arrays(self):
-        """Yield every array of this rank -> (Place of its parameter, its logical name, tensor)."""
+        """Yield every array of which this rank holds a part -> (Place of the part, logical name, tensor)."""
         for parameter, place in self.places.items():
             yield place, f"{place.name}/value", parameter.data
-            if self.optimizer is not None:
-                for kind, moment in self.moments_of(parameter).items():
-                    yield place, f"{place.name}/{kind}", moment
+            for piece in self.optimizer.pieces[parameter] if self.optimizer is not None else ():
+                for kind, moment in self.moments_of(piece.rows).items():
+                    yield place_of_piece(place, parameter, piece), f"{place.name}/{kind}", moment
 
-    def moments_of(self, parameter):
-        """Return AdamW's two moments of a parameter; before its first step they are zero."""
-        state = self.optimizer.adamw.state[parameter]
+    def moments_of(self, rows):
+        """Return AdamW's two moments of what it steps; before its first step they are zero."""
+        state = self.optimizer.adamw.state[rows]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state |= {name: torch.zeros_like(parameter) for name in MOMENTS.values()}
+            state["step"] = torch.zeros((), device=rows.device)
+            state |= {name: torch.zeros_like(rows) for name in MOMENTS.values()}
         return {kind: state[name] for kind, name in MOMENTS.items()}
 
-    def collect(self, load):
-        """Give out what this rank saves -> list of (name, logical shape, start, array)."""
-        pieces = [
-            (name, place.shape, place.start, tensor.view(place.extent).cpu().numpy())
-            for place, name, tensor in self.arrays()
-            if place.owned
-        ]
-        return pieces + ([(LOAD, self.load_shape, (0, 0), load)] if self.rank == 0 else [])
+    def collect(self, shared):
+        """Yield what this rank saves -> (name, logical shape, start, array); shared {name: array} is alike on all."""
+        for place, name, tensor in self.arrays():
+            if place.owned:
+                yield name, place.shape, place.start, tensor.view(place.extent).cpu().numpy()
+        if self.rank == 0:
+            for name, array in (shared | {BIAS: read_biases(self.network.layers)}).items():
+                yield name, array.shape, (0,) * array.ndim, array
 
     def wanted(self):
         """List what this rank takes from a checkpoint -> list of (name, logical shape, start, extent, keys)."""
-        pieces = [(name, place.shape, place.start, place.extent, place.keys) for place, name, _ in self.arrays()]
-        keys = ("[model] num_layers", "[model] num_experts")
-        return [*pieces, (LOAD, self.load_shape, (0, 0), self.load_shape, keys)]
+        held = [(name, place.shape, place.start, place.extent, place.keys) for place, name, _ in self.arrays()]
+        alike = [(name, shape, (0,) * len(shape), shape, keys) for name, (shape, keys) in self.shared.items()]
+        return held + alike
 
     def restore(self, arrays, step):
-        """Take what wanted() listed, by (name, start), after so many steps -> load [L, E]."""
+        """Take what wanted() listed, by (name, start), after so many steps -> the shared {name: array}."""
         for place, name, tensor in self.arrays():
             values = torch.from_numpy(np.ascontiguousarray(arrays[name, place.start]))
             tensor.copy_(values.view(tensor.shape))
+        write_biases(self.network.layers, arrays[BIAS, (0, 0)])
         for block in self.network.layers:
             block.experts.refresh()
         if self.optimizer is not None:
-            for parameter in self.places:
-                self.optimizer.adamw.state[parameter]["step"].fill_(float(step))
-        return arrays[LOAD, (0, 0)]
+            for state in self.optimizer.adamw.state.values():
+                state["step"].fill_(float(step))
+        return {name: arrays[name, (0,) * len(shape)] for name, (shape, _) in self.shared.items()}
+
+
+def shared_arrays(model):
+    """List the arrays that steps hand on, alike on all ranks -> {name: (shape, keys of the config, axis by axis)}."""
+    of_experts = ((model.num_layers, model.num_experts), ("[model] num_layers", "[model] num_experts"))
+    return {LOAD: of_experts, BIAS: of_experts}
+
+
+def place_of_piece(place, parameter, piece):
+    """Place what of a parameter is stepped here: rows of it that are a share's are on no other rank."""
+    if piece.rows is parameter:
+        return place
+    start, extent = (piece.first, *place.start[1:]), (len(piece.rows), *place.extent[1:])
+    return dataclasses.replace(place, start=start, extent=extent, owned=True)
 
 
 def place_of_dense(parameter, name, owned):

@@ -51,7 +51,7 @@ class Stepper:
         with self.clock.stage("waiting"):
             census = self.network.take_census()
             loss_sum = all_reduce(self.mesh.world, np.array([float(self.network.loss_sum)]))[0]
-        loss = None if purpose == "infer" else loss_sum / self.mesh.tensor_parallel / num_tokens
+        loss = None if purpose == "infer" else loss_sum / num_tokens
         return Outcome(loss=loss, num_tokens=num_tokens, census=census)
 
     def run_engine(self, training):

@@ -4,9 +4,10 @@ import logging
 import math
 
 from hpcmoe.errors import TrainingError, raise_or_return
-from hpcmoe.run.balance import update_load
+from hpcmoe.run.balance import move_biases, update_load
 from hpcmoe.run.data import draw_starts, even_starts, share_of
 from hpcmoe.run.progress import open_progress
+from hpcmoe.run.replicas import check_replicas
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def train(job, records, optimizer, start, save):
 
             # What was measured acts on the next step's routers.
             load = update_load(load, outcome.census.utilisation, config.dispatch.load_window_steps)
+            move_biases(network.layers, outcome.census.utilisation, config.dispatch.bias_update_speed)
             if is_due(step, config.train.validate_every, config.run.steps):
                 losses["validation loss, last"] = validate(job, load, step)
                 records.append(step, "train", "validation_loss", losses["validation loss, last"], "nats/byte")
@@ -48,6 +50,9 @@ def train_step(job, optimizer, load, step):
     with job.stepper.clock.stage("optimizer"):
         norm = optimizer.step(step)
     check_finite(outcome.loss, norm, step, config.train.learning_rate)
+    if is_due(step, config.train.check_every, config.run.steps):
+        with job.stepper.clock.stage("optimizer"):
+            check_replicas(job.stepper.network, optimizer.shared, job.mesh, step)
     return outcome, norm
 
 
@@ -88,11 +93,14 @@ def report_step(records, progress, step, outcome, reading):
         ("run", "tokens_per_second", reading.tokens_per_second, "tokens/s"),
         ("run", "seconds", reading.seconds, "s"),
         ("dispatch", "link_sigma", reading.links.sigma, "1"),
+        ("dispatch", "link_sigma_of_layer", reading.link_sigma_of_layer, "1"),
         ("dispatch", "link_tokens_mean", reading.links.mean, "tokens"),
         ("dispatch", "dropped", census.num_dropped, "copies"),
         ("dispatch", "aux_loss", census.aux_loss, "1"),
         ("dispatch", "z_loss", census.z_loss, "1"),
         ("experts", "utilisation", census.utilisation, "actual/expected tokens"),
+        ("experts", "balancedness", reading.balancedness, "mean/max tokens of a rank"),
+        ("experts", "balancedness_of_layer", reading.balancedness_of_layer, "mean/max tokens of a rank"),
     ]
     if outcome.loss is not None:
         figures.append(("train", "loss", outcome.loss, "nats/byte"))

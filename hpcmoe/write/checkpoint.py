@@ -1,13 +1,18 @@
 """The whole state by logical array, so that any number of ranks can go on: replaced whole, the last few kept."""
 
+import contextlib
+import logging
 import pathlib
 import re
 import shutil
+import time
 
-from hpcmoe.errors import CheckpointError, on_root
+from hpcmoe.errors import CheckpointError, on_all, on_root, raise_or_return
 from hpcmoe.write.hdf5 import one_line_faults
-from hpcmoe.write.pieces import discard, read_pieces, write_pieces
+from hpcmoe.write.pieces import discard, do_at_once, read_pieces, write_by_turns
+from hpcmoe.write.verify import verify_master, verify_pieces
 
+log = logging.getLogger(__name__)
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -17,8 +22,16 @@ def save_checkpoint(comm, folder, step, pieces, facts, keep):
     pieces: this rank's, which with the other ranks' tile each logical array; facts: a flat dict of strings, numbers
     and small arrays, as rank 0 has them. Raises CheckpointError on all ranks; earlier checkpoints then stay.
     """
-    write_pieces(comm, folder / f"checkpoint-{step}", pieces, facts)
-    on_root(comm, lambda: prune(folder, step, keep))
+    do_at_once(save_by_turns(comm, folder, step, pieces, facts, keep))
+
+
+def save_by_turns(comm, folder, step, pieces, facts, keep):
+    """Save as save_checkpoint does, by turns as write_by_turns. Collective over comm."""
+    started = time.monotonic()
+    yield from write_by_turns(comm, folder / f"checkpoint-{step}", pieces, facts)
+    pruned = yield lambda: prune(folder, step, keep) if comm.rank == 0 else None
+    on_all(comm, pruned)
+    log.info("step %d: checkpoint written in %.2f s", step, time.monotonic() - started)
 
 
 def load_checkpoint(comm, folder, wanted):
@@ -30,13 +43,41 @@ def load_checkpoint(comm, folder, wanted):
 
 
 def find_checkpoint(comm, where):
-    """Find the checkpoint to resume: `where` itself, or the newest in it -> its path. Collective over comm."""
+    """Find the checkpoint to resume, `where` itself or the newest in it, and verify it -> its path.
+
+    Collective over comm. Raises CheckpointError on all ranks where there is none, or where it is not whole: then the
+    line offers another.
+    """
 
     def choose():
         with one_line_faults(where, "read"):
             return choose_checkpoint(pathlib.Path(where))
 
-    return on_root(comm, choose)
+    found = on_root(comm, choose)
+    try:
+        verify_pieces(comm, found)
+    except CheckpointError as fault:
+        offer = on_root(comm, lambda: offer_another(found))
+        raise_or_return(None, CheckpointError(f"{fault}; {offer}"))
+    return found
+
+
+def offer_another(path):
+    """Say which checkpoint to resume in place of a damaged one: the last before it, else the first after it."""
+    own = step_of(path)
+    folder = path.parent if NAME.fullmatch(path.name) else path.resolve().parent
+    others = list_checkpoints(folder)
+    for step in sorted(others, key=lambda step: (step > own, abs(step - own))):
+        with contextlib.suppress(CheckpointError):
+            if step != own:
+                verify_master(others[step])
+                return f"the one {'before' if step < own else 'after'} it is there: --resume {others[step]}"
+    return "there is no other to resume"
+
+
+def step_of(checkpoint):
+    """Read the step in a checkpoint's name."""
+    return int(NAME.fullmatch(checkpoint.resolve().name)[1])
 
 
 def choose_checkpoint(where):

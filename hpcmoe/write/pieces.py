@@ -1,5 +1,6 @@
 """Arrays that many ranks hold in pieces: one file a rank under a master that shows each whole, or nothing at all."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 
 from hpcmoe.errors import CheckpointError, on_all, on_root
 from hpcmoe.wait import barrier
+from hpcmoe.write.checksums import digest_of, write_sums
 from hpcmoe.write.hdf5 import one_line_faults, open_unbuffered, read_fact, sync, write_fact
 
 MASTER = "master.h5"  # holds a virtual dataset for each array, and besides them:
@@ -55,20 +57,49 @@ class Piece:
         return Part(name=self.name, shape=self.shape, start=self.start, extent=extent, dtype=self.array.dtype.name)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFile:
+    """What one rank has written."""
+
+    num_bytes: int  # 0 where it has no piece and needs no file
+    digest: str
+    parts: list[Part]
+
+
 def write_pieces(comm, folder, pieces, facts):
     """Write this rank's pieces and the facts; the folder appears when all is on disk. Collective over comm.
 
     The pieces of all ranks must tile each array. facts is a flat dict of strings, numbers and small arrays, as
     rank 0 has them. Where one rank fails all raise its CheckpointError, and no folder appears.
     """
+    do_at_once(write_by_turns(comm, folder, pieces, facts))
+
+
+def do_at_once(turns):
+    """Go through the turns of some writing on the spot. Collective as they are."""
+    work = None
+    with contextlib.suppress(StopIteration):
+        while True:
+            work = turns.send(work)
+
+
+def write_by_turns(comm, folder, pieces, facts):
+    """Write as write_pieces does, and yield as functions what needs no MPI: a thread may do it. Collective over comm.
+
+    What tells how a function ended is to be sent back: the function itself, which then does its work, or its future's
+    result.
+    """
     partial = folder.with_name(f"{folder.name}.partial")
     held = [piece for piece in pieces if piece.array.size > 0]
     try:
         on_root(comm, lambda: make_empty(partial))
-        num_bytes = on_all(comm, lambda: write_rank_file(partial / name_file(comm.rank), held))
+        written = yield lambda: write_rank_file(partial / name_file(comm.rank), held)
+        num_bytes, digest = on_all(comm, written)
         barrier(comm)
-        parts_of_rank = comm.gather((num_bytes, [piece.part for piece in pieces]))
-        on_root(comm, lambda: finish(folder, partial, parts_of_rank, facts))
+        own = RankFile(num_bytes=num_bytes, digest=digest, parts=[piece.part for piece in pieces])
+        files = comm.gather(own)
+        finished = yield lambda: finish(folder, partial, files, facts) if comm.rank == 0 else None
+        on_all(comm, finished)
     except CheckpointError:
         on_root(comm, lambda: shutil.rmtree(partial, ignore_errors=True))
         raise
@@ -77,9 +108,10 @@ def write_pieces(comm, folder, pieces, facts):
 def read_pieces(comm, folder, wanted):
     """Read the parts this rank wants, whoever wrote them -> ({(name, start): array}, facts). Collective over comm.
 
-    Raises CheckpointError where a file is missing or cut short, or an array is unknown or of another shape.
+    Raises CheckpointError where a file is missing or cut short, or an array is unknown or of another shape;
+    verify_pieces finds what is altered.
     """
-    facts = on_root(comm, lambda: check_files(folder))
+    facts, _ = on_root(comm, lambda: check_files(folder))
     return on_all(comm, lambda: read_parts(folder, wanted)), facts
 
 
@@ -97,20 +129,20 @@ def make_empty(folder):
 
 
 def write_rank_file(path, pieces):
-    """Write one rank's pieces -> the size of its file in bytes, 0 where it has none and needs no file."""
+    """Write one rank's pieces -> (bytes, digest) of its file; without pieces it writes none."""
     if not pieces:
-        return 0
+        return 0, ""
     with one_line_faults(path, "written"):
         with open_unbuffered(path, create=True) as file:
             for piece in pieces:
                 file.create_dataset(piece.part.source, data=piece.array)
         sync(path)
-        return path.stat().st_size
+        return path.stat().st_size, digest_of(path)
 
 
-def finish(folder, partial, parts_of_rank, facts):
-    """Write the master over all ranks' files, then give the folder its name."""
-    parts_of_name = group_by_name(parts_of_rank)
+def finish(folder, partial, files, facts):
+    """Write the master over the files [ranks] and the list of checksums, then give the folder its name."""
+    parts_of_name = group_by_name(files)
     for name, parts in parts_of_name.items():
         check_tiling(name, [part for _, part in parts])
 
@@ -120,12 +152,14 @@ def finish(folder, partial, parts_of_rank, facts):
                 write_virtual(master, name, parts)
             for name, value in facts.items():
                 write_fact(master.require_group(FACTS), name, value)
-            write_files(master.create_group(FILES), parts_of_rank)
+            write_files(master.create_group(FILES), files)
         sync(partial / MASTER)
-        sync(partial)
+    digests = {name_file(rank): file.digest for rank, file in enumerate(files) if file.num_bytes > 0}
+    write_sums(partial, {MASTER: digest_of(partial / MASTER)} | digests)
 
     # A folder of that name is of an earlier course of the run: it goes at the last moment.
     with one_line_faults(folder, "written"):
+        sync(partial)
         discard(folder)
         partial.rename(folder)
         sync(folder.parent)
@@ -140,11 +174,11 @@ def discard(folder):
         shutil.rmtree(doomed)
 
 
-def group_by_name(parts_of_rank):
+def group_by_name(files):
     """Sort all ranks' parts by array -> {name: [(rank, part), ...]}."""
     parts_of_name = {}
-    for rank, (_, parts) in enumerate(parts_of_rank):
-        for part in parts:
+    for rank, file in enumerate(files):
+        for part in file.parts:
             parts_of_name.setdefault(part.name, []).append((rank, part))
     return parts_of_name
 
@@ -180,25 +214,26 @@ def write_virtual(master, name, parts):
     master.create_virtual_dataset(name, layout)
 
 
-def write_files(group, parts_of_rank):
+def write_files(group, files):
     """Record each rank's file and its size."""
-    bytes_of_file = {name_file(rank): size for rank, (size, _) in enumerate(parts_of_rank) if size > 0}
+    bytes_of_file = {name_file(rank): file.num_bytes for rank, file in enumerate(files) if file.num_bytes > 0}
     write_fact(group, "name", np.array([*bytes_of_file], dtype=str))
     write_fact(group, "bytes", np.array([*bytes_of_file.values()], dtype=np.int64))
 
 
 def check_files(folder):
-    """Check that each rank's file is there and whole -> the facts."""
+    """Check that each rank's file is there with all its bytes -> (the facts, {name: bytes} of the ranks' files)."""
     path = folder / MASTER
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     with one_line_faults(path, "read"), h5py.File(path) as master:
         if FILES not in master:
             raise CheckpointError(f"{path} is not one of this program's masters")
-        written = zip(read_fact(master[FILES]["name"]), read_fact(master[FILES]["bytes"]), strict=True)
-        for name, num_bytes in written:
+        names, sizes = (read_fact(master[FILES][what]).tolist() for what in ("name", "bytes"))
+        for name, num_bytes in zip(names, sizes, strict=True):
             check_size(folder / name, num_bytes)
-        return {name: read_fact(dataset) for name, dataset in master.get(FACTS, {}).items()}
+        facts = {name: read_fact(dataset) for name, dataset in master.get(FACTS, {}).items()}
+        return facts, dict(zip(names, sizes, strict=True))
 
 
 def check_size(path, num_bytes):

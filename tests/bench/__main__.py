@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 import pytest
-from bench import cost, exchange, gpu, layer, machine, overlap, peers, placement
+from bench import balance, cost, exchange, gpu, layer, machine, overlap, peers, placement, sums
 
 BENCHES = {
     "layer": layer,
@@ -18,6 +18,8 @@ BENCHES = {
     "peers": peers,
     "placement": placement,
     "overlap": overlap,
+    "balance": balance,
+    "sums": sums,
     "gpu": gpu,
 }
 FOLDER = pathlib.Path("out/bench")

@@ -1,9 +1,11 @@
 """The floor under a layer: its experts' GEMMs on prepacked weights, and its bytes there and back, and nothing else.
 
-One call an expert and matrix, on rows that lie there; one MPI call an exchange, on buffers that lie there, the rank's
-own rows included. No router, no order, no packing, no weighing of results.
+Each product is made by whoever is fastest at it on this processor, as tried before anything is timed: one call an
+expert and matrix, on rows that lie there; one MPI call an exchange, on buffers that lie there, the rank's own rows
+included. No router, no order, no packing, no weighing of results.
 """
 
+import contextlib
 import time
 
 import numpy as np
@@ -13,7 +15,6 @@ from torch.nn import functional
 
 from hpcmoe.wait import gather_to_all, wait_all
 
-PACKED = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # whether this torch has oneDNN's packed weights
 TRIES = 3
 
 
@@ -72,58 +73,91 @@ class BareExpert:
         hidden, inner = shape.hidden, shape.feed_forward
         self.x, self.slope = torch.randn(rows, hidden).to(dtype), torch.randn(rows, hidden).to(dtype)
         self.inner_slope = torch.randn(rows, inner).to(dtype)
-        self.up, self.down = torch.randn(inner, hidden).to(dtype), torch.randn(hidden, inner).to(dtype)
-        self.packed_up, self.packed_down = pack(self.up, rows), pack(self.down, rows)
+        up, down = torch.randn(inner, hidden).to(dtype), torch.randn(hidden, inner).to(dtype)
+        self.up = choose(FORWARD, (up, rows, "gelu"), self.x)
+        self.down = choose(FORWARD, (down, rows, "none"), self.inner_slope)
         if shape.training:
-            self.back = choose(BACK, self.slope, self.down)
-            self.gradient = choose(GRADIENT, self.slope, self.inner_slope)
+            self.back_down, self.back_up = choose(BACK, (down,), self.slope), choose(BACK, (up,), self.inner_slope)
+            self.gradient = choose(GRADIENT, (), self.slope, self.inner_slope)
 
     def forward(self):
         """Multiply twice: x [n, H] -> [n, F] -> [n, H]."""
-        self.inner = multiply(self.x, self.packed_up, "gelu")
-        return multiply(self.inner, self.packed_down, "none")
+        self.inner = self.up(self.x)
+        return self.down(self.inner)
 
     def backward(self):
         """Multiply four times: slopes by the inputs of both matrices, and by the matrices."""
-        self.back(self.slope, self.down)
+        self.back_down(self.slope)
         self.gradient(self.slope, self.inner)
-        self.back(self.inner_slope, self.up)
+        self.back_up(self.inner_slope)
         self.gradient(self.inner_slope, self.x)
 
 
-def pack(weight, rows):
-    """Lay a matrix out as products with so many rows like it best, where torch can."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, rows) if PACKED else weight
+def pack(weight, rows, activation):
+    """Multiply by oneDNN, on a weight laid out for so many rows -> a way to activation(x [n, in] weight^T)."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, activation, [], "none")
 
 
-def multiply(x, weight, activation):
-    """Compute activation(x @ weight.T) -> [n, out], by oneDNN where torch has it."""
-    if PACKED:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, activation, [], "none")
-    product = functional.linear(x, weight)
-    return functional.gelu(product) if activation == "gelu" else product
+def ask_torch(weight, rows, activation):
+    """Multiply by torch, which asks MKL for float32."""
+    return lambda x: activate(functional.linear(x, weight), activation)
 
 
-# Ways to the two products of the way back: slope [n, out] @ weight [out, in], and slope.T @ x [n, in].
-BACK = [lambda slope, weight: torch.mm(slope, weight)]
-GRADIENT = [lambda slope, x: torch.mm(slope.t(), x)]
-if PACKED:
-    BACK.append(lambda slope, weight: multiply(slope, weight.t(), "none"))
-    GRADIENT.append(lambda slope, x: multiply(slope.t(), x.t(), "none"))
+def widen(weight, rows, activation):
+    """Multiply in float32, for processors that have no products in bfloat16."""
+    wide = weight.float()
+    return lambda x: activate(functional.linear(x.float(), wide), activation).to(weight.dtype)
 
 
-def choose(ways, *operands):
-    """Find the fastest of some ways to one product on these operands."""
+def activate(product, activation):
+    """Apply gelu, if it is that, in place."""
+    return torch.ops.aten.gelu_(product) if activation == "gelu" else product
 
-    def seconds(way):
-        taken = []
-        for _ in range(1 + TRIES):
-            begin = time.perf_counter()
-            way(*operands)
-            taken.append(time.perf_counter() - begin)
-        return min(taken[1:])
 
-    return min(ways, key=seconds)
+def by_onednn(x, weight):
+    """x weight^T by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "none")
+
+
+def widen_back(weight):
+    """Multiply slopes in float32."""
+    wide = weight.float()
+    return lambda slope: torch.mm(slope.float(), wide).to(weight.dtype)
+
+
+# Makers of ways: to activation(x weight^T), to slope [n, out] weight [out, in], and to slope^T x [n, in].
+FORWARD = [pack, ask_torch, widen]
+BACK = [
+    lambda weight: lambda slope: torch.mm(slope, weight),
+    lambda weight: lambda slope: by_onednn(slope, weight.t()),
+    widen_back,
+]
+GRADIENT = [
+    lambda: lambda slope, x: torch.mm(slope.t(), x),
+    lambda: lambda slope, x: by_onednn(slope.t(), x.t()),
+    lambda: lambda slope, x: torch.mm(slope.float().t(), x.float()),
+]
+
+
+def choose(makers, given, *operands):
+    """Make the fastest way to one product on these operands, of those that this processor and torch have."""
+    ways = {}
+    for make in makers:
+        with contextlib.suppress(RuntimeError, AttributeError):
+            way = make(*given)
+            ways[clock(way, operands)] = way
+    return ways[min(ways)]
+
+
+def clock(way, operands):
+    """Take the least seconds of a few products, after one that warms up."""
+    taken = []
+    for _ in range(1 + TRIES):
+        begin = time.perf_counter()
+        way(*operands)
+        taken.append(time.perf_counter() - begin)
+    return min(taken[1:])
 
 
 def count_rows(comm, x, router_weight, shape):

@@ -22,7 +22,6 @@ from hpcmoe.comm.choose import look, why_not_direct, why_not_nccl
 from hpcmoe.comm.cuda import count_gpus, describe_gpu, find_missing
 from hpcmoe.comm.device import open_device
 from hpcmoe.comm.mpi import open_mpi_transport
-from hpcmoe.comm.sums import Sums
 from hpcmoe.comm.trial import try_carrier
 from hpcmoe.dispatch.device_exchange import DeviceExchange, DeviceSizes
 from hpcmoe.dispatch.routes import make_routes
@@ -69,7 +68,7 @@ def time_experts(device, num_experts, hidden, feed_forward, rows):
          "down": torch.randn(hidden, feed_forward, **draw) / math.sqrt(feed_forward)}
         for _ in range(num_experts)
     ]  # fmt: skip
-    experts = GroupedExperts([Expert("gelu", own) for own in weights], MPI.COMM_SELF, Sums())
+    experts = GroupedExperts([Expert("gelu", own) for own in weights])
     experts.join()
     x, dense = torch.randn(rows, hidden, **draw), weights[0]
     groups = experts.group([(slot, rows // num_experts) for slot in range(num_experts)], device.torch_device)

@@ -1,9 +1,12 @@
-"""A router's skew for benches: tokens prefer experts by the rack of their home, as tokens of one domain do."""
+"""A router's skew for benches: choices drawn by the rack of a token's home, or weights that lean Zipf-like."""
 
 import numpy as np
 import torch
 
+from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.dispatch.router import Router
+from hpcmoe.run.balance import even_load
+from hpcmoe.run.data import draw_starts
 
 OWN_SHARE = 0.85  # of a rack's tokens go to that rack's experts
 ZIPF = 0.3  # how much the experts of a rack differ: the k-th is chosen with weight k ** -ZIPF
@@ -54,3 +57,35 @@ class DrawnRouter(Router):
         experts = torch.from_numpy(draw_experts(self.weights, len(x), self.top_k, self.random))
         away = torch.full((len(x), len(self.weights)), AWAY).scatter_(1, experts, 0.0)
         return super().forward(x, away)
+
+
+def skew_routers(job, exponent, common):
+    """Lean the weights of a job's routers, Zipf-like by expert, each layer in an order of its own. Collective.
+
+    An embedding gets `common` added to each of its numbers, which a router's inputs then share: the k-th expert's mean
+    logit becomes -exponent x ln k along their mean, and what tells tokens apart is left as it was.
+    """
+    network, model = job.stepper.network, job.config.model
+    with torch.no_grad():
+        network.embedding += common
+        for number, layer in enumerate(network.layers):  # in order: each layer's inputs come from the one before
+            order = np.random.default_rng([job.config.run.seed, number]).permutation(model.num_experts)
+            logits = torch.from_numpy(-exponent * np.log(1 + order)).float()
+            mean = mean_input(job, layer.router)
+            weight = layer.router.weight
+            weight += torch.outer(logits - weight @ mean, mean / mean.square().sum())
+
+
+def mean_input(job, router):
+    """Average what a router takes in over a batch of all ranks -> [H]. Collective."""
+    model, sums = job.config.model, torch.zeros(job.config.model.hidden)
+
+    def look(_, inputs):
+        sums.add_(inputs[0].detach().sum(dim=0))
+
+    watch = router.register_forward_pre_hook(look)
+    starts = draw_starts(len(job.training), job.config.data.batch_sequences, model.sequence_length, 0, 0)
+    even = even_load(model.num_layers, model.num_experts)
+    num_tokens = job.stepper.run(job.training, starts, even, "evaluate").num_tokens
+    watch.remove()
+    return torch.from_numpy(all_reduce(job.mesh.world, sums.numpy())) / num_tokens

@@ -60,9 +60,9 @@ def test_each_group_holds_the_ranks_that_differ_in_its_coordinate_alone(comm):
         with open_mesh(comm, Cluster(data_parallel=dp, expert_parallel=ep, tensor_parallel=tp)) as mesh:
             assert (mesh.data_parallel, mesh.expert_parallel, mesh.tensor_parallel) == (dp, ep, tp)
             data, expert, tensor = mesh.data_index, mesh.expert_index, mesh.tensor_index
-            assert (mesh.dp.rank, mesh.ep.rank, mesh.tp.rank, mesh.world.rank) == (data, expert, tensor, comm.rank)
-            assert (mesh.token_index, mesh.num_token_shares) == (comm.rank // tp, dp * ep)
-            assert gather_to_all(mesh.tp, comm.rank) == [(data * ep + expert) * tp + t for t in range(tp)]
+            assert (mesh.dp.rank, mesh.ep.rank, mesh.world.rank) == (data, expert, comm.rank)
+            assert (mesh.token_index, mesh.num_token_shares) == (comm.rank, comm.size)
+            assert gather_to_all(mesh.group, comm.rank) == list(range(data * ep * tp, (data + 1) * ep * tp))
             assert gather_to_all(mesh.ep, comm.rank) == [(data * ep + e) * tp + tensor for e in range(ep)]
             assert gather_to_all(mesh.dp, comm.rank) == [(d * ep + expert) * tp + tensor for d in range(dp)]
 

@@ -11,7 +11,6 @@ from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.nccl import NcclCarrier, find_nccl, open_nccl
 from hpcmoe.comm.plain import PlainDevice
 from hpcmoe.comm.staging import MOST_PIECES, StagedCarrier
-from hpcmoe.comm.sums import Sums
 from hpcmoe.comm.trial import try_carrier
 from hpcmoe.errors import ClusterError
 from hpcmoe.wait import Patience
@@ -141,7 +140,7 @@ def test_nccl_carries_in_groups_and_sums(comm):
         buffer = device.make_buffer(1, 8)
         values = buffer.tensor.view(pytest.importorskip("torch").float32)
         values.fill_(comm.rank + 1.0)
-        Sums([(comm, group)]).all_reduce(comm, values)
+        group.all_reduce(values)
         values.mul_(2)
         assert values.tolist() == [[comm.size * (comm.size + 1)] * 2]
     assert order.races == [] and nccl.num_groups == 1 and nccl.ended == ["destroyed"]

@@ -1,5 +1,6 @@
 """Every row announced to a rank comes into exactly one batch, with a place for its result, in an order that is told."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,16 +34,23 @@ def test_a_batch_holds_its_slips_rows_grouped_by_slot_and_slip(counts, data):
 
 @given(slips_of, st.integers(1, 9))
 def test_portions_take_every_row_once_and_are_about_so_long(counts, about):
-    """Few rows are one portion of several slots; of many, each portion is one slot's."""
+    """Slots with few rows share portions, none of which could have taken the next; of many, portions are even."""
     batch, row = make_batch([(n, 0) for n in range(len(counts))], np.zeros(len(counts), np.int64), counts), 0
     slot_of_row = np.repeat(np.arange(counts.shape[1]), batch.rows_of_slot)
-    for part, slots in batch.portions(about):
+    portions = list(batch.portions(about))
+    for part, slots in portions:
         assert part.start == row <= part.stop and part.stop - row == sum(rows for _, rows in slots)
         assert slot_of_row[part].tolist() == [slot for slot, rows in slots for _ in range(rows)]
         assert part.stop - row <= max(1.5 * about, 1)
-        assert len(slots) == 1 or counts.sum() <= about
         row = part.stop
     assert row == counts.sum()
+
+    for (before, slots), (_, others) in itertools.pairwise(portions):
+        (slot, _), (other, rows) = slots[-1], others[0]
+        if slot == other:
+            assert abs(before.stop - before.start - rows) <= 1
+        elif all(round(batch.rows_of_slot[number] / about) <= 1 for number in (slot, other)):
+            assert before.stop - before.start + rows > 1.5 * about
 
 
 def make_board(node_of_rank, rank, once, max_parcels=3, num_slots=2):

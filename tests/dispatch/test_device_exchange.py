@@ -87,7 +87,7 @@ def test_traffic_is_counted_by_direction_and_peer(comm):
         go(exchange, travel_both_ways(exchange, journey))
         traffic = exchange.take_traffic()
         to_rank = np.bincount((journey.slots // SLOTS)[journey.kept], minlength=comm.size)
-        assert traffic.copies.tolist() == to_rank.tolist()
+        assert {layer: copies.tolist() for layer, copies in traffic.copies.items()} == {0: to_rank.tolist()}
         of_all = np.stack(gather_to_all(comm, traffic.rows), axis=1)  # [4, P, P]
         for direction in (Direction.DISPATCH, Direction.COMBINE_BACKWARD):
             assert traffic.rows[direction].tolist() == to_rank.tolist()

@@ -6,27 +6,30 @@ import torch
 
 from hpcmoe.comm.plain import PlainDevice
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan
-from hpcmoe.dispatch.plan import SlotChooser
+from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
 
 EXPERT_OF_REPLICA = np.array([2, 0, -1, 1, 2, 0, 2, 3])
 SHARES = np.array([0.5, 0.25, 0.0, 1.0, 0.3, 0.75, 0.2, 1.0])
 
 
+@pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize("rank", [0, 1, 5])
 @pytest.mark.parametrize("num_tokens", [0, 1, 40])
-def test_the_device_chooses_the_same_replicas(rank, num_tokens):
+def test_the_device_chooses_the_same_replicas(rank, num_tokens, num_shards):
     experts = np.random.default_rng(rank).integers(0, 4, (num_tokens, 3))
-    chooser = SlotChooser(EXPERT_OF_REPLICA, SHARES, 4, rank)
+    chooser = SlotChooser(EXPERT_OF_REPLICA, SHARES, find_slots_of_shards(8, 2, num_shards), 4, rank)
     chosen = DeviceChooser(chooser, torch.device("cpu")).choose(torch.from_numpy(experts))
     assert np.array_equal(chosen.numpy(), chooser.choose(experts))
 
 
 def test_without_replicas_each_expert_has_its_slot():
-    chooser = SlotChooser(np.array([2, -1, 0, 1]), np.array([1.0, 0, 1, 1]), 3, 0)
-    assert DeviceChooser(chooser, torch.device("cpu")).choose(torch.tensor([[0, 2], [1, 0]])).tolist() == [
-        [2, 0],
-        [3, 2],
-    ]
+    def choose(num_shards):
+        slots = find_slots_of_shards(4, 1, num_shards)
+        chooser = SlotChooser(np.array([2, -1, 0, 1]), np.array([1.0, 0, 1, 1]), slots, 3, 0)
+        return DeviceChooser(chooser, torch.device("cpu")).choose(torch.tensor([[0, 2], [1, 0]])).tolist()
+
+    assert choose(1) == [[2, 0], [3, 2]]
+    assert choose(2) == [[4, 5, 0, 1], [6, 7, 4, 5]]
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 25])

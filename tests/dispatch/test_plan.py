@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hpcmoe.dispatch.plan import (
     SlotChooser,
     cumulative_share,
+    find_slots_of_shards,
     make_plan,
     num_trailing_rows,
     place_among_equals,
@@ -156,7 +157,7 @@ def layouts(draw):
 def test_copies_go_to_their_experts_slots_by_their_shares(layout, rank, count):
     """Points at even steps meet any interval's share to within one copy; random ones would miss by a dozen."""
     expert_of_replica, shares, num_experts = layout
-    chooser = SlotChooser(expert_of_replica, shares, num_experts, rank)
+    chooser = SlotChooser(expert_of_replica, shares, np.arange(len(shares))[:, None], num_experts, rank)
     experts = np.random.default_rng(count).permutation(np.repeat(np.arange(num_experts), count)).reshape(count, -1)
     slots = chooser.choose(experts)
     assert slots.shape == experts.shape
@@ -168,11 +169,23 @@ def test_copies_go_to_their_experts_slots_by_their_shares(layout, rank, count):
 
 def test_ranks_start_at_different_replicas():
     """A single copy of each of many ranks goes to each replica about equally often."""
-    choosers = [SlotChooser(np.zeros(4, int), np.full(4, 0.25), 1, rank) for rank in range(64)]
+    choosers = [SlotChooser(np.zeros(4, int), np.full(4, 0.25), np.arange(4)[:, None], 1, rank) for rank in range(64)]
     first = [chooser.choose(np.zeros((1, 1), int)).item() for chooser in choosers]
     assert np.abs(np.bincount(first) - 16).max() <= 1
 
 
 def test_an_expert_with_one_replica_needs_no_choosing():
-    chooser = SlotChooser(np.array([2, -1, 0, 1]), np.ones(4), 3, rank=5)
+    chooser = SlotChooser(np.array([2, -1, 0, 1]), np.ones(4), np.arange(4)[:, None], 3, rank=5)
     assert chooser.choose(np.array([[0, 1], [2, 0]])).tolist() == [[2, 3], [0, 2]]
+
+
+def test_each_copy_goes_to_all_shards_of_its_expert():
+    """Two positions of two slots each, an expert's three shards on neighbouring ranks: slots 2 * rank + own."""
+    slots = find_slots_of_shards(4, 2, 3)
+    assert slots.tolist() == [[0, 2, 4], [1, 3, 5], [6, 8, 10], [7, 9, 11]]
+    chooser = SlotChooser(np.array([2, -1, 0, 1]), np.ones(4), slots, 3, rank=5)
+    assert chooser.choose(np.array([[0, 1], [2, 0]])).tolist() == [[6, 8, 10, 7, 9, 11], [0, 2, 4, 6, 8, 10]]
+    assert chooser.choose(np.zeros((0, 2), int)).shape == (0, 6)
+    twice = SlotChooser(np.array([0, 0]), np.full(2, 0.5), find_slots_of_shards(2, 1, 2), 1, rank=0)
+    chosen = twice.choose(np.zeros((8, 1), int))
+    assert np.unique(chosen, axis=0).tolist() == [[0, 1], [2, 3]]  # whole replicas, never a shard of each

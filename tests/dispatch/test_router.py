@@ -21,14 +21,14 @@ def softmax(x):
     return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
 
 
-def route_slowly(weight, x, load, top_k, config):
+def route_slowly(weight, x, load, top_k, config, bias):
     """Route one token after the other, in float64 -> (experts, gates, kept, probability sum, z sum, copies)."""
     experts, gates = np.zeros((2, len(x), top_k))
     kept, probability, z = np.ones((len(x), top_k), bool), np.zeros(len(weight)), 0.0
     for t, token in enumerate(x):
         logits = weight @ token
         damped = logits - config.load_feedback * load
-        experts[t] = np.argsort(-damped)[:top_k]
+        experts[t] = np.argsort(-(damped + bias))[:top_k]
         gates[t] = softmax(damped if config.load_feedback_on == "both" else logits)[experts[t].astype(int)]
         if config.renormalize:
             gates[t] /= gates[t].sum()
@@ -52,13 +52,16 @@ def draw(num_tokens, seed):
     return [random.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
+@pytest.mark.parametrize("bias", [0.0, 1.5])
 @pytest.mark.parametrize("top_k", [1, 2, NUM_EXPERTS])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case.values())))
-def test_routing_equals_a_loop_over_tokens(case, top_k):
+def test_routing_equals_a_loop_over_tokens(case, top_k, bias):
     config = Dispatch(**case)
     weight, x, load = draw(NUM_TOKENS, seed=top_k)
-    routing = Router(torch.from_numpy(weight), top_k, config)(torch.from_numpy(x), torch.from_numpy(load))
-    experts, gates, kept, probability, z, copies = route_slowly(weight, x, load, top_k, config)
+    router = Router(torch.from_numpy(weight), top_k, config)
+    router.bias += bias * torch.arange(NUM_EXPERTS).remainder(2)
+    routing = router(torch.from_numpy(x), torch.from_numpy(load))
+    experts, gates, kept, probability, z, copies = route_slowly(weight, x, load, top_k, config, router.bias.numpy())
     assert np.array_equal(routing.experts, experts)
     assert np.array_equal(routing.kept, kept)
     assert np.allclose(routing.gates.detach(), gates, atol=1e-6)
@@ -68,6 +71,26 @@ def test_routing_equals_a_loop_over_tokens(case, top_k):
     assert routing.num_dropped == (~kept).sum()
     assert (routing.num_dropped > 0) == (case["capacity_factor"] > 0 and top_k < NUM_EXPERTS or
                                          case["capacity_factor"] == 0.6)  # fmt: skip
+
+
+def test_the_bias_chooses_and_weighs_nothing():
+    """Where all experts are chosen a bias changes nothing, not the gates either; where one is, it decides which."""
+    weight, x, load = (torch.from_numpy(array) for array in draw(NUM_TOKENS, seed=0))
+    for on in ("selection", "both"):
+        router, biased = (Router(weight, NUM_EXPERTS, Dispatch(load_feedback_on=on)) for _ in range(2))
+        biased.bias[3] = 1e3
+        plain, moved = (dense_gates(r(x, load)) for r in (router, biased))
+        assert torch.allclose(plain, moved, rtol=1e-6)
+        biased.top_k = 1
+        routing = biased(x, load)
+        assert (routing.experts == 3).all() and torch.equal(routing.gates, torch.ones(NUM_TOKENS, 1))
+        assert routing.probability_sum[3] < NUM_TOKENS / 2  # the losses see the router as it is
+    assert "bias" not in dict(router.named_parameters())
+
+
+def dense_gates(routing):
+    """Lay a routing's gates out by expert -> [T, E]."""
+    return torch.zeros(NUM_TOKENS, NUM_EXPERTS).scatter(1, routing.experts, routing.gates.detach())
 
 
 def test_no_tokens_give_an_empty_routing():

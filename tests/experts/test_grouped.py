@@ -4,19 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from hpcmoe.comm.sums import Sums
 from hpcmoe.experts import grouped
 from hpcmoe.experts.ffn import Expert
 from hpcmoe.experts.grouped import GroupedExperts, can_group
 
 HIDDEN, FEED_FORWARD = 8, 16
 ROWS = {0: 5, 2: 0, 3: 9}  # slot 1 is empty
-
-
-class Alone:
-    """A tensor-parallel group of one."""
-
-    size = 1
 
 
 def draw(*shape, seed):
@@ -46,7 +39,7 @@ def relative(a, b):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", ["gelu", "relu", "swiglu"])
 def test_all_at_once_is_one_by_one(kind, bias, dtype):
-    alone, together = make_replicas(kind, bias), GroupedExperts(make_replicas(kind, bias), Alone(), Sums())
+    alone, together = make_replicas(kind, bias), GroupedExperts(make_replicas(kind, bias))
     together.join()
     x, slope = draw(14, HIDDEN, seed=7).to(dtype), draw(14, HIDDEN, seed=8).to(dtype)
     gates, kept = torch.rand(14, generator=torch.Generator().manual_seed(9)), []
@@ -79,7 +72,7 @@ def test_a_grouped_gemm_is_used_where_there_is_one(monkeypatch, has):
     monkeypatch.setattr(
         grouped, "find_grouped_gemm", lambda: (lambda *a, **k: calls.append(1) or real(*a, **k)) if has else None
     )
-    together = GroupedExperts(make_replicas("gelu", False), Alone(), Sums())
+    together = GroupedExperts(make_replicas("gelu", False))
     together.join()
     together(together.group(tuple(ROWS.items()), torch.device("cpu")), draw(14, HIDDEN, seed=7).bfloat16(), None)
     assert len(calls) == (2 if has and real else 0)
@@ -95,7 +88,7 @@ def test_only_what_the_kernel_takes_goes_to_it(experts, width, dtype, fits):
 
 
 def test_the_joined_matrices_are_the_parameters_and_casts_follow_them():
-    together = GroupedExperts(make_replicas("gelu", False), Alone(), Sums())
+    together = GroupedExperts(make_replicas("gelu", False))
     together.join()
     up = together.replicas[3].up
     with torch.no_grad():

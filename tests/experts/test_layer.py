@@ -14,6 +14,7 @@ from hpcmoe.experts.layer import Flight, MoELayer
 
 HIDDEN, FEED_FORWARD, NUM_EXPERTS, TOP_K, TOKENS = 4, 6, 3, 2, 11
 EXPERT_OF_SLOT, SLOT_OF_EXPERT = np.array([2, -1, 0, 1]), (2, 3, 0)
+SLOTS = np.arange(4)[:, None]  # of a replica's only shard
 
 
 class Double(nn.Module):
@@ -21,12 +22,6 @@ class Double(nn.Module):
 
     def forward(self, x):
         return 2 * x, x**2
-
-
-class Alone:
-    """A tensor-parallel group of one."""
-
-    size = 1
 
 
 def draw(*shape, seed=0):
@@ -42,8 +37,8 @@ def make_layer(capacity_factor=0.0):
         for expert in EXPERT_OF_SLOT.tolist()
     ]  # fmt: skip
     router = Router(draw(NUM_EXPERTS, HIDDEN, seed=5), TOP_K, Dispatch(capacity_factor=capacity_factor))
-    experts = LocalExperts(replicas, Alone())
-    chooser = SlotChooser(EXPERT_OF_SLOT, (EXPERT_OF_SLOT >= 0).astype(float), NUM_EXPERTS, 0)
+    experts = LocalExperts(replicas)
+    chooser = SlotChooser(EXPERT_OF_SLOT, (EXPERT_OF_SLOT >= 0).astype(float), SLOTS, NUM_EXPERTS, 0)
     return MoELayer(Double(), router, experts, make_exchange(HIDDEN, slots=4, batch_rows=4), chooser)
 
 

@@ -97,6 +97,7 @@ class FakeNetwork:
         self.calls, self.tops, self.bottoms, self.asked = [], {}, {}, Counter()
         self.layers = [FakeLayer(letter, self.calls, delays) for letter in "ab"]
         self.load = ["load a", "load b"]
+        self.ops, self.pokes = [], 0
 
     def embed(self, micro_batch):
         return f"{micro_batch}:"
@@ -116,6 +117,13 @@ class FakeNetwork:
 
     def embed_backward(self, micro_batch, slope):
         self.bottoms[micro_batch] = slope
+
+    def passed(self, op):
+        self.ops.append(op)
+
+    def poke(self):
+        self.pokes += 1
+        return False
 
 
 @pytest.mark.parametrize("kind", KINDS)

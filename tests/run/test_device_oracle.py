@@ -53,12 +53,29 @@ def test_lanes_may_start_in_any_order(comm, shared, monkeypatch, way):
     assert step(comm, shared, monkeypatch, way, **changes).races == []
 
 
+SHAPES = {
+    "biases": {"experts__bias": True},
+    "gated, dropped": {"experts__kind": "swiglu", "dispatch__capacity_factor": 0.5},
+    "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 3},
+}
+
+
 @pytest.mark.mpi
-def test_shards_are_summed_as_the_oracle_does(comm, shared, monkeypatch):
-    if comm.size % 2:
-        pytest.skip("needs an even number of ranks")
-    changes = {"cluster__tensor_parallel": 2, "experts__bias": True}
-    assert step(comm, shared, monkeypatch, "staged", **changes).races == []
+@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_copies_go_to_all_shards_of_their_expert(comm, shared, monkeypatch, way, case):
+    shards = next((n for n in (2, 3) if comm.size % n == 0), 1)
+    changes = {"cluster__tensor_parallel": shards} | SHAPES[case]
+    assert step(comm, shared, monkeypatch, way, **changes).races == []
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", ["direct", "staged"])
+def test_gradients_of_data_parallel_groups_are_summed(comm, shared, monkeypatch, way):
+    shares = next((n for n in (2, 3) if comm.size % n == 0), 1)
+    shards = 2 if comm.size == 4 else 1
+    changes = {"cluster__data_parallel": shares, "cluster__tensor_parallel": shards}
+    assert step(comm, shared, monkeypatch, way, **changes).races == []
 
 
 @pytest.mark.mpi

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from small import Notes, open_small_job
 
+from hpcmoe.run.balance import read_biases, write_biases
 from hpcmoe.run.infer import infer
 
 
@@ -30,6 +31,18 @@ def test_the_meter_counts_the_rows_of_the_window_alone(comm, shared, warmup_step
         infer(job, Notes(), np.ones((2, 4)), lambda *state: None)
         sent = comm.allreduce(int(job.meter.rows_to_peer.sum()))
     assert sent == 3 * 2 * 2 * 14 * 5 * 2  # steps x there and back x layers x tokens x copies
+
+
+@pytest.mark.mpi
+def test_biases_choose_as_trained_and_stay(comm, shared):
+    notes, biases = Notes(), np.zeros((2, 4), np.float32)
+    biases[:, 1] = 1e3
+    changes = {"run__mode": "infer", "run__steps": 2, "dispatch__bias_update_speed": 0.1, "model__top_k": 1}
+    with open_small_job(comm, shared, **changes) as (job, _, _):
+        write_biases(job.stepper.network.layers, biases)
+        infer(job, notes, np.ones((2, 4)), lambda *state: None)
+        assert np.array_equal(read_biases(job.stepper.network.layers), biases)
+    assert notes.values["experts/utilisation"][2].tolist() == [[0, 4, 0, 0]] * 2
 
 
 @pytest.mark.mpi

@@ -114,7 +114,7 @@ def test_shares_are_tuned_for_the_step_alone_and_its_objective_is_of_them(object
     problem = state(config, make_topology(2, 2), make_mesh(2), Loads(tokens=np.ones((2, 1, 1)), node_names=()), 1e-3)
     problem = dataclasses.replace(problem, tokens_of_rank=np.array([100.0, 2.0]))
     if objective == "ports":
-        monkeypatch.setattr("hpcmoe.run.layout.tune_shares", None)  # whoever calls it fails
+        monkeypatch.setattr("hpcmoe.placement.shares.tune_shares", None)  # whoever calls it fails
     placement = lay_out(problem, config, make_room(make_topology(2, 2))).placement
     assert (placement.split is not None) == (objective == "step")
     if objective == "step":

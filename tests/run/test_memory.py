@@ -9,6 +9,7 @@ from small import open_small_job
 from torch import nn
 
 from hpcmoe.run.memory import ActivationGauge, Memory, find_tensors, measure_memory, peak_resident_bytes
+from hpcmoe.wait import gather_to_all
 
 CASES = {
     "gelu": {},
@@ -72,13 +73,46 @@ def test_ranks_with_all_slots_full_take_what_was_reckoned(comm, shared):
         assert getattr(measured, name) == getattr(job.memory, name), name
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_copy_for_checkpoints_is_what_rank_0_saves(comm, shared, bias):
+    changes = {"write__asynchronous": True, "experts__bias": bias, "model__num_experts": 2 * comm.size}
+    with open_small_job(comm, shared, **changes) as (job, _, state):
+        held = state.collect({})  # the few numbers of the balance besides
+        saved = sum(array.nbytes for name, _, _, array in held if not name.startswith("balance/"))
+        assert saved == job.memory.snapshot if comm.rank == 0 else 0 < saved < job.memory.snapshot
+        assert job.room.besides["copy for checkpoints"] == job.memory.snapshot
+        assert job.memory.total > job.memory.snapshot + job.memory.activations
+
+
+@pytest.mark.parametrize(
+    "changes", [{"write__checkpoint_every": 0}, {"write__asynchronous": False}, {"run__mode": "infer"}]
+)
+def test_without_a_thread_that_writes_there_is_no_copy(comm, tmp_path, changes):
+    with open_small_job(comm, tmp_path, **({"write__asynchronous": True} | changes)) as (job, _, _):
+        assert job.memory.snapshot == 0 and "copy for checkpoints" not in str(job.room)
+
+
+@pytest.mark.mpi
+def test_a_rank_keeps_its_share_of_the_dense_parts_moments(comm, shared):
+    with open_small_job(comm, shared, model__num_experts=2 * comm.size, train__shard_optimizer=True) as job_and_more:
+        job, optimizer, _ = job_and_more
+        measured = take_step(job, optimizer)
+    of_ranks = gather_to_all(comm, measured.optimizer)
+    reckoned, dense = job.memory, job.memory.dense
+    assert sum(of_ranks) == comm.size * 2 * reckoned.experts + 2 * dense  # each moment is on one rank
+    assert max(abs(own - reckoned.optimizer) for own in of_ranks) <= 2 * 4 * 8 * 3  # rows are whole
+    assert reckoned.dense_with_state == 2 * dense + 2 * (dense // comm.size)
+
+
 def test_sums_of_memory():
     memory = Memory(
         states=4, one_expert=10, experts=20, dense=3, gradients=23, optimizer=46, buffers=100, copies=9,
-        activations=1000,
+        activations=1000, snapshot=500,
     )  # fmt: skip
     assert memory.per_expert == 40
-    assert memory.total == 20 + 3 + 23 + 46 + 100 + 9 + 1000
+    assert memory.dense_with_state == 4 * 3
+    assert memory.total == 20 + 3 + 23 + 46 + 100 + 9 + 1000 + 500
     assert memory.besides_experts == memory.total - 2 * 40
 
 

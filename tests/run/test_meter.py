@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from small import open_small_job
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.transport import Direction
@@ -14,7 +15,7 @@ from hpcmoe.wait import gather_to_all
 
 
 class FakeExchange:
-    """An exchange that has carried copies [P] and rows [4, P] that the test sets."""
+    """An exchange that has carried copies [P] of two layers and rows [4, P] that the test sets."""
 
     def __init__(self, comm):
         self.clock, self.transport = Clock(), SimpleNamespace(rank=comm.rank, size=comm.size)
@@ -23,7 +24,9 @@ class FakeExchange:
     def take_traffic(self):
         size = self.transport.size
         carried = getattr(self, "carried", None)
-        self.carried = Traffic(copies=np.zeros(size, np.int64), rows=np.zeros((len(Direction), size), np.int64))
+        self.carried = Traffic(
+            copies=dict.fromkeys((1, 0), np.zeros(size, np.int64)), rows=np.zeros((len(Direction), size), np.int64)
+        )
         return carried
 
 
@@ -36,14 +39,15 @@ def make_outcome(num_tokens, num_dropped):
 
 @pytest.fixture
 def meter(comm):
-    return Meter(FakeExchange(comm), SimpleNamespace(world=comm, tensor_index=comm.rank % 2))
+    return Meter(FakeExchange(comm), SimpleNamespace(world=comm, data_index=0, data_parallel=1))
 
 
 def do_step(meter, seed):
-    """Carry random rows and spend rank + 1 more seconds on each stage but the last -> (copies [P], rows [4, P])."""
+    """Carry random rows and spend rank + 1 more seconds on each stage but the last -> (copies [2, P], rows [4, P])."""
     comm = meter.mesh.world
-    copies, *rows = np.random.default_rng([comm.rank, seed]).integers(0, 50, (1 + len(Direction), comm.size))
-    meter.exchange.carried.copies += copies
+    first, second, *rows = np.random.default_rng([comm.rank, seed]).integers(0, 50, (2 + len(Direction), comm.size))
+    copies = np.stack([first, second])
+    meter.exchange.carried.copies |= {1: second, 0: first}
     meter.exchange.carried.rows += rows
     for stage in STAGES[:-1]:
         meter.clock.seconds[stage] = meter.clock.seconds.get(stage, 0.0) + comm.rank + 1
@@ -58,12 +62,17 @@ def test_a_reading_is_of_this_step_and_of_all_ranks(comm, meter):
     time.sleep(0.01)
     reading = meter.read(make_outcome(300, 0))
 
-    dispatched = np.array(gather_to_all(comm, copies))
-    others = dispatched[~np.eye(comm.size, dtype=bool)]
+    dispatched = np.stack(gather_to_all(comm, copies), axis=1)  # [2, P, P]
+    of_layers = dispatched[:, ~np.eye(comm.size, dtype=bool)]
+    others = of_layers.sum(axis=0)
     assert reading.links.count == len(others) == comm.size * (comm.size - 1)
     if comm.size > 1:
         assert reading.links.mean == pytest.approx(others.mean())
         assert reading.links.sigma == pytest.approx(others.std() / others.mean())
+        assert reading.link_sigma_of_layer == pytest.approx(of_layers.std(axis=1) / of_layers.mean(axis=1))
+    served = dispatched.sum(axis=1)
+    assert reading.balancedness_of_layer == pytest.approx(served.mean(axis=1) / served.max(axis=1))
+    assert reading.balancedness == pytest.approx(served.mean(axis=1).sum() / served.max(axis=1).sum())
     mean = np.arange(1, comm.size + 1).mean()
     assert reading.seconds_of_stage == dict.fromkeys(STAGES[:-1], pytest.approx(mean)) | {STAGES[-1]: 0}
     assert 0.01 <= reading.seconds < 5 and reading.tokens_per_second == 300 / reading.seconds
@@ -80,13 +89,36 @@ def test_the_totals_add_up_the_readings(comm, meter):
     assert np.array_equal(meter.rows_to_peer, sum(rows).sum(axis=0))  # all directions
     assert meter.utilisation.tolist() == [300, 6]
     assert meter.link_sigma == pytest.approx(sum(reading.links.sigma for reading in readings))
+    assert meter.balancedness == pytest.approx(sum(reading.balancedness for reading in readings))
+    for name in ("link_sigma_of_layer", "balancedness_of_layer"):
+        assert getattr(meter, name) == pytest.approx(sum(getattr(reading, name) for reading in readings)), name
     assert meter.seconds == pytest.approx(sum(reading.seconds for reading in readings))
     assert meter.seconds_of_stage["route"] == pytest.approx(3 * np.arange(1, comm.size + 1).mean())
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("changes", [{}, {"tensor": 2}, {"data": 2}])
+def test_what_ranks_serve_is_what_their_experts_were_asked_for(comm, shared, changes):
+    """One expert a rank: its load is the rank's, whole for each shard; a second group serves its own tokens' part."""
+    tensor, data = changes.get("tensor", 1), changes.get("data", 1)
+    if comm.size % (tensor * data):
+        pytest.skip("does not fit this number of ranks")
+    experts = comm.size // (tensor * data)
+    shape = {"cluster__tensor_parallel": tensor, "cluster__data_parallel": data, "model__num_experts": experts}
+    with open_small_job(comm, shared, model__top_k=1, cluster__placement="contiguous", **shape) as (job, _, _):
+        job.meter.start()
+        outcome = job.stepper.run(job.training, np.arange(14), np.ones((2, experts)), "train")
+        copies = np.stack([job.stepper.exchange.traffic.copies[layer] for layer in range(2)])
+        served, links, _ = job.meter.sum_over_ranks(copies, [0.0])
+    assert served.shape == (2, comm.size)
+    for shard in range(tensor):
+        of_groups = served[:, shard::tensor].reshape(2, data, experts)
+        assert np.array_equal(of_groups.sum(axis=1), outcome.census.tokens_of_expert)
+    assert links.shape == (3, 3) and np.array_equal(links[0, 0], links[1:, 0].sum())
+
+
+@pytest.mark.mpi
 def test_tokens_are_summed_by_home_node_since_they_were_taken_last(comm, meter):
-    """Every other rank is a tensor-parallel group's second, whose tokens are the first's again."""
     node_of_rank = np.arange(comm.size) // 2
     assert meter.take_tokens(node_of_rank) is None
     for step in (1, 2):
@@ -95,7 +127,7 @@ def test_tokens_are_summed_by_home_node_since_they_were_taken_last(comm, meter):
     if comm.rank > 0:
         assert taken is None
     else:
-        firsts = np.arange(0, comm.size, 2)  # one a node
-        assert taken.shape == (2, len(firsts), 3)
-        assert (taken == 30 * (1 + firsts)[None, :, None]).all()
+        of_node = np.bincount(node_of_rank, 30 * (1 + np.arange(comm.size)))
+        assert taken.shape == (2, len(of_node), 3)
+        assert (taken == of_node[None, :, None]).all()
     assert meter.take_tokens(node_of_rank) is None  # nothing since

@@ -1,12 +1,17 @@
 """Copies of an expert get the same gradient, the norm counts each parameter once, and clipping keeps its direction."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small import gather_logical, open_small_job
 
 from hpcmoe.config import Train
-from hpcmoe.run.optimizer import FlatGradients, learning_rate_at
+from hpcmoe.run.optimizer import FlatGradients, cut_rows, learning_rate_at
+from hpcmoe.run.sums import sum_over
 from hpcmoe.wait import gather_to_all
 
 
@@ -19,13 +24,14 @@ def test_the_learning_rate_rises_linearly_and_then_stays():
 @pytest.mark.mpi
 def test_flat_gradients_are_the_parameters_own_and_sum_over_ranks(comm):
     parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
-    gradients = FlatGradients(parameters)
+    gradients = FlatGradients({"first": parameters[:1], "second": parameters[1:]})
     (parameters[0].sum() * (comm.rank + 1) + (parameters[1] * torch.arange(4.0)).sum()).backward()
-    gradients.all_reduce(comm, scale=0.5)
-    total = sum(range(1, comm.size + 1))
-    assert torch.equal(parameters[0].grad, torch.full((2, 3), total / 2))
-    assert torch.equal(parameters[1].grad, torch.arange(4.0) * comm.size / 2)
-    FlatGradients([]).all_reduce(comm)
+    for _ in sum_over(comm, gradients.flat.numpy(), 4):
+        time.sleep(1e-4)
+    assert torch.equal(parameters[0].grad, torch.full((2, 3), sum(range(1, comm.size + 1))))
+    assert torch.equal(parameters[1].grad, torch.arange(4.0) * comm.size)
+    assert gradients.end_of_part == {"first": 6, "second": 10}
+    assert FlatGradients({}).end_of_part == {}
 
 
 @pytest.mark.mpi
@@ -38,27 +44,80 @@ def test_every_copy_of_an_expert_gets_the_sum_in_rank_order(comm, shared):
     with open_small_job(comm, shared, **changes) as (job, optimizer, _):
         layers, sharing = job.stepper.network.layers, optimizer.shared
         mine = {}
-        for (layer, slot), (expert, _) in sharing.ranks_of.items():
-            up = layers[layer].experts.replicas[slot].up
-            up.grad.copy_(torch.from_numpy(np.random.default_rng([comm.rank, layer, expert]).normal(size=up.shape)))
-            mine[layer, expert] = up.grad.numpy().copy()
+        for copy in sharing.copies():
+            up = layers[copy.layer].experts.replicas[copy.slot].up
+            seed = [comm.rank, copy.layer, copy.expert]
+            up.grad.copy_(torch.from_numpy(np.random.default_rng(seed).normal(size=up.shape)))
+            mine[copy.layer, copy.expert] = up.grad.numpy().copy()
         of_ranks = gather_to_all(comm, mine)
-        sharing.sum_gradients(layers)
-        for (layer, slot), (expert, ranks) in sharing.ranks_of.items():
-            assert ranks == [rank for rank in range(comm.size) if (layer, expert) in of_ranks[rank]]
-            expected = sum(of_ranks[rank][layer, expert] for rank in ranks)
-            assert np.array_equal(layers[layer].experts.replicas[slot].up.grad, expected)
+        optimizer.sum_gradients()
+        for copy in sharing.copies():
+            which = copy.layer, copy.expert
+            assert copy.ranks == tuple(rank for rank in range(comm.size) if which in of_ranks[rank])
+            expected = sum(of_ranks[rank][which] for rank in copy.ranks)
+            assert np.array_equal(layers[copy.layer].experts.replicas[copy.slot].up.grad, expected)
 
         # Each expert of each layer has one owner.
-        owned = [(layer, sharing.ranks_of[layer, slot][0]) for layer, slot in sharing.ranks_of
-                 if sharing.owns(layer, slot)]  # fmt: skip
+        owned = [(c.layer, c.expert) for c in sharing.copies() if sharing.owns(c.layer, c.slot)]
         assert sorted(sum(gather_to_all(comm, owned), [])) == [(layer, e) for layer in range(2) for e in range(2)]
-        assert comm.size == 1 or any(len(ranks) > 1 for _, ranks in sharing.ranks_of.values())
+        assert comm.size == 1 or any(len(copy.ranks) > 1 for copy in sharing.copies())
+
+
+GROUPS = {"model__num_experts": 2, "cluster__replicate": True, "cluster__spare_slots_per_rank": 2}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", ["serial", "overlap", "arrival"])
+def test_sums_beside_the_backward_pass_are_those_after_it(comm, shared, schedule):
+    """Buckets of 200 bytes, of 4 MB and none at all, with copies and, where ranks are even, two groups of them."""
+    norms, gradients, early = [], [], []
+    changes = GROUPS | {"cluster__data_parallel": 2 - comm.size % 2, "pipeline__schedule": schedule}
+    for bucket_bytes in (0, 200, 4_000_000):
+        changes |= {"train__bucket_bytes": bucket_bytes, "pipeline__deterministic": schedule != "arrival"}
+        with open_small_job(comm, shared, **changes) as (job, optimizer, state):
+            optimizer.zero_gradients()
+            job.stepper.run(job.training, np.arange(14), np.ones((2, 2)), "train")
+            early.append(len(optimizer.sums.left))
+            optimizer.sum_gradients()
+            norms.append(optimizer.global_norm())
+            gradients.append(gather_logical(comm, state, lambda p: p.grad))  # copies agree bit for bit
+    assert early == [6, 0, 0]  # head, two layers' dense parts and experts, embedding
+    assert norms == pytest.approx(norms[:1] * 3, rel=1e-6)
+    for name, gradient in gradients[0].items():
+        assert all(torch.allclose(other[name], gradient, rtol=1e-4, atol=1e-7) for other in gradients[1:]), name
+
+
+@pytest.mark.mpi
+def test_a_sharded_optimizer_takes_the_same_steps(comm, shared):
+    """Whoever steps a row does it as everybody would: bit for bit, on all ranks."""
+    after = []
+    for shard in (False, True):
+        with open_small_job(comm, shared, train__shard_optimizer=shard, experts__bias=True) as (job, optimizer, state):
+            for number in (1, 2, 3):
+                optimizer.zero_gradients()
+                job.stepper.run(job.training, np.arange(14) * number, np.ones((2, 4)), "train")
+                optimizer.step(number)
+            after.append(gather_logical(comm, state, lambda p: p.data))
+            held = sum(entry["exp_avg"].numel() for entry in optimizer.adamw.state.values())
+            everything = sum(p.numel() for p in job.stepper.network.parameters())
+            assert held < everything if shard and comm.size > 1 else held == everything
+    assert all(torch.equal(after[1][name], weights) for name, weights in after[0].items())
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5)), max_size=6), st.integers(1, 9))
+def test_shares_of_rows_hold_each_row_once_and_differ_by_a_row(shapes, num_shares):
+    parameters = [torch.zeros(rows, columns) if columns else torch.zeros(rows) for rows, columns in shapes]
+    shares = [cut_rows(parameters, index, num_shares) for index in range(num_shares)]
+    numbers = {id(p): index for index, p in enumerate(parameters)}
+    taken = [(numbers[id(p)], row) for share in shares for p, first, end in share for row in range(first, end)]
+    assert taken == [(index, row) for index, p in enumerate(parameters) for row in range(len(p))]
+    sizes = [sum(p[first:end].numel() for p, first, end in share) for share in shares]
+    assert all(abs(size - sum(sizes) / num_shares) <= 6 for size in sizes)
 
 
 def fill_gradients(optimizer, value):
     optimizer.zero_gradients()
-    for gradients in (optimizer.dense, optimizer.expert):
+    for gradients in (optimizer.dense, optimizer.shared):
         gradients.flat.fill_(value)
 
 

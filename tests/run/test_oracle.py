@@ -5,7 +5,9 @@ import oracle
 import pytest
 import torch
 from against_oracle import check_against_oracle, whole_batches
-from small import gather_logical, open_small_job
+from small import Notes, gather_logical, open_small_job
+
+from hpcmoe.run.train import train
 
 CASES = {
     "plain": {},
@@ -23,7 +25,26 @@ CASES = {
     "three in flight": {"pipeline__in_flight": 3},
     "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 3},
     "contiguous": {"cluster__placement": "contiguous", "model__num_experts": 5},
+    "biases, capacity": {"bias": 1.0, "dispatch__capacity_factor": 0.8},
 }
+
+# What evens the load; each alone, and all at once.
+OFF = {
+    "dispatch__load_feedback": 0.0, "dispatch__aux_loss_weight": 0.0, "dispatch__z_loss_weight": 0.0,
+    "model__num_experts": 4,
+}  # fmt: skip
+MECHANISMS = {
+    "none": {},
+    "feedback on selection": {"dispatch__load_feedback": 0.3},
+    "feedback on both": {"dispatch__load_feedback": 0.3, "dispatch__load_feedback_on": "both"},
+    "auxiliary loss": {"dispatch__aux_loss_weight": 0.5},
+    "z-loss": {"dispatch__z_loss_weight": 0.1},
+    "bias": {"bias": 1.0},
+    "all at once": {
+        "bias": 1.0, "dispatch__load_feedback": 0.3, "dispatch__load_feedback_on": "both",
+        "dispatch__aux_loss_weight": 0.5, "dispatch__z_loss_weight": 0.1,
+    },
+}  # fmt: skip
 
 # How rows travel, and in which order they are worked on.
 MESSAGES = {"comm__shared_memory": False}
@@ -67,6 +88,47 @@ MIXTURES = {
 @pytest.mark.parametrize("case", CASES)
 def test_step_equals_the_oracle(comm, shared, case):
     check_against_oracle(comm, shared, **CASES[case])
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_every_way_to_balance_equals_the_oracle(comm, shared, mechanism, renormalize):
+    check_against_oracle(comm, shared, **OFF | MECHANISMS[mechanism], dispatch__renormalize=renormalize)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_training_balanced_in_every_way_equals_the_oracle(comm, shared, mechanism):
+    """Four steps, each under the load and the biases that the steps before it have made, by their definitions."""
+    changes = OFF | MECHANISMS[mechanism] | {"train__clip_norm": 0.0, "dispatch__load_window_steps": 2}
+    speed = changes["dispatch__bias_update_speed"] = 0.3 * bool(changes.pop("bias", 0))
+    notes = Notes()
+    with open_small_job(comm, shared, run__steps=4, train__validate_every=0, **changes) as (job, optimizer, state):
+        weights = {name: w.requires_grad_() for name, w in gather_logical(comm, state, lambda p: p.data).items()}
+        whole = [whole_batches(job, step)[1:] for step in range(1, 5)]
+        train(job, notes, optimizer, (0, np.ones((2, 4))), lambda *state: None)
+    adamw = oracle_adamw(weights, job.config.train)
+    load, bias = torch.ones(2, 4), torch.zeros(2, 4)
+    for step, (batches, groups) in enumerate(whole, 1):
+        adamw.zero_grad()
+        total, entropy, _ = oracle.loss_of(weights, job.config, batches, load, groups, bias)
+        total.backward()
+        adamw.param_groups[0]["lr"] = adamw.param_groups[1]["lr"] = job.config.train.learning_rate * step / 20
+        adamw.step()
+        assert notes.values["train/loss"][step] == pytest.approx(entropy.item(), rel=1e-5)
+        tokens = torch.tensor(notes.values["experts/utilisation"][step]) * 14 * 5 * 2 / 4
+        load = (load + tokens / tokens.mean(dim=1, keepdim=True)).float() / 2
+        bias = bias - speed * torch.sign(tokens - tokens.mean(dim=1, keepdim=True)).float()
+    assert bool(bias.any()) == (mechanism in ("bias", "all at once"))
+
+
+def oracle_adamw(weights, train):
+    """Make torch's AdamW over the oracle's weights; norms are not decayed."""
+    norms = [w for name, w in weights.items() if "norm" in name]
+    others = [w for name, w in weights.items() if "norm" not in name]
+    groups = [{"params": others, "weight_decay": train.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.epsilon)
 
 
 @pytest.mark.mpi

@@ -1,5 +1,6 @@
 """A person sees a bar on a terminal, about forty lines in a file, and nothing of ranks other than 0."""
 
+import dataclasses
 import fcntl
 import io
 import logging
@@ -25,7 +26,8 @@ OUTCOME = SimpleNamespace(
 )
 READING = Reading(
     seconds=0.5, seconds_of_stage=dict.fromkeys(STAGES, 0.0) | {"route": 0.012, "optimizer": 0.034},
-    links=Links(count=2, mean=10.0, sigma=0.1234), num_tokens=500,
+    links=Links(count=2, mean=10.0, sigma=0.1234), link_sigma_of_layer=np.array([0.2, 0.31]),
+    balancedness=0.754, balancedness_of_layer=np.array([0.7, 0.81]), num_tokens=500,
 )  # fmt: skip
 
 
@@ -44,15 +46,14 @@ def log(caplog):
 
 def test_a_steps_line_holds_its_figures():
     assert describe(OUTCOME, READING) == (
-        "loss 2.3457, 1000 tokens/s, U_e 0.50-1.50, sigma 0.123, dropped 7, ms: route 12 optimizer 34"
+        "loss 2.3457, 1000 tokens/s, U_e 0.50-1.50, balancedness 0.75, sigma 0.123; "
+        "by layer balancedness 0.70-0.81, sigma 0.20-0.31; dropped 7, ms: route 12 optimizer 34"
     )
 
 
 def test_inference_has_neither_loss_nor_optimizer():
     outcome = SimpleNamespace(loss=None, census=OUTCOME.census)
-    reading = Reading(
-        seconds=0.5, seconds_of_stage=dict.fromkeys(STAGES, 0.0), links=READING.links, num_tokens=500
-    )  # fmt: skip
+    reading = dataclasses.replace(READING, seconds_of_stage=dict.fromkeys(STAGES, 0.0))
     assert describe(outcome, reading).startswith("1000 tokens/s") and "optimizer" not in describe(outcome, reading)
 
 

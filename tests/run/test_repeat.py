@@ -20,6 +20,7 @@ MODES = {
     "once a node": NODES | {"comm__once_per_node": "on", "comm__pool_bytes": 5000, "experts__gemm_rows": 9},
     "replicas": NODES | {"cluster__replicate": True, "cluster__spare_slots_per_rank": 2},
     "bfloat16": NODES | {"model__dtype": "bfloat16"},
+    "small buckets": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 2, "train__bucket_bytes": 100},
 }
 
 
@@ -41,6 +42,7 @@ def run_steps(comm, folder, seed, monkeypatch, **changes):
             starts = draw_starts(len(job.training), count, length, config.run.seed, step)
             optimizer.zero_gradients()
             outcome = job.stepper.run(job.training, starts, load, "train")
+            optimizer.sum_gradients()
             values += [p.grad.clone() for p in job.stepper.network.parameters() if p.grad is not None]
             optimizer.step(step)
             values += [p.detach().clone() for p in job.stepper.network.parameters()] + [torch.tensor(outcome.loss)]

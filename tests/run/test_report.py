@@ -2,14 +2,15 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from small import Notes, open_small_job
 
 from hpcmoe.run.infer import infer
-from hpcmoe.run.report import format_bytes, make_table, sum_up
-from hpcmoe.run.train import train
+from hpcmoe.run.report import format_bytes, make_table, rows_of_layers, sum_up, tell_floors
+from hpcmoe.run.train import train, train_step
 from hpcmoe.wait import broadcast
 
 STEPS, TOKENS = 3, 14 * 5
@@ -28,7 +29,7 @@ def run_job(comm, folder, **changes):
             losses = infer(job, notes, load, lambda *state: None) or {}
         else:
             losses = train(job, notes, optimizer, (0, load), lambda *state: None)
-        totals = sum_up(job, optimizer, losses)
+        totals = sum_up(job, optimizer, losses, 0)
         totals = dataclasses.replace(totals, bytes_of_link=broadcast(comm, totals.bytes_of_link))
         return job, totals, make_table(job, totals), notes.values
 
@@ -64,7 +65,12 @@ def test_totals_are_means_and_sums_of_the_steps(comm, shared):
     job, totals, _, values = run_job(comm, shared, dispatch__capacity_factor=0.7, model__num_experts=2 * comm.size)
     steps = range(1, STEPS + 1)
     assert np.allclose(totals.utilisation, np.mean([values["experts/utilisation"][step] for step in steps], axis=0))
-    assert totals.link_sigma == pytest.approx(np.mean([values["dispatch/link_sigma"][step] for step in steps]))
+    for chapter, name in (
+        ("dispatch", "link_sigma"), ("dispatch", "link_sigma_of_layer"),
+        ("experts", "balancedness"), ("experts", "balancedness_of_layer"),
+    ):  # fmt: skip
+        mean = np.mean([values[f"{chapter}/{name}"][step] for step in steps], axis=0)
+        assert getattr(totals, name) == pytest.approx(mean), name
     assert totals.num_dropped == sum(values["dispatch/dropped"][step] for step in steps) > 0
     assert totals.seconds == pytest.approx(sum(values["run/seconds"][step] for step in steps))
     assert sum(totals.seconds_of_stage.values()) <= totals.seconds * 1.5
@@ -82,6 +88,12 @@ def test_the_table_shows_the_totals(comm, shared):
     assert figure(table, "time per step") == [round(1e3 * totals.seconds / STEPS, 1)]
     busy = totals.utilisation
     assert figure(table, "expert utilisation U_e") == [round(busy.min(), 2), round(busy.max(), 2)]
+    assert figure(table, "balancedness of ranks") == [round(totals.balancedness, 3)]
+    assert totals.link_sigma_floor < totals.link_sigma_floor_of_layer.min() or comm.size == 1
+    for layer in range(2):
+        expected = [busy[layer].min(), busy[layer].max(), totals.balancedness_of_layer[layer]]
+        sigmas = [totals.link_sigma_of_layer[layer], totals.link_sigma_floor_of_layer[layer]]
+        assert figure(table, f"{layer} ") == pytest.approx(expected + sigmas, abs=5.1e-3)
     assert figure(table, "copies dropped") == [0]
     assert "in optimizer" in table and "in route" in table
     if comm.size > 1:
@@ -106,6 +118,19 @@ def test_links_between_nodes_have_rows_of_their_own(comm, shared):
     assert figure(table, "n0 -> n1")[0] == figure(table, "n1 -> n0")[0] == round(between / 1e6, 2)
 
 
+def test_of_many_layers_those_are_shown_that_kept_ranks_busy_least():
+    of_layer = np.random.default_rng(0).random(20)
+    totals = SimpleNamespace(
+        utilisation=np.ones((20, 4)), balancedness_of_layer=of_layer, link_sigma_of_layer=of_layer,
+        link_sigma_floor_of_layer=of_layer,
+    )  # fmt: skip
+    rows = rows_of_layers(totals)
+    shown = [int(row[0]) for row in rows]
+    assert len(shown) == 8 and shown == sorted(shown)
+    assert of_layer[shown].max() < np.delete(of_layer, shown).min()
+    assert [row[2] for row in rows] == [f"{value:.3f}" for value in of_layer[shown]]
+
+
 @pytest.mark.mpi
 def test_memory_is_shown_as_computed_and_as_measured(comm, shared):
     job, totals, table, _ = run_job(comm, shared)
@@ -114,6 +139,17 @@ def test_memory_is_shown_as_computed_and_as_measured(comm, shared):
             round(getattr(memory, name) / 1e6, 3) for memory in (job.memory, totals.measured)
         ]
     assert figure(table, "resident set")[0] > 10
+
+
+@pytest.mark.mpi
+def test_the_log_tells_the_floors_before_a_step_is_taken(comm, shared):
+    with open_small_job(comm, shared) as (job, optimizer, _):
+        line = tell_floors(job)
+        train_step(job, optimizer, np.ones((2, 4)), 1)
+        job.meter.read(job.stepper.run(job.training, np.arange(14), np.ones((2, 4)), "train"))
+        totals = sum_up(job, optimizer, {}, 0)
+    least, most = totals.link_sigma_floor_of_layer.min(), totals.link_sigma_floor_of_layer.max()
+    assert f": {totals.link_sigma_floor:.3f} a step, {least:.3f}-{most:.3f} a layer" in line
 
 
 def test_bytes_are_shown_in_megabytes():

@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from small import gather_logical, gather_pieces, open_small_job
 
+from hpcmoe.run.balance import read_biases, write_biases
 from hpcmoe.run.data import draw_starts
+from hpcmoe.run.state import BIAS, LOAD
+from hpcmoe.wait import gather_to_all
 
 SHAPES = {
     "one group": {},
@@ -14,6 +18,8 @@ SHAPES = {
     "tensor": {"cluster__tensor_parallel": 2, "experts__bias": True},
     "data": {"cluster__data_parallel": 2},
     "both": {"cluster__tensor_parallel": 2, "cluster__data_parallel": 2},
+    "sharded": {"train__shard_optimizer": True, "experts__bias": True},
+    "sharded, data": {"train__shard_optimizer": True, "cluster__data_parallel": 2},
 }
 
 
@@ -35,6 +41,14 @@ def take_steps(job, optimizer, numbers):
         optimizer.step(number)
 
 
+def moment_of(comm, optimizer, parameter, name):
+    """A moment of a whole parameter, whoever has it. Collective for dense parameters: all ranks ask in one order."""
+    pieces = [(p.first, optimizer.adamw.state[p.rows][name].numpy()) for p in optimizer.pieces[parameter]]
+    if optimizer.train.shard_optimizer and any(parameter is dense for dense in optimizer.dense.parameters):
+        pieces = sorted(sum(gather_to_all(comm, pieces), []), key=lambda piece: piece[0])
+    return torch.from_numpy(np.concatenate([rows for _, rows in pieces]))
+
+
 def cut_out(arrays, wanted):
     """What a checkpoint would give for wanted()."""
     boxes = {(name, start): (start, extent) for name, _, start, extent, _ in wanted}
@@ -48,19 +62,22 @@ def cut_out(arrays, wanted):
 @pytest.mark.parametrize("name", SHAPES)
 def test_parts_tile_the_logical_arrays(comm, shared, name):
     with open_small_job(comm, shared, **shape_for(comm, name)) as (job, optimizer, state):
-        load = np.random.default_rng(0).random(state.load_shape)
+        load = np.random.default_rng(0).random(state.shared[LOAD][0])
         take_steps(job, optimizer, [1])
-        saved = gather_pieces(comm, state, load)
+        biases = np.random.default_rng(1).random(state.shared[BIAS][0]).astype(np.float32)
+        write_biases(job.stepper.network.layers, biases)
+        saved = gather_pieces(comm, state, {LOAD: load})
         for kind, array_of in (
             ("value", lambda p: p.data),
-            ("first_moment", lambda p: optimizer.adamw.state[p]["exp_avg"]),
-            ("second_moment", lambda p: optimizer.adamw.state[p]["exp_avg_sq"]),
+            ("first_moment", lambda p: moment_of(comm, optimizer, p, "exp_avg")),
+            ("second_moment", lambda p: moment_of(comm, optimizer, p, "exp_avg_sq")),
         ):
             held = gather_logical(comm, state, array_of)
             for array, values in held.items():
                 assert np.array_equal(saved.pop(f"{array}/{kind}"), values), array
                 assert values.any() or array.endswith("_bias")
-        assert np.array_equal(saved.pop("balance/load"), load) and saved == {}
+        assert np.array_equal(saved.pop("balance/load"), load)
+        assert np.array_equal(saved.pop("balance/bias"), biases) and saved == {}
 
 
 @pytest.mark.mpi
@@ -73,13 +90,16 @@ def test_a_state_taken_up_on_other_ranks_is_the_same_and_trains_on_alike(comm, s
     (shared / str(comm.rank)).mkdir()
     with open_small_job(comm, shared, **changes) as (job, optimizer, state):
         take_steps(job, optimizer, [1, 2])
-        load = np.random.default_rng(0).random(state.load_shape)
-        saved = gather_pieces(comm, state, load)
+        biases = np.random.default_rng(1).normal(size=state.shared[BIAS][0]).astype(np.float32)
+        write_biases(job.stepper.network.layers, biases)
+        load = np.random.default_rng(0).random(state.shared[LOAD][0])
+        saved = gather_pieces(comm, state, {LOAD: load})
         take_steps(job, optimizer, [3])
         expected = gather_logical(comm, state, lambda p: p.data)
     with open_small_job(alone, shared / str(comm.rank), run__seed=5, **model) as (job, optimizer, state):
-        assert np.array_equal(state.restore(cut_out(saved, state.wanted()), 2), load)
-        again = gather_pieces(alone, state, load)
+        assert np.array_equal(state.restore(cut_out(saved, state.wanted()), 2)[LOAD], load)
+        assert np.array_equal(read_biases(job.stepper.network.layers), biases)
+        again = gather_pieces(alone, state, {LOAD: load})
         assert again.keys() == saved.keys()
         assert all(np.array_equal(again[array], values) for array, values in saved.items())
         take_steps(job, optimizer, [3])
@@ -94,10 +114,10 @@ def test_a_state_saved_alone_is_taken_up_by_all(comm, shared):
     (shared / str(comm.rank)).mkdir()
     with open_small_job(alone, shared / str(comm.rank)) as (job, optimizer, state):
         take_steps(job, optimizer, [1])
-        saved = gather_pieces(alone, state, np.ones(state.load_shape))
+        saved = gather_pieces(alone, state, {LOAD: np.ones((2, 4))})
     with open_small_job(comm, shared, run__seed=5) as (job, optimizer, state):
         state.restore(cut_out(saved, state.wanted()), 1)
-        again = gather_pieces(comm, state, np.ones(state.load_shape))
+        again = gather_pieces(comm, state, {LOAD: np.ones((2, 4))})
         assert all(np.array_equal(again[array], values) for array, values in saved.items())
         assert {entry["step"].item() for entry in optimizer.adamw.state.values()} == {1.0}
     alone.Free()
@@ -107,8 +127,9 @@ def test_a_state_saved_alone_is_taken_up_by_all(comm, shared):
 def test_without_an_optimizer_parameters_alone_are_wanted(comm, shared):
     with open_small_job(comm, shared, run__mode="infer") as (_, _, state):
         names = [name for name, *_ in state.wanted()]
-        assert names[-1] == "balance/load" and all(name.endswith("/value") for name in names[:-1])
-        assert {name for name, *_ in state.collect(None)} <= set(names)
+        assert names[-2:] == ["balance/load", "balance/bias"]
+        assert all(name.endswith("/value") for name in names[:-2])
+        assert {name for name, *_ in state.collect({})} <= set(names)
 
 
 @pytest.mark.mpi

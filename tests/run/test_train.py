@@ -7,7 +7,9 @@ import pytest
 from small import Notes, open_small_job
 
 from hpcmoe.errors import TrainingError
+from hpcmoe.run.balance import read_biases
 from hpcmoe.run.train import check_finite, is_due, train, train_step, validate
+from hpcmoe.wait import gather_to_all
 
 REPETITIVE = b"the quick brown fox. " * 200
 QUICK = {
@@ -40,7 +42,10 @@ def test_every_step_is_recorded_once_and_saved(comm, shared):
     assert per_step >= {
         "train/loss", "train/gradient_norm", "run/tokens_per_second", "run/seconds", "run/seconds_optimizer",
         "dispatch/link_sigma", "dispatch/dropped", "dispatch/aux_loss", "experts/utilisation",
+        "dispatch/link_sigma_of_layer", "experts/balancedness", "experts/balancedness_of_layer",
     }  # fmt: skip
+    assert np.shape(values["experts/utilisation"][1]) == (2, 4)  # U_e of every expert
+    assert np.shape(values["dispatch/link_sigma_of_layer"][1]) == (2,)
     assert list(values["train/validation_loss"]) == [0, 4, 8, 12]
     assert [values["train/validation_loss"][step] for step in (0, 12)] == list(losses.values())
     assert [step for step, _, _ in saved] == list(range(1, 13))
@@ -55,6 +60,18 @@ def test_what_was_measured_acts_on_the_next_step(comm, shared):
         load = (load + values["experts/utilisation"][step]) / 2
         assert np.allclose(saved_load, load)
     assert not np.allclose(load, 1)
+
+
+@pytest.mark.mpi
+def test_biases_move_against_each_steps_load_on_all_ranks_alike(comm, shared):
+    notes, speed = Notes(), 0.125
+    changes = QUICK | {"run__steps": 5, "dispatch__bias_update_speed": speed}
+    with open_small_job(comm, shared, **changes) as (job, optimizer, _):
+        train(job, notes, optimizer, (0, np.ones((2, 4))), lambda *state: None)
+        biases = gather_to_all(comm, read_biases(job.stepper.network.layers))
+    busy = np.array(list(notes.values["experts/utilisation"].values()))  # [steps, L, E]
+    assert np.array_equal(biases[0], -speed * np.sign(busy - 1).sum(axis=0)) and biases[0].any()
+    assert all(np.array_equal(bias, biases[0]) for bias in biases)
 
 
 @pytest.mark.mpi

@@ -8,19 +8,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mpi4py import MPI
 from small import make_config, make_topology
 
 from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.dispatch.sizes import FEW_ROWS
 from hpcmoe.run.data import share_of
-from hpcmoe.run.ways import choose_once, describe_ways, find_routes, fold_nodes, reckon_sizes
+from hpcmoe.run.ways import choose_once, describe_ways, find_routes, reckon_sizes
 from hpcmoe.wait import gather_to_all
 
 
 def reckon(config, num_ranks, num_nodes=1, once=False):
     """Sizes of a run on ranks dealt to nodes in blocks."""
-    mesh = SimpleNamespace(expert_parallel=num_ranks, num_token_shares=num_ranks)
+    mesh = SimpleNamespace(expert_parallel=num_ranks, tensor_parallel=1, num_token_shares=num_ranks)
     topology = make_topology(num_ranks, num_nodes)
     routes = make_routes(topology.node_of_rank, 0, 1, np.full((num_nodes, num_nodes), once))
     return reckon_sizes(config, topology, mesh, routes)
@@ -103,8 +102,8 @@ def test_a_token_goes_once_to_a_node_where_asked_or_where_the_link_is_slow_and_m
         bytes_per_second=np.array([[8e9, 4e9, 1e9], [1e9, 8e9, 1e9], [1e9, 1e9, 8e9]]),
         rack_of_node=np.array([0, 0, 1]),
     )
-    config = make_config(comm__once_per_node=key, model__top_k=top_k)
-    assert choose_once(config, topology, np.array([0, 0, 0, 1, 1, 2])).tolist() == once
+    config = make_config(comm__once_per_node=key)
+    assert choose_once(config, topology, np.array([0, 0, 0, 1, 1, 2]), top_k).tolist() == once
 
 
 def test_what_messages_take_is_announced():
@@ -118,22 +117,22 @@ def test_what_messages_take_is_announced():
     assert len(describe_ways(reckon(config, 4), make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))) == 1
 
 
-def test_mates_share_a_node_in_all_groups_of_a_tensor_parallel_run():
-    """Six ranks on two nodes of three, two to an expert: the shards' groups lie [0, 0, 1] and [0, 1, 1]."""
-    nodes = [np.array([0, 0, 1]), np.array([0, 1, 1])]
-    once = [np.not_equal.outer(of, of) for of in nodes]
-    folded, of_all = fold_nodes(list(zip(nodes, once, strict=True)))
-    assert folded.tolist() == [0, 1, 2]
-    assert of_all.tolist() == [[False, False, True], [False, False, False], [True, False, False]]
-    alone, same = fold_nodes([(np.array([3, 3, 1]), np.zeros((3, 3), bool))])
-    assert alone.tolist() == [1, 1, 0] and not same.any()
+def test_each_shard_of_an_expert_gets_a_copy_of_its_own():
+    """Four ranks, two to an expert: each token has 2 experts x 2 shards, and a rank gets all rows of its experts."""
+    config = make_config(model__num_experts=1, model__top_k=1)
+    mesh = SimpleNamespace(expert_parallel=2, tensor_parallel=2, num_token_shares=4)
+    sizes = reckon_sizes(config, make_topology(4), mesh, make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))
+    assert (sizes.tokens, sizes.top_k, sizes.expert_rows) == (10, 2, 10 * 4)
+    two = make_config(model__top_k=2)
+    sizes = reckon_sizes(two, make_topology(4), mesh, make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))
+    assert (sizes.top_k, sizes.expert_rows) == (4, 10 * 4)  # half of 4 x 10 x 2 copies
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_ranks_of_a_node_are_mates_unless_the_key_forbids(comm, shared_memory):
     config = make_config(comm__shared_memory=shared_memory)
-    mesh = SimpleNamespace(ep=comm, world=comm, tp=MPI.COMM_SELF)
+    mesh = SimpleNamespace(group=comm, world=comm, tensor_parallel=1)
     routes = find_routes(config, make_topology(comm.size, min(2, comm.size)), mesh, 1)
     nodes = np.arange(comm.size) * min(2, comm.size) // comm.size
     own = np.flatnonzero(nodes == nodes[comm.rank]) if shared_memory else [comm.rank]

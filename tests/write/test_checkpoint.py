@@ -59,7 +59,7 @@ def test_saving_a_step_again_replaces_it(comm, tmp_path):
     save(comm, tmp_path, 5)
     (tmp_path / "checkpoint-5" / "old").write_text("")
     save(comm, tmp_path, 5)
-    assert names(tmp_path / "checkpoint-5") == ["master.h5", "rank0000.h5"]
+    assert names(tmp_path / "checkpoint-5") == ["SHA256SUMS", "master.h5", "rank0000.h5"]
     assert load(comm, tmp_path / "checkpoint-5", 1) == 5
 
 
@@ -78,7 +78,7 @@ def test_unfinished_checkpoints_are_ignored_then_removed(comm, tmp_path):
     assert find_checkpoint(comm, tmp_path) == tmp_path / "checkpoint-1"
     save(comm, tmp_path, 2)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-seven"]
-    assert names(tmp_path / "checkpoint-2") == ["master.h5", "rank0000.h5"]
+    assert names(tmp_path / "checkpoint-2") == ["SHA256SUMS", "master.h5", "rank0000.h5"]
 
 
 def test_find_takes_a_run_or_a_checkpoint(comm, tmp_path, monkeypatch):
@@ -145,7 +145,7 @@ def test_two_kept_and_one_file_a_rank(comm, shared):
         save(comm, shared, step)
     found = find_checkpoint(comm, shared)
     assert found == shared / "checkpoint-11" and names(shared) == ["checkpoint-10", "checkpoint-11"]
-    assert names(found) == ["master.h5", *(f"rank{rank:04d}.h5" for rank in range(comm.size))]
+    assert names(found) == ["SHA256SUMS", "master.h5", *(f"rank{rank:04d}.h5" for rank in range(comm.size))]
     assert load(comm, found, comm.size) == 11
 
 

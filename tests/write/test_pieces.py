@@ -221,7 +221,8 @@ def test_full_disk_wherever_it_strikes(comm, tmp_path, file_size_limit, num_byte
 def test_full_disk_as_the_master_is_written(comm, tmp_path, file_size_limit):
     with file_size_limit(100_000):
         message = fault_of(lambda: write_pieces(comm, tmp_path / "a", [], {"table": np.ones(1 << 16)}))
-    assert message == f"{tmp_path}/a.partial/master.h5: cannot be written: File too large"
+    path = tmp_path / "a.partial" / "master.h5"
+    assert message == f"[rank 0 of {comm.size}] {path}: cannot be written: File too large"
     assert not any(tmp_path.iterdir())
 
 
@@ -264,7 +265,7 @@ def test_experts_dealt_out_in_any_order(comm, shared):
 def test_rank_without_pieces_writes_no_file(comm, shared):
     last = comm.size - 1
     write_pieces(comm, shared / "a", [make_piece(everything(WHOLE))] if comm.rank == last else [], {})
-    assert sorted(path.name for path in (shared / "a").iterdir()) == ["master.h5", f"rank{last:04d}.h5"]
+    assert sorted(path.name for path in (shared / "a").iterdir()) == ["SHA256SUMS", "master.h5", f"rank{last:04d}.h5"]
     arrays, _ = read_pieces(comm, shared / "a", [make_part(split(2, comm.rank, comm.size))] if comm.rank == 0 else [])
     if comm.rank == 0:
         np.testing.assert_array_equal(arrays.popitem()[1], WHOLE[split(2, 0, comm.size)])
@@ -291,7 +292,8 @@ def test_all_ranks_learn_that_a_piece_is_missing(comm, shared):
     pieces = [make_piece(split(0, comm.rank, comm.size + 1))]
     message = fault_of(lambda: write_pieces(comm, shared / "a", pieces, {}))
     held = 60 * span(SHAPE[0], comm.size - 1, comm.size + 1)[1]
-    assert message == f"pieces of experts/layer0/w1 [7, 6, 10] hold {held} of 420 elements, 0 pieces twice"
+    rank = f"[rank 0 of {comm.size}]"
+    assert message == f"{rank} pieces of experts/layer0/w1 [7, 6, 10] hold {held} of 420 elements, 0 pieces twice"
     assert not any(shared.iterdir())
     on_all(comm, lambda: None)
 

@@ -1,0 +1,147 @@
+"""Checkpoints of the program itself: taken up at any shape, killed at random moments, damaged and refused."""
+
+import os
+import random
+import signal
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+from launch import MPIRUN, Running, mpirun
+from mpi4py import MPI
+from test_commands import main_command, rank_of, refuses, series, wait_for
+
+from hpcmoe.write.checkpoint import find_checkpoint, list_checkpoints
+
+MODEL = {
+    "model.num_experts": 10, "model.hidden": 32, "model.feed_forward": 48, "experts.kind": "swiglu",
+    "experts.bias": True, "write.asynchronous": True, "run.steps": 5, "write.checkpoint_every": 3,
+    "dispatch.load_window_steps": 3,
+}  # fmt: skip
+SHAPES = {
+    "data 1, expert 8, tensor 1": (8, {}),
+    "data 1, expert 3, tensor 1": (3, {}),
+    "data 4, expert 1, tensor 1": (4, {"data_parallel": 4}),
+    "data 1, expert 2, tensor 2, replicas": (
+        4, {"tensor_parallel": 2, "replicate": True, "spare_slots_per_rank": 2},
+    ),
+}  # fmt: skip
+KILLS = 3
+LONG_SECONDS = 300.0  # for a run on a busy machine
+
+
+def settings_of(cluster):
+    """The keys of a run at one parallel shape, as the command line takes them."""
+    settings = MODEL | {f"cluster.{key}": value for key, value in cluster.items()}
+    return {key: str(value).lower() for key, value in settings.items()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Run at data 2, expert 4, tensor 2, with replicas and experts that do not divide -> its output folder."""
+    folder = tmp_path_factory.mktemp("saved")
+    shape = {"data_parallel": 2, "tensor_parallel": 2, "replicate": True, "spare_slots_per_rank": 1}
+    ended = mpirun(16, *main_command(folder, settings_of(shape)), timeout_seconds=LONG_SECONDS)
+    assert ended.status == 0, ended
+    return folder
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_checkpoint_goes_on_at_any_other_shape(saved, shape, tmp_path):
+    ranks, cluster = SHAPES[shape]
+    checkpoint = saved / "run" / "checkpoint-3"
+    ended = mpirun(
+        ranks, *main_command(tmp_path, settings_of(cluster), "--resume", checkpoint), timeout_seconds=LONG_SECONDS
+    )
+    assert ended.status == 0, ended
+    for name in ("/train/loss", "/train/gradient_norm", "/train/validation_loss", "/dispatch/aux_loss"):
+        expected = {step: value for step, value in series(saved, name).items() if step > 3}
+        resumed = {step: value for step, value in series(tmp_path, name).items() if step > 3}
+        assert list(resumed) == list(expected) and expected
+        np.testing.assert_allclose(list(resumed.values()), list(expected.values()), rtol=2e-5)
+
+
+def test_other_data_is_told(saved, tmp_path):
+    settings = settings_of({}) | {"run.seed": 7}
+    ended = mpirun(
+        2, *main_command(tmp_path, settings, "--resume", saved / "run" / "checkpoint-3"), timeout_seconds=LONG_SECONDS
+    )
+    assert ended.status == 0, ended
+    assert "not those that would have come: [run] seed = 7, was 0" in ended.errors, ended
+
+
+def test_a_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(tmp_path):
+    settings = {"run.steps": 4, "write.checkpoint_every": 2}
+    assert mpirun(2, *main_command(tmp_path, settings), timeout_seconds=LONG_SECONDS).status == 0
+    path = tmp_path / "run" / "checkpoint-4" / "rank0001.h5"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+    longer = settings | {"run.steps": 6}
+    ended = mpirun(2, *main_command(tmp_path, longer, "--resume"), timeout_seconds=LONG_SECONDS)
+    option = f"--resume {tmp_path}/run/checkpoint-2"
+    refuses(
+        ended, f"{path} is altered: it does not match its checksum in SHA256SUMS; the one before it is there: {option}"
+    )
+    ended = mpirun(2, *main_command(tmp_path, longer, *option.split()), timeout_seconds=LONG_SECONDS)
+    assert ended.status == 0, ended
+    assert list(series(tmp_path, "/train/loss")) == [1, 2, 3, 4, 5, 6]
+    assert sorted(list_checkpoints(tmp_path / "run")) == [4, 6]
+    assert find_checkpoint(MPI.COMM_SELF, path.parent) == path.parent  # written anew
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_its_line(tmp_path, asynchronous):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-2.partial").write_text("in the way")
+    ended = mpirun(2, *main_command(tmp_path, {"write.asynchronous": asynchronous}), timeout_seconds=LONG_SECONDS)
+    assert ended.status == 2 and "Traceback" not in ended.errors, ended
+    (line,) = ended.lines("hpcmoe:")
+    assert f"{tmp_path}/run/checkpoint-2.partial: cannot be written: Not a directory" in line
+
+
+def test_a_rank_whose_files_may_not_grow_is_named(tmp_path):
+    settings = {"write.asynchronous": "true", "run.steps": 1000000, "train.validate_every": 0}
+    running = Running(MPIRUN, "-n", 2, sys.executable, *main_command(tmp_path, settings))
+    try:
+        wait_for(lambda: list_checkpoints(tmp_path / "run"), LONG_SECONDS)
+        victim = next(p for p in running.processes() if rank_of(p) == "1")
+        victim.rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))
+        ended = running.wait(LONG_SECONDS)
+    finally:
+        running.kill()
+    (line,) = ended.lines("hpcmoe:")
+    assert (
+        ended.status == 2 and "[rank 1 of 2] " in line and ".partial/rank0001.h5: cannot be written: File too" in line
+    )
+    assert find_checkpoint(MPI.COMM_SELF, tmp_path / "run").exists()
+
+
+def test_kills_at_random_moments_each_go_on_from_a_whole_checkpoint(tmp_path):
+    moments, newest = random.Random(3), 0
+    settings = {
+        "write.asynchronous": "true", "write.checkpoint_every": 1, "run.steps": 1000000, "model.hidden": 128,
+        "train.validate_every": 0,
+    }  # fmt: skip
+    for attempt in range(KILLS):
+        options = ["--resume"] if attempt else []
+        running = Running(MPIRUN, "-n", 2, sys.executable, *main_command(tmp_path, settings, *options))
+        try:
+            wait_for(lambda: max(list_checkpoints(tmp_path / "run"), default=0) > newest, LONG_SECONDS)  # noqa: B023
+            time.sleep(moments.uniform(0, 1))
+            victim = next(p for p in running.processes() if rank_of(p) == str(attempt % 2))
+            os.kill(victim.pid, signal.SIGKILL)
+            assert running.wait(LONG_SECONDS).status != 0
+        finally:
+            running.kill()
+        for path in list_checkpoints(tmp_path / "run").values():
+            assert find_checkpoint(MPI.COMM_SELF, path) == path
+        newest = max(list_checkpoints(tmp_path / "run"))
+    ended = mpirun(
+        3, *main_command(tmp_path, settings | {"run.steps": newest + 2}, "--resume"), timeout_seconds=LONG_SECONDS
+    )
+    assert ended.status == 0, ended
+    assert list(series(tmp_path, "/train/loss")) == list(range(1, newest + 3))
