@@ -4,6 +4,7 @@ AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2; clipping: Pas
 optimizer state sharded over the ranks: Rajbhandari et al. 2020 (arXiv:1910.02054), section 5.1.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,14 @@ class Piece:
     first: int
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's own, without the wrappers that keep torch's compiler out of it: these import the compiler, which takes
+    each rank two seconds of CPU."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 class Optimizer:
     """AdamW over this rank's parameters, dense and expert.
 
@@ -114,9 +123,7 @@ class Optimizer:
         groups = [{"params": [p for p in stepped if p.dim() > 1], "weight_decay": self.train.weight_decay},
                   {"params": [p for p in stepped if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
         betas = (self.train.beta1, self.train.beta2)
-        self.adamw = torch.optim.AdamW(
-            groups, lr=self.train.learning_rate, betas=betas, eps=self.train.epsilon, fused=True
-        )
+        self.adamw = AdamW(groups, lr=self.train.learning_rate, betas=betas, eps=self.train.epsilon, fused=True)
 
     def zero_gradients(self):
         """Start a step's sums from zero. Collective over all ranks."""

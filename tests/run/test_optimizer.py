@@ -1,5 +1,6 @@
 """Copies of an expert get the same gradient, the norm counts each parameter once, and clipping keeps its direction."""
 
+import sys
 import time
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from launch import run
 from small import gather_logical, open_small_job
 
 from hpcmoe.config import Train
-from hpcmoe.run.optimizer import FlatGradients, cut_rows, learning_rate_at
+from hpcmoe.run.optimizer import AdamW, FlatGradients, cut_rows, learning_rate_at
 from hpcmoe.run.sums import sum_over
 from hpcmoe.wait import gather_to_all
 
@@ -150,3 +152,19 @@ def test_only_matrices_decay_and_a_step_takes_the_learning_rate_of_its_number(co
     for name, weights in after.items():
         decayed = 1.0 if "norm" in name or name.endswith("_bias") else (1 - 0.05 * 0.5) * (1 - 0.1 * 0.5)
         assert torch.allclose(weights, torch.full_like(weights, decayed)), name
+
+
+def test_adamw_is_torchs_own_and_leaves_its_compiler_out():
+    found = []
+    for kind in (AdamW, torch.optim.AdamW):
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        optimizer = kind([parameter], lr=0.1, weight_decay=0.1, fused=True)
+        for step in range(1, 4):
+            parameter.grad = torch.full((3, 4), 0.3 * step)
+            optimizer.step()
+        found.append(parameter)
+    assert torch.equal(*found)
+
+    program = "import sys, torch; from hpcmoe.run.optimizer import AdamW; p = torch.nn.Parameter(torch.ones(2)); "
+    program += "p.grad = torch.ones(2); AdamW([p], fused=True).step(); print('torch._dynamo' in sys.modules)"
+    assert run(sys.executable, "-c", program).output == "False\n"
