@@ -44,6 +44,7 @@ def test_step_equals_the_oracle(comm, shared, monkeypatch, way, case):
     assert order.races == []
     if way == "nccl":
         assert order.nccl.num_groups >= 4 * 2 and set(order.nccl.ended) == {"destroyed"}
+        assert order.nccl.num_sums == (comm.size > 1)  # all dense gradients at once
 
 
 @pytest.mark.mpi
