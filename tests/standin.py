@@ -172,7 +172,7 @@ class Watching(TorchDispatchMode):
             info = argument.alias_info
             if info is None or info.is_write:  # else it is only looked at in another way
                 for tensor in value if isinstance(value, (list, tuple)) else [value]:
-                    if isinstance(tensor, torch.Tensor):
+                    if isinstance(tensor, torch.Tensor) and not tensor.is_mkldnn:  # which has no address
                         spread = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
                         num_bytes = spread * tensor.itemsize if tensor.numel() else 0
                         self.order.touch(self.order.current, tensor.data_ptr(), num_bytes, info is not None, tick)
