@@ -47,6 +47,8 @@ class Berth:
 class Exchange:
     """Carries the rows of one expert-parallel group for all layers and micro-batches."""
 
+    nccl = None  # sums gradients on GPUs
+
     def __init__(self, transport, window, device, clock, sizes, routes):
         self.transport, self.window, self.device, self.clock = transport, window, device, clock
         self.sizes, self.routes = sizes, routes
@@ -96,6 +98,13 @@ class Exchange:
     def is_idle(self):
         """Whether this rank has nothing left to do for others."""
         return not self.landings and all(ticket.done for berth in self.berths for ticket in berth.tickets)
+
+    def plan(self, routing, chooser):
+        """Choose a replica for each copy of a Routing, and find its way -> Plan."""
+        # Host waits for the device here: it must know where the tokens go.
+        experts, kept = routing.experts.cpu().numpy(), routing.kept.cpu().numpy()
+        slots = chooser.choose(experts)
+        return self.make_plan(slots, kept.repeat(slots.shape[1] // experts.shape[1], axis=1))
 
     def make_plan(self, slots, kept):
         """Find the way of each kept copy -> Plan: slots [T, K], kept [T, K] bool."""

@@ -38,12 +38,8 @@ class MoELayer(nn.Module):
         with self.exchange.clock.stage("dense"):
             flight.residual, flight.normed = self.dense(flight.x)
         flight.routing = self.router(flight.normed, load)
-
-        # Host waits for the device here: it must know where the tokens go.
-        experts, kept = flight.routing.experts.cpu().numpy(), flight.routing.kept.cpu().numpy()
-        slots = self.chooser.choose(experts)
-        num_shards = slots.shape[1] // experts.shape[1]  # a copy goes to all of its expert's
-        flight.plan = self.exchange.make_plan(slots, kept.repeat(num_shards, axis=1))
+        flight.plan = self.exchange.plan(flight.routing, self.chooser)
+        num_shards = flight.plan.top_k // flight.routing.gates.shape[1]  # a copy goes to all of its expert's
         flight.gates = flight.routing.gates.detach().repeat_interleave(num_shards, dim=1)
 
     def dispatch(self, flight):

@@ -6,6 +6,7 @@ import weakref
 
 import torch
 
+from hpcmoe.dispatch.device_exchange import DeviceSizes
 from hpcmoe.experts.shapes import MATRICES, reckon_expert
 from hpcmoe.gemm import count_copy_bytes
 from hpcmoe.run.room import FLOAT32, count_dense_parameters
@@ -67,7 +68,7 @@ def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
         gradients=experts + dense if training else 0,
         optimizer=2 * (experts + dense // num_shares) if training else 0,
         buffers=buffer_bytes,
-        copies=reckon_copies(config, tensor_parallel, slots),
+        copies=reckon_copies(config, tensor_parallel, slots, isinstance(sizes, DeviceSizes)),
         activations=reckon_activations(config, tensor_parallel, sizes) if training else reckon_passing(model, sizes),
         snapshot=3 * (experts + dense) if training and keeps_snapshot(config.write) else 0,
     )
@@ -78,13 +79,16 @@ def keeps_snapshot(write):
     return write.asynchronous and write.checkpoint_every > 0
 
 
-def reckon_copies(config, tensor_parallel, slots):
-    """Bytes of the experts' matrices as the host's products read them: cast in training, packed in inference."""
+def reckon_copies(config, tensor_parallel, slots, on_device):
+    """Bytes of the experts' matrices as products read them: cast in training, packed in inference on the host."""
     model, training, dtype = config.model, config.run.mode == "train", getattr(torch, config.model.dtype)
     numbers = len(MATRICES[config.experts.kind]) * model.hidden * model.feed_forward // tensor_parallel
-    return (
-        count_copy_bytes(dtype, torch.float32 if training else dtype, not training) * numbers * slots * model.num_layers
-    )
+    of_parameters = torch.float32 if training else dtype
+    if on_device:
+        each = 0 if dtype == of_parameters else dtype.itemsize
+    else:
+        each = count_copy_bytes(dtype, of_parameters, not training)
+    return each * numbers * slots * model.num_layers
 
 
 def reckon_activations(config, tensor_parallel, sizes):

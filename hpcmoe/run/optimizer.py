@@ -112,10 +112,7 @@ class Optimizer:
         self.network, self.train, self.mesh = network, config.train, mesh
         self.shared = SharedExperts(placement, mesh.ep, network.layers)
         self.dense = FlatGradients(network.dense_parts())
-        self.sums = GradientSums(
-            self.dense, self.shared, mesh, self.train.bucket_bytes, config.pipeline.micro_batches
-        )  # fmt: skip
-        network.sums = self.sums
+        self.sums = network.sums = GradientSums(self.dense, self.shared, network)
 
         self.pieces = {p: [Piece(rows=p, first=0)] for p in network.parameters()}
         if self.train.shard_optimizer:

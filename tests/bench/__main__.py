@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 import pytest
-from bench import balance, cost, exchange, layer, machine, overlap, peers, placement, sums
+from bench import balance, cost, exchange, gpu, layer, machine, overlap, peers, placement, sums
 
 BENCHES = {
     "layer": layer,
@@ -20,6 +20,7 @@ BENCHES = {
     "overlap": overlap,
     "balance": balance,
     "sums": sums,
+    "gpu": gpu,
 }
 FOLDER = pathlib.Path("out/bench")
 
