@@ -9,14 +9,13 @@ packing, transfer, experts, return and sum follow each other by events.
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
 from hpcmoe.comm.carrier import Leg
 from hpcmoe.comm.transport import HOMEWARD, Direction, Part
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan, tag_of, tag_of_counts
-from hpcmoe.dispatch.exchange import Traffic
+from hpcmoe.dispatch.exchange import no_traffic
 from hpcmoe.dispatch.sizes import round_rows
 
 ALIGNMENT = 16  # bytes; GEMMs and copies read no row faster than those that begin there
@@ -114,16 +113,11 @@ class DeviceExchange:
         self.num_slots = len(self.routes.place_of_slot)
         self.berths = [Berth(self.sizes, device) for _ in range(self.sizes.num_berths)]
         self.choosers = {}
-        self.traffic = self.no_traffic()
-
-    def no_traffic(self):
-        """Start counting -> Traffic."""
-        size = self.transport.size
-        return Traffic(copies={}, rows=np.zeros((len(Direction), size), np.int64))
+        self.traffic = no_traffic(self.transport.size)
 
     def take_traffic(self):
         """Return what was sent since the last call -> Traffic."""
-        traffic, self.traffic = self.traffic, self.no_traffic()
+        traffic, self.traffic = self.traffic, no_traffic(self.transport.size)
         return traffic
 
     def poke(self):

@@ -30,6 +30,11 @@ class Traffic:
     rows: np.ndarray  # [4, P] int64, by direction: through the window, or in parcels to who lands them
 
 
+def no_traffic(num_ranks):
+    """Start counting what goes to each of so many ranks -> Traffic."""
+    return Traffic(copies={}, rows=np.zeros((len(Direction), num_ranks), np.int64))
+
+
 class Berth:
     """Where one micro-batch in flight keeps its tokens and results, and the exchange that is under way there."""
 
@@ -58,16 +63,11 @@ class Exchange:
         self.hall = Hall(transport, window, routes, pools, sizes, self.tally)
         self.landings = []
         self.groups = group_peers(routes, sizes)
-        self.traffic = self.no_traffic()
-
-    def no_traffic(self):
-        """Start counting -> Traffic."""
-        size = self.transport.size
-        return Traffic(copies={}, rows=np.zeros((len(Direction), size), np.int64))
+        self.traffic = no_traffic(self.transport.size)
 
     def take_traffic(self):
         """Return what was sent since the last call -> Traffic."""
-        traffic, self.traffic = self.traffic, self.no_traffic()
+        traffic, self.traffic = self.traffic, no_traffic(self.transport.size)
         return traffic
 
     def poke(self):

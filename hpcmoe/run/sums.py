@@ -12,9 +12,8 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.comm.mpi import start_all_reduce
+from hpcmoe.run.room import FLOAT32
 from hpcmoe.wait import Patience
-
-FLOAT32 = 4  # bytes
 
 
 class GradientSums:
