@@ -10,7 +10,10 @@ make test         all tests: serial, then under mpirun at 1, 2, 3 and 4 ranks
 make test-serial  the tests that need no mpirun, and those that start their own
 make test-3       the MPI tests at 3 ranks; any number
 make bench        layers against their floor, the exchange against MPI, and what placement gains (that one needs root);
-                  ARGS="layer exchange cost peers placement moving overlap balance sums": which of them
+                  ARGS="layer exchange cost peers placement moving overlap balance sums gpu": which of them
+make test-gpu     the tests that need a GPU, at 1, 2 and 4 ranks: on one GPU if there is but one
+make bench-gpu    experts, packing and transfers of a GPU against dense products and copies, and a profile
+make check        what this machine has for MPI, NCCL and GPUs, tried on RANKS ranks: RANKS=2
 make bench-peers  hpcmoe's layer beside DeepSpeed's, Megatron-Core's and others', in an environment of their own
 make lint         ruff, over everything
 make clean        remove the environments and caches
@@ -44,7 +47,7 @@ export PRTE_MCA_hwloc_default_binding_policy = none
 endif
 
 .NOTPARALLEL:
-.PHONY: help run test test-serial bench bench-peers lint clean mpirun-of-mpich mpirun-of-openmpi mpirun-of-system
+.PHONY: help run test test-serial test-gpu bench bench-gpu bench-peers check lint clean mpirun-of-mpich mpirun-of-openmpi mpirun-of-system
 help:
 	@:$(info $(USAGE))
 
@@ -65,12 +68,28 @@ bench: $(VENV)/ready
 bench-peers: .venv-peers/ready
 	PYTHONPATH=tests .venv-peers/bin/python -m bench peers
 
+# One GPU may serve several ranks, where NCCL is told so.
+test-gpu bench-gpu: export NCCL_MULTI_RANK_GPU_ENABLE = 1
+test-gpu: $(VENV)/gpu-ready
+	python -m pytest -m "gpu and not mpi" $(ARGS)
+	for ranks in 1 2 4; do mpirun -n $$ranks python -m pytest --with-mpi -m "gpu and mpi" $(ARGS) || exit; done
+
+bench-gpu: $(VENV)/gpu-ready
+	PYTHONPATH=tests python -m bench gpu
+
+check: $(VENV)/ready
+	mpirun -n $(RANKS) python -m hpcmoe.check
+
 lint: $(VENV)/ready
 	ruff check && ruff format --check
 
 $(VENV)/ready: setup.cfg constraints.txt | $(VENV)/bin/python mpirun-of-$(MPI)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test$(extra_of_$(MPI))]"
 	$(VENV)/bin/python -c 'from hpcmoe.placement.warm import compile_all; compile_all()' # once, for all runs
+	touch $@
+
+$(VENV)/gpu-ready: $(VENV)/ready
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[gpu]"
 	touch $@
 
 .venv-peers/ready: setup.cfg constraints.txt tests/bench/peers.txt | .venv-peers/bin/python

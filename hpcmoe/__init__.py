@@ -14,6 +14,7 @@ The chapters in the order in which they may import each other, which is the orde
     write/                what is kept: records, activations, checkpoints
     main                  the program on one page
     place, tables, plot   placement by itself: the command, what it shows, its picture
+    check                 what there is to run on, told and tried
 
 The path of a token:
 

@@ -98,6 +98,8 @@ class Comm:
     """What carries bytes."""
 
     device: Literal["auto", "host", "cuda"] = "auto"
+    transport: Literal["auto", "nccl", "mpi"] = "auto"
+    buffers: Literal["auto", "direct", "staged"] = "auto"
     shared_memory: bool = True
     once_per_node: Literal["auto", "on", "racks", "off"] = "auto"
     message_rows: CountOrNone = 0

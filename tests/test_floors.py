@@ -20,7 +20,7 @@ WRITE_MAY_IMPORT = {"wait", "errors", "config", "cluster", "placement", "write"}
 PACKAGE = ROOT / "hpcmoe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 SEAMS = {
-    r"\bcupy\b|\btorch\.cuda\b": {"comm/device.py", "comm/nccl.py"},
+    r"\bimport cupy\b|\bfrom cupy\b|\btorch\.cuda\b": {"comm/cuda.py", "comm/nccl.py"},
     r"\bSLURM_": {"cluster/topology.py"},
     r"\bos\.environ\b|\bos\.getenv\b": {"cluster/topology.py"},
     r"(?<!')\bh5py\b": {"write/"},

@@ -66,12 +66,27 @@ def compare(topology):
     yield topology.uplink_bytes_per_second, np.full(2, BETWEEN_RACKS)
 
 
+@pytest.mark.racks
+def test_every_way_between_hosts_equals_the_oracle(hosts):
+    """Two ranks on a host of each rack: a window within, and between them messages over a link that takes its time."""
+    chosen = ["tests/run/test_oracle.py", "-k", "every_way_in_every_order and not window"]
+    tests = [sys.executable, "-m", "pytest", "-q", "--with-mpi", "-m", "mpi", *chosen]
+    ended = run_on([f"{hosts[0]}:2", f"{hosts[2]}:2"], 4, *tests, timeout_seconds=600)
+    assert ended.status == 0 and "16 passed" in ended.output, ended
+
+
+def run_on(hosts, num_ranks, *command, timeout_seconds):
+    """Run a command on ranks of these hosts, which speak TCP alone -> Ended."""
+    places = ["-launcher", "rsh", "-launcher-exec", LAB / "agent", "-hosts", ",".join(hosts), "-n", num_ranks]
+    first = hosts[0].partition(":")[0]
+    return run(LAB / "on", first, MPIRUN, *places, *command, timeout_seconds=timeout_seconds, UCX_TLS="tcp,self")
+
+
 def measure_over_racks(hosts, folder):
     """Run the main job, a rank on each host -> the Topology that it found and wrote."""
-    over_the_links = ["-launcher", "rsh", "-launcher-exec", LAB / "agent", "-hosts", ",".join(hosts), "-n", 4]
     rack_key = 'cluster.rack_of_node=["left", "left", "right", "right"]'
     places = ["--set", f"run.output={folder}", "--set", rack_key, "--set", "cluster.measure_seconds=5.0"]
     main = [sys.executable, "-m", "hpcmoe.main", "inputs/run.toml", *SHORT, *places]
-    ended = run(LAB / "on", hosts[0], MPIRUN, *over_the_links, *main, timeout_seconds=120, UCX_TLS="tcp,self")
+    ended = run_on(hosts, 4, *main, timeout_seconds=240)
     assert ended.status == 0, ended
     return load_topology(folder / "run" / "topology.json")

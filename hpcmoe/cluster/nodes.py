@@ -3,7 +3,7 @@
 import json
 import math
 import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -41,6 +41,9 @@ class Topology:
     memory_bytes: np.ndarray  # [nodes] int64
     devices_of_node: np.ndarray  # [nodes] int64, CUDA devices
     cores_of_node: np.ndarray  # [nodes] int64, those that the node's ranks may use
+    device_memory_bytes: np.ndarray = field(  # [nodes] int64, free on its ranks' GPUs when they were opened; [0] before
+        default_factory=lambda: np.zeros(0, np.int64)
+    )
     source: dict[str, str]  # fact -> where it came from
 
     @property

@@ -18,6 +18,7 @@ from hpcmoe.wait import barrier, broadcast, gather_to_all
 log = logging.getLogger(__name__)
 
 MOST_NAMED = 5  # slow links in one line
+NCCL_SHARES = "NCCL_MULTI_RANK_GPU_ENABLE"  # 1: NCCL 2.30 and later may run several ranks on one GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +196,23 @@ def visible_devices():
     if chosen and "SLURM_GPUS_ON_NODE" in os.environ:
         return frozenset(map(str, range(int(os.environ["SLURM_GPUS_ON_NODE"]))))
     return frozenset(chosen.split(",")) - {"", "-1", "NoDevFiles"}
+
+
+def find_launcher():
+    """Say who started this rank, from what it has left in the environment -> text."""
+    slurm = f"Slurm, job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else "no Slurm"
+    starters = {
+        "SLURM_STEP_ID": "srun",
+        "OMPI_COMM_WORLD_SIZE": "mpirun of Open MPI",
+        "PMI_SIZE": "mpirun or srun by PMI",
+    }
+    seen = [starter for key, starter in starters.items() if key in os.environ]
+    return f"{seen[-1] if seen else 'none: a process alone'}; {slurm}"
+
+
+def may_share_gpus():
+    """Whether NCCL has been told that several ranks may run on one GPU."""
+    return os.environ.get(NCCL_SHARES) == "1"
 
 
 def find_racks(seats_of_node, names, cluster):

@@ -1,11 +1,13 @@
 """Host or CUDA: where arrays live, how rows get from them into message buffers and back, and when they are there.
 
-Message buffers are host memory on both devices: with a GPU rows are staged through them.
+On the host rows pass through memory that ranks share (hpcmoe.comm.window); GPUs have buffers of their own, and
+carriers between them (hpcmoe.comm.cuda, hpcmoe.comm.carrier).
 """
 
 import torch
 from torch import nn
 
+from hpcmoe.comm.cuda import CudaDevice, count_gpus, find_missing
 from hpcmoe.errors import ClusterError
 
 
@@ -14,6 +16,10 @@ class HostEvent:
 
     def synchronize(self):
         """Return at once."""
+
+    def query(self):
+        """Say that it has happened."""
+        return True
 
 
 class HostStream:
@@ -40,6 +46,10 @@ class HostDevice:
         """Allocate and touch a message buffer -> uint8 tensor [num_rows, row_bytes]."""
         return torch.zeros(num_rows, row_bytes, dtype=torch.uint8)
 
+    def fetch(self, tensor):
+        """Begin to copy a tensor to the host -> (host tensor, event of its arrival); here it is its own copy."""
+        return tensor, HostEvent()
+
     def put(self, rows, target):
         """Copy rows [n, H] of any precision to message rows [n, H] -> Event."""
         target.copy_(rows)
@@ -62,78 +72,18 @@ class HostDevice:
         return None
 
 
-class CudaDevice:
-    """One GPU: three streams, and pinned host memory for what travels (staged)."""
-
-    name = "cuda"
-
-    def __init__(self, index):
-        torch.cuda.set_device(index)
-        self.torch_device = torch.device("cuda", index)
-        self.send = torch.cuda.Stream()
-        self.receive = torch.cuda.Stream()
-
-    @property
-    def compute(self):
-        """The stream on which torch works."""
-        return torch.cuda.current_stream()
-
-    def make_buffer(self, num_rows, row_bytes):
-        """Allocate a pinned message buffer -> uint8 tensor [num_rows, row_bytes] on the host."""
-        return torch.zeros(num_rows, row_bytes, dtype=torch.uint8, pin_memory=True)
-
-    def put(self, rows, target):
-        """Copy rows [n, H] of any precision to message rows [n, H] on the send stream -> Event."""
-        rows = rows.to(target.dtype)
-        self.send.wait_event(self.compute.record_event())
-        with torch.cuda.stream(self.send):
-            target.copy_(rows, non_blocking=True)
-            rows.record_stream(self.send)
-            return self.send.record_event()
-
-    def take(self, table, order):
-        """Gather message rows table[order] on the receive stream -> a fresh tensor [n, H] on the device."""
-        return self.bring(table.index_select(0, order))
-
-    def lay(self, rows, table, order):
-        """Write rows [n, H] to message rows table[order], order an int64 array."""
-        staged = rows.cpu()  # host waits for the device here
-        table.view(torch.uint8).numpy()[order] = staged.view(torch.uint8).numpy()
-
-    def sum_rows(self, table, rows, weights):
-        """Sum message rows table[rows[t, k]] * weights[t, k] over k -> a fresh tensor [T, H] on the device."""
-        weights = weights.to(table.dtype)
-        return self.bring(nn.functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights))
-
-    def bring(self, rows):
-        """Copy host rows to the device on the receive stream -> a tensor that the compute stream may use."""
-        staged = rows.pin_memory()
-        with torch.cuda.stream(self.receive):
-            arrived = staged.to(self.torch_device, non_blocking=True)
-        self.compute.wait_event(self.receive.record_event())
-        arrived.record_stream(self.compute)
-        return arrived
-
-    def read_memory(self):
-        """Read the GPU's name, the same for all its ranks, and its free memory -> (name, bytes)."""
-        name = str(torch.cuda.get_device_properties(self.torch_device).uuid)
-        return name, torch.cuda.mem_get_info(self.torch_device)[0]
-
-
 def open_device(kind, local_rank):
-    """Make this rank's device: "host", "cuda", or "auto" (CUDA where torch finds a GPU).
+    """Make this rank's device: "host", "cuda", or "auto" (CUDA where there is a GPU and what it takes to use it).
 
-    Raises ClusterError when "cuda" is asked for and torch finds none.
+    Ranks of a node take its GPUs in turn. Raises ClusterError when "cuda" is asked for and something is missing.
     """
-    num_gpus = torch.cuda.device_count() if kind != "host" else 0
+    missing = None if kind == "host" else find_missing()
     match kind:
         case "host":
             return HostDevice()
-        case "cuda" if num_gpus == 0:
-            raise ClusterError(
-                '[comm] device = "cuda": torch finds no CUDA device here; use "host", or "auto" to take what there is'
-            )
+        case "cuda" if missing:
+            raise ClusterError(f'[comm] device = "cuda": {missing}; use "host", or "auto" to take what there is')
         case "cuda" | "auto":
-            return CudaDevice(local_rank % num_gpus) if num_gpus else HostDevice()
+            return HostDevice() if missing else CudaDevice(local_rank % count_gpus())
         case _:
             raise ValueError(f"unknown device {kind}")

@@ -30,6 +30,11 @@ class Traffic:
     rows: np.ndarray  # [4, P] int64, by direction: through the window, or in parcels to who lands them
 
 
+def no_traffic(num_ranks):
+    """Start counting what goes to each of so many ranks -> Traffic."""
+    return Traffic(copies={}, rows=np.zeros((len(Direction), num_ranks), np.int64))
+
+
 class Berth:
     """Where one micro-batch in flight keeps its tokens and results, and the exchange that is under way there."""
 
@@ -47,6 +52,8 @@ class Berth:
 class Exchange:
     """Carries the rows of one expert-parallel group for all layers and micro-batches."""
 
+    nccl = None  # sums gradients on GPUs
+
     def __init__(self, transport, window, device, clock, sizes, routes):
         self.transport, self.window, self.device, self.clock = transport, window, device, clock
         self.sizes, self.routes = sizes, routes
@@ -56,17 +63,16 @@ class Exchange:
         self.hall = Hall(transport, window, routes, pools, sizes, self.tally)
         self.landings = []
         self.groups = group_peers(routes, sizes)
-        self.traffic = self.no_traffic()
-
-    def no_traffic(self):
-        """Start counting -> Traffic."""
-        size = self.transport.size
-        return Traffic(copies={}, rows=np.zeros((len(Direction), size), np.int64))
+        self.traffic = no_traffic(self.transport.size)
 
     def take_traffic(self):
         """Return what was sent since the last call -> Traffic."""
-        traffic, self.traffic = self.traffic, self.no_traffic()
+        traffic, self.traffic = self.traffic, no_traffic(self.transport.size)
         return traffic
+
+    def carry(self, errand):
+        """Poke this too from now on, until it is over, as what this rank lands for others."""
+        self.landings.append(errand)
 
     def poke(self):
         """Let messages progress, and all that this rank lands for others, without waiting -> whether anything moved."""
@@ -96,6 +102,13 @@ class Exchange:
     def is_idle(self):
         """Whether this rank has nothing left to do for others."""
         return not self.landings and all(ticket.done for berth in self.berths for ticket in berth.tickets)
+
+    def plan(self, routing, chooser):
+        """Choose a replica for each copy of a Routing, and find its way -> Plan."""
+        # Host waits for the device here: it must know where the tokens go.
+        experts, kept = routing.experts.cpu().numpy(), routing.kept.cpu().numpy()
+        slots = chooser.choose(experts)
+        return self.make_plan(slots, kept.repeat(slots.shape[1] // experts.shape[1], axis=1))
 
     def make_plan(self, slots, kept):
         """Find the way of each kept copy -> Plan: slots [T, K], kept [T, K] bool."""

@@ -68,7 +68,7 @@ class Router(nn.Module):
             kept=kept,
             probability_sum=probabilities.sum(dim=0),
             z_sum=logits.logsumexp(dim=-1).square().sum(),
-            tokens_of_expert=torch.bincount(experts.flatten(), minlength=len(self.weight)),
+            tokens_of_expert=count_copies(experts, len(self.weight)),
         )
 
     def within_capacity(self, experts):
@@ -83,6 +83,12 @@ class Router(nn.Module):
         chosen = nn.functional.one_hot(experts.T.flatten(), num_experts)  # [K * T, E], first choices first
         place = (chosen.cumsum(dim=0) * chosen).sum(dim=1)  # 1 for the first copy of its expert, 2 for the second ...
         return (place <= capacity).view(self.top_k, -1).T
+
+
+def count_copies(experts, num_experts):
+    """Count the copies that chose each expert: experts [T, K] -> [E] int64; torch.bincount would wait for a GPU."""
+    chosen = experts.flatten()
+    return chosen.new_zeros(num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 def choose_largest(logits, count):

@@ -126,6 +126,9 @@ class LocalExperts(nn.Module):
         self.replicas = nn.ModuleList(replicas)
         self.arriving = False  # while weights are on their way from other ranks
 
+    def join(self):
+        """Leave each replica's matrices where they are: the experts take turns."""
+
     def refresh(self):
         """Tell all replicas that their weights have changed."""
         for replica in self.held():

@@ -38,12 +38,8 @@ class MoELayer(nn.Module):
         with self.exchange.clock.stage("dense"):
             flight.residual, flight.normed = self.dense(flight.x)
         flight.routing = self.router(flight.normed, load)
-
-        # Host waits for the device here: it must know where the tokens go.
-        experts, kept = flight.routing.experts.cpu().numpy(), flight.routing.kept.cpu().numpy()
-        slots = self.chooser.choose(experts)
-        num_shards = slots.shape[1] // experts.shape[1]  # a copy goes to all of its expert's
-        flight.plan = self.exchange.make_plan(slots, kept.repeat(num_shards, axis=1))
+        flight.plan = self.exchange.plan(flight.routing, self.chooser)
+        num_shards = flight.plan.top_k // flight.routing.gates.shape[1]  # a copy goes to all of its expert's
         flight.gates = flight.routing.gates.detach().repeat_interleave(num_shards, dim=1)
 
     def dispatch(self, flight):
@@ -63,9 +59,7 @@ class MoELayer(nn.Module):
                 yield False
                 continue
             places, kept = exchange.rows_of(flight, batch), []
-            for number, (part, slots) in enumerate(
-                batch.portions(exchange.sizes.batch_rows, exchange.routes.same_order)
-            ):
+            for number, (part, slots) in enumerate(self.portions(batch)):
                 if number > 0:
                     yield True
                 rows, _ = exchange.take(places[part])
@@ -75,6 +69,10 @@ class MoELayer(nn.Module):
                 flight.batches.append(batch)
                 flight.kept.append(kept)
             yield True
+
+    def portions(self, batch):
+        """Cut a batch into what is worked on at once -> (slice, ((slot, rows), ...)) of each."""
+        return batch.portions(self.exchange.sizes.batch_rows, apart=self.exchange.routes.same_order)
 
     def work(self, slots, rows, kept):
         """Let the experts in some slots work on rows [m, H] grouped by slot -> results [m, H], or this shard's part.
@@ -121,9 +119,7 @@ class MoELayer(nn.Module):
             batch, kept = flight.batches[number], flight.kept[number][::-1]
             places = exchange.rows_of(flight, batch)
             flight.kept[number] = None
-            for portion, (part, slots) in enumerate(
-                batch.portions(exchange.sizes.batch_rows, exchange.routes.same_order)
-            ):
+            for portion, (part, slots) in enumerate(self.portions(batch)):
                 if portion > 0:
                     yield True
                 by_input, by_gate = self.work_back(slots, *exchange.take(places[part]), kept)

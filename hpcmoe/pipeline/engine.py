@@ -1,10 +1,13 @@
 """Runs a schedule: takes every lane as far as it can go, and carries what one stage leaves for the next."""
 
+import contextlib
 from typing import Protocol
 
 import torch
 
+from hpcmoe.errors import HpcmoeError
 from hpcmoe.experts.layer import Flight
+from hpcmoe.pipeline.schedule import Op
 from hpcmoe.wait import Patience
 
 
@@ -66,16 +69,30 @@ class Engine:
         self.values = {}  # micro-batch: what travels between layers, x on the way up and its slope on the way down
         self.flights = {}  # (layer, micro-batch): Flight
         self.num_heads = 0  # micro-batches that have passed the head, in order: it begins a sum over all ranks
+        self.at = Op("start", 0, 0)  # what was last worked on
 
     def run(self, schedule, training, observe=None):
         """Do all ops of the schedule; show observe() the flights after each. Collective over ep and tp."""
         self.num_heads = 0
-        with torch.set_grad_enabled(training):
+        with torch.set_grad_enabled(training), self.place_of_faults():
             lanes = [Lane(ops, lambda op: self.do(op, training, observe)) for ops in schedule]
             self.go(lanes)
-        self.drain()
+            self.drain()
         self.values.clear()
         self.flights.clear()
+
+    @contextlib.contextmanager
+    def place_of_faults(self):
+        """Add to whatever goes wrong which stage saw it; a device tells of it some time after its cause."""
+        try:
+            yield
+        except Exception as fault:
+            stage, layer, micro_batch = self.at
+            place = f"in stage {stage} of layer {layer}, micro-batch {micro_batch}"
+            if isinstance(fault, HpcmoeError):
+                raise type(fault)(f"{place}: {fault}") from fault
+            fault.add_note(place)
+            raise
 
     def go(self, lanes):
         """Take all lanes to their ends: first those that send and fetch, then one piece of an expert's work."""
@@ -97,6 +114,7 @@ class Engine:
 
     def step(self, lane):
         """Do the next piece of a lane -> whether there was one."""
+        self.at = lane.op
         with self.clock.stage(STAGE_NAMES[lane.op.stage]):
             return lane.step()
 

@@ -16,9 +16,10 @@ from hpcmoe.comm.transport import Loopback
 from hpcmoe.comm.window import check_shared_memory, open_window
 from hpcmoe.config import Config
 from hpcmoe.dispatch.exchange import Exchange
-from hpcmoe.errors import keep_on_root, on_all, on_root
+from hpcmoe.errors import ClusterError, keep_on_root, on_all, on_root
 from hpcmoe.placement.problem import PlacementProblem, slots_for
 from hpcmoe.run.data import Text
+from hpcmoe.run.gpus import choose_carrier, keep_gpu_memory, open_device_exchange, reckon_device_sizes
 from hpcmoe.run.layout import Layout, find_pace, lay_out, make_problem
 from hpcmoe.run.memory import Memory, reckon_memory
 from hpcmoe.run.meter import Meter
@@ -44,6 +45,7 @@ class Job:
     meter: Meter
     training: Text
     validation: Text
+    staged_bytes: int = 0  # the most that this rank has held of experts on their way to it
 
     @property
     def placement(self):
@@ -61,20 +63,31 @@ def open_job(config, topology, mesh, split, loads):
     torch.set_num_threads(config.run.threads_per_rank or choose_threads(topology, world.rank))
     keep_heap()
     device = on_all(world, lambda: open_device(config.comm.device, list(here).index(world.rank)))
+    kind = find_carrier(config, world, device)
 
     # Reckon what a rank needs besides experts, and place these in the rest of the memory.
     slots = slots_for(config.model.num_experts, mesh.expert_parallel, config.cluster.spare_slots_per_rank)
     routes = find_routes(config, topology, mesh, slots)
-    sizes = on_all(world, lambda: reckon_sizes(config, topology, mesh, routes))
-    check_windows(world, topology, sizes, routes)
+    if kind == "window":
+        sizes = on_all(world, lambda: reckon_sizes(config, topology, mesh, routes))
+        check_windows(world, topology, sizes, routes)
+    else:
+        sizes = reckon_device_sizes(config, mesh)
     buffer_bytes = max(gather_to_all(world, sizes.buffer_bytes(routes)))
     memory = reckon_memory(config, mesh, slots, sizes, buffer_bytes)
-    room = find_room(config, topology, world, memory, device)
+    gpus = share_gpus(gather_to_all(world, device.read_memory()))  # asked when every rank has opened its device
+    topology = keep_gpu_memory(topology, gpus)
+    room = find_room(config, topology, world, memory, gpus)
     pace = find_pace(config, mesh, sizes.expert_rows // slots, device)
     problem = keep_on_root(world, lambda: make_problem(config, topology, mesh, room, memory.per_expert, (loads, pace)))
     layout = on_root(world, lambda: lay_out(problem, config, room))
 
-    with open_exchange(mesh.group, device, sizes, routes) as exchange:
+    opened = (
+        open_exchange(mesh.group, device, sizes, routes)
+        if kind == "window"
+        else open_device_exchange(mesh, device, sizes, routes, kind)
+    )
+    with opened as exchange:
         network = make_model(config, mesh, layout.placement, exchange, device)
         yield Job(
             config=config,
@@ -100,12 +113,33 @@ def check_windows(world, topology, sizes, routes):
     on_all(world, lambda: check_shared_memory(sum(num_bytes for other, num_bytes in everyone if other == node)))
 
 
-def find_room(config, topology, world, memory, device):
+def find_carrier(config, world, device):
+    """Find who carries the ranks' rows: "window" on the host, else what choose_carrier chooses. Collective over world.
+
+    Raises ClusterError on all ranks when only some have a GPU, or none has and [comm] asks for what GPUs have.
+    """
+    names = gather_to_all(world, device.name)
+    if len(set(names)) > 1:
+        ranks = ", ".join(str(rank) for rank, name in enumerate(names) if name == "host")
+        on_root(world, lambda: refuse(f'[comm] device = "{config.comm.device}": ranks {ranks} have no GPU, others do'))
+    if device.name == "host":
+        if config.comm.transport == "nccl":
+            on_root(world, lambda: refuse('[comm] transport = "nccl": the ranks have no GPU; use "auto", or "mpi"'))
+        return "window"
+    if config.comm.once_per_node == "on":
+        on_root(world, lambda: refuse('[comm] once_per_node = "on": between GPUs each copy is sent; use "auto"'))
+    return choose_carrier(config, world, device).kind
+
+
+def refuse(text):
+    """Raise ClusterError."""
+    raise ClusterError(text)
+
+
+def find_room(config, topology, world, memory, share_of_gpu):
     """Find the memory that each node has for experts, on GPUs where they lie there -> Room. Collective over world."""
-    gpus = gather_to_all(world, device.read_memory())  # asked when every rank has opened its device
-    share_of_gpu = None if config.cluster.memory_bytes_per_node else share_gpus(gpus)
     process_bytes = max(gather_to_all(world, psutil.Process().memory_full_info().uss))
-    return reckon_room(topology, memory, process_bytes, share_of_gpu)
+    return reckon_room(topology, memory, process_bytes, None if config.cluster.memory_bytes_per_node else share_of_gpu)
 
 
 def choose_threads(topology, rank):

@@ -6,9 +6,12 @@ import weakref
 
 import torch
 
+from hpcmoe.dispatch.device_exchange import DeviceSizes
 from hpcmoe.experts.shapes import MATRICES, reckon_expert
 from hpcmoe.gemm import count_copy_bytes
 from hpcmoe.run.room import FLOAT32, count_dense_parameters
+
+STAGING_BYTES = 2**24  # of experts that move to a rank: what may have arrived and not be laid down yet
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +27,7 @@ class Memory:
     buffers: int  # for messages
     copies: int  # of the experts' matrices: cast in training, packed in inference
     activations: int  # kept for the backward pass by the micro-batches in flight
+    moving: int = 0  # of experts that move here: what has come, and is not laid down yet; on the host
     snapshot: int = 0  # parameters and moments once more, on the host, from which a thread writes checkpoints
 
     @property
@@ -45,7 +49,8 @@ class Memory:
     def total(self):
         """All of it on this rank."""
         parameters = self.experts + self.dense + self.copies
-        return parameters + self.gradients + self.optimizer + self.buffers + self.activations + self.snapshot
+        passing = self.buffers + self.activations + self.moving
+        return parameters + self.gradients + self.optimizer + passing + self.snapshot
 
 
 def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
@@ -67,8 +72,9 @@ def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
         gradients=experts + dense if training else 0,
         optimizer=2 * (experts + dense // num_shares) if training else 0,
         buffers=buffer_bytes,
-        copies=reckon_copies(config, tensor_parallel, slots),
+        copies=reckon_copies(config, tensor_parallel, slots, isinstance(sizes, DeviceSizes)),
         activations=reckon_activations(config, tensor_parallel, sizes) if training else reckon_passing(model, sizes),
+        moving=STAGING_BYTES if config.cluster.rebalance_every > 0 else 0,
         snapshot=3 * (experts + dense) if training and keeps_snapshot(config.write) else 0,
     )
 
@@ -78,13 +84,16 @@ def keeps_snapshot(write):
     return write.asynchronous and write.checkpoint_every > 0
 
 
-def reckon_copies(config, tensor_parallel, slots):
-    """Bytes of the experts' matrices as the host's products read them: cast in training, packed in inference."""
+def reckon_copies(config, tensor_parallel, slots, on_device):
+    """Bytes of the experts' matrices as products read them: cast in training, packed in inference on the host."""
     model, training, dtype = config.model, config.run.mode == "train", getattr(torch, config.model.dtype)
     numbers = len(MATRICES[config.experts.kind]) * model.hidden * model.feed_forward // tensor_parallel
-    return (
-        count_copy_bytes(dtype, torch.float32 if training else dtype, not training) * numbers * slots * model.num_layers
-    )
+    of_parameters = torch.float32 if training else dtype
+    if on_device:
+        each = 0 if dtype == of_parameters else dtype.itemsize
+    else:
+        each = count_copy_bytes(dtype, of_parameters, not training)
+    return each * numbers * slots * model.num_layers
 
 
 def reckon_activations(config, tensor_parallel, sizes):

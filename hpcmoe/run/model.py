@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from hpcmoe.comm.mpi import start_all_reduce
+from hpcmoe.dispatch.device_exchange import DeviceExchange
 from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
 from hpcmoe.dispatch.router import Router, load_balancing_loss, load_balancing_slope
 from hpcmoe.experts.ffn import Expert, LocalExperts, make_expert_weights
+from hpcmoe.experts.grouped import GroupedExperts, GroupedLayer
 from hpcmoe.experts.layer import MoELayer
 from hpcmoe.gemm import multiply
 from hpcmoe.run.data import NUM_BYTES
@@ -91,6 +93,7 @@ class LanguageModel(nn.Module):
         self.num_tokens, self.purpose, self.watched_layers = max(num_tokens, 1), purpose, watched_layers
         self.load = torch.as_tensor(load, dtype=torch.float32, device=self.device.torch_device)
         self.loss_sum = 0.0  # cross-entropy over this rank's tokens, nats
+        self.counted = {}  # micro-batch: (its routing's sums, the event of their arrival on the host)
         self.census = {}  # micro-batch: (array, the request for its sum over all ranks, None when it is there)
         self.own_tokens = np.zeros(self.load.shape, np.int64)  # [L, E] copies whose home is this rank
         self.seen = {}  # name: arrays of the activations asked for, a micro-batch each
@@ -102,9 +105,9 @@ class LanguageModel(nn.Module):
 
     def head(self, micro_batch, x, flights):
         """Take the last x [T, H]; start to add up the routing over all ranks -> the loss's slope by x, in training."""
-        census = np.stack([count_routing(flight.routing) for flight in flights])  # [L, 2 E + 2]
-        self.own_tokens += census[:, : self.own_tokens.shape[1]].astype(np.int64)
-        self.census[micro_batch] = (census, start_all_reduce(self.mesh.world, census))
+        census = torch.stack([count_routing(flight.routing) for flight in flights])  # [L, 2 E + 2]
+        self.counted[micro_batch] = self.device.fetch(census)
+        self.start_sums()
         self.watch(x, flights)
         if self.purpose == "infer":
             return None
@@ -112,10 +115,26 @@ class LanguageModel(nn.Module):
         logits = multiply(norm(x, self.last_norm), self.head_weight)
         targets = self.batches[micro_batch][:, 1:].flatten()
         loss_sum = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        self.loss_sum += loss_sum.item()
+        self.loss_sum = self.loss_sum + loss_sum.detach().double()  # on the device: the host need not know yet
         if self.purpose == "train":
             (loss_sum / self.num_tokens).backward()
         return x.grad
+
+    def start_sums(self, wait_for=-1):
+        """Begin to add up what has been counted over all ranks, micro-batch by micro-batch, the same on every rank.
+
+        The host waits for the device up to micro-batch wait_for, and for no other.
+        """
+        for micro_batch in sorted(self.counted):
+            census, event = self.counted[micro_batch]
+            if micro_batch <= wait_for:
+                event.synchronize()
+            elif not event.query():
+                return
+            del self.counted[micro_batch]
+            census = census.numpy()
+            self.own_tokens += census[:, : self.own_tokens.shape[1]].astype(np.int64)
+            self.census[micro_batch] = (census, start_all_reduce(self.mesh.world, census))
 
     def watch(self, x, flights):
         """Keep what enters and leaves the layers whose activations were asked for, and which experts were chosen."""
@@ -132,6 +151,9 @@ class LanguageModel(nn.Module):
 
     def has_slopes(self, micro_batch):
         """Whether the routing of all ranks is known, so that routing_slopes need not wait."""
+        self.start_sums()
+        if micro_batch not in self.census:
+            return False
         _, request = self.census[micro_batch]
         return request is None or request.Test()
 
@@ -154,6 +176,7 @@ class LanguageModel(nn.Module):
 
     def census_of(self, micro_batch):
         """Wait for a micro-batch's routing, summed over all ranks -> float64 [L, 2 E + 2]."""
+        self.start_sums(micro_batch)
         census, request = self.census[micro_batch]
         if request is not None:
             wait_all([request])
@@ -162,7 +185,7 @@ class LanguageModel(nn.Module):
 
     def take_census(self):
         """Wait for the whole step's routing, summed over ranks and micro-batches -> Census."""
-        micro_batches = [self.census_of(micro_batch) for micro_batch in sorted(self.census)]
+        micro_batches = [self.census_of(micro_batch) for micro_batch in range(len(self.batches))]
         return Census(self.config, micro_batches, self.num_tokens, self.own_tokens)
 
 
@@ -191,8 +214,8 @@ def count_routing(routing):
             routing.tokens_of_expert.double(),
             routing.probability_sum.double(),
             routing.z_sum.double()[None],
-            torch.tensor([routing.num_dropped], dtype=torch.float64, device=routing.z_sum.device),
-        ]).cpu().numpy()  # fmt: skip
+            (~routing.kept).sum().double()[None],
+        ])  # fmt: skip
 
 
 def make_model(config, mesh, placement, exchange, device):
@@ -203,8 +226,10 @@ def make_model(config, mesh, placement, exchange, device):
         return torch.randn(rows, columns, generator=generator) * columns**-0.5
 
     layers = [make_layer(config, mesh, placement, exchange, draw, number) for number in range(config.model.num_layers)]
-    network = LanguageModel(config, layers, draw, mesh, device)
-    return network.to(device.torch_device)
+    network = LanguageModel(config, layers, draw, mesh, device).to(device.torch_device)
+    for layer in layers:
+        layer.experts.join()
+    return network
 
 
 def make_layer(config, mesh, placement, exchange, draw, number):
@@ -214,8 +239,10 @@ def make_layer(config, mesh, placement, exchange, draw, number):
     router = Router(draw(model.num_experts, model.hidden), model.top_k, config.dispatch)
     expert_of_slot = placement.experts_of_rank(number, mesh.expert_index)
     replicas = [make_expert(config, mesh, number, expert) for expert in expert_of_slot.tolist()]
-    experts = LocalExperts(replicas)
-    return MoELayer(dense, router, experts, exchange, make_chooser(config, mesh, placement, number))
+    at_once = isinstance(exchange, DeviceExchange)
+    experts = (GroupedExperts if at_once else LocalExperts)(replicas)
+    chooser = make_chooser(config, mesh, placement, number)
+    return (GroupedLayer if at_once else MoELayer)(dense, router, experts, exchange, chooser)
 
 
 def make_chooser(config, mesh, placement, number):

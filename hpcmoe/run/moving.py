@@ -12,10 +12,9 @@ from mpi4py import MPI
 from torch import nn
 
 from hpcmoe.placement.terms import HOLE
+from hpcmoe.run.memory import STAGING_BYTES
 from hpcmoe.run.model import make_chooser, make_expert
 from hpcmoe.run.state import MOMENTS
-
-STAGING_BYTES = 2**24  # of what has arrived and is not yet laid down, on a rank
 
 
 class Move:
@@ -26,7 +25,7 @@ class Move:
         (peer, tag, tensors)."""
         self.comm, self.is_over = comm, False
         self.begun = time.perf_counter()
-        self.seconds = 0.0
+        self.seconds, self.staged_bytes = 0.0, 0  # what it took, and the most that was held
         for experts, _, _, receives in layers:
             experts.arriving = bool(receives)
         self.course = self.go(layers)
@@ -54,6 +53,7 @@ class Move:
         for (peer, tag, _), piece in zip(receives, pieces[len(sends) :], strict=True):
             staged.append(torch.empty(piece.shape, dtype=piece.dtype))
             requests.append(self.comm.Irecv(bytes_of(staged[-1]), peer, tag))
+        self.staged_bytes = max(self.staged_bytes, sum(piece.nbytes for piece in staged))
         while not MPI.Request.Testall(requests):
             yield False
         for piece, arrived in zip(pieces[len(sends) :], staged, strict=True):
@@ -113,13 +113,15 @@ def find_ends(network, optimizer, moves, ends, rank):
 def seat(job, layer, placement):
     """Make room for a layer's experts of another placement: slots that fill get arrays, slots that empty lose them."""
     block, mesh = job.stepper.network.layers[layer], job.mesh
-    held = zip(*(p.experts_of_rank(layer, mesh.expert_index).tolist() for p in (job.placement, placement)), strict=True)
-    for slot, (before, after) in enumerate(held):
+    held = [p.experts_of_rank(layer, mesh.expert_index).tolist() for p in (job.placement, placement)]
+    for slot, (before, after) in enumerate(zip(*held, strict=True)):
         if before == HOLE != after:
             expert = make_expert(job.config, mesh, layer, after)
             block.experts.replicas[slot] = expert.to(job.stepper.network.device.torch_device)
         elif after == HOLE != before:
             block.experts.replicas[slot] = nn.Identity()
+    if any((before == HOLE) != (after == HOLE) for before, after in zip(*held, strict=True)):
+        block.experts.join()
     block.chooser = make_chooser(job.config, mesh, placement, layer)
 
 

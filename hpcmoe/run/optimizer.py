@@ -110,7 +110,6 @@ class Optimizer:
 
     def __init__(self, network, placement, config, mesh):
         self.network, self.train, self.mesh = network, config.train, mesh
-        self.num_micro_batches = config.pipeline.micro_batches
         self.dense = FlatGradients(network.dense_parts())
         self.share(placement)
 
@@ -128,10 +127,7 @@ class Optimizer:
     def share(self, placement):
         """Sum the experts' gradients from now on as a placement has them, between two steps."""
         self.shared = SharedExperts(placement, self.mesh.ep, self.network.layers)
-        self.sums = GradientSums(
-            self.dense, self.shared, self.mesh, self.train.bucket_bytes, self.num_micro_batches
-        )  # fmt: skip
-        self.network.sums = self.sums
+        self.sums = self.network.sums = GradientSums(self.dense, self.shared, self.network)
 
     def follow(self, placement, step):
         """Take on what this rank has under another placement, after so many steps; moments of a new expert are zero."""

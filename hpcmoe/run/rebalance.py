@@ -44,7 +44,7 @@ class Rebalancer:
         if verdict.adopted:
             self.verdict, self.is_new = verdict, True
             self.move = begin_move(self.job, self.optimizer, layout, verdict.moves, step)
-            self.job.stepper.exchange.landings.append(self.move)  # it is poked as what others send is
+            self.job.stepper.exchange.carry(self.move)
 
     def note(self, step, census):
         """Count a step's tokens; after one that began with a move, keep what that was. Collective over all ranks."""
@@ -58,6 +58,7 @@ class Rebalancer:
         self.num_steps += 1
         if self.move is not None:
             seconds = max(gather_to_all(self.job.mesh.world, self.move.seconds))
+            self.job.staged_bytes = max(self.job.staged_bytes, self.move.staged_bytes)
             self.keep(step, seconds)
             self.move = None
 

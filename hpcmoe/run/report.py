@@ -50,7 +50,7 @@ def sum_up(job, optimizer, losses, snapshot_bytes):
     """
     meter, world = job.meter, job.mesh.world
     measured = measure_memory(job.stepper.network, optimizer, job.stepper.exchange, job.stepper.gauge)
-    measured = dataclasses.replace(measured, snapshot=snapshot_bytes)
+    measured = dataclasses.replace(measured, snapshot=snapshot_bytes, moving=job.staged_bytes)
     everyone = gather_to_all(world, (measured, peak_resident_bytes()))
     steps = max(meter.num_steps, 1)
     floor, floor_of_layer = on_root(world, lambda: find_floors(job))
@@ -254,13 +254,12 @@ def rows_of_memory(computed, totals):
         "optimizer": "optimizer's moments",
         "buffers": "message buffers",
         "activations": "activations in flight",
+        "moving": "experts that move here, on their way",
         "snapshot": "copy of the state for checkpoints",
         "total": "all of these",
     }
-    rows = [
-        (text, format_bytes(getattr(computed, name)), format_bytes(getattr(totals.measured, name)))
-        for name, text in names.items()
-    ]
+    both = [(text, getattr(computed, name), getattr(totals.measured, name)) for name, text in names.items()]
+    rows = [(text, *map(format_bytes, num_bytes)) for text, *num_bytes in both if any(num_bytes)]
     return [*rows, ("resident set of the process, at its peak", "", format_bytes(totals.peak_resident_bytes))]
 
 

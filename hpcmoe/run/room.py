@@ -10,6 +10,7 @@ from hpcmoe.placement.problem import in_units
 from hpcmoe.run.data import NUM_BYTES
 
 FLOAT32 = 4  # bytes
+GPU_LIBRARY_BYTES = 2**30  # of a rank's GPU for what cuBLAS and NCCL take there: an estimate, never measured
 MOST_NAMES = 4  # of nodes that are alike, in a line
 
 
@@ -67,18 +68,28 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu):
     """Reckon the room for experts on each node -> Room.
 
     share_of_gpu [ranks] is the free memory of each rank's GPU over its ranks, None without GPUs or where the config
-    tells the memory. Host memory bears process and messages, and with GPUs nothing else.
+    tells the memory. With GPUs the host's memory bears the process, what comes of experts that move, and the copy for
+    checkpoints.
     """
     num_ranks = np.bincount(topology.node_of_rank)
-    on_device = {"dense parts": memory.dense_with_state, "activations": memory.activations}
-    on_host = {"process": process_bytes, "messages": memory.buffers, "copy for checkpoints": memory.snapshot}
+    messages = {"messages": memory.buffers}
+    on_host = {"experts that come": memory.moving, "copy for checkpoints": memory.snapshot}
+    rest = {"dense parts": memory.dense_with_state, "activations": memory.activations}
     if share_of_gpu is None:
         return Room(
-            what="memory", node_bytes=topology.memory_bytes, num_ranks=num_ranks, besides=on_host | on_device
-        )  # fmt: skip
+            what="memory",
+            node_bytes=topology.memory_bytes,
+            num_ranks=num_ranks,
+            besides={"process": process_bytes} | messages | on_host | rest,
+        )
     least = np.full(len(num_ranks), np.inf)
     np.minimum.at(least, topology.node_of_rank, share_of_gpu)
-    return Room(what="GPU memory", node_bytes=least * num_ranks, num_ranks=num_ranks, besides=on_device)
+    return Room(
+        what="GPU memory",
+        node_bytes=least * num_ranks,
+        num_ranks=num_ranks,
+        besides=messages | rest | {"libraries": GPU_LIBRARY_BYTES},
+    )
 
 
 def share_gpus(gpus):

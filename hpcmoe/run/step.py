@@ -50,7 +50,7 @@ class Stepper:
         self.run_engine(purpose == "train")
         with self.clock.stage("waiting"):
             census = self.network.take_census()
-            loss_sum = all_reduce(self.mesh.world, np.array([self.network.loss_sum]))[0]
+            loss_sum = all_reduce(self.mesh.world, np.array([float(self.network.loss_sum)]))[0]
         loss = None if purpose == "infer" else loss_sum / num_tokens
         return Outcome(loss=loss, num_tokens=num_tokens, census=census)
 

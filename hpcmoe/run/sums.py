@@ -1,27 +1,32 @@
 """Gradients are summed over the ranks that share a parameter, piece by piece, while the backward pass goes on.
 
+Those on GPUs are summed when it is over: dense ones by NCCL where that carries the rows, the others through the host.
+
 A gradient is final when the last micro-batch has passed its op. The order in which they become final is the same on all
 ranks under any schedule: head, last layer ... first layer, embedding. So all ranks begin the same sums in one order.
 """
 
+import contextlib
+
 import numpy as np
-import torch
 from mpi4py import MPI
 
 from hpcmoe.comm.mpi import start_all_reduce
+from hpcmoe.run.room import FLOAT32
 from hpcmoe.wait import Patience
-
-FLOAT32 = 4  # bytes
 
 
 class GradientSums:
     """The sums of one step: dense gradients over all ranks, experts' over those that hold the same shard of them."""
 
-    def __init__(self, dense, experts, mesh, bucket_bytes, num_micro_batches):
-        """dense: FlatGradients, experts: SharedExperts; bucket_bytes 0: nothing begins before finish()."""
-        self.dense, self.experts, self.mesh = dense, experts, mesh
-        self.overlaps, self.bucket = bucket_bytes > 0, max(bucket_bytes // FLOAT32, 1) if bucket_bytes else 2**31
-        self.num_micro_batches = num_micro_batches
+    def __init__(self, dense, experts, network):
+        """dense: FlatGradients, experts: SharedExperts. With bucket_bytes 0, and on GPUs, all begins in finish()."""
+        self.dense, self.experts, self.mesh, self.device = dense, experts, network.mesh, network.device
+        self.nccl = network.layers[0].exchange.nccl
+        bucket_bytes, on_host = network.config.train.bucket_bytes, self.device.name == "host"
+        self.overlaps = bucket_bytes > 0 and on_host  # for a GPU's gradients the host would have to wait
+        self.bucket = max(bucket_bytes // FLOAT32, 1) if bucket_bytes else 2**31
+        self.num_micro_batches = network.config.pipeline.micro_batches
         self.jobs = []
         self.begin()
 
@@ -73,24 +78,34 @@ class GradientSums:
                 patience.pause()
 
     def sum_dense(self, end):
-        """Sum the dense gradients that are final, up to number `end`, in whole buckets but for the last."""
+        """Sum the dense gradients that are final, up to number `end`, in whole buckets but for the last.
+
+        By NCCL all at once.
+        """
+        if self.nccl is not None:
+            if end == len(self.dense.flat):
+                self.nccl.all_reduce(self.dense.flat)
+            return
         if end < len(self.dense.flat):
             end -= end % self.bucket
         pieces, self.num_started = self.dense.flat[self.num_started : end], max(end, self.num_started)
-        host = pieces.cpu().numpy()  # the same memory, but for a GPU
-        yield from sum_over(self.mesh.world, host, self.bucket)
-        if pieces.is_cuda:
-            pieces.copy_(torch.from_numpy(host))
+        with self.on_host(pieces) as host:
+            yield from sum_over(self.mesh.world, host, self.bucket)
 
     def sum_experts(self, layer):
-        """Give every copy of a layer's experts the same sum, bit for bit.
+        """Give every copy of a layer's experts the same sum, bit for bit."""
+        held = self.experts.of_layer[layer]
+        own = self.experts.flat[held[0].begin : held[-1].end] if held else self.experts.flat[:0]
+        with self.on_host(own) as host:
+            yield from self.sum_copies(layer, held, host)
+
+    def sum_copies(self, layer, held, host):
+        """Sum the gradients of a layer's experts, those held here in one array.
 
         In each group the first rank that holds an expert adds the others' gradients in rank order; these ranks sum over
         the data-parallel groups; then each gives the sum back.
         """
-        held, comm = self.experts.of_layer[layer], self.experts.comm
-        own = self.experts.flat[held[0].begin : held[-1].end] if held else self.experts.flat[:0]
-        host, first = own.cpu().numpy(), held[0].begin if held else 0
+        comm, first = self.experts.comm, held[0].begin if held else 0
         gradient_of = {copy: host[copy.begin - first : copy.end - first] for copy in held}
         copies = [copy for copy in held if len(copy.ranks) > 1]
 
@@ -117,8 +132,15 @@ class GradientSums:
         requests = [comm.Isend(gradient_of[copy], rank, copy.tag) for copy in gathered for rank in copy.ranks[1:]]
         requests += [comm.Irecv(gradient_of[copy], copy.ranks[0], copy.tag) for copy in copies if not copy.owned]
         yield from until_done(requests)
-        if own.is_cuda:
-            own.copy_(torch.from_numpy(host))
+
+    @contextlib.contextmanager
+    def on_host(self, gradients):
+        """Have gradients in the host's memory while they are summed: on the host the same, from a GPU a copy."""
+        host, event = self.device.fetch(gradients)
+        event.synchronize()  # host waits for the device here: all ranks are to begin their sums in one order
+        yield host.numpy()
+        if host is not gradients:
+            gradients.copy_(host, non_blocking=True)
 
 
 def sum_over(comm, array, bucket):

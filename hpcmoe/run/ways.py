@@ -5,8 +5,10 @@ import math
 import numpy as np
 import torch
 
+from hpcmoe.dispatch.device_exchange import DeviceSizes
 from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.dispatch.sizes import Sizes, choose_gemm_rows, choose_parcel_tokens, fit_parcels, most_parcels
+from hpcmoe.run.gpus import describe_device_ways
 from hpcmoe.wait import gather_to_all
 
 SLOWER = 2.0  # times slower than a node's own memory: then a link is worth sums on the other side
@@ -89,6 +91,8 @@ def reckon_sizes(config, topology, mesh, routes):
 
 def describe_ways(sizes, routes):
     """Say what messages take on a rank, and how they travel -> lines."""
+    if isinstance(sizes, DeviceSizes):
+        return describe_device_ways(sizes)
     lines = [
         f"rows, on each rank: {sizes.shared_bytes(routes) / 1e6:.1f} MB of memory that {len(routes.mates)} ranks of "
         f"its node share + {sizes.send_bytes / 1e6:.1f} MB to send from, for {sizes.num_berths} micro-batches in flight"

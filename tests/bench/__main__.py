@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 import pytest
-from bench import balance, cost, exchange, layer, machine, moving, overlap, peers, placement, sums
+from bench import balance, cost, exchange, gpu, layer, machine, moving, overlap, peers, placement, sums
 
 BENCHES = {
     "layer": layer,
@@ -21,6 +21,7 @@ BENCHES = {
     "overlap": overlap,
     "balance": balance,
     "sums": sums,
+    "gpu": gpu,
 }
 FOLDER = pathlib.Path("out/bench")
 

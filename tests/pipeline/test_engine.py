@@ -1,12 +1,14 @@
 """The engine calls each stage with what the stage before it left, and goes on in another lane where one must wait."""
 
 import random
+import traceback
 from collections import Counter
 
 import pytest
 import torch
 
 from hpcmoe.clock import Clock
+from hpcmoe.errors import ClusterError
 from hpcmoe.pipeline.engine import STAGE_NAMES, WAITS, Engine, Lane
 from hpcmoe.pipeline.schedule import BACKWARD, FORWARD, Op, make_schedule
 
@@ -212,6 +214,23 @@ def test_each_op_is_timed_and_then_shown():
 
 def test_every_stage_has_a_name_to_be_booked_under():
     assert set(STAGE_NAMES) == set(WAITS) == {"embed", *FORWARD, "head", *BACKWARD, "embed_backward"}
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ClusterError])
+def test_a_fault_tells_its_stage_layer_and_micro_batch(kind):
+    """As CUDA's errors, which the device tells of when it likes, and NCCL's; the rank is told by whoever ends it."""
+    network = FakeNetwork()
+    network.layers[1].compute = lambda flight: fail(kind, flight)
+    with pytest.raises(kind) as seen:
+        Engine(network, FakeExchange(), 1).run(make_schedule("serial", 2, 3, 1, True), True)
+    told = "".join(traceback.format_exception_only(seen.value))
+    assert "in stage compute of layer 1, micro-batch 0" in told and "illegal memory access" in told
+
+
+def fail(kind, flight):
+    """A stage whose second piece fails."""
+    yield True
+    raise kind("CUDA error: an illegal memory access was encountered")
 
 
 def test_an_unknown_stage_is_refused(monkeypatch):

@@ -54,7 +54,7 @@ def route_steps(batches, alpha, counted=False):
     chosen, loads = [], []
     for x in batches:
         routing = router(x, torch.from_numpy(load[0]).float())
-        census = Census(config, [count_routing(routing)[None]], len(x), None)
+        census = Census(config, [count_routing(routing)[None].numpy()], len(x), None)
         busy = census.tokens_of_expert if counted else census.utilisation
         load = update_load(load, busy, config.dispatch.load_window_steps)
         chosen.append(routing.experts)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from small import open_small_job
+from standin import watch_job
 from torch import nn
 
 from hpcmoe.run.memory import ActivationGauge, Memory, find_tensors, measure_memory, peak_resident_bytes
@@ -103,6 +104,17 @@ def test_a_rank_keeps_its_share_of_the_dense_parts_moments(comm, shared):
     assert sum(of_ranks) == comm.size * 2 * reckoned.experts + 2 * dense  # each moment is on one rank
     assert max(abs(own - reckoned.optimizer) for own in of_ranks) <= 2 * 4 * 8 * 3  # rows are whole
     assert reckoned.dense_with_state == 2 * dense + 2 * (dense // comm.size)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_on_a_device_matrices_are_cast_for_training_and_never_packed(comm, shared, monkeypatch, mode):
+    changes = {"model__dtype": "bfloat16", "run__mode": mode, "comm__transport": "mpi", "comm__buffers": "staged"}
+    with watch_job(monkeypatch), open_job(comm, shared, **changes) as (job, _, _):
+        measured = take_step(job, None, mode)  # AdamW would have the casts forgotten
+        reckoned = job.memory
+    assert measured.copies * reckoned.experts == reckoned.copies * measured.experts  # a slot may be empty
+    assert (measured.copies > 0) == (mode == "train")
 
 
 def test_sums_of_memory():

@@ -55,7 +55,7 @@ def test_the_residual_goes_around_norm_and_without_attention_is_the_input():
 def test_a_routing_is_counted_in_one_row():
     routing = SimpleNamespace(
         tokens_of_expert=torch.tensor([3, 1]), probability_sum=torch.tensor([1.5, 0.5]), z_sum=torch.tensor(7.0),
-        num_dropped=2,
+        kept=torch.tensor([[False, True], [True, False]]),
     )  # fmt: skip
     assert count_routing(routing).tolist() == [3, 1, 1.5, 0.5, 7, 2]
 

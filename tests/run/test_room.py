@@ -8,7 +8,7 @@ import pytest
 from small import make_config, make_topology
 
 from hpcmoe.errors import PlacementError
-from hpcmoe.run.room import check_room, describe_room, on_gpus, reckon_room, share_gpus
+from hpcmoe.run.room import GPU_LIBRARY_BYTES, check_room, describe_room, on_gpus, reckon_room, share_gpus
 
 MEMORY = SimpleNamespace(dense_with_state=40, activations=100, buffers=7, snapshot=0)
 
@@ -52,9 +52,12 @@ def test_experts_get_what_process_messages_and_dense_parts_leave():
 
 def test_on_gpus_only_what_lies_there_counts():
     topology = dataclasses.replace(make_topology(4, 2), memory_bytes=np.array([1, 1]))
-    room = reckon_room(topology, MEMORY, 20, np.array([500.0, 400, 900, 900]))
-    assert room.what == "GPU memory" and room.besides == {"dense parts": 40, "activations": 100}
-    assert room.for_experts.tolist() == [2 * (400 - 140), 2 * (900 - 140)]  # the node's tightest GPU
+    free, libraries = 10.0**10, GPU_LIBRARY_BYTES
+    room = reckon_room(topology, MEMORY, 20, free + np.array([500, 400, 900, 900]))
+    besides = {"messages": 7, "dense parts": 40, "activations": 100, "libraries": libraries}
+    assert room.what == "GPU memory" and room.besides == besides
+    left = free - libraries - 147
+    assert room.for_experts.tolist() == [2 * (left + 400), 2 * (left + 900)]  # the node's tightest GPU
 
 
 def test_ranks_of_one_gpu_share_what_is_free_of_it():

@@ -159,14 +159,29 @@ def test_flush_when_due_waits_its_second(tmp_path):
 
 
 def test_a_step_costs_little(tmp_path):
-    records = Records(tmp_path / "run.h5")
-    num_steps, started = 200, time.process_time()
-    for step in range(num_steps):
-        for name in range(25):
-            records.append(step, "train", f"metric{name}", float(step))
-        if step % 10 == 9:
-            records.flush()
-    assert (time.process_time() - started) / num_steps < 3e-3
+    """Steps of 25 metrics take less than three times what h5py needs for their rows alone, in the best of some rounds."""
+    ratios = []
+    for attempt in range(5):
+        records, started = Records(tmp_path / f"run{attempt}.h5"), time.process_time()
+        for step in range(100):
+            for name in range(25):
+                records.append(step, "train", f"metric{name}", float(step))
+            if step % 10 == 9:
+                records.flush()
+        ended = time.process_time()
+        for _ in range(10):
+            extend_by_hand(records.path, 10)
+        ratios.append((ended - started) / (time.process_time() - ended))
+    assert min(ratios) < 3, ratios
+
+
+def extend_by_hand(path, num_rows):
+    """Add rows to all metrics of a file, as one does who asks for nothing else."""
+    with h5py.File(path, "r+") as file:
+        for metric in file["train"].values():
+            for dataset in metric.values():
+                dataset.resize(len(dataset) + num_rows, axis=0)
+                dataset[-num_rows:] = np.zeros(num_rows)
 
 
 def test_killed_writer_leaves_all_flushed_steps(tmp_path):

@@ -1,0 +1,151 @@
+"""Who carries rows between the ranks' devices: NCCL, MPI on their pointers, or MPI by way of the host."""
+
+import contextlib
+import ctypes
+import os
+import pathlib
+from dataclasses import dataclass
+
+from hpcmoe.cluster.topology import NCCL_SHARES, may_share_gpus
+from hpcmoe.comm.carrier import DirectCarrier
+from hpcmoe.comm.nccl import NcclCarrier, find_nccl, open_nccl
+from hpcmoe.comm.staging import StagedCarrier
+from hpcmoe.errors import ClusterError
+
+MAPS = pathlib.Path("/proc/self/maps")
+MULTI_RANK_VERSION = 23000  # of NCCL, as it counts: 2.30 may run several ranks on one GPU
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """What one rank sees of the ways that its rows could take."""
+
+    gpu: str | None  # its name, the same for all its ranks; None: rows lie on the host
+    nccl: int | None  # its version
+    no_nccl: str  # why there is none
+    shares: bool  # NCCL may run several ranks on one GPU
+    takes_pointers: bool  # MPI, of devices
+    answer: str  # how MPI said so
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Who carries rows, and why."""
+
+    kind: str  # "nccl", "direct" or "staged"
+    reason: str
+
+
+def choose(comm_config, sights, schedule):
+    """Choose who carries rows for [comm] transport and buffers, from what each rank sees -> Choice.
+
+    Raises ClusterError when the config asks for what is not there.
+    """
+    transport, buffers = comm_config.transport, comm_config.buffers
+    no_nccl, no_direct = why_not_nccl(sights, schedule), why_not_direct(sights)
+    if transport == "nccl" and no_nccl:
+        raise ClusterError(f'[comm] transport = "nccl": {no_nccl}; use "mpi", or "auto" to take what there is')
+    if transport == "nccl" or (transport == "auto" and not no_nccl):
+        return Choice(kind="nccl", reason=f"each rank has a GPU, and NCCL {name_version(sights[0].nccl)}")
+    why = f"no NCCL: {no_nccl}; " if transport == "auto" else ""
+    if buffers == "direct" and no_direct:
+        raise ClusterError(f'[comm] buffers = "direct": {no_direct}; use "staged", or "auto" to take what there is')
+    if buffers == "staged":
+        return Choice(kind="staged", reason=f"{why}[comm] buffers")
+    return (
+        Choice(kind="staged", reason=why + no_direct)
+        if no_direct
+        else Choice(kind="direct", reason=why + sights[0].answer)
+    )
+
+
+def look(comm, device):
+    """See which ways this rank's rows could take -> Sight."""
+    memory = device.read_memory()
+    nccl, no_nccl = find_nccl() if memory else (None, "no GPU")
+    takes, answer = ask_mpi(comm)
+    return Sight(
+        gpu=memory and memory[0],
+        nccl=nccl and nccl.get_version(),
+        no_nccl=no_nccl or "",
+        shares=may_share_gpus(),
+        takes_pointers=takes,
+        answer=answer,
+    )
+
+
+@contextlib.contextmanager
+def open_carrier(kind, comm, device, row_bytes, transport):
+    """Open who carries rows among the ranks of comm -> Carrier. Collective over comm.
+
+    transport is MPI's, of rows of this width among the same ranks.
+    """
+    match kind:
+        case "nccl":
+            with open_nccl(comm, device, find_nccl()[0]) as group:
+                yield NcclCarrier(group)
+        case "direct":
+            yield DirectCarrier(transport, device)
+        case "staged":
+            yield StagedCarrier(transport, device, row_bytes)
+        case _:
+            raise ValueError(f"unknown carrier {kind}")
+
+
+def why_not_nccl(sights, schedule):
+    """Find what keeps these ranks from NCCL -> a few words, "" where nothing does."""
+    for rank, sight in enumerate(sights):
+        if sight.gpu is None:
+            return f"rank {rank} has no GPU"
+        if sight.nccl is None:
+            return f"rank {rank}: {sight.no_nccl}"
+    if len({sight.nccl for sight in sights}) > 1:
+        versions = sorted({name_version(sight.nccl) for sight in sights})
+        return f"the ranks have different versions of it: {', '.join(versions)}"
+    if schedule == "arrival":
+        return '[pipeline] schedule = "arrival" starts legs in another order on each rank, which NCCL cannot take'
+    gpus = [sight.gpu for sight in sights]
+    shared = next((gpu for gpu in gpus if gpus.count(gpu) > 1), None)
+    if shared and (sights[0].nccl < MULTI_RANK_VERSION or not all(sight.shares for sight in sights)):
+        ranks = ", ".join(str(rank) for rank, gpu in enumerate(gpus) if gpu == shared)
+        return f"ranks {ranks} share a GPU: NCCL wants one rank a GPU, or from 2.30 on {NCCL_SHARES}=1"
+    return ""
+
+
+def why_not_direct(sights):
+    """Find what keeps MPI from taking the ranks' buffers as they are -> a few words, "" where nothing does."""
+    for rank, sight in enumerate(sights):
+        if sight.gpu is not None and not sight.takes_pointers:
+            return f"rank {rank}: {sight.answer}"
+    return ""
+
+
+def name_version(number):
+    """Write NCCL's number of a version as people do: 23203 -> 2.32.3."""
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
+def ask_mpi(comm, maps=MAPS):
+    """Ask the MPI that is loaded whether it takes pointers of CUDA devices -> (bool, how it said so).
+
+    Open MPI and MPICH answer by a function of their own; MPI 4.1 lists the kinds of memory on a communicator.
+    """
+    for path in loaded_libraries(maps, "libmpi"):
+        function = getattr(ctypes.CDLL(path), "MPIX_Query_cuda_support", None)
+        if function is not None:
+            takes = bool(function())
+            return takes, f"MPI says {'yes' if takes else 'no'} to CUDA pointers (MPIX_Query_cuda_support)"
+    info = comm.Get_info()
+    kinds = info.Get("mpi_memory_alloc_kinds") or ""
+    info.Free()
+    takes = any(kind.split(":")[0] == "cuda" for kind in kinds.split(","))
+    told = f"it lists memory of the kinds {kinds}" if kinds else "it tells nothing of CUDA"
+    return takes, f"MPI says {'yes' if takes else 'no'} to CUDA pointers ({told})"
+
+
+def loaded_libraries(maps, name):
+    """List the shared libraries of this process whose file is called so -> paths."""
+    if not maps.is_file():
+        return []
+    paths = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
+    return sorted(path for path in paths if os.path.basename(path).startswith(f"{name}."))

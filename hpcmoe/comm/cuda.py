@@ -1,0 +1,86 @@
+"""A GPU of one rank: CuPy's memory under torch's tensors, three streams, and events that order what is done on them.
+
+Torch works on the compute stream; the send and receive streams are for copies and for NCCL. All are torch's own, and
+CuPy's calls take them by address. Nothing of CuPy is imported before a GPU is opened.
+"""
+
+import importlib.util
+
+import torch
+
+from hpcmoe.comm.carrier import Buffer
+
+CUPY = 'cupy is missing: pip install "hpcmoe[gpu]", or cupy-cuda12x where the driver is of CUDA 12'
+
+
+FIRST_GROUPED = (9, 0)  # compute capability of the GPUs whose grouped GEMM all versions of torch have
+
+
+def count_gpus():
+    """Count the GPUs that torch may use."""
+    return torch.cuda.device_count()
+
+
+def find_missing():
+    """Find what keeps this rank from a GPU -> the reason in a few words, None where nothing does."""
+    if count_gpus() == 0:
+        built = "torch finds no CUDA device here" if torch.version.cuda else "this torch is built without CUDA"
+        return f"{built} (nvidia-smi shows those that the driver has)"
+    return None if importlib.util.find_spec("cupy") else CUPY
+
+
+class CudaDevice:
+    """One GPU, as one rank sees it."""
+
+    name = "cuda"
+
+    def __init__(self, index):
+        import cupy
+
+        torch.cuda.set_device(index)
+        cupy.cuda.Device(index).use()
+        self.cupy, self.torch_device = cupy, torch.device("cuda", index)
+        self.pool = cupy.cuda.MemoryPool()  # of message buffers alone: torch's pool never holds them
+        self.compute = torch.cuda.default_stream()
+        self.send, self.receive = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def use(self, stream):
+        """Have torch work on a stream within the with-block."""
+        return torch.cuda.stream(stream)
+
+    def make_buffer(self, num_rows, row_bytes):
+        """Allocate message rows on the GPU, all zero -> Buffer. The host waits for them."""
+        with self.cupy.cuda.using_allocator(self.pool.malloc):
+            array = self.cupy.zeros((num_rows, row_bytes), self.cupy.uint8)
+        self.settle()  # whoever writes first need not know of the zeros
+        return Buffer(array=array, tensor=torch.from_dlpack(array))
+
+    def make_pinned(self, num_rows, row_bytes):
+        """Allocate host memory that the GPU copies from and to by itself -> uint8 tensor [num_rows, row_bytes]."""
+        return torch.zeros(num_rows, row_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def fetch(self, tensor):
+        """Begin to copy a tensor to the host on the compute stream -> (host tensor, event of its arrival)."""
+        arriving = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        arriving.copy_(tensor, non_blocking=True)
+        return arriving, self.compute.record_event()
+
+    def settle(self):
+        """Wait until all streams have done their work."""
+        torch.cuda.synchronize()
+
+    def read_memory(self):
+        """Read the GPU's name, the same for all its ranks, and its free memory -> (name, bytes)."""
+        name = str(torch.cuda.get_device_properties(self.torch_device).uuid)
+        return name, torch.cuda.mem_get_info(self.torch_device)[0]
+
+
+def describe_gpu(index):
+    """Name a GPU as people do -> text."""
+    properties = torch.cuda.get_device_properties(index)
+    return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
+
+
+def has_grouped_gemm(torch_device):
+    """Whether torch's grouped GEMM, where it has one, runs on a device."""
+    return torch_device.type != "cuda" or torch.cuda.get_device_capability(torch_device) >= FIRST_GROUPED

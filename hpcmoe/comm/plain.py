@@ -1,0 +1,43 @@
+"""The host in a GPU's place: the same methods on its own memory, so that the way of the rows can be tried anywhere."""
+
+import contextlib
+
+import numpy as np
+import torch
+
+from hpcmoe.comm.carrier import Buffer
+from hpcmoe.comm.device import HostStream
+
+
+class PlainDevice:
+    """Arrays on the host, and streams whose work is done when it is asked for."""
+
+    name = "plain"
+    torch_device = torch.device("cpu")
+
+    def __init__(self):
+        self.compute, self.send, self.receive = HostStream(), HostStream(), HostStream()
+
+    def use(self, stream):
+        """Have torch work on a stream within the with-block."""
+        return contextlib.nullcontext(stream)
+
+    def make_buffer(self, num_rows, row_bytes):
+        """Allocate message rows, all zero -> Buffer."""
+        array = np.zeros((num_rows, row_bytes), np.uint8)
+        return Buffer(array=array, tensor=torch.from_numpy(array))
+
+    def make_pinned(self, num_rows, row_bytes):
+        """Allocate host memory that the device copies from and to -> uint8 tensor [num_rows, row_bytes]."""
+        return torch.zeros(num_rows, row_bytes, dtype=torch.uint8)
+
+    def fetch(self, tensor):
+        """Begin to copy a tensor to the host on the compute stream -> (host tensor, event of its arrival)."""
+        return tensor.clone(), self.compute.record_event()
+
+    def settle(self):
+        """Wait until all streams have done their work."""
+
+    def read_memory(self):
+        """Tell of no memory but the node's -> None."""
+        return None

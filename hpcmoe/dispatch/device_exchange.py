@@ -1,0 +1,272 @@
+"""Rows leave for their experts and return, on GPUs: the same two ways as on the host, from device to device.
+
+outward   dispatch, and the backward of combine    tokens gathered by destination, sent, sorted by expert
+homeward  combine, and the backward of dispatch    results sent from where the tokens lay, to where these were packed
+
+A row is as wide as a token and ends in a number of its own. The host knows how many rows go where, and nothing else:
+packing, transfer, experts, return and sum follow each other by events.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hpcmoe.comm.carrier import Leg
+from hpcmoe.comm.transport import HOMEWARD, Direction, Part
+from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan, tag_of, tag_of_counts
+from hpcmoe.dispatch.exchange import no_traffic
+from hpcmoe.dispatch.sizes import round_rows
+
+ALIGNMENT = 16  # bytes; GEMMs and copies read no row faster than those that begin there
+PAUSES = 16  # between two looks at everything
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSizes:
+    """What buffers hold."""
+
+    hidden: int  # H
+    dtype: torch.dtype  # of the rows that travel
+    tokens: int  # T, the most that a micro-batch of this rank has
+    top_k: int  # copies of a token: an expert's shards get one each
+    num_berths: int  # micro-batches in flight
+    num_micro_batches: int
+    expert_rows: int  # rows expected at this rank's experts
+    buffer_factor: float  # room for rows at the experts / these
+    batch_rows: int  # of a GEMM: all there are
+
+    @property
+    def row_bytes(self):
+        """Bytes of a token and its number on the wire."""
+        return -(-(self.hidden * self.dtype.itemsize + 4) // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def home_rows(self):
+        """Rows of a micro-batch's copies, and one that is zero."""
+        return self.tokens * self.top_k + 1
+
+    @property
+    def away_rows(self):
+        """Rows that find room at this rank's experts without growth."""
+        return max(int(self.expert_rows * self.buffer_factor), 1)
+
+    def buffer_bytes(self, _routes):
+        """Memory that messages take on this rank's device."""
+        return self.num_berths * (self.home_rows + self.away_rows) * self.row_bytes
+
+
+class Berth:
+    """Where one micro-batch in flight has its rows, at home and at this rank's experts."""
+
+    def __init__(self, sizes, device):
+        self.sizes, self.device = sizes, device
+        self.home = device.make_buffer(sizes.home_rows, sizes.row_bytes)  # copies out, and their results back
+        self.away = device.make_buffer(sizes.away_rows, sizes.row_bytes)  # others' copies, and their results
+        self.direction = None
+        self.outward = self.homeward = None  # Pending
+
+    def make_room(self, num_rows):
+        """Have room for as many rows of others; the host waits for the device where it must grow."""
+        if num_rows > len(self.away):
+            self.device.settle()
+            self.away = None  # so that the pool may use its memory again
+            self.away = self.device.make_buffer(round_rows(num_rows), self.sizes.row_bytes)
+
+    def rows(self, buffer):
+        """See a buffer's rows as numbers -> [n, H]."""
+        return buffer.tensor.view(self.sizes.dtype)[:, : self.sizes.hidden]
+
+    def numbers(self, buffer):
+        """See the number of each row -> [n] float32."""
+        return buffer.tensor.view(torch.float32)[:, -1]
+
+    def is_over(self):
+        """Whether nothing is under way from or to these rows."""
+        return all(pending is None or pending.is_over() for pending in (self.outward, self.homeward))
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Rows of a berth: where a batch's rows lie."""
+
+    berth: Berth
+    order: torch.Tensor  # [n] int64
+
+    def __getitem__(self, part):
+        return Places(self.berth, self.order[part])
+
+    def __len__(self):
+        return len(self.order)
+
+
+class DeviceExchange:
+    """Carries the rows of one expert-parallel group for all layers and micro-batches."""
+
+    def __init__(self, carrier, transport, device, clock, ways, nccl=None):
+        """carrier takes the rows; transport, by MPI, the counts; ways are (DeviceSizes, Routes).
+
+        nccl, the Group of all ranks of the run, sums gradients where there is NCCL.
+        """
+        self.carrier, self.transport, self.device, self.clock = carrier, transport, device, clock
+        (self.sizes, self.routes), self.nccl = ways, nccl
+        self.num_slots = len(self.routes.place_of_slot)
+        self.berths = [Berth(self.sizes, device) for _ in range(self.sizes.num_berths)]
+        self.choosers, self.errands = {}, []
+        self.traffic = no_traffic(self.transport.size)
+
+    def take_traffic(self):
+        """Return what was sent since the last call -> Traffic."""
+        traffic, self.traffic = self.traffic, no_traffic(self.transport.size)
+        return traffic
+
+    def carry(self, errand):
+        """Poke this too from now on, until it is over."""
+        self.errands.append(errand)
+
+    def poke(self):
+        """Let messages and errands progress, without waiting -> whether anything moved."""
+        moved = self.transport.poke() | self.carrier.poke()
+        for errand in self.errands:
+            moved |= errand.poke()
+        self.errands = [errand for errand in self.errands if not errand.is_over]
+        return moved
+
+    def count_news(self):
+        """Nothing is told but by messages."""
+        return 0
+
+    def wait_for_news(self, patience, before):
+        """Pause, a few times at most, until a message has moved."""
+        for _ in range(PAUSES):
+            patience.pause()
+            if self.poke():
+                return
+
+    @property
+    def buffer_bytes(self):
+        """Memory that messages take on this rank's device."""
+        return sum(len(buffer) for berth in self.berths for buffer in (berth.home, berth.away)) * self.sizes.row_bytes
+
+    @property
+    def is_idle(self):
+        """Whether this rank has nothing left to do for others."""
+        return not self.errands and all(berth.is_over() for berth in self.berths)
+
+    def plan(self, routing, chooser):
+        """Choose a replica for each copy of a Routing, and find its way -> DevicePlan, made on the device."""
+        if chooser not in self.choosers:
+            self.choosers[chooser] = DeviceChooser(chooser, self.device.torch_device)
+        slots = self.choosers[chooser].choose(routing.experts)
+        return self.make_plan(slots, routing.kept.repeat_interleave(slots.shape[1] // routing.kept.shape[1], dim=1))
+
+    def make_plan(self, slots, kept):
+        """Find the way of each kept copy -> DevicePlan: slots [T, K], kept [T, K] bool."""
+        slots, kept = (torch.as_tensor(array, device=self.device.torch_device) for array in (slots, kept))
+        return DevicePlan(slots, kept, self.num_slots, self.device)
+
+    def may_start(self, flight):
+        """Whether the next leg of a micro-batch can begin: all counts are known, and its rows are free."""
+        berth, counts = self.berths[flight.berth], flight.plan.counts
+        known = counts.are_known(self.transport, tag_of_counts(flight, self.sizes.num_micro_batches))
+        return known and (berth.homeward is None or berth.homeward.gone)
+
+    def start_outward(self, flight, rows, gates, direction):
+        """Pack the tokens' rows [T, H], and each copy's gate [T, K], and send them to their experts."""
+        berth, counts = self.berths[flight.berth], flight.plan.counts
+        self.pack(flight, rows, gates)
+        berth.make_room(int(counts.coming.sum()))
+        berth.direction, berth.homeward = direction, None
+        sides = {"send": berth.home, "send_edges": counts.send_edges,
+                 "receive": berth.away, "receive_edges": counts.receive_edges}  # fmt: skip
+        leg, ready = self.leg(flight, direction, **sides), self.device.compute.record_event()
+        berth.outward = self.carrier.start(leg, ready, None)
+        self.count(flight, direction)
+
+    def count(self, flight, direction):
+        """Count what leaves for the experts."""
+        leaving = flight.plan.counts.leaving.sum(axis=1)
+        self.traffic.rows[direction] += leaving
+        if direction == Direction.DISPATCH:
+            self.traffic.copies[flight.layer] = self.traffic.copies.get(flight.layer, 0) + leaving
+
+    def pack(self, flight, rows, gates):
+        """Lay a row for each copy that is sent, and its gate, into the buffer at home, by destination."""
+        berth, plan = self.berths[flight.berth], flight.plan
+        copies = plan.order[: int(plan.counts.leaving.sum())]
+        packed, numbers = (of(berth.home)[: len(copies)] for of in (berth.rows, berth.numbers))
+        torch.index_select(rows.to(self.sizes.dtype), 0, copies // plan.top_k, out=packed)
+        torch.index_select(gates.flatten(), 0, copies, out=numbers)
+
+    def leg(self, flight, direction, **sides):
+        """Describe one way of a flight's rows -> Leg."""
+        name = f"{direction.name.lower()} of layer {flight.layer}, micro-batch {flight.micro_batch}"
+        return Leg(tag=tag_of(flight, self.sizes.num_micro_batches, direction, Part.PARCEL), name=name, **sides)
+
+    def batches(self, flight):
+        """Yield None until the rows for this rank's experts are on their way in order, then all of them as a batch."""
+        yield from self.until_landed(flight)
+        yield DeviceBatch(flight.plan.counts.coming, self.device.torch_device)
+
+    def batches_again(self, flight, batches):
+        """Yield None until the rows are here again, then the number of the one batch."""
+        yield from self.until_landed(flight)
+        yield from range(len(batches))
+
+    def until_landed(self, flight):
+        """Yield None until what came out may be worked on, by whatever the compute stream does next."""
+        berth = self.berths[flight.berth]
+        while not berth.outward.landed:
+            yield None
+        self.device.compute.wait_event(berth.outward.event)
+
+    def rows_of(self, flight, batch):
+        """Find where a batch's rows lie, and its results are to be laid -> Places."""
+        return Places(self.berths[flight.berth], batch.order)
+
+    def take(self, places):
+        """Gather the rows at these places [n] -> (fresh [n, H], their numbers [n])."""
+        berth = places.berth
+        rows = berth.rows(berth.away).index_select(0, places.order)
+        return rows, berth.numbers(berth.away).index_select(0, places.order)
+
+    def lay(self, rows, places, numbers=None):
+        """Lay rows [n, H], and numbers [n] if any, down where the rows were from which they were computed."""
+        berth = places.berth
+        berth.rows(berth.away).index_copy_(0, places.order, rows.to(self.sizes.dtype))
+        if numbers is not None:
+            berth.numbers(berth.away).index_copy_(0, places.order, numbers)
+
+    def finish(self, flight, batch):
+        """Send the results home, to where their tokens were packed."""
+        berth, counts = self.berths[flight.berth], flight.plan.counts
+        direction = HOMEWARD[berth.direction]
+        sides = {"send": berth.away, "send_edges": counts.receive_edges,
+                 "receive": berth.home, "receive_edges": counts.send_edges}  # fmt: skip
+        berth.homeward = self.carrier.start(
+            self.leg(flight, direction, **sides), self.device.compute.record_event(), berth.outward
+        )
+        self.traffic.rows[direction] += counts.coming.sum(axis=1)
+
+    def is_home(self, flight):
+        """Whether a micro-batch's results are home for whatever the compute stream does next."""
+        berth = self.berths[flight.berth]
+        if berth.homeward is None or not berth.homeward.landed:
+            return False
+        self.device.compute.wait_event(berth.homeward.event)
+        return True
+
+    def sum_home(self, flight, gates):
+        """Sum the rows that came home by token, a copy's times its gate [T, K] -> fresh [T, H] of the rows' dtype."""
+        berth, weights = self.berths[flight.berth], gates.to(self.sizes.dtype)
+        rows, table = self.entries(flight.plan), berth.rows(berth.home)
+        return nn.functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
+
+    def numbers_home(self, flight):
+        """Collect the numbers that came home with the copies' results -> [T, K] float32, 0 where there is no copy."""
+        berth, rows = self.berths[flight.berth], self.entries(flight.plan)
+        return berth.numbers(berth.home).index_select(0, rows.flatten()).view(rows.shape)
+
+    def entries(self, plan):
+        """Find each copy's row at home [T, K]; of one that was dropped the last, which is zero."""
+        return torch.where(plan.row_of_entry < 0, self.sizes.home_rows - 1, plan.row_of_entry)

@@ -1,0 +1,125 @@
+"""Where copies go, found on the device that has them: the host is told counts alone.
+
+Copies are laid in the order of their slots, which is that of the ranks; a dropped one comes last, and is not sent.
+"""
+
+import numpy as np
+import torch
+
+from hpcmoe.comm.transport import Direction, Part, make_part_tag, make_tag
+from hpcmoe.dispatch.plan import BELOW_ONE
+
+
+class DevicePlan:
+    """What one micro-batch exchanges in one layer: on the device which copy lies where, on the host how many go."""
+
+    def __init__(self, slots, kept, num_slots, device):
+        """slots [T, K], kept [T, K] bool, tensors on the device; num_slots of all ranks."""
+        self.top_k = slots.shape[1]
+        key = torch.where(kept, slots, num_slots).flatten()
+        ordered, self.order = key.sort(stable=True)  # [N] copies t * K + k, by slot
+        place = torch.arange(len(key), device=key.device)
+        row = torch.empty_like(self.order).scatter_(0, self.order, place).view(slots.shape)
+        self.row_of_entry = torch.where(kept, row, -1)  # [T, K] where a copy lies at home, -1 where it was dropped
+        edges = torch.searchsorted(ordered, torch.arange(num_slots + 1, device=key.device))
+        self.counts = Counts(*device.fetch(edges.diff()))
+
+
+class Counts:
+    """How many rows go from this rank to each slot, and how many come to its own from each rank: first asked for."""
+
+    def __init__(self, fetched, event):
+        """fetched: int64 tensor [P * s] on the host, there when the event has happened."""
+        self.fetched, self.event = fetched, event
+        self.leaving = self.coming = None  # [P, s] int64, once they are known
+        self.tickets = None
+
+    def are_known(self, transport, tag):
+        """Whether both are known, and go on asking: a message to each rank. Here, and nowhere else, the host waits."""
+        if self.tickets is None:
+            if not self.event.query():
+                return False
+            self.ask(transport, tag)
+        return all(ticket.done for ticket in self.tickets)
+
+    def ask(self, transport, tag):
+        """Tell each rank what goes to its slots, and begin to hear what comes from it."""
+        self.leaving = self.fetched.numpy().reshape(transport.size, -1)
+        self.coming = np.empty_like(self.leaving)
+        self.coming[transport.rank] = self.leaving[transport.rank]
+        others = [rank for rank in range(transport.size) if rank != transport.rank]
+        self.tickets = [transport.receive_words(self.coming[rank], rank, tag) for rank in others]
+        self.tickets += [transport.send_words(self.leaving[rank], rank, tag) for rank in others]
+
+    @property
+    def send_edges(self):
+        """Which rows at home go to each rank -> [P + 1]."""
+        return edges_of(self.leaving.sum(axis=1))
+
+    @property
+    def receive_edges(self):
+        """Which rows here come from each rank -> [P + 1]."""
+        return edges_of(self.coming.sum(axis=1))
+
+
+class DeviceBatch:
+    """All rows of an exchange on which the local experts work, grouped by slot and within it by rank."""
+
+    def __init__(self, coming, torch_device):
+        """coming [P, s]: rows from each rank for each slot, which lie by rank and within it by slot."""
+        self.rows_of_slot = coming.sum(axis=0)  # [s]
+        first = edges_of(coming.ravel())[:-1].reshape(coming.shape)
+        lengths = coming.T.ravel()
+        shifts = np.stack([first.T.ravel() - edges_of(lengths)[:-1], lengths])
+        shift, length = torch.from_numpy(shifts).to(torch_device, non_blocking=True)
+        num_rows = int(lengths.sum())
+        place = torch.arange(num_rows, device=torch_device)
+        self.order = place + shift.repeat_interleave(length, output_size=num_rows)  # [R] where each row lies
+
+    def portions(self, about_rows, apart=False):
+        """There is one portion: the GEMMs of all slots are one -> (slice, ((slot, rows), ...)), if there are rows.
+
+        In it no slot's rows depend on another's; so apart, as about_rows, changes nothing.
+        """
+        if len(self.order):
+            slots = [(slot, rows) for slot, rows in enumerate(self.rows_of_slot.tolist()) if rows]
+            yield slice(0, len(self.order)), slots
+
+
+class DeviceChooser:
+    """A SlotChooser on the device: the same replicas for the same copies."""
+
+    def __init__(self, chooser, torch_device):
+        self.unique, self.phase = chooser.unique, chooser.phase  # whether each expert has one replica alone
+        self.slots = torch.from_numpy(chooser.slots).to(torch_device)
+        self.edges = torch.from_numpy(chooser.edges).to(torch_device)
+
+    def choose(self, experts):
+        """experts [T, K] -> slots [T, K * shards]."""
+        if self.unique:
+            return self.slots[experts].flatten(1)
+        flat = experts.flatten()
+        ordered, order = flat.sort(stable=True)
+        first, end = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
+        place = torch.arange(len(flat), device=flat.device)
+        number = torch.empty_like(order).scatter_(0, order, place - first)  # of a copy, among those of its expert
+        count = torch.empty_like(order).scatter_(0, order, end - first)
+        point = (number + self.phase) / count.double() * BELOW_ONE
+        chosen = torch.searchsorted(self.edges, flat + point, right=True)
+        return self.slots[chosen].view(len(experts), experts.shape[1] * self.slots.shape[1])
+
+
+def edges_of(counts):
+    """Where runs of these lengths begin, and the end -> [n + 1] int64."""
+    return np.concatenate(([0], np.cumsum(counts)))
+
+
+def tag_of(flight, num_micro_batches, direction, part):
+    """Number the messages of one leg, or of the counts before it."""
+    tag = make_tag(flight.layer, flight.micro_batch, num_micro_batches, direction)
+    return make_part_tag(tag, part, 0, 1)
+
+
+def tag_of_counts(flight, num_micro_batches):
+    """Number the messages that tell the counts of a flight."""
+    return tag_of(flight, num_micro_batches, Direction.DISPATCH, Part.HEADER)

@@ -1,0 +1,170 @@
+"""The experts of a rank worked on at once, as GPUs want it: each product is a grouped GEMM over rows sorted by expert.
+
+Where torch has no grouped GEMM for a precision or a GPU, and where one expert is alone, the experts take turns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from hpcmoe.comm.cuda import has_grouped_gemm
+from hpcmoe.experts.ffn import Expert, LocalExperts
+from hpcmoe.experts.layer import MoELayer
+from hpcmoe.experts.shapes import MATRICES
+from hpcmoe.gemm import TorchGemm, find_gradient
+
+ALIGNED_BYTES = 16  # where grouped GEMMs want each row to begin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """How rows are shared by the experts that are held, in their order."""
+
+    rows: list  # [e] of each
+    ends: torch.Tensor  # [e] int32, on the device
+
+
+class GroupedExperts(LocalExperts):
+    """The replicas in this rank's slots, their matrices side by side."""
+
+    def __init__(self, replicas):
+        super().__init__(replicas)
+        self.joined, self.casts = {}, {}  # name: [e, out, in]; (name, dtype): the same in that precision
+
+    def join(self):
+        """Lay each matrix of all replicas into one array, of which their parameters become parts."""
+        held = self.held()
+        self.joined = {}
+        self.refresh()
+        for name in MATRICES[held[0].kind] if held else ():
+            self.joined[name] = torch.stack([getattr(replica, name).data for replica in held])
+            for replica, part in zip(held, self.joined[name], strict=True):
+                getattr(replica, name).data = part
+
+    def refresh(self):
+        """Forget the matrices in other precisions: the weights have changed."""
+        self.casts = {}
+
+    @property
+    def num_packed_bytes(self):
+        """Bytes of the matrices in other precisions."""
+        return sum(cast.nbytes for cast in self.casts.values())
+
+    def matrices(self, name, dtype):
+        """The matrices of all replicas in a precision -> [e, out, in]."""
+        if self.joined[name].dtype == dtype:
+            return self.joined[name]
+        if (name, dtype) not in self.casts:
+            self.casts[name, dtype] = self.joined[name].to(dtype)
+        return self.casts[name, dtype]
+
+    def group(self, slots, torch_device):
+        """Share rows among the replicas as some slots have them, ((slot, rows), ...) -> Groups."""
+        rows_of_slot = dict(slots)
+        held = [slot for slot, replica in enumerate(self.replicas) if isinstance(replica, Expert)]
+        rows = [rows_of_slot.get(slot, 0) for slot in held]
+        ends = torch.tensor(rows, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return Groups(rows=rows, ends=ends.to(torch_device, non_blocking=True))
+
+    @torch.no_grad()
+    def forward(self, groups, x, kept):
+        """x [R, H] -> y [R, H] in x's precision. What backward() needs is added to `kept`, None in inference."""
+        kind = self.held()[0].kind
+        inner = [self.linear(name, groups, x) for name in MATRICES[kind] if name != "down"]
+        if kept is None:
+            hidden = activate_in_place(inner, kind)
+        else:
+            kept.append((x, *inner))
+            hidden = self.held()[0].work(inner)
+        return self.linear("down", groups, hidden)
+
+    @torch.no_grad()
+    def backward(self, groups, kept, slope, gates):
+        """Go back from slope [R, H] and gates [R], as Expert.backward() -> (x_slope [R, H], gate_slope [R] float32)."""
+        x, *inner = kept
+        any_replica = self.held()[0]
+        hidden, hidden_slope = any_replica.work(inner), multiply(slope, self.matrices("down", slope.dtype), groups)
+        gate_slope = (hidden_slope * hidden).sum(dim=1).float()
+        for bias, own, result in self.each("down_bias", groups, slope, gate_slope):
+            result += own.float() @ bias.float()
+
+        # From here on slopes are times the gate.
+        gates = gates.to(slope.dtype)[:, None]
+        self.add_gradients("down", groups, slope * gates, hidden)
+        x_slope = None
+        for name, inner_slope in any_replica.work_back(inner, hidden_slope.mul_(gates)).items():
+            self.add_gradients(name, groups, inner_slope, x)
+            part = multiply(inner_slope, self.matrices(name, slope.dtype), groups)
+            x_slope = part if x_slope is None else x_slope.add_(part)
+        return x_slope, gate_slope
+
+    def linear(self, name, groups, x):
+        """Multiply each expert's rows by its matrix, with its bias."""
+        y = multiply(x, self.matrices(name, x.dtype).transpose(1, 2), groups)
+        for bias, own in self.each(f"{name}_bias", groups, y):
+            own += bias.to(y.dtype)
+        return y
+
+    def add_gradients(self, name, groups, slope, x):
+        """Add to the gradients of every replica's matrix and bias."""
+        for parameter, own, inputs in self.each(name, groups, slope, x):
+            TorchGemm().add_product(find_gradient(parameter), own, inputs)
+        for bias, own in self.each(f"{name}_bias", groups, slope):
+            find_gradient(bias).add_(own.sum(dim=0, dtype=torch.float32))
+
+    def each(self, name, groups, *tensors):
+        """Yield a parameter of each replica that has it and rows, and its rows of some tensors."""
+        parts = zip(*(tensor.split(groups.rows) for tensor in tensors), strict=True)
+        for replica, own in zip(self.held(), parts, strict=True):
+            if hasattr(replica, name) and len(own[0]):
+                yield getattr(replica, name), *own
+
+
+class GroupedLayer(MoELayer):
+    """A layer whose experts are worked on at once."""
+
+    def work(self, slots, rows, kept):
+        """Let the experts in some slots work on rows [m, H] grouped by slot -> results [m, H], or this shard's part."""
+        return self.experts(self.experts.group(slots, rows.device), rows, kept)
+
+    def work_back(self, slots, slopes, gates, kept):
+        """Go back through the experts in some slots, slopes [m, H] and gates [m] grouped by slot -> slopes by both."""
+        return self.experts.backward(self.experts.group(slots, slopes.device), kept.pop(), slopes, gates)
+
+
+def multiply(x, weights, groups):
+    """Each expert's rows by its own matrix: x [R, in] by expert, weights [e, in, out] -> [R, out]."""
+    if can_group(x, weights):
+        return find_grouped_gemm()(x, weights, offs=groups.ends)
+    y = x.new_empty(len(x), weights.shape[2])
+    for own, weight, result in zip(x.split(groups.rows), weights, y.split(groups.rows), strict=True):
+        if len(own):
+            torch.mm(own, weight, out=result)
+    return y
+
+
+def can_group(x, weights):
+    """Whether torch has a grouped GEMM for these: of several experts, in bfloat16, with rows that are aligned."""
+    aligned = all(size * x.element_size() % ALIGNED_BYTES == 0 for size in weights.shape[1:])
+    fits = len(weights) > 1 and x.dtype == torch.bfloat16 and aligned
+    return fits and has_grouped_gemm(x.device) and find_grouped_gemm() is not None
+
+
+def find_grouped_gemm():
+    """Find torch's grouped GEMM, whose name has changed -> it, or None."""
+    return getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+def activate_in_place(inner, kind):
+    """Apply the activation to what goes into it, [R, F] each, which nobody needs afterwards -> hidden [R, F]."""
+    match kind:
+        case "swiglu":
+            gate, up = inner
+            return functional.silu(gate, inplace=True).mul_(up)
+        case "relu":
+            return inner[0].relu_()
+        case "gelu":
+            return torch.ops.aten.gelu_(inner[0])
+        case _:
+            raise ValueError(f"unknown activation {kind}")

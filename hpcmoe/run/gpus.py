@@ -1,0 +1,116 @@
+"""A run on GPUs: who carries its rows and sums, how large their buffers are, and how they are opened."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+
+import numpy as np
+import torch
+
+from hpcmoe.clock import Clock
+from hpcmoe.comm.choose import Choice, choose, look, open_carrier, why_not_direct
+from hpcmoe.comm.mpi import open_mpi_transport
+from hpcmoe.comm.nccl import find_nccl, open_nccl
+from hpcmoe.dispatch.device_exchange import DeviceExchange, DeviceSizes
+from hpcmoe.errors import ClusterError, on_root
+from hpcmoe.wait import gather_to_all
+
+log = logging.getLogger(__name__)
+
+ALL_ROWS = 2**62  # of a GEMM: a GPU's are not cut
+
+
+def choose_carrier(config, world, device):
+    """Choose who carries rows between the ranks' devices, and say it once -> Choice. Collective over world.
+
+    Raises ClusterError on all ranks when [comm] asks for what is not there.
+    """
+    sights = gather_to_all(world, look(world, device))
+    choice = on_root(world, lambda: choose(config.comm, sights, config.pipeline.schedule))
+    if choice.kind == "nccl" and config.comm.transport == "auto":
+        choice = try_nccl(config, world, device, choice, sights)
+    if world.rank == 0:
+        log.info("rows between devices: %s, for: %s", choice.kind, choice.reason)
+        for line in describe_shared(sights):
+            log.info("%s", line)
+    return choice
+
+
+def try_nccl(config, world, device, choice, sights):
+    """Keep NCCL if it can be set up among all ranks, else take MPI -> Choice. Collective over world."""
+    try:
+        with open_nccl(world, device, find_nccl()[0]):
+            return choice
+    except ClusterError as fault:
+        kind = "staged" if config.comm.buffers == "staged" or why_not_direct(sights) else "direct"
+        return Choice(kind=kind, reason=str(fault))
+
+
+def describe_shared(sights):
+    """Say which ranks share a GPU, as is meant for tests -> lines."""
+    gpus = [sight.gpu for sight in sights]
+    for gpu in sorted({gpu for gpu in gpus if gpu is not None and gpus.count(gpu) > 1}):
+        ranks = ", ".join(str(rank) for rank, other in enumerate(gpus) if other == gpu)
+        yield f"ranks {ranks} share one GPU: good for tests, and no faster than one rank"
+
+
+def reckon_device_sizes(config, mesh):
+    """Compute how many rows a micro-batch brings at most to a rank's home, and likely to its experts -> DeviceSizes."""
+    model, pipeline = config.model, config.pipeline
+    sequences = math.ceil(math.ceil(config.data.batch_sequences / pipeline.micro_batches) / mesh.num_token_shares)
+    tokens, copies = sequences * model.sequence_length, model.top_k * mesh.tensor_parallel
+    busy = mesh.expert_parallel if config.cluster.replicate else min(model.num_experts, mesh.expert_parallel)
+    return DeviceSizes(
+        hidden=model.hidden,
+        dtype=getattr(torch, model.dtype),
+        tokens=tokens,
+        top_k=copies,
+        num_berths=1 if pipeline.schedule == "serial" else min(pipeline.in_flight, pipeline.micro_batches),
+        num_micro_batches=pipeline.micro_batches,
+        expert_rows=math.ceil(tokens * copies * mesh.expert_parallel / busy),
+        buffer_factor=config.comm.buffer_factor,
+        batch_rows=ALL_ROWS,
+    )
+
+
+@contextlib.contextmanager
+def open_device_exchange(mesh, device, sizes, routes, kind):
+    """Open what carries the rows of the ranks of mesh.group between its devices -> DeviceExchange.
+
+    Collective over mesh.world, both ends.
+    """
+    with (
+        open_sums(mesh.world, device, kind) as nccl,
+        open_mpi_transport(mesh.group, sizes.row_bytes) as transport,
+        open_carrier(kind, mesh.group, device, sizes.row_bytes, transport) as carrier,
+    ):
+        yield DeviceExchange(carrier, transport, device, Clock(), (sizes, routes), nccl)
+
+
+def open_sums(world, device, kind):
+    """Open what sums dense gradients on devices -> an NCCL Group where NCCL carries the rows, else None.
+
+    To be used in a with-block. Collective over world, both ends.
+    """
+    return open_nccl(world, device, find_nccl()[0]) if kind == "nccl" and world.size > 1 else contextlib.nullcontext()
+
+
+def describe_device_ways(sizes):
+    """Say what messages take on a rank's device -> lines."""
+    return [
+        f"rows, on each rank's device: {sizes.num_berths} x ({sizes.home_rows} + {sizes.away_rows}) rows of "
+        f"{sizes.row_bytes} B = {sizes.buffer_bytes(None) / 1e6:.1f} MB, for {sizes.num_berths} micro-batches in flight"
+    ]
+
+
+def keep_gpu_memory(topology, share_of_gpu):
+    """Keep in the topology what each node's GPUs have free for its ranks, share_of_gpu [ranks] or None -> Topology."""
+    if share_of_gpu is None:
+        return topology
+    free = [share_of_gpu[topology.ranks_of_node(node)].sum() for node in range(topology.num_nodes)]
+    return dataclasses.replace(
+        topology,
+        device_memory_bytes=np.array(free, np.int64),
+        source=topology.source | {"device memory": "CUDA, when the ranks opened their devices"},
+    )

@@ -1,0 +1,139 @@
+"""On a GPU: the experts' block against torch's dense product, packing and sum against a copy, ways against each other.
+
+Then a step of several micro-batches under torch's profiler: how much of the transfers ran beside kernels. Ranks share
+the GPU where there is one alone.
+"""
+
+import math
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from bench import ranks
+from bench.gpu_profile import profile_step
+from mpi4py import MPI
+from tabulate import tabulate
+
+from hpcmoe.clock import Clock
+from hpcmoe.comm.carrier import DirectCarrier
+from hpcmoe.comm.choose import look, why_not_direct, why_not_nccl
+from hpcmoe.comm.cuda import count_gpus, describe_gpu, find_missing
+from hpcmoe.comm.device import open_device
+from hpcmoe.comm.mpi import open_mpi_transport
+from hpcmoe.comm.trial import try_carrier
+from hpcmoe.dispatch.device_exchange import DeviceExchange, DeviceSizes
+from hpcmoe.dispatch.routes import make_routes
+from hpcmoe.experts.ffn import Expert
+from hpcmoe.experts.grouped import GroupedExperts
+from hpcmoe.wait import gather_to_all
+
+HIDDEN, FEED_FORWARD, TOKENS, TOP_K = 8192, 32768, 10000, 2  # the published sizes, of a rank
+EXPERTS = (1, 4)
+TIMES = 10
+RANKS = (2, 4)
+
+
+def measure(folder):
+    """Measure on the first GPU, then between ranks -> figures. Skipped where there is none."""
+    if find_missing():
+        pytest.skip(find_missing())
+    device = open_device("cuda", 0)
+    figures = {
+        "gpu": describe_gpu(0),
+        "experts": [time_experts(device, number, HIDDEN, FEED_FORWARD, TOKENS * TOP_K) for number in EXPERTS],
+        "kernels": time_kernels(device, HIDDEN, TOKENS),
+    }
+    torch.cuda.empty_cache()  # the ranks need the memory
+    return figures | {"ranks": [ranks.run_ranks(number, "gpu", folder, folder.absolute()) for number in RANKS]}
+
+
+def time_call(device, call):
+    """Time a call on a device, many at once -> seconds of one."""
+    call()
+    device.settle()
+    begun = time.perf_counter()
+    for _ in range(TIMES):
+        call()
+    device.settle()
+    return (time.perf_counter() - begun) / TIMES
+
+
+def time_experts(device, num_experts, hidden, feed_forward, rows):
+    """Time the forward block of a few experts against the same products with one dense matrix -> figures."""
+    draw = {"dtype": torch.bfloat16, "device": device.torch_device}
+    weights = [
+        {"up": torch.randn(feed_forward, hidden, **draw) / math.sqrt(hidden),
+         "down": torch.randn(hidden, feed_forward, **draw) / math.sqrt(feed_forward)}
+        for _ in range(num_experts)
+    ]  # fmt: skip
+    experts = GroupedExperts([Expert("gelu", own) for own in weights])
+    experts.join()
+    x, dense = torch.randn(rows, hidden, **draw), weights[0]
+    groups = experts.group([(slot, rows // num_experts) for slot in range(num_experts)], device.torch_device)
+    x = x[: sum(groups.rows)]
+    ours = time_call(device, lambda: experts(groups, x, None))
+    theirs = time_call(device, lambda: (x @ dense["up"].t()) @ dense["down"].t())
+    flops = 4 * len(x) * hidden * feed_forward
+    return {"experts": num_experts, "rows": len(x), "ours_flops": flops / ours, "dense_flops": flops / theirs,
+            "ratio": theirs / ours}  # fmt: skip
+
+
+def time_kernels(device, hidden, tokens):
+    """Time what dispatch and combine do on one device, against a copy of as many bytes -> list of figures."""
+    sizes = DeviceSizes(
+        hidden=hidden, dtype=torch.bfloat16, tokens=tokens, top_k=TOP_K, num_berths=1, num_micro_batches=1,
+        expert_rows=tokens * TOP_K, buffer_factor=1.0, batch_rows=2**62,
+    )  # fmt: skip
+    comm, random = MPI.COMM_SELF, np.random.default_rng(0)
+    routes = make_routes((0,), 0, 16, np.zeros((1, 1), bool))
+    with open_mpi_transport(comm, sizes.row_bytes) as transport:
+        exchange = DeviceExchange(DirectCarrier(transport, device), transport, device, Clock(), (sizes, routes))
+        slots = np.argsort(random.random((tokens, 16)), axis=1)[:, :TOP_K]
+        plan = exchange.make_plan(slots, np.ones(slots.shape, bool))
+        flight = SimpleNamespace(plan=plan, berth=0, layer=0, micro_batch=0)
+        while not exchange.may_start(flight):
+            exchange.poke()
+        x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device=device.torch_device)
+        gates = torch.full(slots.shape, 0.5, device=device.torch_device)
+        copies = tokens * TOP_K
+        calls = {  # rows read and written
+            "pack": (2 * copies, lambda: exchange.pack(flight, x, gates)),
+            "sum": (copies + tokens, lambda: exchange.sum_home(flight, gates)),
+        }
+        source, target = (torch.empty(copies, hidden, dtype=torch.bfloat16, device=x.device) for _ in range(2))
+        copy_rate = 2 * source.nbytes / time_call(device, lambda: target.copy_(source))
+        rates = {name: rows * 2 * hidden / time_call(device, call) for name, (rows, call) in calls.items()}
+    return [{"kernel": name, "bytes_per_second": rate, "ratio": rate / copy_rate} for name, rate in rates.items()]
+
+
+def work(comm, folder):
+    """Measure each way between these ranks, and profile a step by the best -> figures. Collective over comm."""
+    device = open_device("cuda", comm.rank)
+    sights = gather_to_all(comm, look(comm, device))
+    missing = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights), "staged": ""}
+    rates = {kind: why or min(gather_to_all(comm, try_carrier(kind, comm, device))) for kind, why in missing.items()}
+    return {"ranks": comm.size, "gpus": count_gpus(), "ways": rates, "profile": profile_step(comm, folder)}
+
+
+def make_table(figures):
+    """Show the figures -> text."""
+    rows = [["experts' block", f"{e['experts']} x {e['rows'] // e['experts']} rows", f"{e['ours_flops'] / 1e12:.0f}",
+             "TFLOP/s", f"{e['ratio']:.2f} of dense"] for e in figures["experts"]]  # fmt: skip
+    rows += [[k["kernel"], "", f"{k['bytes_per_second'] / 1e9:.0f}", "GB/s", f"{k['ratio']:.2f} of a copy"]
+             for k in figures["kernels"]]  # fmt: skip
+    for of_ranks in figures["ranks"]:
+        for kind, rate in of_ranks["ways"].items():
+            shown = (f"{rate / 1e9:.3g}", "GB/s a rank") if isinstance(rate, float) else ("-", rate)
+            rows.append([kind, f"{of_ranks['ranks']} ranks, {of_ranks['gpus']} GPUs", *shown, ""])
+        profile = of_ranks["profile"]
+        share = f"{profile['hidden']:.2f} beside kernels"
+        rows.append(
+            ["profile", f"{of_ranks['ranks']} ranks", f"{1e3 * profile['transfers']:.3g}", "ms of transfers", share]
+        )
+    return tabulate(rows, ["what", "of", "value", "unit", "beside"], disable_numparse=True)
+
+
+if __name__ == "__main__":
+    ranks.main(work)

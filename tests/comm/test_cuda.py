@@ -1,0 +1,65 @@
+"""On a GPU: CuPy's memory is torch's, streams are in order by events, bfloat16 goes as bytes, rows come whole."""
+
+import numpy as np
+import pytest
+import torch
+
+from hpcmoe.comm.device import open_device
+
+pytestmark = pytest.mark.gpu
+ROW_BYTES = 32
+
+
+@pytest.fixture
+def device():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return open_device("cuda", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_buffer_is_one_memory_for_cupy_and_torch(device, dtype):
+    buffer = device.make_buffer(5, ROW_BYTES)
+    assert buffer.tensor.data_ptr() == buffer.array.data.ptr and buffer.tensor.device == device.torch_device
+    assert not buffer.tensor.any() and device.pool.used_bytes() >= 5 * ROW_BYTES
+    rows = torch.randn(5, ROW_BYTES // dtype.itemsize, device=device.torch_device).to(dtype)
+    buffer.tensor.view(dtype).copy_(rows)
+    device.settle()
+    assert np.array_equal(buffer.array.get(), rows.view(torch.uint8).cpu().numpy())
+    buffer.array[2] = 0
+    device.settle()
+    assert not buffer.tensor[2].any()
+
+
+def test_a_device_tells_its_memory_and_name(device):
+    name, free = device.read_memory()
+    assert name and 0 < free <= torch.cuda.get_device_properties(device.torch_device).total_memory
+    assert open_device("cuda", 0).read_memory()[0] == name
+
+
+def test_streams_follow_each_other_by_events(device):
+    """A long product, a copy out on the send stream, a copy in on the receive stream: each waits for the one before."""
+    side = 4096
+    x = torch.full((side, side), 1 / side, device=device.torch_device)
+    buffer, pinned = device.make_buffer(side, 4 * side), device.make_pinned(side, 4 * side)
+    for _ in range(20):
+        x = x @ x * side
+    buffer.tensor.view(torch.float32).copy_(x + 1)
+    ready = device.compute.record_event()
+    device.send.wait_event(ready)
+    with device.use(device.send):
+        pinned.copy_(buffer.tensor, non_blocking=True)
+        out = device.send.record_event()
+    device.receive.wait_event(out)
+    with device.use(device.receive):
+        back = device.make_buffer(side, 4 * side)
+        back.tensor.copy_(pinned, non_blocking=True)
+        device.compute.wait_event(device.receive.record_event())
+    assert torch.equal(back.tensor.view(torch.float32), x + 1)
+
+
+def test_what_is_fetched_is_there_with_its_event(device):
+    counts = torch.arange(7, device=device.torch_device)
+    fetched, event = device.fetch(counts * 3)
+    event.synchronize()
+    assert fetched.device.type == "cpu" and fetched.tolist() == [0, 3, 6, 9, 12, 15, 18]

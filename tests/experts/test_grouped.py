@@ -1,0 +1,102 @@
+"""Experts worked on at once give what they give one by one: outputs, slopes, gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from hpcmoe.experts import grouped
+from hpcmoe.experts.ffn import Expert
+from hpcmoe.experts.grouped import GroupedExperts, can_group
+
+HIDDEN, FEED_FORWARD = 8, 16
+ROWS = {0: 5, 2: 0, 3: 9}  # slot 1 is empty
+
+
+def draw(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_replicas(kind, bias):
+    """Three experts and an empty slot."""
+
+    def expert(seed):
+        weights = {"up": draw(FEED_FORWARD, HIDDEN, seed=seed), "down": draw(HIDDEN, FEED_FORWARD, seed=seed + 10)}
+        if kind == "swiglu":
+            weights["gate"] = draw(FEED_FORWARD, HIDDEN, seed=seed + 20)
+        if bias:
+            weights |= {f"{name}_bias": draw(len(weights[name]), seed=seed + 30) for name in list(weights)}
+        return Expert(kind, weights)
+
+    return [expert(0), nn.Identity(), expert(2), expert(3)]
+
+
+def relative(a, b):
+    """The largest difference beside the largest number."""
+    return ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["gelu", "relu", "swiglu"])
+def test_all_at_once_is_one_by_one(kind, bias, dtype):
+    alone, together = make_replicas(kind, bias), GroupedExperts(make_replicas(kind, bias))
+    together.join()
+    x, slope = draw(14, HIDDEN, seed=7).to(dtype), draw(14, HIDDEN, seed=8).to(dtype)
+    gates, kept = torch.rand(14, generator=torch.Generator().manual_seed(9)), []
+    groups = together.group(tuple(ROWS.items()), torch.device("cpu"))
+    y = together(groups, x, kept)
+    assert torch.equal(together(groups, x, None), y)
+    x_slope, gate_slope = together.backward(groups, kept.pop(), slope, gates)
+
+    begin, within = 0, 1e-6 if dtype == torch.float32 else 2e-2  # a bias is added after rounding
+    for slot, rows in ROWS.items():
+        part = slice(begin, begin + rows)
+        begin += rows
+        if rows == 0:
+            assert all(p.grad is None for p in together.replicas[slot].parameters())
+            continue
+        expected, remembered = alone[slot].forward_kept(x[part])
+        by_x, by_gate = alone[slot].backward(remembered, slope[part], gates[part])
+        for ours, theirs in ((y[part], expected), (x_slope[part], by_x), (gate_slope[part], by_gate)):
+            assert ours.dtype == theirs.dtype and relative(ours, theirs) < within
+        for (name, ours), (_, theirs) in zip(
+            together.replicas[slot].named_parameters(), alone[slot].named_parameters(), strict=True
+        ):
+            assert relative(ours.grad, theirs.grad) < within, name
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_grouped_gemm_is_used_where_there_is_one(monkeypatch, has):
+    calls = []
+    real = grouped.find_grouped_gemm()
+    monkeypatch.setattr(
+        grouped, "find_grouped_gemm", lambda: (lambda *a, **k: calls.append(1) or real(*a, **k)) if has else None
+    )
+    together = GroupedExperts(make_replicas("gelu", False))
+    together.join()
+    together(together.group(tuple(ROWS.items()), torch.device("cpu")), draw(14, HIDDEN, seed=7).bfloat16(), None)
+    assert len(calls) == (2 if has and real else 0)
+
+
+@pytest.mark.parametrize(
+    ("experts", "width", "dtype", "fits"),
+    [(2, 8, torch.bfloat16, True), (1, 8, torch.bfloat16, False), (2, 6, torch.bfloat16, False),
+     (2, 8, torch.float32, False)],
+)  # fmt: skip
+def test_only_what_the_kernel_takes_goes_to_it(experts, width, dtype, fits):
+    assert can_group(torch.zeros(3, width, dtype=dtype), torch.zeros(experts, width, 8, dtype=dtype)) == fits
+
+
+def test_the_joined_matrices_are_the_parameters_and_casts_follow_them():
+    together = GroupedExperts(make_replicas("gelu", False))
+    together.join()
+    up = together.replicas[3].up
+    with torch.no_grad():
+        up.fill_(2.0)
+    assert (together.matrices("up", torch.float32)[2] == 2).all() and together.num_packed_bytes == 0
+    assert (together.matrices("up", torch.bfloat16)[2] == 2).all()
+    assert together.num_packed_bytes == 3 * 2 * HIDDEN * FEED_FORWARD
+    with torch.no_grad():
+        up.fill_(3.0)
+    together.refresh()
+    assert (together.matrices("up", torch.bfloat16)[2] == 3).all()

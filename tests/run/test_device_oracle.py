@@ -1,0 +1,138 @@
+"""The GPUs' way of the rows, whole, on a stand-in that watches its order: losses and gradients equal the oracle's."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from against_oracle import check_against_oracle, whole_batches
+from moves import MOVES, assert_equal, run_steps
+from small import gather_logical, open_small_job
+from standin import Stream, watch_job
+
+WAYS = {
+    "direct": {"comm__transport": "mpi", "comm__buffers": "direct"},
+    "staged": {"comm__transport": "mpi", "comm__buffers": "staged"},
+    "nccl": {"comm__transport": "nccl"},
+}
+CASES = {
+    "plain": {},
+    "serial": {"pipeline__schedule": "serial"},
+    "three in flight": {"pipeline__in_flight": 3},
+    "gated, biases": {"model__num_experts": 7, "experts__kind": "swiglu", "experts__bias": True},
+    "ranks without tokens, one expert": {
+        "data__batch_sequences": 2, "pipeline__micro_batches": 2, "model__num_experts": 1, "model__top_k": 1
+    },
+    "capacity": {"dispatch__capacity_factor": 0.5},
+    "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 3},
+}  # fmt: skip
+
+
+def step(comm, shared, monkeypatch, way, **changes):
+    """One step on the stand-in against the oracle -> its Order. Staged messages have several small pieces."""
+    monkeypatch.setattr("hpcmoe.comm.staging.PIECE_BYTES", 200)
+    gpu, nccl = (f"gpu{comm.rank}", comm) if way == "nccl" else (None, None)
+    with watch_job(monkeypatch, gpu, nccl) as order:
+        check_against_oracle(comm, shared, **WAYS[way] | changes)
+    assert order.num_checked > 0
+    return order
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("way", WAYS)
+def test_step_equals_the_oracle(comm, shared, monkeypatch, way, case):
+    order = step(comm, shared, monkeypatch, way, **CASES[case])
+    assert order.races == []
+    if way == "nccl":
+        assert order.nccl.num_groups >= 4 * 2 and set(order.nccl.ended) == {"destroyed"}
+        assert order.nccl.num_sums == (comm.size > 1)  # all dense gradients at once
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", ["direct", "staged"])
+def test_lanes_may_start_in_any_order(comm, shared, monkeypatch, way):
+    changes = {"pipeline__schedule": "arrival", "pipeline__deterministic": False}
+    assert step(comm, shared, monkeypatch, way, **changes).races == []
+
+
+SHAPES = {
+    "biases": {"experts__bias": True},
+    "gated, dropped": {"experts__kind": "swiglu", "dispatch__capacity_factor": 0.5},
+    "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 3},
+}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_copies_go_to_all_shards_of_their_expert(comm, shared, monkeypatch, way, case):
+    shards = next((n for n in (2, 3) if comm.size % n == 0), 1)
+    changes = {"cluster__tensor_parallel": shards} | SHAPES[case]
+    assert step(comm, shared, monkeypatch, way, **changes).races == []
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", ["direct", "staged"])
+def test_gradients_of_data_parallel_groups_are_summed(comm, shared, monkeypatch, way):
+    shares = next((n for n in (2, 3) if comm.size % n == 0), 1)
+    shards = 2 if comm.size == 4 else 1
+    changes = {"cluster__data_parallel": shares, "cluster__tensor_parallel": shards}
+    assert step(comm, shared, monkeypatch, way, **changes).races == []
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", ["direct", "staged"])
+def test_experts_that_move_leave_the_training_as_it_was(comm, shared, monkeypatch, way):
+    changes = MOVES | WAYS[way] | {"model__num_experts": 5, "experts__kind": "swiglu", "experts__bias": True}
+    with watch_job(monkeypatch) as order:
+        stays, moves = (run_steps(comm, shared, after, **changes) for after in ((), (1, 3)))
+    assert order.races == [] and order.num_checked > 0
+    assert_equal(stays, moves)
+
+
+@pytest.mark.mpi
+def test_bfloat16_is_near_the_oracle_by_grouped_gemms(comm, shared, monkeypatch):
+    """Loss and gradients of one layer, whose router sees float32: in a second one near ties would go another way."""
+    shapes = {"model__hidden": 16, "model__feed_forward": 32, "model__dtype": "bfloat16", "model__num_experts": 8,
+              "model__num_layers": 1, "model__attention": False}  # fmt: skip
+    with (
+        watch_job(monkeypatch) as order,
+        open_small_job(comm, shared, **shapes, **WAYS["staged"]) as (job, optimizer, state),
+    ):
+        load = np.ones((1, 8))
+        weights = {name: w.requires_grad_() for name, w in gather_logical(comm, state, lambda p: p.data).items()}
+        starts, batches, groups = whole_batches(job, 1)
+        optimizer.zero_gradients()
+        outcome = job.stepper.run(job.training, starts, load, "train")
+        again = job.stepper.run(job.training, starts, load, "evaluate")
+        optimizer.sum_gradients()
+        gradients = gather_logical(comm, state, lambda p: p.grad)
+        total, entropy, _ = oracle.loss_of(weights, job.config, batches, torch.tensor(load).float(), groups)
+        total.backward()
+    assert order.races == [] and outcome.loss == again.loss == pytest.approx(entropy.item(), rel=1e-2)
+    for name, weight in weights.items():
+        assert (gradients[name] - weight.grad).norm() <= 1e-2 * weight.grad.norm(), name
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("deaf", ["compute", "send", "receive"])
+def test_a_stream_that_does_not_wait_is_caught(comm, shared, monkeypatch, way, deaf):
+    """The watch itself, and that each wait is needed. What the host has waited for, every later launch knows."""
+    wait = Stream.wait_event
+    monkeypatch.setattr(Stream, "wait_event", lambda self, event: self.name != deaf and wait(self, event))
+    races = step(comm, shared, monkeypatch, way).races
+    if deaf in {"direct": (), "staged": ("compute", "receive"), "nccl": ("compute", "send")}[way]:
+        assert races
+    elif (way, deaf) != ("direct", "compute"):  # which waits for what this rank sends itself, if the host has not
+        assert races == []
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", ["direct", "staged"])
+def test_who_begins_before_the_rows_are_packed_is_caught(comm, shared, monkeypatch, way):
+    for module in ("carrier", "staging"):
+        monkeypatch.setattr(f"hpcmoe.comm.{module}.may_begin", lambda pending: True)
+    wait = Stream.wait_event
+    monkeypatch.setattr(Stream, "wait_event", lambda self, event: self.name == "compute" and wait(self, event))
+    assert step(comm, shared, monkeypatch, way).races

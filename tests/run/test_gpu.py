@@ -1,0 +1,102 @@
+"""On GPUs, several ranks on one if need be: a step equals the oracle by every way that this machine has."""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from against_oracle import check_against_oracle, whole_batches
+from small import gather_logical, open_small_job
+
+from hpcmoe.comm.choose import look, why_not_direct, why_not_nccl
+from hpcmoe.comm.device import open_device
+from hpcmoe.comm.trial import try_carrier
+from hpcmoe.wait import gather_to_all
+
+pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
+WAYS = {
+    "nccl": {"comm__transport": "nccl"},
+    "direct": {"comm__transport": "mpi", "comm__buffers": "direct"},
+    "staged": {"comm__transport": "mpi", "comm__buffers": "staged"},
+}
+CASES = {
+    "plain": {},
+    "serial": {"pipeline__schedule": "serial"},
+    "gated, biases, seven experts": {
+        "model__num_experts": 7, "experts__kind": "swiglu", "experts__bias": True
+    },
+    "ranks without tokens": {"data__batch_sequences": 2, "pipeline__micro_batches": 2},
+    "capacity": {"dispatch__capacity_factor": 0.5},
+    "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 3},
+    "one expert": {"model__num_experts": 1, "model__top_k": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(params=WAYS)
+def way(comm, request):
+    """The keys of a way that these ranks have, and its name."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    sights = gather_to_all(comm, look(comm, open_device("cuda", comm.rank)))
+    missing = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights), "staged": ""}[request.param]
+    if missing:
+        pytest.skip(missing)
+    return request.param, {"comm__device": "cuda"} | WAYS[request.param]
+
+
+def test_rows_come_whole(comm, way):
+    kind, _ = way
+    assert try_carrier(kind, comm, open_device("cuda", comm.rank)) > 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_step_equals_the_oracle(comm, shared, way, case):
+    check_against_oracle(comm, shared, **way[1] | CASES[case])
+
+
+def test_tensor_and_data_parallel_equal_the_oracle(comm, shared, way):
+    if comm.size < 4:
+        pytest.skip("needs 4 ranks")
+    check_against_oracle(comm, shared, cluster__tensor_parallel=2, cluster__data_parallel=2, **way[1])
+
+
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+def test_bfloat16_is_within_a_hundredth(comm, shared, way, kind):
+    """Loss and gradients of one layer, whose router sees float32: in a second one near ties would go another way."""
+    shapes = {"model__hidden": 16, "model__feed_forward": 32, "model__dtype": "bfloat16", "experts__kind": kind,
+              "model__num_layers": 1, "model__attention": False, "model__num_experts": 8}  # fmt: skip
+    with open_small_job(comm, shared, **shapes, **way[1]) as (job, optimizer, state):
+        load = np.ones((1, 8))
+        weights = {name: w.requires_grad_() for name, w in gather_logical(comm, state, lambda p: p.data).items()}
+        starts, batches, groups = whole_batches(job, 1)
+        optimizer.zero_gradients()
+        outcome = job.stepper.run(job.training, starts, load, "train")
+        optimizer.sum_gradients()
+        gradients = gather_logical(comm, state, lambda p: p.grad)
+        total, entropy, _ = oracle.loss_of(weights, job.config, batches, torch.tensor(load).float(), groups)
+        total.backward()
+    assert math.isclose(outcome.loss, entropy.item(), rel_tol=1e-2)
+    for name, weight in weights.items():
+        difference = (gradients[name] - weight.grad).norm() / weight.grad.norm()
+        assert difference <= 1e-2, name
+
+
+def test_a_layer_in_bfloat16_is_within_a_hundredth_of_float32(comm, shared, way):
+    """The same tokens and weights by float32 on the host's formula: outputs of the last layer."""
+    shapes = {"model__hidden": 16, "model__feed_forward": 32, "model__num_layers": 1, "model__attention": False}
+    outputs = {}
+    for dtype in ("float32", "bfloat16"):
+        changes = shapes | {"model__dtype": dtype, "run__mode": "infer"} | way[1]
+        with open_small_job(comm, shared, **changes) as (job, _, _):
+            starts, _, _ = whole_batches(job, 1)
+            job.stepper.run(job.training, starts, np.ones((1, 4)), "infer", (0,))
+            outputs[dtype] = job.stepper.network.take_activations()["layer0/output"]
+    difference = np.linalg.norm(outputs["bfloat16"] - outputs["float32"])
+    assert difference <= 1e-2 * np.linalg.norm(outputs["float32"])
+
+
+def test_the_memory_of_the_gpus_is_in_the_topology_and_bounds_the_placement(comm, shared, way):
+    with open_small_job(comm, shared, **way[1]) as (job, _, _):
+        assert job.room.what == "GPU memory" and job.topology.device_memory_bytes.sum() > 0
+        assert (job.room.node_bytes <= job.topology.device_memory_bytes + 1).all()
