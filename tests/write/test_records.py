@@ -159,7 +159,7 @@ def test_flush_when_due_waits_its_second(tmp_path):
 
 
 def test_a_step_costs_little(tmp_path):
-    """Steps of 25 metrics take less than three times what h5py needs for their rows alone, in the best of some rounds."""
+    """In the best of some rounds, steps of 25 metrics take less than three times what h5py needs for their rows."""
     ratios = []
     for attempt in range(5):
         records, started = Records(tmp_path / f"run{attempt}.h5"), time.process_time()
