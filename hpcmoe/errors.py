@@ -1,5 +1,7 @@
 """How a rank fails: together with the others when all can know why, alone and loudly when only it knows."""
 
+import contextlib
+import signal
 import sys
 import traceback
 
@@ -9,6 +11,7 @@ EXIT_USER = 2  # bad input, or a machine that does not fit: the user can mend it
 EXIT_INTERRUPTED = 130  # as shells have it
 EXIT_BUG = 1  # anything else, shown with its traceback
 FAREWELL_SECONDS = 5.0  # how long a failing rank waits for the others before it aborts them
+REPEAT_SECONDS = 0.5  # between two KeyboardInterrupts
 
 
 class HpcmoeError(Exception):
@@ -96,6 +99,26 @@ def exit_with(comm, fault, host):
     lines = str(fault).splitlines() if expected else traceback_lines(fault)
     say(f"[rank {comm.rank} of {comm.size}, {host}] {line}" for line in lines)
     comm.Abort(EXIT_USER if expected else EXIT_BUG)
+
+
+@contextlib.contextmanager
+def insistent_interrupts():
+    """Within, let Ctrl-C raise KeyboardInterrupt again and again until it has got out: in the main thread alone.
+
+    Numba loses one that comes while it looks at the types of a call's arguments.
+    """
+
+    def interrupt(*_):
+        signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def traceback_lines(fault):

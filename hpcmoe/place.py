@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 
-from hpcmoe.errors import EXIT_INTERRUPTED, EXIT_USER, ConfigError, HpcmoeError, say
+from hpcmoe.errors import EXIT_INTERRUPTED, EXIT_USER, ConfigError, HpcmoeError, insistent_interrupts, say
 from hpcmoe.placement.case import read_case
 from hpcmoe.placement.maps import check_map, read_map, write_map
 from hpcmoe.placement.problem import OBJECTIVES, check_problem
@@ -28,7 +28,8 @@ def main(words=None):
     try:
         arguments = read_arguments(sys.argv[1:] if words is None else words)
         check_outputs(arguments)
-        show(place(arguments))
+        with insistent_interrupts():
+            show(place(arguments))
     except HpcmoeError as fault:
         first, *more = str(fault).splitlines()
         say([f"hpcmoe: {first}" + f"; and {len(more)} more fault{'s' * (len(more) > 1)}" * bool(more)])

@@ -28,7 +28,8 @@ from hpcmoe.write.loads import read_loads
 SMALL = {
     "model.hidden": 8, "model.feed_forward": 12, "model.num_layers": 2, "model.num_heads": 2, "model.num_experts": 4,
     "model.sequence_length": 5, "data.batch_sequences": 14, "pipeline.micro_batches": 3, "comm.buffer_factor": 1.0,
-    "data.validation_sequences": 9, "run.threads_per_rank": 1,
+    "data.validation_sequences": 9, "run.threads_per_rank": 1, "cluster.seconds_per_token": 1e-6,
+    "cluster.search_iterations": 50,
 }  # fmt: skip
 RANDOM_TEXT = np.random.default_rng(7).integers(0, 256, 4000, dtype=np.uint8).tobytes()
 

@@ -309,10 +309,12 @@ def test_the_command_bears_a_reader_that_leaves(tmp_path):
     check_answer(case, out, "step")
 
 
-def test_the_command_ends_on_ctrl_c_with_one_word(tmp_path):
+@pytest.mark.parametrize("seconds", [3.7, 4.0, 4.3])
+def test_the_command_ends_on_ctrl_c_with_one_word(tmp_path, seconds):
+    """At moments when it searches: without insistence numba loses a third of them."""
     case = write_case(tmp_path / "case.json", make_domains(make_case(8, 8, 64, 8, slots=2, replicate=True)))
     running = Running(sys.executable, "-m", "hpcmoe.place", case, "--budget", "100", "-o", tmp_path / "out.json")
-    time.sleep(4)
+    time.sleep(seconds)
     running.process.send_signal(signal.SIGINT)
     ended = running.wait(20)
     assert ended.status == 130 and ended.errors.splitlines()[-1] == "hpcmoe: interrupted"

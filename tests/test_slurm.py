@@ -27,7 +27,7 @@ def hosts():
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize(("launch", "ranks"), [("srun", 16), ("mpirun", 8)])
+@pytest.mark.parametrize(("launch", "ranks"), [("srun", 16), ("mpirun", 4)])
 def test_sbatch_runs_the_job_on_four_nodes_in_two_racks(slurm_conf, launch, ranks, tmp_path):
     log = tmp_path / "log"
     job = ["jobs/ep16.slurm", *SHORT, "--set", f"run.output={tmp_path}"]

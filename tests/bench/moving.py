@@ -15,9 +15,9 @@ RANKS_A_HOST = 1
 SLOW = {"INTRA": "400mbit", "INTER": "40mbit"}  # a fifth of the placement bench's: links, not cores, tell the time
 
 
-def measure(folder, every=4):
+def measure(folder, every=4, sequences=64):
     """Run three intervals of so many steps -> figures. Skips, with the reason, where hosts cannot be made."""
-    return summarize(run_on_hosts("moving_run", folder, RANKS_A_HOST, every, **SLOW))
+    return summarize(run_on_hosts("moving_run", folder, RANKS_A_HOST, every, sequences, **SLOW))
 
 
 def summarize(figures):

@@ -24,7 +24,6 @@ from hpcmoe.run.train import train_step
 from hpcmoe.wait import barrier
 
 NAMES = ("moves", "stays")
-SEQUENCES = 64  # of a batch: the links are slow
 SECONDS_PER_TOKEN = 5e-7  # an expert's; timed, it would tell of what else runs on this machine
 HOT = 4  # experts of each rack that change places with the other rack's
 
@@ -40,10 +39,10 @@ class Notes:
         self.values[name] = (step, value)
 
 
-def main(path, every):
+def main(path, every, sequences):
     """Train for three intervals, the shift after the first; write path on rank 0. Collective over all ranks."""
     comm = MPI.COMM_WORLD
-    config = make_config()
+    config = make_config(sequences)
     topology = read_topology(comm, config.cluster)
     split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length))
     before = make_weights(topology.rack_of_node, config.model.num_layers, config.model.num_experts, SEED)
@@ -52,7 +51,7 @@ def main(path, every):
     with open_mesh(comm, config.cluster) as mesh, contextlib.ExitStack() as stack:
         runs = {}
         for name in NAMES:
-            own = make_config(rebalance_every=every if name == "moves" else 2**30)
+            own = make_config(sequences, rebalance_every=every if name == "moves" else 2**30)
             job = stack.enter_context(open_job(own, topology, mesh, split, loads))
             draw_routers(job, before)
             runs[name] = (job, *make_step(job))
@@ -78,10 +77,10 @@ def describe(runs, every):
     return {"every": every, "told": told}
 
 
-def make_config(**cluster):
+def make_config(sequences, **cluster):
     """Make the placement bench's config with a smaller batch and other keys of [cluster]."""
     cluster = {"seconds_per_token": SECONDS_PER_TOKEN} | cluster
-    data = dataclasses.replace(CONFIG.data, batch_sequences=SEQUENCES)
+    data = dataclasses.replace(CONFIG.data, batch_sequences=sequences)
     return dataclasses.replace(CONFIG, data=data, cluster=dataclasses.replace(CONFIG.cluster, **cluster))
 
 
@@ -113,6 +112,6 @@ def draw_routers(job, weights):
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1], int(sys.argv[2]))
+        main(sys.argv[1], *map(int, sys.argv[2:]))
     except Exception as fault:
         exit_with(MPI.COMM_WORLD, fault, host_name())

@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 from against_oracle import check_against_oracle, whole_batches
-from moves import MOVES, assert_equal, run_steps
+from moves import MOVES, assert_near, run_steps
 from small import gather_logical, open_small_job
 from standin import Stream, watch_job
 
@@ -87,7 +87,7 @@ def test_experts_that_move_leave_the_training_as_it_was(comm, shared, monkeypatc
     with watch_job(monkeypatch) as order:
         stays, moves = (run_steps(comm, shared, after, **changes) for after in ((), (1, 3)))
     assert order.races == [] and order.num_checked > 0
-    assert_equal(stays, moves)
+    assert_near(stays, moves)  # where a row lies among all experts' may decide its last bits
 
 
 @pytest.mark.mpi
