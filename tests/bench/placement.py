@@ -14,9 +14,9 @@ from tabulate import tabulate
 RANKS_A_HOST = 4
 
 
-def measure(folder, pairs=7, ranks_a_host=RANKS_A_HOST):
+def measure(folder, pairs=7, sequences=256, ranks_a_host=RANKS_A_HOST):
     """Run the pairs of steps over the shaped hosts -> figures. Skips, with the reason, where they cannot be made."""
-    return summarize(run_on_hosts("placement_run", folder, ranks_a_host, pairs))
+    return summarize(run_on_hosts("placement_run", folder, ranks_a_host, pairs, sequences))
 
 
 def summarize(figures):

@@ -37,25 +37,24 @@ CONFIG = Config(
     ),
     cluster=Cluster(rack_of_node=("left", "left", "right", "right"), measure_seconds=8.0),
     pipeline=Pipeline(micro_batches=2),
-    data=Data(batch_sequences=256),
 )
 
 
-def main(path, pairs):
+def main(path, pairs, sequences):
     """Measure and write path on rank 0. Collective over all ranks."""
-    comm = MPI.COMM_WORLD
-    topology = read_topology(comm, CONFIG.cluster)
-    split = on_root(comm, lambda: find_text(CONFIG.data, CONFIG.model.sequence_length))
-    weights = make_weights(topology.rack_of_node, CONFIG.model.num_layers, CONFIG.model.num_experts, SEED)
-    counts = count_choices(weights, CONFIG.model.top_k, SEED)
+    comm, config = MPI.COMM_WORLD, dataclasses.replace(CONFIG, data=Data(batch_sequences=sequences))
+    topology = read_topology(comm, config.cluster)
+    split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length))
+    weights = make_weights(topology.rack_of_node, config.model.num_layers, config.model.num_experts, SEED)
+    counts = count_choices(weights, config.model.top_k, SEED)
     loads = Loads(tokens=counts, node_names=topology.node_names)
-    with open_mesh(comm, CONFIG.cluster) as mesh:
-        with open_jobs(CONFIG, topology, mesh, split, (loads, weights)) as jobs:
+    with open_mesh(comm, config.cluster) as mesh:
+        with open_jobs(config, topology, mesh, split, (loads, weights)) as jobs:
             steppers = {method: make_stepper(job) for method, job in jobs.items()}
             figures = {"step_seconds": time_pairs(steppers, comm, pairs)}
 
         # A whole batch at once: what goes out is then as much as the links carry while one waits for the other.
-        whole = dataclasses.replace(CONFIG, pipeline=Pipeline(micro_batches=1))
+        whole = dataclasses.replace(config, pipeline=Pipeline(micro_batches=1))
         with open_jobs(whole, topology, mesh, split, (loads, weights)) as jobs:
             exchangers = {method: make_exchanger(job) for method, job in jobs.items()}
             figures |= {"exchange_seconds": time_pairs(exchangers, comm, pairs)}
@@ -178,6 +177,6 @@ def describe(jobs, topology):
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1], int(sys.argv[2]))
+        main(sys.argv[1], *map(int, sys.argv[2:]))
     except Exception as fault:
         exit_with(MPI.COMM_WORLD, fault, host_name())
