@@ -11,6 +11,7 @@ from hpcmoe.experts.shapes import MATRICES, reckon_expert
 from hpcmoe.gemm import count_copy_bytes
 from hpcmoe.run.room import FLOAT32, count_dense_parameters
 
+FULLEST = 2.25  # rows at the fullest rank / at an even load: routers yet untrained sent 2.24 to one of 16 ranks
 STAGING_BYTES = 2**24  # of experts that move to a rank: what may have arrived and not be laid down yet
 
 
@@ -56,7 +57,7 @@ class Memory:
 def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
     """Compute the memory of a rank with all its slots full from the config -> Memory.
 
-    Activations are those of an even load; a rank that draws more rows keeps more. The snapshot is that of rank 0,
+    Activations are those of a rank that draws FULLEST times the rows of an even load. The snapshot is that of rank 0,
     which saves the dense parts.
     """
     model, training, tensor_parallel = config.model, config.run.mode == "train", mesh.tensor_parallel
@@ -73,7 +74,7 @@ def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
         optimizer=2 * (experts + dense // num_shares) if training else 0,
         buffers=buffer_bytes,
         copies=reckon_copies(config, tensor_parallel, slots, isinstance(sizes, DeviceSizes)),
-        activations=reckon_activations(config, tensor_parallel, sizes) if training else reckon_passing(model, sizes),
+        activations=reckon_activations(config, mesh, slots, sizes) if training else reckon_passing(model, sizes),
         moving=STAGING_BYTES if config.cluster.rebalance_every > 0 else 0,
         snapshot=3 * (experts + dense) if training and keeps_snapshot(config.write) else 0,
     )
@@ -96,8 +97,8 @@ def reckon_copies(config, tensor_parallel, slots, on_device):
     return each * numbers * slots * model.num_layers
 
 
-def reckon_activations(config, tensor_parallel, sizes):
-    """Bytes that the micro-batches in flight keep for their backward pass, at an even load."""
+def reckon_activations(config, mesh, slots, sizes):
+    """Bytes that the micro-batches in flight keep for their backward pass, on a rank with so many slots."""
     model = config.model
     tokens, wire = sizes.tokens, sizes.dtype.itemsize
 
@@ -109,15 +110,17 @@ def reckon_activations(config, tensor_parallel, sizes):
         token_bytes += FLOAT32 * (model.hidden + model.num_heads) + wire * 6 * model.hidden
 
     # Of each copy at its expert: input, and what goes into the activation.
-    inner = {"gelu": 1, "relu": 1, "swiglu": 2}[config.experts.kind] * model.feed_forward // tensor_parallel
+    inner = {"gelu": 1, "relu": 1, "swiglu": 2}[config.experts.kind] * model.feed_forward // mesh.tensor_parallel
     copy_bytes = wire * (model.hidden + inner)
+    every = tokens * mesh.group.size * min(model.top_k, slots)  # a token has no expert twice
+    copies = min(int(FULLEST * sizes.expert_rows), every)
 
     # In bfloat16 also a copy of each weight of attention, and the norms' outputs before they were rounded.
     weights = 0
     if wire < FLOAT32:
         weights = wire * 4 * model.hidden**2 if model.attention else 0
         token_bytes += FLOAT32 * model.hidden
-    of_layer = tokens * (token_bytes + sizes.top_k * copy_bytes) + weights
+    of_layer = tokens * token_bytes + copies * copy_bytes + weights
     return sizes.num_berths * model.num_layers * of_layer
 
 

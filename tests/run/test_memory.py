@@ -41,7 +41,7 @@ def take_step(job, optimizer, purpose="train"):
 def open_job(comm, folder, **changes):
     """A job with rows wide enough for matrices to outweigh indexes."""
     sizes = {"hidden": 32, "feed_forward": 64, "num_experts": 8, "sequence_length": 16}
-    return open_small_job(comm, folder, **{f"model__{key}": size for key, size in sizes.items()}, **changes)
+    return open_small_job(comm, folder, **{f"model__{key}": size for key, size in sizes.items()} | changes)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -72,6 +72,15 @@ def test_ranks_with_all_slots_full_take_what_was_reckoned(comm, shared):
         measured = take_step(job, optimizer)
     for name in ("one_expert", "experts", "dense", "gradients", "optimizer"):
         assert getattr(measured, name) == getattr(job.memory, name), name
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("changes", [{}, {"model__num_experts": 2}, {"model__top_k": 1, "model__attention": False}])
+def test_the_fullest_rank_keeps_no_more_than_was_reckoned(comm, shared, changes):
+    """Routers are as they are drawn, and lean as they do then."""
+    with open_job(comm, shared, **changes) as (job, optimizer, _):
+        of_ranks = gather_to_all(comm, take_step(job, optimizer).activations)
+    assert 0.4 * job.memory.activations < max(of_ranks) <= 1.1 * job.memory.activations
 
 
 @pytest.mark.mpi
