@@ -139,7 +139,8 @@ def refuse(text):
 def find_room(config, topology, world, memory, share_of_gpu):
     """Find the memory that each node has for experts, on GPUs where they lie there -> Room. Collective over world."""
     process_bytes = max(gather_to_all(world, psutil.Process().memory_full_info().uss))
-    return reckon_room(topology, memory, process_bytes, None if config.cluster.memory_bytes_per_node else share_of_gpu)
+    share_of_gpu = None if config.cluster.memory_bytes_per_node else share_of_gpu
+    return on_all(world, lambda: reckon_room(topology, memory, process_bytes, share_of_gpu))
 
 
 def choose_threads(topology, rank):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcmoe.errors import PlacementError
+from hpcmoe.errors import ClusterError, PlacementError
 from hpcmoe.experts.shapes import reckon_expert
 from hpcmoe.placement.problem import in_units
 from hpcmoe.run.data import NUM_BYTES
@@ -69,10 +69,11 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu):
 
     share_of_gpu [ranks] is the free memory of each rank's GPU over its ranks, None without GPUs or where the config
     tells the memory. With GPUs the host's memory bears the process, what comes of experts that move, and the copy for
-    checkpoints.
+    checkpoints: ClusterError where it cannot.
     """
     num_ranks = np.bincount(topology.node_of_rank)
     messages = {"messages": memory.buffers}
+    process = {"process": process_bytes}
     on_host = {"experts that come": memory.moving, "copy for checkpoints": memory.snapshot}
     rest = {"dense parts": memory.dense_with_state, "activations": memory.activations}
     if share_of_gpu is None:
@@ -80,8 +81,9 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu):
             what="memory",
             node_bytes=topology.memory_bytes,
             num_ranks=num_ranks,
-            besides={"process": process_bytes} | messages | on_host | rest,
+            besides=process | messages | on_host | rest,
         )
+    check_host(topology, num_ranks, process | on_host)
     least = np.full(len(num_ranks), np.inf)
     np.minimum.at(least, topology.node_of_rank, share_of_gpu)
     return Room(
@@ -90,6 +92,18 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu):
         num_ranks=num_ranks,
         besides=messages | rest | {"libraries": GPU_LIBRARY_BYTES},
     )
+
+
+def check_host(topology, num_ranks, needs):
+    """Raise ClusterError where a node's memory does not hold what each of its ranks needs there beside its GPU."""
+    for node, (there, ranks) in enumerate(zip(topology.memory_bytes.tolist(), num_ranks.tolist(), strict=True)):
+        needed = ranks * sum(needs.values())
+        if needed > there:
+            parts = " + ".join(f"{name} {in_units(num_bytes)}" for name, num_bytes in needs.items() if num_bytes)
+            raise ClusterError(
+                f"{list_names([topology.node_names[node]])}: {ranks} ranks x ({parts}) = {in_units(needed)} do not fit "
+                f"into the {in_units(there)} of its memory; fewer ranks a node, or [write] asynchronous = false"
+            )
 
 
 def share_gpus(gpus):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from small import make_config, make_topology
 
-from hpcmoe.errors import PlacementError
+from hpcmoe.errors import ClusterError, PlacementError
 from hpcmoe.run.room import GPU_LIBRARY_BYTES, check_room, describe_room, on_gpus, reckon_room, share_gpus
 
-MEMORY = SimpleNamespace(dense_with_state=40, activations=100, buffers=7, snapshot=0)
+MEMORY = SimpleNamespace(dense_with_state=40, activations=100, buffers=7, moving=0, snapshot=0)
 
 
 @pytest.mark.parametrize(
@@ -45,19 +45,29 @@ def test_the_hosts_memory_says_nothing_of_what_lies_on_gpus(device, gpus, told, 
 def test_experts_get_what_process_messages_and_dense_parts_leave():
     topology = dataclasses.replace(make_topology(3, 2), memory_bytes=np.array([1000, 100]))  # two ranks and one
     room = reckon_room(topology, MEMORY, 20, None)
-    on_host = {"process": 20, "messages": 7, "copy for checkpoints": 0}
+    on_host = {"process": 20, "messages": 7, "experts that come": 0, "copy for checkpoints": 0}
     assert room.besides == on_host | {"dense parts": 40, "activations": 100}
     assert room.for_experts.tolist() == [1000 - 2 * 167, 0]  # and never below zero
 
 
 def test_on_gpus_only_what_lies_there_counts():
-    topology = dataclasses.replace(make_topology(4, 2), memory_bytes=np.array([1, 1]))
+    topology = dataclasses.replace(make_topology(4, 2), memory_bytes=np.array([40, 40]))
     free, libraries = 10.0**10, GPU_LIBRARY_BYTES
     room = reckon_room(topology, MEMORY, 20, free + np.array([500, 400, 900, 900]))
     besides = {"messages": 7, "dense parts": 40, "activations": 100, "libraries": libraries}
     assert room.what == "GPU memory" and room.besides == besides
     left = free - libraries - 147
     assert room.for_experts.tolist() == [2 * (left + 400), 2 * (left + 900)]  # the node's tightest GPU
+
+
+def test_beside_gpus_the_hosts_memory_must_hold_what_lies_there():
+    topology = dataclasses.replace(make_topology(4, 2), memory_bytes=np.array([50, 49]))
+    memory = SimpleNamespace(**vars(MEMORY) | {"moving": 2, "snapshot": 3})
+    told = (
+        r"node n1: 2 ranks x \(process 20 B \+ experts that come 2 B \+ copy for checkpoints 3 B\) = 50 B do not fit "
+    )
+    with pytest.raises(ClusterError, match=told + "into the 49 B"):
+        reckon_room(topology, memory, 20, np.full(4, 1e10))
 
 
 def test_ranks_of_one_gpu_share_what_is_free_of_it():
