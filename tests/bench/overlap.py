@@ -1,7 +1,8 @@
 """What of the transfers is hidden behind the experts' work, on four shaped hosts in two racks, by schedule.
 
-One rank a host. The same micro-batches pass whole; with experts that do nothing, which leaves the transfers; and as the
-experts' products alone, on as many rows. What is hidden of the shorter of the two is 1 - (whole - longer) / shorter.
+One rank a host, experts so wide that their work takes about as long as the transfers. The same micro-batches pass
+whole; with experts that do nothing, which leaves the transfers; and as the experts' products alone, on as many rows.
+What is hidden of the shorter of the two is 1 - (whole - longer) / shorter.
 Then sixteen ranks, a token's four copies going to each node once, or once to each rank.
 """
 
@@ -37,12 +38,13 @@ def make_table(figures):
         ]
         times = [f"{statistics.median(seconds[part]):.3f}" for part in ("whole", "transfers", "work")]
         rows.append((name, *times, f"{statistics.median(shares):.2f} ({min(shares):.2f} - {max(shares):.2f})"))
-    once = figures["once"]
+    once, width = figures["once"], figures["schedules"][LANES[0]]["feed_forward"]
     ratios = [on / off for on, off in zip(once["on"]["whole"], once["off"]["whole"], strict=True)]
     medians = {name: statistics.median(once[name]["whole"]) for name in WAYS}
     headers = ("schedule, in flight", "whole, s", "transfers, s", "work, s", "hidden of the shorter")
     return (
         f"{tabulate(rows, headers=headers, disable_numparse=True)}\n\n"
+        f"experts are {width} wide\n"
         f"once per node: {medians['on']:.3f} s, {once['on']['rows_between_nodes']} rows between nodes; not so: "
         f"{medians['off']:.3f} s, {once['off']['rows_between_nodes']} rows; ratio {statistics.median(ratios):.3f} "
         f"({min(ratios):.3f} - {max(ratios):.3f})"

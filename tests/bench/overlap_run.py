@@ -16,19 +16,22 @@ from torch import nn
 from hpcmoe.cluster.demand import find_loads
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.cluster.topology import host_name, read_topology
+from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.config import Cluster, Comm, Config, Data, Dispatch, Model, Pipeline, Run
 from hpcmoe.errors import exit_with, on_root
+from hpcmoe.experts.pace import MOST_ROWS
 from hpcmoe.run.balance import even_load
 from hpcmoe.run.data import draw_starts, find_text
 from hpcmoe.run.job import open_job
+from hpcmoe.run.layout import find_pace
 from hpcmoe.wait import barrier
 from hpcmoe.write.loads import read_loads
 
 CONFIG = Config(
     run=Run(mode="infer", threads_per_rank=1),
     model=Model(
-        hidden=512, feed_forward=8192, num_layers=2, num_experts=4, top_k=2, attention=False, sequence_length=64
+        hidden=512, feed_forward=512, num_layers=2, num_experts=4, top_k=2, attention=False, sequence_length=64
     ),
     cluster=Cluster(
         rack_of_node=("left", "left", "right", "right"), measure_seconds=4.0, placement="contiguous",
@@ -39,6 +42,8 @@ CONFIG = Config(
     pipeline=Pipeline(micro_batches=8, deterministic=False),
     data=Data(batch_sequences=256),
 )  # fmt: skip
+STEP = 256  # between widths
+TRANSFER_SECONDS = 3.0  # that a step's rows take over these hosts' links
 
 
 class Recorder(nn.Module):
@@ -61,27 +66,39 @@ def main(path, what, rounds):
     split = on_root(comm, lambda: find_text(CONFIG.data, CONFIG.model.sequence_length))
     with open_mesh(comm, CONFIG.cluster) as mesh, contextlib.ExitStack() as stack:
         jobs = {}
-        for name, config in (make_schedules() if what == "schedules" else make_ways()).items():
+        for name, config in (make_schedules(mesh) if what == "schedules" else make_ways()).items():
             loads = find_loads(config, read_loads)
             jobs[name] = stack.enter_context(open_job(config, topology, mesh, split, loads))
         figures = measure(jobs, comm, rounds, apart=what == "schedules")
+        for name, job in jobs.items():
+            figures[name]["feed_forward"] = job.config.model.feed_forward
         if comm.rank == 0:
             pathlib.Path(path).write_text(json.dumps(figures))
 
 
-def make_schedules():
-    """Vary the order of work -> dict name: Config."""
-    configs = {}
+def make_schedules(mesh):
+    """Vary the order of work -> dict name: Config. Collective over mesh.world."""
+    model, configs = dataclasses.replace(CONFIG.model, feed_forward=choose_width(mesh)), {}
     for name in LANES:
         kind, _, in_flight = name.partition(" ")
         pipeline = dataclasses.replace(CONFIG.pipeline, schedule=kind, in_flight=int(in_flight or 1))
-        configs[name] = dataclasses.replace(CONFIG, pipeline=pipeline)
+        configs[name] = dataclasses.replace(CONFIG, model=model, pipeline=pipeline)
     return configs
+
+
+def choose_width(mesh):
+    """Choose how wide experts are, so that their work takes about as long as transfers. Collective over mesh.world."""
+    torch.set_num_threads(CONFIG.run.threads_per_rank)
+    wide = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, feed_forward=8192), cluster=Cluster())
+    pace = find_pace(wide, mesh, MOST_ROWS, HostDevice())
+    tokens = CONFIG.data.batch_sequences * CONFIG.model.sequence_length // mesh.world.size
+    seconds = pace * tokens * CONFIG.model.top_k * CONFIG.model.num_layers
+    return max(round(8192 * TRANSFER_SECONDS / seconds / STEP), 1) * STEP
 
 
 def make_ways():
     """Vary how a token goes to another node -> dict name: Config."""
-    model = dataclasses.replace(CONFIG.model, feed_forward=512, num_experts=16, top_k=4)
+    model = dataclasses.replace(CONFIG.model, num_experts=16, top_k=4)
     pipeline = dataclasses.replace(CONFIG.pipeline, schedule="arrival", in_flight=4)
     configs = {}
     for name in WAYS:
