@@ -16,25 +16,17 @@ from hpcmoe.comm.carrier import Leg
 from hpcmoe.comm.transport import HOMEWARD, Direction, Part
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan, tag_of, tag_of_counts
 from hpcmoe.dispatch.exchange import no_traffic
-from hpcmoe.dispatch.sizes import round_rows
+from hpcmoe.dispatch.sizes import Flow, round_rows
 
 ALIGNMENT = 16  # bytes; GEMMs and copies read no row faster than those that begin there
 PAUSES = 16  # between two looks at everything
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceSizes:
-    """What buffers hold."""
+class DeviceSizes(Flow):
+    """What buffers on a device hold."""
 
-    hidden: int  # H
-    dtype: torch.dtype  # of the rows that travel
-    tokens: int  # T, the most that a micro-batch of this rank has
-    top_k: int  # copies of a token: an expert's shards get one each
-    num_berths: int  # micro-batches in flight
-    num_micro_batches: int
-    expert_rows: int  # rows expected at this rank's experts
-    buffer_factor: float  # room for rows at the experts / these
-    batch_rows: int  # of a GEMM: all there are
+    buffer_factor: float  # room for rows at the experts / those expected
 
     @property
     def row_bytes(self):
@@ -56,7 +48,7 @@ class DeviceSizes:
         return self.num_berths * (self.home_rows + self.away_rows) * self.row_bytes
 
 
-class Berth:
+class DeviceBerth:
     """Where one micro-batch in flight has its rows, at home and at this rank's experts."""
 
     def __init__(self, sizes, device):
@@ -90,7 +82,7 @@ class Berth:
 class Places:
     """Rows of a berth: where a batch's rows lie."""
 
-    berth: Berth
+    berth: DeviceBerth
     order: torch.Tensor  # [n] int64
 
     def __getitem__(self, part):
@@ -111,7 +103,7 @@ class DeviceExchange:
         self.carrier, self.transport, self.device, self.clock = carrier, transport, device, clock
         (self.sizes, self.routes), self.nccl = ways, nccl
         self.num_slots = len(self.routes.place_of_slot)
-        self.berths = [Berth(self.sizes, device) for _ in range(self.sizes.num_berths)]
+        self.berths = [DeviceBerth(self.sizes, device) for _ in range(self.sizes.num_berths)]
         self.choosers, self.errands = {}, []
         self.traffic = no_traffic(self.transport.size)
 

@@ -16,8 +16,8 @@ FEW_ROWS = 256  # of a GEMM: with fewer it is slower by the row, and reads its w
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """What buffers must hold, and how rows meet in batches."""
+class Flow:
+    """How many rows pass through, whatever carries them."""
 
     hidden: int  # H
     dtype: torch.dtype  # of the rows that travel
@@ -27,6 +27,12 @@ class Sizes:
     num_micro_batches: int
     expert_rows: int  # rows expected at this rank's experts
     batch_rows: int  # of a GEMM, about
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes(Flow):
+    """What buffers on the host must hold, and how rows meet in batches."""
+
     parcel_tokens: int  # B_max, tokens of a message between nodes
     parcels_sent: int  # by this rank in an exchange, at most; 0: all ranks lie on one node
     pool_rows: int  # where parcels land, of each micro-batch in flight

@@ -24,6 +24,8 @@ def move_biases(layers, utilisation, speed):
 
     utilisation U_e [L, E] is of all ranks, which so move their biases alike, bit for bit.
     """
+    if speed == 0:
+        return
     write_biases(layers, read_biases(layers) + np.float32(speed) * np.sign(1 - utilisation).astype(np.float32))
 
 
