@@ -9,7 +9,7 @@ make run          train the small model of INPUT on RANKS MPI ranks: $(INPUT), $
 make test         all tests: serial, then under mpirun at 1, 2, 3 and 4 ranks
 make test-serial  the tests that need no mpirun, and those that start their own
 make test-3       the MPI tests at 3 ranks; any number
-make bench        layers against their floor, the exchange against MPI, and what placement gains (that one needs root);
+make bench        layers against their floor, the exchange against MPI, what balancing does; as root, on shaped hosts, more;
                   ARGS="layer exchange cost peers placement moving overlap balance sums gpu": which of them
 make test-gpu     the tests that need a GPU, at 1, 2 and 4 ranks: on one GPU if there is but one
 make bench-gpu    experts, packing and transfers of a GPU against dense products and copies, and a profile

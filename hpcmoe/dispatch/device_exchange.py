@@ -7,6 +7,7 @@ A row is as wide as a token and ends in a number of its own. The host knows how 
 packing, transfer, experts, return and sum follow each other by events.
 """
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,8 @@ from torch import nn
 from hpcmoe.comm.carrier import Leg
 from hpcmoe.comm.transport import HOMEWARD, Direction, Part
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan, tag_of, tag_of_counts
-from hpcmoe.dispatch.exchange import no_traffic
 from hpcmoe.dispatch.sizes import Flow, round_rows
+from hpcmoe.dispatch.traffic import no_traffic
 
 ALIGNMENT = 16  # bytes; GEMMs and copies read no row faster than those that begin there
 PAUSES = 16  # between two looks at everything
@@ -104,7 +105,7 @@ class DeviceExchange:
         (self.sizes, self.routes), self.nccl = ways, nccl
         self.num_slots = len(self.routes.place_of_slot)
         self.berths = [DeviceBerth(self.sizes, device) for _ in range(self.sizes.num_berths)]
-        self.choosers, self.errands = {}, []
+        self.choosers, self.errands = weakref.WeakKeyDictionary(), []
         self.traffic = no_traffic(self.transport.size)
 
     def take_traffic(self):

@@ -7,8 +7,6 @@ On one node a row is copied once each way: an expert gathers tokens straight fro
 lays results straight into it. Between nodes the same rows pass through a parcel (hpcmoe.dispatch.landing).
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
@@ -17,22 +15,10 @@ from hpcmoe.dispatch.arrivals import Arrivals
 from hpcmoe.dispatch.landing import Hall, Landing, see_trailer
 from hpcmoe.dispatch.plan import make_plan
 from hpcmoe.dispatch.sizes import FEW_ROWS, group_peers, make_pools, round_rows
+from hpcmoe.dispatch.traffic import no_traffic
 
 END = object()  # of a group of peers
 PAUSES = 16  # between two looks at everything: looking costs more than asking whether there is anything new
-
-
-@dataclass(slots=True, kw_only=True)
-class Traffic:
-    """What this rank has sent to each of P ranks."""
-
-    copies: dict  # layer: [P] int64, tokens' copies in dispatch
-    rows: np.ndarray  # [4, P] int64, by direction: through the window, or in parcels to who lands them
-
-
-def no_traffic(num_ranks):
-    """Start counting what goes to each of so many ranks -> Traffic."""
-    return Traffic(copies={}, rows=np.zeros((len(Direction), num_ranks), np.int64))
 
 
 class Berth:
@@ -61,7 +47,7 @@ class Exchange:
         self.berths = [Berth(number, sizes, window.first_row, device) for number in range(sizes.num_berths)]
         pools = make_pools(sizes, window.first_row)
         self.hall = Hall(transport, window, routes, pools, sizes, self.tally)
-        self.landings = []
+        self.landings, self.errands = [], []
         self.groups = group_peers(routes, sizes)
         self.traffic = no_traffic(self.transport.size)
 
@@ -71,15 +57,23 @@ class Exchange:
         return traffic
 
     def carry(self, errand):
-        """Poke this too from now on, until it is over, as what this rank lands for others."""
-        self.landings.append(errand)
+        """Poke this too from now on, until it is over."""
+        self.errands.append(errand)
 
     def poke(self):
         """Let messages progress, and all that this rank lands for others, without waiting -> whether anything moved."""
-        moved = self.transport.poke()
+        moved = self.transport.poke() | self.poke_errands()
         for landing in self.landings:
             moved |= landing.poke()
         self.landings = [landing for landing in self.landings if not landing.is_over]
+        return moved
+
+    def poke_errands(self):
+        """Let what is carried besides rows progress -> whether anything moved."""
+        moved = False
+        for errand in self.errands:
+            moved |= errand.poke()
+        self.errands = [errand for errand in self.errands if not errand.is_over]
         return moved
 
     def count_news(self):
@@ -90,7 +84,7 @@ class Exchange:
         """Pause, a few times at most, until a message has moved or a mate has told more than `before`."""
         for _ in range(PAUSES):
             patience.pause()
-            if self.transport.poke() or self.window.count_news() != before:
+            if self.transport.poke() or self.poke_errands() or self.window.count_news() != before:
                 return
 
     @property
@@ -101,7 +95,8 @@ class Exchange:
     @property
     def is_idle(self):
         """Whether this rank has nothing left to do for others."""
-        return not self.landings and all(ticket.done for berth in self.berths for ticket in berth.tickets)
+        under_way = self.landings or self.errands
+        return not under_way and all(ticket.done for berth in self.berths for ticket in berth.tickets)
 
     def plan(self, routing, chooser):
         """Choose a replica for each copy of a Routing, and find its way -> Plan."""

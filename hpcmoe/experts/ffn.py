@@ -154,8 +154,23 @@ def make_expert_weights(config, layer, expert, tensor_index, tensor_size):
         rows, columns = weight_shape(model, name)
         whole = torch.randn(rows, columns, generator=generator) * columns**-0.5
         shards[name] = whole.chunk(tensor_size, dim=split_axis(name))[tensor_index].contiguous()
+    return add_biases(shards, config, tensor_index)
+
+
+def make_expert_room(config, tensor_index, tensor_size):
+    """Make room for weights that are to come from another rank -> dict name: this rank's shard of whatever is there."""
+    shards = {}
+    for name in MATRICES[config.experts.kind]:
+        shape = list(weight_shape(config.model, name))
+        shape[split_axis(name)] //= tensor_size
+        shards[name] = torch.empty(shape)
+    return add_biases(shards, config, tensor_index)
+
+
+def add_biases(shards, config, tensor_index):
+    """Add biases of zero to a shard's matrices, if experts have any -> dict name: tensor."""
     if config.experts.bias:
-        shards |= {f"{name}_bias": torch.zeros(len(shards[name])) for name in MATRICES[kind] if name != "down"}
+        shards |= {f"{name}_bias": torch.zeros(len(matrix)) for name, matrix in shards.items() if name != "down"}
         if tensor_index == 0:  # added once, to the first rank's partial sum
-            shards["down_bias"] = torch.zeros(model.hidden)
+            shards["down_bias"] = torch.zeros(config.model.hidden)
     return shards

@@ -111,6 +111,6 @@ def judge(gains, noise, cost_seconds, horizon, margin):
     return horizon * gains > (1 + margin) * cost_seconds + horizon * noise
 
 
-def standard_error(gains):
-    """The standard error of a mean of a few gains [n], measured on parts of the steps; 0 where there is but one."""
-    return float(np.std(gains, ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else 0.0
+def standard_error(gains, number):
+    """The standard error of the mean of so many gains, by how far some, at least two, lie apart."""
+    return float(np.std(gains, ddof=1) / number**0.5)

@@ -31,8 +31,9 @@ def read_numbers(path):
     """Read a file's whole numbers -> (their key, int64 [L, S] or [L, P, s])."""
     if pathlib.Path(path).suffix == ".npy":
         try:
-            numbers, key = np.load(path, allow_pickle=False), "the array"
-        except (OSError, ValueError, EOFError) as fault:
+            with open(path, "rb") as file:
+                numbers, key = np.lib.format.read_array(file, allow_pickle=False), "the array"
+        except (OSError, ValueError, EOFError, MemoryError) as fault:
             raise ConfigError(f"{path}: cannot be read: {getattr(fault, 'strerror', None) or fault}") from None
     else:
         try:

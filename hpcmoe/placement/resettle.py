@@ -41,6 +41,7 @@ def resettle(problem, present, most_moves, orders):
         found = clear_up(terms, found, (orders.seed, layer), PROPOSALS_TO_TIDY)
         new = keep_slots(present[layer], widen(problem, found), problem.slots_per_rank)
         new = spare_moves(problem, layer, present[layer], new, terms)
+        new = keep_slots(present[layer], new, problem.slots_per_rank)
         before, after = (layer_seconds(problem, layer, experts) for experts in (present[layer], new))
         if after < before * (1 - LEAST_GAIN):
             settled[layer] = new

@@ -12,7 +12,7 @@ from hpcmoe.gemm import count_copy_bytes
 from hpcmoe.run.room import FLOAT32, count_dense_parameters
 
 FULLEST = 2.25  # rows at the fullest rank / at an even load: routers yet untrained sent 2.24 to one of 16 ranks
-STAGING_BYTES = 2**24  # of experts that move to a rank: what may have arrived and not be laid down yet
+STAGING_BYTES = 2**24  # of experts that move to a rank, not laid down yet; from a device as much that is to leave
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Memory:
     buffers: int  # for messages
     copies: int  # of the experts' matrices: cast in training, packed in inference
     activations: int  # kept for the backward pass by the micro-batches in flight
-    moving: int = 0  # of experts that move here: what has come, and is not laid down yet; on the host
+    moving: int = 0  # of experts that move: what has come and is not laid down yet, on the host
     snapshot: int = 0  # parameters and moments once more, on the host, from which a thread writes checkpoints
 
     @property
@@ -75,7 +75,7 @@ def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
         buffers=buffer_bytes,
         copies=reckon_copies(config, tensor_parallel, slots, isinstance(sizes, DeviceSizes)),
         activations=reckon_activations(config, mesh, slots, sizes) if training else reckon_passing(model, sizes),
-        moving=STAGING_BYTES if config.cluster.rebalance_every > 0 else 0,
+        moving=STAGING_BYTES * (1 + isinstance(sizes, DeviceSizes)) if config.cluster.rebalance_every > 0 else 0,
         snapshot=3 * (experts + dense) if training and keeps_snapshot(config.write) else 0,
     )
 

@@ -261,7 +261,11 @@ def make_expert(config, mesh, layer, expert):
     """Build this rank's shard of a logical expert, or an Identity for an empty slot (-1)."""
     if expert < 0:
         return nn.Identity()
-    weights = make_expert_weights(config, layer, expert, mesh.tensor_index, mesh.tensor_parallel)
+    return dress(config, make_expert_weights(config, layer, expert, mesh.tensor_index, mesh.tensor_parallel))
+
+
+def dress(config, weights):
+    """Build an expert of a shard's weights, in the precision that the run keeps them in."""
     if config.run.mode == "infer":  # what is not trained needs no float32; router and norms keep theirs
         weights = {name: weight.to(getattr(torch, config.model.dtype)) for name, weight in weights.items()}
     return Expert(config.experts.kind, weights, packed=config.run.mode == "infer")

@@ -11,9 +11,10 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
+from hpcmoe.experts.ffn import make_expert_room
 from hpcmoe.placement.terms import HOLE
 from hpcmoe.run.memory import STAGING_BYTES
-from hpcmoe.run.model import make_chooser, make_expert
+from hpcmoe.run.model import dress, make_chooser
 from hpcmoe.run.state import MOMENTS
 
 
@@ -36,7 +37,8 @@ class Move:
 
     def go(self, layers):
         """Bring one layer's experts after the other, so that a step may begin with the first; yields as poke() does."""
-        for experts, piece_bytes, sends, receives in layers:
+        while layers:  # what has left is let go of
+            experts, piece_bytes, sends, receives = layers.pop(0)
             for pieces in zip(*(cut(tensors, piece_bytes) for _, _, tensors in [*sends, *receives]), strict=True):
                 yield from self.exchange(sends, receives, pieces)
             if receives:
@@ -48,12 +50,15 @@ class Move:
     def exchange(self, sends, receives, pieces):
         """Send a piece of each expert that goes, and lay down one of each that comes, when the old one has left."""
         requests, staged = [], []
-        for (peer, tag, _), piece in zip(sends, pieces, strict=False):
-            requests.append(self.comm.Isend(bytes_of(piece.cpu()), peer, tag))
         for (peer, tag, _), piece in zip(receives, pieces[len(sends) :], strict=True):
             staged.append(torch.empty(piece.shape, dtype=piece.dtype))
             requests.append(self.comm.Irecv(bytes_of(staged[-1]), peer, tag))
-        self.staged_bytes = max(self.staged_bytes, sum(piece.nbytes for piece in staged))
+        leaving = [piece.cpu() for piece in pieces[: len(sends)]]
+        requests += [
+            self.comm.Isend(bytes_of(piece), peer, tag) for (peer, tag, _), piece in zip(sends, leaving, strict=True)
+        ]
+        copies = [piece for own, piece in zip(pieces, leaving, strict=False) if own.device != piece.device]
+        self.staged_bytes = max(self.staged_bytes, sum(piece.nbytes for piece in staged + copies))
         while not MPI.Request.Testall(requests):
             yield False
         for piece, arrived in zip(pieces[len(sends) :], staged, strict=True):
@@ -90,7 +95,8 @@ def begin_move(job, optimizer, layout, moves, step):
 
     entries = []
     for layer in np.unique(moves.layer).tolist():
-        most = int(np.bincount(moves.target[moves.layer == layer]).max())  # every rank cuts the same pieces
+        here = moves.layer == layer
+        most = max(int(np.bincount(ranks[here]).max()) for ranks in (moves.source, moves.target))  # all cut alike
         experts = network.layers[layer].experts
         entries.append((experts, STAGING_BYTES // most, sends.get(layer, []), receives.get(layer, [])))
     return Move(job.mesh.ep, entries)
@@ -116,7 +122,7 @@ def seat(job, layer, placement):
     held = [p.experts_of_rank(layer, mesh.expert_index).tolist() for p in (job.placement, placement)]
     for slot, (before, after) in enumerate(zip(*held, strict=True)):
         if before == HOLE != after:
-            expert = make_expert(job.config, mesh, layer, after)
+            expert = dress(job.config, make_expert_room(job.config, mesh.tensor_index, mesh.tensor_parallel))
             block.experts.replicas[slot] = expert.to(job.stepper.network.device.torch_device)
         elif after == HOLE != before:
             block.experts.replicas[slot] = nn.Identity()

@@ -16,7 +16,8 @@ from hpcmoe.wait import broadcast, gather_to_all
 
 log = logging.getLogger(__name__)
 
-PARTS = 4  # into which an interval's steps are dealt, to tell how much of a gain is chance
+PARTS = 4  # into which an interval's steps are dealt: of two some, the others judge what was found for these
+LEAST_STEPS = 2  # that tell anything
 
 
 class Rebalancer:
@@ -32,7 +33,7 @@ class Rebalancer:
 
     def consider(self, step):
         """After `step` steps, if it is time, solve anew and begin to move. Collective over all ranks."""
-        if self.every == 0 or self.num_steps == 0 or step % self.every:
+        if self.every == 0 or self.num_steps < LEAST_STEPS or step % self.every:
             return
         with self.job.stepper.clock.stage("waiting"):
             tokens = sum_by_node(self.job.mesh.world, self.parts, self.job.topology.node_of_rank)
@@ -48,10 +49,10 @@ class Rebalancer:
 
     def note(self, step, census):
         """Count a step's tokens; after one that began with a move, keep what that was. Collective over all ranks."""
-        if self.every == 0:
-            return
         if self.is_new:
             self.keep_placement(step)
+        if self.every == 0:
+            return
         if np.ndim(self.parts) == 0:
             self.parts = np.zeros((PARTS, *census.own_tokens.shape), np.int64)
         self.parts[self.num_steps % PARTS] += census.own_tokens
@@ -81,51 +82,76 @@ class Rebalancer:
 
     def keep_placement(self, step):
         """Record where the experts are from a step on."""
-        placement, self.is_new = self.job.placement, False
+        placement, cluster, self.is_new = self.job.placement, self.job.config.cluster, False
         self.records.append(
             step, "cluster", "adopted", placement.expert_of_replica, "expert of each slot, from here on"
         )
-        if placement.split is not None:
-            self.records.append(step, "cluster", "adopted_split", placement.split, "share of a node's tokens")
+        if self.every > 0 and cluster.replicate and cluster.objective == "step":
+            split = placement.split
+            if split is None:
+                layers, slots = placement.expert_of_replica.shape
+                split = np.full((layers, len(placement.distance), slots), np.nan)
+            self.records.append(step, "cluster", "adopted_split", split, "share of a node's tokens; NaN: the nearest")
 
 
 def propose(job, tokens, step):
-    """Solve anew for the tokens [parts, L, nodes, E] of the last interval -> (Verdict, the Layout to adopt or None)."""
-    from hpcmoe.placement.resettle import resettle  # imports numba and scipy: rank 0 alone pays for it
-    from hpcmoe.placement.solve import Orders
+    """Solve anew for the tokens [parts, L, nodes, E] of the last interval -> (Verdict, the Layout to adopt or None).
 
+    Every other part is solved for, and the rest, of which the search knows nothing, tell what it gains.
+    """
     config, cluster = job.config, job.config.cluster
-    whole, *parts = (see_loads(job, t) for t in (tokens.sum(axis=0), *tokens))
-    present = job.placement
-    orders = Orders(seconds=cluster.search_seconds, iterations=cluster.search_iterations, seed=config.run.seed)
-    layouts = resettle(whole, present.expert_of_replica, cluster.rebalance_moves, orders)
-    moves = list_moves(whole, present.expert_of_replica, layouts)
-    layout = compare(whole, config, weigh_layouts(whole, config, layouts, "packed", 0.0))
+    solved = see_loads(job, tokens[0::2].sum(axis=0))
+    layout, moves = search_nearby(job, solved)
+    (before, after), noise = weigh_gain(job, tokens, layout.placement)
 
-    # Its gain in the steps for which the loads are trusted, against its cost.
-    training = config.run.mode == "train"
-    ways = (4, 3) if training else (2, 1)  # out and home, and the same backward; a backward pass takes two forward ones
-    both = [(p.expert_of_replica, p.split) for p in (present, layout.placement)]
-    (before, after), *of_parts = [
-        [layers_seconds(problem, *experts, ways).sum() for experts in both] for problem in (whole, *parts)
-    ]
-    noise = standard_error([old - new for old, new in of_parts])
+    # The gain in the steps for which the loads are trusted, against the cost.
     one_expert, states = reckon_expert(config)
-    num_bytes = one_expert * (states - training) // job.mesh.tensor_parallel  # gradients stay
-    cost = move_seconds(whole, moves, num_bytes)
+    num_bytes = one_expert * (states - trains(job)) // job.mesh.tensor_parallel  # gradients stay
+    cost = move_seconds(solved, moves, num_bytes)
     horizon = min(cluster.rebalance_horizon or cluster.rebalance_every, config.run.steps - step)
     adopted = len(moves) > 0 and judge(before - after, noise, cost, horizon, cluster.rebalance_margin)
     verdict = Verdict(
         moves=moves,
         num_bytes=num_bytes * len(moves),
-        seconds_before=float(before),
-        seconds_after=float(after),
-        gain_seconds=float(horizon * (before - after)),
-        noise_seconds=float(horizon * noise),
+        seconds_before=before,
+        seconds_after=after,
+        gain_seconds=horizon * (before - after),
+        noise_seconds=horizon * noise,
         cost_seconds=cost,
         adopted=bool(adopted),
     )
     return verdict, layout if adopted else None
+
+
+def search_nearby(job, problem):
+    """Search on from where the experts are -> (Layout, Moves)."""
+    from hpcmoe.placement.resettle import resettle  # imports numba and scipy: rank 0 alone pays for it
+    from hpcmoe.placement.solve import Orders
+
+    cluster, present = job.config.cluster, job.placement.expert_of_replica
+    orders = Orders(seconds=cluster.search_seconds, iterations=cluster.search_iterations, seed=job.config.run.seed)
+    layouts = resettle(problem, present, cluster.rebalance_moves, orders)
+    layout = compare(problem, job.config, weigh_layouts(problem, job.config, layouts, "packed", 0.0))
+    return layout, list_moves(problem, present, layouts)
+
+
+def weigh_gain(job, tokens, placement):
+    """Predict a step's seconds under the present placement and another, by every other part -> ((s, s), noise, s).
+
+    The noise is the gain's standard error, from how far all parts [parts, L, nodes, E] lie apart.
+    """
+    ways = (4, 3) if trains(job) else (2, 1)  # out and home, and the same backward, which takes two forward passes
+    both = [(p.expert_of_replica, p.split) for p in (job.placement, placement)]
+    judged, *parts = (
+        [float(layers_seconds(see_loads(job, some), *experts, ways).sum()) for experts in both]
+        for some in (tokens[1::2].sum(axis=0), *tokens)
+    )
+    return judged, standard_error([before - after for before, after in parts], len(tokens[1::2]))
+
+
+def trains(job):
+    """Whether the run trains its experts."""
+    return job.config.run.mode == "train"
 
 
 def see_loads(job, tokens):

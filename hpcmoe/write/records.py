@@ -201,7 +201,10 @@ def retire(group, name):
     """Leave a metric of another shape under a name of its own, NAME_until_STEP, unless it is empty."""
     steps = group[name]["step"]
     if len(steps) > 0:
-        group.move(name, f"{name}_until_{steps[-1]}")
+        kept = f"{name}_until_{steps[-1]}"
+        while kept in group:  # of a shape that a resume had before
+            kept += "_again"
+        group.move(name, kept)
     else:
         del group[name]
 

@@ -99,5 +99,6 @@ def test_the_rule(gain, noise, cost, horizon, adopted):
 
 
 def test_the_noise_of_a_gain_is_that_of_its_mean_over_parts():
-    assert standard_error([1.0, 3.0]) == pytest.approx(1.0)
-    assert standard_error([2.0, 2.0, 2.0]) == 0.0 and standard_error([5.0]) == 0.0
+    assert standard_error([1.0, 3.0], 2) == pytest.approx(1.0)
+    assert standard_error([1.0, 3.0, 1.0, 3.0], 1) == pytest.approx((4 / 3) ** 0.5)
+    assert standard_error([2.0, 2.0, 2.0], 1) == 0.0

@@ -9,7 +9,7 @@ from small import open_small_job
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.transport import Direction
-from hpcmoe.dispatch.exchange import Traffic
+from hpcmoe.dispatch.traffic import Traffic
 from hpcmoe.run.meter import STAGES, Meter
 from hpcmoe.wait import gather_to_all
 
