@@ -75,7 +75,7 @@ def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
         buffers=buffer_bytes,
         copies=reckon_copies(config, tensor_parallel, slots, isinstance(sizes, DeviceSizes)),
         activations=reckon_activations(config, mesh, slots, sizes) if training else reckon_passing(model, sizes),
-        moving=STAGING_BYTES * (1 + isinstance(sizes, DeviceSizes)) if config.cluster.rebalance_every > 0 else 0,
+        moving=reckon_moving(config, tensor_parallel, isinstance(sizes, DeviceSizes)),
         snapshot=3 * (experts + dense) if training and keeps_snapshot(config.write) else 0,
     )
 
@@ -95,6 +95,14 @@ def reckon_copies(config, tensor_parallel, slots, on_device):
     else:
         each = count_copy_bytes(dtype, of_parameters, not training)
     return each * numbers * slots * model.num_layers
+
+
+def reckon_moving(config, tensor_parallel, on_device):
+    """Bytes of experts on their way, a matrix of each at a time, that a rank's host holds at most."""
+    model, cluster = config.model, config.cluster
+    number = FLOAT32 if config.run.mode == "train" else getattr(torch, model.dtype).itemsize
+    matrices = cluster.rebalance_moves * model.hidden * model.feed_forward * number // tensor_parallel
+    return min(STAGING_BYTES, matrices) * (1 + on_device) if cluster.rebalance_every > 0 else 0
 
 
 def reckon_activations(config, mesh, slots, sizes):

@@ -44,6 +44,7 @@ def run(comm, folder, **changes):
             infer(job, notes, load, lambda *state: None)
         else:
             train(job, notes, optimizer, (0, load), lambda *state: None)
+        assert job.staged_bytes <= job.memory.moving
         return notes.values, first, job.placement.expert_of_replica
 
 
