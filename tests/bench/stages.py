@@ -35,8 +35,15 @@ def come_home(exchange, flight):
         yield False
 
 
+def serve(exchange):
+    """Wait until nothing is left to do for others, who may be waiting for what lands here: a stage after the last."""
+    while not exchange.is_idle:
+        yield False
+
+
 def carry(layer, flight):
     """Dispatch a routed micro-batch, and have its rows come home from experts who do nothing."""
     finish(layer.exchange, layer.dispatch(flight))
     finish(layer.exchange, echo(layer.exchange, flight))
     finish(layer.exchange, come_home(layer.exchange, flight))
+    finish(layer.exchange, serve(layer.exchange))
