@@ -18,7 +18,8 @@ QUICK = {"model__feed_forward": 48, "data__batch_sequences": 19, "pipeline__micr
 NUM_EXPERTS, KINDS = (3, 4, 8, 16, 17), ("gelu", "swiglu")
 FEW_RANKS, MANY_RANKS = 4, 16
 SAMPLE = ((1, 16, 1), (2, 4, 2), (1, 4, 4), (4, 1, 4), (16, 1, 1))  # of shapes, where ranks are many
-MOST_TRAINED = 4  # shapes of many ranks, for so many steps:
+EVERY = "EVERY_MODEL" in os.environ  # each model at each shape, each shape trained, whatever it takes
+MOST_TRAINED = 2  # shapes of more ranks than FEW_RANKS, for so many steps:
 STEPS, REPETITIVE = 30, b"the quick brown fox. " * 200
 MORE_RANKS = (6, 8, MANY_RANKS)  # than the suite is run on
 
@@ -33,9 +34,9 @@ def shapes_of(ranks):
 def models_for(shape):
     """List (experts, kind, attention, replicas) in which any value of one meets any of another.
 
-    Beyond a few ranks each shape takes some of them in turn, unless the environment asks for EVERY_MODEL.
+    Beyond a few ranks each shape takes some of them in turn.
     """
-    few = math.prod(shape) <= FEW_RANKS or "EVERY_MODEL" in os.environ
+    few = math.prod(shape) <= FEW_RANKS or EVERY
     turn = 1 if few else 5 if math.prod(shape) < MANY_RANKS else 10
     for place, (number, replicas) in enumerate(itertools.product(range(len(NUM_EXPERTS)), range(2))):
         if (place + 2 * shape[0] + shape[2]) % turn == 0:
@@ -91,7 +92,7 @@ def test_thirty_steps_give_the_same_losses_at_every_shape(comm, shared):
     expected = broadcast(comm, losses)
     assert len(expected) == STEPS and expected[-1] < expected[0] - 0.2
     shapes = shapes_of(comm.size)
-    few = shapes[:: math.ceil(len(shapes) / MOST_TRAINED)] if comm.size > FEW_RANKS else shapes
+    few = shapes if comm.size <= FEW_RANKS or EVERY else shapes[:: math.ceil(len(shapes) / MOST_TRAINED)]
     for number, shape in enumerate(few):
         replicas = {"cluster__replicate": number % 2 == 0, "cluster__spare_slots_per_rank": 1}
         losses = train_losses(comm, shared, **keys_of(shape, **model | replicas))
