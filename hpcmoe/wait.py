@@ -38,6 +38,15 @@ class Patience:
             self.sleep_seconds = min(self.sleep_seconds * SLEEP_GROWTH, LONGEST_SLEEP_SECONDS)
 
 
+def poke_all(errands):
+    """Let each errand of a list progress, and drop those that are over -> whether anything moved."""
+    moved = False
+    for errand in errands:
+        moved |= errand.poke()
+    errands[:] = [errand for errand in errands if not errand.is_over]
+    return moved
+
+
 def wait_all(requests, timeout_seconds=None, poke=None):
     """Wait until every request is done, doing poke() meanwhile -> False when the time ran out first."""
     patience = Patience()

@@ -18,6 +18,7 @@ from hpcmoe.comm.transport import HOMEWARD, Direction, Part
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan, tag_of, tag_of_counts
 from hpcmoe.dispatch.sizes import Flow, round_rows
 from hpcmoe.dispatch.traffic import no_traffic
+from hpcmoe.wait import poke_all
 
 ALIGNMENT = 16  # bytes; GEMMs and copies read no row faster than those that begin there
 PAUSES = 16  # between two looks at everything
@@ -119,11 +120,7 @@ class DeviceExchange:
 
     def poke(self):
         """Let messages and errands progress, without waiting -> whether anything moved."""
-        moved = self.transport.poke() | self.carrier.poke()
-        for errand in self.errands:
-            moved |= errand.poke()
-        self.errands = [errand for errand in self.errands if not errand.is_over]
-        return moved
+        return self.transport.poke() | self.carrier.poke() | poke_all(self.errands)
 
     def count_news(self):
         """Nothing is told but by messages."""

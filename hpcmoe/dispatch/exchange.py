@@ -16,6 +16,7 @@ from hpcmoe.dispatch.landing import Hall, Landing, see_trailer
 from hpcmoe.dispatch.plan import make_plan
 from hpcmoe.dispatch.sizes import FEW_ROWS, group_peers, make_pools, round_rows
 from hpcmoe.dispatch.traffic import no_traffic
+from hpcmoe.wait import poke_all
 
 END = object()  # of a group of peers
 PAUSES = 16  # between two looks at everything: looking costs more than asking whether there is anything new
@@ -62,19 +63,7 @@ class Exchange:
 
     def poke(self):
         """Let messages progress, and all that this rank lands for others, without waiting -> whether anything moved."""
-        moved = self.transport.poke() | self.poke_errands()
-        for landing in self.landings:
-            moved |= landing.poke()
-        self.landings = [landing for landing in self.landings if not landing.is_over]
-        return moved
-
-    def poke_errands(self):
-        """Let what is carried besides rows progress -> whether anything moved."""
-        moved = False
-        for errand in self.errands:
-            moved |= errand.poke()
-        self.errands = [errand for errand in self.errands if not errand.is_over]
-        return moved
+        return self.transport.poke() | poke_all(self.errands) | poke_all(self.landings)
 
     def count_news(self):
         """Count how often any mate has told anything."""
@@ -84,7 +73,7 @@ class Exchange:
         """Pause, a few times at most, until a message has moved or a mate has told more than `before`."""
         for _ in range(PAUSES):
             patience.pause()
-            if self.transport.poke() or self.poke_errands() or self.window.count_news() != before:
+            if self.transport.poke() or poke_all(self.errands) or self.window.count_news() != before:
                 return
 
     @property

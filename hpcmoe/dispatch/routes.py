@@ -64,8 +64,10 @@ def make_routes(node_of_rank, rank, num_slots, once, same_order=False):
     place_of_slot[np.concatenate(slots)] = np.arange(len(place_of_slot))
 
     # Find whose parcels land here, and where those are announced that serve this rank.
-    first = 0 if same_order else here
-    others = [ranks for ranks in order_of_nodes(node_of_rank, first) if node_of_rank[ranks[0]] != here]
+    peers = order_of_nodes(node_of_rank, 0 if same_order else here)
+    others = [ranks for ranks in peers if node_of_rank[ranks[0]] != here]
+    if not same_order:
+        peers = [np.roll(mates, -int(np.searchsorted(mates, rank))), *others]
     landed = {mate: landed_by(mate, node_of_rank, once, others) for mate in mates.tolist()}
     publishers, guests = np.zeros(len(node_of_rank), np.int64), np.full(len(node_of_rank), -1)
     for number, mate in enumerate(mates.tolist()):
@@ -86,9 +88,7 @@ def make_routes(node_of_rank, rank, num_slots, once, same_order=False):
         place_of_slot=place_of_slot,
         edges=np.cumsum([len(of_way) for of_way in slots]),
         same_order=same_order,
-        peers_by_node=tuple(order_of_nodes(node_of_rank, 0))
-        if same_order
-        else (np.roll(mates, -int(np.searchsorted(mates, rank))), *others),
+        peers_by_node=tuple(peers),
         senders=tuple(landed[rank]),
         most_guests=max(map(len, landed.values())),
         served=tuple(everyone if once[node_of_rank[sender], here] else self_alone for sender in landed[rank]),

@@ -15,7 +15,7 @@ from hpcmoe.experts.ffn import make_expert_room
 from hpcmoe.placement.terms import HOLE
 from hpcmoe.run.memory import STAGING_BYTES
 from hpcmoe.run.model import dress, make_chooser
-from hpcmoe.run.state import MOMENTS
+from hpcmoe.run.optimizer import MOMENTS
 
 
 class Move:

@@ -16,6 +16,8 @@ from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.run.sums import GradientSums
 from hpcmoe.wait import wait_all
 
+MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  # our name: AdamW's
+
 
 class FlatGradients:
     """The gradients of some parts of the network as one array, so that one message sums many."""
@@ -146,8 +148,7 @@ class Optimizer:
         for group, wanted in zip(self.adamw.param_groups, (lambda p: p.dim() > 1, lambda p: p.dim() <= 1), strict=True):
             group["params"] = [p for p in group["params"] if p not in gone] + [p for p in new if wanted(p)]
         for parameter in new:
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self.adamw.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device)} | moments
+            self.adamw.state[parameter] = fresh_state(parameter, step)
 
     def zero_gradients(self):
         """Start a step's sums from zero. Collective over all ranks."""
@@ -203,6 +204,12 @@ class Optimizer:
                 squares[copy.layer, copy.expert] = square_of(self.shared.flat[copy.begin : copy.end])
         square = all_reduce(self.mesh.world, squares).sum() / self.mesh.data_parallel
         return float(square + square_of(self.dense.flat)) ** 0.5
+
+
+def fresh_state(rows, step):
+    """Make AdamW's state of what it is to step for the first time, after so many steps: moments of zero -> dict."""
+    moments = {name: torch.zeros_like(rows) for name in MOMENTS.values()}
+    return {"step": torch.tensor(float(step), device=rows.device)} | moments
 
 
 def cut_rows(parameters, index, num_shares):

@@ -142,9 +142,9 @@ def weigh_gain(job, tokens, placement):
     """
     ways = (4, 3) if trains(job) else (2, 1)  # out and home, and the same backward, which takes two forward passes
     both = [(p.expert_of_replica, p.split) for p in (job.placement, placement)]
+    problems = [see_loads(job, some) for some in (tokens[1::2].sum(axis=0), *tokens)]
     judged, *parts = (
-        [float(layers_seconds(see_loads(job, some), *experts, ways).sum()) for experts in both]
-        for some in (tokens[1::2].sum(axis=0), *tokens)
+        [float(layers_seconds(problem, *experts, ways).sum()) for experts in both] for problem in problems
     )
     return judged, standard_error([before - after for before, after in parts], len(tokens[1::2]))
 

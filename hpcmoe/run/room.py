@@ -60,7 +60,7 @@ class Room:
 
     def __str__(self):
         """Say what each rank needs besides experts."""
-        parts = ", ".join(f"{name} {in_units(num_bytes)}" for name, num_bytes in self.besides.items() if num_bytes)
+        parts = join_needs(self.besides, ", ")
         return f"of its node's {self.what} each rank needs {in_units(sum(self.besides.values()))} besides: {parts}"
 
 
@@ -99,7 +99,7 @@ def check_host(topology, num_ranks, needs):
     for node, (there, ranks) in enumerate(zip(topology.memory_bytes.tolist(), num_ranks.tolist(), strict=True)):
         needed = ranks * sum(needs.values())
         if needed > there:
-            parts = " + ".join(f"{name} {in_units(num_bytes)}" for name, num_bytes in needs.items() if num_bytes)
+            parts = join_needs(needs, " + ")
             raise ClusterError(
                 f"{list_names([topology.node_names[node]])}: {ranks} ranks x ({parts}) = {in_units(needed)} do not fit "
                 f"into the {in_units(there)} of its memory; fewer ranks a node, or [write] asynchronous = false"
@@ -117,7 +117,7 @@ def share_gpus(gpus):
 
 def describe_room(room, topology, expert_bytes, num_layers):
     """Write the reckoning of memory, a line for all nodes that are alike -> list of lines."""
-    besides = " + ".join(f"{name} {in_units(num_bytes)}" for name, num_bytes in room.besides.items() if num_bytes)
+    besides = join_needs(room.besides, " + ")
     names_of_line = {}
     for node, name in enumerate(topology.node_names):
         left = int(room.for_experts[node])
@@ -127,6 +127,11 @@ def describe_room(room, topology, expert_bytes, num_layers):
         )
         names_of_line.setdefault(line, []).append(name)
     return [f"{room.what} of {list_names(names)}: {line}" for line, names in names_of_line.items()]
+
+
+def join_needs(needs, between):
+    """Write out what needs how many bytes, but for what needs none."""
+    return between.join(f"{name} {in_units(num_bytes)}" for name, num_bytes in needs.items() if num_bytes)
 
 
 def list_names(names):

@@ -8,8 +8,8 @@ import torch
 
 from hpcmoe.experts.shapes import split_axis, weight_shape
 from hpcmoe.run.balance import read_biases, write_biases
+from hpcmoe.run.optimizer import MOMENTS, fresh_state
 
-MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  # our name: AdamW's
 LOAD, BIAS = "balance/load", "balance/bias"  # what the routers feel, and what it has made of their biases, [L, E]
 
 
@@ -60,8 +60,7 @@ class State:
         """Return AdamW's two moments of what it steps; before its first step they are zero."""
         state = self.optimizer.adamw.state[rows]
         if not state:
-            state["step"] = torch.zeros((), device=rows.device)
-            state |= {name: torch.zeros_like(rows) for name in MOMENTS.values()}
+            state |= fresh_state(rows, 0)
         return {kind: state[name] for kind, name in MOMENTS.items()}
 
     def collect(self, shared):

@@ -85,8 +85,8 @@ def test_moving_restores_the_balanced_step_within_an_interval(tmp_path):
     for _ in range(2):  # other work on this machine may have got in between
         restored = moving.measure(tmp_path, every=3, sequences=16)["restored"]
         if restored >= 0.9:
-            return
-    raise AssertionError(f"only {restored:.2f} of the balanced pace is restored")
+            break
+    assert restored >= 0.9  # of the balanced pace
 
 
 @pytest.mark.racks
@@ -94,5 +94,5 @@ def test_a_step_takes_far_less_under_the_engines_placement(tmp_path):
     for _ in range(2):  # other work on this machine may have got in between
         ratio = placement.measure(tmp_path, pairs=1, sequences=96, ranks_a_host=2)["ratio"]
         if ratio <= 0.7:
-            return
-    raise AssertionError(f"packed takes {ratio:.2f} of the contiguous placement's step")
+            break
+    assert ratio <= 0.7  # packed takes of the contiguous placement's step
