@@ -35,7 +35,7 @@ class Order:
     """The clocks of the host and the streams, and what was done to message memory."""
 
     def __init__(self):
-        self.clocks = {actor: {} for actor in ("host", "compute", "send", "receive")}
+        self.clocks = {actor: {actor: 0} for actor in ("host", "compute", "send", "receive")}
         self.current = "compute"
         self.memory = {}  # address: (bytes, what keeps it there)
         self.accesses, self.in_flight = [], []
@@ -49,9 +49,13 @@ class Order:
     def launch(self, actor):
         """Begin a piece of work -> its tick."""
         if actor != "host":
-            self.know(actor, self.clocks["host"])
-        self.clocks[actor][actor] = self.clocks[actor].get(actor, 0) + 1
+            self.know(actor, self.told_at_launch())
+        self.clocks[actor][actor] += 1
         return self.clocks[actor][actor]
+
+    def told_at_launch(self):
+        """What a stream knows by a launch -> clock."""
+        return self.clocks["host"]
 
     def watch(self, array):
         """Keep an eye on an array's memory."""
