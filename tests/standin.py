@@ -8,6 +8,7 @@ host must ask for each several times. So must what MPI has in hand be left alone
 
 import contextlib
 import ctypes
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.plain import PlainDevice
+from hpcmoe.run.optimizer import FlatGradients
 
 ASKED_BEFORE = 2  # times that the host must ask for an event
 
@@ -164,6 +166,11 @@ class OrderedDevice(PlainDevice):
 class Watching(TorchDispatchMode):
     """Shows an Order every access of torch's to memory."""
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        """Leave torch's compiler out, whose import takes two seconds of each rank."""
+        return False
+
     def __init__(self, order):
         super().__init__()
         self.order = order
@@ -171,16 +178,21 @@ class Watching(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
         tick = self.order.launch(self.order.current)
-        for number, argument in enumerate(function._schema.arguments):
-            value = keywords.get(argument.name, arguments[number] if number < len(arguments) else None)
-            info = argument.alias_info
-            if info is None or info.is_write:  # else it is only looked at in another way
-                for tensor in value if isinstance(value, (list, tuple)) else [value]:
-                    if isinstance(tensor, torch.Tensor) and not tensor.is_mkldnn:  # which has no address
-                        spread = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-                        num_bytes = spread * tensor.itemsize if tensor.numel() else 0
-                        self.order.touch(self.order.current, tensor.data_ptr(), num_bytes, info is not None, tick)
+        for number, name, writes in find_accesses(function):
+            value = keywords.get(name, arguments[number] if number < len(arguments) else None)
+            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(tensor, torch.Tensor) and not tensor.is_mkldnn:  # which has no address
+                    spread = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+                    num_bytes = spread * tensor.itemsize if tensor.numel() else 0
+                    self.order.touch(self.order.current, tensor.data_ptr(), num_bytes, writes, tick)
         return function(*arguments, **keywords)
+
+
+@functools.cache
+def find_accesses(function):
+    """Find which arguments torch reads or writes, not only looks at in another way -> (number, name, writes)."""
+    infos = [(number, argument.name, argument.alias_info) for number, argument in enumerate(function._schema.arguments)]
+    return tuple((number, name, info is not None) for number, name, info in infos if info is None or info.is_write)
 
 
 class WatchedTransport:
@@ -216,13 +228,15 @@ class StandInNccl:
 
     def __init__(self, comm, device):
         self.mpi, self.device, self.waiting, self.fault = comm, device, [], None
-        self.num_groups, self.num_sums, self.ended = 0, 0, []
+        self.num_ids, self.num_groups, self.sums, self.ended = 0, 0, [], []
 
     def get_version(self):
         return 23203
 
     def get_unique_id(self):
-        return (7,) * 128
+        """Give a number that no other rank gives, nor this one again."""
+        self.num_ids += 1
+        return (self.mpi.rank, self.num_ids) + (7,) * 126
 
     def groupStart(self):
         assert not self.waiting
@@ -236,19 +250,17 @@ class StandInNccl:
         self.waiting.clear()
 
     def NcclCommunicator(self, size, number, rank):
-        assert number == (7,) * 128
-        return StandInCommunicator(self, size, rank)
+        return StandInCommunicator(self, size, number, rank)
 
 
 class StandInCommunicator:
     """One rank of StandInNccl's."""
 
-    def __init__(self, nccl, size, rank):
-        self.nccl = nccl
-        ranks = nccl.mpi.allgather((size, rank))
-        self.comm = nccl.mpi if size == nccl.mpi.size else None  # a group within the ranks is never asked for here
-        assert self.comm and [rank for _, rank in ranks] == list(range(size))
-        self.comm = nccl.mpi.Dup()
+    def __init__(self, nccl, size, number, rank):
+        """All ranks make one at a time, each in its own group."""
+        root, turn, *_ = number
+        self.nccl, self.comm = nccl, nccl.mpi.Split(root, rank)
+        assert self.comm.size == size and set(self.comm.allgather((root, turn))) == {(root, turn)}
 
     def touch(self, address, num_bytes, writes, stream):
         """Show who touches what -> the bytes."""
@@ -272,7 +284,7 @@ class StandInCommunicator:
         from mpi4py import MPI
 
         assert (source, dtype, op) == (target, self.nccl.NCCL_FLOAT32, self.nccl.NCCL_SUM)
-        self.nccl.num_sums += 1
+        self.nccl.sums.append((self.comm.size, count))
         values = self.touch(target, 4 * count, True, stream).view(np.float32)
         self.comm.Allreduce(MPI.IN_PLACE, values)
 
@@ -301,6 +313,13 @@ def watch_job(monkeypatch, gpu=None, nccl_comm=None):
 
     monkeypatch.setattr("hpcmoe.run.job.open_device", lambda kind, rank: device)
     monkeypatch.setattr("hpcmoe.run.gpus.open_mpi_transport", open_watched)
+    lay = FlatGradients.__init__
+
+    def lay_watched(gradients, parts):
+        lay(gradients, parts)
+        order.watch(gradients.flat.numpy())
+
+    monkeypatch.setattr(FlatGradients, "__init__", lay_watched)
     nccl = StandInNccl(nccl_comm, device) if nccl_comm else None
     for module in ("hpcmoe.comm.choose", "hpcmoe.run.gpus"):
         monkeypatch.setattr(f"{module}.find_nccl", lambda: (nccl, None if nccl else "there is none here"))

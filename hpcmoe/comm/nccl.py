@@ -62,15 +62,25 @@ class Group:
             ranks = ", ".join(map(str, peers)) or "none"
             raise ClusterError(f"NCCL, {name}, with ranks {ranks} of the group: {fault}") from fault
 
-    def all_reduce(self, tensor):
-        """Sum a float32 tensor on the device over the ranks, in place, behind what the compute stream has done."""
-        device, nccl = self.device, self.nccl
-        device.send.wait_event(device.compute.record_event())
-        address = tensor.data_ptr()
-        stream = device.send.cuda_stream
-        self.communicator.allReduce(address, address, tensor.numel(), nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream)
-        device.compute.wait_event(device.send.record_event())
-        self.check("sum", [rank for rank in range(self.size) if rank != self.rank])
+    def swap(self, outgoing, incoming, stream):
+        """Send contiguous tensors to ranks and receive others, ((rank, tensor), ...), all at once on a stream.
+
+        Between two ranks tensors are matched by their order.
+        """
+        communicator, address, bytes_ = self.communicator, stream.cuda_stream, self.nccl.NCCL_UINT8
+        self.nccl.groupStart()
+        for rank, tensor in outgoing:
+            communicator.send(tensor.data_ptr(), tensor.nbytes, bytes_, rank, address)
+        for rank, tensor in incoming:
+            communicator.recv(tensor.data_ptr(), tensor.nbytes, bytes_, rank, address)
+        self.nccl.groupEnd()
+
+    def all_reduce(self, tensor, stream):
+        """Sum a contiguous float32 tensor over the ranks, in place, on a stream."""
+        address, nccl = tensor.data_ptr(), self.nccl
+        self.communicator.allReduce(
+            address, address, tensor.numel(), nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream.cuda_stream
+        )
 
 
 class NcclCarrier:
@@ -103,20 +113,15 @@ class NcclPending:
     landed = gone = True
 
     def __init__(self, group, leg, ready):
-        self.leg, device, nccl = leg, group.device, group.nccl
+        self.leg, device = leg, group.device
         device.send.wait_event(ready)
         copy_own(device, leg, group.rank)
-        self.peers, stream = set(), device.send.cuda_stream
-        nccl.groupStart()
-        for target, source in leg.peers(group.rank, group.size):
-            out, back = leg.send.tensor[leg.sent_to(target)], leg.receive.tensor[leg.received_from(source)]
-            if len(out):
-                group.communicator.send(out.data_ptr(), out.numel(), nccl.NCCL_UINT8, target, stream)
-                self.peers.add(target)
-            if len(back):
-                group.communicator.recv(back.data_ptr(), back.numel(), nccl.NCCL_UINT8, source, stream)
-                self.peers.add(source)
-        nccl.groupEnd()
+        peers = list(leg.peers(group.rank, group.size))
+        outgoing = [(rank, leg.send.tensor[leg.sent_to(rank)]) for rank, _ in peers]
+        incoming = [(rank, leg.receive.tensor[leg.received_from(rank)]) for _, rank in peers]
+        outgoing, incoming = ([(rank, rows) for rank, rows in side if len(rows)] for side in (outgoing, incoming))
+        group.swap(outgoing, incoming, device.send)
+        self.peers = {rank for rank, _ in outgoing + incoming}
         self.event = device.send.record_event()
 
     def is_over(self):

@@ -100,7 +100,7 @@ class DeviceExchange:
     def __init__(self, carrier, transport, device, clock, ways, nccl=None):
         """carrier takes the rows; transport, by MPI, the counts; ways are (DeviceSizes, Routes).
 
-        nccl, the Group of all ranks of the run, sums gradients where there is NCCL.
+        nccl: the Groups that sum gradients, by name, where NCCL carries the rows.
         """
         self.carrier, self.transport, self.device, self.clock = carrier, transport, device, clock
         (self.sizes, self.routes), self.nccl = ways, nccl

@@ -81,19 +81,25 @@ def open_device_exchange(mesh, device, sizes, routes, kind):
     Collective over mesh.world, both ends.
     """
     with (
-        open_sums(mesh.world, device, kind) as nccl,
+        open_sum_groups(mesh, device, kind) as groups,
         open_mpi_transport(mesh.group, sizes.row_bytes) as transport,
         open_carrier(kind, mesh.group, device, sizes.row_bytes, transport) as carrier,
     ):
-        yield DeviceExchange(carrier, transport, device, Clock(), (sizes, routes), nccl)
+        yield DeviceExchange(carrier, transport, device, Clock(), (sizes, routes), groups)
 
 
-def open_sums(world, device, kind):
-    """Open what sums dense gradients on devices -> an NCCL Group where NCCL carries the rows, else None.
+@contextlib.contextmanager
+def open_sum_groups(mesh, device, kind):
+    """Open what sums gradients where NCCL carries the rows -> nccl.Group by name of those of several ranks, else None.
 
-    To be used in a with-block. Collective over world, both ends.
+    Collective over mesh.world, both ends.
     """
-    return open_nccl(world, device, find_nccl()[0]) if kind == "nccl" and world.size > 1 else contextlib.nullcontext()
+    if kind != "nccl":
+        yield None
+        return
+    with contextlib.ExitStack() as opened:
+        comms = {name: comm for name, comm in (("world", mesh.world), ("dp", mesh.dp)) if comm.size > 1}
+        yield {name: opened.enter_context(open_nccl(comm, device, find_nccl()[0])) for name, comm in comms.items()}
 
 
 def describe_device_ways(sizes):

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from mpi4py import MPI
 from torch import nn
 
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.run.sums import GradientSums
-from hpcmoe.wait import wait_all
 
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  # our name: AdamW's
 
@@ -189,10 +187,7 @@ class Optimizer:
                 parameter.grad[piece.first : piece.first + len(piece.rows)] = piece.rows.detach()
         shares = [cut_rows(self.dense.parameters, rank, self.mesh.world.size) for rank in range(self.mesh.world.size)]
         counts = [sum((end - first) * p[0].numel() for p, first, end in share) for share in shares]
-        host = self.dense.flat.cpu().numpy()
-        edges = np.cumsum([0, *counts[:-1]]).tolist()
-        wait_all([self.mesh.world.Iallgatherv(MPI.IN_PLACE, [host, counts, edges, MPI.FLOAT])])
-        self.dense.flat.copy_(torch.from_numpy(host))
+        self.sums.share_dense(counts)
         for parameter in self.dense.parameters:
             parameter.data.copy_(parameter.grad)
 

@@ -1,17 +1,12 @@
 """Gradients are summed over the ranks that share a parameter, piece by piece, while the backward pass goes on.
 
-Those on GPUs are summed when it is over: dense ones by NCCL where that carries the rows, the others through the host.
+On GPUs NCCL does so too. Where MPI carries the rows between them, sums go through the host when the pass is over.
 
 A gradient is final when the last micro-batch has passed its op. The order in which they become final is the same on all
 ranks under any schedule: head, last layer ... first layer, embedding. So all ranks begin the same sums in one order.
 """
 
-import contextlib
-
-import numpy as np
-from mpi4py import MPI
-
-from hpcmoe.comm.mpi import start_all_reduce
+from hpcmoe.comm.reduce import HostReducer, NcclReducer
 from hpcmoe.run.room import FLOAT32
 from hpcmoe.wait import Patience
 
@@ -20,12 +15,16 @@ class GradientSums:
     """The sums of one step: dense gradients over all ranks, experts' over those that hold the same shard of them."""
 
     def __init__(self, dense, experts, network):
-        """dense: FlatGradients, experts: SharedExperts. With bucket_bytes 0, and on GPUs, all begins in finish()."""
-        self.dense, self.experts, self.mesh, self.device = dense, experts, network.mesh, network.device
-        self.nccl = network.layers[0].exchange.nccl
-        bucket_bytes, on_host = network.config.train.bucket_bytes, self.device.name == "host"
-        self.overlaps = bucket_bytes > 0 and on_host  # for a GPU's gradients the host would have to wait
+        """dense: FlatGradients, experts: SharedExperts. With bucket_bytes 0 all begins in finish()."""
+        self.dense, self.experts, self.mesh = dense, experts, network.mesh
+        bucket_bytes, groups = network.config.train.bucket_bytes, network.layers[0].exchange.nccl
         self.bucket = max(bucket_bytes // FLOAT32, 1) if bucket_bytes else 2**31
+        self.reducer = (
+            HostReducer(self.mesh, network.device, self.bucket)
+            if groups is None
+            else NcclReducer(self.mesh, network.device, groups)
+        )
+        self.overlaps = bucket_bytes > 0 and self.reducer.overlaps
         self.num_micro_batches = network.config.pipeline.micro_batches
         self.jobs = []
         self.begin()
@@ -58,6 +57,7 @@ class GradientSums:
     def poke(self):
         """Take all sums under way as far as they go without waiting -> whether one has ended."""
         before = len(self.jobs)
+        self.reducer.poke()
         self.jobs = [job for job in self.jobs if next(job, "over") != "over"]
         return len(self.jobs) < before
 
@@ -76,48 +76,58 @@ class GradientSums:
         while self.jobs:
             if not self.poke():
                 patience.pause()
+        self.reducer.join()
+
+    def share_dense(self, counts):
+        """Have all ranks hold what each has its part of, in the dense gradients' place: rank r's is counts[r] numbers.
+
+        Collective over all ranks.
+        """
+        self.jobs.append(self.gather_dense(counts))
+        self.drain()
+
+    def gather_dense(self, counts):
+        """Gather what lies in the dense gradients' place."""
+        if self.mesh.world.size > 1:
+            with self.reducer.lend(self.dense.flat) as lent:
+                yield from self.reducer.gather(lent, counts)
 
     def sum_dense(self, end):
-        """Sum the dense gradients that are final, up to number `end`, in whole buckets but for the last.
-
-        By NCCL all at once.
-        """
-        if self.nccl is not None:
-            if end == len(self.dense.flat):
-                self.nccl.all_reduce(self.dense.flat)
-            return
+        """Sum the dense gradients that are final, up to number `end`, in whole buckets but for the last."""
         if end < len(self.dense.flat):
             end -= end % self.bucket
         pieces, self.num_started = self.dense.flat[self.num_started : end], max(end, self.num_started)
-        with self.on_host(pieces) as host:
-            yield from sum_over(self.mesh.world, host, self.bucket)
+        if len(pieces) and self.mesh.world.size > 1:
+            with self.reducer.lend(pieces) as lent:
+                yield from self.reducer.sum_over("world", lent)
 
     def sum_experts(self, layer):
         """Give every copy of a layer's experts the same sum, bit for bit."""
         held = self.experts.of_layer[layer]
-        own = self.experts.flat[held[0].begin : held[-1].end] if held else self.experts.flat[:0]
-        with self.on_host(own) as host:
-            yield from self.sum_copies(layer, held, host)
+        if self.mesh.world.size > 1:
+            own = self.experts.flat[held[0].begin : held[-1].end] if held else self.experts.flat[:0]
+            with self.reducer.lend(own) as lent:
+                yield from self.sum_copies(layer, held, lent)
 
-    def sum_copies(self, layer, held, host):
+    def sum_copies(self, layer, held, lent):
         """Sum the gradients of a layer's experts, those held here in one array.
 
         In each group the first rank that holds an expert adds the others' gradients in rank order; these ranks sum over
         the data-parallel groups; then each gives the sum back.
         """
-        comm, first = self.experts.comm, held[0].begin if held else 0
-        gradient_of = {copy: host[copy.begin - first : copy.end - first] for copy in held}
+        swap, first = self.reducer.swap, held[0].begin if held else 0
+        gradient_of = {copy: lent[copy.begin - first : copy.end - first] for copy in held}
         copies = [copy for copy in held if len(copy.ranks) > 1]
 
         # Gather to the first rank of each expert.
-        gathered = {copy: np.empty((len(copy.ranks) - 1, copy.size), np.float32) for copy in copies if copy.owned}
-        requests = [
-            comm.Irecv(row, rank, copy.tag)
+        gathered = {copy: lent.new_empty(len(copy.ranks) - 1, copy.size) for copy in copies if copy.owned}
+        from_others = [
+            (copy.tag, rank, row)
             for copy, rows in gathered.items()
             for row, rank in zip(rows, copy.ranks[1:], strict=True)
         ]
-        requests += [comm.Isend(gradient_of[copy], copy.ranks[0], copy.tag) for copy in copies if not copy.owned]
-        yield from until_done(requests)
+        with_first = [(copy.tag, copy.ranks[0], gradient_of[copy]) for copy in copies if not copy.owned]
+        yield from swap(outgoing=with_first, incoming=from_others)
         for copy, rows in gathered.items():
             for row in rows:
                 gradient_of[copy] += row
@@ -126,31 +136,8 @@ class GradientSums:
         while self.next_layer != layer:
             yield
         self.next_layer -= 1
-        yield from sum_over(self.mesh.dp, host[: sum(copy.size for copy in held if copy.owned)], self.bucket)
+        yield from self.reducer.sum_over("dp", lent[: sum(copy.size for copy in held if copy.owned)])
 
         # Give the sums back.
-        requests = [comm.Isend(gradient_of[copy], rank, copy.tag) for copy in gathered for rank in copy.ranks[1:]]
-        requests += [comm.Irecv(gradient_of[copy], copy.ranks[0], copy.tag) for copy in copies if not copy.owned]
-        yield from until_done(requests)
-
-    @contextlib.contextmanager
-    def on_host(self, gradients):
-        """Have gradients in the host's memory while they are summed: on the host the same, from a GPU a copy."""
-        host, event = self.device.fetch(gradients)
-        event.synchronize()  # host waits for the device here: all ranks are to begin their sums in one order
-        yield host.numpy()
-        if host is not gradients:
-            gradients.copy_(host, non_blocking=True)
-
-
-def sum_over(comm, array, bucket):
-    """Sum a flat array over the ranks in place, `bucket` numbers at once; yields while it waits."""
-    if comm.size > 1:
-        pieces = [array[begin : begin + bucket] for begin in range(0, len(array), bucket)]
-        yield from until_done([start_all_reduce(comm, piece) for piece in pieces])
-
-
-def until_done(requests):
-    """Yield while any request is under way."""
-    while not MPI.Request.Testall(requests):
-        yield
+        to_others = [(copy.tag, rank, gradient_of[copy]) for copy in gathered for rank in copy.ranks[1:]]
+        yield from swap(outgoing=to_others, incoming=with_first)

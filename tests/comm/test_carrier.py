@@ -125,7 +125,7 @@ def test_a_leg_waits_for_the_one_before(comm):
 
 
 @pytest.mark.mpi
-def test_nccl_carries_in_groups_and_sums(comm):
+def test_nccl_carries_in_groups(comm):
     order = Order()
     device = OrderedDevice(order)
     nccl = StandInNccl(comm, device)
@@ -137,12 +137,6 @@ def test_nccl_carries_in_groups_and_sums(comm):
         while carrier.pending:
             carrier.poke()
         check_received(comm, leg)
-        buffer = device.make_buffer(1, 8)
-        values = buffer.tensor.view(pytest.importorskip("torch").float32)
-        values.fill_(comm.rank + 1.0)
-        group.all_reduce(values)
-        values.mul_(2)
-        assert values.tolist() == [[comm.size * (comm.size + 1)] * 2]
     assert order.races == [] and nccl.num_groups == 1 and nccl.ended == ["destroyed"]
 
 

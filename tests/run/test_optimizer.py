@@ -2,6 +2,7 @@
 
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from launch import run
 from small import gather_logical, open_small_job
 
+from hpcmoe.comm.device import HostDevice
+from hpcmoe.comm.reduce import HostReducer
 from hpcmoe.config import Train
 from hpcmoe.run.optimizer import AdamW, FlatGradients, cut_rows, learning_rate_at
-from hpcmoe.run.sums import sum_over
 from hpcmoe.wait import gather_to_all
 
 
@@ -28,7 +30,7 @@ def test_flat_gradients_are_the_parameters_own_and_sum_over_ranks(comm):
     parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
     gradients = FlatGradients({"first": parameters[:1], "second": parameters[1:]})
     (parameters[0].sum() * (comm.rank + 1) + (parameters[1] * torch.arange(4.0)).sum()).backward()
-    for _ in sum_over(comm, gradients.flat.numpy(), 4):
+    for _ in HostReducer(SimpleNamespace(world=comm), HostDevice(), 4).sum_over("world", gradients.flat):
         time.sleep(1e-4)
     assert torch.equal(parameters[0].grad, torch.full((2, 3), sum(range(1, comm.size + 1))))
     assert torch.equal(parameters[1].grad, torch.arange(4.0) * comm.size)

@@ -1,0 +1,106 @@
+"""Sums, swaps and gathered parts: the same by MPI as by NCCL, whose order a stand-in for the GPU watches."""
+
+import contextlib
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+import torch
+from standin import Order, OrderedDevice, StandInNccl, Watching
+
+from hpcmoe.comm.device import HostDevice
+from hpcmoe.comm.nccl import open_nccl
+from hpcmoe.comm.reduce import HostReducer, NcclReducer
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture
+def mesh(comm):
+    """Two data-parallel groups where the ranks are even in number, else one."""
+    groups = 2 - comm.size % 2
+    index, place = divmod(comm.rank, comm.size // groups)
+    parts = {"ep": comm.Split(index, place), "dp": comm.Split(place, index)}
+    yield SimpleNamespace(world=comm, **parts)
+    for part in parts.values():
+        part.Free()
+
+
+@contextlib.contextmanager
+def open_reducer(way, mesh):
+    """Open a reducer -> (it, a tensor function for its memory). Nothing may be touched before its time."""
+    order = Order()
+    device = {"host": HostDevice, "by the host": lambda: OrderedDevice(order), "nccl": lambda: OrderedDevice(order)}[
+        way
+    ]()
+    with contextlib.ExitStack() as opened:
+        reducer = HostReducer(mesh, device, 3)
+        if way == "nccl":
+            nccl = StandInNccl(mesh.world, device)
+            comms = {"world": mesh.world, "dp": mesh.dp}
+            groups = {name: opened.enter_context(open_nccl(of, device, nccl)) for name, of in comms.items()}
+            reducer = NcclReducer(mesh, device, groups)
+        opened.enter_context(Watching(order))
+
+        def make(values):
+            tensor = torch.zeros(len(values)) if way == "host" else device.make_buffer(1, 4 * len(values)).tensor
+            tensor = tensor.view(torch.float32).flatten()
+            return tensor.copy_(torch.tensor(values))
+
+        yield reducer, make
+    assert order.races == [] and (way == "host") == (order.num_checked == 0)
+
+
+WAYS = pytest.mark.parametrize("way", ["host", "by the host", "nccl"])
+
+
+@WAYS
+@pytest.mark.parametrize("name", ["world", "dp"])
+def test_sums_reach_all_ranks_of_their_group(mesh, way, name):
+    comm = getattr(mesh, name)
+    with open_reducer(way, mesh) as (reducer, make):
+        values = make([1.0 + comm.rank * number for number in range(8)])
+        with reducer.lend(values) as lent:
+            deque(reducer.sum_over(name, lent))
+        reducer.poke()
+        reducer.join()
+        total = comm.size * (comm.size - 1) / 2
+        assert values.mul(2).tolist() == [2 * (comm.size + total * number) for number in range(8)]
+
+
+@WAYS
+def test_swapped_arrays_are_matched_by_tag(mesh, way):
+    """Each rank of a group sends two arrays to the next; the lower tag was asked for last."""
+    rank, size = mesh.ep.rank, mesh.ep.size
+    with open_reducer(way, mesh) as (reducer, make):
+        values = make([10.0 * rank, 10.0 * rank + 1, -1.0, -1.0])
+        with reducer.lend(values) as lent:
+            one, two, three, four = lent.split(1)
+            to, of = (rank + 1) % size, (rank - 1) % size
+            sides = ([(2, to, two), (1, to, one)], [(1, of, three), (2, of, four)]) if size > 1 else ([], [])
+            deque(reducer.swap(*sides))
+        reducer.join()
+        got = [10.0 * of, 10.0 * of + 1] if size > 1 else [-1.0, -1.0]
+        assert values.mul(1).tolist() == [10.0 * rank, 10.0 * rank + 1, *got]
+
+
+@WAYS
+def test_gathered_parts_are_those_of_their_ranks(mesh, way):
+    """Rank r has r numbers, the first none."""
+    world = mesh.world
+    counts = list(range(world.size))
+    with open_reducer(way, mesh) as (reducer, make):
+        mine = [float(rank if rank == world.rank else -1) for rank in counts for _ in range(rank)] or [0.0]
+        values = make(mine)
+        with reducer.lend(values) as lent:
+            deque(reducer.gather(lent, counts if world.size > 1 else [1]))
+        reducer.join()
+        assert values.mul(1).tolist() == ([float(rank) for rank in counts for _ in range(rank)] or [0.0])
+
+
+def test_a_sum_that_nobody_waits_for_is_caught(mesh):
+    with pytest.raises(AssertionError), open_reducer("nccl", mesh) as (reducer, make):
+        values = make([1.0, 2.0])
+        with reducer.lend(values) as lent:
+            reducer.sum_over("world", lent)
+        values.mul_(2)
