@@ -139,6 +139,16 @@ def go(exchange, *ways):
             exchange.wait_for_news(patience, news)
 
 
+def go_two_at_once(exchange, num_tokens, seed):
+    """Take two micro-batches both ways at once, half the ranks beginning with the second, and check both."""
+    journeys = [make_journey(exchange, num_tokens, seed, berth) for berth in range(2)]
+    in_order = journeys if exchange.transport.rank % 2 == 0 else journeys[::-1]
+    go(exchange, *[travel_both_ways(exchange, journey) for journey in in_order])
+    for journey in journeys:
+        check_forward(exchange, journey)
+        check_backward(exchange, journey)
+
+
 def check_forward(exchange, journey):
     """The output is the sum of the kept copies' maps of their token, times their gates."""
     assert torch.equal(journey.output.float(), expected_output(journey, exchange.sizes.hidden))

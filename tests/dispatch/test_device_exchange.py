@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from journeys import check_backward, check_forward, go, make_journey, travel_both_ways, travel_forward
+from journeys import check_backward, check_forward, go, go_two_at_once, make_journey, travel_both_ways, travel_forward
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.choose import open_carrier
@@ -50,11 +50,7 @@ def test_both_ways_are_what_their_definitions_say(comm, kind):
 def test_two_micro_batches_under_way_do_not_mix(comm):
     with open_exchange(comm) as exchange:
         for seed in range(3):
-            journeys = [make_journey(exchange, 19, seed, berth) for berth in range(2)]
-            go(exchange, *[travel_both_ways(exchange, journey) for journey in journeys[:: 1 - 2 * (comm.rank % 2)]])
-            for journey in journeys:
-                check_forward(exchange, journey)
-                check_backward(exchange, journey)
+            go_two_at_once(exchange, 19, seed)
 
 
 @pytest.mark.mpi

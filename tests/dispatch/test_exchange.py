@@ -10,6 +10,7 @@ from journeys import (
     check_backward,
     check_forward,
     go,
+    go_two_at_once,
     make_journey,
     travel_backward,
     travel_both_ways,
@@ -115,14 +116,9 @@ def test_experts_get_the_rows_of_their_slots_and_no_others(comm, shape):
 
 @pytest.mark.mpi
 def test_two_micro_batches_under_way_do_not_mix(comm, shape):
-    """Half the ranks begin with the second."""
     with open_small_exchange(comm, HIDDEN, **shape, **SIZES, deterministic=False) as exchange:
         for seed in range(5):
-            journeys = [make_journey(exchange, 19, seed, berth) for berth in range(2)]
-            go(exchange, *[travel_both_ways(exchange, journey) for journey in journeys[:: 1 - 2 * (comm.rank % 2)]])
-            for journey in journeys:
-                check_forward(exchange, journey)
-                check_backward(exchange, journey)
+            go_two_at_once(exchange, 19, seed)
 
 
 @pytest.mark.mpi
