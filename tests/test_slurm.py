@@ -45,7 +45,9 @@ def test_sbatch_runs_the_job_on_four_nodes_in_two_racks(slurm_conf, launch, rank
 def submit(*arguments, **environment):
     """Give Slurm a job and see it to its end, which `sbatch --wait` tells up to half a minute late -> its state."""
     sbatch = Running("sbatch", "--parsable", *arguments, **environment)
-    number = sbatch.process.communicate(timeout=60)[0].strip()
+    number, refusal = sbatch.process.communicate(timeout=60)
+    assert sbatch.process.returncode == 0, refusal
+    number = number.strip()
     deadline = time.monotonic() + 600
     while (state := find_state(number, environment)) in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
         assert time.monotonic() < deadline, state

@@ -37,6 +37,12 @@ class Mesh:
         return self.ep.size
 
     @property
+    def ep_ranks(self):
+        """The ranks of ep, as world numbers them."""
+        first = self.world.rank - self.expert_index * self.tensor_parallel
+        return [first + index * self.tensor_parallel for index in range(self.ep.size)]
+
+    @property
     def token_index(self):
         """Which share of a batch this rank reads: every rank has tokens of its own."""
         return self.world.rank

@@ -82,8 +82,8 @@ def open_carrier(kind, comm, device, row_bytes, transport):
     """
     match kind:
         case "nccl":
-            with open_nccl(comm, device, find_nccl()[0]) as group:
-                yield NcclCarrier(group)
+            with open_nccl(comm, {"rows": comm}, device, find_nccl()[0]) as groups:
+                yield NcclCarrier(groups["rows"])
         case "direct":
             yield DirectCarrier(transport, device)
         case "staged":

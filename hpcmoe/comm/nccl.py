@@ -1,17 +1,23 @@
-"""Rows and sums between GPUs by NCCL: grouped sends and receives on the send stream, which the device orders by itself.
+"""Rows and sums between GPUs by NCCL: rows in groups of sends and receives on the send stream, which the device orders.
 
-NCCL matches by order of issue, so all ranks start the same legs in the same order. What goes wrong on the way is
-asked for at every poke: NCCL itself only stops.
+NCCL matches by order of issue, so all ranks start the same legs, and the same sums, in the same order. What goes wrong
+on the way is asked for at every poke: NCCL itself only stops.
 """
 
 import contextlib
+import os
 
 from hpcmoe.comm.carrier import copy_own
-from hpcmoe.errors import ClusterError, on_all, on_root
+from hpcmoe.errors import ClusterError, on_all
+from hpcmoe.wait import broadcast
+
+IN_ORDER_VERSION = 22600  # of NCCL: from 2.26 on several communicators may be busy at once, where it is told so:
+IN_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"  # their kernels start in the order of their calls, which is one on all ranks
 
 
 def find_nccl():
     """Import NCCL as CuPy offers it -> (its module, None), or (None, why not)."""
+    os.environ.setdefault(IN_ORDER, "1")
     try:
         from cupy.cuda import nccl
     except ImportError as fault:
@@ -22,21 +28,28 @@ def find_nccl():
 
 
 @contextlib.contextmanager
-def open_nccl(comm, device, nccl):
-    """Make the NCCL communicator of a group of ranks -> Group, ended with the with-block. Collective over comm.
+def open_nccl(world, comms, device, nccl):
+    """Make NCCL communicators for the ranks of MPI's, by name -> Groups by name, ended with the with-block.
 
-    Its id comes from rank 0 by MPI. Raises ClusterError on all ranks when one cannot join.
+    All ranks of world make each at once, for the part of them that is theirs. The id of each comes from its rank 0 by
+    MPI. Raises ClusterError on all ranks of world when one cannot join. Collective over world.
     """
-    number = on_root(comm, lambda: call(nccl.get_unique_id))
-    communicator = on_all(comm, lambda: call(nccl.NcclCommunicator, comm.size, number, comm.rank))
-    group = Group(nccl, communicator, device, comm.rank, comm.size)
+    groups = {name: Group(nccl, join(world, comm, nccl), device, comm) for name, comm in comms.items()}
     try:
-        yield group
+        yield groups
     except BaseException:
-        group.communicator.abort()  # what it waits for may never come
+        abort(nccl, groups.values())
         raise
     device.settle()
-    group.communicator.destroy()
+    for group in groups.values():
+        group.communicator.destroy()
+
+
+def join(world, comm, nccl):
+    """Make this rank's end of the communicator of comm, as the others of world make theirs -> NcclCommunicator."""
+    number = on_all(world, lambda: call(nccl.get_unique_id) if comm.rank == 0 else None)
+    number = broadcast(comm, number)
+    return on_all(world, lambda: call(nccl.NcclCommunicator, comm.size, number, comm.rank))
 
 
 def call(function, *arguments):
@@ -47,40 +60,77 @@ def call(function, *arguments):
         raise ClusterError(f"NCCL cannot be set up: {fault}; NCCL_DEBUG=WARN tells more") from fault
 
 
+def abort(nccl, groups):
+    """Give all communicators up at once: what one waits for may never come, and to end one may wait for the others."""
+    with contextlib.suppress(RuntimeError, KeyError):  # what went wrong before is what matters
+        nccl.groupStart()
+        for group in groups:
+            group.communicator.abort()
+        nccl.groupEnd()
+
+
 class Group:
     """The ranks of an NCCL communicator."""
 
-    def __init__(self, nccl, communicator, device, rank, size):
+    def __init__(self, nccl, communicator, device, comm):
+        """comm: MPI's communicator of the same ranks."""
         self.nccl, self.communicator, self.device = nccl, communicator, device
-        self.rank, self.size = rank, size
+        self.rank, self.size = comm.rank, comm.size
+        self.others = [rank for rank in range(comm.size) if rank != comm.rank]
 
-    def check(self, name, peers):
-        """Raise ClusterError when something has gone wrong in what was begun with these ranks."""
+    @contextlib.contextmanager
+    def faults_named(self, name, peers):
+        """Within, turn what NCCL says into a ClusterError that names what was done, and with whom."""
         try:
-            self.communicator.check_async_error()
+            yield
         except (RuntimeError, KeyError) as fault:
             ranks = ", ".join(map(str, peers)) or "none"
             raise ClusterError(f"NCCL, {name}, with ranks {ranks} of the group: {fault}") from fault
 
-    def swap(self, outgoing, incoming, stream):
-        """Send contiguous tensors to ranks and receive others, ((rank, tensor), ...), all at once on a stream.
+    def check(self, name, peers):
+        """Raise ClusterError when something has gone wrong in what was begun with these ranks."""
+        with self.faults_named(name, peers):
+            self.communicator.check_async_error()
+
+    @contextlib.contextmanager
+    def together(self, name, peers):
+        """Within, gather calls to be launched as one."""
+        with self.faults_named(name, peers):
+            self.nccl.groupStart()
+            try:
+                yield
+            finally:
+                self.nccl.groupEnd()
+
+    def swap(self, outgoing, incoming, stream, name):
+        """Send contiguous tensors to ranks and receive others, ((rank, tensor), ...), at once on a stream -> the ranks.
 
         Between two ranks tensors are matched by their order.
         """
-        communicator, address, bytes_ = self.communicator, stream.cuda_stream, self.nccl.NCCL_UINT8
-        self.nccl.groupStart()
-        for rank, tensor in outgoing:
-            communicator.send(tensor.data_ptr(), tensor.nbytes, bytes_, rank, address)
-        for rank, tensor in incoming:
-            communicator.recv(tensor.data_ptr(), tensor.nbytes, bytes_, rank, address)
-        self.nccl.groupEnd()
+        communicator, address, as_bytes = self.communicator, stream.cuda_stream, self.nccl.NCCL_UINT8
+        peers = sorted({rank for rank, _ in (*outgoing, *incoming)})
+        with self.together(name, peers):
+            for rank, tensor in outgoing:
+                communicator.send(tensor.data_ptr(), tensor.nbytes, as_bytes, rank, address)
+            for rank, tensor in incoming:
+                communicator.recv(tensor.data_ptr(), tensor.nbytes, as_bytes, rank, address)
+        return peers
 
-    def all_reduce(self, tensor, stream):
+    def spread(self, parts, stream, name):
+        """Give all ranks the tensor of each, ((rank, contiguous tensor), ...), in place, at once on a stream."""
+        with self.together(name, self.others):
+            for rank, tensor in parts:
+                self.communicator.bcast(
+                    tensor.data_ptr(), tensor.nbytes, self.nccl.NCCL_UINT8, rank, stream.cuda_stream
+                )
+
+    def all_reduce(self, tensor, stream, name):
         """Sum a contiguous float32 tensor over the ranks, in place, on a stream."""
         address, nccl = tensor.data_ptr(), self.nccl
-        self.communicator.allReduce(
-            address, address, tensor.numel(), nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream.cuda_stream
-        )
+        with self.faults_named(name, self.others):
+            self.communicator.allReduce(
+                address, address, tensor.numel(), nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream.cuda_stream
+            )
 
 
 class NcclCarrier:
@@ -120,8 +170,7 @@ class NcclPending:
         outgoing = [(rank, leg.send.tensor[leg.sent_to(rank)]) for rank, _ in peers]
         incoming = [(rank, leg.receive.tensor[leg.received_from(rank)]) for _, rank in peers]
         outgoing, incoming = ([(rank, rows) for rank, rows in side if len(rows)] for side in (outgoing, incoming))
-        group.swap(outgoing, incoming, device.send)
-        self.peers = {rank for rank, _ in outgoing + incoming}
+        self.peers = group.swap(outgoing, incoming, device.send, leg.name)
         self.event = device.send.record_event()
 
     def is_over(self):

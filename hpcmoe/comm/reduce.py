@@ -1,7 +1,7 @@
 """How ranks sum and share float32 numbers: by MPI in the host's memory, or by NCCL between GPUs.
 
 Both lend memory in which to do it, swap arrays between ranks, sum over all ranks of the run or over those that hold the
-same shard, and gather parts. What takes time is a generator that yields while it waits.
+same shard, and gather parts. What takes the host's time is a generator that yields while it waits.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.comm.mpi import start_all_reduce
+from hpcmoe.comm.nccl import IN_ORDER_VERSION
 
 
 class HostReducer:
@@ -22,7 +23,7 @@ class HostReducer:
 
     @contextlib.contextmanager
     def lend(self, flat):
-        """Give what may be summed in the place of a tensor, and lay it there in the end: on the host the same."""
+        """Give a tensor's numbers in the host's memory, and in the end lay down there what has become of them."""
         host, event = self.device.fetch(flat)
         event.synchronize()  # host waits for the device here: all ranks are to begin their sums in one order
         yield host
@@ -50,60 +51,65 @@ class HostReducer:
         """There is nothing to look after but what the generators do."""
 
     def join(self):
-        """What is summed is there when its generator is over."""
+        """Wait for nothing: what is summed is there when its generator is over."""
+        return ()
 
 
 class NcclReducer:
     """NCCL, where the numbers lie, on the receive stream: NCCL's rows have the send stream for themselves.
 
-    All is launched at once, in an order that must be the same on all ranks.
+    All is launched at once, in an order that must be the same on all ranks. An NCCL that cannot keep to this order with
+    several communicators has everything on one stream.
     """
 
     overlaps = True
 
     def __init__(self, mesh, device, groups):
-        """groups: comm.nccl.Group by name: "world", and "dp" where that has more ranks than one."""
-        self.device, self.groups = device, groups
-        self.world_ranks = mesh.ep.group.Translate_ranks(None, mesh.world.group)
+        """groups: comm.nccl.Group by name, "world" and "dp", each where it has more ranks than one."""
+        self.device, self.groups, self.world_ranks = device, groups, mesh.ep_ranks
+        in_order = all(group.nccl.get_version() >= IN_ORDER_VERSION for group in groups.values())
+        self.stream = device.receive if in_order else device.send
 
     @contextlib.contextmanager
     def lend(self, flat):
-        """Give the tensor itself, to work on behind what the compute stream has done; not to be left waiting."""
-        self.device.receive.wait_event(self.device.compute.record_event())
-        with self.device.use(self.device.receive):
+        """Give the tensor itself, to be worked on behind what the compute stream has done, before control returns."""
+        self.stream.wait_event(self.device.compute.record_event())
+        with self.device.use(self.stream):
             yield flat
 
     def swap(self, outgoing, incoming):
         """Send tensors to ranks of mesh.ep and receive others: ((tag, rank, tensor), ...), all contiguous."""
-        sides = (  # between two ranks NCCL knows an array by its turn
+        sides = [  # between two ranks NCCL knows an array by its turn
             [(self.world_ranks[rank], tensor) for tag, rank, tensor in sorted(side, key=lambda entry: entry[:2])]
             for side in (outgoing, incoming)
-        )
-        self.groups["world"].swap(*sides, self.device.receive)
+        ]
+        if any(sides):
+            self.groups["world"].swap(*sides, self.stream, "gradients of an expert's copies")
         return ()
 
     def sum_over(self, name, flat):
         """Sum a flat tensor over mesh.world or mesh.dp, whose name it is, in place."""
         if name in self.groups and len(flat):
-            self.groups[name].all_reduce(flat, self.device.receive)
+            self.groups[name].all_reduce(flat, self.stream, f"sum of gradients over {name}")
         return ()
 
     def gather(self, flat, counts):
         """Give all ranks of mesh.world all of a flat tensor; rank r has its r-th part, counts[r] numbers."""
-        world, parts = self.groups["world"], dict(enumerate(flat.split(counts)))
-        own = parts.pop(world.rank)
-        outgoing = [(rank, own) for rank in parts if len(own)]
-        world.swap(outgoing, [(rank, part) for rank, part in parts.items() if len(part)], self.device.receive)
+        parts = [(rank, part) for rank, part in enumerate(flat.split(counts)) if len(part)]
+        self.groups["world"].spread(parts, self.stream, "parameters stepped elsewhere")
         return ()
 
     def poke(self):
         """Ask whether something went wrong."""
         for name, group in self.groups.items():
-            group.check(f"sum of gradients over {name}", [rank for rank in range(group.size) if rank != group.rank])
+            group.check(f"sum of gradients over {name}", group.others)
 
     def join(self):
-        """Have the compute stream wait for all sums."""
-        self.device.compute.wait_event(self.device.receive.record_event())
+        """Have the compute stream wait for all sums; yields until they are made."""
+        event = self.stream.record_event()
+        self.device.compute.wait_event(event)
+        while not event.query():  # not blindly: an NCCL that has failed would never come to it
+            yield
 
 
 def until_done(requests):

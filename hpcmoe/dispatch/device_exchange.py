@@ -97,13 +97,13 @@ class Places:
 class DeviceExchange:
     """Carries the rows of one expert-parallel group for all layers and micro-batches."""
 
-    def __init__(self, carrier, transport, device, clock, ways, nccl=None):
+    def __init__(self, carrier, transport, device, clock, ways, sum_groups=None):
         """carrier takes the rows; transport, by MPI, the counts; ways are (DeviceSizes, Routes).
 
-        nccl: the Groups that sum gradients, by name, where NCCL carries the rows.
+        sum_groups: NCCL's Groups that sum gradients, by name, where it carries the rows of a training.
         """
         self.carrier, self.transport, self.device, self.clock = carrier, transport, device, clock
-        (self.sizes, self.routes), self.nccl = ways, nccl
+        (self.sizes, self.routes), self.sum_groups = ways, sum_groups
         self.num_slots = len(self.routes.place_of_slot)
         self.berths = [DeviceBerth(self.sizes, device) for _ in range(self.sizes.num_berths)]
         self.choosers, self.errands = weakref.WeakKeyDictionary(), []

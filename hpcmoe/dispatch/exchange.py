@@ -39,7 +39,7 @@ class Berth:
 class Exchange:
     """Carries the rows of one expert-parallel group for all layers and micro-batches."""
 
-    nccl = None  # sums gradients on GPUs
+    sum_groups = None  # NCCL's, on GPUs
 
     def __init__(self, transport, window, device, clock, sizes, routes):
         self.transport, self.window, self.device, self.clock = transport, window, device, clock

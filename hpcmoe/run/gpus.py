@@ -11,7 +11,7 @@ import torch
 from hpcmoe.clock import Clock
 from hpcmoe.comm.choose import Choice, choose, look, open_carrier, why_not_direct
 from hpcmoe.comm.mpi import open_mpi_transport
-from hpcmoe.comm.nccl import find_nccl, open_nccl
+from hpcmoe.comm.nccl import NcclCarrier, find_nccl, open_nccl
 from hpcmoe.dispatch.device_exchange import DeviceExchange, DeviceSizes
 from hpcmoe.errors import ClusterError, on_root
 from hpcmoe.wait import gather_to_all
@@ -40,7 +40,7 @@ def choose_carrier(config, world, device):
 def try_nccl(config, world, device, choice, sights):
     """Keep NCCL if it can be set up among all ranks, else take MPI -> Choice. Collective over world."""
     try:
-        with open_nccl(world, device, find_nccl()[0]):
+        with open_nccl(world, {"world": world}, device, find_nccl()[0]):
             return choice
     except ClusterError as fault:
         kind = "staged" if config.comm.buffers == "staged" or why_not_direct(sights) else "direct"
@@ -75,31 +75,32 @@ def reckon_device_sizes(config, mesh):
 
 
 @contextlib.contextmanager
-def open_device_exchange(mesh, device, sizes, routes, kind):
+def open_device_exchange(mesh, device, sizes, routes, kind, trains):
     """Open what carries the rows of the ranks of mesh.group between its devices -> DeviceExchange.
 
     Collective over mesh.world, both ends.
     """
     with (
-        open_sum_groups(mesh, device, kind) as groups,
         open_mpi_transport(mesh.group, sizes.row_bytes) as transport,
-        open_carrier(kind, mesh.group, device, sizes.row_bytes, transport) as carrier,
+        open_carrier_and_sums(mesh, device, sizes, kind, transport, trains) as (carrier, sum_groups),
     ):
-        yield DeviceExchange(carrier, transport, device, Clock(), (sizes, routes), groups)
+        yield DeviceExchange(carrier, transport, device, Clock(), (sizes, routes), sum_groups)
 
 
 @contextlib.contextmanager
-def open_sum_groups(mesh, device, kind):
-    """Open what sums gradients where NCCL carries the rows -> nccl.Group by name of those of several ranks, else None.
+def open_carrier_and_sums(mesh, device, sizes, kind, transport, trains):
+    """Open who carries rows, and NCCL where it sums what they train -> (Carrier, Groups by name or None).
 
-    Collective over mesh.world, both ends.
+    Sums go over "world" and "dp", where these have other ranks. Collective over mesh.world, both ends.
     """
     if kind != "nccl":
-        yield None
+        with open_carrier(kind, mesh.group, device, sizes.row_bytes, transport) as carrier:
+            yield carrier, None
         return
-    with contextlib.ExitStack() as opened:
-        comms = {name: comm for name, comm in (("world", mesh.world), ("dp", mesh.dp)) if comm.size > 1}
-        yield {name: opened.enter_context(open_nccl(comm, device, find_nccl()[0])) for name, comm in comms.items()}
+    sums = {"world": mesh.world, "dp": mesh.dp} if trains else {}
+    sums = {name: comm for name, comm in sums.items() if comm.size > 1}
+    with open_nccl(mesh.world, {"rows": mesh.group} | sums, device, find_nccl()[0]) as groups:
+        yield NcclCarrier(groups["rows"]), {name: groups[name] for name in sums}
 
 
 def describe_device_ways(sizes):

@@ -85,7 +85,7 @@ def open_job(config, topology, mesh, split, loads):
     opened = (
         open_exchange(mesh.group, device, sizes, routes)
         if kind == "window"
-        else open_device_exchange(mesh, device, sizes, routes, kind)
+        else open_device_exchange(mesh, device, sizes, routes, kind, config.run.mode == "train")
     )
     with opened as exchange:
         network = make_model(config, mesh, layout.placement, exchange, device)

@@ -59,7 +59,8 @@ class SharedExperts:
     """
 
     def __init__(self, placement, comm, layers):
-        self.comm, self.of_layer, parts, end = comm, {}, {}, 0
+        """comm: the expert-parallel group."""
+        self.of_layer, parts, end = {}, {}, 0
         for layer in reversed(range(len(layers))):
             held = placement.experts_of_rank(layer, comm.rank).tolist()
             ranks_of = {

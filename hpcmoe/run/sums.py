@@ -10,14 +10,19 @@ from hpcmoe.comm.reduce import HostReducer, NcclReducer
 from hpcmoe.run.room import FLOAT32
 from hpcmoe.wait import Patience
 
+GATHERED = 2**22  # numbers of others' gradients that a rank holds at once, 16 MB
+
 
 class GradientSums:
     """The sums of one step: dense gradients over all ranks, experts' over those that hold the same shard of them."""
 
     def __init__(self, dense, experts, network):
-        """dense: FlatGradients, experts: SharedExperts. With bucket_bytes 0 all begins in finish()."""
+        """dense: FlatGradients, experts: SharedExperts.
+
+        All begins in finish() with bucket_bytes 0, and where a GPU's gradients go by MPI.
+        """
         self.dense, self.experts, self.mesh = dense, experts, network.mesh
-        bucket_bytes, groups = network.config.train.bucket_bytes, network.layers[0].exchange.nccl
+        bucket_bytes, groups = network.config.train.bucket_bytes, network.layers[0].exchange.sum_groups
         self.bucket = max(bucket_bytes // FLOAT32, 1) if bucket_bytes else 2**31
         self.reducer = (
             HostReducer(self.mesh, network.device, self.bucket)
@@ -76,10 +81,12 @@ class GradientSums:
         while self.jobs:
             if not self.poke():
                 patience.pause()
-        self.reducer.join()
+        for _ in self.reducer.join():
+            self.reducer.poke()
+            patience.pause()
 
     def share_dense(self, counts):
-        """Have all ranks hold what each has its part of, in the dense gradients' place: rank r's is counts[r] numbers.
+        """Give all ranks what lies in the dense gradients' place in parts: rank r has the r-th, counts[r] numbers.
 
         Collective over all ranks.
         """
@@ -102,42 +109,48 @@ class GradientSums:
                 yield from self.reducer.sum_over("world", lent)
 
     def sum_experts(self, layer):
-        """Give every copy of a layer's experts the same sum, bit for bit."""
-        held = self.experts.of_layer[layer]
-        if self.mesh.world.size > 1:
-            own = self.experts.flat[held[0].begin : held[-1].end] if held else self.experts.flat[:0]
-            with self.reducer.lend(own) as lent:
-                yield from self.sum_copies(layer, held, lent)
-
-    def sum_copies(self, layer, held, lent):
-        """Sum the gradients of a layer's experts, those held here in one array.
+        """Give every copy of a layer's experts the same sum, bit for bit.
 
         In each group the first rank that holds an expert adds the others' gradients in rank order; these ranks sum over
         the data-parallel groups; then each gives the sum back.
         """
-        swap, first = self.reducer.swap, held[0].begin if held else 0
-        gradient_of = {copy: lent[copy.begin - first : copy.end - first] for copy in held}
-        copies = [copy for copy in held if len(copy.ranks) > 1]
+        held = self.experts.of_layer[layer]
+        copies = sorted((copy for copy in held if len(copy.ranks) > 1), key=lambda copy: copy.tag)
+        if not copies and self.mesh.dp.size == 1:
+            return
+        first, end = (held[0].begin, held[-1].end) if held else (0, 0)
+        with self.reducer.lend(self.experts.flat[first:end]) as lent:
+            gradient_of = {copy: lent[copy.begin - first : copy.end - first] for copy in held}
+            for copy in copies:
+                yield from self.gather_copy(copy, gradient_of[copy])
+            yield from self.sum_groups(layer, lent[: sum(copy.size for copy in held if copy.owned)])
+            to_others = [(c.tag, rank, gradient_of[c]) for c in copies if c.owned for rank in c.ranks[1:]]
+            from_first = [(c.tag, c.ranks[0], gradient_of[c]) for c in copies if not c.owned]
+            yield from self.reducer.swap(outgoing=to_others, incoming=from_first)
 
-        # Gather to the first rank of each expert.
-        gathered = {copy: lent.new_empty(len(copy.ranks) - 1, copy.size) for copy in copies if copy.owned}
-        from_others = [
-            (copy.tag, rank, row)
-            for copy, rows in gathered.items()
-            for row, rank in zip(rows, copy.ranks[1:], strict=True)
-        ]
-        with_first = [(copy.tag, copy.ranks[0], gradient_of[copy]) for copy in copies if not copy.owned]
-        yield from swap(outgoing=with_first, incoming=from_others)
-        for copy, rows in gathered.items():
+    def gather_copy(self, copy, gradient):
+        """Have the first rank that holds an expert add the others' gradients, piece by piece in little memory.
+
+        All ranks take copies in the order of their tags, so that nobody waits in a circle.
+        """
+        others = copy.ranks[1:]
+        pieces = gradient.split(max(GATHERED // len(others), 1))
+        if not copy.owned:
+            for piece in pieces:
+                yield from self.reducer.swap(outgoing=[(copy.tag, copy.ranks[0], piece)], incoming=())
+            return
+        gathered = gradient.new_empty(len(others), len(pieces[0]))
+        for piece in pieces:
+            rows = gathered[:, : len(piece)]
+            incoming = [(copy.tag, rank, row) for rank, row in zip(others, rows, strict=True)]
+            yield from self.reducer.swap(outgoing=(), incoming=incoming)
             for row in rows:
-                gradient_of[copy] += row
+                piece += row
 
-        # Sum over the groups, layer after layer: all ranks of a communicator begin in one order.
-        while self.next_layer != layer:
-            yield
-        self.next_layer -= 1
-        yield from self.reducer.sum_over("dp", lent[: sum(copy.size for copy in held if copy.owned)])
-
-        # Give the sums back.
-        to_others = [(copy.tag, rank, gradient_of[copy]) for copy in gathered for rank in copy.ranks[1:]]
-        yield from swap(outgoing=to_others, incoming=with_first)
+    def sum_groups(self, layer, owned):
+        """Sum over the data-parallel groups, layer after layer: all ranks of a communicator begin in one order."""
+        if self.mesh.dp.size > 1:
+            while self.next_layer != layer:
+                yield
+            self.next_layer -= 1
+            yield from self.reducer.sum_over("dp", owned)

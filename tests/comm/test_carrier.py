@@ -129,8 +129,8 @@ def test_nccl_carries_in_groups(comm):
     order = Order()
     device = OrderedDevice(order)
     nccl = StandInNccl(comm, device)
-    with Watching(order), open_nccl(comm, device, nccl) as group:
-        carrier = NcclCarrier(group)
+    with Watching(order), open_nccl(comm, {"rows": comm}, device, nccl) as groups:
+        carrier = NcclCarrier(groups["rows"])
         leg = make_leg(comm, device, np.full((comm.size, comm.size), 5))
         pending = carrier.start(leg, device.compute.record_event(), None)
         assert pending.landed and pending.gone and not pending.is_over()
@@ -148,14 +148,15 @@ def test_an_error_of_nccl_names_the_ranks_it_may_come_from(comm):
     nccl = StandInNccl(comm, device)
     counts = np.zeros((comm.size, comm.size), int)
     counts[0, 1] = counts[1, 0] = 4
-    with pytest.raises(ClusterError) as seen, open_nccl(comm, device, nccl) as group:
-        carrier = NcclCarrier(group)
+    with pytest.raises(ClusterError) as seen, open_nccl(comm, {"rows": comm, "world": comm}, device, nccl) as groups:
+        carrier = NcclCarrier(groups["rows"])
         carrier.start(make_leg(comm, device, counts), device.compute.record_event(), None)
         nccl.fault = RuntimeError("NCCL_ERROR_SYSTEM_ERROR: unhandled system error")
         carrier.poke()
     peer = {0: "1", 1: "0"}.get(comm.rank, "none")
     named = f"NCCL, dispatch of layer 2, micro-batch 1, with ranks {peer} of the group: NCCL_ERROR_SYSTEM_ERROR"
-    assert str(seen.value).startswith(named) and nccl.ended == ["aborted"]
+    assert str(seen.value).startswith(named) and nccl.ended == ["aborted"] * 2
+    assert nccl.num_groups == 2  # the leg, and the end of all at once
 
 
 @pytest.mark.mpi
@@ -169,7 +170,7 @@ def test_ranks_that_cannot_join_are_told_on_all(comm):
 
     nccl.NcclCommunicator = refuse
     told = rf"\[rank {comm.size - 1} of {comm.size}\] NCCL cannot be set up: .*memory"
-    with pytest.raises(ClusterError, match=told), open_nccl(comm, device, nccl):
+    with pytest.raises(ClusterError, match=told), open_nccl(comm, {"rows": comm}, device, nccl):
         pass
 
 

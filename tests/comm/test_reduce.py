@@ -11,6 +11,7 @@ from standin import Order, OrderedDevice, StandInNccl, Watching
 from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.nccl import open_nccl
 from hpcmoe.comm.reduce import HostReducer, NcclReducer
+from hpcmoe.errors import ClusterError
 
 pytestmark = pytest.mark.mpi
 
@@ -21,14 +22,14 @@ def mesh(comm):
     groups = 2 - comm.size % 2
     index, place = divmod(comm.rank, comm.size // groups)
     parts = {"ep": comm.Split(index, place), "dp": comm.Split(place, index)}
-    yield SimpleNamespace(world=comm, **parts)
+    yield SimpleNamespace(world=comm, ep_ranks=parts["ep"].allgather(comm.rank), **parts)
     for part in parts.values():
         part.Free()
 
 
 @contextlib.contextmanager
 def open_reducer(way, mesh):
-    """Open a reducer -> (it, a tensor function for its memory). Nothing may be touched before its time."""
+    """Open a reducer -> (it, what makes a tensor of values in its memory). Nothing may be touched before its time."""
     order = Order()
     device = {"host": HostDevice, "by the host": lambda: OrderedDevice(order), "nccl": lambda: OrderedDevice(order)}[
         way
@@ -38,8 +39,7 @@ def open_reducer(way, mesh):
         if way == "nccl":
             nccl = StandInNccl(mesh.world, device)
             comms = {"world": mesh.world, "dp": mesh.dp}
-            groups = {name: opened.enter_context(open_nccl(of, device, nccl)) for name, of in comms.items()}
-            reducer = NcclReducer(mesh, device, groups)
+            reducer = NcclReducer(mesh, device, opened.enter_context(open_nccl(mesh.world, comms, device, nccl)))
         opened.enter_context(Watching(order))
 
         def make(values):
@@ -63,7 +63,7 @@ def test_sums_reach_all_ranks_of_their_group(mesh, way, name):
         with reducer.lend(values) as lent:
             deque(reducer.sum_over(name, lent))
         reducer.poke()
-        reducer.join()
+        deque(reducer.join())
         total = comm.size * (comm.size - 1) / 2
         assert values.mul(2).tolist() == [2 * (comm.size + total * number) for number in range(8)]
 
@@ -79,7 +79,7 @@ def test_swapped_arrays_are_matched_by_tag(mesh, way):
             to, of = (rank + 1) % size, (rank - 1) % size
             sides = ([(2, to, two), (1, to, one)], [(1, of, three), (2, of, four)]) if size > 1 else ([], [])
             deque(reducer.swap(*sides))
-        reducer.join()
+        deque(reducer.join())
         got = [10.0 * of, 10.0 * of + 1] if size > 1 else [-1.0, -1.0]
         assert values.mul(1).tolist() == [10.0 * rank, 10.0 * rank + 1, *got]
 
@@ -94,13 +94,36 @@ def test_gathered_parts_are_those_of_their_ranks(mesh, way):
         values = make(mine)
         with reducer.lend(values) as lent:
             deque(reducer.gather(lent, counts if world.size > 1 else [1]))
-        reducer.join()
+        deque(reducer.join())
         assert values.mul(1).tolist() == ([float(rank) for rank in counts for _ in range(rank)] or [0.0])
 
 
 def test_a_sum_that_nobody_waits_for_is_caught(mesh):
-    with pytest.raises(AssertionError), open_reducer("nccl", mesh) as (reducer, make):
+    caught = pytest.raises(AssertionError, match="compute writes what receive has not been seen to write")
+    with caught, open_reducer("nccl", mesh) as (reducer, make):
         values = make([1.0, 2.0])
         with reducer.lend(values) as lent:
             reducer.sum_over("world", lent)
         values.mul_(2)
+
+
+@pytest.mark.parametrize(("version", "stream"), [(22602, "receive"), (22505, "send")])
+def test_an_nccl_that_keeps_no_order_has_one_stream(mesh, version, stream):
+    device = OrderedDevice(Order())
+    nccl = StandInNccl(mesh.world, device)
+    nccl.version = version
+    with open_nccl(mesh.world, {"world": mesh.world}, device, nccl) as groups:
+        assert NcclReducer(mesh, device, groups).stream is getattr(device, stream)
+
+
+def test_what_nccl_says_of_a_sum_names_it_and_the_ranks(mesh):
+    device = OrderedDevice(Order())
+    nccl = StandInNccl(mesh.world, device)
+    with pytest.raises(ClusterError) as seen, open_nccl(mesh.world, {"world": mesh.world}, device, nccl) as groups:
+        reducer = NcclReducer(mesh, device, groups)
+        reducer.poke()
+        nccl.fault = KeyError(6)
+        reducer.poke()
+    others = ", ".join(str(rank) for rank in range(mesh.world.size) if rank != mesh.world.rank) or "none"
+    assert str(seen.value) == f"NCCL, sum of gradients over world, with ranks {others} of the group: 6"
+    assert nccl.ended == ["aborted"]

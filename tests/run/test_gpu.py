@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 from against_oracle import check_against_oracle, whole_batches
+from moves import MOVES, assert_near, run_steps
 from small import gather_logical, open_small_job
 
 from hpcmoe.comm.choose import look, why_not_direct, why_not_nccl
@@ -20,6 +21,7 @@ WAYS = {
     "direct": {"comm__transport": "mpi", "comm__buffers": "direct"},
     "staged": {"comm__transport": "mpi", "comm__buffers": "staged"},
 }
+HOST = {"comm__device": "host"}
 CASES = {
     "plain": {},
     "serial": {"pipeline__schedule": "serial"},
@@ -30,6 +32,7 @@ CASES = {
     "capacity": {"dispatch__capacity_factor": 0.5},
     "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 3},
     "one expert": {"model__num_experts": 1, "model__top_k": 1},
+    "small buckets": {"train__bucket_bytes": 200},
 }  # fmt: skip
 
 
@@ -59,6 +62,19 @@ def test_tensor_and_data_parallel_equal_the_oracle(comm, shared, way):
     if comm.size < 4:
         pytest.skip("needs 4 ranks")
     check_against_oracle(comm, shared, cluster__tensor_parallel=2, cluster__data_parallel=2, **way[1])
+
+
+def test_data_parallel_groups_with_copies_equal_the_oracle(comm, shared, way):
+    if comm.size < 4:
+        pytest.skip("needs 4 ranks")
+    check_against_oracle(comm, shared, cluster__data_parallel=2, **way[1] | CASES["replicas"])
+
+
+@pytest.mark.parametrize("changes", [{"train__shard_optimizer": True}, MOVES | {"moves_after": (1,)}])
+def test_steps_are_those_of_the_host(comm, shared, way, changes):
+    """With an optimizer in shards, and with experts that move after the first step."""
+    usual = {"steps": 2, "model__num_experts": 5}
+    assert_near(*(run_steps(comm, shared, **usual | keys)[::2] for keys in (MOVES | HOST, way[1] | changes)))
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
