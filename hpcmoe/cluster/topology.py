@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 MOST_NAMED = 5  # slow links in one line
 NCCL_SHARES = "NCCL_MULTI_RANK_GPU_ENABLE"  # 1: NCCL 2.30 and later may run several ranks on one GPU
+NCCL_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"  # 1: several communicators may be busy at once, in the order of the calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +214,11 @@ def find_launcher():
 def may_share_gpus():
     """Whether NCCL has been told that several ranks may run on one GPU."""
     return os.environ.get(NCCL_SHARES) == "1"
+
+
+def have_nccl_keep_order():
+    """Have NCCL start what several communicators do in the order of the calls, unless the user has said otherwise."""
+    os.environ.setdefault(NCCL_ORDER, "1")
 
 
 def find_racks(seats_of_node, names, cluster):

@@ -5,19 +5,17 @@ on the way is asked for at every poke: NCCL itself only stops.
 """
 
 import contextlib
-import os
 
+from hpcmoe.cluster.topology import have_nccl_keep_order
 from hpcmoe.comm.carrier import copy_own
 from hpcmoe.errors import ClusterError, on_all
 from hpcmoe.wait import broadcast
 
-IN_ORDER_VERSION = 22600  # of NCCL: from 2.26 on several communicators may be busy at once, where it is told so:
-IN_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"  # their kernels start in the order of their calls, which is one on all ranks
+IN_ORDER_VERSION = 22600  # of NCCL: from 2.26 on it keeps the order of calls among communicators, where it is told so
 
 
 def find_nccl():
     """Import NCCL as CuPy offers it -> (its module, None), or (None, why not)."""
-    os.environ.setdefault(IN_ORDER, "1")
     try:
         from cupy.cuda import nccl
     except ImportError as fault:
@@ -34,6 +32,7 @@ def open_nccl(world, comms, device, nccl):
     All ranks of world make each at once, for the part of them that is theirs. The id of each comes from its rank 0 by
     MPI. Raises ClusterError on all ranks of world when one cannot join. Collective over world.
     """
+    have_nccl_keep_order()
     groups = {name: Group(nccl, join(world, comm, nccl), device, comm) for name, comm in comms.items()}
     try:
         yield groups

@@ -1,6 +1,7 @@
 """Sums, swaps and gathered parts: the same by MPI as by NCCL, whose order a stand-in for the GPU watches."""
 
 import contextlib
+import os
 from collections import deque
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from standin import Order, OrderedDevice, StandInNccl, Watching
 
+from hpcmoe.cluster.topology import NCCL_ORDER
 from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.nccl import open_nccl
 from hpcmoe.comm.reduce import HostReducer, NcclReducer
@@ -108,12 +110,14 @@ def test_a_sum_that_nobody_waits_for_is_caught(mesh):
 
 
 @pytest.mark.parametrize(("version", "stream"), [(22602, "receive"), (22505, "send")])
-def test_an_nccl_that_keeps_no_order_has_one_stream(mesh, version, stream):
+def test_nccl_keeps_one_order_or_has_one_stream(mesh, monkeypatch, version, stream):
+    monkeypatch.delenv(NCCL_ORDER, raising=False)
     device = OrderedDevice(Order())
     nccl = StandInNccl(mesh.world, device)
     nccl.version = version
     with open_nccl(mesh.world, {"world": mesh.world}, device, nccl) as groups:
         assert NcclReducer(mesh, device, groups).stream is getattr(device, stream)
+    assert os.environ[NCCL_ORDER] == "1"
 
 
 def test_what_nccl_says_of_a_sum_names_it_and_the_ranks(mesh):
