@@ -1,4 +1,4 @@
-"""Rows and sums between GPUs by NCCL: rows in groups of sends and receives on the send stream, which the device orders.
+"""NCCL between GPUs: rows in groups of sends and receives on the send stream, and what sums are made of.
 
 NCCL matches by order of issue, so all ranks start the same legs, and the same sums, in the same order. What goes wrong
 on the way is asked for at every poke: NCCL itself only stops.
