@@ -63,6 +63,12 @@ def wait_all(requests, timeout_seconds=None, poke=None):
             patience.pause()
 
 
+def until_done(requests):
+    """Yield False while any request is under way."""
+    while not MPI.Request.Testall(requests):
+        yield False
+
+
 def barrier(comm, timeout_seconds=None):
     """Wait for all ranks. Collective over comm. -> False when the time ran out first."""
     return wait_all([comm.Ibarrier()], timeout_seconds)

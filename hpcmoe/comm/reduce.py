@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 from hpcmoe.comm.mpi import start_all_reduce
 from hpcmoe.comm.nccl import IN_ORDER_VERSION
+from hpcmoe.wait import until_done
 
 
 class HostReducer:
@@ -110,9 +111,3 @@ class NcclReducer:
         self.device.compute.wait_event(event)
         while not event.query():  # not blindly: an NCCL that has failed would never come to it
             yield
-
-
-def until_done(requests):
-    """Yield while any request is under way."""
-    while not MPI.Request.Testall(requests):
-        yield

@@ -8,7 +8,6 @@ import time
 
 import numpy as np
 import torch
-from mpi4py import MPI
 from torch import nn
 
 from hpcmoe.experts.ffn import make_expert_room
@@ -16,6 +15,7 @@ from hpcmoe.placement.terms import HOLE
 from hpcmoe.run.memory import STAGING_BYTES
 from hpcmoe.run.model import dress, make_chooser
 from hpcmoe.run.optimizer import MOMENTS
+from hpcmoe.wait import until_done
 
 
 class Move:
@@ -59,8 +59,7 @@ class Move:
         ]
         copies = [piece for own, piece in zip(pieces, leaving, strict=False) if own.device != piece.device]
         self.staged_bytes = max(self.staged_bytes, sum(piece.nbytes for piece in staged + copies))
-        while not MPI.Request.Testall(requests):
-            yield False
+        yield from until_done(requests)
         for piece, arrived in zip(pieces[len(sends) :], staged, strict=True):
             piece.copy_(arrived)
         yield True

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mpi4py import MPI
 
 from hpcmoe.cluster.mesh import mesh_coordinates, mesh_shape, open_mesh
 from hpcmoe.config import Cluster
@@ -79,5 +80,6 @@ def test_all_ranks_share_the_refusal(comm):
 def test_meshes_are_freed(comm):
     # MPICH has room for 2048 communicators at once.
     for _ in range(600):
-        with open_mesh(comm, Cluster()):
+        with open_mesh(comm, Cluster()) as mesh:
             pass
+        assert all(group == MPI.COMM_NULL for group in (mesh.world, mesh.group, mesh.ep, mesh.dp))

@@ -33,9 +33,7 @@ def mesh(comm):
 def open_reducer(way, mesh):
     """Open a reducer -> (it, what makes a tensor of values in its memory). Nothing may be touched before its time."""
     order = Order()
-    device = {"host": HostDevice, "by the host": lambda: OrderedDevice(order), "nccl": lambda: OrderedDevice(order)}[
-        way
-    ]()
+    device = HostDevice() if way == "host" else OrderedDevice(order)
     with contextlib.ExitStack() as opened:
         reducer = HostReducer(mesh, device, 3)
         if way == "nccl":

@@ -108,7 +108,8 @@ def test_text_that_is_not_there_or_too_short_is_refused_in_one_line(tmp_path, pa
 
 def test_text_of_exactly_one_sequence_is_enough(tmp_path):
     write_files(tmp_path, a=13, b=13)
-    find(tmp_path, "*.txt", sequence_length=12)
+    training, validation = find(tmp_path, "*.txt", sequence_length=12)
+    assert sorted([training, validation]) == [["a"], ["b"]]
 
 
 def test_a_rank_that_does_not_see_a_file_whole_says_so(tmp_path):

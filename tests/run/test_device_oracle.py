@@ -29,7 +29,11 @@ CASES = {
 }  # fmt: skip
 
 
-ALONE = "one rank sends nothing"
+@pytest.fixture
+def others(comm):
+    """Skip on one rank, which sends nothing."""
+    if comm.size == 1:
+        pytest.skip("needs another rank")
 
 
 def step(comm, shared, monkeypatch, way, **changes):
@@ -52,7 +56,7 @@ def watch_way(comm, monkeypatch, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_step_equals_the_oracle(comm, shared, monkeypatch, way, case):
     if comm.size == 1 and case != "plain":
-        pytest.skip(ALONE)
+        pytest.skip("one rank sends nothing")
     order = step(comm, shared, monkeypatch, way, **CASES[case])
     assert order.races == []
     if way == "nccl":
@@ -74,23 +78,21 @@ SHAPES = {
 
 
 @pytest.mark.mpi
+@pytest.mark.usefixtures("others")
 @pytest.mark.parametrize("case", SHAPES)
 @pytest.mark.parametrize("way", WAYS)
 def test_copies_go_to_all_shards_of_their_expert(comm, shared, monkeypatch, way, case):
-    if comm.size == 1:
-        pytest.skip(ALONE)
     shards = next((n for n in (2, 3) if comm.size % n == 0), 1)
     changes = {"cluster__tensor_parallel": shards} | SHAPES[case]
     assert step(comm, shared, monkeypatch, way, **changes).races == []
 
 
 @pytest.mark.mpi
+@pytest.mark.usefixtures("others")
 @pytest.mark.parametrize("way", ["staged", "nccl"])
 @pytest.mark.parametrize("inside", ["shards", "copies"])
 def test_gradients_of_data_parallel_groups_are_summed(comm, shared, monkeypatch, way, inside):
     """Each group with shards of its experts, or with copies, where there are ranks for it."""
-    if comm.size == 1:
-        pytest.skip(ALONE)
     shares = next((n for n in (2, 3) if comm.size % n == 0), 1)
     within = {"cluster__tensor_parallel": 2 if comm.size == 4 else 1} if inside == "shards" else CASES["replicas"]
     assert step(comm, shared, monkeypatch, way, cluster__data_parallel=shares, **within).races == []
@@ -103,18 +105,16 @@ def test_nccl_sums_during_the_backward_pass(comm, shared, monkeypatch, bucket_by
     early, finish = [], GradientSums.finish
     monkeypatch.setattr(GradientSums, "finish", lambda sums: (early.append(len(sums.left)), finish(sums)))
     order = step(comm, shared, monkeypatch, "nccl", train__bucket_bytes=bucket_bytes, **CASES["replicas"])
-    assert order.races == [] and early == [
-        0 if bucket_bytes else 6
-    ]  # head, two layers' dense parts, experts, embedding
+    assert order.races == []
+    assert early == [0 if bucket_bytes else 6]  # head, two layers' dense parts and experts, embedding
     sums = [count for size, count in order.nccl.sums if size == comm.size > 1]
     assert len(sums) == {0: 1, 200: 4, 4_000_000: 1}[bucket_bytes] * (comm.size > 1)
 
 
 @pytest.mark.mpi
+@pytest.mark.usefixtures("others")
 @pytest.mark.parametrize("way", ["staged", "nccl"])
 def test_experts_that_move_leave_the_training_as_it_was(comm, shared, monkeypatch, way):
-    if comm.size == 1:
-        pytest.skip(ALONE)
     changes = MOVES | WAYS[way] | {"model__num_experts": 5, "experts__kind": "swiglu", "experts__bias": True}
     with watch_way(comm, monkeypatch, way) as order:
         stays, moves = (run_steps(comm, shared, after, **changes) for after in ((), (1, 3)))
@@ -123,10 +123,9 @@ def test_experts_that_move_leave_the_training_as_it_was(comm, shared, monkeypatc
 
 
 @pytest.mark.mpi
+@pytest.mark.usefixtures("others")
 @pytest.mark.parametrize("way", ["staged", "nccl"])
 def test_a_sharded_optimizer_trains_as_a_whole_one(comm, shared, monkeypatch, way):
-    if comm.size == 1:
-        pytest.skip(ALONE)
     with watch_way(comm, monkeypatch, way) as order:
         changes = {"steps": 2} | WAYS[way]
         whole, sharded = (run_steps(comm, shared, **changes, train__shard_optimizer=shard) for shard in (False, True))
