@@ -167,6 +167,8 @@ def try_all(comm, device, sights):
     on_host = device.name == "host"
     if on_host:
         device = PlainDevice()
+    if comm.rank == 0:
+        show([("rows", f"moved by {device.mover.name}")])
     why_not = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights), "staged": ""}
     for kind, reason in why_not.items():
         outcome = f"not tried: {reason}" if reason else attempt_carrier(try_carrier, kind, comm, device)

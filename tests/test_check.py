@@ -21,13 +21,13 @@ def test_it_tells_what_is_here_and_tries_it(ranks):
     lines = values_of(ended.output)
     told = dict(lines)
     assert told["ranks"].startswith(f"{ranks} rank") and "Slurm" in told["launcher"]
-    assert {"links", "racks", "Python", "MPI", "torch", "CuPy", "NCCL", "try nccl", "try direct", "try staged"} <= set(
-        told
-    )
+    software = {"Python", "MPI", "torch", "CuPy", "NCCL"}
+    assert software | {"links", "racks", "rows", "try nccl", "try direct", "try staged"} <= set(told)
     assert any("to CUDA pointers" in text for _, text in lines)
     assert re.search(r"works: 1 MB from each rank to each, \S+ GB/s", told["try staged"]), ended
     if "in a GPU's place" in told["try staged"]:
         assert told["CuPy"].startswith("none: pip install") or told["CuPy"].startswith("cupy")
+        assert told["rows"] == "moved by torch"
         assert told["try nccl"] == "not tried: rank 0 has no GPU"
         assert any(text.startswith("not used: ") for _, text in lines)
 

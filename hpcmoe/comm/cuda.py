@@ -9,6 +9,7 @@ import importlib.util
 import torch
 
 from hpcmoe.comm.carrier import Buffer
+from hpcmoe.comm.rows import open_mover
 
 CUPY = 'cupy is missing: pip install "hpcmoe[gpu]", or cupy-cuda12x where the driver is of CUDA 12'
 
@@ -43,6 +44,14 @@ class CudaDevice:
         self.pool = cupy.cuda.MemoryPool()  # of message buffers alone: torch's pool never holds them
         self.compute = torch.cuda.default_stream()
         self.send, self.receive = torch.cuda.Stream(), torch.cuda.Stream()
+        cupy.cuda.Stream.null.use()  # kernels of our own go to the compute stream, which is this one
+        self.mover = open_mover(self.compile_kernel)
+
+    def compile_kernel(self, source, name, options):
+        """Compile a kernel for this GPU -> it, to launch(grid, block, arguments) on the compute stream."""
+        kernel = self.cupy.RawKernel(source, name, options)
+        kernel.compile()
+        return kernel
 
     def use(self, stream):
         """Have torch work on a stream within the with-block."""

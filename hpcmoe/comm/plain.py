@@ -7,6 +7,7 @@ import torch
 
 from hpcmoe.comm.carrier import Buffer
 from hpcmoe.comm.device import HostStream
+from hpcmoe.comm.rows import TorchMover
 
 
 class PlainDevice:
@@ -14,6 +15,7 @@ class PlainDevice:
 
     name = "plain"
     torch_device = torch.device("cpu")
+    mover = TorchMover()
 
     def __init__(self):
         self.compute, self.send, self.receive = HostStream(), HostStream(), HostStream()

@@ -11,9 +11,9 @@ import weakref
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from hpcmoe.comm.carrier import Leg
+from hpcmoe.comm.rows import Rows
 from hpcmoe.comm.transport import HOMEWARD, Direction, Part
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan, tag_of, tag_of_counts
 from hpcmoe.dispatch.sizes import Flow, round_rows
@@ -74,6 +74,10 @@ class DeviceBerth:
     def numbers(self, buffer):
         """See the number of each row -> [n] float32."""
         return buffer.tensor.view(torch.float32)[:, -1]
+
+    def part(self, buffer, order=None):
+        """See a buffer's rows, in an order, as a move reads or writes them -> Rows."""
+        return Rows(values=self.rows(buffer), beside=self.numbers(buffer), order=order)
 
     def is_over(self):
         """Whether nothing is under way from or to these rows."""
@@ -184,9 +188,8 @@ class DeviceExchange:
         """Lay a row for each copy that is sent, and its gate, into the buffer at home, by destination."""
         berth, plan = self.berths[flight.berth], flight.plan
         copies = plan.order[: int(plan.counts.leaving.sum())]
-        packed, numbers = (of(berth.home)[: len(copies)] for of in (berth.rows, berth.numbers))
-        torch.index_select(rows.to(self.sizes.dtype), 0, copies // plan.top_k, out=packed)
-        torch.index_select(gates.flatten(), 0, copies, out=numbers)
+        tokens = Rows(values=rows.contiguous(), beside=gates.flatten(), order=copies, repeats=plan.top_k)
+        self.device.mover.move(tokens, berth.part(berth.home))
 
     def leg(self, flight, direction, **sides):
         """Describe one way of a flight's rows -> Leg."""
@@ -216,16 +219,16 @@ class DeviceExchange:
 
     def take(self, places):
         """Gather the rows at these places [n] -> (fresh [n, H], their numbers [n])."""
-        berth = places.berth
-        rows = berth.rows(berth.away).index_select(0, places.order)
-        return rows, berth.numbers(berth.away).index_select(0, places.order)
+        berth, table = places.berth, places.berth.away.tensor
+        rows = table.new_empty(len(places), self.sizes.hidden, dtype=self.sizes.dtype)
+        numbers = table.new_empty(len(places), dtype=torch.float32)
+        self.device.mover.move(berth.part(berth.away, places.order), Rows(values=rows, beside=numbers))
+        return rows, numbers
 
     def lay(self, rows, places, numbers=None):
         """Lay rows [n, H], and numbers [n] if any, down where the rows were from which they were computed."""
-        berth = places.berth
-        berth.rows(berth.away).index_copy_(0, places.order, rows.to(self.sizes.dtype))
-        if numbers is not None:
-            berth.numbers(berth.away).index_copy_(0, places.order, numbers)
+        berth, source = places.berth, Rows(values=rows.contiguous(), beside=numbers)
+        self.device.mover.move(source, berth.part(berth.away, places.order))
 
     def finish(self, flight, batch):
         """Send the results home, to where their tokens were packed."""
@@ -248,9 +251,8 @@ class DeviceExchange:
 
     def sum_home(self, flight, gates):
         """Sum the rows that came home by token, a copy's times its gate [T, K] -> fresh [T, H] of the rows' dtype."""
-        berth, weights = self.berths[flight.berth], gates.to(self.sizes.dtype)
-        rows, table = self.entries(flight.plan), berth.rows(berth.home)
-        return nn.functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
+        berth = self.berths[flight.berth]
+        return self.device.mover.sum(berth.rows(berth.home), self.entries(flight.plan), gates)
 
     def numbers_home(self, flight):
         """Collect the numbers that came home with the copies' results -> [T, K] float32, 0 where there is no copy."""

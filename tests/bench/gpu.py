@@ -1,4 +1,4 @@
-"""On a GPU: the experts' block against torch's dense product, packing and sum against a copy, ways against each other.
+"""On a GPU: the experts' block against torch's own products, rows moved against a copy, ways against each other.
 
 Then a step of several micro-batches under torch's profiler: how much of the transfers ran beside kernels. Ranks share
 the GPU where there is one alone.
@@ -15,6 +15,7 @@ from bench import ranks
 from bench.gpu_profile import profile_step
 from mpi4py import MPI
 from tabulate import tabulate
+from torch.nn.functional import gelu
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.carrier import DirectCarrier
@@ -24,9 +25,10 @@ from hpcmoe.comm.device import open_device
 from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.trial import try_carrier
 from hpcmoe.dispatch.device_exchange import DeviceExchange, DeviceSizes
+from hpcmoe.dispatch.device_plan import DeviceBatch
 from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.experts.ffn import Expert
-from hpcmoe.experts.grouped import GroupedExperts
+from hpcmoe.experts.grouped import GroupedExperts, find_grouped_gemm
 from hpcmoe.wait import gather_to_all
 
 HIDDEN, FEED_FORWARD, TOKENS, TOP_K = 8192, 32768, 10000, 2  # the published sizes, of a rank
@@ -61,7 +63,7 @@ def time_call(device, call):
 
 
 def time_experts(device, num_experts, hidden, feed_forward, rows):
-    """Time the forward block of a few experts against the same products with one dense matrix -> figures."""
+    """Time the forward block of a few experts against torch's products: dense, grouped, in turns -> figures."""
     draw = {"dtype": torch.bfloat16, "device": device.torch_device}
     weights = [
         {"up": torch.randn(feed_forward, hidden, **draw) / math.sqrt(hidden),
@@ -70,14 +72,22 @@ def time_experts(device, num_experts, hidden, feed_forward, rows):
     ]  # fmt: skip
     experts = GroupedExperts([Expert("gelu", own) for own in weights])
     experts.join()
-    x, dense = torch.randn(rows, hidden, **draw), weights[0]
     groups = experts.group([(slot, rows // num_experts) for slot in range(num_experts)], device.torch_device)
-    x = x[: sum(groups.rows)]
-    ours = time_call(device, lambda: experts(groups, x, None))
-    theirs = time_call(device, lambda: (x @ dense["up"].t()) @ dense["down"].t())
+    x = torch.randn(sum(groups.rows), hidden, **draw)
+    calls = {"ours": lambda: experts(groups, x, None)} | theirs(experts.joined, groups, x)
     flops = 4 * len(x) * hidden * feed_forward
-    return {"experts": num_experts, "rows": len(x), "ours_flops": flops / ours, "dense_flops": flops / theirs,
-            "ratio": theirs / ours}  # fmt: skip
+    rates = {name: flops / time_call(device, call) for name, call in calls.items()}
+    return {"experts": num_experts, "rows": len(x), "flops": rates}
+
+
+def theirs(joined, groups, x):
+    """What torch offers for a block on rows x -> calls by name: one matrix for all, grouped products, one by one."""
+    up, down = (joined[name].transpose(1, 2) for name in ("up", "down"))  # [e, in, out]
+    product, parts = find_grouped_gemm(), list(zip(x.split(groups.rows), up, down, strict=True))
+    calls = {"dense": lambda: (x @ up[0]) @ down[0]}
+    if product is not None:
+        calls["grouped"] = lambda: product(gelu(product(x, up, offs=groups.ends)), down, offs=groups.ends)
+    return calls | {"turns": lambda: [gelu(own @ a) @ b for own, a, b in parts]}
 
 
 def time_kernels(device, hidden, tokens):
@@ -98,14 +108,19 @@ def time_kernels(device, hidden, tokens):
         x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device=device.torch_device)
         gates = torch.full(slots.shape, 0.5, device=device.torch_device)
         copies = tokens * TOP_K
+        places = exchange.rows_of(flight, DeviceBatch(plan.counts.coming, device.torch_device))
+        rows, _ = exchange.take(places)
         calls = {  # rows read and written
             "pack": (2 * copies, lambda: exchange.pack(flight, x, gates)),
+            "take": (2 * copies, lambda: exchange.take(places)),
+            "lay": (2 * copies, lambda: exchange.lay(rows, places)),
             "sum": (copies + tokens, lambda: exchange.sum_home(flight, gates)),
         }
         source, target = (torch.empty(copies, hidden, dtype=torch.bfloat16, device=x.device) for _ in range(2))
         copy_rate = 2 * source.nbytes / time_call(device, lambda: target.copy_(source))
         rates = {name: rows * 2 * hidden / time_call(device, call) for name, (rows, call) in calls.items()}
-    return [{"kernel": name, "bytes_per_second": rate, "ratio": rate / copy_rate} for name, rate in rates.items()]
+    return [{"kernel": name, "by": device.mover.name, "bytes_per_second": rate, "ratio": rate / copy_rate}
+            for name, rate in rates.items()]  # fmt: skip
 
 
 def work(comm, folder):
@@ -119,9 +134,9 @@ def work(comm, folder):
 
 def make_table(figures):
     """Show the figures -> text."""
-    rows = [["experts' block", f"{e['experts']} x {e['rows'] // e['experts']} rows", f"{e['ours_flops'] / 1e12:.0f}",
-             "TFLOP/s", f"{e['ratio']:.2f} of dense"] for e in figures["experts"]]  # fmt: skip
-    rows += [[k["kernel"], "", f"{k['bytes_per_second'] / 1e9:.0f}", "GB/s", f"{k['ratio']:.2f} of a copy"]
+    rows = [["experts' block", f"{e['experts']} x {e['rows'] // e['experts']} rows", f"{e['flops']['ours'] / 1e12:.0f}",
+             "TFLOP/s", compare(e["flops"])] for e in figures["experts"]]  # fmt: skip
+    rows += [[k["kernel"], k["by"], f"{k['bytes_per_second'] / 1e9:.0f}", "GB/s", f"{k['ratio']:.2f} of a copy"]
              for k in figures["kernels"]]  # fmt: skip
     for of_ranks in figures["ranks"]:
         for kind, rate in of_ranks["ways"].items():
@@ -133,6 +148,11 @@ def make_table(figures):
             ["profile", f"{of_ranks['ranks']} ranks", f"{1e3 * profile['transfers']:.3g}", "ms of transfers", share]
         )
     return tabulate(rows, ["what", "of", "value", "unit", "beside"], disable_numparse=True)
+
+
+def compare(rates):
+    """Tell our rate as shares of the others' -> text."""
+    return ", ".join(f"{rates['ours'] / rate:.2f} of {name}" for name, rate in rates.items() if name != "ours")
 
 
 if __name__ == "__main__":

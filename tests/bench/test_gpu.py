@@ -15,13 +15,15 @@ def test_where_there_is_no_gpu_it_is_skipped(monkeypatch, tmp_path):
 
 def test_its_figures_are_rates_and_their_ratios():
     experts = gpu.time_experts(PlainDevice(), 2, 16, 32, 21)
-    assert experts["rows"] == 20 and experts["ratio"] == pytest.approx(experts["ours_flops"] / experts["dense_flops"])
+    assert experts["rows"] == 20 and set(experts["flops"]) == {"ours", "dense", "grouped", "turns"}
+    assert all(rate > 0 for rate in experts["flops"].values())
     kernels = gpu.time_kernels(PlainDevice(), 16, 50)
-    assert [kernel["kernel"] for kernel in kernels] == ["pack", "sum"]
+    assert [kernel["kernel"] for kernel in kernels] == ["pack", "take", "lay", "sum"]
     assert all(kernel["bytes_per_second"] > 0 and kernel["ratio"] > 0 for kernel in kernels)
     profile = {"transfers": 0.002, "hidden": 0.75, "kernels": 9}
     of_ranks = {"ranks": 2, "gpus": 1, "ways": {"nccl": "ranks share a GPU", "staged": 2e9}, "profile": profile}
     table = gpu.make_table({"experts": [experts], "kernels": kernels, "ranks": [of_ranks]})
+    assert gpu.compare({"ours": 3.0, "dense": 4.0, "turns": 2.0}) == "0.75 of dense, 1.50 of turns"
     assert "of dense" in table and "ranks share a GPU" in table and "0.75 beside kernels" in table
 
 

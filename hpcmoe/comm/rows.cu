@@ -1,0 +1,66 @@
+// Rows of numbers on a GPU, and a number beside each: moved where they are told, or weighed and summed.
+//
+// blockDim.x threads share a row, blockDim.y rows a block. A thread takes CHUNK numbers of a row at once: 16 bytes of the
+// narrower type where all rows are aligned for it, else one. NVRTC compiles this with FROM, TO and CHUNK defined and
+// without any header; tests compile it for the host.
+
+struct bfloat16 { unsigned short bits; };
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(bfloat16 x) { return __uint_as_float((unsigned)x.bits << 16); }
+
+__device__ inline void put(float x, float &to) { to = x; }
+__device__ inline void put(bfloat16 x, bfloat16 &to) { to = x; }
+__device__ inline void put(bfloat16 x, float &to) { to = widen(x); }
+__device__ inline void put(float x, bfloat16 &to)  // the nearest, of two as near the even one
+{
+    unsigned bits = __float_as_uint(x);
+    to.bits = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff;
+}
+
+template <class T> struct alignas(sizeof(T) * CHUNK < 16 ? sizeof(T) * CHUNK : 16) Chunk { T at[CHUNK]; };
+
+typedef long long int64;  // of all arguments that are no pointers: CuPy and ctypes pass Python's numbers so
+
+// Row i is source row order[i] / repeats of `from`, or i; it becomes row order[i] of `to`, or i. Pitches count numbers.
+extern "C" __global__ void move_rows(
+    const FROM *__restrict__ from, int64 from_pitch, const float *__restrict__ from_beside, int64 from_beside_pitch,
+    const int64 *__restrict__ from_order, int64 repeats,
+    TO *__restrict__ to, int64 to_pitch, float *__restrict__ to_beside, int64 to_beside_pitch,
+    const int64 *__restrict__ to_order, int64 num_rows, int64 width)
+{
+    int64 i = (int64)blockIdx.x * blockDim.y + threadIdx.y;
+    if (i >= num_rows) return;
+    int64 source = from_order ? from_order[i] : i, target = to_order ? to_order[i] : i;
+    const Chunk<FROM> *in = (const Chunk<FROM> *)(from + source / repeats * from_pitch);
+    Chunk<TO> *out = (Chunk<TO> *)(to + target * to_pitch);
+
+    for (int c = threadIdx.x; c < width / CHUNK; c += blockDim.x) {
+        Chunk<FROM> read = in[c];
+        Chunk<TO> written;
+        for (int n = 0; n < CHUNK; n++) put(read.at[n], written.at[n]);
+        out[c] = written;
+    }
+    if (from_beside && threadIdx.x == 0) to_beside[target * to_beside_pitch] = from_beside[source * from_beside_pitch];
+}
+
+// Row i of `sums` becomes the sum over k of row entries[i, k] of `from`, times weights[i, k]: in float32, rounded once.
+extern "C" __global__ void sum_rows(
+    const FROM *__restrict__ from, int64 from_pitch, const int64 *__restrict__ entries,
+    const float *__restrict__ weights, int64 top_k, TO *__restrict__ sums, int64 num_rows, int64 width)
+{
+    int64 i = (int64)blockIdx.x * blockDim.y + threadIdx.y;
+    if (i >= num_rows) return;
+    Chunk<TO> *out = (Chunk<TO> *)(sums + i * width);
+
+    for (int c = threadIdx.x; c < width / CHUNK; c += blockDim.x) {
+        float total[CHUNK] = {};
+        for (int64 entry = i * top_k; entry < (i + 1) * top_k; entry++) {
+            Chunk<FROM> read = ((const Chunk<FROM> *)(from + entries[entry] * from_pitch))[c];
+            for (int n = 0; n < CHUNK; n++) total[n] += weights[entry] * widen(read.at[n]);
+        }
+        Chunk<TO> written;
+        for (int n = 0; n < CHUNK; n++) put(total[n], written.at[n]);
+        out[c] = written;
+    }
+}

@@ -1,0 +1,130 @@
+"""Rows move on a device, and a number beside each: gathered, scattered, summed; by torch, or by kernels of our own.
+
+Torch moves rows on any device. On a GPU a kernel of rows.cu does in one pass what takes torch several: it casts on the
+way, moves the numbers along, and reads and writes 16 bytes at once.
+"""
+
+import pathlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+SOURCE = pathlib.Path(__file__).with_name("rows.cu")
+TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+ALIGNED_BYTES = 16  # the most that a thread of a GPU reads at once
+THREADS = 256  # of a block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Rows of a device, as a move reads or writes them."""
+
+    values: torch.Tensor  # [n, H], the numbers of a row side by side
+    beside: torch.Tensor | None  # [n * repeats] float32
+    order: torch.Tensor | None = None  # [m] int64: which are meant, one after the other; None: the first m
+    repeats: int = 1  # so many numbers beside follow each other, and places of the order, that are of one row
+
+
+def open_mover(compile_kernel):
+    """Have our kernels move rows where they can be compiled, else torch -> a mover whose name says which, and why."""
+    mover = KernelMover(compile_kernel)
+    try:
+        mover.find_kernel("sum_rows", torch.float32, torch.float32, 1)
+    except Exception as fault:  # of CuPy, of its compiler, or of the system that looks for this
+        first_line = (str(fault).splitlines() or [type(fault).__name__])[0]
+        return TorchMover(f"torch, for our kernels cannot be compiled: {first_line}")
+    return mover
+
+
+class TorchMover:
+    """Moves rows by torch."""
+
+    def __init__(self, name="torch"):
+        self.name = name
+
+    def move(self, source, target):
+        """Write the rows of one Rows into those of another, in its precision, and the numbers beside them if any."""
+        places = source.order if source.repeats == 1 else source.order // source.repeats
+        move_by_torch(source.values.to(target.values.dtype), places, target.values, target.order)
+        if source.beside is not None:
+            move_by_torch(source.beside, source.order, target.beside, target.order)
+
+    def sum(self, table, entries, weights):
+        """Sum rows of a table [n, H], table[entries[t, k]] * weights[t, k] over k -> fresh [T, H]."""
+        return nn.functional.embedding_bag(entries, table, mode="sum", per_sample_weights=weights.to(table.dtype))
+
+
+def move_by_torch(source, source_order, target, target_order):
+    """Write source[source_order] to target[target_order]; an order that is None counts up from 0."""
+    if target_order is not None:
+        rows = source if source_order is None else source.index_select(0, source_order)
+        target.index_copy_(0, target_order, rows)
+    elif source_order is not None:
+        torch.index_select(source, 0, source_order, out=target[: len(source_order)])
+    else:
+        target[: len(source)].copy_(source)
+
+
+class KernelMover:
+    """Moves rows by the kernels of rows.cu, each compiled when it is first needed."""
+
+    name = "kernels of our own"
+
+    def __init__(self, compile_kernel):
+        """compile_kernel(source, name, options) -> a kernel to launch(grid, block, arguments), all of them integers."""
+        self.compile_kernel, self.kernels = compile_kernel, {}
+
+    def move(self, source, target):
+        """Write the rows of one Rows into those of another, in its precision, and the numbers beside them if any."""
+        order = next((order for order in (source.order, target.order) if order is not None), source.values)
+        arguments = (*point_to(source), source.repeats, *point_to(target), len(order))
+        self.launch("move_rows", source.values, target.values, len(order), arguments)
+
+    def sum(self, table, entries, weights):
+        """Sum rows of a table [n, H], table[entries[t, k]] * weights[t, k] over k -> fresh [T, H]."""
+        num_rows, top_k = entries.shape
+        sums = table.new_empty(num_rows, table.shape[1])
+        entries, weights = entries.contiguous(), weights.float().contiguous()
+        addresses = (table.data_ptr(), table.stride(0), entries.data_ptr(), weights.data_ptr())
+        self.launch("sum_rows", table, sums, num_rows, (*addresses, top_k, sums.data_ptr(), num_rows))
+        return sums
+
+    def launch(self, name, source, target, num_rows, arguments):
+        """Run a kernel on so many rows of the source's and the target's width, its last argument."""
+        if num_rows == 0:
+            return
+        width, chunk = source.shape[1], find_chunk(source, target)
+        block = shape_block(width // chunk)
+        kernel = self.find_kernel(name, source.dtype, target.dtype, chunk)
+        kernel((-(-num_rows // block[1]),), block, (*arguments, width))
+
+    def find_kernel(self, name, source, target, chunk):
+        """Find a kernel for two dtypes and so many numbers at once, compiled before or now."""
+        key = name, source, target, chunk
+        if key not in self.kernels:
+            options = (f"-DFROM={TYPES[source]}", f"-DTO={TYPES[target]}", f"-DCHUNK={chunk}")
+            self.kernels[key] = self.compile_kernel(SOURCE.read_text(), name, options)
+        return self.kernels[key]
+
+
+def point_to(rows):
+    """Point to a Rows -> its address and pitch, those of the numbers beside it, and the address of its order, or 0."""
+    beside, order = rows.beside, rows.order
+    to_beside = (0, 0) if beside is None else (beside.data_ptr(), beside.stride(0))
+    return rows.values.data_ptr(), rows.values.stride(0), *to_beside, 0 if order is None else order.data_ptr()
+
+
+def find_chunk(*tensors):
+    """Find how many numbers of rows a thread may take at once: 16 bytes of the narrowest where all are aligned so."""
+    chunk = ALIGNED_BYTES // min(tensor.itemsize for tensor in tensors)
+    places = [place * tensor.itemsize for tensor in tensors for place in (tensor.shape[1], tensor.stride(0))]
+    places += [tensor.data_ptr() for tensor in tensors]
+    aligned = not any(place % ALIGNED_BYTES for place in places) and tensors[0].shape[1] % chunk == 0
+    return chunk if aligned else 1
+
+
+def shape_block(chunks):
+    """Shape a block of threads for rows of so many chunks -> (threads of a row, rows)."""
+    threads = min(THREADS, 1 << max(chunks - 1, 0).bit_length())
+    return threads, THREADS // threads

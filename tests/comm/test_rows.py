@@ -1,0 +1,203 @@
+"""Rows are moved and summed as their definitions say: by torch, by our kernels on a GPU, and by these on the host.
+
+For the host a C++ compiler takes the same source, and a loop the place of the threads.
+"""
+
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+import torch
+from lab.machines import skip
+
+from hpcmoe.comm.device import open_device
+from hpcmoe.comm.rows import KernelMover, Rows, TorchMover, find_chunk, open_mover, shape_block
+
+HOST = """
+#include <cassert>
+#include <cstring>
+#include <utility>
+#define __global__
+#define __device__
+struct Dim { unsigned x, y; };
+static Dim blockIdx, blockDim, threadIdx;
+static float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+static unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
+#include "rows.cu"
+template <class... A, std::size_t... I>
+void call(void (*kernel)(A...), const int64 *arguments, std::index_sequence<I...>) { kernel((A)arguments[I]...); }
+template <class... A> void launch(void (*kernel)(A...), Dim grid, Dim block, const int64 *arguments, unsigned count)
+{
+    assert(count == sizeof...(A));
+    blockDim = block;
+    for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++)
+        for (threadIdx.y = 0; threadIdx.y < block.y; threadIdx.y++)
+            for (threadIdx.x = 0; threadIdx.x < block.x; threadIdx.x++)
+                call(kernel, arguments, std::index_sequence_for<A...>());
+}
+#define ON_HOST(kernel) \\
+    extern "C" void kernel##_on_host(unsigned grid, unsigned x, unsigned y, const int64 *arguments, unsigned count) \\
+    { launch(kernel, {grid, 1}, {x, y}, arguments, count); }
+ON_HOST(move_rows)
+ON_HOST(sum_rows)
+"""
+FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fsanitize=alignment", "-fno-sanitize-recover", "-x", "c++")
+DTYPES = (torch.float32, torch.bfloat16)
+WIDTHS = (5, 8, 24, 4096)
+
+
+@pytest.fixture(scope="module")
+def compile_on_host(tmp_path_factory):
+    """Compile a kernel for the host as CuPy does for a GPU -> function(source, name, options)."""
+    if not shutil.which("g++"):
+        skip("needs g++")
+    folder = tmp_path_factory.mktemp("kernels")
+
+    def compile_kernel(source, name, options):
+        library = folder / f"rows{''.join(options)}.so"
+        if not library.exists():
+            (folder / "rows.cu").write_text(source)
+            command = ["g++", *FLAGS, *options, f"-I{folder}", "-", "-o", library]
+            subprocess.run(command, input=HOST, text=True, check=True)
+        run = getattr(ctypes.CDLL(library), f"{name}_on_host")
+
+        def launch(grid, block, arguments):
+            run(*grid, *block, (ctypes.c_int64 * len(arguments))(*arguments), len(arguments))
+
+        return launch
+
+    return compile_kernel
+
+
+@pytest.fixture(params=["torch", "kernels on the host", pytest.param("a GPU", marks=pytest.mark.gpu)])
+def mover(request):
+    """Who moves rows, and the device on which they lie."""
+    match request.param:
+        case "torch":
+            return TorchMover(), torch.device("cpu")
+        case "kernels on the host":
+            return KernelMover(request.getfixturevalue("compile_on_host")), torch.device("cpu")
+        case _:
+            if not torch.cuda.is_available():
+                pytest.skip("needs a CUDA device")
+            device = open_device("cuda", 0)
+            return device.mover, device.torch_device
+
+
+def draw(*shape, dtype=torch.float32, device="cpu"):
+    """Numbers of which most are rounded in bfloat16."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
+
+
+def make_table(num_rows, width, dtype, device):
+    """Message rows, all zero, with a number at the end of each -> (Rows, bytes [n, row_bytes])."""
+    row_bytes = -(-(width * dtype.itemsize + 4) // 16) * 16
+    message = torch.zeros(num_rows, row_bytes, dtype=torch.uint8, device=device)
+    return Rows(values=message.view(dtype)[:, :width], beside=message.view(torch.float32)[:, -1]), message
+
+
+def put_in(rows, order):
+    """Mean only some rows, in an order."""
+    return Rows(values=rows.values, beside=rows.beside, order=torch.tensor(order, device=rows.values.device).long())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copies_are_packed_with_their_gates(mover, dtype, source, width):
+    mover, device = mover
+    tokens, gates, copies = draw(5, width, dtype=source, device=device), draw(10, device=device), [9, 3, 2, 8, 0]
+    table, message = make_table(7, width, dtype, device)
+    order = torch.tensor(copies, device=device)
+    mover.move(Rows(values=tokens, beside=gates, order=order, repeats=2), table)
+    assert torch.equal(table.values[:5], tokens[order // 2].to(dtype)) and torch.equal(table.beside[:5], gates[order])
+    assert not message[5:].any() and not message[:, width * dtype.itemsize : -4].any()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_taken_and_laid_down_where_they_were(mover, dtype, width):
+    mover, device = mover
+    table, message = make_table(6, width, dtype, device)
+    table.values.copy_(draw(6, width, dtype=dtype))
+    table.beside.copy_(draw(6))
+    before, order = message.clone(), [4, 0, 5]
+    taken = Rows(values=table.values.new_empty(3, width), beside=table.beside.new_empty(3))
+    mover.move(put_in(table, order), taken)
+    assert torch.equal(taken.values, table.values[order]) and torch.equal(taken.beside, table.beside[order])
+
+    message.zero_()
+    mover.move(taken, put_in(table, order))
+    for row in range(6):
+        assert torch.equal(message[row], before[row] if row in order else torch.zeros_like(before[row]))
+
+    # Without numbers those of the table stay.
+    mover.move(Rows(values=-taken.values, beside=None), put_in(table, order))
+    assert torch.equal(table.values[order], -taken.values) and torch.equal(table.beside[order], taken.beside)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rows_are_no_work(mover, dtype):
+    mover, device = mover
+    table, message = make_table(2, 8, dtype, device)
+    nothing = Rows(values=table.values.new_empty(0, 8), beside=table.beside.new_empty(0))
+    mover.move(put_in(table, []), nothing)
+    mover.move(nothing, put_in(table, []))
+    entries = torch.empty(0, 2, dtype=torch.int64, device=device)
+    assert mover.sum(table.values, entries, draw(0, 2, device=device)).shape == (0, 8) and not message.any()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_weighed_and_summed(mover, dtype, width):
+    """Against float64; in bfloat16 to the half unit of one rounding, and of the weights' where torch rounds these."""
+    mover, device = mover
+    table, _ = make_table(300, width, dtype, device)
+    table.values.copy_(draw(300, width, dtype=dtype))
+    entries = torch.randint(300, (290, 3), generator=torch.Generator().manual_seed(1)).to(device)
+    weights = draw(290, 3, device=device).to(dtype).float()
+    sums = mover.sum(table.values, entries, weights)
+    exact = (table.values[entries].double() * weights[:, :, None]).sum(dim=1)
+    assert sums.dtype == dtype and sums.is_contiguous()
+    unit = torch.finfo(dtype).eps * (1 if dtype == torch.bfloat16 else 4)
+    assert torch.allclose(sums.double(), exact, rtol=unit, atol=unit * 0.01 if dtype == torch.bfloat16 else unit * 4)
+
+
+def test_kernels_round_as_torch_does(mover):
+    """To the nearest, of two as near the even one; what is not finite stays so."""
+    mover, device = mover
+    edges = [1 + 2.0**-8, 1 + 3 * 2.0**-8, -(1 + 2.0**-8), 3.4e38, float("inf"), float("-inf"), 1e-40, -0.0]
+    numbers = torch.cat([torch.tensor(edges), draw(4096)]).to(device)[None]
+    rounded = Rows(values=torch.empty_like(numbers, dtype=torch.bfloat16), beside=None)
+    mover.move(Rows(values=numbers, beside=None), rounded)
+    assert torch.equal(rounded.values.view(torch.int16), numbers.bfloat16().view(torch.int16))
+    mover.move(Rows(values=torch.full_like(numbers, float("nan")), beside=None), rounded)
+    assert rounded.values.isnan().all()
+
+
+def test_rows_are_read_as_wide_as_they_are_aligned():
+    memory = torch.zeros(4, 32, dtype=torch.bfloat16)
+    assert memory.data_ptr() % 16 == 0
+    assert find_chunk(memory, memory) == find_chunk(memory, memory.float()) == 8
+    assert find_chunk(memory.float(), memory.float()) == 4
+    for odd in (memory[:, 1:25], memory[:, :20], torch.zeros(4, 36, dtype=torch.bfloat16)[:, :24]):
+        assert find_chunk(memory, odd) == find_chunk(odd, memory) == 1
+
+
+@pytest.mark.parametrize(("chunks", "block"), [(1, (1, 256)), (3, (4, 64)), (256, (256, 1)), (5000, (256, 1))])
+def test_a_block_has_as_many_rows_as_its_threads_are_enough_for(chunks, block):
+    assert shape_block(chunks) == block
+
+
+def test_where_kernels_cannot_be_compiled_torch_moves_rows_and_says_why(compile_on_host):
+    def refuse(source, name, options):
+        raise OSError("libnvrtc.so.13 is not there\nmore of it")
+
+    mover = open_mover(refuse)
+    assert mover.name == "torch, for our kernels cannot be compiled: libnvrtc.so.13 is not there"
+    rows = Rows(values=draw(3, 8), beside=None)
+    moved = Rows(values=torch.zeros(3, 8), beside=None)
+    mover.move(rows, moved)
+    assert torch.equal(moved.values, rows.values)
+    assert open_mover(compile_on_host).name == "kernels of our own"
