@@ -1,6 +1,7 @@
 """MPI tests: what fails on one rank fails on all, rank 0 speaks for the others, and nothing hangs."""
 
 import faulthandler
+import gc
 import os
 import pathlib
 import shutil
@@ -16,6 +17,8 @@ TEST_SECONDS = 240.0  # what an MPI test may take, on a busy machine, its waitin
 FAREWELL_SECONDS = 5.0  # how long a rank that has failed waits for the others before it aborts them
 OUTCOMES = ("passed", "skipped", "failed")  # the worst that a rank has counts for all
 
+gc.disable()  # until all is imported, which stays: a tenth of a rank's start is looking through it
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
@@ -29,6 +32,12 @@ def pytest_configure(config):
         from mpi4py import MPI
 
         config.pluginmanager.register(Ranks(MPI.COMM_WORLD.Dup(), config), "ranks")
+
+
+def pytest_collection_finish():
+    """Collect garbage from now on, but not among what was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
