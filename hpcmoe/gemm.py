@@ -13,6 +13,7 @@ from torch.nn import functional
 
 MOST_GRADIENT_ROWS = 512  # of one product for a gradient; oneDNN slows down beyond
 FEW_PRODUCTS = 2**22  # of numbers; MKL needs no kernel of its own for each new shape
+ALL_ROWS = 2**62
 FEW_ROWS = 64  # of a packed product that without AVX-512 oneDNN does faster than MKL
 PIECE_BYTES = 2**21  # of a product before it is added up
 
@@ -93,18 +94,16 @@ class TorchGemm:
             gradient.add_(self.outer(slope, x))
 
 
-class OneDnnGemm:
-    """Products by oneDNN, which takes bias and activation along."""
+class PackedGemm(TorchGemm):
+    """Torch's products, but for those of few rows with a packed weight, which oneDNN does: without AVX-512."""
 
-    precision = None
-
-    def __init__(self, few_rows=None):
-        """few_rows: beyond so many rows, and on the way back, torch is faster; None: never."""
-        self.few_rows, self.torch = few_rows, TorchGemm()
+    def __init__(self, few_rows=FEW_ROWS):
+        """few_rows: beyond so many torch is the faster."""
+        self.few_rows = few_rows
 
     def wants_packed(self, num_rows):
         """Whether a product with so many rows is faster on the layout of pack()."""
-        return self.few_rows is None or num_rows <= self.few_rows
+        return num_rows <= self.few_rows
 
     def pack(self, weight):
         """Lay a weight out as oneDNN's kernels read it -> an opaque tensor."""
@@ -112,21 +111,30 @@ class OneDnnGemm:
 
     def linear(self, x, weight, bias, activation):
         """activation(x weight^T + bias)."""
-        small = x.dtype == torch.float32 and len(x) * weight.numel() < FEW_PRODUCTS
-        if not weight.is_mkldnn and (small or not self.wants_packed(len(x))):
-            return self.torch.linear(x, weight, bias, activation)
-        name = "swish" if activation == "silu" else activation
-        algorithm = "none" if activation == "gelu" else ""  # gelu without an approximation
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+        by_whom = multiply_by_onednn if weight.is_mkldnn else super().linear
+        return by_whom(x, weight, bias, activation)
+
+
+class OneDnnGemm(PackedGemm):
+    """Products by oneDNN, which takes bias and activation along; of however many rows it likes a packed weight best."""
+
+    def __init__(self):
+        super().__init__(few_rows=ALL_ROWS)
+
+    def linear(self, x, weight, bias, activation):
+        """activation(x weight^T + bias)."""
+        small = not weight.is_mkldnn and x.dtype == torch.float32 and len(x) * weight.numel() < FEW_PRODUCTS
+        by_whom = super().linear if small else multiply_by_onednn
+        return by_whom(x, weight, bias, activation)
 
     def back(self, slope, weight):
         """slope weight."""
-        return self.torch.back(slope, weight) if self.few_rows else self.linear(slope, weight.t(), None, "none")
+        return self.linear(slope, weight.t(), None, "none")
 
     def outer(self, slope, x):
         """slope^T x."""
-        if self.few_rows or len(x) == 0:  # oneDNN knows no product over nothing
-            return self.torch.outer(slope, x)
+        if len(x) == 0:  # oneDNN knows no product over nothing
+            return super().outer(slope, x)
         return self.linear(slope.t(), x.t(), None, "none")
 
     def add_product(self, gradient, slope, x):
@@ -135,15 +143,18 @@ class OneDnnGemm:
         It is made in pieces: kernels stay in memory, and each that is made beside a product as large as the weight
         keeps the heap from using that space for the next.
         """
-        if self.few_rows:
-            self.torch.add_product(gradient, slope, x)
-            return
+        outer = self.outer if x.dtype == torch.float32 else super().outer  # in bfloat16 that asks oneDNN and is faster
         num_columns = max(1, PIECE_BYTES // (x.shape[1] * x.element_size()))
         for slopes, rows in zip(slope.split(MOST_GRADIENT_ROWS), x.split(MOST_GRADIENT_ROWS), strict=True):
             for piece, columns in zip(gradient.split(num_columns), slopes.split(num_columns, dim=1), strict=True):
-                # In bfloat16 torch asks oneDNN too, and is here the faster.
-                gemm = self if x.dtype == torch.float32 else self.torch
-                piece.add_(gemm.outer(columns, rows))
+                piece.add_(outer(columns, rows))
+
+
+def multiply_by_onednn(x, weight, bias, activation):
+    """activation(x weight^T + bias) by oneDNN; weight [out, in], packed or not."""
+    name = "swish" if activation == "silu" else activation
+    algorithm = "none" if activation == "gelu" else ""  # gelu without an approximation
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
 
 
 class WideGemm:
@@ -209,7 +220,7 @@ def choose_gemm(device, dtype):
     if device != "cpu":
         return TorchGemm()
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        gemm = OneDnnGemm(None if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else FEW_ROWS)
+        gemm = OneDnnGemm() if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else PackedGemm()
         small = torch.zeros(2, 2, dtype=dtype)
         try:
             gemm.linear(small, gemm.pack(small), None, "gelu")

@@ -7,6 +7,7 @@ from hpcmoe import gemm
 from hpcmoe.gemm import (
     Matrix,
     OneDnnGemm,
+    PackedGemm,
     TorchGemm,
     WideGemm,
     activate,
@@ -38,7 +39,7 @@ def make_gemms():
     """Whoever may multiply on some processor, and can on this one."""
     gemms = {"torch": TorchGemm(), "wide, by torch": WideGemm(TorchGemm())}
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        gemms |= {"oneDNN": OneDnnGemm(), "oneDNN for few rows": OneDnnGemm(4)}
+        gemms |= {"oneDNN": OneDnnGemm(), "oneDNN for few rows": PackedGemm(few_rows=4)}
         gemms |= {f"wide, by {name}": WideGemm(gemms[name]) for name in ("oneDNN", "oneDNN for few rows")}
     return gemms
 
@@ -145,18 +146,21 @@ def test_unknown_activations_are_refused():
 
 
 def test_torch_multiplies_where_onednn_cannot_and_bfloat16_is_widened(monkeypatch):
+    def refuse(x, weight, bias, activation):
+        raise RuntimeError("not on this processor")
+
     choose = choose_gemm.__wrapped__  # which remembers nothing
     for without in (
         (torch.backends.mkldnn, "is_available", lambda: False),
-        (OneDnnGemm, "pack", lambda g, w: w[:, :1]),
+        (gemm, "multiply_by_onednn", refuse),
     ):
         monkeypatch.setattr(*without)
         monkeypatch.setattr(gemm, "choose_gemm", choose)
-        assert isinstance(choose("cpu", torch.float32), TorchGemm)
+        assert type(choose("cpu", torch.float32)) is TorchGemm
         wide = choose("cpu", torch.bfloat16)
-        assert isinstance(wide, WideGemm) and isinstance(wide.gemm, TorchGemm)
+        assert isinstance(wide, WideGemm) and type(wide.gemm) is TorchGemm
         monkeypatch.undo()
-    assert isinstance(choose("cuda", torch.bfloat16), TorchGemm)
+    assert type(choose("cuda", torch.bfloat16)) is TorchGemm
 
 
 def test_without_avx512_many_rows_and_the_way_back_are_mkls(monkeypatch):
@@ -164,9 +168,9 @@ def test_without_avx512_many_rows_and_the_way_back_are_mkls(monkeypatch):
     narrow = choose_gemm.__wrapped__("cpu", torch.float32)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512_BF16")
     wide = choose_gemm.__wrapped__("cpu", torch.float32)
-    if isinstance(narrow, OneDnnGemm):
+    if isinstance(narrow, PackedGemm):
         assert narrow.wants_packed(gemm.FEW_ROWS) and not narrow.wants_packed(gemm.FEW_ROWS + 1)
-        assert wide.wants_packed(10**6) and wide.few_rows is None
+        assert isinstance(wide, OneDnnGemm) and wide.wants_packed(10**6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -185,14 +189,14 @@ def test_multiply_and_its_way_back_are_autograds(num_rows, dtype):
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of torch has no oneDNN")
 def test_onednn_multiplies_where_it_can():
-    assert isinstance(choose_gemm("cpu", torch.float32), OneDnnGemm)
+    assert isinstance(choose_gemm("cpu", torch.float32), OneDnnGemm | PackedGemm)
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of torch has no oneDNN")
 def test_a_weight_that_rests_is_packed_once_and_read_so(monkeypatch):
     monkeypatch.setattr(gemm, "choose_gemm", choose_gemm)
-    seen, linear = [], OneDnnGemm.linear
-    monkeypatch.setattr(OneDnnGemm, "linear", lambda self, x, w, *rest: seen.append(w) or linear(self, x, w, *rest))
+    seen, multiply = [], gemm.multiply_by_onednn
+    monkeypatch.setattr(gemm, "multiply_by_onednn", lambda x, w, *rest: seen.append(w) or multiply(x, w, *rest))
     matrix = Matrix(torch.nn.Parameter(draw(64, 32)), packed=True)
     matrix.prepare(torch.float32)
     seen.clear()
