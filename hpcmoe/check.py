@@ -167,8 +167,9 @@ def try_all(comm, device, sights):
     on_host = device.name == "host"
     if on_host:
         device = PlainDevice()
+    movers = sorted(set(gather_to_all(comm, device.mover.name)))
     if comm.rank == 0:
-        show([("rows", f"moved by {device.mover.name}")])
+        show([("rows", f"moved by {name}") for name in movers])
     why_not = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights), "staged": ""}
     for kind, reason in why_not.items():
         outcome = f"not tried: {reason}" if reason else attempt_carrier(try_carrier, kind, comm, device)

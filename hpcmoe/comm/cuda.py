@@ -4,12 +4,14 @@ Torch works on the compute stream; the send and receive streams are for copies a
 CuPy's calls take them by address. Nothing of CuPy is imported before a GPU is opened.
 """
 
+import functools
 import importlib.util
 
 import torch
 
 from hpcmoe.comm.carrier import Buffer
 from hpcmoe.comm.rows import open_mover
+from hpcmoe.errors import ClusterError
 
 CUPY = 'cupy is missing: pip install "hpcmoe[gpu]", or cupy-cuda12x where the driver is of CUDA 12'
 
@@ -36,8 +38,7 @@ class CudaDevice:
     name = "cuda"
 
     def __init__(self, index):
-        import cupy
-
+        cupy = import_cupy()
         torch.cuda.set_device(index)
         cupy.cuda.Device(index).use()
         self.cupy, self.torch_device = cupy, torch.device("cuda", index)
@@ -45,13 +46,7 @@ class CudaDevice:
         self.compute = torch.cuda.default_stream()
         self.send, self.receive = torch.cuda.Stream(), torch.cuda.Stream()
         cupy.cuda.Stream.null.use()  # kernels of our own go to the compute stream, which is this one
-        self.mover = open_mover(self.compile_kernel)
-
-    def compile_kernel(self, source, name, options):
-        """Compile a kernel for this GPU -> it, to launch(grid, block, arguments) on the compute stream."""
-        kernel = self.cupy.RawKernel(source, name, options)
-        kernel.compile()
-        return kernel
+        self.mover = open_mover(functools.partial(compile_kernel, cupy))
 
     def use(self, stream):
         """Have torch work on a stream within the with-block."""
@@ -59,6 +54,7 @@ class CudaDevice:
 
     def make_buffer(self, num_rows, row_bytes):
         """Allocate message rows on the GPU, all zero -> Buffer. The host waits for them."""
+        self.pool.free_all_blocks()  # of buffers that were given up: torch may need the memory
         with self.cupy.cuda.using_allocator(self.pool.malloc):
             array = self.cupy.zeros((num_rows, row_bytes), self.cupy.uint8)
         self.settle()  # whoever writes first need not know of the zeros
@@ -82,6 +78,24 @@ class CudaDevice:
         """Read the GPU's name, the same for all its ranks, and its free memory -> (name, bytes)."""
         name = str(torch.cuda.get_device_properties(self.torch_device).uuid)
         return name, torch.cuda.mem_get_info(self.torch_device)[0]
+
+
+def import_cupy():
+    """Import CuPy -> its module; ClusterError where its libraries, or a place for its cache, are not to be had."""
+    try:
+        import cupy
+    except (ImportError, OSError) as fault:
+        raise ClusterError(
+            f"CuPy cannot be imported: {fault}; CUPY_CACHE_DIR names a folder for its kernels"
+        ) from fault
+    return cupy
+
+
+def compile_kernel(cupy, source, name, options):
+    """Compile a kernel for the GPU in use -> it, to launch(grid, block, arguments) on CuPy's current stream."""
+    kernel = cupy.RawKernel(source, name, options)
+    kernel.compile()
+    return kernel
 
 
 def describe_gpu(index):

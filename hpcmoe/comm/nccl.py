@@ -18,7 +18,7 @@ def find_nccl():
     """Import NCCL as CuPy offers it -> (its module, None), or (None, why not)."""
     try:
         from cupy.cuda import nccl
-    except ImportError as fault:
+    except (ImportError, OSError) as fault:
         return None, f"CuPy cannot be imported: {fault}"
     if not getattr(nccl, "available", False):
         return None, "libnccl.so.2 is not found: pip install nvidia-nccl-cu13 (cu12 with CUDA 12)"

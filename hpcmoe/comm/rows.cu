@@ -1,4 +1,4 @@
-// Rows of numbers on a GPU, and a number beside each: moved where they are told, or weighed and summed.
+// Rows of numbers on a GPU, and a number beside each: moved, spread to several places each, or weighed and summed.
 //
 // blockDim.x threads share a row, blockDim.y rows a block. A thread takes CHUNK numbers of a row at once: 16 bytes of the
 // narrower type where all rows are aligned for it, else one. NVRTC compiles this with FROM, TO and CHUNK defined and
@@ -20,28 +20,49 @@ __device__ inline void put(float x, bfloat16 &to)  // the nearest, of two as nea
 
 template <class T> struct alignas(sizeof(T) * CHUNK < 16 ? sizeof(T) * CHUNK : 16) Chunk { T at[CHUNK]; };
 
+template <class T, class F> __device__ inline Chunk<T> cast(Chunk<F> numbers)
+{
+    Chunk<T> result;
+    for (int n = 0; n < CHUNK; n++) put(numbers.at[n], result.at[n]);
+    return result;
+}
+
 typedef long long int64;  // of all arguments that are no pointers: CuPy and ctypes pass Python's numbers so
 
-// Row i is source row order[i] / repeats of `from`, or i; it becomes row order[i] of `to`, or i. Pitches count numbers.
+// Row order[i] of `from`, or i, becomes row order[i] of `to`, or i. Pitches count numbers.
 extern "C" __global__ void move_rows(
     const FROM *__restrict__ from, int64 from_pitch, const float *__restrict__ from_beside, int64 from_beside_pitch,
-    const int64 *__restrict__ from_order, int64 repeats,
+    const int64 *__restrict__ from_order,
     TO *__restrict__ to, int64 to_pitch, float *__restrict__ to_beside, int64 to_beside_pitch,
     const int64 *__restrict__ to_order, int64 num_rows, int64 width)
 {
     int64 i = (int64)blockIdx.x * blockDim.y + threadIdx.y;
     if (i >= num_rows) return;
     int64 source = from_order ? from_order[i] : i, target = to_order ? to_order[i] : i;
-    const Chunk<FROM> *in = (const Chunk<FROM> *)(from + source / repeats * from_pitch);
+    const Chunk<FROM> *in = (const Chunk<FROM> *)(from + source * from_pitch);
     Chunk<TO> *out = (Chunk<TO> *)(to + target * to_pitch);
 
-    for (int c = threadIdx.x; c < width / CHUNK; c += blockDim.x) {
-        Chunk<FROM> read = in[c];
-        Chunk<TO> written;
-        for (int n = 0; n < CHUNK; n++) put(read.at[n], written.at[n]);
-        out[c] = written;
-    }
+    for (int c = threadIdx.x; c < width / CHUNK; c += blockDim.x) out[c] = cast<TO>(in[c]);
     if (from_beside && threadIdx.x == 0) to_beside[target * to_beside_pitch] = from_beside[source * from_beside_pitch];
+}
+
+// Row i of `from` becomes row entries[i, k] of `to` for each k, with numbers[i, k] beside it; an entry below 0 is none.
+extern "C" __global__ void spread_rows(
+    const FROM *__restrict__ from, int64 from_pitch, const float *__restrict__ numbers,
+    const int64 *__restrict__ entries, int64 top_k,
+    TO *__restrict__ to, int64 to_pitch, float *__restrict__ beside, int64 beside_pitch, int64 num_rows, int64 width)
+{
+    int64 i = (int64)blockIdx.x * blockDim.y + threadIdx.y;
+    if (i >= num_rows) return;
+    const Chunk<FROM> *in = (const Chunk<FROM> *)(from + i * from_pitch);
+
+    for (int c = threadIdx.x; c < width / CHUNK; c += blockDim.x) {
+        Chunk<TO> row = cast<TO>(in[c]);
+        for (int64 entry = i * top_k; entry < (i + 1) * top_k; entry++)
+            if (entries[entry] >= 0) ((Chunk<TO> *)(to + entries[entry] * to_pitch))[c] = row;
+    }
+    for (int64 k = threadIdx.x; k < top_k; k += blockDim.x)
+        if (entries[i * top_k + k] >= 0) beside[entries[i * top_k + k] * beside_pitch] = numbers[i * top_k + k];
 }
 
 // Row i of `sums` becomes the sum over k of row entries[i, k] of `from`, times weights[i, k]: in float32, rounded once.
@@ -54,13 +75,11 @@ extern "C" __global__ void sum_rows(
     Chunk<TO> *out = (Chunk<TO> *)(sums + i * width);
 
     for (int c = threadIdx.x; c < width / CHUNK; c += blockDim.x) {
-        float total[CHUNK] = {};
+        Chunk<float> total = {};
         for (int64 entry = i * top_k; entry < (i + 1) * top_k; entry++) {
             Chunk<FROM> read = ((const Chunk<FROM> *)(from + entries[entry] * from_pitch))[c];
-            for (int n = 0; n < CHUNK; n++) total[n] += weights[entry] * widen(read.at[n]);
+            for (int n = 0; n < CHUNK; n++) total.at[n] += weights[entry] * widen(read.at[n]);
         }
-        Chunk<TO> written;
-        for (int n = 0; n < CHUNK; n++) put(total[n], written.at[n]);
-        out[c] = written;
+        out[c] = cast<TO>(total);
     }
 }

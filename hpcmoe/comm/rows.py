@@ -1,4 +1,4 @@
-"""Rows move on a device, and a number beside each: gathered, scattered, summed; by torch, or by kernels of our own.
+"""Rows move on a device, and a number beside each: spread, gathered, laid down, summed; by torch or kernels of ours.
 
 Torch moves rows on any device. On a GPU a kernel of rows.cu does in one pass what takes torch several: it casts on the
 way, moves the numbers along, and reads and writes 16 bytes at once.
@@ -21,9 +21,16 @@ class Rows:
     """Rows of a device, as a move reads or writes them."""
 
     values: torch.Tensor  # [n, H], the numbers of a row side by side
-    beside: torch.Tensor | None  # [n * repeats] float32
+    beside: torch.Tensor | None  # [n] float32
     order: torch.Tensor | None = None  # [m] int64: which are meant, one after the other; None: the first m
-    repeats: int = 1  # so many numbers beside follow each other, and places of the order, that are of one row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copies:
+    """Where rows are spread to, said both ways."""
+
+    entries: torch.Tensor  # [T, K] int64: the row of each copy; -1: none
+    order: torch.Tensor  # [n] int64: the copy, t * K + k, of each row from the first on
 
 
 def open_mover(compile_kernel):
@@ -43,16 +50,25 @@ class TorchMover:
     def __init__(self, name="torch"):
         self.name = name
 
+    def prepare(self, table):
+        """Need nothing beforehand."""
+
     def move(self, source, target):
         """Write the rows of one Rows into those of another, in its precision, and the numbers beside them if any."""
-        places = source.order if source.repeats == 1 else source.order // source.repeats
-        move_by_torch(source.values.to(target.values.dtype), places, target.values, target.order)
+        move_by_torch(source.values.to(target.values.dtype), source.order, target.values, target.order)
         if source.beside is not None:
             move_by_torch(source.beside, source.order, target.beside, target.order)
 
+    def spread(self, rows, numbers, copies, target):
+        """Write row t of rows [T, H] and each of numbers [T, K] to those rows of a Rows where Copies have them."""
+        tokens = copies.order // numbers.shape[1]
+        move_by_torch(rows.to(target.values.dtype), tokens, target.values, None)
+        move_by_torch(numbers.flatten(), copies.order, target.beside, None)
+
     def sum(self, table, entries, weights):
-        """Sum rows of a table [n, H], table[entries[t, k]] * weights[t, k] over k -> fresh [T, H]."""
-        return nn.functional.embedding_bag(entries, table, mode="sum", per_sample_weights=weights.to(table.dtype))
+        """Sum rows of a table [n, H], table[entries[t, k]] * weights[t, k] over k -> fresh [T, H] float32."""
+        weights = weights.to(table.dtype)
+        return nn.functional.embedding_bag(entries, table, mode="sum", per_sample_weights=weights).float()
 
 
 def move_by_torch(source, source_order, target, target_order):
@@ -67,7 +83,7 @@ def move_by_torch(source, source_order, target, target_order):
 
 
 class KernelMover:
-    """Moves rows by the kernels of rows.cu, each compiled when it is first needed."""
+    """Moves rows by the kernels of rows.cu, each compiled when it is first needed, or before."""
 
     name = "kernels of our own"
 
@@ -75,17 +91,34 @@ class KernelMover:
         """compile_kernel(source, name, options) -> a kernel to launch(grid, block, arguments), all of them integers."""
         self.compile_kernel, self.kernels = compile_kernel, {}
 
+    def prepare(self, table):
+        """Compile what rows need on their way into a table [n, H], from it, and summed: no step is to wait for it."""
+        wide = table.new_empty(1, table.shape[1], dtype=torch.float32)
+        self.find_kernel("spread_rows", wide.dtype, table.dtype, find_chunk(wide, table))
+        self.find_kernel("move_rows", table.dtype, table.dtype, find_chunk(wide.to(table.dtype), table))
+        self.find_kernel("sum_rows", table.dtype, wide.dtype, find_chunk(table, wide))
+
     def move(self, source, target):
         """Write the rows of one Rows into those of another, in its precision, and the numbers beside them if any."""
         order = next((order for order in (source.order, target.order) if order is not None), source.values)
-        arguments = (*point_to(source), source.repeats, *point_to(target), len(order))
+        arguments = (*point_to(source), *point_to(target), len(order))
         self.launch("move_rows", source.values, target.values, len(order), arguments)
 
+    def spread(self, rows, numbers, copies, target):
+        """Write row t of rows [T, H] and each of numbers [T, K] to those rows of a Rows where Copies have them."""
+        entries, numbers = copies.entries.contiguous(), numbers.contiguous()
+        check(entries, torch.int64)
+        check(numbers, torch.float32)
+        source = rows.data_ptr(), rows.stride(0), numbers.data_ptr(), entries.data_ptr(), numbers.shape[1]
+        *places, _ = point_to(target)
+        self.launch("spread_rows", rows, target.values, len(rows), (*source, *places, len(rows)))
+
     def sum(self, table, entries, weights):
-        """Sum rows of a table [n, H], table[entries[t, k]] * weights[t, k] over k -> fresh [T, H]."""
+        """Sum rows of a table [n, H], table[entries[t, k]] * weights[t, k] over k -> fresh [T, H] float32."""
         num_rows, top_k = entries.shape
-        sums = table.new_empty(num_rows, table.shape[1])
+        sums = table.new_empty(num_rows, table.shape[1], dtype=torch.float32)
         entries, weights = entries.contiguous(), weights.float().contiguous()
+        check(entries, torch.int64)
         addresses = (table.data_ptr(), table.stride(0), entries.data_ptr(), weights.data_ptr())
         self.launch("sum_rows", table, sums, num_rows, (*addresses, top_k, sums.data_ptr(), num_rows))
         return sums
@@ -94,6 +127,8 @@ class KernelMover:
         """Run a kernel on so many rows of the source's and the target's width, its last argument."""
         if num_rows == 0:
             return
+        if source.stride(1) != 1 or target.stride(1) != 1:
+            raise ValueError("the numbers of a row must lie side by side")
         width, chunk = source.shape[1], find_chunk(source, target)
         block = shape_block(width // chunk)
         kernel = self.find_kernel(name, source.dtype, target.dtype, chunk)
@@ -111,17 +146,33 @@ class KernelMover:
 def point_to(rows):
     """Point to a Rows -> its address and pitch, those of the numbers beside it, and the address of its order, or 0."""
     beside, order = rows.beside, rows.order
+    check(order, torch.int64)
+    check(beside, torch.float32)
+    if order is not None and not order.is_contiguous():
+        raise ValueError("the places of an order must lie side by side")
     to_beside = (0, 0) if beside is None else (beside.data_ptr(), beside.stride(0))
     return rows.values.data_ptr(), rows.values.stride(0), *to_beside, 0 if order is None else order.data_ptr()
 
 
+def check(tensor, dtype):
+    """Raise ValueError for a tensor of another dtype, which a kernel would read as this one."""
+    if tensor is not None and tensor.dtype != dtype:
+        raise ValueError(f"{tensor.dtype} where kernels read {dtype}")
+
+
 def find_chunk(*tensors):
-    """Find how many numbers of rows a thread may take at once: 16 bytes of the narrowest where all are aligned so."""
+    """Find how many numbers of rows a thread may take at once: 16 bytes of the narrowest, or as few as are aligned."""
     chunk = ALIGNED_BYTES // min(tensor.itemsize for tensor in tensors)
-    places = [place * tensor.itemsize for tensor in tensors for place in (tensor.shape[1], tensor.stride(0))]
-    places += [tensor.data_ptr() for tensor in tensors]
-    aligned = not any(place % ALIGNED_BYTES for place in places) and tensors[0].shape[1] % chunk == 0
-    return chunk if aligned else 1
+    while not all(is_aligned(tensor, chunk) for tensor in tensors):
+        chunk //= 2
+    return chunk
+
+
+def is_aligned(tensor, chunk):
+    """Whether all rows can be read so many numbers at once."""
+    num_bytes = min(chunk * tensor.itemsize, ALIGNED_BYTES)
+    places = tensor.data_ptr(), tensor.stride(0) * tensor.itemsize
+    return tensor.shape[1] % chunk == 0 and not any(place % num_bytes for place in places)
 
 
 def shape_block(chunks):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from hpcmoe.comm.carrier import Leg
-from hpcmoe.comm.rows import Rows
+from hpcmoe.comm.rows import Copies, Rows
 from hpcmoe.comm.transport import HOMEWARD, Direction, Part
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan, tag_of, tag_of_counts
 from hpcmoe.dispatch.sizes import Flow, round_rows
@@ -54,18 +54,11 @@ class DeviceBerth:
     """Where one micro-batch in flight has its rows, at home and at this rank's experts."""
 
     def __init__(self, sizes, device):
-        self.sizes, self.device = sizes, device
+        self.sizes = sizes
         self.home = device.make_buffer(sizes.home_rows, sizes.row_bytes)  # copies out, and their results back
         self.away = device.make_buffer(sizes.away_rows, sizes.row_bytes)  # others' copies, and their results
         self.direction = None
         self.outward = self.homeward = None  # Pending
-
-    def make_room(self, num_rows):
-        """Have room for as many rows of others; the host waits for the device where it must grow."""
-        if num_rows > len(self.away):
-            self.device.settle()
-            self.away = None  # so that the pool may use its memory again
-            self.away = self.device.make_buffer(round_rows(num_rows), self.sizes.row_bytes)
 
     def rows(self, buffer):
         """See a buffer's rows as numbers -> [n, H]."""
@@ -110,6 +103,7 @@ class DeviceExchange:
         (self.sizes, self.routes), self.sum_groups = ways, sum_groups
         self.num_slots = len(self.routes.place_of_slot)
         self.berths = [DeviceBerth(self.sizes, device) for _ in range(self.sizes.num_berths)]
+        device.mover.prepare(self.berths[0].rows(self.berths[0].home))
         self.choosers, self.errands = weakref.WeakKeyDictionary(), []
         self.traffic = no_traffic(self.transport.size)
 
@@ -169,13 +163,21 @@ class DeviceExchange:
         """Pack the tokens' rows [T, H], and each copy's gate [T, K], and send them to their experts."""
         berth, counts = self.berths[flight.berth], flight.plan.counts
         self.pack(flight, rows, gates)
-        berth.make_room(int(counts.coming.sum()))
-        berth.direction, berth.homeward = direction, None
+        berth.direction, berth.outward, berth.homeward = direction, None, None
+        self.make_room(berth, int(counts.coming.sum()))
         sides = {"send": berth.home, "send_edges": counts.send_edges,
                  "receive": berth.away, "receive_edges": counts.receive_edges}  # fmt: skip
         leg, ready = self.leg(flight, direction, **sides), self.device.compute.record_event()
         berth.outward = self.carrier.start(leg, ready, None)
         self.count(flight, direction)
+
+    def make_room(self, berth, num_rows):
+        """Have room for as many rows of others; where a buffer must grow the host waits for the device."""
+        if num_rows > len(berth.away):
+            self.device.settle()
+            self.carrier.poke()  # which holds the old buffer until it has seen that its legs are over
+            berth.away = None  # so that its memory can be had again
+            berth.away = self.device.make_buffer(round_rows(num_rows), self.sizes.row_bytes)
 
     def count(self, flight, direction):
         """Count what leaves for the experts."""
@@ -187,9 +189,8 @@ class DeviceExchange:
     def pack(self, flight, rows, gates):
         """Lay a row for each copy that is sent, and its gate, into the buffer at home, by destination."""
         berth, plan = self.berths[flight.berth], flight.plan
-        copies = plan.order[: int(plan.counts.leaving.sum())]
-        tokens = Rows(values=rows.contiguous(), beside=gates.flatten(), order=copies, repeats=plan.top_k)
-        self.device.mover.move(tokens, berth.part(berth.home))
+        copies = Copies(entries=plan.row_of_entry, order=plan.order[: int(plan.counts.leaving.sum())])
+        self.device.mover.spread(rows.contiguous(), gates, copies, berth.part(berth.home))
 
     def leg(self, flight, direction, **sides):
         """Describe one way of a flight's rows -> Leg."""
@@ -250,7 +251,7 @@ class DeviceExchange:
         return True
 
     def sum_home(self, flight, gates):
-        """Sum the rows that came home by token, a copy's times its gate [T, K] -> fresh [T, H] of the rows' dtype."""
+        """Sum the rows that came home by token, a copy's times its gate [T, K] -> fresh [T, H] float32."""
         berth = self.berths[flight.berth]
         return self.device.mover.sum(berth.rows(berth.home), self.entries(flight.plan), gates)
 

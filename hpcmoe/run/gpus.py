@@ -34,6 +34,9 @@ def choose_carrier(config, world, device):
         log.info("rows between devices: %s, for: %s", choice.kind, choice.reason)
         for line in describe_shared(sights):
             log.info("%s", line)
+    for name in sorted(set(gather_to_all(world, device.mover.name))):
+        if world.rank == 0:
+            log.info("rows on a device: moved by %s", name)
     return choice
 
 

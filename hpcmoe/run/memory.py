@@ -28,6 +28,7 @@ class Memory:
     buffers: int  # for messages
     copies: int  # of the experts' matrices: cast in training, packed in inference
     activations: int  # kept for the backward pass by the micro-batches in flight
+    working: int = 0  # arrays that a GPU's experts make of a batch, which is there never cut
     moving: int = 0  # of experts that move: what has come and is not laid down yet, on the host
     snapshot: int = 0  # parameters and moments once more, on the host, from which a thread writes checkpoints
 
@@ -50,7 +51,7 @@ class Memory:
     def total(self):
         """All of it on this rank."""
         parameters = self.experts + self.dense + self.copies
-        passing = self.buffers + self.activations + self.moving
+        passing = self.buffers + self.activations + self.working + self.moving
         return parameters + self.gradients + self.optimizer + passing + self.snapshot
 
 
@@ -61,6 +62,7 @@ def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
     which saves the dense parts.
     """
     model, training, tensor_parallel = config.model, config.run.mode == "train", mesh.tensor_parallel
+    on_device = isinstance(sizes, DeviceSizes)
     one_expert, states = reckon_expert(config)
     experts = one_expert * slots * model.num_layers // tensor_parallel
     num_shares = mesh.world.size if config.train.shard_optimizer else 1
@@ -73,9 +75,10 @@ def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
         gradients=experts + dense if training else 0,
         optimizer=2 * (experts + dense // num_shares) if training else 0,
         buffers=buffer_bytes,
-        copies=reckon_copies(config, tensor_parallel, slots, isinstance(sizes, DeviceSizes)),
+        copies=reckon_copies(config, tensor_parallel, slots, on_device),
         activations=reckon_activations(config, mesh, slots, sizes) if training else reckon_passing(model, sizes),
-        moving=reckon_moving(config, tensor_parallel, isinstance(sizes, DeviceSizes)),
+        working=reckon_working(config, mesh, slots, sizes) if on_device else 0,
+        moving=reckon_moving(config, tensor_parallel, on_device),
         snapshot=3 * (experts + dense) if training and keeps_snapshot(config.write) else 0,
     )
 
@@ -118,10 +121,8 @@ def reckon_activations(config, mesh, slots, sizes):
         token_bytes += FLOAT32 * (model.hidden + model.num_heads) + wire * 6 * model.hidden
 
     # Of each copy at its expert: input, and what goes into the activation.
-    inner = {"gelu": 1, "relu": 1, "swiglu": 2}[config.experts.kind] * model.feed_forward // mesh.tensor_parallel
-    copy_bytes = wire * (model.hidden + inner)
-    every = tokens * mesh.group.size * min(model.top_k, slots)  # a token has no expert twice
-    copies = min(int(FULLEST * sizes.expert_rows), every)
+    copy_bytes = wire * (model.hidden + count_inner(config, mesh))
+    copies = count_rows(model, mesh, slots, sizes)
 
     # In bfloat16 also a copy of each weight of attention, and the norms' outputs before they were rounded.
     weights = 0
@@ -130,6 +131,25 @@ def reckon_activations(config, mesh, slots, sizes):
         token_bytes += FLOAT32 * model.hidden
     of_layer = tokens * token_bytes + copies * copy_bytes + weights
     return sizes.num_berths * model.num_layers * of_layer
+
+
+def reckon_working(config, mesh, slots, sizes):
+    """Bytes of the arrays that experts on a GPU make of a batch besides what they keep: of rows, or on the way back."""
+    hidden, inner = config.model.hidden, count_inner(config, mesh)
+    width = 3 * (hidden + inner) if config.run.mode == "train" else 2 * hidden + inner
+    return count_rows(config.model, mesh, slots, sizes) * width * sizes.dtype.itemsize
+
+
+def count_inner(config, mesh):
+    """Count the numbers that go into an expert's activation, of one row on one shard."""
+    matrices = {"gelu": 1, "relu": 1, "swiglu": 2}[config.experts.kind]
+    return matrices * config.model.feed_forward // mesh.tensor_parallel
+
+
+def count_rows(model, mesh, slots, sizes):
+    """Count the rows of a micro-batch at the experts of the fullest rank, which has so many slots."""
+    every = sizes.tokens * mesh.group.size * min(model.top_k, slots)  # a token has no expert twice
+    return min(int(FULLEST * sizes.expert_rows), every)
 
 
 def reckon_passing(model, sizes):

@@ -254,6 +254,7 @@ def rows_of_memory(computed, totals):
         "optimizer": "optimizer's moments",
         "buffers": "message buffers",
         "activations": "activations in flight",
+        "working": "experts at work on a batch",
         "moving": "experts that move here, on their way",
         "snapshot": "copy of the state for checkpoints",
         "total": "all of these",

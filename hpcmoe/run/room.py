@@ -90,7 +90,7 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu):
         what="GPU memory",
         node_bytes=least * num_ranks,
         num_ranks=num_ranks,
-        besides=messages | rest | {"libraries": GPU_LIBRARY_BYTES},
+        besides=messages | rest | {"experts at work": memory.working, "libraries": GPU_LIBRARY_BYTES},
     )
 
 

@@ -72,6 +72,8 @@ class GradientSums:
             return
         for part in list(self.left):
             self.start(part)
+            if not self.reducer.overlaps:  # the host lends memory for one part, not for all
+                self.drain()
         self.drain()
         self.is_open = False
 

@@ -5,6 +5,7 @@ the GPU where there is one alone.
 """
 
 import math
+import statistics
 import time
 from types import SimpleNamespace
 
@@ -20,9 +21,10 @@ from torch.nn.functional import gelu
 from hpcmoe.clock import Clock
 from hpcmoe.comm.carrier import DirectCarrier
 from hpcmoe.comm.choose import look, why_not_direct, why_not_nccl
-from hpcmoe.comm.cuda import count_gpus, describe_gpu, find_missing
+from hpcmoe.comm.cuda import count_gpus, describe_gpu, find_missing, has_grouped_gemm
 from hpcmoe.comm.device import open_device
 from hpcmoe.comm.mpi import open_mpi_transport
+from hpcmoe.comm.rows import TorchMover
 from hpcmoe.comm.trial import try_carrier
 from hpcmoe.dispatch.device_exchange import DeviceExchange, DeviceSizes
 from hpcmoe.dispatch.device_plan import DeviceBatch
@@ -33,7 +35,7 @@ from hpcmoe.wait import gather_to_all
 
 HIDDEN, FEED_FORWARD, TOKENS, TOP_K = 8192, 32768, 10000, 2  # the published sizes, of a rank
 EXPERTS = (1, 4)
-TIMES = 10
+ROUNDS, TIMES = 5, 5
 RANKS = (2, 4)
 
 
@@ -48,22 +50,30 @@ def measure(folder):
         "kernels": time_kernels(device, HIDDEN, TOKENS),
     }
     torch.cuda.empty_cache()  # the ranks need the memory
+    device.pool.free_all_blocks()
     return figures | {"ranks": [ranks.run_ranks(number, "gpu", folder, folder.absolute()) for number in RANKS]}
 
 
-def time_call(device, call):
-    """Time a call on a device, many at once -> seconds of one."""
-    call()
-    device.settle()
-    begun = time.perf_counter()
-    for _ in range(TIMES):
-        call()
-    device.settle()
-    return (time.perf_counter() - begun) / TIMES
+def time_calls(device, calls):
+    """Time calls by name that take turns, each many at once -> median seconds of one."""
+    seconds = {name: [] for name in calls}
+    for turn in range(ROUNDS + 1):
+        for name, call in calls.items():
+            device.settle()
+            begun = time.perf_counter()
+            for _ in range(TIMES):
+                call()
+            device.settle()
+            if turn > 0:  # the first warms up
+                seconds[name].append((time.perf_counter() - begun) / TIMES)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def time_experts(device, num_experts, hidden, feed_forward, rows):
-    """Time the forward block of a few experts against torch's products: dense, grouped, in turns -> figures."""
+    """Time the forward block of a few experts against torch's products: dense, grouped, in turns -> figures.
+
+    The dense product has no activation, the others have; with several experts ours is a grouped one itself.
+    """
     draw = {"dtype": torch.bfloat16, "device": device.torch_device}
     weights = [
         {"up": torch.randn(feed_forward, hidden, **draw) / math.sqrt(hidden),
@@ -76,7 +86,7 @@ def time_experts(device, num_experts, hidden, feed_forward, rows):
     x = torch.randn(sum(groups.rows), hidden, **draw)
     calls = {"ours": lambda: experts(groups, x, None)} | theirs(experts.joined, groups, x)
     flops = 4 * len(x) * hidden * feed_forward
-    rates = {name: flops / time_call(device, call) for name, call in calls.items()}
+    rates = {name: flops / seconds for name, seconds in time_calls(device, calls).items()}
     return {"experts": num_experts, "rows": len(x), "flops": rates}
 
 
@@ -85,13 +95,13 @@ def theirs(joined, groups, x):
     up, down = (joined[name].transpose(1, 2) for name in ("up", "down"))  # [e, in, out]
     product, parts = find_grouped_gemm(), list(zip(x.split(groups.rows), up, down, strict=True))
     calls = {"dense": lambda: (x @ up[0]) @ down[0]}
-    if product is not None:
+    if product is not None and has_grouped_gemm(x.device):
         calls["grouped"] = lambda: product(gelu(product(x, up, offs=groups.ends)), down, offs=groups.ends)
     return calls | {"turns": lambda: [gelu(own @ a) @ b for own, a, b in parts]}
 
 
 def time_kernels(device, hidden, tokens):
-    """Time what dispatch and combine do on one device, against a copy of as many bytes -> list of figures."""
+    """Time what dispatch and combine do with rows, by the device's mover and by torch, against a copy -> figures."""
     sizes = DeviceSizes(
         hidden=hidden, dtype=torch.bfloat16, tokens=tokens, top_k=TOP_K, num_berths=1, num_micro_batches=1,
         expert_rows=tokens * TOP_K, buffer_factor=1.0, batch_rows=2**62,
@@ -105,22 +115,42 @@ def time_kernels(device, hidden, tokens):
         flight = SimpleNamespace(plan=plan, berth=0, layer=0, micro_batch=0)
         while not exchange.may_start(flight):
             exchange.poke()
-        x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device=device.torch_device)
-        gates = torch.full(slots.shape, 0.5, device=device.torch_device)
-        copies = tokens * TOP_K
-        places = exchange.rows_of(flight, DeviceBatch(plan.counts.coming, device.torch_device))
-        rows, _ = exchange.take(places)
-        calls = {  # rows read and written
-            "pack": (2 * copies, lambda: exchange.pack(flight, x, gates)),
-            "take": (2 * copies, lambda: exchange.take(places)),
-            "lay": (2 * copies, lambda: exchange.lay(rows, places)),
-            "sum": (copies + tokens, lambda: exchange.sum_home(flight, gates)),
-        }
-        source, target = (torch.empty(copies, hidden, dtype=torch.bfloat16, device=x.device) for _ in range(2))
-        copy_rate = 2 * source.nbytes / time_call(device, lambda: target.copy_(source))
-        rates = {name: rows * 2 * hidden / time_call(device, call) for name, (rows, call) in calls.items()}
-    return [{"kernel": name, "by": device.mover.name, "bytes_per_second": rate, "ratio": rate / copy_rate}
-            for name, rate in rates.items()]  # fmt: skip
+        moves = make_moves(exchange, flight)
+        source, target = (torch.empty_like(exchange.berths[0].home.tensor) for _ in range(2))
+        calls = {"copy": lambda: target.copy_(source)}
+        for mover in (device.mover, TorchMover()):
+            calls |= {(name, mover.name): run_by(exchange, mover, move) for name, (_, move) in moves.items()}
+        seconds = time_calls(device, calls)
+    copy_rate = 2 * source.nbytes / seconds.pop("copy")
+    rates = {(name, by): moves[name][0] / each for (name, by), each in seconds.items()}
+    return [{"kernel": name, "by": by, "bytes_per_second": rate, "ratio": rate / copy_rate}
+            for (name, by), rate in rates.items()]  # fmt: skip
+
+
+def run_by(exchange, mover, move):
+    """Make a call that moves rows by a mover."""
+
+    def call():
+        exchange.device.mover = mover
+        move()
+
+    return call
+
+
+def make_moves(exchange, flight):
+    """Make all moves of an exchange's rows -> dict name: (bytes, call); a token is read once for all its copies."""
+    sizes, torch_device, plan = exchange.sizes, exchange.device.torch_device, flight.plan
+    x = torch.randn(sizes.tokens, sizes.hidden, device=torch_device)
+    gates = torch.full((sizes.tokens, sizes.top_k), 0.5, device=torch_device)
+    places = exchange.rows_of(flight, DeviceBatch(plan.counts.coming, torch_device))
+    rows, _ = exchange.take(places)
+    copies = rows.nbytes
+    return {
+        "pack float32": (copies + x.nbytes, lambda: exchange.pack(flight, x, gates)),
+        "take": (2 * copies, lambda: exchange.take(places)),
+        "lay": (2 * copies, lambda: exchange.lay(rows, places)),
+        "sum": (copies + x.nbytes, lambda: exchange.sum_home(flight, gates)),
+    }
 
 
 def work(comm, folder):

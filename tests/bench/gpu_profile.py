@@ -9,6 +9,7 @@ from small import open_small_job
 from hpcmoe.run.data import draw_starts
 
 TRANSFERS = ("Memcpy HtoD", "Memcpy DtoH", "nccl")
+NEITHER = "Memcpy DtoD"  # what a rank sends to itself
 LAYERS = 2
 SHAPE = {
     "run__mode": "infer", "model__hidden": 2048, "model__feed_forward": 8192, "model__dtype": "bfloat16",
@@ -41,6 +42,7 @@ def find_kernels(profile):
 
 def weigh(kernels):
     """Tell how long transfers lasted, and which share of it other kernels ran: (name, begin, end) -> figures."""
+    kernels = [kernel for kernel in kernels if NEITHER not in kernel[0]]
     is_transfer = [any(mark in name for mark in TRANSFERS) for name, _, _ in kernels]
     moving = merge([(b, e) for (_, b, e), is_one in zip(kernels, is_transfer, strict=True) if is_one])
     working = merge([(b, e) for (_, b, e), is_one in zip(kernels, is_transfer, strict=True) if not is_one])

@@ -18,7 +18,8 @@ def test_its_figures_are_rates_and_their_ratios():
     assert experts["rows"] == 20 and set(experts["flops"]) == {"ours", "dense", "grouped", "turns"}
     assert all(rate > 0 for rate in experts["flops"].values())
     kernels = gpu.time_kernels(PlainDevice(), 16, 50)
-    assert [kernel["kernel"] for kernel in kernels] == ["pack", "take", "lay", "sum"]
+    assert [kernel["kernel"] for kernel in kernels] == ["pack float32", "take", "lay", "sum"]
+    assert {kernel["by"] for kernel in kernels} == {"torch"}  # on a GPU ours too
     assert all(kernel["bytes_per_second"] > 0 and kernel["ratio"] > 0 for kernel in kernels)
     profile = {"transfers": 0.002, "hidden": 0.75, "kernels": 9}
     of_ranks = {"ranks": 2, "gpus": 1, "ways": {"nccl": "ranks share a GPU", "staged": 2e9}, "profile": profile}
@@ -31,4 +32,5 @@ def test_spans_that_overlap_count_once():
     assert merge([(3, 4), (0, 1), (0.5, 2)]) == [(0, 2), (3, 4)]
     kernels = [("Memcpy DtoH", 0.0, 2.0), ("nccl send", 1.0, 4.0), ("gemm", 3.0, 5.0), ("gemm", 0.0, 1.0)]
     assert weigh(kernels) == {"transfers": 4.0, "hidden": 0.5, "kernels": 4}
+    assert weigh([*kernels, ("Memcpy DtoD", 0.0, 9.0)]) == weigh(kernels)
     assert weigh([("gemm", 0.0, 1.0)])["hidden"] == 0.0

@@ -129,11 +129,11 @@ def test_on_a_device_matrices_are_cast_for_training_and_never_packed(comm, share
 def test_sums_of_memory():
     memory = Memory(
         states=4, one_expert=10, experts=20, dense=3, gradients=23, optimizer=46, buffers=100, copies=9,
-        activations=1000, snapshot=500,
+        activations=1000, working=70, snapshot=500,
     )  # fmt: skip
     assert memory.per_expert == 40
     assert memory.dense_with_state == 4 * 3
-    assert memory.total == 20 + 3 + 23 + 46 + 100 + 9 + 1000 + 500
+    assert memory.total == 20 + 3 + 23 + 46 + 100 + 9 + 1000 + 70 + 500
     assert memory.besides_experts == memory.total - 2 * 40
 
 

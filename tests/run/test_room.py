@@ -10,7 +10,7 @@ from small import make_config, make_topology
 from hpcmoe.errors import ClusterError, PlacementError
 from hpcmoe.run.room import GPU_LIBRARY_BYTES, check_room, describe_room, on_gpus, reckon_room, share_gpus
 
-MEMORY = SimpleNamespace(dense_with_state=40, activations=100, buffers=7, moving=0, snapshot=0)
+MEMORY = SimpleNamespace(dense_with_state=40, activations=100, buffers=7, working=5, moving=0, snapshot=0)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def test_on_gpus_only_what_lies_there_counts():
     topology = dataclasses.replace(make_topology(4, 2), memory_bytes=np.array([40, 40]))
     free, libraries = 10.0**10, GPU_LIBRARY_BYTES
     room = reckon_room(topology, MEMORY, 20, free + np.array([500, 400, 900, 900]))
-    besides = {"messages": 7, "dense parts": 40, "activations": 100, "libraries": libraries}
+    besides = {"messages": 7, "dense parts": 40, "activations": 100, "experts at work": 5, "libraries": libraries}
     assert room.what == "GPU memory" and room.besides == besides
-    left = free - libraries - 147
+    left = free - libraries - 152
     assert room.for_experts.tolist() == [2 * (left + 400), 2 * (left + 900)]  # the node's tightest GPU
 
 
