@@ -1,8 +1,8 @@
 // Rows of numbers on a GPU, and a number beside each: moved, spread to several places each, or weighed and summed.
 //
 // blockDim.x threads share a row, blockDim.y rows a block. A thread takes CHUNK numbers of a row at once: 16 bytes of the
-// narrower type where all rows are aligned for it, else one. NVRTC compiles this with FROM, TO and CHUNK defined and
-// without any header; tests compile it for the host.
+// narrower type, or less where rows are not aligned for it. NVRTC compiles this with FROM, TO and CHUNK defined and without
+// any header; tests compile it for the host.
 
 struct bfloat16 { unsigned short bits; };
 
