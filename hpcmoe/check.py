@@ -160,16 +160,16 @@ def describe_gpus(finds):
 
 def try_all(comm, device, sights):
     """Try each way on a small exchange, and tell what came of it. Collective over comm."""
-    from hpcmoe.comm.choose import why_not_direct, why_not_nccl
+    from hpcmoe.comm.choose import describe_movers, why_not_direct, why_not_nccl
     from hpcmoe.comm.plain import PlainDevice
     from hpcmoe.comm.trial import try_carrier
 
     on_host = device.name == "host"
     if on_host:
         device = PlainDevice()
-    movers = sorted(set(gather_to_all(comm, device.mover.name)))
+    movers = describe_movers(comm, device)
     if comm.rank == 0:
-        show([("rows", f"moved by {name}") for name in movers])
+        show([("rows", line) for line in movers])
     why_not = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights), "staged": ""}
     for kind, reason in why_not.items():
         outcome = f"not tried: {reason}" if reason else attempt_carrier(try_carrier, kind, comm, device)

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 MOST_GRADIENT_ROWS = 512  # of one product for a gradient; oneDNN slows down beyond
 FEW_PRODUCTS = 2**22  # of numbers; MKL needs no kernel of its own for each new shape
-ALL_ROWS = 2**62
 FEW_ROWS = 64  # of a packed product that without AVX-512 oneDNN does faster than MKL
 PIECE_BYTES = 2**21  # of a product before it is added up
 
@@ -118,8 +117,9 @@ class PackedGemm(TorchGemm):
 class OneDnnGemm(PackedGemm):
     """Products by oneDNN, which takes bias and activation along; of however many rows it likes a packed weight best."""
 
-    def __init__(self):
-        super().__init__(few_rows=ALL_ROWS)
+    def wants_packed(self, num_rows):
+        """A product with however many rows is."""
+        return True
 
     def linear(self, x, weight, bias, activation):
         """activation(x weight^T + bias)."""
@@ -143,7 +143,7 @@ class OneDnnGemm(PackedGemm):
         It is made in pieces: kernels stay in memory, and each that is made beside a product as large as the weight
         keeps the heap from using that space for the next.
         """
-        outer = self.outer if x.dtype == torch.float32 else super().outer  # in bfloat16 that asks oneDNN and is faster
+        outer = self.outer if x.dtype == torch.float32 else super().outer  # torch's asks oneDNN in bfloat16
         num_columns = max(1, PIECE_BYTES // (x.shape[1] * x.element_size()))
         for slopes, rows in zip(slope.split(MOST_GRADIENT_ROWS), x.split(MOST_GRADIENT_ROWS), strict=True):
             for piece, columns in zip(gradient.split(num_columns), slopes.split(num_columns, dim=1), strict=True):

@@ -63,7 +63,7 @@ def travel_forward(exchange, journey):
             rows, _ = exchange.take(places[part])
             seen += zip([slot for slot, _ in slots], rows.split(spread(slots, rows)), strict=False)
             results = [own.float() @ map_of(first_slot + slot, hidden).T for slot, own in seen[-len(slots) :]]
-            exchange.lay(torch.cat(results), places[part])
+            exchange.lay(torch.cat(results).to(rows.dtype), places[part])
             yield
         exchange.finish(journey, batch)
         journey.batches.append(batch)

@@ -11,6 +11,7 @@ from hpcmoe.comm.carrier import DirectCarrier
 from hpcmoe.comm.nccl import NcclCarrier, find_nccl, open_nccl
 from hpcmoe.comm.staging import StagedCarrier
 from hpcmoe.errors import ClusterError
+from hpcmoe.wait import gather_to_all
 
 MAPS = pathlib.Path("/proc/self/maps")
 MULTI_RANK_VERSION = 23000  # of NCCL, as it counts: 2.30 may run several ranks on one GPU
@@ -72,6 +73,11 @@ def look(comm, device):
         takes_pointers=takes,
         answer=answer,
     )
+
+
+def describe_movers(comm, device):
+    """Say who moves rows on the ranks' devices -> lines. Collective over comm."""
+    return [f"moved by {name}" for name in sorted(set(gather_to_all(comm, device.mover.name)))]
 
 
 @contextlib.contextmanager

@@ -54,7 +54,8 @@ class CudaDevice:
 
     def make_buffer(self, num_rows, row_bytes):
         """Allocate message rows on the GPU, all zero -> Buffer. The host waits for them."""
-        self.pool.free_all_blocks()  # of buffers that were given up: torch may need the memory
+        self.pool.free_all_blocks()  # neither pool is to keep what the other needs
+        torch.cuda.empty_cache()
         with self.cupy.cuda.using_allocator(self.pool.malloc):
             array = self.cupy.zeros((num_rows, row_bytes), self.cupy.uint8)
         self.settle()  # whoever writes first need not know of the zeros
@@ -84,10 +85,10 @@ def import_cupy():
     """Import CuPy -> its module; ClusterError where its libraries, or a place for its cache, are not to be had."""
     try:
         import cupy
-    except (ImportError, OSError) as fault:
-        raise ClusterError(
-            f"CuPy cannot be imported: {fault}; CUPY_CACHE_DIR names a folder for its kernels"
-        ) from fault
+    except ImportError as fault:
+        raise ClusterError(f'[comm] device: CuPy cannot be imported: {fault}; "host" needs none') from fault
+    except OSError as fault:  # it makes a folder for what it compiles
+        raise ClusterError(f"[comm] device: CuPy cannot begin: {fault}; CUPY_CACHE_DIR may name a folder") from fault
     return cupy
 
 

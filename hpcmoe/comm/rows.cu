@@ -65,7 +65,7 @@ extern "C" __global__ void spread_rows(
         if (entries[i * top_k + k] >= 0) beside[entries[i * top_k + k] * beside_pitch] = numbers[i * top_k + k];
 }
 
-// Row i of `sums` becomes the sum over k of row entries[i, k] of `from`, times weights[i, k]: in float32, rounded once.
+// Row i of `sums` becomes the sum over k of row entries[i, k] of `from`, times weights[i, k], in float32.
 extern "C" __global__ void sum_rows(
     const FROM *__restrict__ from, int64 from_pitch, const int64 *__restrict__ entries,
     const float *__restrict__ weights, int64 top_k, TO *__restrict__ sums, int64 num_rows, int64 width)
@@ -77,6 +77,7 @@ extern "C" __global__ void sum_rows(
     for (int c = threadIdx.x; c < width / CHUNK; c += blockDim.x) {
         Chunk<float> total = {};
         for (int64 entry = i * top_k; entry < (i + 1) * top_k; entry++) {
+            if (entries[entry] < 0) continue;
             Chunk<FROM> read = ((const Chunk<FROM> *)(from + entries[entry] * from_pitch))[c];
             for (int n = 0; n < CHUNK; n++) total.at[n] += weights[entry] * widen(read.at[n]);
         }

@@ -29,15 +29,19 @@ class Rows:
 class Copies:
     """Where rows are spread to, said both ways."""
 
-    entries: torch.Tensor  # [T, K] int64: the row of each copy; -1: none
-    order: torch.Tensor  # [n] int64: the copy, t * K + k, of each row from the first on
+    entries: (
+        torch.Tensor
+    )  # [T, K] int64: the row of each copy; -1: none. Kernels write what they read to all its places
+    order: (
+        torch.Tensor
+    )  # [n] int64: the copy, t * K + k, of each row from the first on. Torch looks for each row's source
 
 
 def open_mover(compile_kernel):
     """Have our kernels move rows where they can be compiled, else torch -> a mover whose name says which, and why."""
     mover = KernelMover(compile_kernel)
     try:
-        mover.find_kernel("sum_rows", torch.float32, torch.float32, 1)
+        mover.find_kernel("spread_rows", torch.float32, torch.bfloat16, 8)
     except Exception as fault:  # of CuPy, of its compiler, or of the system that looks for this
         first_line = (str(fault).splitlines() or [type(fault).__name__])[0]
         return TorchMover(f"torch, for our kernels cannot be compiled: {first_line}")
@@ -66,9 +70,17 @@ class TorchMover:
         move_by_torch(numbers.flatten(), copies.order, target.beside, None)
 
     def sum(self, table, entries, weights):
-        """Sum rows of a table [n, H], table[entries[t, k]] * weights[t, k] over k -> fresh [T, H] float32."""
-        weights = weights.to(table.dtype)
+        """Sum rows of a table [n, H], table[entries[t, k]] * weights[t, k] over k -> fresh [T, H] float32.
+
+        An entry below 0 is none, for which the table's last row must be zero. Sums and weights have its precision.
+        """
+        entries, weights = last_for_none(entries, table), weights.to(table.dtype)
         return nn.functional.embedding_bag(entries, table, mode="sum", per_sample_weights=weights).float()
+
+
+def last_for_none(entries, table):
+    """Name the last row of a table, which is zero, where an entry is below 0 -> entries."""
+    return torch.where(entries < 0, len(table) - 1, entries)
 
 
 def move_by_torch(source, source_order, target, target_order):
@@ -83,7 +95,10 @@ def move_by_torch(source, source_order, target, target_order):
 
 
 class KernelMover:
-    """Moves rows by the kernels of rows.cu, each compiled when it is first needed, or before."""
+    """Moves rows by the kernels of rows.cu, each compiled when it is first needed, or before.
+
+    All raise ValueError for what a kernel would misread.
+    """
 
     name = "kernels of our own"
 
@@ -100,25 +115,32 @@ class KernelMover:
 
     def move(self, source, target):
         """Write the rows of one Rows into those of another, in its precision, and the numbers beside them if any."""
-        order = next((order for order in (source.order, target.order) if order is not None), source.values)
-        arguments = (*point_to(source), *point_to(target), len(order))
-        self.launch("move_rows", source.values, target.values, len(order), arguments)
+        lengths = {len(order) for order in (source.order, target.order) if order is not None} or {len(source.values)}
+        if len(lengths) > 1 or (source.beside is not None and target.beside is None):
+            raise ValueError("a move's two sides must have as many rows, and numbers beside them")
+        num_rows = lengths.pop()
+        self.launch(
+            "move_rows", source.values, target.values, num_rows, (*point_to(source), *point_to(target), num_rows)
+        )
 
     def spread(self, rows, numbers, copies, target):
         """Write row t of rows [T, H] and each of numbers [T, K] to those rows of a Rows where Copies have them."""
         entries, numbers = copies.entries.contiguous(), numbers.contiguous()
-        check(entries, torch.int64)
-        check(numbers, torch.float32)
+        require_dtype(entries, torch.int64)
+        require_dtype(numbers, torch.float32)
         source = rows.data_ptr(), rows.stride(0), numbers.data_ptr(), entries.data_ptr(), numbers.shape[1]
         *places, _ = point_to(target)
         self.launch("spread_rows", rows, target.values, len(rows), (*source, *places, len(rows)))
 
     def sum(self, table, entries, weights):
-        """Sum rows of a table [n, H], table[entries[t, k]] * weights[t, k] over k -> fresh [T, H] float32."""
+        """Sum rows of a table [n, H], table[entries[t, k]] * weights[t, k] over k -> fresh [T, H] float32.
+
+        An entry below 0 is none.
+        """
         num_rows, top_k = entries.shape
         sums = table.new_empty(num_rows, table.shape[1], dtype=torch.float32)
         entries, weights = entries.contiguous(), weights.float().contiguous()
-        check(entries, torch.int64)
+        require_dtype(entries, torch.int64)
         addresses = (table.data_ptr(), table.stride(0), entries.data_ptr(), weights.data_ptr())
         self.launch("sum_rows", table, sums, num_rows, (*addresses, top_k, sums.data_ptr(), num_rows))
         return sums
@@ -127,8 +149,8 @@ class KernelMover:
         """Run a kernel on so many rows of the source's and the target's width, its last argument."""
         if num_rows == 0:
             return
-        if source.stride(1) != 1 or target.stride(1) != 1:
-            raise ValueError("the numbers of a row must lie side by side")
+        if source.stride(1) != 1 or target.stride(1) != 1 or source.shape[1] != target.shape[1]:
+            raise ValueError("rows must be as wide on both sides, with their numbers side by side")
         width, chunk = source.shape[1], find_chunk(source, target)
         block = shape_block(width // chunk)
         kernel = self.find_kernel(name, source.dtype, target.dtype, chunk)
@@ -146,15 +168,15 @@ class KernelMover:
 def point_to(rows):
     """Point to a Rows -> its address and pitch, those of the numbers beside it, and the address of its order, or 0."""
     beside, order = rows.beside, rows.order
-    check(order, torch.int64)
-    check(beside, torch.float32)
+    require_dtype(order, torch.int64)
+    require_dtype(beside, torch.float32)
     if order is not None and not order.is_contiguous():
         raise ValueError("the places of an order must lie side by side")
     to_beside = (0, 0) if beside is None else (beside.data_ptr(), beside.stride(0))
     return rows.values.data_ptr(), rows.values.stride(0), *to_beside, 0 if order is None else order.data_ptr()
 
 
-def check(tensor, dtype):
+def require_dtype(tensor, dtype):
     """Raise ValueError for a tensor of another dtype, which a kernel would read as this one."""
     if tensor is not None and tensor.dtype != dtype:
         raise ValueError(f"{tensor.dtype} where kernels read {dtype}")

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from hpcmoe.comm.carrier import Leg
-from hpcmoe.comm.rows import Copies, Rows
+from hpcmoe.comm.rows import Copies, Rows, last_for_none
 from hpcmoe.comm.transport import HOMEWARD, Direction, Part
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan, tag_of, tag_of_counts
 from hpcmoe.dispatch.sizes import Flow, round_rows
 from hpcmoe.dispatch.traffic import no_traffic
-from hpcmoe.wait import poke_all
+from hpcmoe.wait import Patience, poke_all
 
 ALIGNMENT = 16  # bytes; GEMMs and copies read no row faster than those that begin there
 PAUSES = 16  # between two looks at everything
@@ -174,10 +174,18 @@ class DeviceExchange:
     def make_room(self, berth, num_rows):
         """Have room for as many rows of others; where a buffer must grow the host waits for the device."""
         if num_rows > len(berth.away):
-            self.device.settle()
-            self.carrier.poke()  # which holds the old buffer until it has seen that its legs are over
+            self.settle()
             berth.away = None  # so that its memory can be had again
             berth.away = self.device.make_buffer(round_rows(num_rows), self.sizes.row_bytes)
+
+    def settle(self):
+        """Wait until the device has done what it was given, while messages go on and faults are noticed."""
+        streams, patience = (self.device.compute, self.device.send, self.device.receive), Patience()
+        events = [stream.record_event() for stream in streams]
+        while not all(event.query() for event in events):
+            self.poke()
+            patience.pause()
+        self.carrier.poke()  # which holds a leg's buffers until it has seen that it is over
 
     def count(self, flight, direction):
         """Count what leaves for the experts."""
@@ -253,13 +261,10 @@ class DeviceExchange:
     def sum_home(self, flight, gates):
         """Sum the rows that came home by token, a copy's times its gate [T, K] -> fresh [T, H] float32."""
         berth = self.berths[flight.berth]
-        return self.device.mover.sum(berth.rows(berth.home), self.entries(flight.plan), gates)
+        return self.device.mover.sum(berth.rows(berth.home), flight.plan.row_of_entry, gates)
 
     def numbers_home(self, flight):
         """Collect the numbers that came home with the copies' results -> [T, K] float32, 0 where there is no copy."""
-        berth, rows = self.berths[flight.berth], self.entries(flight.plan)
-        return berth.numbers(berth.home).index_select(0, rows.flatten()).view(rows.shape)
-
-    def entries(self, plan):
-        """Find each copy's row at home [T, K]; of one that was dropped the last, which is zero."""
-        return torch.where(plan.row_of_entry < 0, self.sizes.home_rows - 1, plan.row_of_entry)
+        numbers = self.berths[flight.berth].numbers(self.berths[flight.berth].home)
+        rows = last_for_none(flight.plan.row_of_entry, numbers)
+        return numbers.index_select(0, rows.flatten()).view(rows.shape)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hpcmoe.clock import Clock
-from hpcmoe.comm.choose import Choice, choose, look, open_carrier, why_not_direct
+from hpcmoe.comm.choose import Choice, choose, describe_movers, look, open_carrier, why_not_direct
 from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.nccl import NcclCarrier, find_nccl, open_nccl
 from hpcmoe.dispatch.device_exchange import DeviceExchange, DeviceSizes
@@ -22,7 +22,9 @@ ALL_ROWS = 2**62  # of a GEMM: a GPU's are not cut
 
 
 def choose_carrier(config, world, device):
-    """Choose who carries rows between the ranks' devices, and say it once -> Choice. Collective over world.
+    """Choose who carries rows between the ranks' devices, and say it, and who moves them there, once -> Choice.
+
+    Collective over world.
 
     Raises ClusterError on all ranks when [comm] asks for what is not there.
     """
@@ -30,13 +32,11 @@ def choose_carrier(config, world, device):
     choice = on_root(world, lambda: choose(config.comm, sights, config.pipeline.schedule))
     if choice.kind == "nccl" and config.comm.transport == "auto":
         choice = try_nccl(config, world, device, choice, sights)
+    movers = describe_movers(world, device)
     if world.rank == 0:
         log.info("rows between devices: %s, for: %s", choice.kind, choice.reason)
-        for line in describe_shared(sights):
+        for line in [*(f"rows on a device: {mover}" for mover in movers), *describe_shared(sights)]:
             log.info("%s", line)
-    for name in sorted(set(gather_to_all(world, device.mover.name))):
-        if world.rank == 0:
-            log.info("rows on a device: moved by %s", name)
     return choice
 
 

@@ -28,14 +28,9 @@ class Memory:
     buffers: int  # for messages
     copies: int  # of the experts' matrices: cast in training, packed in inference
     activations: int  # kept for the backward pass by the micro-batches in flight
-    working: int = 0  # arrays that a GPU's experts make of a batch, which is there never cut
+    working: int = 0  # on a GPU, arrays that the experts make of a whole batch and do not keep
     moving: int = 0  # of experts that move: what has come and is not laid down yet, on the host
     snapshot: int = 0  # parameters and moments once more, on the host, from which a thread writes checkpoints
-
-    @property
-    def besides_experts(self):
-        """What a rank needs before it holds any expert."""
-        return self.total - self.per_expert * self.experts // self.one_expert
 
     @property
     def per_expert(self):
@@ -134,10 +129,20 @@ def reckon_activations(config, mesh, slots, sizes):
 
 
 def reckon_working(config, mesh, slots, sizes):
-    """Bytes of the arrays that experts on a GPU make of a batch besides what they keep: of rows, or on the way back."""
-    hidden, inner = config.model.hidden, count_inner(config, mesh)
-    width = 3 * (hidden + inner) if config.run.mode == "train" else 2 * hidden + inner
-    return count_rows(config.model, mesh, slots, sizes) * width * sizes.dtype.itemsize
+    """Bytes of the arrays that experts on a GPU make of a batch at most at one time, besides what they keep.
+
+    Forward: rows, what goes into the activation, results. Back: slopes by all these and what the activation gave; in
+    bfloat16 also a matrix's gradient, before it is added up in float32.
+    """
+    hidden, wire = config.model.hidden, sizes.dtype.itemsize
+    part = config.model.feed_forward // mesh.tensor_parallel
+    if config.run.mode != "train":
+        width, product = 2 * hidden + count_inner(config, mesh), 0
+    else:
+        gated = config.experts.kind == "swiglu"
+        width = max(hidden + 4 * part, 3 * hidden + 3 * part) if gated else 2 * hidden + 3 * part
+        product = hidden * part if wire < FLOAT32 else 0
+    return (count_rows(config.model, mesh, slots, sizes) * width + product) * wire
 
 
 def count_inner(config, mesh):

@@ -75,7 +75,12 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu):
     messages = {"messages": memory.buffers}
     process = {"process": process_bytes}
     on_host = {"experts that come": memory.moving, "copy for checkpoints": memory.snapshot}
-    rest = {"dense parts": memory.dense_with_state, "activations": memory.activations}
+    rest = {
+        "dense parts": memory.dense_with_state,
+        "matrices cast or packed": memory.copies,
+        "activations": memory.activations,
+        "experts at work": memory.working,
+    }
     if share_of_gpu is None:
         return Room(
             what="memory",
@@ -90,7 +95,7 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu):
         what="GPU memory",
         node_bytes=least * num_ranks,
         num_ranks=num_ranks,
-        besides=messages | rest | {"experts at work": memory.working, "libraries": GPU_LIBRARY_BYTES},
+        besides=messages | rest | {"libraries": GPU_LIBRARY_BYTES},
     )
 
 

@@ -131,8 +131,9 @@ def run_by(exchange, mover, move):
     """Make a call that moves rows by a mover."""
 
     def call():
-        exchange.device.mover = mover
+        before, exchange.device.mover = exchange.device.mover, mover
         move()
+        exchange.device.mover = before
 
     return call
 
@@ -146,7 +147,7 @@ def make_moves(exchange, flight):
     rows, _ = exchange.take(places)
     copies = rows.nbytes
     return {
-        "pack float32": (copies + x.nbytes, lambda: exchange.pack(flight, x, gates)),
+        "pack": (copies + x.nbytes, lambda: exchange.pack(flight, x, gates)),
         "take": (2 * copies, lambda: exchange.take(places)),
         "lay": (2 * copies, lambda: exchange.lay(rows, places)),
         "sum": (copies + x.nbytes, lambda: exchange.sum_home(flight, gates)),

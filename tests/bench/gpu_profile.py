@@ -8,8 +8,8 @@ from small import open_small_job
 
 from hpcmoe.run.data import draw_starts
 
-TRANSFERS = ("Memcpy HtoD", "Memcpy DtoH", "nccl")
-NEITHER = "Memcpy DtoD"  # what a rank sends to itself
+TRANSFERS = ("Memcpy HtoD", "Memcpy DtoH", "Memcpy PtoP", "nccl")
+NEITHER = "Memcpy DtoD"  # within a GPU: mostly what a rank sends to itself
 LAYERS = 2
 SHAPE = {
     "run__mode": "infer", "model__hidden": 2048, "model__feed_forward": 8192, "model__dtype": "bfloat16",

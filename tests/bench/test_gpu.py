@@ -18,7 +18,7 @@ def test_its_figures_are_rates_and_their_ratios():
     assert experts["rows"] == 20 and set(experts["flops"]) == {"ours", "dense", "grouped", "turns"}
     assert all(rate > 0 for rate in experts["flops"].values())
     kernels = gpu.time_kernels(PlainDevice(), 16, 50)
-    assert [kernel["kernel"] for kernel in kernels] == ["pack float32", "take", "lay", "sum"]
+    assert [kernel["kernel"] for kernel in kernels] == ["pack", "take", "lay", "sum"]
     assert {kernel["by"] for kernel in kernels} == {"torch"}  # on a GPU ours too
     assert all(kernel["bytes_per_second"] > 0 and kernel["ratio"] > 0 for kernel in kernels)
     profile = {"transfers": 0.002, "hidden": 0.75, "kernels": 9}

@@ -1,49 +1,12 @@
-"""Rows are moved and summed as their definitions say: by torch, by our kernels on a GPU, and by these on the host.
-
-For the host a C++ compiler takes the same source, and a loop the place of the threads.
-"""
-
-import ctypes
-import shutil
-import subprocess
+"""Rows are moved and summed as their definitions say: by torch, by our kernels on a GPU, and by these on the host."""
 
 import pytest
 import torch
-from lab.machines import skip
+from kernels import compiler_for_host
 
 from hpcmoe.comm.device import open_device
 from hpcmoe.comm.rows import Copies, KernelMover, Rows, TorchMover, find_chunk, open_mover, shape_block
 
-HOST = """
-#include <cassert>
-#include <cstring>
-#include <utility>
-#define __global__
-#define __device__
-struct Dim { unsigned x, y; };
-static Dim blockIdx, blockDim, threadIdx;
-static float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
-static unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
-#include "rows.cu"
-template <class... A, std::size_t... I>
-void call(void (*kernel)(A...), const int64 *arguments, std::index_sequence<I...>) { kernel((A)arguments[I]...); }
-template <class... A> void launch(void (*kernel)(A...), Dim grid, Dim block, const int64 *arguments, unsigned count)
-{
-    assert(count == sizeof...(A));
-    blockDim = block;
-    for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++)
-        for (threadIdx.y = 0; threadIdx.y < block.y; threadIdx.y++)
-            for (threadIdx.x = 0; threadIdx.x < block.x; threadIdx.x++)
-                call(kernel, arguments, std::index_sequence_for<A...>());
-}
-#define ON_HOST(kernel) \\
-    extern "C" void kernel##_on_host(unsigned grid, unsigned x, unsigned y, const int64 *arguments, unsigned count) \\
-    { launch(kernel, {grid, 1}, {x, y}, arguments, count); }
-ON_HOST(move_rows)
-ON_HOST(spread_rows)
-ON_HOST(sum_rows)
-"""
-FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fsanitize=alignment", "-fno-sanitize-recover", "-x", "c++")
 DTYPES = (torch.float32, torch.bfloat16)
 WIDTHS = (5, 8, 20, 4096)
 
@@ -51,24 +14,7 @@ WIDTHS = (5, 8, 20, 4096)
 @pytest.fixture(scope="module")
 def compile_on_host(tmp_path_factory):
     """Compile a kernel for the host as CuPy does for a GPU -> function(source, name, options)."""
-    if not shutil.which("g++"):
-        skip("needs g++")
-    folder = tmp_path_factory.mktemp("kernels")
-
-    def compile_kernel(source, name, options):
-        library = folder / f"rows{''.join(options)}.so"
-        if not library.exists():
-            (folder / "rows.cu").write_text(source)
-            command = ["g++", *FLAGS, *options, f"-I{folder}", "-", "-o", library]
-            subprocess.run(command, input=HOST, text=True, check=True)
-        run = getattr(ctypes.CDLL(library), f"{name}_on_host")
-
-        def launch(grid, block, arguments):
-            run(*grid, *block, (ctypes.c_int64 * len(arguments))(*arguments), len(arguments))
-
-        return launch
-
-    return compile_kernel
+    return compiler_for_host(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -164,7 +110,9 @@ def test_rows_are_weighed_and_summed(mover, dtype, width):
     mover, device = mover
     table, _ = make_table(300, width, dtype, device)
     table.values.copy_(draw(300, width, dtype=dtype))
+    table.values[-1] = 0  # which torch takes for none
     entries = torch.randint(300, (290, 3), generator=torch.Generator().manual_seed(1)).to(device)
+    entries[::7, 1] = -1
     weights = draw(290, 3, device=device).to(dtype).float()
     sums = mover.sum(table.values, entries, weights)
     terms = table.values[entries].double() * weights[:, :, None]
@@ -195,21 +143,6 @@ def test_rows_are_read_as_wide_as_they_are_aligned():
         assert find_chunk(memory, narrow) == find_chunk(narrow, memory) == chunk
 
 
-def test_what_is_prepared_is_all_that_an_exchange_needs(compile_on_host):
-    compiled = []
-    mover = KernelMover(lambda source, name, options: compiled.append(name) or compile_on_host(source, name, options))
-    table, _ = make_table(6, 24, torch.bfloat16, "cpu")
-    mover.prepare(table.values)
-    before = len(compiled)
-    copies = Copies(entries=torch.tensor([[0], [1], [2]]), order=torch.arange(3))
-    mover.spread(draw(3, 24), draw(3, 1), copies, table)
-    taken = Rows(values=table.values.new_empty(3, 24), beside=table.beside.new_empty(3))
-    mover.move(put_in(table, [1, 2, 3]), taken)
-    mover.move(taken, put_in(table, [1, 2, 3]))
-    mover.sum(table.values, torch.tensor([[1, 2]]), draw(1, 2))
-    assert sorted(compiled) == ["move_rows", "spread_rows", "sum_rows"] and before == 3
-
-
 def test_what_kernels_would_misread_is_refused(compile_on_host):
     mover, rows = KernelMover(compile_on_host), Rows(values=draw(4, 8), beside=draw(4))
     wrong = [
@@ -221,6 +154,10 @@ def test_what_kernels_would_misread_is_refused(compile_on_host):
     for source in wrong:
         with pytest.raises(ValueError, match="side by side|where kernels read"):
             mover.move(source, rows)
+    three = Rows(values=draw(3, 8), beside=None, order=torch.arange(3))
+    for source, target in ((three, put_in(rows, [0, 1])), (rows, three), (Rows(values=draw(4, 9), beside=None), rows)):
+        with pytest.raises(ValueError, match="as many rows|as wide on both sides"):
+            mover.move(source, target)
     with pytest.raises(ValueError, match="int32 where kernels read torch.int64"):
         mover.sum(rows.values, torch.zeros(2, 2, dtype=torch.int32), draw(2, 2))
 

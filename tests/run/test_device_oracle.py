@@ -1,5 +1,7 @@
 """The GPUs' way of the rows, whole, on a stand-in that watches its order: losses and gradients equal the oracle's."""
 
+import contextlib
+
 import numpy as np
 import oracle
 import pytest
@@ -9,6 +11,7 @@ from moves import MOVES, assert_near, run_steps
 from small import gather_logical, open_small_job
 from standin import Order, Stream, watch_job
 
+from hpcmoe.comm.reduce import HostReducer
 from hpcmoe.run.sums import GradientSums
 
 WAYS = {
@@ -190,3 +193,19 @@ def test_who_begins_before_the_rows_are_packed_is_caught(comm, shared, monkeypat
     wait = Stream.wait_event
     monkeypatch.setattr(Stream, "wait_event", lambda self, event: self.name == "compute" and wait(self, event))
     assert step(comm, shared, monkeypatch, way).races
+
+
+@pytest.mark.mpi
+def test_mpi_sums_in_the_hosts_memory_one_part_after_the_other(comm, shared, monkeypatch, others):
+    lend, lent = HostReducer.lend, []
+
+    @contextlib.contextmanager
+    def count(reducer, flat):
+        lent.append(1)
+        with lend(reducer, flat) as numbers:
+            yield numbers
+        lent.append(-1)
+
+    monkeypatch.setattr(HostReducer, "lend", count)
+    step(comm, shared, monkeypatch, "staged", **CASES["replicas"])
+    assert lent == [1, -1] * (len(lent) // 2) and len(lent) > 4

@@ -10,7 +10,7 @@ from small import make_config, make_topology
 from hpcmoe.errors import ClusterError, PlacementError
 from hpcmoe.run.room import GPU_LIBRARY_BYTES, check_room, describe_room, on_gpus, reckon_room, share_gpus
 
-MEMORY = SimpleNamespace(dense_with_state=40, activations=100, buffers=7, working=5, moving=0, snapshot=0)
+MEMORY = SimpleNamespace(dense_with_state=40, activations=100, buffers=7, working=5, copies=6, moving=0, snapshot=0)
 
 
 @pytest.mark.parametrize(
@@ -46,17 +46,18 @@ def test_experts_get_what_process_messages_and_dense_parts_leave():
     topology = dataclasses.replace(make_topology(3, 2), memory_bytes=np.array([1000, 100]))  # two ranks and one
     room = reckon_room(topology, MEMORY, 20, None)
     on_host = {"process": 20, "messages": 7, "experts that come": 0, "copy for checkpoints": 0}
-    assert room.besides == on_host | {"dense parts": 40, "activations": 100}
-    assert room.for_experts.tolist() == [1000 - 2 * 167, 0]  # and never below zero
+    rest = {"dense parts": 40, "matrices cast or packed": 6, "activations": 100, "experts at work": 5}
+    assert room.besides == on_host | rest
+    assert room.for_experts.tolist() == [1000 - 2 * 178, 0]  # and never below zero
 
 
 def test_on_gpus_only_what_lies_there_counts():
     topology = dataclasses.replace(make_topology(4, 2), memory_bytes=np.array([40, 40]))
     free, libraries = 10.0**10, GPU_LIBRARY_BYTES
     room = reckon_room(topology, MEMORY, 20, free + np.array([500, 400, 900, 900]))
-    besides = {"messages": 7, "dense parts": 40, "activations": 100, "experts at work": 5, "libraries": libraries}
-    assert room.what == "GPU memory" and room.besides == besides
-    left = free - libraries - 152
+    rest = {"dense parts": 40, "matrices cast or packed": 6, "activations": 100, "experts at work": 5}
+    assert room.what == "GPU memory" and room.besides == {"messages": 7} | rest | {"libraries": libraries}
+    left = free - libraries - 158
     assert room.for_experts.tolist() == [2 * (left + 400), 2 * (left + 900)]  # the node's tightest GPU
 
 
@@ -79,9 +80,10 @@ def test_ranks_of_one_gpu_share_what_is_free_of_it():
 def test_nodes_that_are_alike_share_a_line():
     topology = dataclasses.replace(make_topology(12, 6), memory_bytes=np.array([5000, 5000, 9000, 5000, 5000, 5000]))
     lines = describe_room(reckon_room(topology, MEMORY, 20, None), topology, 100, 2)
-    besides = "process 20 B + messages 7 B + dense parts 40 B + activations 100 B"
+    besides = "process 20 B + messages 7 B + dense parts 40 B + matrices cast or packed 6 B + activations 100 B"
+    besides += " + experts at work 5 B"
     assert lines == [
-        f"memory of nodes n0, n1, n3, n4 and 1 more, each: 5 kB - 2 ranks x ({besides}) = 4.67 kB for experts of 100 B,"
+        f"memory of nodes n0, n1, n3, n4 and 1 more, each: 5 kB - 2 ranks x ({besides}) = 4.64 kB for experts of 100 B,"
         " holds 23 a layer",
-        f"memory of node n2: 9 kB - 2 ranks x ({besides}) = 8.67 kB for experts of 100 B, holds 43 a layer",
+        f"memory of node n2: 9 kB - 2 ranks x ({besides}) = 8.64 kB for experts of 100 B, holds 43 a layer",
     ]
