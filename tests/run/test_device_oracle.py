@@ -207,5 +207,5 @@ def test_mpi_sums_in_the_hosts_memory_one_part_after_the_other(comm, shared, mon
         lent.append(-1)
 
     monkeypatch.setattr(HostReducer, "lend", count)
-    step(comm, shared, monkeypatch, "staged", **CASES["replicas"])
+    step(comm, shared, monkeypatch, "staged", train__bucket_bytes=200, **CASES["replicas"])
     assert lent == [1, -1] * (len(lent) // 2) and len(lent) > 4
