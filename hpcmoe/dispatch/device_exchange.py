@@ -265,6 +265,7 @@ class DeviceExchange:
 
     def numbers_home(self, flight):
         """Collect the numbers that came home with the copies' results -> [T, K] float32, 0 where there is no copy."""
-        numbers = self.berths[flight.berth].numbers(self.berths[flight.berth].home)
+        berth = self.berths[flight.berth]
+        numbers = berth.numbers(berth.home)
         rows = last_for_none(flight.plan.row_of_entry, numbers)
         return numbers.index_select(0, rows.flatten()).view(rows.shape)

@@ -24,9 +24,7 @@ ALL_ROWS = 2**62  # of a GEMM: a GPU's are not cut
 def choose_carrier(config, world, device):
     """Choose who carries rows between the ranks' devices, and say it, and who moves them there, once -> Choice.
 
-    Collective over world.
-
-    Raises ClusterError on all ranks when [comm] asks for what is not there.
+    Collective over world. Raises ClusterError on all ranks when [comm] asks for what is not there.
     """
     sights = gather_to_all(world, look(world, device))
     choice = on_root(world, lambda: choose(config.comm, sights, config.pipeline.schedule))

@@ -147,7 +147,7 @@ def reckon_working(config, mesh, slots, sizes):
 
 def count_inner(config, mesh):
     """Count the numbers that go into an expert's activation, of one row on one shard."""
-    matrices = {"gelu": 1, "relu": 1, "swiglu": 2}[config.experts.kind]
+    matrices = len(MATRICES[config.experts.kind]) - 1  # all but the one that leads down
     return matrices * config.model.feed_forward // mesh.tensor_parallel
 
 
