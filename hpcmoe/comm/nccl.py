@@ -5,6 +5,7 @@ on the way is asked for at every poke: NCCL itself only stops.
 """
 
 import contextlib
+import warnings
 
 from hpcmoe.cluster.topology import have_nccl_keep_order
 from hpcmoe.comm.carrier import copy_own
@@ -17,7 +18,8 @@ IN_ORDER_VERSION = 22600  # of NCCL: from 2.26 on it keeps the order of calls am
 def find_nccl():
     """Import NCCL as CuPy offers it -> (its module, None), or (None, why not)."""
     try:
-        from cupy.cuda import nccl
+        with warnings.catch_warnings(action="ignore"):  # CuPy's, of eight lines a rank, where there is no library
+            from cupy.cuda import nccl
     except (ImportError, OSError) as fault:
         return None, f"CuPy cannot be imported: {fault}"
     if not getattr(nccl, "available", False):
