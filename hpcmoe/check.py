@@ -54,8 +54,9 @@ def wants_help(words):
 
 def check(comm):
     """Look around, and try every way that rows can take. Collective over comm."""
-    from hpcmoe.comm.choose import ask_mpi, look  # imports torch
+    from hpcmoe.comm.choose import look  # imports torch
     from hpcmoe.comm.device import open_device
+    from hpcmoe.comm.pointers import ask_mpi
 
     topology = read_topology(comm, Cluster(measure_seconds=LINK_SECONDS))
     here = topology.ranks_of_node(topology.node_of_rank[comm.rank]).tolist()

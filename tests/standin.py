@@ -312,8 +312,8 @@ def watch_job(monkeypatch, gpu=None, nccl_comm=None):
     device = OrderedDevice(order, gpu)
 
     @contextlib.contextmanager
-    def open_watched(comm, row_bytes):
-        with open_mpi_transport(comm, row_bytes) as transport:
+    def open_watched(comm, row_bytes, begin_thread):
+        with open_mpi_transport(comm, row_bytes, begin_thread=begin_thread) as transport:
             yield WatchedTransport(transport, order)
 
     monkeypatch.setattr("hpcmoe.run.job.open_device", lambda kind, rank: device)

@@ -1,19 +1,16 @@
 """Who carries rows between the ranks' devices: NCCL, MPI on their pointers, or MPI by way of the host."""
 
 import contextlib
-import ctypes
-import os
-import pathlib
 from dataclasses import dataclass
 
 from hpcmoe.cluster.topology import NCCL_SHARES, may_share_gpus
 from hpcmoe.comm.carrier import DirectCarrier
 from hpcmoe.comm.nccl import NcclCarrier, find_nccl, open_nccl
+from hpcmoe.comm.pointers import ask_mpi
 from hpcmoe.comm.staging import StagedCarrier
 from hpcmoe.errors import ClusterError
 from hpcmoe.wait import gather_to_all
 
-MAPS = pathlib.Path("/proc/self/maps")
 MULTI_RANK_VERSION = 23000  # of NCCL, as it counts: 2.30 may run several ranks on one GPU
 
 
@@ -129,29 +126,3 @@ def why_not_direct(sights):
 def name_version(number):
     """Write NCCL's number of a version as people do: 23203 -> 2.32.3."""
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
-
-
-def ask_mpi(comm, maps=MAPS):
-    """Ask the MPI that is loaded whether it takes pointers of CUDA devices -> (bool, how it said so).
-
-    Open MPI and MPICH answer by a function of their own; MPI 4.1 lists the kinds of memory on a communicator.
-    """
-    for path in loaded_libraries(maps, "libmpi"):
-        function = getattr(ctypes.CDLL(path), "MPIX_Query_cuda_support", None)
-        if function is not None:
-            takes = bool(function())
-            return takes, f"MPI says {'yes' if takes else 'no'} to CUDA pointers (MPIX_Query_cuda_support)"
-    info = comm.Get_info()
-    kinds = info.Get("mpi_memory_alloc_kinds") or ""
-    info.Free()
-    takes = any(kind.split(":")[0] == "cuda" for kind in kinds.split(","))
-    told = f"it lists memory of the kinds {kinds}" if kinds else "it tells nothing of CUDA"
-    return takes, f"MPI says {'yes' if takes else 'no'} to CUDA pointers ({told})"
-
-
-def loaded_libraries(maps, name):
-    """List the shared libraries of this process whose file is called so -> paths."""
-    if not maps.is_file():
-        return []
-    paths = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
-    return sorted(path for path in paths if os.path.basename(path).startswith(f"{name}."))

@@ -40,13 +40,17 @@ class CudaDevice:
     def __init__(self, index):
         cupy = import_cupy()
         torch.cuda.set_device(index)
-        cupy.cuda.Device(index).use()
         self.cupy, self.torch_device = cupy, torch.device("cuda", index)
+        self.enter_thread()
         self.pool = cupy.cuda.MemoryPool()  # of message buffers alone: torch's pool never holds them
         self.compute = torch.cuda.default_stream()
         self.send, self.receive = torch.cuda.Stream(), torch.cuda.Stream()
         cupy.cuda.Stream.null.use()  # kernels of our own go to the compute stream, which is this one
         self.mover = open_mover(functools.partial(compile_kernel, cupy))
+
+    def enter_thread(self):
+        """Make this GPU the calling thread's own: MPI, where it progresses messages on a GPU, looks for it there."""
+        self.cupy.cuda.Device(self.torch_device.index).use()
 
     def use(self, stream):
         """Have torch work on a stream within the with-block."""

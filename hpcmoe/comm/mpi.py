@@ -10,17 +10,18 @@ from hpcmoe.wait import barrier, wait_all
 
 
 @contextlib.contextmanager
-def open_mpi_transport(comm, row_bytes, hesitate=None):
+def open_mpi_transport(comm, row_bytes, hesitate=None, begin_thread=lambda: None):
     """Make the transport of a group, freed at the end. Collective over comm.
 
-    hesitate, for tests: a call before each poke; while it returns true, nothing progresses.
+    hesitate, for tests: a call before each poke; while it returns true, nothing progresses. begin_thread: what the
+    thread that progresses messages beside this one calls first.
     """
     barrier(comm)
     own = comm.Dup()  # nobody else's messages are in it
     row_type = MPI.BYTE.Create_contiguous(row_bytes).Commit()
     transport = MpiTransport(own, row_type, hesitate)
     try:
-        with open_progress_thread(transport):
+        with open_progress_thread(transport, begin_thread):
             yield transport
     finally:
         row_type.Free()

@@ -20,6 +20,9 @@ class PlainDevice:
     def __init__(self):
         self.compute, self.send, self.receive = HostStream(), HostStream(), HostStream()
 
+    def enter_thread(self):
+        """Need nothing: the host's memory is every thread's."""
+
     def use(self, stream):
         """Have torch work on a stream within the with-block."""
         return contextlib.nullcontext(stream)

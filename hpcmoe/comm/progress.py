@@ -14,10 +14,10 @@ SHORTEST_SECONDS, LONGEST_SECONDS = 1e-3, 8e-3  # between two looks
 
 
 @contextlib.contextmanager
-def open_progress_thread(transport):
+def open_progress_thread(transport, begin):
     """Keep a transport's messages going within the with-block, whenever nobody pokes it.
 
-    Without MPI's leave to call it from several threads there is no thread.
+    begin() is the thread's first call. Without MPI's leave to call it from several threads there is no thread.
     """
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         yield
@@ -26,6 +26,7 @@ def open_progress_thread(transport):
 
     def work():
         """Ask for some message: what MPI does on the way is the point."""
+        begin()
         pause, seen = SHORTEST_SECONDS, 0
         while not over.wait(pause):
             pokes = transport.num_pokes

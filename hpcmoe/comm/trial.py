@@ -22,7 +22,7 @@ def try_carrier(kind, comm, device):
     Raises ClusterError on all ranks when rows come late or wrong.
     """
     with (
-        open_mpi_transport(comm, ROW_BYTES) as transport,
+        open_mpi_transport(comm, ROW_BYTES, begin_thread=device.enter_thread) as transport,
         open_carrier(kind, comm, device, ROW_BYTES, transport) as carrier,
     ):
         send = device.make_buffer(comm.size * ROWS, ROW_BYTES)

@@ -82,7 +82,7 @@ def open_device_exchange(mesh, device, sizes, routes, kind, trains):
     Collective over mesh.world, both ends.
     """
     with (
-        open_mpi_transport(mesh.group, sizes.row_bytes) as transport,
+        open_mpi_transport(mesh.group, sizes.row_bytes, begin_thread=device.enter_thread) as transport,
         open_carrier_and_sums(mesh, device, sizes, kind, transport, trains) as (carrier, sum_groups),
     ):
         yield DeviceExchange(carrier, transport, device, Clock(), (sizes, routes), sum_groups)

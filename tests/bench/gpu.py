@@ -108,7 +108,7 @@ def time_kernels(device, hidden, tokens):
     )  # fmt: skip
     comm, random = MPI.COMM_SELF, np.random.default_rng(0)
     routes = make_routes((0,), 0, 16, np.zeros((1, 1), bool))
-    with open_mpi_transport(comm, sizes.row_bytes) as transport:
+    with open_mpi_transport(comm, sizes.row_bytes, begin_thread=device.enter_thread) as transport:
         exchange = DeviceExchange(DirectCarrier(transport, device), transport, device, Clock(), (sizes, routes))
         slots = np.argsort(random.random((tokens, 16)), axis=1)[:, :TOP_K]
         plan = exchange.make_plan(slots, np.ones(slots.shape, bool))

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from mpi4py import MPI
 
-from hpcmoe.comm.choose import Sight, ask_mpi, choose, loaded_libraries, look, name_version, open_carrier
+from hpcmoe.comm.choose import Sight, choose, look, name_version, open_carrier
 from hpcmoe.comm.plain import PlainDevice
 from hpcmoe.config import Comm
 from hpcmoe.errors import ClusterError
@@ -64,16 +64,6 @@ def test_nccl_wants_the_same_order_on_all_ranks():
     assert choose(Comm(), having("a", "b"), "arrival").kind == "direct"
     with pytest.raises(ClusterError, match="arrival"):
         choose(Comm(transport="nccl"), having("a", "b"), "arrival")
-
-
-def test_this_mpi_answers_by_its_function_or_by_the_standards_list(tmp_path):
-    takes, how = ask_mpi(MPI.COMM_SELF)
-    assert not takes and "no to CUDA pointers" in how  # no wheel of PyPI's takes any
-    empty = tmp_path / "maps"
-    empty.write_text("7f00-7f01 r-xp 00000000 fe:00 12 /usr/lib/libmpich_else.so.12\n7f02-7f03 rw-p 0 00:00 0 [heap]\n")
-    assert loaded_libraries(empty, "libmpi") == []
-    takes, how = ask_mpi(MPI.COMM_SELF, empty)
-    assert not takes and ("memory of the kinds" in how or "tells nothing" in how)
 
 
 def test_a_rank_without_a_gpu_sees_no_nccl():

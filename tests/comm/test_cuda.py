@@ -1,5 +1,7 @@
 """On a GPU: CuPy's memory is torch's, streams are in order by events, bfloat16 goes as bytes, rows come whole."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -63,3 +65,17 @@ def test_what_is_fetched_is_there_with_its_event(device):
     fetched, event = device.fetch(counts * 3)
     event.synchronize()
     assert fetched.device.type == "cpu" and fetched.tolist() == [0, 3, 6, 9, 12, 15, 18]
+
+
+def test_a_thread_has_the_gpu_once_it_has_entered(device):
+    found = []
+
+    def look():
+        found.append(device.cupy.cuda.driver.ctxGetCurrent())
+        device.enter_thread()
+        found.append(device.cupy.cuda.driver.ctxGetCurrent())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [0, device.cupy.cuda.driver.ctxGetCurrent()] and found[1]

@@ -1,6 +1,7 @@
 """Rows and words reach the peer and the tag they are for, however late anyone is; sums over the ranks."""
 
 import random
+import threading
 import time
 
 import numpy as np
@@ -125,6 +126,18 @@ def test_a_transport_frees_its_row_type(comm):
     with open_mpi_transport(comm, ROW_BYTES) as transport:
         assert isinstance(transport, MpiTransport) and transport.row_type
     assert not transport.row_type
+
+
+@pytest.mark.mpi
+def test_a_thread_that_progresses_messages_begins_as_it_is_told(comm):
+    begun = []
+    with open_mpi_transport(
+        comm, ROW_BYTES, begin_thread=lambda: begun.append(threading.current_thread())
+    ) as transport:
+        tickets, check = exchange_rows(transport, [5], [4000])
+        wait_for(transport, *tickets)
+        check()
+    assert len(begun) == 1 and begun[0] is not threading.current_thread() and not begun[0].is_alive()
 
 
 @pytest.mark.mpi
