@@ -75,6 +75,11 @@ class CudaDevice:
         arriving.copy_(tensor, non_blocking=True)
         return arriving, self.compute.record_event()
 
+    def bring(self, array):
+        """Copy a NumPy array to the GPU on the compute stream -> tensor; the host does not wait."""
+        pinned = torch.from_numpy(array).pin_memory()  # of other memory CUDA waits for the stream, from 64 KB on
+        return pinned.to(self.torch_device, non_blocking=True)
+
     def settle(self):
         """Wait until all streams have done their work."""
         torch.cuda.synchronize()

@@ -40,6 +40,10 @@ class PlainDevice:
         """Begin to copy a tensor to the host on the compute stream -> (host tensor, event of its arrival)."""
         return tensor.clone(), self.compute.record_event()
 
+    def bring(self, array):
+        """Copy a NumPy array to the device on the compute stream -> tensor."""
+        return torch.from_numpy(array.copy())
+
     def settle(self):
         """Wait until all streams have done their work."""
 

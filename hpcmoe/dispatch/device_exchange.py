@@ -208,7 +208,7 @@ class DeviceExchange:
     def batches(self, flight):
         """Yield None until the rows for this rank's experts are on their way in order, then all of them as a batch."""
         yield from self.until_landed(flight)
-        yield DeviceBatch(flight.plan.counts.coming, self.device.torch_device)
+        yield DeviceBatch(flight.plan.counts.coming, self.device)
 
     def batches_again(self, flight, batches):
         """Yield None until the rows are here again, then the number of the one batch."""

@@ -65,15 +65,15 @@ class Counts:
 class DeviceBatch:
     """All rows of an exchange on which the local experts work, grouped by slot and within it by rank."""
 
-    def __init__(self, coming, torch_device):
+    def __init__(self, coming, device):
         """coming [P, s]: rows from each rank for each slot, which lie by rank and within it by slot."""
         self.rows_of_slot = coming.sum(axis=0)  # [s]
         first = edges_of(coming.ravel())[:-1].reshape(coming.shape)
         lengths = coming.T.ravel()
         shifts = np.stack([first.T.ravel() - edges_of(lengths)[:-1], lengths])
-        shift, length = torch.from_numpy(shifts).to(torch_device, non_blocking=True)
+        shift, length = device.bring(shifts)
         num_rows = int(lengths.sum())
-        place = torch.arange(num_rows, device=torch_device)
+        place = torch.arange(num_rows, device=device.torch_device)
         self.order = place + shift.repeat_interleave(length, output_size=num_rows)  # [R] where each row lies
 
     def portions(self, about_rows, apart=False):

@@ -140,10 +140,10 @@ def run_by(exchange, mover, move):
 
 def make_moves(exchange, flight):
     """Make all moves of an exchange's rows -> dict name: (bytes, call); a token is read once for all its copies."""
-    sizes, torch_device, plan = exchange.sizes, exchange.device.torch_device, flight.plan
-    x = torch.randn(sizes.tokens, sizes.hidden, device=torch_device)
-    gates = torch.full((sizes.tokens, sizes.top_k), 0.5, device=torch_device)
-    places = exchange.rows_of(flight, DeviceBatch(plan.counts.coming, torch_device))
+    sizes, device, plan = exchange.sizes, exchange.device, flight.plan
+    x = torch.randn(sizes.tokens, sizes.hidden, device=device.torch_device)
+    gates = torch.full((sizes.tokens, sizes.top_k), 0.5, device=device.torch_device)
+    places = exchange.rows_of(flight, DeviceBatch(plan.counts.coming, device))
     rows, _ = exchange.take(places)
     copies = rows.nbytes
     return {

@@ -5,9 +5,9 @@ import time
 
 import numpy as np
 
-from hpcmoe.wait import broadcast, gather_to_all, wait_all
+from hpcmoe.wait import broadcast, gather_to_all
 
-IDLE_SECONDS = 5e-3  # how often a rank that has no part in a call asks whether it is over
+AT_EASE_SECONDS = 2e-3  # between two looks whether others are done: those who wait must not slow those who work
 
 
 def take_turns(comm, calls, budget_seconds, before=lambda: None, least=3, most=200):
@@ -22,19 +22,19 @@ def take_turns(comm, calls, budget_seconds, before=lambda: None, least=3, most=2
     while broadcast(comm, rounds <= least or (rounds <= most and time.perf_counter() < deadline)):
         for name in list(calls)[:: -1 if rounds % 2 else 1]:
             before()
-            align(comm, idle=calls[name] is None)
+            align(comm)
             stamps[name].append(clock(calls[name]))
+        align(comm)  # here, and not in the broadcast, the others wait for the last call
         rounds += 1
         deadline = deadline or time.perf_counter() + budget_seconds
     return {name: spans(gather_to_all(comm, taken[1:])) for name, taken in stamps.items()}
 
 
-def align(comm, idle=False):
-    """Let all ranks start together: polite while one is late, tight at the end. Collective over comm."""
+def align(comm):
+    """Let all ranks start together: at ease while one is at work, tight at the end. Collective over comm."""
     request = comm.Ibarrier()
-    while idle and not request.Test():
-        time.sleep(IDLE_SECONDS)
-    wait_all([request])
+    while not request.Test():
+        time.sleep(AT_EASE_SECONDS)
     comm.Barrier()
 
 

@@ -47,8 +47,8 @@ def test_copies_lie_by_slot_and_dropped_ones_nowhere(num_tokens):
 
 def test_a_batch_is_grouped_by_slot_and_within_it_by_rank():
     coming = np.array([[2, 0, 1], [0, 0, 3], [1, 0, 2]])  # 3 ranks, 3 slots
-    batch = DeviceBatch(coming, torch.device("cpu"))
+    batch = DeviceBatch(coming, PlainDevice())
     label = np.repeat(np.arange(9), coming.ravel())  # rank * 3 + slot of each row, as they lie
     assert [divmod(int(own), 3)[::-1] for own in label[batch.order]] == sorted(divmod(int(n), 3)[::-1] for n in label)
     assert list(batch.portions(1)) == [(slice(0, 9), [(0, 3), (2, 6)])]
-    assert list(DeviceBatch(np.zeros((2, 2), int), torch.device("cpu")).portions(1)) == []
+    assert list(DeviceBatch(np.zeros((2, 2), int), PlainDevice()).portions(1)) == []
