@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import sys
+import time
 import traceback
 
 from hpcmoe.wait import barrier, broadcast, gather_to_all
@@ -11,6 +12,7 @@ EXIT_USER = 2  # bad input, or a machine that does not fit: the user can mend it
 EXIT_INTERRUPTED = 130  # as shells have it
 EXIT_BUG = 1  # anything else, shown with its traceback
 FAREWELL_SECONDS = 5.0  # how long a failing rank waits for the others before it aborts them
+HAND_ON_SECONDS = 0.2  # for mpirun to hand on what was said: what it has not read when a rank aborts is lost
 REPEAT_SECONDS = 0.5  # between two KeyboardInterrupts
 
 
@@ -92,13 +94,20 @@ def exit_with(comm, fault, host):
     if isinstance(fault, KeyboardInterrupt):
         if comm.rank == 0:
             say(["hpcmoe: interrupted"])
-        comm.Abort(EXIT_INTERRUPTED)
+        abort(comm, EXIT_INTERRUPTED)
 
     # Only this rank knows: say who it is on each line, then take the others down.
     expected = isinstance(fault, HpcmoeError)
     lines = str(fault).splitlines() if expected else traceback_lines(fault)
     say(f"[rank {comm.rank} of {comm.size}, {host}] {line}" for line in lines)
-    comm.Abort(EXIT_USER if expected else EXIT_BUG)
+    abort(comm, EXIT_USER if expected else EXIT_BUG)
+
+
+def abort(comm, status):
+    """Take all ranks down, once what was said has had time to come out."""
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(HAND_ON_SECONDS)
+    comm.Abort(status)
 
 
 @contextlib.contextmanager

@@ -127,6 +127,7 @@ class Ranks:
 
     def agree(self, report):
         """Make this rank's report as bad as the worst. Collective; aborts all when a failure cannot be shared."""
+        from hpcmoe.errors import abort
         from hpcmoe.wait import wait_all
 
         # Speak before waiting: the others may be in a collective call that this rank never joins.
@@ -140,7 +141,7 @@ class Ranks:
         gathered = self.comm.Iallgather(bytes([own]), outcomes)
         if not wait_all([gathered], FAREWELL_SECONDS if report.failed else None):
             self.say(*(account if self.comm.rank == 0 else ()), "the other ranks do not follow: all are aborted")
-            self.comm.Abort(1)
+            abort(self.comm, 1)
 
         worst = max(outcomes)
         if worst > own:

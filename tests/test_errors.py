@@ -1,11 +1,22 @@
 """Ranks fail together where all can know why, and alone, loudly and at once, where only one knows."""
 
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 from launch import mpirun
 
-from hpcmoe.errors import CheckpointError, ClusterError, ConfigError, attempt, keep_on_root, on_all, on_root
+from hpcmoe.errors import (
+    HAND_ON_SECONDS,
+    CheckpointError,
+    ClusterError,
+    ConfigError,
+    attempt,
+    exit_with,
+    keep_on_root,
+    on_all,
+    on_root,
+)
 
 PROGRAM = """
 import time
@@ -128,3 +139,20 @@ def test_a_bug_shows_its_traceback_with_its_rank_on_each_line():
     assert said[0].endswith("Traceback (most recent call last):"), ended
     assert said[-1].endswith("IndexError: list index out of range"), ended
     assert len(said) > 3 and "Traceback" not in "".join(set(ended.lines("")) - set(said)), ended
+
+
+@pytest.mark.parametrize(
+    "fault, status", [(ConfigError("bad"), 2), (ZeroDivisionError(), 1), (KeyboardInterrupt(), 130)]
+)
+def test_what_was_said_has_time_to_come_out_before_all_are_aborted(monkeypatch, capsys, fault, status):
+    """Of 150 runs whose ranks aborted at once, two lost every line."""
+    heard = []
+
+    def end(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr("hpcmoe.errors.time.sleep", lambda seconds: heard.append((seconds, capsys.readouterr().err)))
+    with pytest.raises(SystemExit) as ended:
+        exit_with(SimpleNamespace(rank=0, size=2, Abort=end), fault, "node07")
+    (seconds, said), *rest = heard
+    assert seconds == HAND_ON_SECONDS and said.endswith("\n") and not rest and ended.value.code == status

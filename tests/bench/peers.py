@@ -18,6 +18,7 @@ from bench.shapes import DECODE, NARROW, WIDE, read_shapes, write_shapes
 from tabulate import tabulate
 from torch.nn import functional
 
+from hpcmoe.gemm import WideGemm, choose_gemm
 from hpcmoe.wait import broadcast, gather_to_all
 
 BUDGET_SECONDS = 8.0  # a peer and case
@@ -36,11 +37,19 @@ PACKAGES = ("torch", "transformers", "deepspeed", "megatron-core")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
 
 
-def measure(folder, shapes=SHAPES, budget_seconds=BUDGET_SECONDS):
+def measure(folder, shapes=None, budget_seconds=BUDGET_SECONDS):
     """Run the shapes, all of one number of ranks a side -> figures."""
+    shapes = shapes or choose_shapes(choose_gemm("cpu", torch.bfloat16))
     (num_ranks,) = {shape.ranks for shape in shapes}
     cases = ranks.run_ranks(len(SIDES) * num_ranks, "peers", folder, write_shapes(shapes), budget_seconds)
     return {"versions": read_versions(), "cases": cases}
+
+
+def choose_shapes(gemm):
+    """Choose the shapes by who multiplies in bfloat16: torch.mm, where it emulates it, takes the peers minutes."""
+    if isinstance(gemm, WideGemm):
+        return list(dict.fromkeys(shape.but(dtype="float32") for shape in SHAPES))
+    return SHAPES
 
 
 def read_versions():

@@ -11,6 +11,8 @@ from bench.floor import BACK, FORWARD, GRADIENT, BareExpert, RawExchange, choose
 from bench.shapes import NARROW, Shape, read_shapes, write_shapes
 from mpi4py import MPI
 
+from hpcmoe.gemm import TorchGemm, WideGemm
+
 SMALL = Shape(name="small", ranks=2, tokens=32, feed_forward=32, hidden=64, experts=4)
 
 
@@ -172,6 +174,12 @@ def test_a_small_layer_runs_against_its_floor(tmp_path):
 def test_a_small_exchange_runs_against_mpi(tmp_path):
     figures = exchange.measure(tmp_path, exchange.SHAPES[:1], 0.0)
     assert "2 ranks, 64 KB a pair" in exchange.make_table(figures)
+
+
+def test_peers_are_measured_in_the_precisions_that_the_processor_has():
+    assert peers.choose_shapes(TorchGemm()) == peers.SHAPES
+    names = [str(shape) for shape in peers.choose_shapes(WideGemm(TorchGemm()))]
+    assert names == ["W1 f32", "W0 f32", "decode f32", "W1 f32 training"]
 
 
 def test_all_to_all_single_gives_what_we_give(tmp_path):
