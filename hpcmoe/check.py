@@ -63,7 +63,7 @@ def check(comm):
     device = on_all(comm, lambda: open_device("auto", here.index(comm.rank)))
     finds = gather_to_all(comm, find())
     if comm.rank == 0:
-        show(describe_machine(topology) + describe_software(ask_mpi(comm)[1]) + describe_gpus(finds))
+        show(describe_machine(topology) + describe_software(ask_mpi(comm)[-1]) + describe_gpus(finds))
     names = gather_to_all(comm, device.name)
     if len(set(names)) > 1:
         raise_mixed(comm, names)
@@ -171,7 +171,7 @@ def try_all(comm, device, sights):
     movers = describe_movers(comm, device)
     if comm.rank == 0:
         show([("rows", line) for line in movers])
-    why_not = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights), "staged": ""}
+    why_not = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights, asked=True), "staged": ""}
     for kind, reason in why_not.items():
         outcome = f"not tried: {reason}" if reason else attempt_carrier(try_carrier, kind, comm, device)
         if comm.rank == 0:

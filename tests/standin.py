@@ -9,6 +9,7 @@ host must ask for each several times. So must what MPI has in hand be left alone
 import contextlib
 import ctypes
 import functools
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,7 @@ class Order:
         self.memory = {}  # address: (bytes, what keeps it there)
         self.accesses, self.in_flight = [], []
         self.num_checked, self.races = 0, []
+        self.entered = []  # the threads that have made the device theirs
 
     def know(self, actor, clock):
         """Let an actor know what a clock tells."""
@@ -126,6 +128,10 @@ class OrderedDevice(PlainDevice):
     def __init__(self, order, gpu=None):
         self.order, self.gpu = order, gpu
         self.compute, self.send, self.receive = (Stream(order, name) for name in ("compute", "send", "receive"))
+
+    def enter_thread(self):
+        """Remember the thread."""
+        self.order.entered.append(threading.current_thread())
 
     @contextlib.contextmanager
     def use(self, stream):

@@ -20,10 +20,6 @@ log = logging.getLogger(__name__)
 MOST_NAMED = 5  # slow links in one line
 NCCL_SHARES = "NCCL_MULTI_RANK_GPU_ENABLE"  # 1: NCCL 2.30 and later may run several ranks on one GPU
 NCCL_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"  # 1: several communicators may be busy at once, in the order of the calls
-BY_UCX = {  # what has an MPI leave all messages to UCX, within a node too
-    "Open MPI": ("OMPI_MCA_pml", "ucx"),
-    "MPICH": ("MPIR_CVAR_NOLOCAL", "1"),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,17 +221,9 @@ def have_nccl_keep_order():
     os.environ.setdefault(NCCL_ORDER, "1")
 
 
-def why_not_all_by_ucx():
-    """Find what keeps UCX from carrying all messages, a GPU's too -> a few words, "" where nothing does."""
-    name, transports = MPI.get_vendor()[0], os.environ.get("UCX_TLS", "all")
-    if name not in BY_UCX:
-        return f"{name} may not leave all messages to it"
-    key, value = BY_UCX[name]
-    if os.environ.get(key) != value:
-        return f"it carries all messages only with {key}={value}"
-    if "all" not in transports.split(",") and transports.startswith("^") == ("cuda" in transports):
-        return f"UCX_TLS={transports} keeps it from them"
-    return ""
+def read_setting(name):
+    """Read what a user, a module or a launcher has set for MPI, or for what is below it -> text, "" where nothing."""
+    return os.environ.get(name, "")
 
 
 def find_racks(seats_of_node, names, cluster):

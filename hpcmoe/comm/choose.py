@@ -23,7 +23,8 @@ class Sight:
     no_nccl: str  # why there is none
     shares: bool  # NCCL may run several ranks on one GPU
     takes_pointers: bool  # MPI, of devices
-    answer: str  # how MPI said so
+    ucx_takes: bool  # or what is below MPI, which knows nothing of it
+    answer: str  # how they said so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ def choose(comm_config, sights, schedule):
     Raises ClusterError when the config asks for what is not there.
     """
     transport, buffers = comm_config.transport, comm_config.buffers
-    no_nccl, no_direct = why_not_nccl(sights, schedule), why_not_direct(sights)
+    no_nccl, no_direct = why_not_nccl(sights, schedule), why_not_direct(sights, buffers == "direct")
     if transport == "nccl" and no_nccl:
         raise ClusterError(f'[comm] transport = "nccl": {no_nccl}; use "mpi", or "auto" to take what there is')
     if transport == "nccl" or (transport == "auto" and not no_nccl):
@@ -61,13 +62,14 @@ def look(comm, device):
     """See which ways this rank's rows could take -> Sight."""
     memory = device.read_memory()
     nccl, no_nccl = find_nccl() if memory else (None, "no GPU")
-    takes, answer = ask_mpi(comm)
+    takes, ucx_takes, answer = ask_mpi(comm)
     return Sight(
         gpu=memory and memory[0],
         nccl=nccl and nccl.get_version(),
         no_nccl=no_nccl or "",
         shares=may_share_gpus(),
         takes_pointers=takes,
+        ucx_takes=ucx_takes,
         answer=answer,
     )
 
@@ -115,10 +117,14 @@ def why_not_nccl(sights, schedule):
     return ""
 
 
-def why_not_direct(sights):
-    """Find what keeps MPI from taking the ranks' buffers as they are -> a few words, "" where nothing does."""
+def why_not_direct(sights, asked):
+    """Find what keeps MPI from taking the ranks' buffers as they are -> a few words, "" where nothing does.
+
+    asked: whether the user has asked for it. Where UCX takes what MPI says it does not, nobody else may choose it.
+    """
     for rank, sight in enumerate(sights):
-        if sight.gpu is not None and not sight.takes_pointers:
+        takes = sight.takes_pointers or (asked and sight.ucx_takes)
+        if sight.gpu is not None and not takes:
             return f"rank {rank}: {sight.answer}"
     return ""
 

@@ -77,7 +77,7 @@ class CudaDevice:
 
     def bring(self, array):
         """Copy a NumPy array to the GPU on the compute stream -> tensor; the host does not wait."""
-        pinned = torch.from_numpy(array).pin_memory()  # of other memory CUDA waits for the stream, from 64 KB on
+        pinned = torch.from_numpy(array).pin_memory()  # for other memory CUDA may wait for the stream, from 64 KB on
         return pinned.to(self.torch_device, non_blocking=True)
 
     def settle(self):

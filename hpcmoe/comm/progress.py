@@ -5,6 +5,7 @@ GEMM lets the interpreter go, and then this thread does it. While the transport 
 sixteen such threads on two cores took half of their time.
 """
 
+import concurrent.futures
 import contextlib
 import threading
 
@@ -17,16 +18,21 @@ SHORTEST_SECONDS, LONGEST_SECONDS = 1e-3, 8e-3  # between two looks
 def open_progress_thread(transport, begin):
     """Keep a transport's messages going within the with-block, whenever nobody pokes it.
 
-    begin() is the thread's first call. Without MPI's leave to call it from several threads there is no thread.
+    begin() is the thread's first call; what it raises is raised here. Without MPI's leave to call it from several
+    threads there is no thread.
     """
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         yield
         return
-    over, last_tag = threading.Event(), MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+    over, begun, last_tag = threading.Event(), concurrent.futures.Future(), MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
 
     def work():
         """Ask for some message: what MPI does on the way is the point."""
-        begin()
+        try:
+            begun.set_result(begin())
+        except Exception as fault:
+            begun.set_exception(fault)
+            return
         pause, seen = SHORTEST_SECONDS, 0
         while not over.wait(pause):
             pokes = transport.num_pokes
@@ -39,6 +45,7 @@ def open_progress_thread(transport, begin):
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
+    begun.result()
     try:
         yield
     finally:

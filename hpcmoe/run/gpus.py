@@ -44,7 +44,8 @@ def try_nccl(config, world, device, choice, sights):
         with open_nccl(world, {"world": world}, device, find_nccl()[0]):
             return choice
     except ClusterError as fault:
-        kind = "staged" if config.comm.buffers == "staged" or why_not_direct(sights) else "direct"
+        buffers = config.comm.buffers
+        kind = "staged" if buffers == "staged" or why_not_direct(sights, buffers == "direct") else "direct"
         return Choice(kind=kind, reason=str(fault))
 
 

@@ -158,7 +158,7 @@ def work(comm, folder):
     """Measure each way between these ranks, and profile a step by the best -> figures. Collective over comm."""
     device = open_device("cuda", comm.rank)
     sights = gather_to_all(comm, look(comm, device))
-    missing = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights), "staged": ""}
+    missing = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights, asked=True), "staged": ""}
     rates = {kind: why or min(gather_to_all(comm, try_carrier(kind, comm, device))) for kind, why in missing.items()}
     return {"ranks": comm.size, "gpus": count_gpus(), "ways": rates, "profile": profile_step(comm, folder)}
 

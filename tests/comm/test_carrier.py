@@ -1,9 +1,11 @@
 """Carriers take every row where it belongs, in pieces or whole, and say who is with whom when NCCL fails."""
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 from standin import ASKED_BEFORE, Order, OrderedDevice, StandInNccl, Watching
 
 from hpcmoe.comm.carrier import DirectCarrier, Leg
@@ -177,7 +179,10 @@ def test_ranks_that_cannot_join_are_told_on_all(comm):
 @pytest.mark.mpi
 @pytest.mark.parametrize("kind", ["direct", "staged"])
 def test_a_trial_tells_the_rate_and_finds_what_came_wrong(comm, monkeypatch, kind):
-    assert try_carrier(kind, comm, PlainDevice()) > 0
+    device, entered = PlainDevice(), []
+    monkeypatch.setattr(device, "enter_thread", lambda: entered.append(threading.current_thread()))
+    assert try_carrier(kind, comm, device) > 0
+    assert threading.current_thread() not in entered and len(entered) == (MPI.Query_thread() == MPI.THREAD_MULTIPLE)
     monkeypatch.setattr(DirectCarrier, "start", lambda self, leg, ready, after: start_wrong(self, leg, ready, after))
     if kind == "direct":
         with pytest.raises(ClusterError, match=r"rows of ranks 0.* came wrong"):

@@ -11,7 +11,7 @@ from hpcmoe.config import Comm
 from hpcmoe.errors import ClusterError
 
 NO, YES = "MPI says no", "MPI says yes"
-FULL = Sight(gpu="a", nccl=23203, no_nccl="", shares=False, takes_pointers=True, answer=YES)
+FULL = Sight(gpu="a", nccl=23203, no_nccl="", shares=False, takes_pointers=True, ucx_takes=False, answer=YES)
 OTHER = dataclasses.replace(FULL, gpu="b")
 
 
@@ -21,6 +21,7 @@ def having(*gpus, **changes):
 
 
 POOR = {"takes_pointers": False, "answer": NO}
+BY_UCX = POOR | {"ucx_takes": True}
 CHOICES = {
     "all there is": ({}, having("a", "b"), "nccl", "NCCL 2.32.3"),
     "no NCCL": ({}, having("a", "b", nccl=None, no_nccl="libnccl"), "direct", "no NCCL: rank 0: libnccl; MPI says yes"),
@@ -33,6 +34,8 @@ CHOICES = {
     "no GPU": ({}, having(None, None), "direct", "rank 0 has no GPU"),
     "by MPI": ({"transport": "mpi"}, having("a", "b"), "direct", YES),
     "mpi, staged": ({"transport": "mpi", "buffers": "staged"}, having("a", "b"), "staged", "[comm] buffers"),
+    "mpi, by UCX, asked for": ({"transport": "mpi", "buffers": "direct"}, having("a", "b", **BY_UCX), "direct", NO),
+    "mpi, by UCX, not asked": ({"transport": "mpi"}, having("a", "b", **BY_UCX), "staged", NO),
     "mpi, none": ({"transport": "mpi"}, having("a", "b", **POOR), "staged", NO),
     "staged, if by MPI": ({"buffers": "staged"}, having("a", "a"), "staged", "share a GPU"),
     "nccl": ({"transport": "nccl", "buffers": "direct"}, having("a", "b", **POOR), "nccl", "NCCL"),

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from hpcmoe.comm.mpi import MpiTransport, all_reduce, open_mpi_transport, start_all_reduce
 from hpcmoe.wait import Patience, barrier
@@ -128,8 +129,15 @@ def test_a_transport_frees_its_row_type(comm):
     assert not transport.row_type
 
 
+@pytest.fixture
+def threads():
+    """Skip where MPI lets one thread alone in."""
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        pytest.skip("this MPI lets one thread alone in")
+
+
 @pytest.mark.mpi
-def test_a_thread_that_progresses_messages_begins_as_it_is_told(comm):
+def test_a_thread_that_progresses_messages_begins_as_it_is_told(comm, threads):
     begun = []
     with open_mpi_transport(
         comm, ROW_BYTES, begin_thread=lambda: begun.append(threading.current_thread())
@@ -138,6 +146,12 @@ def test_a_thread_that_progresses_messages_begins_as_it_is_told(comm):
         wait_for(transport, *tickets)
         check()
     assert len(begun) == 1 and begun[0] is not threading.current_thread() and not begun[0].is_alive()
+
+
+@pytest.mark.mpi
+def test_what_goes_wrong_at_the_threads_beginning_is_the_ranks_own_fault(comm, threads):
+    with pytest.raises(ZeroDivisionError), open_mpi_transport(comm, ROW_BYTES, begin_thread=lambda: 1 / 0):
+        pass
 
 
 @pytest.mark.mpi

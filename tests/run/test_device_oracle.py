@@ -1,6 +1,7 @@
 """The GPUs' way of the rows, whole, on a stand-in that watches its order: losses and gradients equal the oracle's."""
 
 import contextlib
+import threading
 
 import numpy as np
 import oracle
@@ -8,6 +9,7 @@ import pytest
 import torch
 from against_oracle import check_against_oracle, whole_batches
 from moves import MOVES, assert_near, run_steps
+from mpi4py import MPI
 from small import gather_logical, open_small_job
 from standin import Order, Stream, watch_job
 
@@ -52,6 +54,12 @@ def watch_way(comm, monkeypatch, way):
     """Have jobs run on a stand-in that has what a way needs -> its Order, in a with-block."""
     gpu, nccl = (f"gpu{comm.rank}", comm) if way == "nccl" else (None, None)
     return watch_job(monkeypatch, gpu, nccl)
+
+
+@pytest.mark.mpi
+def test_the_thread_that_progresses_messages_makes_the_device_its_own(comm, shared, monkeypatch):
+    entered = step(comm, shared, monkeypatch, "staged").entered
+    assert threading.current_thread() not in entered and bool(entered) == (MPI.Query_thread() == MPI.THREAD_MULTIPLE)
 
 
 @pytest.mark.mpi
