@@ -40,22 +40,27 @@ def choose(comm_config, sights, schedule):
 
     Raises ClusterError when the config asks for what is not there.
     """
-    transport, buffers = comm_config.transport, comm_config.buffers
-    no_nccl, no_direct = why_not_nccl(sights, schedule), why_not_direct(sights, buffers == "direct")
+    transport, no_nccl = comm_config.transport, why_not_nccl(sights, schedule)
     if transport == "nccl" and no_nccl:
         raise ClusterError(f'[comm] transport = "nccl": {no_nccl}; use "mpi", or "auto" to take what there is')
     if transport == "nccl" or (transport == "auto" and not no_nccl):
         return Choice(kind="nccl", reason=f"each rank has a GPU, and NCCL {name_version(sights[0].nccl)}")
-    why = f"no NCCL: {no_nccl}; " if transport == "auto" else ""
+    return choose_mpi(comm_config.buffers, sights, f"no NCCL: {no_nccl}; " if transport == "auto" else "")
+
+
+def choose_mpi(buffers, sights, why):
+    """Choose how MPI carries rows for [comm] buffers -> Choice, whose reason begins with why it is MPI.
+
+    Raises ClusterError when the config asks for what is not there.
+    """
+    no_direct = why_not_direct(sights, buffers == "direct")
     if buffers == "direct" and no_direct:
         raise ClusterError(f'[comm] buffers = "direct": {no_direct}; use "staged", or "auto" to take what there is')
     if buffers == "staged":
         return Choice(kind="staged", reason=f"{why}[comm] buffers")
-    return (
-        Choice(kind="staged", reason=why + no_direct)
-        if no_direct
-        else Choice(kind="direct", reason=why + sights[0].answer)
-    )
+    if no_direct:
+        return Choice(kind="staged", reason=why + no_direct)
+    return Choice(kind="direct", reason=why + sights[0].answer)
 
 
 def look(comm, device):

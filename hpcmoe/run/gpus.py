@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hpcmoe.clock import Clock
-from hpcmoe.comm.choose import Choice, choose, describe_movers, look, open_carrier, why_not_direct
+from hpcmoe.comm.choose import choose, choose_mpi, describe_movers, look, open_carrier
 from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.nccl import NcclCarrier, find_nccl, open_nccl
 from hpcmoe.dispatch.device_exchange import DeviceExchange, DeviceSizes
@@ -44,9 +44,8 @@ def try_nccl(config, world, device, choice, sights):
         with open_nccl(world, {"world": world}, device, find_nccl()[0]):
             return choice
     except ClusterError as fault:
-        buffers = config.comm.buffers
-        kind = "staged" if buffers == "staged" or why_not_direct(sights, buffers == "direct") else "direct"
-        return Choice(kind=kind, reason=str(fault))
+        why = f"{fault}; "
+    return on_root(world, lambda: choose_mpi(config.comm.buffers, sights, why))
 
 
 def describe_shared(sights):
