@@ -139,7 +139,7 @@ def go(exchange, *ways):
             exchange.wait_for_news(patience, news)
 
 
-def go_two_at_once(exchange, num_tokens, seed):
+def check_two_at_once(exchange, num_tokens, seed):
     """Take two micro-batches both ways at once, half the ranks beginning with the second, and check both."""
     journeys = [make_journey(exchange, num_tokens, seed, berth) for berth in range(2)]
     in_order = journeys if exchange.transport.rank % 2 == 0 else journeys[::-1]

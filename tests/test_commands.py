@@ -111,28 +111,30 @@ def test_inference_reports_its_throughput(tmp_path):
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_what_the_user_can_mend_is_one_line_and_status_2(settings, said, tmp_path):
-    refuses(mpirun(3, *main_command(tmp_path, settings)), said)
+    check_refusal(mpirun(3, *main_command(tmp_path, settings)), said)
 
 
 def test_a_missing_file_is_one_line_and_status_2():
-    refuses(mpirun(2, "-m", "hpcmoe.main", "inputs/none.toml"), "inputs/none.toml: cannot be read: No such file")
+    check_refusal(mpirun(2, "-m", "hpcmoe.main", "inputs/none.toml"), "inputs/none.toml: cannot be read: No such file")
 
 
 def test_a_file_in_the_way_of_the_output_is_one_line_and_status_2(tmp_path):
     (tmp_path / "run").write_text("in the way")
-    refuses(mpirun(2, *main_command(tmp_path)), "[run] output")
+    check_refusal(mpirun(2, *main_command(tmp_path)), "[run] output")
 
 
 def test_nothing_to_resume_is_one_line_and_status_2(tmp_path):
-    refuses(mpirun(2, *main_command(tmp_path, {}, "--resume")), "resume")
+    check_refusal(mpirun(2, *main_command(tmp_path, {}, "--resume")), "resume")
 
 
 def test_parallel_sizes_that_do_not_divide_16_ranks_are_one_line_and_status_2(tmp_path):
     settings = {"cluster.tensor_parallel": 2, "cluster.expert_parallel": 12}
-    refuses(mpirun(16, *main_command(tmp_path, settings)), "[cluster] expert_parallel = 12 must divide the 16 ranks")
+    check_refusal(
+        mpirun(16, *main_command(tmp_path, settings)), "[cluster] expert_parallel = 12 must divide the 16 ranks"
+    )
 
 
-def refuses(ended, said):
+def check_refusal(ended, said):
     """Check that the program said one line, soon, and ended with status 2."""
     assert ended.status == 2, ended
     assert len(ended.lines("hpcmoe:")) == 1 and said in ended.lines("hpcmoe:")[0], ended

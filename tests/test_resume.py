@@ -11,7 +11,7 @@ import psutil
 import pytest
 from launch import MPIRUN, Running, mpirun
 from mpi4py import MPI
-from test_commands import main_command, rank_of, refuses, series, wait_for
+from test_commands import check_refusal, main_command, rank_of, series, wait_for
 
 from hpcmoe.write.checkpoint import find_checkpoint, list_checkpoints
 
@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(tmp_path):
     longer = settings | {"run.steps": 6}
     ended = mpirun(2, *main_command(tmp_path, longer, "--resume"), timeout_seconds=LONG_SECONDS)
     option = f"--resume {tmp_path}/run/checkpoint-2"
-    refuses(
+    check_refusal(
         ended, f"{path} is altered: it does not match its checksum in SHA256SUMS; the one before it is there: {option}"
     )
     ended = mpirun(2, *main_command(tmp_path, longer, *option.split()), timeout_seconds=LONG_SECONDS)

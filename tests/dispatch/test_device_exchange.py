@@ -5,7 +5,15 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from journeys import check_backward, check_forward, go, go_two_at_once, make_journey, travel_both_ways, travel_forward
+from journeys import (
+    check_backward,
+    check_forward,
+    check_two_at_once,
+    go,
+    make_journey,
+    travel_both_ways,
+    travel_forward,
+)
 from kernels import compiler_for_host
 
 from hpcmoe.clock import Clock
@@ -72,7 +80,7 @@ def test_kernels_of_our_own_do_both_ways_and_are_compiled_before(comm, tmp_path,
 def test_two_micro_batches_under_way_do_not_mix(comm):
     with open_exchange(comm) as exchange:
         for seed in range(3):
-            go_two_at_once(exchange, 19, seed)
+            check_two_at_once(exchange, 19, seed)
 
 
 @pytest.mark.mpi

@@ -9,8 +9,8 @@ from journeys import (
     check_all_is_given_back,
     check_backward,
     check_forward,
+    check_two_at_once,
     go,
-    go_two_at_once,
     make_journey,
     travel_backward,
     travel_both_ways,
@@ -118,7 +118,7 @@ def test_experts_get_the_rows_of_their_slots_and_no_others(comm, shape):
 def test_two_micro_batches_under_way_do_not_mix(comm, shape):
     with open_small_exchange(comm, HIDDEN, **shape, **SIZES, deterministic=False) as exchange:
         for seed in range(5):
-            go_two_at_once(exchange, 19, seed)
+            check_two_at_once(exchange, 19, seed)
 
 
 @pytest.mark.mpi

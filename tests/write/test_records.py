@@ -261,7 +261,7 @@ def test_resume_of_nothing(comm, tmp_path):
         prepare_folder(comm, str(tmp_path), "a", resume=True)
 
 
-def expect_config_error(comm, output, name, reason):
+def check_config_error(comm, output, name, reason):
     with pytest.raises(ConfigError) as fault:
         prepare_folder(comm, str(output), name, resume=False)
     assert str(fault.value) == f"[run] output = '{output}': {output}/{name} cannot be written: {reason}"
@@ -272,26 +272,26 @@ def test_file_in_the_way(comm, tmp_path, in_the_way):
     path = tmp_path / in_the_way
     path.parent.mkdir(exist_ok=True)
     path.write_text("precious")
-    expect_config_error(comm, tmp_path / "out", "a", "File exists")
+    check_config_error(comm, tmp_path / "out", "a", "File exists")
     assert path.read_text() == "precious"
 
 
 def test_folder_that_cannot_be_made(comm):
-    expect_config_error(comm, "/proc/none/out", "a", "No such file or directory")
+    check_config_error(comm, "/proc/none/out", "a", "No such file or directory")
 
 
 def test_folder_on_a_full_disk(comm, small_disk):
     with pytest.raises(OSError) as full:
         (small_disk / "ballast").write_bytes(bytes(1 << 21))
     assert full.value.errno == errno.ENOSPC
-    expect_config_error(comm, small_disk, "a", "No space left on device")
+    check_config_error(comm, small_disk, "a", "No space left on device")
 
 
 def test_read_only_folder_loses_nothing(comm, small_disk):
     (small_disk / "a").mkdir()
     (small_disk / "a.previous").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    expect_config_error(comm, small_disk, "a", "Read-only file system")
+    check_config_error(comm, small_disk, "a", "Read-only file system")
     assert (small_disk / "a").is_dir() and (small_disk / "a.previous").is_dir()
 
 
