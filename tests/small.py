@@ -31,6 +31,11 @@ SMALL = {
     "data.validation_sequences": 9, "run.threads_per_rank": 1, "cluster.seconds_per_token": 1e-6,
     "cluster.search_iterations": 50,
 }  # fmt: skip
+BY_CARRIER = {
+    "direct": {"comm__transport": "mpi", "comm__buffers": "direct"},
+    "staged": {"comm__transport": "mpi", "comm__buffers": "staged"},
+    "nccl": {"comm__transport": "nccl"},
+}  # who carries rows between devices: the keys that ask for it
 RANDOM_TEXT = np.random.default_rng(7).integers(0, 256, 4000, dtype=np.uint8).tobytes()
 
 

@@ -35,7 +35,8 @@ from hpcmoe.wait import gather_to_all
 
 HIDDEN, FEED_FORWARD, TOKENS, TOP_K = 8192, 32768, 10000, 2  # the published sizes, of a rank
 EXPERTS = (1, 4)
-ROUNDS, TIMES = 5, 5
+ROUNDS = 5
+EXPERT_TIMES, MOVE_TIMES = 5, 50  # calls of a round, of 30 ms and of 0.2 ms
 RANKS = (2, 4)
 
 
@@ -54,18 +55,18 @@ def measure(folder):
     return figures | {"ranks": [ranks.run_ranks(number, "gpu", folder, folder.absolute()) for number in RANKS]}
 
 
-def time_calls(device, calls):
-    """Time calls by name that take turns, each many at once -> median seconds of one."""
+def time_calls(device, calls, times):
+    """Time calls by name that take turns, each so many at once -> median seconds of one."""
     seconds = {name: [] for name in calls}
     for turn in range(ROUNDS + 1):
         for name, call in calls.items():
             device.settle()
             begun = time.perf_counter()
-            for _ in range(TIMES):
+            for _ in range(times):
                 call()
             device.settle()
             if turn > 0:  # the first warms up
-                seconds[name].append((time.perf_counter() - begun) / TIMES)
+                seconds[name].append((time.perf_counter() - begun) / times)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -86,7 +87,7 @@ def time_experts(device, num_experts, hidden, feed_forward, rows):
     x = torch.randn(sum(groups.rows), hidden, **draw)
     calls = {"ours": lambda: experts(groups, x, None)} | theirs(experts.joined, groups, x)
     flops = 4 * len(x) * hidden * feed_forward
-    rates = {name: flops / seconds for name, seconds in time_calls(device, calls).items()}
+    rates = {name: flops / seconds for name, seconds in time_calls(device, calls, EXPERT_TIMES).items()}
     return {"experts": num_experts, "rows": len(x), "flops": rates}
 
 
@@ -120,7 +121,7 @@ def time_kernels(device, hidden, tokens):
         calls = {"copy": lambda: target.copy_(source)}
         for mover in (device.mover, TorchMover()):
             calls |= {(name, mover.name): run_by(exchange, mover, move) for name, (_, move) in moves.items()}
-        seconds = time_calls(device, calls)
+        seconds = time_calls(device, calls, MOVE_TIMES)
     copy_rate = 2 * source.nbytes / seconds.pop("copy")
     rates = {(name, by): moves[name][0] / each for (name, by), each in seconds.items()}
     return [{"kernel": name, "by": by, "bytes_per_second": rate, "ratio": rate / copy_rate}
@@ -155,12 +156,13 @@ def make_moves(exchange, flight):
 
 
 def work(comm, folder):
-    """Measure each way between these ranks, and profile a step by the best -> figures. Collective over comm."""
+    """Measure each way between these ranks, and profile a step by it -> figures. Collective over comm."""
     device = open_device("cuda", comm.rank)
     sights = gather_to_all(comm, look(comm, device))
     missing = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights, asked=True), "staged": ""}
     rates = {kind: why or min(gather_to_all(comm, try_carrier(kind, comm, device))) for kind, why in missing.items()}
-    return {"ranks": comm.size, "gpus": count_gpus(), "ways": rates, "profile": profile_step(comm, folder)}
+    profiles = {kind: profile_step(comm, folder, kind) for kind, why in missing.items() if not why}
+    return {"ranks": comm.size, "gpus": count_gpus(), "ways": rates, "profiles": profiles}
 
 
 def make_table(figures):
@@ -173,11 +175,9 @@ def make_table(figures):
         for kind, rate in of_ranks["ways"].items():
             shown = (f"{rate / 1e9:.3g}", "GB/s a rank") if isinstance(rate, float) else ("-", rate)
             rows.append([kind, f"{of_ranks['ranks']} ranks, {of_ranks['gpus']} GPUs", *shown, ""])
-        profile = of_ranks["profile"]
-        share = f"{profile['hidden']:.2f} beside kernels"
-        rows.append(
-            ["profile", f"{of_ranks['ranks']} ranks", f"{1e3 * profile['transfers']:.3g}", "ms of transfers", share]
-        )
+        for kind, profile in of_ranks["profiles"].items():
+            took, share = f"{1e3 * profile['transfers']:.3g}", f"{profile['hidden']:.2f} beside kernels"
+            rows.append([f"profile, {kind}", f"{of_ranks['ranks']} ranks", took, "ms of transfers", share])
     return tabulate(rows, ["what", "of", "value", "unit", "beside"], disable_numparse=True)
 
 

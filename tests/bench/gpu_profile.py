@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 import torch
-from small import open_small_job
+from small import BY_CARRIER, open_small_job
 
 from hpcmoe.run.data import draw_starts
 
@@ -12,17 +12,17 @@ TRANSFERS = ("Memcpy HtoD", "Memcpy DtoH", "Memcpy PtoP", "nccl")
 NEITHER = "Memcpy DtoD"  # within a GPU: mostly what a rank sends to itself
 LAYERS = 2
 SHAPE = {
-    "run__mode": "infer", "model__hidden": 2048, "model__feed_forward": 8192, "model__dtype": "bfloat16",
+    "run__mode": "infer", "model__hidden": 1024, "model__feed_forward": 32768, "model__dtype": "bfloat16",
     "model__num_layers": LAYERS, "model__attention": False, "model__sequence_length": 1024,
     "pipeline__micro_batches": 4, "pipeline__in_flight": 2, "comm__device": "cuda",
 }  # fmt: skip
 
 
-def profile_step(comm, folder):
-    """Profile forward passes of two layers on these ranks -> figures of this rank; the trace goes to the folder."""
+def profile_step(comm, folder, kind):
+    """Profile a forward pass whose rows a carrier takes -> figures of this rank; its trace goes to the folder."""
     text = np.random.default_rng(1).integers(0, 256, 100_000, dtype=np.uint8).tobytes()
     sizes = {"model__num_experts": 2 * comm.size, "data__batch_sequences": 16 * comm.size}
-    with open_small_job(comm, pathlib.Path(folder), text=text, **SHAPE, **sizes) as (job, _, _):
+    with open_small_job(comm, pathlib.Path(folder), text=text, **SHAPE, **BY_CARRIER[kind], **sizes) as (job, _, _):
         starts = draw_starts(len(job.training), 16 * comm.size, 1024, 0, 1)
         load = np.ones((LAYERS, 2 * comm.size))
         for _ in range(2):
@@ -30,7 +30,7 @@ def profile_step(comm, folder):
         with torch.profiler.profile() as profile:
             job.stepper.run(job.training, starts, load, "infer")
             job.stepper.network.device.settle()
-    profile.export_chrome_trace(str(pathlib.Path(folder, f"trace-{comm.size}-{comm.rank}.json")))
+    profile.export_chrome_trace(str(pathlib.Path(folder, f"trace-{kind}-{comm.size}-{comm.rank}.json.gz")))
     return weigh(find_kernels(profile))
 
 

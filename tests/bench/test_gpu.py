@@ -22,7 +22,12 @@ def test_its_figures_are_rates_and_their_ratios():
     assert {kernel["by"] for kernel in kernels} == {"torch"}  # on a GPU ours too
     assert all(kernel["bytes_per_second"] > 0 and kernel["ratio"] > 0 for kernel in kernels)
     profile = {"transfers": 0.002, "hidden": 0.75, "kernels": 9}
-    of_ranks = {"ranks": 2, "gpus": 1, "ways": {"nccl": "ranks share a GPU", "staged": 2e9}, "profile": profile}
+    of_ranks = {
+        "ranks": 2,
+        "gpus": 1,
+        "ways": {"nccl": "ranks share a GPU", "staged": 2e9},
+        "profiles": {"staged": profile},
+    }
     table = gpu.make_table({"experts": [experts], "kernels": kernels, "ranks": [of_ranks]})
     assert gpu.compare({"ours": 3.0, "dense": 4.0, "turns": 2.0}) == "0.75 of dense, 1.50 of turns"
     assert "of dense" in table and "ranks share a GPU" in table and "0.75 beside kernels" in table

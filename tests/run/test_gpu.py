@@ -8,7 +8,7 @@ import pytest
 import torch
 from against_oracle import check_against_oracle, whole_batches
 from moves import MOVES, assert_near, run_steps
-from small import gather_logical, open_small_job
+from small import BY_CARRIER, gather_logical, open_small_job
 
 from hpcmoe.comm.choose import look, why_not_direct, why_not_nccl
 from hpcmoe.comm.device import open_device
@@ -16,12 +16,7 @@ from hpcmoe.comm.trial import try_carrier
 from hpcmoe.wait import gather_to_all
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
-WAYS = {
-    "nccl": {"comm__transport": "nccl"},
-    "direct": {"comm__transport": "mpi", "comm__buffers": "direct"},
-    "staged": {"comm__transport": "mpi", "comm__buffers": "staged"},
-}
-HOST = {"comm__device": "host"}
+HOST = {"comm__device": "host", "comm__shared_memory": False}  # an MPI told to let UCX carry all has no such memory
 CASES = {
     "plain": {},
     "serial": {"pipeline__schedule": "serial"},
@@ -36,7 +31,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=BY_CARRIER)
 def way(comm, request):
     """The keys of a way that these ranks have, and its name."""
     if not torch.cuda.is_available():
@@ -45,7 +40,7 @@ def way(comm, request):
     why_not = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights, asked=True), "staged": ""}
     if why_not[request.param]:
         pytest.skip(why_not[request.param])
-    return request.param, {"comm__device": "cuda"} | WAYS[request.param]
+    return request.param, {"comm__device": "cuda"} | BY_CARRIER[request.param]
 
 
 def test_rows_come_whole(comm, way):
