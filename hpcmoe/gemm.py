@@ -15,6 +15,7 @@ MOST_GRADIENT_ROWS = 512  # of one product for a gradient; oneDNN slows down bey
 FEW_PRODUCTS = 2**22  # of numbers; MKL needs no kernel of its own for each new shape
 FEW_ROWS = 64  # of a packed product that without AVX-512 oneDNN does faster than MKL
 PIECE_BYTES = 2**21  # of a product before it is added up
+LARGE_GRADIENT = 2**26  # numbers; with fewer the host takes longer to start a sum in place (120 us) than a GPU gains
 
 
 class Matrix:
@@ -91,6 +92,17 @@ class TorchGemm:
             gradient.addmm_(slope.t(), x)
         else:
             gradient.add_(self.outer(slope, x))
+
+
+class CudaGemm(TorchGemm):
+    """Torch's products on a GPU."""
+
+    def add_product(self, gradient, slope, x):
+        """gradient += slope^T x, in float32; for a large gradient as it is made, without a product beside it."""
+        if x.is_cuda and adds_as_made(x.dtype, gradient.numel()):
+            torch.addmm(gradient, slope.t(), x, out_dtype=gradient.dtype, out=gradient)
+        else:
+            super().add_product(gradient, slope, x)
 
 
 class PackedGemm(TorchGemm):
@@ -218,7 +230,7 @@ class Product(torch.autograd.Function):
 def choose_gemm(device, dtype):
     """Choose who multiplies on a kind of device in a precision, by what this build and processor can."""
     if device != "cpu":
-        return TorchGemm()
+        return CudaGemm()
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         gemm = OneDnnGemm() if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else PackedGemm()
         small = torch.zeros(2, 2, dtype=dtype)
@@ -229,6 +241,11 @@ def choose_gemm(device, dtype):
         else:
             return gemm
     return TorchGemm() if dtype == torch.float32 else WideGemm(choose_gemm(device, torch.float32))
+
+
+def adds_as_made(dtype, numel):
+    """Whether a GPU adds products in this precision to a float32 gradient of so many numbers as it makes them."""
+    return dtype != torch.float32 and numel >= LARGE_GRADIENT and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 def count_copy_bytes(dtype, parameter_dtype, packed):

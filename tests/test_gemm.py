@@ -5,6 +5,7 @@ import torch
 
 from hpcmoe import gemm
 from hpcmoe.gemm import (
+    CudaGemm,
     Matrix,
     OneDnnGemm,
     PackedGemm,
@@ -160,7 +161,7 @@ def test_torch_multiplies_where_onednn_cannot_and_bfloat16_is_widened(monkeypatc
         wide = choose("cpu", torch.bfloat16)
         assert isinstance(wide, WideGemm) and type(wide.gemm) is TorchGemm
         monkeypatch.undo()
-    assert type(choose("cuda", torch.bfloat16)) is TorchGemm
+    assert type(choose("cuda", torch.bfloat16)) is CudaGemm
 
 
 def test_without_avx512_many_rows_and_the_way_back_are_mkls(monkeypatch):

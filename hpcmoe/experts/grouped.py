@@ -1,10 +1,12 @@
 """The experts of a rank worked on at once, as GPUs want it: each product is a grouped GEMM over rows sorted by expert.
 
-Where torch has no grouped GEMM for a precision or a GPU, and where one expert is alone, the experts take turns.
+The experts take turns where torch has no grouped GEMM for a precision or a GPU, where one is alone, and where a single
+product is so long that the host is sure to start the next meanwhile: torch's own GEMM is then the faster one.
 """
 
-from dataclasses import dataclass
+import functools
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -12,17 +14,25 @@ from hpcmoe.comm.cuda import has_grouped_gemm
 from hpcmoe.experts.ffn import Expert, LocalExperts
 from hpcmoe.experts.layer import MoELayer
 from hpcmoe.experts.shapes import MATRICES
-from hpcmoe.gemm import TorchGemm, find_gradient
+from hpcmoe.gemm import CudaGemm, find_gradient
 
 ALIGNED_BYTES = 16  # where grouped GEMMs want each row to begin
+LONG_PRODUCT = 2**37  # multiplications that keep an H200 busy for 0.4 ms: a host that starts them is far ahead
+LARGE_WEIGHT = 2**28  # numbers that it takes 0.1 ms to read, however few the rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
     """How rows are shared by the experts that are held, in their order."""
 
-    rows: list  # [e] of each
-    ends: torch.Tensor  # [e] int32, on the device
+    def __init__(self, rows, torch_device):
+        """rows: list [e] of each."""
+        self.rows, self.torch_device = rows, torch_device
+
+    @functools.cached_property
+    def ends(self):
+        """Where the rows of each end, on the device, for grouped GEMMs alone. [e] int32"""
+        ends = torch.from_numpy(np.cumsum(self.rows, dtype=np.int32))
+        return ends.to(self.torch_device, non_blocking=True)
 
 
 class GroupedExperts(LocalExperts):
@@ -63,9 +73,7 @@ class GroupedExperts(LocalExperts):
         """Share rows among the replicas as some slots have them, ((slot, rows), ...) -> Groups."""
         rows_of_slot = dict(slots)
         held = [slot for slot, replica in enumerate(self.replicas) if isinstance(replica, Expert)]
-        rows = [rows_of_slot.get(slot, 0) for slot in held]
-        ends = torch.tensor(rows, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return Groups(rows=rows, ends=ends.to(torch_device, non_blocking=True))
+        return Groups([rows_of_slot.get(slot, 0) for slot in held], torch_device)
 
     @torch.no_grad()
     def forward(self, groups, x, kept):
@@ -109,15 +117,17 @@ class GroupedExperts(LocalExperts):
     def add_gradients(self, name, groups, slope, x):
         """Add to the gradients of every replica's matrix and bias."""
         for parameter, own, inputs in self.each(name, groups, slope, x):
-            TorchGemm().add_product(find_gradient(parameter), own, inputs)
+            CudaGemm().add_product(find_gradient(parameter), own, inputs)
         for bias, own in self.each(f"{name}_bias", groups, slope):
             find_gradient(bias).add_(own.sum(dim=0, dtype=torch.float32))
 
     def each(self, name, groups, *tensors):
-        """Yield a parameter of each replica that has it and rows, and its rows of some tensors."""
+        """Yield a parameter of each replica that has rows, and its rows of some tensors; nothing where none has it."""
+        if not hasattr(self.held()[0], name):
+            return
         parts = zip(*(tensor.split(groups.rows) for tensor in tensors), strict=True)
         for replica, own in zip(self.held(), parts, strict=True):
-            if hasattr(replica, name) and len(own[0]):
+            if len(own[0]):
                 yield getattr(replica, name), *own
 
 
@@ -135,7 +145,7 @@ class GroupedLayer(MoELayer):
 
 def multiply(x, weights, groups):
     """Each expert's rows by its own matrix: x [R, in] by expert, weights [e, in, out] -> [R, out]."""
-    if can_group(x, weights):
+    if can_group(x, weights) and not is_long(x, weights):
         return find_grouped_gemm()(x, weights, offs=groups.ends)
     y = x.new_empty(len(x), weights.shape[2])
     for own, weight, result in zip(x.split(groups.rows), weights, y.split(groups.rows), strict=True):
@@ -149,6 +159,12 @@ def can_group(x, weights):
     aligned = all(size * x.element_size() % ALIGNED_BYTES == 0 for size in weights.shape[1:])
     fits = len(weights) > 1 and x.dtype == torch.bfloat16 and aligned
     return fits and has_grouped_gemm(x.device) and find_grouped_gemm() is not None
+
+
+def is_long(x, weights):
+    """Whether one expert's product lasts until the host has started the next, at an even share of the rows."""
+    numbers = weights[0].numel()
+    return numbers >= LARGE_WEIGHT or len(x) * numbers >= LONG_PRODUCT * len(weights)
 
 
 def find_grouped_gemm():

@@ -8,7 +8,7 @@ import torch
 
 from hpcmoe.dispatch.device_exchange import DeviceSizes
 from hpcmoe.experts.shapes import MATRICES, reckon_expert
-from hpcmoe.gemm import count_copy_bytes
+from hpcmoe.gemm import adds_as_made, count_copy_bytes
 from hpcmoe.run.room import FLOAT32, count_dense_parameters
 
 FULLEST = 2.25  # rows at the fullest rank / at an even load: routers yet untrained sent 2.24 to one of 16 ranks
@@ -109,8 +109,8 @@ def reckon_activations(config, mesh, slots, sizes):
     tokens, wire = sizes.tokens, sizes.dtype.itemsize
 
     # Of each token: block input, residual, normed input and its scale; in attention also the norm's, the queries, keys
-    # and values, the heads' output twice and its log-sums; of the router logits, probabilities and gates.
-    width = 3 * model.hidden + 3 * model.num_experts + 8 * model.top_k
+    # and values, the heads' output twice and its log-sums; of the router probabilities, their log-sum and gates.
+    width = 3 * model.hidden + model.num_experts + 1 + 8 * model.top_k
     token_bytes = FLOAT32 * width
     if model.attention:
         token_bytes += FLOAT32 * (model.hidden + model.num_heads) + wire * 6 * model.hidden
@@ -132,7 +132,7 @@ def reckon_working(config, mesh, slots, sizes):
     """Bytes of the arrays that experts on a GPU make of a batch at most at one time, besides what they keep.
 
     Forward: rows, what goes into the activation, results. Back: slopes by all these and what the activation gave; in
-    bfloat16 also a matrix's gradient, before it is added up in float32.
+    bfloat16 also a matrix's gradient, unless it is added up in float32 as it is made.
     """
     hidden, wire = config.model.hidden, sizes.dtype.itemsize
     part = config.model.feed_forward // mesh.tensor_parallel
@@ -141,7 +141,7 @@ def reckon_working(config, mesh, slots, sizes):
     else:
         gated = config.experts.kind == "swiglu"
         width = max(hidden + 4 * part, 3 * hidden + 3 * part) if gated else 2 * hidden + 3 * part
-        product = hidden * part if wire < FLOAT32 else 0
+        product = 0 if wire == FLOAT32 or adds_as_made(sizes.dtype, hidden * part) else hidden * part
     return (count_rows(config.model, mesh, slots, sizes) * width + product) * wire
 
 

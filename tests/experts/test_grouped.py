@@ -6,7 +6,8 @@ from torch import nn
 
 from hpcmoe.experts import grouped
 from hpcmoe.experts.ffn import Expert
-from hpcmoe.experts.grouped import GroupedExperts, can_group
+from hpcmoe.experts.grouped import LARGE_WEIGHT, LONG_PRODUCT, GroupedExperts, can_group, is_long
+from hpcmoe.gemm import CudaGemm
 
 HIDDEN, FEED_FORWARD = 8, 16
 ROWS = {0: 5, 2: 0, 3: 9}  # slot 1 is empty
@@ -85,6 +86,39 @@ def test_a_grouped_gemm_is_used_where_there_is_one(monkeypatch, has):
 )  # fmt: skip
 def test_only_what_the_kernel_takes_goes_to_it(experts, width, dtype, fits):
     assert can_group(torch.zeros(3, width, dtype=dtype), torch.zeros(experts, width, 8, dtype=dtype)) == fits
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "numbers", "long"),
+    [(1, 8, LARGE_WEIGHT, True), (8, 8, LARGE_WEIGHT // 2, False), (8 * 4096, 8, LONG_PRODUCT // 4096, True),
+     (8 * 4096 - 1, 8, LONG_PRODUCT // 4096, False)],
+)  # fmt: skip
+def test_products_that_outlast_the_next_ones_start_take_turns(rows, experts, numbers, long):
+    x, weights = (torch.empty(*shape, device="meta") for shape in ((rows, 1), (experts, 1, numbers)))
+    assert is_long(x, weights) == long
+
+
+def test_experts_that_take_turns_give_the_same(monkeypatch):
+    x, results = draw(14, HIDDEN, seed=7).bfloat16(), []
+    for large_weight in (LARGE_WEIGHT, 1):
+        monkeypatch.setattr(grouped, "LARGE_WEIGHT", large_weight)
+        together = GroupedExperts(make_replicas("gelu", False))
+        together.join()
+        results.append(together(together.group(tuple(ROWS.items()), torch.device("cpu")), x, None))
+    assert relative(*results) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_gradient_on_a_gpu_is_not_rounded_on_its_way(monkeypatch, dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    monkeypatch.setattr("hpcmoe.gemm.LARGE_GRADIENT", 1)
+    slope, x, begun = (draw(*shape, seed=1).cuda() for shape in ((70, 24), (70, 40), (24, 40)))
+    slope, x = slope.to(dtype), x.to(dtype)
+    expected = begun.double() + slope.double().t() @ x.double()
+    CudaGemm().add_product(begun, slope, x)
+    assert relative(begun, expected) < 1e-5
 
 
 def test_the_joined_matrices_are_the_parameters_and_casts_follow_them():
