@@ -34,6 +34,8 @@ template <class... A> void launch(void (*kernel)(A...), Dim grid, Dim block, con
 ON_HOST(move_rows)
 ON_HOST(spread_rows)
 ON_HOST(sum_rows)
+ON_HOST(count_copies)
+ON_HOST(place_copies)
 """
 FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fsanitize=alignment", "-fno-sanitize-recover", "-x", "c++")
 

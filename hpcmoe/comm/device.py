@@ -50,6 +50,10 @@ class HostDevice:
         """Begin to copy a tensor to the host -> (host tensor, event of its arrival); here it is its own copy."""
         return tensor, HostEvent()
 
+    def bring(self, array):
+        """See a NumPy array as a tensor -> it, of the same memory."""
+        return torch.from_numpy(array)
+
     def put(self, rows, target):
         """Copy rows [n, H] of any precision to message rows [n, H] -> Event."""
         target.copy_(rows)
@@ -66,6 +70,9 @@ class HostDevice:
     def sum_rows(self, table, rows, weights):
         """Sum message rows table[rows[t, k]] * weights[t, k] over k -> a fresh tensor [T, H] on the device."""
         return nn.functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights.to(table.dtype))
+
+    def settle(self):
+        """Wait for nothing: what was asked for is done."""
 
     def read_memory(self):
         """Tell of no memory but the node's -> None."""

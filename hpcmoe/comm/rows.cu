@@ -1,4 +1,5 @@
-// Rows of numbers on a GPU, and a number beside each: moved, spread to several places each, or weighed and summed.
+// Rows of numbers on a GPU, and a number beside each: moved, spread to several places each, or weighed and summed; and
+// before that copies of rows, put in order by where they go.
 //
 // blockDim.x threads share a row, blockDim.y rows a block. A thread takes CHUNK numbers of a row at once: 16 bytes of the
 // narrower type, or less where rows are not aligned for it. NVRTC compiles this with FROM, TO and CHUNK defined and without
@@ -82,5 +83,36 @@ extern "C" __global__ void sum_rows(
             for (int n = 0; n < CHUNK; n++) total.at[n] += weights[entry] * widen(read.at[n]);
         }
         out[c] = cast<TO>(total);
+    }
+}
+
+// A thread of the next two looks at entries of one chunk and one slot, the slot changing the fastest. Entries are read by
+// all threads of a warp at once, and in their order: so equal ones keep it, and nobody waits for another. No `kept`: all are.
+
+// counts[s, c] becomes how many entries of chunk c go to slot s.
+extern "C" __global__ void count_copies(
+    const int64 *__restrict__ slots, const bool *__restrict__ kept, int64 num_entries, int64 num_slots,
+    int64 *__restrict__ counts, int64 num_chunks, int64 chunk_entries)
+{
+    int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x, slot = i % num_slots, chunk = i / num_slots;
+    if (chunk >= num_chunks) return;
+    int64 end = (chunk + 1) * chunk_entries, count = 0;
+
+    for (int64 entry = chunk * chunk_entries; entry < end && entry < num_entries; entry++)
+        count += slots[entry] == slot && (!kept || kept[entry]);
+    counts[slot * num_chunks + chunk] = count;
+}
+
+// rows[entry] becomes its place among all that are kept, by slot, or -1. ends[s, c] is where those of slot s and chunk c end.
+extern "C" __global__ void place_copies(
+    const int64 *__restrict__ slots, const bool *__restrict__ kept, int64 num_entries, int64 num_slots,
+    const int64 *__restrict__ ends, int64 num_chunks, int64 chunk_entries, int64 *__restrict__ rows)
+{
+    int64 i = (int64)blockIdx.x * blockDim.x + threadIdx.x, slot = i % num_slots, chunk = i / num_slots;
+    if (chunk >= num_chunks) return;
+    int64 end = (chunk + 1) * chunk_entries, own = slot * num_chunks + chunk, row = own ? ends[own - 1] : 0;
+
+    for (int64 entry = chunk * chunk_entries; entry < end && entry < num_entries; entry++) {
+        if (slots[entry] == slot) rows[entry] = !kept || kept[entry] ? row++ : -1;
     }
 }

@@ -1,7 +1,8 @@
 """Rows move on a device, and a number beside each: spread, gathered, laid down, summed; by torch or kernels of ours.
 
 Torch moves rows on any device. On a GPU a kernel of rows.cu does in one pass what takes torch several: it casts on the
-way, moves the numbers along, and reads and writes 16 bytes at once.
+way, moves the numbers along, and reads and writes 16 bytes at once. To put copies in order takes torch some thirty
+kernels, each of which the host must start.
 """
 
 import pathlib
@@ -14,6 +15,8 @@ SOURCE = pathlib.Path(__file__).with_name("rows.cu")
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 ALIGNED_BYTES = 16  # the most that a thread of a GPU reads at once
 THREADS = 256  # of a block
+LEAST_CHUNK, MANY_THREADS = 32, 2**17  # copies that a thread looks at, to put them in order; threads that fill a GPU
+ANY = torch.float32, torch.float32, 1  # the dtypes and chunk of a kernel that has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +35,11 @@ class Copies:
     entries: (
         torch.Tensor
     )  # [T, K] int64: the row of each copy; -1: none. Kernels write what they read to all its places
-    order: (
-        torch.Tensor
-    )  # [n] int64: the copy, t * K + k, of each row from the first on. Torch looks for each row's source
+    order: torch.Tensor | None  # [n] int64: the copy, t * K + k, of each row. Torch looks for each row's source
+
+    def first(self, num_rows):
+        """Mean only those that lie in the first rows -> Copies."""
+        return self if self.order is None else Copies(entries=self.entries, order=self.order[:num_rows])
 
 
 def open_mover(compile_kernel):
@@ -56,6 +61,18 @@ class TorchMover:
 
     def prepare(self, table):
         """Need nothing beforehand."""
+
+    def arrange(self, slots, kept, num_slots):
+        """Put copies in order by their slots [T, K], kept [T, K] bool or None (all) -> (Copies, ends [num_slots]).
+
+        Those of a slot keep their order, and end at an int64; those that are not kept come last, and have no row.
+        """
+        kept = torch.ones_like(slots, dtype=torch.bool) if kept is None else kept
+        key = slots.masked_fill(~kept, num_slots).flatten()
+        ordered, order = key.sort(stable=True)
+        row = torch.empty_like(order).scatter_(0, order, torch.arange(len(key), device=key.device))
+        ends = torch.searchsorted(ordered, torch.arange(1, num_slots + 1, device=key.device))
+        return Copies(entries=row.view(slots.shape).masked_fill(~kept, -1), order=order), ends
 
     def move(self, source, target):
         """Write the rows of one Rows into those of another, in its precision, and the numbers beside them if any."""
@@ -112,6 +129,29 @@ class KernelMover:
         self.find_kernel("spread_rows", wide.dtype, table.dtype, find_chunk(wide, table))
         self.find_kernel("move_rows", table.dtype, table.dtype, find_chunk(wide.to(table.dtype), table))
         self.find_kernel("sum_rows", table.dtype, wide.dtype, find_chunk(table, wide))
+        for name in ("count_copies", "place_copies"):
+            self.find_kernel(name, *ANY)
+
+    def arrange(self, slots, kept, num_slots):
+        """Put copies in order by their slots [T, K], kept [T, K] bool or None (all) -> (Copies, ends [num_slots]).
+
+        Those of a slot keep their order, and end at an int64; those that are not kept have no row. No order of copies
+        is made: the kernel that spreads rows needs none.
+        """
+        slots, kept = slots.contiguous(), None if kept is None else kept.contiguous()
+        require_dtype(slots, torch.int64)
+        require_dtype(kept, torch.bool)
+        chunk = max(LEAST_CHUNK, -(-slots.numel() * num_slots // MANY_THREADS))
+        num_chunks = max(-(-slots.numel() // chunk), 1)
+        ends, entries = slots.new_empty(num_slots, num_chunks), torch.empty_like(slots)
+        grid, of_kept = -(-ends.numel() // THREADS), 0 if kept is None else kept.data_ptr()
+        given = slots.data_ptr(), of_kept, slots.numel(), num_slots
+
+        self.find_kernel("count_copies", *ANY)((grid,), (THREADS, 1), (*given, ends.data_ptr(), num_chunks, chunk))
+        ends = ends.flatten().cumsum(0)
+        places = (*given, ends.data_ptr(), num_chunks, chunk, entries.data_ptr())
+        self.find_kernel("place_copies", *ANY)((grid,), (THREADS, 1), places)
+        return Copies(entries=entries, order=None), ends[num_chunks - 1 :: num_chunks]
 
     def move(self, source, target):
         """Write the rows of one Rows into those of another, in its precision, and the numbers beside them if any."""

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from hpcmoe.comm.carrier import Leg
-from hpcmoe.comm.rows import Copies, Rows, last_for_none
+from hpcmoe.comm.rows import Rows, last_for_none
 from hpcmoe.comm.transport import HOMEWARD, Direction, Part
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan, tag_of, tag_of_counts
+from hpcmoe.dispatch.router import for_shards
 from hpcmoe.dispatch.sizes import Flow, round_rows
 from hpcmoe.dispatch.traffic import no_traffic
 from hpcmoe.wait import Patience, poke_all
@@ -50,27 +51,31 @@ class DeviceSizes(Flow):
         return self.num_berths * (self.home_rows + self.away_rows) * self.row_bytes
 
 
+class Table:
+    """A buffer of message rows, seen as numbers."""
+
+    def __init__(self, sizes, device, num_rows):
+        self.buffer = device.make_buffer(num_rows, sizes.row_bytes)
+        self.rows = self.buffer.tensor.view(sizes.dtype)[:, : sizes.hidden]  # [n, H]
+        self.numbers = self.buffer.tensor.view(torch.float32)[:, -1]  # [n], one a row
+
+    def __len__(self):
+        return len(self.buffer)
+
+    def part(self, order=None, num_rows=None):
+        """See rows in an order, or the first num_rows, or all, as a move reads or writes them -> Rows."""
+        end = num_rows if order is None else None
+        return Rows(values=self.rows[:end], beside=self.numbers[:end], order=order)
+
+
 class DeviceBerth:
     """Where one micro-batch in flight has its rows, at home and at this rank's experts."""
 
     def __init__(self, sizes, device):
-        self.sizes = sizes
-        self.home = device.make_buffer(sizes.home_rows, sizes.row_bytes)  # copies out, and their results back
-        self.away = device.make_buffer(sizes.away_rows, sizes.row_bytes)  # others' copies, and their results
+        self.home = Table(sizes, device, sizes.home_rows)  # copies out, and their results back
+        self.away = Table(sizes, device, sizes.away_rows)  # others' copies, and their results
         self.direction = None
         self.outward = self.homeward = None  # Pending
-
-    def rows(self, buffer):
-        """See a buffer's rows as numbers -> [n, H]."""
-        return buffer.tensor.view(self.sizes.dtype)[:, : self.sizes.hidden]
-
-    def numbers(self, buffer):
-        """See the number of each row -> [n] float32."""
-        return buffer.tensor.view(torch.float32)[:, -1]
-
-    def part(self, buffer, order=None):
-        """See a buffer's rows, in an order, as a move reads or writes them -> Rows."""
-        return Rows(values=self.rows(buffer), beside=self.numbers(buffer), order=order)
 
     def is_over(self):
         """Whether nothing is under way from or to these rows."""
@@ -82,13 +87,12 @@ class Places:
     """Rows of a berth: where a batch's rows lie."""
 
     berth: DeviceBerth
-    order: torch.Tensor  # [n] int64
+    order: torch.Tensor | None  # [n] int64; None: the first n
+    num_rows: int
 
-    def __getitem__(self, part):
-        return Places(self.berth, self.order[part])
-
-    def __len__(self):
-        return len(self.order)
+    def __getitem__(self, _part):
+        """The one portion of a batch is all of it."""
+        return self
 
 
 class DeviceExchange:
@@ -103,7 +107,7 @@ class DeviceExchange:
         (self.sizes, self.routes), self.sum_groups = ways, sum_groups
         self.num_slots = len(self.routes.place_of_slot)
         self.berths = [DeviceBerth(self.sizes, device) for _ in range(self.sizes.num_berths)]
-        device.mover.prepare(self.berths[0].rows(self.berths[0].home))
+        device.mover.prepare(self.berths[0].home.rows)
         self.choosers, self.errands = weakref.WeakKeyDictionary(), []
         self.traffic = no_traffic(self.transport.size)
 
@@ -146,11 +150,12 @@ class DeviceExchange:
         if chooser not in self.choosers:
             self.choosers[chooser] = DeviceChooser(chooser, self.device.torch_device)
         slots = self.choosers[chooser].choose(routing.experts)
-        return self.make_plan(slots, routing.kept.repeat_interleave(slots.shape[1] // routing.kept.shape[1], dim=1))
+        return self.make_plan(slots, for_shards(routing.kept, slots.shape[1] // routing.experts.shape[1]))
 
     def make_plan(self, slots, kept):
-        """Find the way of each kept copy -> DevicePlan: slots [T, K], kept [T, K] bool."""
-        slots, kept = (torch.as_tensor(array, device=self.device.torch_device) for array in (slots, kept))
+        """Find the way of each kept copy -> DevicePlan: slots [T, K], kept [T, K] bool, or None where all are."""
+        slots = torch.as_tensor(slots, device=self.device.torch_device)
+        kept = None if kept is None else torch.as_tensor(kept, device=self.device.torch_device)
         return DevicePlan(slots, kept, self.num_slots, self.device)
 
     def may_start(self, flight):
@@ -165,8 +170,8 @@ class DeviceExchange:
         self.pack(flight, rows, gates)
         berth.direction, berth.outward, berth.homeward = direction, None, None
         self.make_room(berth, int(counts.coming.sum()))
-        sides = {"send": berth.home, "send_edges": counts.send_edges,
-                 "receive": berth.away, "receive_edges": counts.receive_edges}  # fmt: skip
+        sides = {"send": berth.home.buffer, "send_edges": counts.send_edges,
+                 "receive": berth.away.buffer, "receive_edges": counts.receive_edges}  # fmt: skip
         leg, ready = self.leg(flight, direction, **sides), self.device.compute.record_event()
         berth.outward = self.carrier.start(leg, ready, None)
         self.count(flight, direction)
@@ -176,7 +181,7 @@ class DeviceExchange:
         if num_rows > len(berth.away):
             self.settle()
             berth.away = None  # so that its memory can be had again
-            berth.away = self.device.make_buffer(round_rows(num_rows), self.sizes.row_bytes)
+            berth.away = Table(self.sizes, self.device, round_rows(num_rows))
 
     def settle(self):
         """Wait until the device has done what it was given, while messages go on and faults are noticed."""
@@ -197,8 +202,8 @@ class DeviceExchange:
     def pack(self, flight, rows, gates):
         """Lay a row for each copy that is sent, and its gate, into the buffer at home, by destination."""
         berth, plan = self.berths[flight.berth], flight.plan
-        copies = Copies(entries=plan.row_of_entry, order=plan.order[: int(plan.counts.leaving.sum())])
-        self.device.mover.spread(rows.contiguous(), gates, copies, berth.part(berth.home))
+        copies = plan.copies.first(int(plan.counts.leaving.sum()))
+        self.device.mover.spread(rows.contiguous(), gates, copies, berth.home.part())
 
     def leg(self, flight, direction, **sides):
         """Describe one way of a flight's rows -> Leg."""
@@ -224,27 +229,27 @@ class DeviceExchange:
 
     def rows_of(self, flight, batch):
         """Find where a batch's rows lie, and its results are to be laid -> Places."""
-        return Places(self.berths[flight.berth], batch.order)
+        return Places(self.berths[flight.berth], batch.order, batch.num_rows)
 
     def take(self, places):
         """Gather the rows at these places [n] -> (fresh [n, H], their numbers [n])."""
-        berth, table = places.berth, places.berth.away.tensor
-        rows = table.new_empty(len(places), self.sizes.hidden, dtype=self.sizes.dtype)
-        numbers = table.new_empty(len(places), dtype=torch.float32)
-        self.device.mover.move(berth.part(berth.away, places.order), Rows(values=rows, beside=numbers))
+        away = places.berth.away
+        rows = away.rows.new_empty(places.num_rows, self.sizes.hidden)
+        numbers = away.numbers.new_empty(places.num_rows)
+        self.device.mover.move(away.part(places.order, places.num_rows), Rows(values=rows, beside=numbers))
         return rows, numbers
 
     def lay(self, rows, places, numbers=None):
         """Lay rows [n, H], and numbers [n] if any, down where the rows were from which they were computed."""
-        berth, source = places.berth, Rows(values=rows.contiguous(), beside=numbers)
-        self.device.mover.move(source, berth.part(berth.away, places.order))
+        source = Rows(values=rows.contiguous(), beside=numbers)
+        self.device.mover.move(source, places.berth.away.part(places.order))
 
     def finish(self, flight, batch):
         """Send the results home, to where their tokens were packed."""
         berth, counts = self.berths[flight.berth], flight.plan.counts
         direction = HOMEWARD[berth.direction]
-        sides = {"send": berth.away, "send_edges": counts.receive_edges,
-                 "receive": berth.home, "receive_edges": counts.send_edges}  # fmt: skip
+        sides = {"send": berth.away.buffer, "send_edges": counts.receive_edges,
+                 "receive": berth.home.buffer, "receive_edges": counts.send_edges}  # fmt: skip
         berth.homeward = self.carrier.start(
             self.leg(flight, direction, **sides), self.device.compute.record_event(), berth.outward
         )
@@ -261,11 +266,11 @@ class DeviceExchange:
     def sum_home(self, flight, gates):
         """Sum the rows that came home by token, a copy's times its gate [T, K] -> fresh [T, H] float32."""
         berth = self.berths[flight.berth]
-        return self.device.mover.sum(berth.rows(berth.home), flight.plan.row_of_entry, gates)
+        return self.device.mover.sum(berth.home.rows, flight.plan.copies.entries, gates)
 
     def numbers_home(self, flight):
         """Collect the numbers that came home with the copies' results -> [T, K] float32, 0 where there is no copy."""
         berth = self.berths[flight.berth]
-        numbers = berth.numbers(berth.home)
-        rows = last_for_none(flight.plan.row_of_entry, numbers)
+        numbers = berth.home.numbers
+        rows = last_for_none(flight.plan.copies.entries, numbers)
         return numbers.index_select(0, rows.flatten()).view(rows.shape)

@@ -3,6 +3,8 @@
 Copies are laid in the order of their slots, which is that of the ranks; a dropped one comes last, and is not sent.
 """
 
+import functools
+
 import numpy as np
 import torch
 
@@ -14,22 +16,17 @@ class DevicePlan:
     """What one micro-batch exchanges in one layer: on the device which copy lies where, on the host how many go."""
 
     def __init__(self, slots, kept, num_slots, device):
-        """slots [T, K], kept [T, K] bool, tensors on the device; num_slots of all ranks."""
+        """slots [T, K], kept [T, K] bool or None (all), tensors on the device; num_slots of all ranks."""
         self.top_k = slots.shape[1]
-        key = torch.where(kept, slots, num_slots).flatten()
-        ordered, self.order = key.sort(stable=True)  # [N] copies t * K + k, by slot
-        place = torch.arange(len(key), device=key.device)
-        row = torch.empty_like(self.order).scatter_(0, self.order, place).view(slots.shape)
-        self.row_of_entry = torch.where(kept, row, -1)  # [T, K] where a copy lies at home, -1 where it was dropped
-        edges = torch.searchsorted(ordered, torch.arange(num_slots + 1, device=key.device))
-        self.counts = Counts(*device.fetch(edges.diff()))
+        self.copies, ends = device.mover.arrange(slots, kept, num_slots)  # which copy lies where at home
+        self.counts = Counts(*device.fetch(ends))
 
 
 class Counts:
     """How many rows go from this rank to each slot, and how many come to its own from each rank: first asked for."""
 
     def __init__(self, fetched, event):
-        """fetched: int64 tensor [P * s] on the host, there when the event has happened."""
+        """fetched: int64 tensor [P * s] on the host, where each slot's rows end, there when the event has happened."""
         self.fetched, self.event = fetched, event
         self.leaving = self.coming = None  # [P, s] int64, once they are known
         self.tickets = None
@@ -44,19 +41,19 @@ class Counts:
 
     def ask(self, transport, tag):
         """Tell each rank what goes to its slots, and begin to hear what comes from it."""
-        self.leaving = self.fetched.numpy().reshape(transport.size, -1)
+        self.leaving = np.diff(self.fetched.numpy(), prepend=0).reshape(transport.size, -1)
         self.coming = np.empty_like(self.leaving)
         self.coming[transport.rank] = self.leaving[transport.rank]
         others = [rank for rank in range(transport.size) if rank != transport.rank]
         self.tickets = [transport.receive_words(self.coming[rank], rank, tag) for rank in others]
         self.tickets += [transport.send_words(self.leaving[rank], rank, tag) for rank in others]
 
-    @property
+    @functools.cached_property
     def send_edges(self):
         """Which rows at home go to each rank -> [P + 1]."""
         return edges_of(self.leaving.sum(axis=1))
 
-    @property
+    @functools.cached_property
     def receive_edges(self):
         """Which rows here come from each rank -> [P + 1]."""
         return edges_of(self.coming.sum(axis=1))
@@ -68,22 +65,21 @@ class DeviceBatch:
     def __init__(self, coming, device):
         """coming [P, s]: rows from each rank for each slot, which lie by rank and within it by slot."""
         self.rows_of_slot = coming.sum(axis=0)  # [s]
-        first = edges_of(coming.ravel())[:-1].reshape(coming.shape)
-        lengths = coming.T.ravel()
-        shifts = np.stack([first.T.ravel() - edges_of(lengths)[:-1], lengths])
-        shift, length = device.bring(shifts)
-        num_rows = int(lengths.sum())
-        place = torch.arange(num_rows, device=device.torch_device)
-        self.order = place + shift.repeat_interleave(length, output_size=num_rows)  # [R] where each row lies
+        self.num_rows = int(self.rows_of_slot.sum())
+        self.order = None  # [R] where each row lies; None: they lie so
+        if min(coming.shape) > 1:
+            first, lengths = edges_of(coming.ravel())[:-1].reshape(coming.shape), coming.T.ravel()
+            shifts = first.T.ravel() - edges_of(lengths)[:-1]
+            self.order = device.bring(np.repeat(shifts, lengths) + np.arange(self.num_rows))
 
     def portions(self, about_rows, apart=False):
         """There is one portion: the GEMMs of all slots are one -> (slice, ((slot, rows), ...)), if there are rows.
 
         In it no slot's rows depend on another's; so apart, as about_rows, changes nothing.
         """
-        if len(self.order):
+        if self.num_rows:
             slots = [(slot, rows) for slot, rows in enumerate(self.rows_of_slot.tolist()) if rows]
-            yield slice(0, len(self.order)), slots
+            yield slice(0, self.num_rows), slots
 
 
 class DeviceChooser:

@@ -14,6 +14,7 @@ from hpcmoe.comm.transport import HOMEWARD, Direction, Part, make_part_tag, make
 from hpcmoe.dispatch.arrivals import Arrivals
 from hpcmoe.dispatch.landing import Hall, Landing, see_trailer
 from hpcmoe.dispatch.plan import make_plan
+from hpcmoe.dispatch.router import for_shards
 from hpcmoe.dispatch.sizes import FEW_ROWS, group_peers, make_pools, round_rows
 from hpcmoe.dispatch.traffic import no_traffic
 from hpcmoe.wait import poke_all
@@ -90,9 +91,10 @@ class Exchange:
     def plan(self, routing, chooser):
         """Choose a replica for each copy of a Routing, and find its way -> Plan."""
         # Host waits for the device here: it must know where the tokens go.
-        experts, kept = routing.experts.cpu().numpy(), routing.kept.cpu().numpy()
+        experts = routing.experts.cpu().numpy()
         slots = chooser.choose(experts)
-        return self.make_plan(slots, kept.repeat(slots.shape[1] // experts.shape[1], axis=1))
+        kept = for_shards(routing.kept, slots.shape[1] // experts.shape[1])
+        return self.make_plan(slots, np.ones(slots.shape, bool) if kept is None else kept.cpu().numpy())
 
     def make_plan(self, slots, kept):
         """Find the way of each kept copy -> Plan: slots [T, K], kept [T, K] bool."""

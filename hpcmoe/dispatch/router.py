@@ -23,7 +23,7 @@ class Routing:
 
     experts: torch.Tensor  # [T, K] int64
     gates: torch.Tensor  # [T, K] float32, differentiable; a dropped copy's gate is zero
-    kept: torch.Tensor  # [T, K] bool, False where an expert's capacity was exceeded
+    kept: torch.Tensor | None  # [T, K] bool, False where an expert's capacity was exceeded; None where there is none
     probability_sum: torch.Tensor  # [E] float32, differentiable: softmax probabilities summed over the tokens
     z_sum: torch.Tensor  # [] float32, differentiable: squared log-sum-exp of the logits, summed over the tokens
     tokens_of_expert: torch.Tensor  # [E] int64, copies that chose each expert, dropped ones too
@@ -31,7 +31,7 @@ class Routing:
     @property
     def num_dropped(self):
         """Count the copies over capacity."""
-        return self.kept.numel() - int(self.kept.sum())
+        return 0 if self.kept is None else self.kept.numel() - int(self.kept.sum())
 
 
 class Router(nn.Module):
@@ -50,39 +50,72 @@ class Router(nn.Module):
         The choice is by logits - alpha x load + bias; the gates never see the bias.
         """
         logits = multiply(x.float(), self.weight)  # [T, E]
-        probabilities = logits.softmax(dim=-1)
 
         # Let load and bias speak on the choice, and the load on the weights too where it is to.
         pressure = self.config.load_feedback * load
         experts = choose_largest(logits.detach() + (self.bias - pressure), self.top_k)  # [T, K]
-        speaking = logits - pressure if self.config.load_feedback_on == "both" else logits
-        if self.config.renormalize:
-            gates = speaking.gather(1, experts).softmax(dim=-1)  # the same as p / sum(p), and safe where p underflows
-        else:
-            gates = speaking.softmax(dim=-1).gather(1, experts)
+        weighing = pressure if self.config.load_feedback_on == "both" else None
+        gates, probability_sum, z_sum = Softmax.apply(logits, weighing, experts, self.config.renormalize)
 
         kept = self.within_capacity(experts)
         return Routing(
             experts=experts,
-            gates=gates * kept,
+            gates=gates if kept is None else gates * kept,
             kept=kept,
-            probability_sum=probabilities.sum(dim=0),
-            z_sum=logits.logsumexp(dim=-1).square().sum(),
+            probability_sum=probability_sum,
+            z_sum=z_sum,
             tokens_of_expert=count_copies(experts, len(self.weight)),
         )
 
     def within_capacity(self, experts):
         """Keep each expert's first C copies, all first choices before any second: experts [T, K] -> bool [T, K].
 
-        C = ceil(capacity_factor x T x K / E) of this rank's micro-batch; a factor of 0 drops nothing.
+        C = ceil(capacity_factor x T x K / E) of this rank's micro-batch; a factor of 0 drops nothing: None.
         """
         if self.config.capacity_factor == 0:
-            return torch.ones_like(experts, dtype=torch.bool)
+            return None
         num_experts = len(self.weight)
         capacity = math.ceil(self.config.capacity_factor * experts.numel() / num_experts)
         chosen = nn.functional.one_hot(experts.T.flatten(), num_experts)  # [K * T, E], first choices first
         place = (chosen.cumsum(dim=0) * chosen).sum(dim=1)  # 1 for the first copy of its expert, 2 for the second ...
         return (place <= capacity).view(self.top_k, -1).T
+
+
+class Softmax(torch.autograd.Function):
+    """What the logits say of gates and losses. The way back is by hand: a third of the kernels that autograd starts."""
+
+    @staticmethod
+    def forward(ctx, logits, pressure, experts, renormalize):
+        """logits [T, E], pressure [E] that the gates feel, or None, chosen experts [T, K] -> (gates [T, K], the
+        probabilities' sums [E], the sum of squared log-sum-exps []).
+        """
+        log_probabilities = logits.log_softmax(dim=-1)
+        probabilities = weights = log_probabilities.exp()
+        log_sums = logits[:, :1] - log_probabilities[:, :1]  # any entry of a row differs by as much
+        speaking = logits if pressure is None else logits - pressure
+        if renormalize:
+            gates = speaking.gather(1, experts).softmax(dim=-1)  # the same as p / sum(p), and safe where p underflows
+        else:
+            weights = probabilities if pressure is None else speaking.softmax(dim=-1)
+            gates = weights.gather(1, experts)
+        ctx.save_for_backward(probabilities, log_sums, weights, gates, experts)
+        ctx.renormalize = renormalize
+        return gates, probabilities.sum(dim=0), log_sums.square().sum()
+
+    @staticmethod
+    def backward(ctx, gate_slope, probability_slope, z_slope):
+        """Go back: by the logits [T, E]."""
+        probabilities, log_sums, weights, gates, experts = ctx.saved_tensors
+        of_losses = probability_slope - (probabilities @ probability_slope)[:, None] + (2 * z_slope) * log_sums
+        slope = of_losses.mul_(probabilities)
+
+        of_gates = gates * gate_slope
+        total = of_gates.sum(dim=1, keepdim=True)
+        if ctx.renormalize:
+            of_gates -= gates * total  # a softmax over the chosen alone
+        else:
+            slope -= weights * total
+        return slope.scatter_add_(1, experts, of_gates), None, None, None
 
 
 def count_copies(experts, num_experts):
@@ -97,10 +130,17 @@ def choose_largest(logits, count):
         return logits.topk(count, dim=-1).indices
     chosen, left = [], logits
     for _ in range(count):
-        best = left.max(dim=-1, keepdim=True).indices
-        chosen.append(best)
-        left = left.scatter(1, best, -math.inf)
+        if chosen:
+            left = left.scatter(1, chosen[-1], -math.inf)
+        chosen.append(left.max(dim=-1, keepdim=True).indices)
     return torch.cat(chosen, dim=1)
+
+
+def for_shards(of_copies, num_shards):
+    """Say of each shard's copy what is true of all of an expert's: [T, K], or None -> [T, K * num_shards], or None."""
+    if of_copies is None or num_shards == 1:
+        return of_copies
+    return of_copies.repeat_interleave(num_shards, dim=1)
 
 
 def load_balancing_loss(tokens_of_expert, probability_sum, num_tokens):

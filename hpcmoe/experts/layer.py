@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hpcmoe.comm.transport import Direction
+from hpcmoe.dispatch.router import for_shards
 
 
 class Flight:
@@ -40,7 +41,7 @@ class MoELayer(nn.Module):
         flight.routing = self.router(flight.normed, load)
         flight.plan = self.exchange.plan(flight.routing, self.chooser)
         num_shards = flight.plan.top_k // flight.routing.gates.shape[1]  # a copy goes to all of its expert's
-        flight.gates = flight.routing.gates.detach().repeat_interleave(num_shards, dim=1)
+        flight.gates = for_shards(flight.routing.gates.detach(), num_shards)
 
     def dispatch(self, flight):
         """Offer the tokens to their experts."""

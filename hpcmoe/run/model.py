@@ -91,12 +91,13 @@ class LanguageModel(nn.Module):
 
         purpose is "train", "evaluate" (losses, no slopes) or "infer" (the stack alone, no head).
         """
-        self.batches = [torch.from_numpy(batch.astype(np.int64)).to(self.device.torch_device) for batch in batches]
+        self.batches = [self.device.bring(batch.astype(np.int64)) for batch in batches]
         self.num_tokens, self.purpose, self.watched_layers = max(num_tokens, 1), purpose, watched_layers
-        self.load = torch.as_tensor(load, dtype=torch.float32, device=self.device.torch_device)
+        self.load = self.device.bring(np.asarray(load, np.float32))
         self.loss_sum = 0.0  # cross-entropy over this rank's tokens, nats
         self.counted = {}  # micro-batch: (its routing's sums, the event of their arrival on the host)
         self.census = {}  # micro-batch: (array, the request for its sum over all ranks, None when it is there)
+        self.slopes = {}  # micro-batch: those of the routing losses, [L, E + 1] on the device
         self.own_tokens = np.zeros(self.load.shape, np.int64)  # [L, E] copies whose home is this rank
         self.seen = {}  # name: arrays of the activations asked for, a micro-batch each
 
@@ -107,8 +108,7 @@ class LanguageModel(nn.Module):
 
     def head(self, micro_batch, x, flights):
         """Take the last x [T, H]; start to add up the routing over all ranks -> the loss's slope by x, in training."""
-        census = torch.stack([count_routing(flight.routing) for flight in flights])  # [L, 2 E + 2]
-        self.counted[micro_batch] = self.device.fetch(census)
+        self.counted[micro_batch] = self.device.fetch(count_routings([flight.routing for flight in flights]))
         self.start_sums()
         self.watch(x, flights)
         if self.purpose == "infer":
@@ -161,11 +161,18 @@ class LanguageModel(nn.Module):
 
     def routing_slopes(self, layer, micro_batch):
         """Return the slopes of the routing losses: by a layer's probability_sum [E] and by its z_sum []."""
+        if micro_batch not in self.slopes:
+            self.slopes[micro_batch] = self.device.bring(self.find_slopes(self.census_of(micro_batch)))
+        slopes = self.slopes[micro_batch][layer]
+        return slopes[:-1], slopes[-1]
+
+    def find_slopes(self, census):
+        """Compute all layers' slopes of the routing losses from what a micro-batch counted -> float32 [L, E + 1]."""
         dispatch, num_experts = self.config.dispatch, self.config.model.num_experts
-        tokens_of_expert = torch.from_numpy(self.census_of(micro_batch)[layer, :num_experts])
-        by_probability = dispatch.aux_loss_weight * load_balancing_slope(tokens_of_expert, self.num_tokens)
-        by_z = torch.tensor(dispatch.z_loss_weight / self.num_tokens)
-        return by_probability.to(self.device.torch_device), by_z.to(self.device.torch_device)
+        slopes = np.full((len(census), num_experts + 1), dispatch.z_loss_weight / self.num_tokens, np.float32)
+        for layer, counts in enumerate(torch.from_numpy(census[:, :num_experts])):
+            slopes[layer, :-1] = dispatch.aux_loss_weight * load_balancing_slope(counts, self.num_tokens)
+        return slopes
 
     def embed_backward(self, micro_batch, slope):
         """Take the slope by the first layer's x [T, H] to the embedding."""
@@ -209,15 +216,15 @@ class Census:
         self.utilisation = self.tokens_of_expert / expected  # U_e [L, E], actual / expected tokens
 
 
-def count_routing(routing):
-    """Put a routing's sums in one row: copies and probability of each expert, z, drops -> float64 [2 E + 2]."""
-    with torch.no_grad():
-        return torch.cat([
-            routing.tokens_of_expert.double(),
-            routing.probability_sum.double(),
-            routing.z_sum.double()[None],
-            (~routing.kept).sum().double()[None],
-        ])  # fmt: skip
+@torch.no_grad()
+def count_routings(routings):
+    """Put all layers' sums in rows: copies and probability of each expert, z, drops -> float64 [L, 2 E + 2]."""
+    copies, probabilities, z = (
+        torch.stack([getattr(routing, name) for routing in routings])
+        for name in ("tokens_of_expert", "probability_sum", "z_sum")
+    )
+    drops = torch.zeros_like(z) if routings[0].kept is None else torch.stack([(~r.kept).sum() for r in routings])
+    return torch.cat([part.double() for part in (copies, probabilities, z[:, None], drops[:, None])], dim=1)
 
 
 def make_model(config, mesh, placement, exchange, device):

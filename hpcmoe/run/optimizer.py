@@ -194,12 +194,14 @@ class Optimizer:
 
     def global_norm(self):
         """Norm of all gradients, every logical parameter counted once. Collective over all ranks."""
+        owned = [copy for copy in self.shared.copies() if copy.owned]
+        dense, *own = squares_of([self.dense.flat, *(self.shared.flat[copy.begin : copy.end] for copy in owned)])
         squares = np.zeros((len(self.network.layers), len(self.network.layers[0].router.weight)))
-        for copy in self.shared.copies():  # by expert, so that their sum does not depend on who holds it
-            if copy.owned:
-                squares[copy.layer, copy.expert] = square_of(self.shared.flat[copy.begin : copy.end])
-        square = all_reduce(self.mesh.world, squares).sum() / self.mesh.data_parallel
-        return float(square + square_of(self.dense.flat)) ** 0.5
+        for copy, square in zip(
+            owned, own, strict=True
+        ):  # by expert, so that their sum does not depend on who holds it
+            squares[copy.layer, copy.expert] = square
+        return float(all_reduce(self.mesh.world, squares).sum() / self.mesh.data_parallel + dense) ** 0.5
 
 
 def fresh_state(rows, step):
@@ -231,9 +233,9 @@ def cut_pieces(parameters, index, num_shares):
     return pieces
 
 
-def square_of(tensor):
-    """Sum of squares in float64."""
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2
+def squares_of(tensors):
+    """Sum the squares of each tensor in float64 -> array; the host waits for their device once."""
+    return torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]).cpu().numpy() ** 2
 
 
 def learning_rate_at(number, train):

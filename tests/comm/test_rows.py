@@ -121,6 +121,23 @@ def test_rows_are_weighed_and_summed(mover, dtype, width):
     assert ((sums - terms.sum(dim=1)).abs() <= 2 * unit * terms.abs().sum(dim=1)).all()
 
 
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("num_slots", [1, 7, 300])
+@pytest.mark.parametrize("num_tokens", [0, 1, 500])
+def test_copies_are_put_in_order_by_slot(mover, num_tokens, num_slots, drops):
+    """As Python's sort has them, which keeps the order of equals; what is not kept has no row."""
+    mover, device = mover
+    generator = torch.Generator().manual_seed(num_tokens)
+    slots = torch.randint(num_slots, (num_tokens, 2), generator=generator)
+    kept = torch.rand(num_tokens, 2, generator=generator) < (0.8 if drops else 2)
+    copies, ends = mover.arrange(slots.to(device), kept.to(device) if drops else None, num_slots)
+    order = sorted(kept.flatten().nonzero().flatten().tolist(), key=lambda copy: slots.flatten()[copy].item())
+    entries = copies.entries.flatten().cpu()
+    assert entries[order].tolist() == list(range(len(order))) and (entries < 0).sum() == (~kept).sum()
+    assert ends.tolist() == slots[kept].bincount(minlength=num_slots).cumsum(0).tolist()
+    assert copies.order is None or copies.first(len(order)).order.tolist() == order
+
+
 def test_kernels_round_as_torch_does(mover):
     """To the nearest, of two as near the even one; what is not finite stays so."""
     mover, device = mover

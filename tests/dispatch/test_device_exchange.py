@@ -73,7 +73,7 @@ def test_kernels_of_our_own_do_both_ways_and_are_compiled_before(comm, tmp_path,
         journey.x = journey.x.float()  # as a model's tokens are
         go(exchange, travel_forward(exchange, journey))
         check_forward(exchange, journey)
-    assert set(mover.kernels) == compiled and len(compiled) == 6
+    assert set(mover.kernels) == compiled and len(compiled) == 8
 
 
 @pytest.mark.mpi

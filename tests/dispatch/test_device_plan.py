@@ -37,12 +37,12 @@ def test_copies_lie_by_slot_and_dropped_ones_nowhere(num_tokens):
     random = np.random.default_rng(num_tokens)
     slots, kept = random.integers(0, 6, (num_tokens, 2)), random.random((num_tokens, 2)) < 0.7
     plan = DevicePlan(torch.from_numpy(slots), torch.from_numpy(kept), 6, PlainDevice())
-    counts = plan.counts.fetched.numpy()
+    counts = np.diff(plan.counts.fetched.numpy(), prepend=0)
     assert counts.tolist() == np.bincount(slots[kept], minlength=6).tolist()
-    copies = plan.order[: counts.sum()].numpy()
+    copies = plan.copies.first(counts.sum()).order.numpy()
     assert slots.ravel()[copies].tolist() == np.repeat(np.arange(6), counts).tolist()
-    assert plan.row_of_entry.flatten()[copies].tolist() == list(range(counts.sum()))
-    assert (plan.row_of_entry[torch.from_numpy(~kept)] == -1).all()
+    assert plan.copies.entries.flatten()[copies].tolist() == list(range(counts.sum()))
+    assert (plan.copies.entries[torch.from_numpy(~kept)] == -1).all()
 
 
 def test_a_batch_is_grouped_by_slot_and_within_it_by_rank():

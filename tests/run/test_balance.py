@@ -11,7 +11,7 @@ from small import make_config
 from hpcmoe.config import Dispatch
 from hpcmoe.dispatch.router import Router
 from hpcmoe.run.balance import even_load, move_biases, read_biases, update_load, write_biases
-from hpcmoe.run.model import Census, count_routing
+from hpcmoe.run.model import Census, count_routings
 
 HIDDEN, EXPERTS, STEPS = 8, 6, 12
 
@@ -54,7 +54,7 @@ def route_steps(batches, alpha, counted=False):
     chosen, loads = [], []
     for x in batches:
         routing = router(x, torch.from_numpy(load[0]).float())
-        census = Census(config, [count_routing(routing)[None].numpy()], len(x), None)
+        census = Census(config, [count_routings([routing]).numpy()], len(x), None)
         busy = census.tokens_of_expert if counted else census.utilisation
         load = update_load(load, busy, config.dispatch.load_window_steps)
         chosen.append(routing.experts)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import gather_logical, make_config, open_small_job
 
-from hpcmoe.run.model import Census, Dense, count_routing
+from hpcmoe.run.model import Census, Dense, count_routings
 from hpcmoe.wait import gather_to_all
 
 
@@ -52,12 +52,17 @@ def test_the_residual_goes_around_norm_and_without_attention_is_the_input():
     assert torch.allclose(normed / x, (normed / x)[:, :1].expand_as(x), rtol=1e-4)
 
 
-def test_a_routing_is_counted_in_one_row():
-    routing = SimpleNamespace(
-        tokens_of_expert=torch.tensor([3, 1]), probability_sum=torch.tensor([1.5, 0.5]), z_sum=torch.tensor(7.0),
-        kept=torch.tensor([[False, True], [True, False]]),
-    )  # fmt: skip
-    assert count_routing(routing).tolist() == [3, 1, 1.5, 0.5, 7, 2]
+@pytest.mark.parametrize("kept", [None, torch.tensor([[False, True], [True, False]])])
+def test_each_layers_routing_is_counted_in_a_row(kept):
+    routings = [
+        SimpleNamespace(
+            tokens_of_expert=torch.tensor(copies), probability_sum=torch.tensor([1.5, 0.5]), z_sum=torch.tensor(7.0),
+            kept=kept,
+        )
+        for copies in ([3, 1], [0, 4])
+    ]  # fmt: skip
+    drops = 0 if kept is None else 2
+    assert count_routings(routings).tolist() == [[3, 1, 1.5, 0.5, 7, drops], [0, 4, 1.5, 0.5, 7, drops]]
 
 
 def test_a_census_adds_up_micro_batches():
