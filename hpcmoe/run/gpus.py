@@ -92,16 +92,24 @@ def open_device_exchange(mesh, device, sizes, routes, kind, trains):
 def open_carrier_and_sums(mesh, device, sizes, kind, transport, trains):
     """Open who carries rows, and NCCL where it sums what they train -> (Carrier, Groups by name or None).
 
-    Sums go over "world" and "dp", where these have other ranks. Collective over mesh.world, both ends.
+    Collective over mesh.world, both ends.
     """
     if kind != "nccl":
         with open_carrier(kind, mesh.group, device, sizes.row_bytes, transport) as carrier:
             yield carrier, None
         return
+    with open_nccl(mesh.world, find_communicators(mesh, kind, trains), device, find_nccl()[0]) as groups:
+        yield NcclCarrier(groups["rows"]), {name: group for name, group in groups.items() if name != "rows"}
+
+
+def find_communicators(mesh, kind, trains):
+    """Find what NCCL is to connect -> communicators by name: for rows, and in training for sums of gradients over
+    "world" and "dp" where these have other ranks. None where it does not carry rows.
+    """
+    if kind != "nccl":
+        return {}
     sums = {"world": mesh.world, "dp": mesh.dp} if trains else {}
-    sums = {name: comm for name, comm in sums.items() if comm.size > 1}
-    with open_nccl(mesh.world, {"rows": mesh.group} | sums, device, find_nccl()[0]) as groups:
-        yield NcclCarrier(groups["rows"]), {name: groups[name] for name in sums}
+    return {"rows": mesh.group} | {name: comm for name, comm in sums.items() if comm.size > 1}
 
 
 def describe_device_ways(sizes):

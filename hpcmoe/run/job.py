@@ -19,7 +19,13 @@ from hpcmoe.dispatch.exchange import Exchange
 from hpcmoe.errors import ClusterError, keep_on_root, on_all, on_root
 from hpcmoe.placement.problem import PlacementProblem, slots_for
 from hpcmoe.run.data import Text
-from hpcmoe.run.gpus import choose_carrier, keep_gpu_memory, open_device_exchange, reckon_device_sizes
+from hpcmoe.run.gpus import (
+    choose_carrier,
+    find_communicators,
+    keep_gpu_memory,
+    open_device_exchange,
+    reckon_device_sizes,
+)
 from hpcmoe.run.layout import Layout, find_pace, lay_out, make_problem
 from hpcmoe.run.memory import Memory, reckon_memory
 from hpcmoe.run.meter import Meter
@@ -77,7 +83,8 @@ def open_job(config, topology, mesh, split, loads):
     memory = reckon_memory(config, mesh, slots, sizes, buffer_bytes)
     gpus = share_gpus(gather_to_all(world, device.read_memory()))  # asked when every rank has opened its device
     topology = keep_gpu_memory(topology, gpus)
-    room = find_room(config, topology, world, memory, gpus)
+    communicators = find_communicators(mesh, kind, config.run.mode == "train")
+    room = find_room(config, topology, world, memory, gpus, len(communicators))
     pace = find_pace(config, mesh, sizes.expert_rows // slots, device)
     problem = keep_on_root(world, lambda: make_problem(config, topology, mesh, room, memory.per_expert, (loads, pace)))
     layout = on_root(world, lambda: lay_out(problem, config, room))
@@ -136,11 +143,11 @@ def refuse(text):
     raise ClusterError(text)
 
 
-def find_room(config, topology, world, memory, share_of_gpu):
+def find_room(config, topology, world, memory, share_of_gpu, num_communicators):
     """Find the memory that each node has for experts, on GPUs where they lie there -> Room. Collective over world."""
     process_bytes = max(gather_to_all(world, psutil.Process().memory_full_info().uss))
     share_of_gpu = None if config.cluster.memory_bytes_per_node else share_of_gpu
-    return on_all(world, lambda: reckon_room(topology, memory, process_bytes, share_of_gpu))
+    return on_all(world, lambda: reckon_room(topology, memory, process_bytes, share_of_gpu, num_communicators))
 
 
 def choose_threads(topology, rank):

@@ -8,7 +8,15 @@ import pytest
 from small import make_config, make_topology
 
 from hpcmoe.errors import ClusterError, PlacementError
-from hpcmoe.run.room import GPU_LIBRARY_BYTES, check_room, describe_room, on_gpus, reckon_room, share_gpus
+from hpcmoe.run.room import (
+    COMMUNICATOR_BYTES,
+    GPU_LIBRARY_BYTES,
+    check_room,
+    describe_room,
+    on_gpus,
+    reckon_room,
+    share_gpus,
+)
 
 MEMORY = SimpleNamespace(dense_with_state=40, activations=100, buffers=7, working=5, copies=6, moving=0, snapshot=0)
 
@@ -53,8 +61,8 @@ def test_experts_get_what_process_messages_and_dense_parts_leave():
 
 def test_on_gpus_only_what_lies_there_counts():
     topology = dataclasses.replace(make_topology(4, 2), memory_bytes=np.array([40, 40]))
-    free, libraries = 10.0**10, GPU_LIBRARY_BYTES
-    room = reckon_room(topology, MEMORY, 20, free + np.array([500, 400, 900, 900]))
+    free, libraries = 10.0**10, GPU_LIBRARY_BYTES + 2 * COMMUNICATOR_BYTES
+    room = reckon_room(topology, MEMORY, 20, free + np.array([500, 400, 900, 900]), num_communicators=2)
     rest = {"dense parts": 40, "matrices cast or packed": 6, "activations": 100, "experts at work": 5}
     assert room.what == "GPU memory" and room.besides == {"messages": 7} | rest | {"libraries": libraries}
     left = free - libraries - 158
