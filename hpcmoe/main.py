@@ -220,10 +220,17 @@ def describe_tokens(records, job):
 
 def read_versions():
     """Name the versions of what computes -> dict."""
-    packages = ("hpcmoe", "numpy", "torch", "mpi4py", "h5py")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions = {name: find_version(name) for name in ("hpcmoe", "numpy", "torch", "mpi4py", "h5py")}
     library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
     return versions | {"python": platform.python_version(), "MPI library": library}
+
+
+def find_version(package):
+    """Name the version of a package; a checkout that only lies on Python's path, as hpcmoe may, has none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def check_checkpoint(checkpoint, folder, config):

@@ -168,3 +168,10 @@ def wait_for(condition, timeout_seconds=60):
     while not condition():
         assert time.monotonic() < deadline, "has not come about"
         time.sleep(0.1)
+
+
+def test_a_package_that_only_lies_on_the_path_is_said_to_be_not_installed():
+    from hpcmoe.main import find_version
+
+    assert find_version("numpy") == np.__version__
+    assert find_version("no-such-package-lies-here") == "not installed"
