@@ -1,9 +1,10 @@
 """On a GPU: the experts' block against torch's own products, rows moved against a copy, ways against each other.
 
-Then a step of several micro-batches under torch's profiler: how much of the transfers ran beside kernels. Ranks share
-the GPU where there is one alone.
+A layer on one rank is set against its GEMMs. Last a step of several micro-batches goes under torch's profiler: how much
+of the transfers ran beside kernels. Ranks share the GPU where there is one alone.
 """
 
+import contextlib
 import math
 import statistics
 import time
@@ -12,8 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from bench import ranks
+from bench import gpu_layer, ranks
 from bench.gpu_profile import profile_step
+from bench.pairs import show_milliseconds, show_ratio
 from mpi4py import MPI
 from tabulate import tabulate
 from torch.nn.functional import gelu
@@ -49,6 +51,7 @@ def measure(folder):
         "gpu": describe_gpu(0),
         "experts": [time_experts(device, number, HIDDEN, FEED_FORWARD, TOKENS * TOP_K) for number in EXPERTS],
         "kernels": time_kernels(device, HIDDEN, TOKENS),
+        "layers": {str(shape): gpu_layer.measure_shape(shape) for shape in gpu_layer.SHAPES},
     }
     torch.cuda.empty_cache()  # the ranks need the memory
     device.pool.free_all_blocks()
@@ -112,39 +115,46 @@ def time_kernels(device, hidden, tokens):
     with open_mpi_transport(comm, sizes.row_bytes, begin_thread=device.enter_thread) as transport:
         exchange = DeviceExchange(DirectCarrier(transport, device), transport, device, Clock(), (sizes, routes))
         slots = np.argsort(random.random((tokens, 16)), axis=1)[:, :TOP_K]
-        plan = exchange.make_plan(slots, np.ones(slots.shape, bool))
-        flight = SimpleNamespace(plan=plan, berth=0, layer=0, micro_batch=0)
-        while not exchange.may_start(flight):
-            exchange.poke()
-        moves = make_moves(exchange, flight)
-        source, target = (torch.empty_like(exchange.berths[0].home.tensor) for _ in range(2))
-        calls = {"copy": lambda: target.copy_(source)}
+        source, target = (torch.empty_like(exchange.berths[0].home.buffer.tensor) for _ in range(2))
+        calls, num_bytes = {"copy": lambda: target.copy_(source)}, {"copy": 2 * source.nbytes}
         for mover in (device.mover, TorchMover()):
-            calls |= {(name, mover.name): run_by(exchange, mover, move) for name, (_, move) in moves.items()}
-        seconds = time_calls(device, calls, MOVE_TIMES)
-    copy_rate = 2 * source.nbytes / seconds.pop("copy")
-    rates = {(name, by): moves[name][0] / each for (name, by), each in seconds.items()}
+            with moving_by(device, mover):
+                moves = make_moves(exchange, slots)
+            calls |= {(name, mover.name): moved_by(device, mover, move) for name, (_, move) in moves.items()}
+            num_bytes |= {(name, mover.name): moved for name, (moved, _) in moves.items()}
+        rates = {name: num_bytes[name] / each for name, each in time_calls(device, calls, MOVE_TIMES).items()}
+    copy_rate = rates.pop("copy")
     return [{"kernel": name, "by": by, "bytes_per_second": rate, "ratio": rate / copy_rate}
             for (name, by), rate in rates.items()]  # fmt: skip
 
 
-def run_by(exchange, mover, move):
+@contextlib.contextmanager
+def moving_by(device, mover):
+    """Have a mover move the device's rows within the with-block."""
+    before, device.mover = device.mover, mover
+    yield
+    device.mover = before
+
+
+def moved_by(device, mover, move):
     """Make a call that moves rows by a mover."""
 
     def call():
-        before, exchange.device.mover = exchange.device.mover, mover
-        move()
-        exchange.device.mover = before
+        with moving_by(device, mover):
+            move()
 
     return call
 
 
-def make_moves(exchange, flight):
+def make_moves(exchange, slots):
     """Make all moves of an exchange's rows -> dict name: (bytes, call); a token is read once for all its copies."""
-    sizes, device, plan = exchange.sizes, exchange.device, flight.plan
+    flight = SimpleNamespace(plan=exchange.make_plan(slots, None), berth=0, layer=0, micro_batch=0)
+    while not exchange.may_start(flight):
+        exchange.poke()
+    sizes, device = exchange.sizes, exchange.device
     x = torch.randn(sizes.tokens, sizes.hidden, device=device.torch_device)
     gates = torch.full((sizes.tokens, sizes.top_k), 0.5, device=device.torch_device)
-    places = exchange.rows_of(flight, DeviceBatch(plan.counts.coming, device))
+    places = exchange.rows_of(flight, DeviceBatch(flight.plan.counts.coming, device))
     rows, _ = exchange.take(places)
     copies = rows.nbytes
     return {
@@ -171,12 +181,16 @@ def make_table(figures):
              "TFLOP/s", compare(e["flops"])] for e in figures["experts"]]  # fmt: skip
     rows += [[k["kernel"], k["by"], f"{k['bytes_per_second'] / 1e9:.0f}", "GB/s", f"{k['ratio']:.2f} of a copy"]
              for k in figures["kernels"]]  # fmt: skip
+    for name, pairs in figures["layers"].items():
+        took = show_milliseconds(pairs["median_seconds"]["ours"] / gpu_layer.IN_A_ROW)
+        rows.append(["layer", name, took, "ms", f"{show_ratio(pairs)} of its GEMMs"])
     for of_ranks in figures["ranks"]:
         for kind, rate in of_ranks["ways"].items():
             shown = (f"{rate / 1e9:.3g}", "GB/s a rank") if isinstance(rate, float) else ("-", rate)
             rows.append([kind, f"{of_ranks['ranks']} ranks, {of_ranks['gpus']} GPUs", *shown, ""])
         for kind, profile in of_ranks["profiles"].items():
-            took, share = f"{1e3 * profile['transfers']:.3g}", f"{profile['hidden']:.2f} beside kernels"
+            took = f"{1e3 * profile['transfers']:.3g} of {1e3 * profile['span']:.3g}"
+            share = f"{profile['hidden']:.2f} of them beside kernels, which ran {1e3 * profile['working']:.3g} ms"
             rows.append([f"profile, {kind}", f"{of_ranks['ranks']} ranks", took, "ms of transfers", share])
     return tabulate(rows, ["what", "of", "value", "unit", "beside"], disable_numparse=True)
 

@@ -65,7 +65,8 @@ class Layer:
     def __init__(self, job):
         self.layer, self.exchange = job.stepper.network.layers[0], job.stepper.exchange
         self.layer.dense = Bare()
-        self.load = torch.ones(job.config.model.num_experts)
+        self.device = job.stepper.network.device
+        self.load = torch.ones(job.config.model.num_experts, device=self.device.torch_device)
 
     @property
     def router_weight(self):
@@ -84,7 +85,8 @@ class Layer:
             self.rise(flight, x)
             finish(self.exchange, self.layer.combine_backward(flight, slope))
             finish(self.exchange, self.layer.compute_backward(flight))
-            finish(self.exchange, self.layer.route_backward(flight, torch.zeros_like(self.load), torch.zeros(())))
+            no_slopes = torch.zeros_like(self.load), self.load.new_zeros(())
+            finish(self.exchange, self.layer.route_backward(flight, *no_slopes))
             return flight.output
 
     def rise(self, flight, x):
