@@ -12,7 +12,7 @@ make test-3       the MPI tests at 3 ranks; any number
 make bench        layers against their floor, the exchange against MPI, what balancing does; as root, on shaped hosts, more;
                   ARGS="layer exchange cost peers placement moving overlap balance sums gpu": which of them
 make test-gpu     the tests that need a GPU, at 1, 2 and 4 ranks: on one GPU if there is but one
-make bench-gpu    experts, packing and transfers of a GPU against dense products and copies, and a profile
+make bench-gpu    experts, rows that move and layers of a GPU against products and copies, ways of the rows, a profile
 make check        what this machine has for MPI, NCCL and GPUs, tried on RANKS ranks: RANKS=2
 make bench-peers  hpcmoe's layer beside DeepSpeed's, Megatron-Core's and others', in an environment of their own
 make lint         ruff, over everything

@@ -32,6 +32,7 @@ from hpcmoe.write.problem import describe_problem
 from hpcmoe.write.records import open_records, prepare_folder
 from hpcmoe.write.writer import open_writer
 
+NOT_INSTALLED = "not installed"  # a package that only lies on Python's path, or nowhere
 log = logging.getLogger("hpcmoe.main")
 
 
@@ -226,11 +227,11 @@ def read_versions():
 
 
 def find_version(package):
-    """Name the version of a package; a checkout that only lies on Python's path, as hpcmoe may, has none."""
+    """Name the version of a package; a checkout of hpcmoe need not be installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
 
 
 def check_checkpoint(checkpoint, folder, config):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from launch import MPIRUN, Running, mpirun
 
+from hpcmoe.main import NOT_INSTALLED, find_version
+
 PROMPT_SECONDS = 20  # for what the program refuses, and for all ranks to end when one is killed
 TINY = {
     "run.steps": "4",
@@ -156,6 +158,11 @@ def test_a_killed_rank_takes_all_down_and_is_named(tmp_path):
     assert any(str(victim.pid) in line for line in ended.lines(named)), ended
 
 
+def test_a_package_that_only_lies_on_the_path_is_said_to_be_not_installed():
+    assert find_version("numpy") == np.__version__
+    assert find_version("no-such-package-lies-here") == NOT_INSTALLED
+
+
 def rank_of(process):
     """Tell a process's rank, as its launcher told it; None for the launcher itself."""
     environment = process.environ()
@@ -168,10 +175,3 @@ def wait_for(condition, timeout_seconds=60):
     while not condition():
         assert time.monotonic() < deadline, "has not come about"
         time.sleep(0.1)
-
-
-def test_a_package_that_only_lies_on_the_path_is_said_to_be_not_installed():
-    from hpcmoe.main import find_version
-
-    assert find_version("numpy") == np.__version__
-    assert find_version("no-such-package-lies-here") == "not installed"

@@ -71,9 +71,6 @@ class HostDevice:
         """Sum message rows table[rows[t, k]] * weights[t, k] over k -> a fresh tensor [T, H] on the device."""
         return nn.functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights.to(table.dtype))
 
-    def settle(self):
-        """Wait for nothing: what was asked for is done."""
-
     def read_memory(self):
         """Tell of no memory but the node's -> None."""
         return None

@@ -87,7 +87,8 @@ extern "C" __global__ void sum_rows(
 }
 
 // A thread of the next two looks at entries of one chunk and one slot, the slot changing the fastest. Entries are read by
-// all threads of a warp at once, and in their order: so equal ones keep it, and nobody waits for another. No `kept`: all are.
+// all threads of a warp at once, and in their order: so equal ones keep it, and nobody waits for another. Without `kept`
+// all are.
 
 // counts[s, c] becomes how many entries of chunk c go to slot s.
 extern "C" __global__ void count_copies(
@@ -103,7 +104,7 @@ extern "C" __global__ void count_copies(
     counts[slot * num_chunks + chunk] = count;
 }
 
-// rows[entry] becomes its place among all that are kept, by slot, or -1. ends[s, c] is where those of slot s and chunk c end.
+// rows[entry] becomes its place among all that are kept, by slot, or -1; those of slot s and chunk c end at ends[s, c].
 extern "C" __global__ void place_copies(
     const int64 *__restrict__ slots, const bool *__restrict__ kept, int64 num_entries, int64 num_slots,
     const int64 *__restrict__ ends, int64 num_chunks, int64 chunk_entries, int64 *__restrict__ rows)

@@ -32,10 +32,8 @@ class Rows:
 class Copies:
     """Where rows are spread to, said both ways."""
 
-    entries: (
-        torch.Tensor
-    )  # [T, K] int64: the row of each copy; -1: none. Kernels write what they read to all its places
-    order: torch.Tensor | None  # [n] int64: the copy, t * K + k, of each row. Torch looks for each row's source
+    entries: torch.Tensor  # [T, K] int64: the row of each copy, -1: none; kernels write a token to all its rows
+    order: torch.Tensor | None  # [n] int64: the copy, t * K + k, of each row; torch alone looks for each row's source
 
     def first(self, num_rows):
         """Mean only those that lie in the first rows -> Copies."""
@@ -136,7 +134,7 @@ class KernelMover:
         """Put copies in order by their slots [T, K], kept [T, K] bool or None (all) -> (Copies, ends [num_slots]).
 
         Those of a slot keep their order, and end at an int64; those that are not kept have no row. No order of copies
-        is made: the kernel that spreads rows needs none.
+        is made: the kernel that spreads rows needs none. Each copy is looked at once for every slot.
         """
         slots, kept = slots.contiguous(), None if kept is None else kept.contiguous()
         require_dtype(slots, torch.int64)
@@ -156,9 +154,10 @@ class KernelMover:
     def move(self, source, target):
         """Write the rows of one Rows into those of another, in its precision, and the numbers beside them if any."""
         lengths = {len(order) for order in (source.order, target.order) if order is not None} or {len(source.values)}
-        if len(lengths) > 1 or (source.beside is not None and target.beside is None):
-            raise ValueError("a move's two sides must have as many rows, and numbers beside them")
         num_rows = lengths.pop()
+        too_short = any(side.order is None and len(side.values) < num_rows for side in (source, target))
+        if lengths or too_short or (source.beside is not None and target.beside is None):
+            raise ValueError("a move's two sides must have as many rows, and numbers beside them")
         self.launch(
             "move_rows", source.values, target.values, num_rows, (*point_to(source), *point_to(target), num_rows)
         )

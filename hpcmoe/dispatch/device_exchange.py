@@ -90,8 +90,10 @@ class Places:
     order: torch.Tensor | None  # [n] int64; None: the first n
     num_rows: int
 
-    def __getitem__(self, _part):
-        """The one portion of a batch is all of it."""
+    def __getitem__(self, part):
+        """Mean a portion: all of them, for a batch has no other."""
+        if part != slice(0, self.num_rows):
+            raise IndexError(f"{part} of {self.num_rows} rows that are worked on at once")
         return self
 
 

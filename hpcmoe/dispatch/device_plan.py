@@ -1,6 +1,6 @@
 """Where copies go, found on the device that has them: the host is told counts alone.
 
-Copies are laid in the order of their slots, which is that of the ranks; a dropped one comes last, and is not sent.
+Copies are laid in the order of their slots, which is that of the ranks; a dropped one is not sent.
 """
 
 import functools

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from hpcmoe.gemm import multiply
 
@@ -91,7 +92,8 @@ class Softmax(torch.autograd.Function):
         """
         log_probabilities = logits.log_softmax(dim=-1)
         probabilities = weights = log_probabilities.exp()
-        log_sums = logits[:, :1] - log_probabilities[:, :1]  # any entry of a row differs by as much
+        first = experts[:, :1]  # any entry of a row differs by its log-sum-exp, and a large one loses the least
+        log_sums = logits.gather(1, first) - log_probabilities.gather(1, first)
         speaking = logits if pressure is None else logits - pressure
         if renormalize:
             gates = speaking.gather(1, experts).softmax(dim=-1)  # the same as p / sum(p), and safe where p underflows
@@ -103,6 +105,7 @@ class Softmax(torch.autograd.Function):
         return gates, probabilities.sum(dim=0), log_sums.square().sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gate_slope, probability_slope, z_slope):
         """Go back: by the logits [T, E]."""
         probabilities, log_sums, weights, gates, experts = ctx.saved_tensors

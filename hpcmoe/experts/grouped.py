@@ -1,7 +1,7 @@
 """The experts of a rank worked on at once, as GPUs want it: each product is a grouped GEMM over rows sorted by expert.
 
 The experts take turns where torch has no grouped GEMM for a precision or a GPU, where one is alone, and where a single
-product is so long that the host is sure to start the next meanwhile: torch's own GEMM is then the faster one.
+product is so long that the host is sure to start the next meanwhile: torch's other GEMM minds uneven rows less.
 """
 
 import functools
@@ -122,12 +122,13 @@ class GroupedExperts(LocalExperts):
             find_gradient(bias).add_(own.sum(dim=0, dtype=torch.float32))
 
     def each(self, name, groups, *tensors):
-        """Yield a parameter of each replica that has rows, and its rows of some tensors; nothing where none has it."""
-        if not hasattr(self.held()[0], name):
+        """Yield a parameter of each replica that has it and rows, and its rows of some tensors."""
+        held = self.held()
+        if not any(hasattr(replica, name) for replica in held):
             return
         parts = zip(*(tensor.split(groups.rows) for tensor in tensors), strict=True)
-        for replica, own in zip(self.held(), parts, strict=True):
-            if len(own[0]):
+        for replica, own in zip(held, parts, strict=True):
+            if hasattr(replica, name) and len(own[0]):
                 yield getattr(replica, name), *own
 
 

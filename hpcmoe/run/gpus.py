@@ -103,8 +103,9 @@ def open_carrier_and_sums(mesh, device, sizes, kind, transport, trains):
 
 
 def find_communicators(mesh, kind, trains):
-    """Find what NCCL is to connect -> communicators by name: for rows, and in training for sums of gradients over
-    "world" and "dp" where these have other ranks. None where it does not carry rows.
+    """Find which ranks NCCL is to connect -> MPI's communicators by name, none where it does not carry rows.
+
+    In training sums of gradients go over "world" and "dp", where these have other ranks.
     """
     if kind != "nccl":
         return {}

@@ -83,8 +83,9 @@ def open_job(config, topology, mesh, split, loads):
     memory = reckon_memory(config, mesh, slots, sizes, buffer_bytes)
     gpus = share_gpus(gather_to_all(world, device.read_memory()))  # asked when every rank has opened its device
     topology = keep_gpu_memory(topology, gpus)
-    communicators = find_communicators(mesh, kind, config.run.mode == "train")
-    room = find_room(config, topology, world, memory, gpus, len(communicators))
+    communicators = find_communicators(mesh, kind, config.run.mode == "train").values()
+    share_of_gpu = None if config.cluster.memory_bytes_per_node else gpus
+    room = find_room(topology, world, memory, share_of_gpu, sum(comm.size > 1 for comm in communicators))
     pace = find_pace(config, mesh, sizes.expert_rows // slots, device)
     problem = keep_on_root(world, lambda: make_problem(config, topology, mesh, room, memory.per_expert, (loads, pace)))
     layout = on_root(world, lambda: lay_out(problem, config, room))
@@ -143,10 +144,9 @@ def refuse(text):
     raise ClusterError(text)
 
 
-def find_room(config, topology, world, memory, share_of_gpu, num_communicators):
+def find_room(topology, world, memory, share_of_gpu, num_communicators):
     """Find the memory that each node has for experts, on GPUs where they lie there -> Room. Collective over world."""
     process_bytes = max(gather_to_all(world, psutil.Process().memory_full_info().uss))
-    share_of_gpu = None if config.cluster.memory_bytes_per_node else share_of_gpu
     return on_all(world, lambda: reckon_room(topology, memory, process_bytes, share_of_gpu, num_communicators))
 
 

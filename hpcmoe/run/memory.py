@@ -109,8 +109,10 @@ def reckon_activations(config, mesh, slots, sizes):
     tokens, wire = sizes.tokens, sizes.dtype.itemsize
 
     # Of each token: block input, residual, normed input and its scale; in attention also the norm's, the queries, keys
-    # and values, the heads' output twice and its log-sums; of the router probabilities, their log-sum and gates.
-    width = 3 * model.hidden + model.num_experts + 1 + 8 * model.top_k
+    # and values, the heads' output twice and its log-sums; of the router probabilities, their log-sum and gates, and
+    # what it weighs by where those are others.
+    own_weights = config.dispatch.load_feedback_on == "both" and not config.dispatch.renormalize
+    width = 3 * model.hidden + (1 + own_weights) * model.num_experts + 1 + 8 * model.top_k
     token_bytes = FLOAT32 * width
     if model.attention:
         token_bytes += FLOAT32 * (model.hidden + model.num_heads) + wire * 6 * model.hidden

@@ -196,10 +196,10 @@ class Optimizer:
         """Norm of all gradients, every logical parameter counted once. Collective over all ranks."""
         owned = [copy for copy in self.shared.copies() if copy.owned]
         dense, *own = squares_of([self.dense.flat, *(self.shared.flat[copy.begin : copy.end] for copy in owned)])
+
+        # Laid out by expert, so that their sum does not depend on who holds which.
         squares = np.zeros((len(self.network.layers), len(self.network.layers[0].router.weight)))
-        for copy, square in zip(
-            owned, own, strict=True
-        ):  # by expert, so that their sum does not depend on who holds it
+        for copy, square in zip(owned, own, strict=True):
             squares[copy.layer, copy.expert] = square
         return float(all_reduce(self.mesh.world, squares).sum() / self.mesh.data_parallel + dense) ** 0.5
 

@@ -10,8 +10,8 @@ from hpcmoe.placement.problem import in_units
 from hpcmoe.run.data import NUM_BYTES
 
 FLOAT32 = 4  # bytes
-GPU_LIBRARY_BYTES = 5 * 10**8  # of a rank's GPU, for CUDA's kernels and cuBLAS; measured on an H200: 0.2 GB and more
-COMMUNICATOR_BYTES = 16 * 10**8  # there, of an NCCL communicator; measured with two ranks of NCCL 2.32 on one H200
+GPU_LIBRARY_BYTES = 10**9  # of a rank's GPU for CUDA's kernels and cuBLAS, 0.2 GB on an H200, and holes in torch's pool
+COMMUNICATOR_BYTES = 16 * 10**8  # there, of an NCCL communicator; measured of two ranks that share an H200, NCCL 2.32
 MOST_NAMES = 4  # of nodes that are alike, in a line
 
 
@@ -69,8 +69,8 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu, num_communicators
     """Reckon the room for experts on each node -> Room.
 
     share_of_gpu [ranks] is the free memory of each rank's GPU over its ranks, None without GPUs or where the config
-    tells the memory; num_communicators are those of NCCL that a rank has. With GPUs the host's memory bears the
-    process, what comes of experts that move, and the copy for checkpoints: ClusterError where it cannot.
+    tells the memory; num_communicators are those of NCCL that join a rank to others. With GPUs the host's memory bears
+    the process, what comes of experts that move, and the copy for checkpoints: ClusterError where it cannot.
     """
     num_ranks = np.bincount(topology.node_of_rank)
     messages = {"messages": memory.buffers}

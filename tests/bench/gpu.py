@@ -76,7 +76,7 @@ def time_calls(device, calls, times):
 def time_experts(device, num_experts, hidden, feed_forward, rows):
     """Time the forward block of a few experts against torch's products: dense, grouped, in turns -> figures.
 
-    The dense product has no activation, the others have; with several experts ours is a grouped one itself.
+    The dense product has no activation, the others have; ours is a grouped one itself where products are short.
     """
     draw = {"dtype": torch.bfloat16, "device": device.torch_device}
     weights = [
@@ -183,7 +183,7 @@ def make_table(figures):
              for k in figures["kernels"]]  # fmt: skip
     for name, pairs in figures["layers"].items():
         took = show_milliseconds(pairs["median_seconds"]["ours"] / gpu_layer.IN_A_ROW)
-        rows.append(["layer", name, took, "ms", f"{show_ratio(pairs)} of its GEMMs"])
+        rows.append(["layer", name, took, "ms", f"{show_ratio(pairs)} of its GEMMs, activation up"])
     for of_ranks in figures["ranks"]:
         for kind, rate in of_ranks["ways"].items():
             shown = (f"{rate / 1e9:.3g}", "GB/s a rank") if isinstance(rate, float) else ("-", rate)

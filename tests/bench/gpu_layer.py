@@ -1,4 +1,7 @@
-"""One MoE layer on a GPU, forward and training, against its floor: torch's GEMMs of the same rows, expert by expert."""
+"""One MoE layer on a GPU, forward and training, against its floor: torch's GEMMs of the same rows, expert by expert.
+
+The activation on the way up is in the floor too.
+"""
 
 import torch
 from bench.ours import open_layer
@@ -7,15 +10,18 @@ from bench.shapes import Shape
 from mpi4py import MPI
 from torch.nn.functional import gelu
 
+BF16 = {"ranks": 1, "dtype": "bfloat16"}
 PUBLISHED = Shape(
-    name="H 8192, F 32768, 10000 tokens", ranks=1, tokens=10000, hidden=8192, feed_forward=32768, experts=2
+    name="H 8192, F 32768, 10000 tokens", tokens=10000, hidden=8192, feed_forward=32768, experts=2, **BF16
 )
-MIDDLE = Shape(name="H 2048, F 8192, 8192 tokens", ranks=1, tokens=8192, hidden=2048, feed_forward=8192, experts=8)
-FEW = Shape(name="H 4096, F 14336, 64 tokens", ranks=1, tokens=64, hidden=4096, feed_forward=14336, experts=8)
+MIDDLE = Shape(name="H 2048, F 8192, 8192 tokens", tokens=8192, hidden=2048, feed_forward=8192, experts=8, **BF16)
+FEW = Shape(name="H 4096, F 14336, 64 tokens", tokens=64, hidden=4096, feed_forward=14336, experts=8, **BF16)
 SHAPES = [
-    shape.but(dtype="bfloat16", training=training)
-    for shape in (PUBLISHED, MIDDLE, FEW)
-    for training in ((False,) if shape == FEW else (False, True))
+    PUBLISHED,
+    PUBLISHED.but(training=True),
+    MIDDLE,
+    MIDDLE.but(training=True),
+    FEW,
 ]
 BUDGET_SECONDS = 2.0  # a shape
 IN_A_ROW = 4  # layers: a host that starts the next meanwhile is not waited for
@@ -38,11 +44,11 @@ def repeat(call, device):
     """Call a few times, and wait for the device once."""
     for _ in range(IN_A_ROW):
         call()
-    device.settle()
+    device.compute.record_event().synchronize()
 
 
 class Floor:
-    """The products of a layer's experts, on rows that lie there; results and gradients in the rows' precision."""
+    """The products of a layer's experts and the activation between, on rows that lie there, all in their precision."""
 
     def __init__(self, shape, rows_of_expert, torch_device):
         """rows_of_expert [E]: copies that each has."""
@@ -58,7 +64,10 @@ class Floor:
             gelu(x @ up) @ down
 
     def train(self):
-        """Do all that, and the four products of the way back, for which any rows will do."""
+        """Do all that, and the four products of the way back, without the activation's; any rows will do."""
         self.forward()
         for x, up, down, inner in self.parts:
-            (x @ down.t(), inner.t() @ x, inner @ up.t(), x.t() @ inner)
+            torch.mm(x, down.t())
+            torch.mm(inner.t(), x)
+            torch.mm(inner, up.t())
+            torch.mm(x.t(), inner)

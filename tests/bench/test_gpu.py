@@ -27,7 +27,7 @@ def test_its_figures_are_rates_and_their_ratios(tmp_path):
         (move, by) for by in (device.mover.name, "torch") for move in moves
     ]
     assert all(kernel["bytes_per_second"] > 0 and kernel["ratio"] > 0 for kernel in kernels)
-    shape = gpu_layer.MIDDLE.but(tokens=32, hidden=16, feed_forward=32, dtype="bfloat16", training=True)
+    shape = gpu_layer.MIDDLE.but(tokens=32, hidden=16, feed_forward=32, training=True)
     layers = {"small": gpu_layer.measure_shape(shape, budget_seconds=0.1)}
     profile = {"transfers": 0.002, "hidden": 0.75, "working": 0.003, "span": 0.004}
     of_ranks = {

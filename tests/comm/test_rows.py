@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernels import compiler_for_host
 
+from hpcmoe.comm import rows
 from hpcmoe.comm.device import open_device
 from hpcmoe.comm.rows import Copies, KernelMover, Rows, TorchMover, find_chunk, open_mover, shape_block
 
@@ -123,9 +124,10 @@ def test_rows_are_weighed_and_summed(mover, dtype, width):
 
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("num_slots", [1, 7, 300])
-@pytest.mark.parametrize("num_tokens", [0, 1, 500])
-def test_copies_are_put_in_order_by_slot(mover, num_tokens, num_slots, drops):
+@pytest.mark.parametrize(("num_tokens", "many_threads"), [(0, 64), (1, 64), (500, 64), (500, rows.MANY_THREADS)])
+def test_copies_are_put_in_order_by_slot(monkeypatch, mover, num_tokens, many_threads, num_slots, drops):
     """As Python's sort has them, which keeps the order of equals; what is not kept has no row."""
+    monkeypatch.setattr(rows, "MANY_THREADS", many_threads)  # with few a thread looks at many copies
     mover, device = mover
     generator = torch.Generator().manual_seed(num_tokens)
     slots = torch.randint(num_slots, (num_tokens, 2), generator=generator)
@@ -171,8 +173,9 @@ def test_what_kernels_would_misread_is_refused(compile_on_host):
     for source in wrong:
         with pytest.raises(ValueError, match="side by side|where kernels read"):
             mover.move(source, rows)
-    three = Rows(values=draw(3, 8), beside=None, order=torch.arange(3))
-    for source, target in ((three, put_in(rows, [0, 1])), (rows, three), (Rows(values=draw(4, 9), beside=None), rows)):
+    three, short = Rows(values=draw(3, 8), beside=None, order=torch.arange(3)), Rows(values=draw(3, 8), beside=draw(3))
+    wide = Rows(values=draw(4, 9), beside=None)
+    for source, target in ((three, put_in(rows, [0, 1])), (rows, three), (rows, short), (wide, rows)):
         with pytest.raises(ValueError, match="as many rows|as wide on both sides"):
             mover.move(source, target)
     with pytest.raises(ValueError, match="int32 where kernels read torch.int64"):

@@ -98,13 +98,15 @@ def test_products_that_outlast_the_next_ones_start_take_turns(rows, experts, num
     assert is_long(x, weights) == long
 
 
-def test_experts_that_take_turns_give_the_same(monkeypatch):
-    x, results = draw(14, HIDDEN, seed=7).bfloat16(), []
+def test_experts_of_long_products_take_turns_and_give_the_same(monkeypatch):
+    calls, real = [], grouped.find_grouped_gemm()
+    monkeypatch.setattr(grouped, "find_grouped_gemm", lambda: lambda *a, **k: calls.append(1) or real(*a, **k))
+    together, x, results = GroupedExperts(make_replicas("gelu", False)), draw(14, HIDDEN, seed=7).bfloat16(), []
+    together.join()
     for large_weight in (LARGE_WEIGHT, 1):
         monkeypatch.setattr(grouped, "LARGE_WEIGHT", large_weight)
-        together = GroupedExperts(make_replicas("gelu", False))
-        together.join()
         results.append(together(together.group(tuple(ROWS.items()), torch.device("cpu")), x, None))
+        assert len(calls) == 2
     assert relative(*results) < 1e-2
 
 
