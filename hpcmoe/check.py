@@ -56,18 +56,16 @@ def check(comm):
     """Look around, and try every way that rows can take. Collective over comm."""
     from hpcmoe.comm.choose import look  # imports torch
     from hpcmoe.comm.device import open_device
-    from hpcmoe.comm.pointers import ask_mpi
 
     topology = read_topology(comm, Cluster(measure_seconds=LINK_SECONDS))
     here = topology.ranks_of_node(topology.node_of_rank[comm.rank]).tolist()
     device = on_all(comm, lambda: open_device("auto", here.index(comm.rank)))
-    finds = gather_to_all(comm, find())
+    finds, sights = (gather_to_all(comm, own) for own in (find(), look(comm, device)))
     if comm.rank == 0:
-        show(describe_machine(topology) + describe_software(ask_mpi(comm)[-1]) + describe_gpus(finds))
+        show(describe_machine(topology) + describe_software(sights[0].answer) + describe_gpus(finds))
     names = gather_to_all(comm, device.name)
     if len(set(names)) > 1:
         raise_mixed(comm, names)
-    sights = gather_to_all(comm, look(comm, device))
     try_all(comm, device, sights)
 
 
@@ -161,7 +159,7 @@ def describe_gpus(finds):
 
 def try_all(comm, device, sights):
     """Try each way on a small exchange, and tell what came of it. Collective over comm."""
-    from hpcmoe.comm.choose import describe_movers, why_not_direct, why_not_nccl
+    from hpcmoe.comm.choose import describe_movers, why_not_each
     from hpcmoe.comm.plain import PlainDevice
     from hpcmoe.comm.trial import try_carrier
 
@@ -171,8 +169,7 @@ def try_all(comm, device, sights):
     movers = describe_movers(comm, device)
     if comm.rank == 0:
         show([("rows", line) for line in movers])
-    why_not = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights, asked=True), "staged": ""}
-    for kind, reason in why_not.items():
+    for kind, reason in why_not_each(sights).items():
         outcome = f"not tried: {reason}" if reason else attempt_carrier(try_carrier, kind, comm, device)
         if comm.rank == 0:
             where = " on the host's memory, in a GPU's place" if on_host and not reason else ""

@@ -54,18 +54,23 @@ def check_launcher(comm):
 
 def refuse_mixed_mpi(environ):
     """Raise ClusterError when a launcher's variables tell a process alone in its world of more processes."""
+    key, size = find_launched(environ)
+    if size > 1:
+        name, version = MPI.get_vendor()
+        library = f"{name} {'.'.join(map(str, version))}"
+        raise ClusterError(
+            f"two MPIs are mixed: the launcher says {key} = {size}, but mpi4py's MPI ({library}) sees 1 rank; "
+            "start with the mpirun of that MPI (source .venv/bin/activate), or under Slurm with its srun --mpi type"
+        )
+
+
+def find_launched(environ):
+    """Find how many processes a launcher has started as one job -> (the variable that tells, or "", their number)."""
     seen = {key: int(environ[key]) for key in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE") if key in environ}
     # SLURM_NTASKS is the whole job's, in a batch script too; only srun's own tasks have a step, and its count.
     if not seen and "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
         seen = {"SLURM_STEP_NUM_TASKS": int(environ.get("SLURM_STEP_NUM_TASKS", 1))}
-    for key, size in seen.items():
-        if size > 1:
-            name, version = MPI.get_vendor()
-            library = f"{name} {'.'.join(map(str, version))}"
-            raise ClusterError(
-                f"two MPIs are mixed: the launcher says {key} = {size}, but mpi4py's MPI ({library}) sees 1 rank; "
-                "start with the mpirun of that MPI (source .venv/bin/activate), or under Slurm with its srun --mpi type"
-            )
+    return max(seen.items(), key=lambda told: told[1], default=("", 1))
 
 
 def host_name():

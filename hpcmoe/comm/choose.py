@@ -134,6 +134,11 @@ def why_not_direct(sights, asked):
     return ""
 
 
+def why_not_each(sights):
+    """Find what keeps these ranks from each carrier, were it asked for -> dict kind: a few words, "" where nothing."""
+    return {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights, asked=True), "staged": ""}
+
+
 def name_version(number):
     """Write NCCL's number of a version as people do: 23203 -> 2.32.3."""
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"

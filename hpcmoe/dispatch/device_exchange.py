@@ -171,7 +171,7 @@ class DeviceExchange:
         berth, counts = self.berths[flight.berth], flight.plan.counts
         self.pack(flight, rows, gates)
         berth.direction, berth.outward, berth.homeward = direction, None, None
-        self.make_room(berth, int(counts.coming.sum()))
+        self.make_room(berth, int(counts.receive_edges[-1]))
         sides = {"send": berth.home.buffer, "send_edges": counts.send_edges,
                  "receive": berth.away.buffer, "receive_edges": counts.receive_edges}  # fmt: skip
         leg, ready = self.leg(flight, direction, **sides), self.device.compute.record_event()
@@ -204,7 +204,7 @@ class DeviceExchange:
     def pack(self, flight, rows, gates):
         """Lay a row for each copy that is sent, and its gate, into the buffer at home, by destination."""
         berth, plan = self.berths[flight.berth], flight.plan
-        copies = plan.copies.first(int(plan.counts.leaving.sum()))
+        copies = plan.copies.first(int(plan.counts.send_edges[-1]))
         self.device.mover.spread(rows.contiguous(), gates, copies, berth.home.part())
 
     def leg(self, flight, direction, **sides):

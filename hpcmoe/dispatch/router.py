@@ -91,17 +91,17 @@ class Softmax(torch.autograd.Function):
         probabilities' sums [E], the sum of squared log-sum-exps []).
         """
         log_probabilities = logits.log_softmax(dim=-1)
-        probabilities = weights = log_probabilities.exp()
+        probabilities = log_probabilities.exp()
         first = experts[:, :1]  # any entry of a row differs by its log-sum-exp, and a large one loses the least
         log_sums = logits.gather(1, first) - log_probabilities.gather(1, first)
         speaking = logits if pressure is None else logits - pressure
         if renormalize:
+            weights = None
             gates = speaking.gather(1, experts).softmax(dim=-1)  # the same as p / sum(p), and safe where p underflows
         else:
             weights = probabilities if pressure is None else speaking.softmax(dim=-1)
             gates = weights.gather(1, experts)
         ctx.save_for_backward(probabilities, log_sums, weights, gates, experts)
-        ctx.renormalize = renormalize
         return gates, probabilities.sum(dim=0), log_sums.square().sum()
 
     @staticmethod
@@ -114,8 +114,8 @@ class Softmax(torch.autograd.Function):
 
         of_gates = gates * gate_slope
         total = of_gates.sum(dim=1, keepdim=True)
-        if ctx.renormalize:
-            of_gates -= gates * total  # a softmax over the chosen alone
+        if weights is None:  # a softmax over the chosen alone
+            of_gates -= gates * total
         else:
             slope -= weights * total
         return slope.scatter_add_(1, experts, of_gates), None, None, None

@@ -22,7 +22,7 @@ from torch.nn.functional import gelu
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.carrier import DirectCarrier
-from hpcmoe.comm.choose import look, why_not_direct, why_not_nccl
+from hpcmoe.comm.choose import look, why_not_each
 from hpcmoe.comm.cuda import count_gpus, describe_gpu, find_missing, has_grouped_gemm
 from hpcmoe.comm.device import open_device
 from hpcmoe.comm.mpi import open_mpi_transport
@@ -70,7 +70,7 @@ def time_calls(device, calls, times):
             device.settle()
             if turn > 0:  # the first warms up
                 seconds[name].append((time.perf_counter() - begun) / times)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return {name: statistics.median(of_name) for name, of_name in seconds.items()}
 
 
 def time_experts(device, num_experts, hidden, feed_forward, rows):
@@ -169,7 +169,7 @@ def work(comm, folder):
     """Measure each way between these ranks, and profile a step by it -> figures. Collective over comm."""
     device = open_device("cuda", comm.rank)
     sights = gather_to_all(comm, look(comm, device))
-    missing = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights, asked=True), "staged": ""}
+    missing = why_not_each(sights)
     rates = {kind: why or min(gather_to_all(comm, try_carrier(kind, comm, device))) for kind, why in missing.items()}
     profiles = {kind: profile_step(comm, folder, kind) for kind, why in missing.items() if not why}
     return {"ranks": comm.size, "gpus": count_gpus(), "ways": rates, "profiles": profiles}

@@ -6,11 +6,10 @@ as it comes, one the same peer with malloc told to keep its memory. `make bench-
 
 import contextlib
 import ctypes
-import importlib.metadata
 
 import torch
 import torch.distributed as dist
-from bench import ranks
+from bench import machine, ranks
 from bench.ours import draw_expert, open_layer
 from bench.pairs import compare, show_milliseconds, show_ratio, take_turns
 from bench.rivals import RIVALS
@@ -42,7 +41,7 @@ def measure(folder, shapes=None, budget_seconds=BUDGET_SECONDS):
     shapes = shapes or choose_shapes(choose_gemm("cpu", torch.bfloat16))
     (num_ranks,) = {shape.ranks for shape in shapes}
     cases = ranks.run_ranks(len(SIDES) * num_ranks, "peers", folder, write_shapes(shapes), budget_seconds)
-    return {"versions": read_versions(), "cases": cases}
+    return {"versions": machine.read_versions(PACKAGES), "cases": cases}
 
 
 def choose_shapes(gemm):
@@ -50,12 +49,6 @@ def choose_shapes(gemm):
     if isinstance(gemm, WideGemm):
         return list(dict.fromkeys(shape.but(dtype="float32") for shape in SHAPES))
     return SHAPES
-
-
-def read_versions():
-    """Read which versions of the peers are installed -> {package: version}."""
-    found = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
-    return {name: found[name] for name in PACKAGES if name in found}
 
 
 def work(comm, shapes, budget_seconds):

@@ -85,6 +85,7 @@ def test_a_rank_alone_under_a_launcher_of_many_is_refused(environ):
     ],
 )
 def test_a_rank_that_is_meant_to_be_alone_may_run(environ):
+    assert chapter.find_launched(environ)[1] == 1
     chapter.refuse_mixed_mpi(environ)
 
 

@@ -100,6 +100,8 @@ def test_products_that_outlast_the_next_ones_start_take_turns(rows, experts, num
 
 def test_experts_of_long_products_take_turns_and_give_the_same(monkeypatch):
     calls, real = [], grouped.find_grouped_gemm()
+    if real is None:
+        pytest.skip("this torch has no grouped GEMM")
     monkeypatch.setattr(grouped, "find_grouped_gemm", lambda: lambda *a, **k: calls.append(1) or real(*a, **k))
     together, x, results = GroupedExperts(make_replicas("gelu", False)), draw(14, HIDDEN, seed=7).bfloat16(), []
     together.join()

@@ -10,7 +10,7 @@ from against_oracle import check_against_oracle, whole_batches
 from moves import MOVES, assert_near, run_steps
 from small import BY_CARRIER, gather_logical, open_small_job
 
-from hpcmoe.comm.choose import look, why_not_direct, why_not_nccl
+from hpcmoe.comm.choose import look, why_not_each
 from hpcmoe.comm.device import open_device
 from hpcmoe.comm.trial import try_carrier
 from hpcmoe.wait import gather_to_all
@@ -37,9 +37,9 @@ def way(comm, request):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     sights = gather_to_all(comm, look(comm, open_device("cuda", comm.rank)))
-    why_not = {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights, asked=True), "staged": ""}
-    if why_not[request.param]:
-        pytest.skip(why_not[request.param])
+    why_not = why_not_each(sights)[request.param]
+    if why_not:
+        pytest.skip(why_not)
     return request.param, {"comm__device": "cuda"} | BY_CARRIER[request.param]
 
 
