@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kinks import draw_off_kinks
 from small import make_config
 from torch import nn
 
@@ -79,7 +80,9 @@ def test_an_expert_goes_back_as_autograd_does_on_the_formula(kind, bias, dtype, 
     exact = {name: weight.to(dtype).double().requires_grad_() for name, weight in weights.items()}
     batches = []
     for num_rows in (1, 5, 64, 150):
-        x, slope = draw(num_rows, 6, seed=num_rows).to(dtype), draw(num_rows, 6, seed=num_rows + 1).to(dtype)
+        generator = torch.Generator().manual_seed(num_rows)
+        x = draw_off_kinks(num_rows, weights["up"], weights.get("up_bias"), generator).to(dtype)
+        slope = draw(num_rows, 6, seed=num_rows + 1).to(dtype)
         gates = draw(num_rows, seed=num_rows + 2).sigmoid()
         gates[num_rows // 2] = 0
         batches.append((x, slope, gates, expert.forward_kept(x)[1]))

@@ -1,7 +1,7 @@
 """Memory as reckoned from the config is what the arrays then take, byte for byte, and nearly so for activations."""
 
 import dataclasses
-import itertools
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +10,8 @@ import torch
 from small import make_config, open_small_job
 from standin import watch_job
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hpcmoe.experts.ffn import Expert
 from hpcmoe.experts.grouped import GroupedExperts
@@ -142,7 +144,7 @@ def test_on_a_device_matrices_are_cast_for_training_and_never_packed(comm, share
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_experts_on_a_device_make_what_is_reckoned(kind, dtype, mode):
-    """Torch's own account of what is there at most, of all that is made and freed in a pass."""
+    """What is there at most, of all that is made and freed in a pass."""
     changes = {"experts__kind": kind, "model__dtype": dtype, "run__mode": mode}
     config = make_config(model__hidden=64, model__feed_forward=160, **changes)
     num_rows, precision, trains = 512, getattr(torch, dtype), mode == "train"
@@ -169,11 +171,59 @@ def test_experts_on_a_device_make_what_is_reckoned(kind, dtype, mode):
 
 
 def find_peak(call):
-    """Find the most bytes that a call held at one time of what torch gave it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    """Find the most bytes held at one time by the tensors that operations return within a call."""
+    with LiveTensors() as live:
         call()
-    changes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(changes))
+    return live.peak_bytes
+
+
+class LiveTensors(TorchDispatchMode):
+    """Follows the tensors that operations make; what a processor's kernel allocates beside is not among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.references = []  # to every tensor returned, views too: a storage lives as long as one of them
+        self.given = set()  # addresses of storages that were there before
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        """Run an operation, then add up the storages that are alive."""
+        keywords = keywords or {}
+        self.given |= storages_of((arguments, keywords)).keys() - storages_of(self.living()).keys()
+        result = function(*arguments, **keywords)
+        self.references += [weakref.ref(tensor) for tensor in tensors_of(result)]
+        made = storages_of(self.living())
+        self.peak_bytes = max(self.peak_bytes, sum(made[address] for address in made.keys() - self.given))
+        return result
+
+    def living(self):
+        """List the tensors returned so far that are still there."""
+        return [tensor for reference in self.references if (tensor := reference()) is not None]
+
+
+def tensors_of(tree):
+    """List the tensors in nested containers."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def storages_of(tree):
+    """Find the storages of the tensors in nested containers -> {address: bytes}."""
+    storages = [tensor.untyped_storage() for tensor in tensors_of(tree)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def test_the_peak_counts_each_storage_made_and_none_that_was_there():
+    there = torch.ones(100)
+
+    def call():
+        x = torch.zeros(1000)
+        x[:10].add_(1)  # a view, and an operation in place
+        y = x * 2 + 1  # x, and two more
+        there[:50].add_(1)
+        del x
+        return y + 1
+
+    assert find_peak(call) == 3 * 4000
 
 
 def test_sums_of_memory():
