@@ -100,7 +100,7 @@ def drop_doubles(found, left_out):
 
 
 def take_named(path, is_own):
-    """Take a file by its own name -> ({path: stat}, {path: why it has no text}). Raises ConfigError for what is none."""
+    """Take a file by its own name -> ({path: stat}, {path: why it has no text}). Raises ConfigError for others."""
     what = f"[data] files: {printable(path)}"
     try:
         info = os.stat(path)
@@ -150,8 +150,8 @@ def make_own(own_folder: str | os.PathLike | None) -> Callable[[str], bool]:
     owned, known = set(), {}
     if own_folder is not None:
         parent, name = os.path.split(os.path.abspath(own_folder))
-        for path in (own_folder, *glob.glob(f"{glob.escape(name)}.previous*", root_dir=parent)):
-            path = os.path.join(parent, path)
+        for sibling in (name, *glob.glob(f"{glob.escape(name)}.previous*", root_dir=parent)):
+            path = os.path.join(parent, sibling)
             owned |= {identify(path)} if os.path.isdir(path) else set()
 
     def holds(folder):

@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy as np
 from hpcmoe.run.files import Stamp
 
 MOST_TRIED = 16  # files whose every combination is tried
+GOLDEN = (5**0.5 - 1) / 2  # whose multiples, less their whole parts, fill 0 to 1 evenly from the first on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +36,13 @@ def split_files(files: Mapping[str, Stamp], validation_share: float, least_bytes
     """Give about validation_share of the bytes to validation: whole files, or the end of a single one -> Split.
 
     The choice follows from the files' sizes and their names below the folder that they share. Each part gets
-    least_bytes where whole files allow it.
+    least_bytes where the files allow it.
     """
     if len(files) == 1:
         ((path, stamp),) = files.items()
         cut = int(stamp.size * (1 - validation_share))
+        if stamp.size >= 2 * least_bytes:
+            cut = min(max(cut, least_bytes), stamp.size - least_bytes)
         return Split(
             training=(Span(path=path, first=0, length=cut, stamp=stamp),),
             validation=(Span(path=path, first=cut, length=stamp.size - cut, stamp=stamp),),
@@ -53,17 +57,17 @@ def split_files(files: Mapping[str, Stamp], validation_share: float, least_bytes
 
 
 def shuffle(paths):
-    """Order files by hashes of their names, so that neighbours in a folder are none -> list of paths.
+    """Order files by the hash of their names, so that neighbours in a folder are none -> list of paths.
 
-    Files of one name are ordered by the hash of their path below the folder that all share.
+    Files of one name are ordered so that however many of the first ones are taken, these lie far apart in the list.
     """
     shared = os.path.commonpath([os.path.abspath(path) for path in paths])
-
-    def hash_names(path):
-        inside = os.path.relpath(path, shared)
-        return zlib.crc32(os.fsencode(os.path.basename(path))), zlib.crc32(os.fsencode(inside)), inside
-
-    return sorted(paths, key=hash_names)
+    numbers, keys = Counter(), {}
+    for inside, path in sorted((os.path.relpath(path, shared), path) for path in paths):
+        name = os.fsencode(os.path.basename(path))
+        numbers[name] += 1
+        keys[path] = zlib.crc32(name), numbers[name] * GOLDEN % 1, inside
+    return sorted(paths, key=keys.get)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
