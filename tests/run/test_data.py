@@ -53,12 +53,14 @@ def test_both_sizes_are_in_the_log(here, caplog):
     write(a=30, b=40, c=50, d=60, e=70, f=80, g=90, h=100)
     with caplog.at_level(logging.INFO):
         split = find("*.txt")
+        find("h.txt")
     num_bytes = [sum(span.length for span in part) for part in (split.training, split.validation)]
     counts = len(split.training), len(split.validation)
     assert num_bytes == [390, 130] and sum(counts) == 8
-    assert caplog.messages == [f"text: training {counts[0]} files, 390 B; validation {counts[1]} files, 130 B"]
-    find("h.txt")
-    assert caplog.messages[-1] == "text: training 1 file, 75 B; validation 1 file, 25 B"
+    assert caplog.messages == [
+        f"text: training {counts[0]} files, 390 B; validation {counts[1]} files, 130 B",
+        "text: training 1 file, 75 B; validation 1 file, 25 B",
+    ]
 
 
 def test_no_byte_is_in_training_and_in_validation(here):
