@@ -15,7 +15,7 @@ from hpcmoe.run.files import Stamp, find_files, make_stamp
 from hpcmoe.run.split import Span, Split, split_files
 
 NUM_BYTES = 256  # the vocabulary
-MOST_OPEN = 16  # files of a text that stay open, so that one of few files is not opened for each sequence
+MOST_OPEN = 32  # files of a text that stay open, so that one of few files is not opened for each sequence
 log = logging.getLogger(__name__)
 
 
@@ -85,28 +85,43 @@ class Text:
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Copy bytes start, start + 1, ... across the edges of files -> uint8 [length]."""
-        pieces = []
-        index = int(np.searchsorted(self.edges, start, side="right"))
-        while length > 0:
-            span = self.spans[index]
-            offset = start - int(self.edges[index] - span.length)
-            pieces.append(self.read_span(span, offset, min(length, span.length - offset)))
-            start, length, index = start + len(pieces[-1]), length - len(pieces[-1]), index + 1
-        return np.frombuffer(b"".join(pieces), np.uint8)
+        return self.sequences(np.array([start]), length - 1)[0]
 
-    def read_span(self, span: Span, offset: int, length: int) -> bytes:
-        """Read bytes of one file, then see that it is still as it was found; ConfigError names it where it is not."""
-        pieces, first, now = [], span.first + offset, None
+    def sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Read a sequence and its next byte at each start -> uint8 [n, length + 1].
+
+        Raises ConfigError, which names the file, where one is not as it was found.
+        """
+        rows, spans = np.empty((len(starts), length + 1), dtype=np.uint8), {}
+        for row in np.argsort(starts, kind="stable").tolist():  # those of one file after another
+            self.fill(rows[row], int(starts[row]), spans)
+        for span in spans.values():
+            check_span(span)
+        return rows
+
+    def fill(self, row: np.ndarray, start: int, spans: dict[int, Span]) -> None:
+        """Copy bytes into a row, across the edges of files, and note the spans that they come from, by number."""
+        index = int(np.searchsorted(self.edges, start, side="right"))
+        while len(row) > 0:
+            span = spans[index] = self.spans[index]
+            offset = start - int(self.edges[index] - span.length)
+            piece = self.read_span(span, span.first + offset, min(len(row), span.length - offset))
+            row[: len(piece)] = np.frombuffer(piece, np.uint8)
+            row, start, index = row[len(piece) :], start + len(piece), index + 1
+
+    def read_span(self, span: Span, first: int, length: int) -> bytes:
+        """Read bytes of one file."""
+        pieces = []
         try:
             descriptor = self.open_file(span.path)
             while length > 0 and (piece := os.pread(descriptor, length, first)):
                 pieces.append(piece)
                 first, length = first + len(piece), length - len(piece)
-            now = make_stamp(os.stat(span.path))  # by name: another file may have taken its place
         except OSError as fault:
             raise ConfigError(f"[data] files: {printable(span.path)}: {describe_loss(fault)}") from None
-        if length > 0 or not (span.stamp is None or span.stamp.holds(now)):
-            raise ConfigError(f"[data] files: {printable(span.path)}: {describe_change(span, now)}")
+        if length > 0:
+            check_span(span)
+            raise ConfigError(f"[data] files: {printable(span.path)}: ends before byte {first + length}")
         return b"".join(pieces)
 
     def open_file(self, path: str) -> int:
@@ -118,13 +133,6 @@ class Text:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         self.descriptors[path] = descriptor
         return descriptor
-
-    def sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Read a sequence and its next byte at each start -> uint8 [n, length + 1]."""
-        rows = np.empty((len(starts), length + 1), dtype=np.uint8)
-        for row, start in zip(rows, starts.tolist(), strict=True):
-            row[:] = self.read(start, length + 1)
-        return rows
 
 
 def close_all(descriptors: dict[str, int]) -> None:
@@ -141,19 +149,23 @@ class Blank:
         return np.zeros((len(starts), length + 1), dtype=np.uint8)
 
 
+def check_span(span: Span) -> None:
+    """See that a file, by its name, is as it was when it was found; ConfigError says how it differs."""
+    try:
+        now = make_stamp(os.stat(span.path))
+    except OSError as fault:
+        raise ConfigError(f"[data] files: {printable(span.path)}: {describe_loss(fault)}") from None
+    if span.stamp is None or span.stamp.holds(now):
+        return
+    sizes = f"has {now.size} bytes, had {span.stamp.size} when the run began"
+    written = "has been written or replaced since the run began"
+    raise ConfigError(f"[data] files: {printable(span.path)}: {written if now.size == span.stamp.size else sizes}")
+
+
 def describe_loss(fault: OSError) -> str:
     """Say what has become of a file that was there when the run began."""
     gone = isinstance(fault, FileNotFoundError)
     return "is gone since the run began" if gone else f"cannot be read any more: {fault.strerror}"
-
-
-def describe_change(span: Span, now: Stamp) -> str:
-    """Say how a file differs from what it was when the run began."""
-    then = now if span.stamp is None else span.stamp
-    if span.stamp is None or now.size != then.size:
-        needed = span.first + span.length if span.stamp is None else then.size
-        return f"has {now.size} bytes, had {needed} when the run began"
-    return "has been written or replaced since the run began"
 
 
 def draw_starts(text_length, num_sequences, sequence_length, seed, step):
