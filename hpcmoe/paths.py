@@ -5,6 +5,7 @@ import os
 import pwd
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hpcmoe.environment import read_setting
@@ -22,28 +23,23 @@ def expand_paths(config: Any, source_of: Callable[..., str]) -> Any:
     source_of(section, key) names the file or option that a value comes from.
     """
     faults = []
-    for name, key in (*PATHS, *PATTERNS):
-        section, what = getattr(config, name), f"{source_of(name, key)}: [{name}] {key}"
-        value, found = getattr(section, key), []
-        for path in (value,) if isinstance(value, str) else value:
-            expanded, fault = attempt(lambda path=path, key=key, what=what: expand(path, key, what))
-            found.append(expanded)
-            faults += [fault] * (fault is not None)
-        if (name, key) in PATHS:
-            config = dataclasses.replace(config, **{name: dataclasses.replace(section, **{key: found[0]})})
-    if faults:
-        raise ConfigError("\n".join(map(str, faults)))
+    for name, key in PATHS:
+        section = getattr(config, name)
+        path, fault = attempt(partial(expand_path, getattr(section, key), f"{source_of(name, key)}: [{name}] {key}"))
+        faults.append(fault)
+        config = dataclasses.replace(config, **{name: dataclasses.replace(section, **{key: path})})
+    for name, key in PATTERNS:
+        for pattern in getattr(getattr(config, name), key):
+            _, fault = attempt(partial(expand_pattern, pattern, f"{source_of(name, key)}: [{name}] {key}"))
+            faults.append(fault)
+    if any(faults):
+        raise ConfigError("\n".join(str(fault) for fault in faults if fault is not None))
     return config
-
-
-def expand(path, key, what):
-    """Expand the value of a key, or of its list."""
-    return expand_pattern(path, what) if key == "files" else expand_path(path, what)
 
 
 def expand_pattern(pattern: str, what: str) -> str:
     """Expand a pattern of files, unless a file has that very name."""
-    return pattern if "\0" not in pattern and os.path.isfile(pattern) else expand_path(pattern, what)
+    return pattern if os.path.isfile(pattern) else expand_path(pattern, what)
 
 
 def expand_path(path: str, what: str) -> str:

@@ -4,7 +4,8 @@ import logging
 import os
 import stat
 import weakref
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from hpcmoe.run.files import Stamp, find_files, make_stamp
 from hpcmoe.run.split import Span, Split, split_files
 
 NUM_BYTES = 256  # the vocabulary
+NUM_SAMPLES, SAMPLE_BYTES = 64, 1024  # of training and of validation, that ranks compare
 MOST_OPEN = 32  # files of a text that stay open, so that one of few files is not opened for each sequence
 log = logging.getLogger(__name__)
 
@@ -36,20 +38,35 @@ def find_text(data, sequence_length: int, own_folder: str | os.PathLike | None =
                 f"[model] sequence_length + 1 = {sequence_length + 1}"
             )
     log.info("text: %s", "; ".join(sizes.values()))
-    return split
+    return replace(split, sample=tuple(checksum for _, checksum in sample_text(split)))
 
 
 def check_text(split: Split) -> Split:
     """Make sure that this rank sees the files that rank 0 found -> the Split, with what they are like here.
 
-    Raises ConfigError that names the first that it does not see, or sees otherwise.
+    Raises ConfigError that names the first that it does not see, or whose size or bytes, in some places, are others.
     """
     spans = {span.path: span for span in split.training + split.validation}
     stamps = {path: check_file(span) for path, span in spans.items()}
-    return Split(
+    here = Split(
         training=tuple(replace(span, stamp=stamps[span.path]) for span in split.training),
         validation=tuple(replace(span, stamp=stamps[span.path]) for span in split.validation),
+        sample=split.sample,
     )
+    if split.sample:
+        for (span, checksum), expected in zip(sample_text(here), split.sample, strict=True):
+            if checksum != expected:
+                raise ConfigError(f"[data] files: {printable(span.path)}: this rank reads other bytes than rank 0")
+    return here
+
+
+def sample_text(split: Split) -> Iterator[tuple[Span, int]]:
+    """Read pieces that are spread over the text -> (the Span that each begins in, its checksum)."""
+    for text in (Text(split.training), Text(split.validation)):
+        length = min(len(text), SAMPLE_BYTES)
+        starts = even_starts(len(text), NUM_SAMPLES, length - 1)
+        for start, piece in zip(starts, text.sequences(starts, length - 1), strict=True):
+            yield text.spans[int(np.searchsorted(text.edges, start, side="right"))], zlib.crc32(piece)
 
 
 def check_file(span: Span) -> Stamp:
@@ -165,7 +182,7 @@ def check_span(span: Span) -> None:
 def describe_loss(fault: OSError) -> str:
     """Say what has become of a file that was there when the run began."""
     gone = isinstance(fault, FileNotFoundError)
-    return "is gone since the run began" if gone else f"cannot be read any more: {fault.strerror}"
+    return "is gone since the run began" if gone else f"cannot be read: {fault.strerror}"
 
 
 def draw_starts(text_length, num_sequences, sequence_length, seed, step):

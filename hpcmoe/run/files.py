@@ -4,6 +4,7 @@ import fnmatch
 import glob
 import logging
 import os
+import re
 import stat
 import sysconfig
 from collections import Counter
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import printable
-from hpcmoe.paths import expand_path, expand_pattern
+from hpcmoe.paths import expand_pattern
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +53,11 @@ def find_files(data, own_folder: str | os.PathLike | None = None) -> dict[str, S
     Nothing in the run's own folder, nor in those that earlier runs of its name left, is text. Raises ConfigError where
     there is no text, or a file that is named is none; logs which patterns give none, and what was left out.
     """
-    exclude = [expand_path(pattern, "[data] exclude") for pattern in data.exclude]
+    exclude = [place(pattern, "exclude") for pattern in data.exclude]
     is_own = make_own(own_folder)
     found, left_out, silent = {}, {}, []
     for pattern in data.files:
-        where = expand_pattern(pattern, "[data] files").replace("{stdlib}", sysconfig.get_path("stdlib"))
+        where = place(pattern, "files")
         if os.path.lexists(where) or not glob.has_magic(where):
             taken, left = take_named(where, is_own)
         else:
@@ -68,6 +69,11 @@ def find_files(data, own_folder: str | os.PathLike | None = None) -> dict[str, S
     files = drop_doubles(found, left_out)
     tell(data, files, left_out, silent)
     return files
+
+
+def place(pattern, key):
+    """Put in a pattern of [data] what ~, $VARIABLES and {stdlib} stand for."""
+    return expand_pattern(pattern, f"[data] {key}").replace("{stdlib}", sysconfig.get_path("stdlib"))
 
 
 def tell(data, files, left_out, silent):
@@ -125,7 +131,7 @@ def sort_out(paths, exclude, is_own):
             why = why_no_text(path, info, is_own)
         except OSError:
             why = NOTHING
-        if why != FOLDER and any(fnmatch.fnmatch(path, pattern) for pattern in exclude):
+        if why != FOLDER and any(path == pattern or fnmatch.fnmatch(path, pattern) for pattern in exclude):
             why = EXCLUDED
         if why:
             left_out[path] = why
@@ -147,12 +153,8 @@ def why_no_text(path, info, is_own):
 
 def make_own(own_folder: str | os.PathLike | None) -> Callable[[str], bool]:
     """Make what tells whether a path leads into the run's own folder, or into what earlier runs of its name left."""
-    owned, known = set(), {}
-    if own_folder is not None:
-        parent, name = os.path.split(os.path.abspath(own_folder))
-        for sibling in (name, *glob.glob(f"{glob.escape(name)}.previous*", root_dir=parent)):
-            path = os.path.join(parent, sibling)
-            owned |= {identify(path)} if os.path.isdir(path) else set()
+    owned = set() if own_folder is None else {identify(path) for path in list_own(own_folder)} - {None}
+    known = {}
 
     def holds(folder):
         """Look at a folder, then at those that it is in."""
@@ -162,6 +164,16 @@ def make_own(own_folder: str | os.PathLike | None) -> Callable[[str], bool]:
         return known[folder]
 
     return lambda path: bool(owned) and holds(os.path.dirname(os.path.realpath(path)))
+
+
+def list_own(own_folder):
+    """Yield the run's own folder, and those beside it or what it is a link to that hold an earlier run of its name."""
+    for path in {os.path.abspath(own_folder), os.path.realpath(own_folder)}:
+        yield path
+        parent, name = os.path.split(path)
+        for sibling in glob.glob(f"{glob.escape(name)}.*/run.h5", root_dir=parent):
+            if re.fullmatch(r"previous|\d+", os.path.dirname(sibling)[len(name) + 1 :]):
+                yield os.path.join(parent, os.path.dirname(sibling))
 
 
 def identify(path):

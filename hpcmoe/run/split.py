@@ -30,6 +30,7 @@ class Split:
 
     training: tuple[Span, ...]
     validation: tuple[Span, ...]
+    sample: tuple[int, ...] = ()  # checksums of pieces of it, as rank 0 read them
 
 
 def split_files(files: Mapping[str, Stamp], validation_share: float, least_bytes: int) -> Split:
@@ -61,9 +62,10 @@ def shuffle(paths):
 
     Files of one name are ordered so that however many of the first ones are taken, these lie far apart in the list.
     """
-    shared = os.path.commonpath([os.path.abspath(path) for path in paths])
+    absolute = {path: os.path.abspath(path) for path in paths}
+    shared = len(os.path.commonpath(list(absolute.values())))
     numbers, keys = Counter(), {}
-    for inside, path in sorted((os.path.relpath(path, shared), path) for path in paths):
+    for inside, path in sorted((absolute[path][shared:], path) for path in paths):
         name = os.fsencode(os.path.basename(path))
         numbers[name] += 1
         keys[path] = zlib.crc32(name), numbers[name] * GOLDEN % 1, inside

@@ -107,6 +107,10 @@ def test_a_rank_that_does_not_see_a_file_as_rank_0_does_says_so(here):
     write(a=50, b=50)
     split = find("*.txt")
     assert check_text(split) == split
+    pathlib.Path("b.txt").write_bytes(CONTENT[100:150])
+    with pytest.raises(ConfigError, match=r"^\[data\] files: b.txt: this rank reads other bytes than rank 0$"):
+        check_text(split)
+    write(b=50)
     without_stamps = Split(training=(Span(path="a.txt", first=10, length=40),), validation=())
     assert check_text(without_stamps).training[0].stamp.size == 50
     for size in (49, 51, 0):

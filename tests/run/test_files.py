@@ -136,6 +136,8 @@ def test_a_named_file_is_taken_though_a_pattern_to_exclude_matches_it(here):
 def test_what_is_excluded_is_expanded_too(here):
     write("a.txt", "sub/b.txt")
     assert find("~/**", exclude=["$HOME/sub/*"]) == [f"{here}/a.txt"]
+    write("data[1].txt")
+    assert find("*.txt", exclude=["data[1].txt"]) == ["a.txt"]
     with pytest.raises(ConfigError, match=r"^\[data\] exclude = '\$NOWHERE/x': \$NOWHERE is not set, or is empty$"):
         find("*", exclude=["$NOWHERE/x"])
 
@@ -163,12 +165,15 @@ def test_what_is_named_and_has_no_text_is_refused_in_one_line(here):
 
 
 def test_the_runs_own_folder_is_never_text(here):
-    write("out/run/run.h5", "out/run/deep/x", "out/run.previous/run.h5", "out/run.previous.2/run.h5", "out/runs/a")
-    write("scratch/run.h5", "a.txt")
+    write(
+        "out/run/run.h5", "out/run/deep/x", "out/run.previous/run.h5", "out/run.12/run.h5", "out/runs/a", "out/run.3/b"
+    )
+    write("scratch/run.h5", "scratch.1/run.h5", "a.txt")
     os.symlink("out/run", "alias")
     os.symlink("../scratch", "out/linked")
-    assert find("**", own_folder=pathlib.Path("out/run")) == ["a.txt", "out/runs/a", "scratch/run.h5"]
-    assert find("**", own_folder="out/linked") == sorted(set(find("**")) - {"scratch/run.h5"})
+    others = ["a.txt", "out/run.3/b", "out/runs/a", "scratch.1/run.h5", "scratch/run.h5"]
+    assert find("**", own_folder=pathlib.Path("out/run")) == others
+    assert find("**", own_folder="out/linked") == sorted(set(find("**")) - {"scratch/run.h5", "scratch.1/run.h5"})
     assert find("scratch/*", "*.txt", own_folder=here / "out/linked") == ["a.txt"]
     assert refusal("alias/run.h5", own_folder="out/run") == "[data] files: alias/run.h5: is in the run's own folder"
     assert "alias/* matches 1 in the run's own folder" in refusal("alias/*", own_folder="out/run")
