@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Interval, MinLen
 
 from hpcmoe.contradictions import contradictions
 from hpcmoe.errors import ConfigError
+from hpcmoe.paths import expand_paths
 
 STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # what pydantic is to be picky about
 Count = Annotated[int, Interval(ge=1, lt=2**31)]
@@ -218,6 +219,7 @@ def read_config(path, overrides=()):
         source_of_key[name, key] = f"--set {override}"
 
     config = make_config(tree, lambda *keys: source_of_key.get(keys, str(path)))
+    config = expand_paths(config, lambda *keys: source_of_key.get(keys, str(path)))
     return config, text + "".join(f"\n# --set {override}" for override in overrides)
 
 

@@ -18,6 +18,7 @@ from hpcmoe.cluster.nodes import save_topology
 from hpcmoe.cluster.topology import check_launcher, host_name, read_topology
 from hpcmoe.config import read_config
 from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
+from hpcmoe.paths import expand_path
 from hpcmoe.run.data import check_text, find_text
 from hpcmoe.run.facts import check_facts, describe_state, tell_other_data
 from hpcmoe.run.room import check_room, describe_room
@@ -64,8 +65,8 @@ def run(comm, arguments):
     checkpoint = None if arguments.resume is None else find_checkpoint(comm, arguments.resume or folder)
     goes_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
     on_root(comm, lambda: check_checkpoint(checkpoint, folder, config))
-    split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length))
-    on_all(comm, lambda: check_text(split))
+    split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length, folder))
+    split = on_all(comm, lambda: check_text(split))
 
     # Read an earlier run's files before the folder, which may be theirs, is moved out of the way; measure after it.
     loads = keep_on_root(comm, lambda: find_loads(config, read_loads))
@@ -255,7 +256,7 @@ def read_arguments(words):
     parser.add_argument("config", nargs="?", help="TOML file, such as inputs/run.toml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
     parser.add_argument(
-        "--resume", nargs="?", const="", metavar="FOLDER",
+        "--resume", nargs="?", const="", metavar="FOLDER", type=lambda path: expand_path(path, "--resume"),
         help="go on from the newest checkpoint of this run, or of FOLDER, or from the checkpoint FOLDER",
     )  # fmt: skip
     parser.add_argument("-h", "--help", action="store_true", help="show this and stop")

@@ -226,11 +226,6 @@ def have_nccl_keep_order():
     os.environ.setdefault(NCCL_ORDER, "1")
 
 
-def read_setting(name):
-    """Read what a user, a module or a launcher has set for MPI, or for what is below it -> text, "" where nothing."""
-    return os.environ.get(name, "")
-
-
 def find_racks(seats_of_node, names, cluster):
     """Name each node's rack: by the config, else by Slurm, else one for all -> (names [nodes], source)."""
     racks = cluster.rack_of_node

@@ -1,129 +1,188 @@
-"""Real text: the bytes of files, cut into sequences; each rank reads its own share by memory map."""
+"""Real text: the bytes of files, cut into sequences; each rank reads its own share."""
 
-import fnmatch
-import glob
+import logging
 import os
-import pathlib
-import sysconfig
+import stat
+import weakref
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from hpcmoe.errors import ConfigError
+from hpcmoe.messages import printable
+from hpcmoe.run.files import Stamp, find_files, make_stamp
+from hpcmoe.run.split import Span, Split, split_files
 
 NUM_BYTES = 256  # the vocabulary
+NUM_SAMPLES, SAMPLE_BYTES = 64, 1024  # of training and of validation, that ranks compare
+MOST_OPEN = 32  # files of a text that stay open, so that one of few files is not opened for each sequence
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """A stretch of a file that belongs to training or to validation."""
+def find_text(data, sequence_length: int, own_folder: str | os.PathLike | None = None) -> Split:
+    """Find the files of [data] and split them by file, or a single file by bytes -> Split.
 
-    path: str
-    first: int  # byte offset
-    length: int  # bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """The files' bytes, for training and for validation."""
-
-    training: tuple[Span, ...]
-    validation: tuple[Span, ...]
-
-
-def find_text(data, sequence_length):
-    """List the files of [data] and split them by file, or a single file by bytes -> Split.
-
-    Raises ConfigError when nothing matches, a named file is not there, or the text is too short for one sequence.
+    Nothing in the run's own folder is text. Raises ConfigError when nothing matches, a named file is not there, or the
+    text is too short for one sequence.
     """
-    names = sorted({name for pattern in data.files for name in expand(pattern, data.exclude)})
-    sizes = {name: pathlib.Path(name).stat().st_size for name in names}
-    spans = [Span(path=name, first=0, length=size) for name, size in sizes.items() if size > 0]
-    if not spans:
-        raise ConfigError(f"[data] files = {list(data.files)}, less [data] exclude: no file with text matches")
-
-    split = split_spans(spans, data.validation_share)
+    split = split_files(find_files(data, own_folder), data.validation_share, sequence_length + 1)
+    sizes = {}
     for part, held in (("training", split.training), ("validation", split.validation)):
         num_bytes = sum(span.length for span in held)
+        sizes[part] = f"{part} {len(held)} file{'s' * (len(held) != 1)}, {num_bytes} B"
         if num_bytes <= sequence_length:
             raise ConfigError(
                 f"[data] files: {len(held)} files for {part} hold {num_bytes} bytes, one sequence takes "
                 f"[model] sequence_length + 1 = {sequence_length + 1}"
             )
-    return split
+    log.info("text: %s", "; ".join(sizes.values()))
+    return replace(split, sample=tuple(checksum for _, checksum in sample_text(split)))
 
 
-def expand(pattern, exclude):
-    """Find the files that a glob pattern names, less those that match a pattern to exclude, or a file by its name.
+def check_text(split: Split) -> Split:
+    """Make sure that this rank sees the files that rank 0 found -> the Split, with what they are like here.
 
-    {stdlib} in a pattern is the folder of Python's own library.
+    Raises ConfigError that names the first that it does not see, or whose size or bytes, in some places, are others.
     """
-    where = pattern.replace("{stdlib}", sysconfig.get_path("stdlib"))
-    found = [name for name in glob.glob(where, recursive=True) if pathlib.Path(name).is_file()]
-    if glob.has_magic(where):
-        return [name for name in found if not any(fnmatch.fnmatch(name, unwanted) for unwanted in exclude)]
-    if not found:
-        raise ConfigError(f"[data] files: {where}: no such file")
-    return found
+    spans = {span.path: span for span in split.training + split.validation}
+    stamps = {path: check_file(span) for path, span in spans.items()}
+    here = Split(
+        training=tuple(replace(span, stamp=stamps[span.path]) for span in split.training),
+        validation=tuple(replace(span, stamp=stamps[span.path]) for span in split.validation),
+        sample=split.sample,
+    )
+    if split.sample:
+        for (span, checksum), expected in zip(sample_text(here), split.sample, strict=True):
+            if checksum != expected:
+                raise ConfigError(f"[data] files: {printable(span.path)}: this rank reads other bytes than rank 0")
+    return here
 
 
-def split_spans(spans, validation_share):
-    """Give about validation_share of the files, chosen by the hash of their names, to validation -> Split."""
-    if len(spans) == 1:
-        (whole,) = spans
-        cut = int(whole.length * (1 - validation_share))
-        rest = Span(path=whole.path, first=cut, length=whole.length - cut)
-        return Split(training=(Span(path=whole.path, first=0, length=cut),), validation=(rest,))
-    by_hash = sorted(spans, key=lambda span: zlib.crc32(pathlib.Path(span.path).name.encode()))
-    num_validation = min(max(round(len(spans) * validation_share), 1), len(spans) - 1)
-    return Split(training=tuple(by_hash[num_validation:]), validation=tuple(by_hash[:num_validation]))
+def sample_text(split: Split) -> Iterator[tuple[Span, int]]:
+    """Read pieces that are spread over the text -> (the Span that each begins in, its checksum)."""
+    for text in (Text(split.training), Text(split.validation)):
+        length = min(len(text), SAMPLE_BYTES)
+        starts = even_starts(len(text), NUM_SAMPLES, length - 1)
+        for start, piece in zip(starts, text.sequences(starts, length - 1), strict=True):
+            yield text.spans[int(np.searchsorted(text.edges, start, side="right"))], zlib.crc32(piece)
 
 
-def check_text(split):
-    """Make sure that this rank sees the files that rank 0 found; ConfigError names the first that it does not."""
-    for span in split.training + split.validation:
-        path = pathlib.Path(span.path)
-        if not path.is_file() or path.stat().st_size < span.first + span.length:
-            raise ConfigError(f"[data] files: {span.path}: rank 0 found it, this rank does not see it whole")
-        if not os.access(path, os.R_OK):
-            raise ConfigError(f"[data] files: {span.path}: cannot be read: Permission denied")
+def check_file(span: Span) -> Stamp:
+    """Open a file to see whether it can be read and is as large as rank 0 found it -> Stamp."""
+    what = f"[data] files: {printable(span.path)}"
+    try:
+        descriptor = os.open(span.path, os.O_RDONLY | os.O_NONBLOCK)  # not to wait where there is a FIFO here
+        try:
+            info = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        raise ConfigError(f"{what}: rank 0 found it, this rank does not see it") from None
+    except OSError as fault:
+        raise ConfigError(f"{what}: cannot be read: {fault.strerror}") from None
+    needed = span.first + span.length if span.stamp is None else span.stamp.size
+    if not stat.S_ISREG(info.st_mode) or info.st_size < needed or (span.stamp is not None and info.st_size != needed):
+        raise ConfigError(f"{what}: rank 0 found {needed} bytes, this rank does not see it whole: {info.st_size} bytes")
+    return make_stamp(info)
 
 
 class Text:
-    """Spans of files as one long string of bytes, mapped as they are read."""
+    """Spans of files as one long string of bytes, read where they are wanted; a file must stay as it was found."""
 
-    def __init__(self, spans):
+    def __init__(self, spans: Sequence[Span]):
         self.spans = spans
         self.edges = np.cumsum([span.length for span in spans])
-        self.maps = {}
+        self.descriptors = {}  # of the files read last, by path, the last one last
+        weakref.finalize(self, close_all, self.descriptors)
 
     def __len__(self):
         return int(self.edges[-1])
 
-    def read(self, start, length):
+    def read(self, start: int, length: int) -> np.ndarray:
         """Copy bytes start, start + 1, ... across the edges of files -> uint8 [length]."""
-        pieces = []
-        index = int(np.searchsorted(self.edges, start, side="right"))
-        while length > 0:
-            span = self.spans[index]
-            offset = start - int(self.edges[index] - span.length)
-            pieces.append(self.map_file(span)[offset : offset + length])
-            start, length, index = start + len(pieces[-1]), length - len(pieces[-1]), index + 1
-        return np.concatenate(pieces)
+        return self.sequences(np.array([start]), length - 1)[0]
 
-    def map_file(self, span):
-        """Map a span into memory, once."""
-        if span not in self.maps:
-            self.maps[span] = np.memmap(span.path, np.uint8, mode="r", offset=span.first, shape=(span.length,))
-        return self.maps[span]
+    def sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Read a sequence and its next byte at each start -> uint8 [n, length + 1].
 
-    def sequences(self, starts, length):
-        """Read a sequence and its next byte at each start -> uint8 [n, length + 1]."""
-        rows = np.empty((len(starts), length + 1), dtype=np.uint8)
-        for row, start in zip(rows, starts.tolist(), strict=True):
-            row[:] = self.read(start, length + 1)
+        Raises ConfigError, which names the file, where one is not as it was found.
+        """
+        rows, spans = np.empty((len(starts), length + 1), dtype=np.uint8), {}
+        for row in np.argsort(starts, kind="stable").tolist():  # those of one file after another
+            self.fill(rows[row], int(starts[row]), spans)
+        for span in spans.values():
+            check_span(span)
         return rows
+
+    def fill(self, row: np.ndarray, start: int, spans: dict[int, Span]) -> None:
+        """Copy bytes into a row, across the edges of files, and note the spans that they come from, by number."""
+        index = int(np.searchsorted(self.edges, start, side="right"))
+        while len(row) > 0:
+            span = spans[index] = self.spans[index]
+            offset = start - int(self.edges[index] - span.length)
+            piece = self.read_span(span, span.first + offset, min(len(row), span.length - offset))
+            row[: len(piece)] = np.frombuffer(piece, np.uint8)
+            row, start, index = row[len(piece) :], start + len(piece), index + 1
+
+    def read_span(self, span: Span, first: int, length: int) -> bytes:
+        """Read bytes of one file."""
+        pieces = []
+        try:
+            descriptor = self.open_file(span.path)
+            while length > 0 and (piece := os.pread(descriptor, length, first)):
+                pieces.append(piece)
+                first, length = first + len(piece), length - len(piece)
+        except OSError as fault:
+            raise ConfigError(f"[data] files: {printable(span.path)}: {describe_loss(fault)}") from None
+        if length > 0:
+            check_span(span)
+            raise ConfigError(f"[data] files: {printable(span.path)}: ends before byte {first + length}")
+        return b"".join(pieces)
+
+    def open_file(self, path: str) -> int:
+        """Open a file, closing the one that was read longest ago where too many are open -> its descriptor."""
+        descriptor = self.descriptors.pop(path, None)
+        if descriptor is None:
+            if len(self.descriptors) >= MOST_OPEN:
+                os.close(self.descriptors.pop(next(iter(self.descriptors))))
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self.descriptors[path] = descriptor
+        return descriptor
+
+
+def close_all(descriptors: dict[str, int]) -> None:
+    """Close what a text has left open."""
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+
+
+class Blank:
+    """What a step reads in place of text that could not be read: it ends in order, and its outcome is refused."""
+
+    def sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Make a sequence of zeros for each start -> uint8 [n, length + 1]."""
+        return np.zeros((len(starts), length + 1), dtype=np.uint8)
+
+
+def check_span(span: Span) -> None:
+    """See that a file, by its name, is as it was when it was found; ConfigError says how it differs."""
+    try:
+        now = make_stamp(os.stat(span.path))
+    except OSError as fault:
+        raise ConfigError(f"[data] files: {printable(span.path)}: {describe_loss(fault)}") from None
+    if span.stamp is None or span.stamp.holds(now):
+        return
+    sizes = f"has {now.size} bytes, had {span.stamp.size} when the run began"
+    written = "has been written or replaced since the run began"
+    raise ConfigError(f"[data] files: {printable(span.path)}: {written if now.size == span.stamp.size else sizes}")
+
+
+def describe_loss(fault: OSError) -> str:
+    """Say what has become of a file that was there when the run began."""
+    gone = isinstance(fault, FileNotFoundError)
+    return "is gone since the run began" if gone else f"cannot be read: {fault.strerror}"
 
 
 def draw_starts(text_length, num_sequences, sequence_length, seed, step):

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcmoe.comm.mpi import all_reduce
+from hpcmoe.errors import attempt, on_all, raise_or_return
 from hpcmoe.pipeline.engine import Engine
 from hpcmoe.pipeline.schedule import make_schedule
-from hpcmoe.run.data import read_micro_batches
+from hpcmoe.run.data import Blank, read_micro_batches
 from hpcmoe.run.memory import ActivationGauge
 from hpcmoe.run.model import Census
 
@@ -40,19 +41,32 @@ class Stepper:
     def run(self, text, starts, load, purpose, watched_layers=()):
         """Run the sequences that start there -> Outcome. purpose: "train" (leaves gradients), "evaluate" or "infer".
 
-        The network keeps the activations of watched_layers. Collective over all ranks.
+        The network keeps the activations of watched_layers. Raises ConfigError on all ranks when one cannot read its
+        text. Collective over all ranks.
         """
         length = self.config.model.sequence_length
         with self.clock.stage("data"):
-            batches = read_micro_batches(text, starts, length, self.config.pipeline.micro_batches, self.mesh)
+            batches, fault = self.read(text, starts)
         num_tokens = len(starts) * length
         self.network.begin(batches, num_tokens, load, purpose, watched_layers)
         self.run_engine(purpose == "train")
         with self.clock.stage("waiting"):
             census = self.network.take_census()
-            loss_sum = all_reduce(self.mesh.world, np.array([float(self.network.loss_sum)]))[0]
+            sums = all_reduce(self.mesh.world, np.array([float(self.network.loss_sum), fault is not None]))
+            loss_sum, num_faults = sums.tolist()
+        if num_faults > 0:
+            on_all(self.mesh.world, lambda: raise_or_return(None, fault))
         loss = None if purpose == "infer" else loss_sum / num_tokens
         return Outcome(loss=loss, num_tokens=num_tokens, census=census)
+
+    def read(self, text, starts):
+        """Read this rank's share of a batch -> (its micro-batches, None), or (zeros in their place, what went wrong).
+
+        So a step that some ranks cannot read ends on all, which then refuse it together.
+        """
+        rest = starts, self.config.model.sequence_length, self.config.pipeline.micro_batches, self.mesh
+        batches, fault = attempt(lambda: read_micro_batches(text, *rest))
+        return (batches, None) if fault is None else (read_micro_batches(Blank(), *rest), fault)
 
     def run_engine(self, training):
         """Run the schedule, and measure the activations in flight of the first step of the run's kind."""

@@ -1,9 +1,14 @@
 """A step is over the whole batch, leaves gradients only in training, and measures activations once."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from small import open_small_job
+
+from hpcmoe.errors import ConfigError
+from hpcmoe.wait import gather_to_all
 
 LOAD = np.ones((2, 4))
 
@@ -58,3 +63,16 @@ def test_every_stage_of_a_step_is_timed(comm, shared):
         stages = job.stepper.clock.take()
     assert set(stages) == {"data", "dense", "route", "dispatch", "compute", "combine", "waiting"}
     assert all(seconds > 0 for seconds in stages.values())
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("purpose", ["train", "evaluate", "infer"])
+def test_a_step_whose_text_one_rank_cannot_read_ends_on_all_with_its_line(comm, shared, purpose):
+    alone = comm.size - 1
+    with open_small_job(comm, shared, pipeline__micro_batches=1) as (job, _, _):
+        if comm.rank == alone:
+            job.training.spans = [dataclasses.replace(span, path=f"{span.path}.gone") for span in job.training.spans]
+        with pytest.raises(ConfigError) as refused:
+            job.stepper.run(job.training, np.arange(14), LOAD, purpose)
+    line = f"[rank {alone} of {comm.size}] [data] files: {shared}/text.bin.gone: is gone since the run began"
+    assert refused.value.shared and gather_to_all(comm, str(refused.value)) == [line] * comm.size
