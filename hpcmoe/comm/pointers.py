@@ -7,7 +7,7 @@ import re
 
 from mpi4py import MPI
 
-from hpcmoe.cluster.topology import read_setting
+from hpcmoe.environment import read_setting
 
 MAPS = pathlib.Path("/proc/self/maps")
 KNOWS_CUDA = {"all", "cuda", "cuda_copy"}  # UCX's names for what tells a GPU's memory from the host's
