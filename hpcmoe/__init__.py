@@ -2,8 +2,9 @@
 
 The chapters in the order in which they may import each other, which is the order of the story:
 
-    wait, watch, clock    waiting without stealing the core; noticing a rank's death; where the seconds went
-    errors, config        how a rank fails; run.toml
+    start, wait, watch    MPI started on cleared ground; waiting without stealing the core; noticing a rank's death
+    clock, errors         where the seconds went; how a rank fails
+    environment, config   variables that others set; run.toml
     cluster/              where we run: topology and its links, the mesh of ranks, what tokens will ask for
     placement/            where experts live: from a problem of tokens, links and memory to experts on ranks
     comm/                 what carries bytes: the device's memory, the transport between ranks

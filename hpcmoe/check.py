@@ -6,9 +6,9 @@ import platform
 import sys
 from dataclasses import dataclass
 
-from mpi4py import MPI
-
-from hpcmoe.cluster.topology import check_launcher, find_launcher, host_name, read_topology
+import hpcmoe.start  # before all that imports mpi4py
+from hpcmoe.cluster.launcher import check_launcher, find_launcher
+from hpcmoe.cluster.topology import host_name, read_topology
 from hpcmoe.config import Cluster
 from hpcmoe.errors import HpcmoeError, exit_with, on_all, on_root
 from hpcmoe.wait import barrier, gather_to_all
@@ -29,7 +29,7 @@ class Find:
 
 def main():
     """Run the check; whatever goes wrong ends all ranks."""
-    comm = MPI.COMM_WORLD
+    comm = hpcmoe.start.MPI.COMM_WORLD
     try:
         check_launcher(comm)
         if on_root(comm, lambda: wants_help(sys.argv[1:])):
@@ -122,7 +122,7 @@ def describe_software(mpi_answer):
     """Tell of Python, MPI, torch and CuPy -> list of (what, text)."""
     import torch
 
-    library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+    library = hpcmoe.start.MPI.Get_library_version().splitlines()[0].strip("\0 ")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA; pip install torch from its CUDA index"
     cupy = importlib.util.find_spec("cupy")
     how = 'none: pip install "hpcmoe[gpu]" (CUDA 13), or cupy-cuda12x and nvidia-nccl-cu12'

@@ -10,12 +10,12 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from mpi4py import MPI
-
+import hpcmoe.start  # before all that imports mpi4py
 from hpcmoe.cluster.demand import find_loads
+from hpcmoe.cluster.launcher import check_launcher
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.cluster.nodes import save_topology
-from hpcmoe.cluster.topology import check_launcher, host_name, read_topology
+from hpcmoe.cluster.topology import host_name, read_topology
 from hpcmoe.config import read_config
 from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
 from hpcmoe.paths import expand_path
@@ -39,7 +39,7 @@ log = logging.getLogger("hpcmoe.main")
 
 def main():
     """Run the program; whatever goes wrong ends all ranks."""
-    comm, host, watch = MPI.COMM_WORLD, host_name(), Watch(None)
+    comm, host, watch = hpcmoe.start.MPI.COMM_WORLD, host_name(), Watch(None)
     try:
         watch = start_watch(comm, host)
         check_launcher(comm)
@@ -223,7 +223,7 @@ def describe_tokens(records, job):
 def read_versions():
     """Name the versions of what computes -> dict."""
     versions = {name: find_version(name) for name in ("hpcmoe", "numpy", "torch", "mpi4py", "h5py")}
-    library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+    library = hpcmoe.start.MPI.Get_library_version().splitlines()[0].strip("\0 ")
     return versions | {"python": platform.python_version(), "MPI library": library}
 
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 
+import hpcmoe.start  # noqa: F401, before all that imports mpi4py
 from hpcmoe.errors import EXIT_INTERRUPTED, EXIT_USER, ConfigError, HpcmoeError, insistent_interrupts, say
 from hpcmoe.placement.case import read_case
 from hpcmoe.placement.maps import check_map, read_map, write_map

@@ -29,8 +29,9 @@ def pytest_configure(config):
     settings.load_profile("hpcmoe")
     if config.getoption("--with-mpi"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks share the cores
-        from mpi4py import MPI
+    from hpcmoe.start import MPI  # which sweeps what killed ranks have left
 
+    if config.getoption("--with-mpi"):
         config.pluginmanager.register(Ranks(MPI.COMM_WORLD.Dup(), config), "ranks")
 
 

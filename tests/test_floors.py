@@ -10,7 +10,7 @@ import pytest
 from launch import ROOT
 
 FLOORS = (
-    "wait", "clock", "errors", "watch", "environment", "messages", "paths", "contradictions", "config",
+    "start", "wait", "clock", "errors", "environment", "messages", "paths", "watch", "contradictions", "config",
     "cluster", "placement", "comm", "gemm", "dispatch", "experts", "pipeline", "run", "write", "tables", "plot",
 )  # fmt: skip
 PROGRAMS = ("main", "place", "check", "watcher")
@@ -21,8 +21,8 @@ PACKAGE = ROOT / "hpcmoe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 SEAMS = {
     r"\bimport cupy\b|\bfrom cupy\b|\btorch\.cuda\b": {"comm/cuda.py", "comm/nccl.py"},
-    r"\bSLURM_": {"cluster/topology.py"},
-    r"\bos\.environ\b|\bos\.getenv\b": {"environment.py", "cluster/topology.py"},
+    r"\bSLURM_": {"cluster/", "start.py"},
+    r"\bos\.environ\b|\bos\.getenv\b": {"environment.py", "start.py"},
     r"(?<!')\bh5py\b": {"write/"},
     r"\bprint\(": {"errors.py", "main.py", "place.py", "check.py"},
 }

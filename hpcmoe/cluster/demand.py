@@ -1,11 +1,14 @@
 """Which experts the tokens of a node will ask for: alike, as the config says, or as an earlier run's tokens did."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 
+from hpcmoe.cluster.names import match_names, tell_doubtful
 from hpcmoe.errors import ConfigError
 
+log = logging.getLogger(__name__)
 TOLERANCE = 1e-6  # by which a row of probabilities may miss 1
 
 
@@ -69,13 +72,16 @@ def make_probability(loads, node_names):
     A node that the loads do not name, or name without a token, takes those of all their nodes together.
     """
     everywhere = loads.tokens.sum(axis=1, keepdims=True)  # [L, 1, E]
-    if not set(node_names) & set(loads.node_names):
+    found, doubtful = match_names(node_names, loads.node_names)
+    if doubtful:
+        log.warning("loads of nodes by name: %s: the loads of all are taken for it", tell_doubtful(doubtful))
+    if not found:
         probability = everywhere / everywhere.sum(axis=2, keepdims=True)
         return np.broadcast_to(probability, (len(probability), len(node_names), probability.shape[2]))
 
     # Lay the rows out by this run's nodes.
     known = {name: row for row, name in enumerate(loads.node_names)}
-    rows = [loads.tokens[:, [known[name]]] if name in known else everywhere for name in node_names]
+    rows = [loads.tokens[:, [known[found[name]]]] if name in found else everywhere for name in node_names]
     tokens = np.concatenate(rows, axis=1).astype(np.float64)
     tokens = np.where(tokens.sum(axis=2, keepdims=True) > 0, tokens, everywhere)
     return tokens / tokens.sum(axis=2, keepdims=True)

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 
+from hpcmoe.cluster.names import match_names, tell_doubtful
 from hpcmoe.cluster.nodes import NO_UPLINKS, PORTS_TAKEN, Links, load_topology, port_maxima
 from hpcmoe.errors import ClusterError
 
@@ -74,13 +75,15 @@ def shaped(value, shape, key):
 
 def saved_links(saved, node_names, rack_names, path):
     """Pick this run's nodes and racks by name from a Topology, which may hold more of them -> (Links, source)."""
-    missing = [name for name in node_names if name not in saved.node_names]
+    found, doubtful = match_names(node_names, saved.node_names)
+    missing = [name for name in node_names if name not in found]
     if missing:
+        unclear = f" ({tell_doubtful(doubtful)})" if doubtful else ""
         raise ClusterError(
-            f"[cluster] links_file = {path}: has no links of {', '.join(missing)}; "
+            f"[cluster] links_file = {path}: has no links of {', '.join(missing)}{unclear}; "
             f"the run's nodes are {', '.join(node_names)}, the file's {', '.join(saved.node_names)}"
         )
-    nodes = [saved.node_names.index(name) for name in node_names]
+    nodes = [saved.node_names.index(found[name]) for name in node_names]
     uplink_of_rack = dict(zip(saved.rack_names, saved.uplink_bytes_per_second, strict=True))
     source = dict.fromkeys(("links", "ports", "uplinks"), f"file {path}")
     for fact, guess in (("ports", PORTS_TAKEN), ("uplinks", NO_UPLINKS)):

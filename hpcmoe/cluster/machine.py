@@ -1,13 +1,14 @@
-"""What the machine under a rank tells: the memory it may use, its CUDA devices, and Slurm's switches."""
+"""What the machine under a rank tells: the memory and the processor time it may use, and its CUDA devices."""
 
+import os
 import pathlib
 import re
-import subprocess
 
 import psutil
 
 CGROUPS = pathlib.Path("/sys/fs/cgroup")
 OWN_CGROUPS = pathlib.Path("/proc/self/cgroup")
+QUOTA_ROUNDING = 1e-6  # CPUs: a quota over its period may miss a whole number by its last bits
 DEVICE_FOLDERS = ((pathlib.Path("/proc/driver/nvidia/gpus"), r".+"), (pathlib.Path("/dev"), r"nvidia\d+"))
 
 
@@ -16,23 +17,73 @@ def read_memory_bytes():
     return min([psutil.virtual_memory().total, *read_cgroup_limits(CGROUPS, OWN_CGROUPS)])
 
 
+def count_own_cores() -> int:
+    """Count the cores that this process can keep busy, by affinity and quotas."""
+    return whole_cores(min([len(os.sched_getaffinity(0)), *(cpus for _, cpus in read_own_quotas())]))
+
+
+def whole_cores(cpus: float) -> int:
+    """Take the whole cores of a quota, one at least: half a CPU keeps one thread busy, half of the time."""
+    return max(int(cpus + QUOTA_ROUNDING), 1)
+
+
+def read_own_quotas() -> tuple[tuple[str, float], ...]:
+    """Read the quotas of processor time above this process -> (group, CPUs) each, outermost first."""
+    return read_cpu_quotas(CGROUPS, OWN_CGROUPS)
+
+
 def read_cgroup_limits(mount, listing):
     """Read the memory limits on all levels above this process, of either version of cgroups -> list of bytes."""
-    limits = []
-    for line in listing.read_text().splitlines() if listing.is_file() else []:
+    levels = find_cgroups(mount, listing, "memory")
+    texts = [read_words(level / name) for level in levels for name in ("memory.max", "memory.limit_in_bytes")]
+    return [int(words[0]) for words in texts if words and words[0].isdecimal()]
+
+
+def read_cpu_quotas(mount: pathlib.Path, listing: pathlib.Path) -> tuple[tuple[str, float], ...]:
+    """Read the quotas of processor time above this process, either version's -> (group, CPUs) each, outermost first.
+
+    A group is named by its inode: in containers the paths of several may be alike.
+    """
+    quotas = []
+    for level in find_cgroups(mount, listing, "cpu"):
+        quota, period = (read_words(level / "cpu.max") + ["", ""])[:2]
+        if not quota:
+            quota, period = ("".join(read_words(level / f"cpu.cfs_{what}_us")) for what in ("quota", "period"))
+        if quota.isdecimal() and period.isdecimal() and int(period):
+            status = level.stat()
+            quotas.append((f"{status.st_dev}:{status.st_ino}", int(quota) / int(period)))
+    return tuple(quotas)
+
+
+def find_cgroups(mount, listing, controller):
+    """List the folders of this process's control groups that may hold a controller's limits, outermost first."""
+    levels = []
+    for line in read_lines(listing):
         _, controllers, path = line.split(":", 2)
-        if not controllers:
-            base, name = mount, "memory.max"
-        elif "memory" in controllers.split(","):
-            base, name = mount / "memory", "memory.limit_in_bytes"
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
 
-        # In a container the path may be the host's, of which only the top is mounted here.
+        # A controller of version 1 has a folder of its own; in a container the path may be the host's, of which only
+        # the top is mounted here.
+        base = mount / controllers
+        if (mount / controller).is_dir() and controllers:
+            base = mount / controller
         steps = path.strip("/").split("/")
-        files = [base.joinpath(*steps[:depth], name) for depth in range(len(steps) + 1)]
-        limits += [int(text) for file in files if file.is_file() and (text := file.read_text().strip()).isdigit()]
-    return limits
+        levels += [base.joinpath(*steps[:depth]) for depth in range(1 if steps == [""] else 0, len(steps) + 1)]
+    return levels
+
+
+def read_words(file):
+    """Read the words of a small file of the system, none where it is not there."""
+    return [word for line in read_lines(file) for word in line.split()]
+
+
+def read_lines(file):
+    """Read the lines of a small file of the system, none where it is not there or closed to this user."""
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def count_cuda_devices():
@@ -41,22 +92,3 @@ def count_cuda_devices():
         sum(bool(re.fullmatch(pattern, entry.name)) for entry in folder.iterdir()) if folder.is_dir() else 0
         for folder, pattern in DEVICE_FOLDERS
     )
-
-
-def ask_scontrol():
-    """Ask Slurm for its lowest switches -> dict node name -> switch, empty when it does not answer."""
-    rack_of_name = {}
-    try:
-        for line in show("topology"):
-            switch = dict(word.partition("=")[::2] for word in line.split())
-            if switch.get("Level") == "0":
-                rack_of_name |= dict.fromkeys(show("hostnames", switch["Nodes"]), switch["SwitchName"])
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return rack_of_name
-
-
-def show(*words):
-    """Run `scontrol show ...` -> its lines."""
-    command = ["scontrol", "show", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.splitlines()

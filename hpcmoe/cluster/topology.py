@@ -9,17 +9,19 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.cluster.given import take_links
-from hpcmoe.cluster.machine import ask_scontrol, count_cuda_devices, read_memory_bytes
+from hpcmoe.cluster.launcher import find_launched as find_launched  # found here too
+from hpcmoe.cluster.machine import count_cuda_devices, read_memory_bytes, read_own_quotas, whole_cores
 from hpcmoe.cluster.measure import find_slow_links, measure_links
 from hpcmoe.cluster.nodes import Topology
-from hpcmoe.errors import ClusterError, on_root
+from hpcmoe.cluster.racks import find_racks
+from hpcmoe.environment import is_set, read_counts, read_memory, read_number, read_setting
+from hpcmoe.errors import on_all, on_root
 from hpcmoe.wait import barrier, broadcast, gather_to_all
 
 log = logging.getLogger(__name__)
 
 MOST_NAMED = 5  # slow links in one line
-NCCL_SHARES = "NCCL_MULTI_RANK_GPU_ENABLE"  # 1: NCCL 2.30 and later may run several ranks on one GPU
-NCCL_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"  # 1: several communicators may be busy at once, in the order of the calls
+MOST_DEVICES = 4096  # of a node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +33,9 @@ class Seat:
     address: str  # Slurm's path of switches down to the node, "" where there is none
     memory_bytes: int
     devices: frozenset[str]
-    cores: frozenset[int]
+    cores: frozenset[int]  # that it may be scheduled on
+    address_pattern: str = ""  # what the address's labels are, "" where Slurm does not say
+    cpu_quotas: tuple[tuple[str, float], ...] = ()  # (control group, CPUs) above this rank, outermost first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,37 +50,10 @@ class Site:
     rack_source: str
 
 
-def check_launcher(comm):
-    """Refuse ranks that a launcher started as one job but whose MPI sees each alone: two MPIs are mixed."""
-    if comm.size == 1:
-        on_root(comm, lambda: refuse_mixed_mpi(os.environ))
-
-
-def refuse_mixed_mpi(environ):
-    """Raise ClusterError when a launcher's variables tell a process alone in its world of more processes."""
-    key, size = find_launched(environ)
-    if size > 1:
-        name, version = MPI.get_vendor()
-        library = f"{name} {'.'.join(map(str, version))}"
-        raise ClusterError(
-            f"two MPIs are mixed: the launcher says {key} = {size}, but mpi4py's MPI ({library}) sees 1 rank; "
-            "start with the mpirun of that MPI (source .venv/bin/activate), or under Slurm with its srun --mpi type"
-        )
-
-
-def find_launched(environ):
-    """Find how many processes a launcher has started as one job -> (the variable that tells, or "", their number)."""
-    seen = {key: int(environ[key]) for key in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE") if key in environ}
-    # SLURM_NTASKS is the whole job's, in a batch script too; only srun's own tasks have a step, and its count.
-    if not seen and "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
-        seen = {"SLURM_STEP_NUM_TASKS": int(environ.get("SLURM_STEP_NUM_TASKS", 1))}
-    return max(seen.items(), key=lambda told: told[1], default=("", 1))
-
-
 def host_name():
     """Name the node this rank is on: as the launcher calls it, else as Slurm does, else as the machine does."""
     # mpirun's proxy sets its own for each node, so that it is right where Slurm's was only handed on.
-    return os.environ.get("PMI_HOSTNAME") or os.environ.get("SLURMD_NODENAME") or MPI.Get_processor_name()
+    return read_setting("PMI_HOSTNAME") or read_setting("SLURMD_NODENAME") or MPI.Get_processor_name()
 
 
 def read_topology(comm, cluster):
@@ -111,13 +88,20 @@ def read_seat(comm):
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
     leader = broadcast(node, comm.rank)
     node.Free()
+    return on_all(comm, lambda: look_around(leader))
+
+
+def look_around(leader):
+    """Make this rank's Seat; ClusterError where a variable that tells of it holds nonsense."""
     return Seat(
         leader=leader,
         name=host_name(),
-        address=os.environ.get("SLURM_TOPOLOGY_ADDR", ""),
+        address=read_setting("SLURM_TOPOLOGY_ADDR"),
         memory_bytes=usable_memory_bytes(),
         devices=visible_devices(),
         cores=frozenset(os.sched_getaffinity(0)),
+        address_pattern=read_setting("SLURM_TOPOLOGY_ADDR_PATTERN"),
+        cpu_quotas=read_own_quotas(),
     )
 
 
@@ -159,8 +143,8 @@ def make_topology(site, cluster, measured):
         ingress_bytes_per_second=links.ingress_bytes_per_second,
         uplink_bytes_per_second=links.uplink_bytes_per_second,
         memory_bytes=np.array(memory, np.int64),
-        devices_of_node=count_of_node(seats_of_node, "devices"),
-        cores_of_node=count_of_node(seats_of_node, "cores"),
+        devices_of_node=count_devices(seats_of_node),
+        cores_of_node=np.array([count_cores(group) for group in seats_of_node], np.int64),
         source={
             "nodes": "MPI split by shared memory",
             "racks": site.rack_source,
@@ -181,67 +165,57 @@ def distinct(names):
     return tuple(made)
 
 
-def count_of_node(seats_of_node, fact):
-    """Count what a node's ranks see together -> [nodes] int64."""
-    return np.array([len(frozenset.union(*(getattr(s, fact) for s in group))) for group in seats_of_node], np.int64)
+def count_devices(seats_of_node):
+    """Count the devices that a node's ranks see together -> [nodes] int64."""
+    return np.array([len(frozenset.union(*(seat.devices for seat in group))) for group in seats_of_node], np.int64)
+
+
+def count_cores(seats):
+    """Count the cores that a node's ranks can keep busy together, by affinity and quotas."""
+    return whole_cores(usable_cpus(seats, 0))
+
+
+def usable_cpus(seats, depth):
+    """Find what the quotas below `depth` leave these ranks, and their affinity -> CPUs.
+
+    The ranks in a control group share its quota; those in different groups, steps or containers, have each their own.
+    """
+    groups, free = {}, []
+    for seat in seats:
+        if len(seat.cpu_quotas) > depth:
+            groups.setdefault(seat.cpu_quotas[depth], []).append(seat)
+        else:
+            free.append(seat)
+    cpus = sum(min(quota, usable_cpus(group, depth + 1)) for (_, quota), group in groups.items())
+    return min(cpus + count_affine(free), count_affine(seats))
+
+
+def count_affine(seats):
+    """Count the cores that any of these ranks may be scheduled on."""
+    return len(frozenset().union(*(seat.cores for seat in seats)))
 
 
 def usable_memory_bytes():
     """Find how much memory this node's ranks may use: the system's limits, or Slurm's where that is less."""
-    allotted_megabytes = int(os.environ.get("SLURM_MEM_PER_NODE", 0))  # 0 is all there is
-    return min(read_memory_bytes(), allotted_megabytes * 2**20 or sys.maxsize)
+    per_node, per_cpu, per_gpu = (read_memory(f"SLURM_MEM_PER_{what}") for what in ("NODE", "CPU", "GPU"))
+    allotted = [per_node, per_cpu * count_allotted_cpus(), per_gpu * read_number("SLURM_GPUS_ON_NODE")]
+    return min([read_memory_bytes(), *(num_bytes for num_bytes in allotted if num_bytes)])  # 0 is all there is
+
+
+def count_allotted_cpus():
+    """Count the CPUs that Slurm has given on this node, 0 where it does not say: the least of the nodes' if unsure."""
+    of_nodes, node = read_counts("SLURM_JOB_CPUS_PER_NODE"), read_number("SLURM_NODEID", default=sys.maxsize)
+    of_job = of_nodes[node] if node < len(of_nodes) else min(of_nodes, default=0)
+    return read_number("SLURM_CPUS_ON_NODE") or of_job
 
 
 def visible_devices():
     """Name the CUDA devices that this rank may use; two ranks' names of one device are equal."""
     present = frozenset(map(str, range(count_cuda_devices())))
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not present or chosen is None:
+    if not present or not is_set("CUDA_VISIBLE_DEVICES"):
         return present
+    chosen = read_setting("CUDA_VISIBLE_DEVICES")
     # Slurm may show each of a node's tasks a device 0 of its own: then its count for the node is the truth.
-    if chosen and "SLURM_GPUS_ON_NODE" in os.environ:
-        return frozenset(map(str, range(int(os.environ["SLURM_GPUS_ON_NODE"]))))
+    if chosen and read_setting("SLURM_GPUS_ON_NODE"):
+        return frozenset(map(str, range(read_number("SLURM_GPUS_ON_NODE", most=MOST_DEVICES))))
     return frozenset(chosen.split(",")) - {"", "-1", "NoDevFiles"}
-
-
-def find_launcher():
-    """Say who started this rank, from what it has left in the environment -> text."""
-    slurm = f"Slurm, job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else "no Slurm"
-    starters = {
-        "SLURM_STEP_ID": "srun",
-        "OMPI_COMM_WORLD_SIZE": "mpirun of Open MPI",
-        "PMI_SIZE": "mpirun or srun by PMI",
-    }
-    seen = [starter for key, starter in starters.items() if key in os.environ]
-    return f"{seen[-1] if seen else 'none: a process alone'}; {slurm}"
-
-
-def may_share_gpus():
-    """Whether NCCL has been told that several ranks may run on one GPU."""
-    return os.environ.get(NCCL_SHARES) == "1"
-
-
-def have_nccl_keep_order():
-    """Have NCCL start what several communicators do in the order of the calls, unless the user has said otherwise."""
-    os.environ.setdefault(NCCL_ORDER, "1")
-
-
-def find_racks(seats_of_node, names, cluster):
-    """Name each node's rack: by the config, else by Slurm, else one for all -> (names [nodes], source)."""
-    racks = cluster.rack_of_node
-    if racks:
-        if len(racks) != len(names):
-            raise ClusterError(f"[cluster] rack_of_node has {len(racks)} entries, the run has {len(names)} nodes")
-        return racks, "config"
-
-    # An address that two nodes share was handed on from where the job began: believe none of them.
-    addresses = [{seat.address for seat in group} for group in seats_of_node]
-    if all(len(of_node) == 1 for of_node in addresses) and len(set.union(*addresses)) == len(names):
-        paths = [of_node.pop().split(".") for of_node in addresses]
-        if all(len(path) > 1 for path in paths):
-            return [path[-2] for path in paths], "SLURM_TOPOLOGY_ADDR"
-
-    rack_of_name = ask_scontrol() if "SLURM_JOB_ID" in os.environ else {}
-    if all(name in rack_of_name for name in names):
-        return [rack_of_name[name] for name in names], "scontrol show topology"
-    return ["rack0"] * len(names), "no word of racks: one for all"

@@ -3,11 +3,11 @@
 import contextlib
 from dataclasses import dataclass
 
-from hpcmoe.cluster.topology import NCCL_SHARES, may_share_gpus
 from hpcmoe.comm.carrier import DirectCarrier
 from hpcmoe.comm.nccl import NcclCarrier, find_nccl, open_nccl
 from hpcmoe.comm.pointers import ask_mpi
 from hpcmoe.comm.staging import StagedCarrier
+from hpcmoe.environment import NCCL_SHARES, may_share_gpus
 from hpcmoe.errors import ClusterError
 from hpcmoe.wait import gather_to_all
 

@@ -7,6 +7,7 @@ import psutil
 import torch
 
 from hpcmoe.clock import Clock
+from hpcmoe.cluster.machine import count_own_cores
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.device import open_device
@@ -66,7 +67,7 @@ def open_job(config, topology, mesh, split, loads):
     loads tell rank 0 what the experts' tokens will be; the other ranks may give None.
     """
     world, here = mesh.world, topology.ranks_of_node(topology.node_of_rank[mesh.world.rank])
-    torch.set_num_threads(config.run.threads_per_rank or choose_threads(topology, world.rank))
+    torch.set_num_threads(config.run.threads_per_rank or min(choose_threads(topology, world.rank), count_own_cores()))
     keep_heap()
     device = on_all(world, lambda: open_device(config.comm.device, list(here).index(world.rank)))
     kind = find_carrier(config, world, device)

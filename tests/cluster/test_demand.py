@@ -78,6 +78,16 @@ def test_recorded_loads_are_found_by_the_nodes_names():
     assert np.allclose(make_probability(one, ("a", "b"))[0], [everywhere] * 2)
 
 
+def test_recorded_loads_are_found_with_a_domain_or_without_but_not_where_that_is_unclear(caplog):
+    tokens = np.array([[[1, 0], [0, 1], [1, 3]]])
+    loads = Loads(tokens=tokens, node_names=("a.x", "b", "c.x"))
+    assert np.allclose(make_probability(loads, ("b.y", "a", "c.z"))[0], [[0, 1], [1, 0], [1 / 3, 2 / 3]])
+    assert not caplog.records
+    unclear = Loads(tokens=tokens, node_names=("a.x", "a.y", "b"))
+    assert np.allclose(make_probability(unclear, ("a", "b"))[0], [[1 / 3, 2 / 3], [0.25, 0.75]])
+    assert "loads of nodes by name: a may be a.x or a.y: the loads of all are taken for it" in caplog.text
+
+
 @given(arrays(np.int64, (2, 3, 4), elements=st.integers(0, 9)), st.permutations("abcd"))
 def test_every_row_sums_to_one(tokens, names):
     tokens[:, 0, 0] += 1

@@ -122,6 +122,16 @@ def test_a_rack_that_the_file_does_not_know_has_no_limit(tmp_path):
     assert source["uplinks"] == f"file {tmp_path / 'topology.json'}; of middle {NO_UPLINKS}"
 
 
+def test_nodes_are_found_with_a_domain_or_without_and_what_may_be_several_is_told(tmp_path):
+    links, _ = take_saved(tmp_path, example(), nodes=("n1.cluster.local", "n0"))
+    assert links.bytes_per_second.tolist() == example().bytes_per_second[np.ix_([1, 0], [1, 0])].tolist()
+    domains = dataclasses.replace(example(), node_names=("n0.a", "n0.b", "n2.a"))
+    with pytest.raises(
+        ClusterError, match=r"has no links of n0 \(n0 may be n0.a or n0.b\); the run's nodes are n0, n2"
+    ):
+        take_saved(tmp_path, domains, nodes=("n0", "n2"))
+
+
 def test_nodes_that_the_file_lacks_are_named(tmp_path):
     with pytest.raises(
         ClusterError, match=r"has no links of n7, n8; the run's nodes are n0, n7, n8, the file's n0, n1"

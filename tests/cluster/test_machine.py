@@ -1,6 +1,7 @@
 """What the machine under a rank tells."""
 
 import psutil
+import pytest
 
 from hpcmoe.cluster import machine
 
@@ -65,25 +66,44 @@ def test_cuda_devices_are_counted_where_the_driver_shows_them(tmp_path, monkeypa
     assert machine.count_cuda_devices() == 3
 
 
-SCONTROL = """#!/bin/sh
-case "$2 $3" in
-  "topology ") echo "SwitchName=rackA Level=0 LinkSpeed=1 Nodes=n[0-1]"
-               echo "SwitchName=rackB Level=0 LinkSpeed=1 Nodes=n2"
-               echo "SwitchName=top Level=1 LinkSpeed=1 Nodes=n[0-2] Switches=rack[A-B]" ;;
-  "hostnames n[0-1]") echo n0; echo n1 ;;
-  "hostnames n2") echo n2 ;;
-  *) exit 1 ;;
-esac
-"""
+def quotas(tmp_path, listing):
+    """Read the quotas under tmp_path for a process whose /proc/self/cgroup says `listing` -> CPUs."""
+    (tmp_path / "listing").write_text(listing)
+    read = machine.read_cpu_quotas(tmp_path, tmp_path / "listing")
+    assert len({group for group, _ in read}) == len(read)
+    return [cpus for _, cpus in read]
 
 
-def test_scontrol_s_lowest_switches_are_the_racks(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    (tmp_path / "scontrol").write_text(SCONTROL)
-    (tmp_path / "scontrol").chmod(0o755)
-    assert machine.ask_scontrol() == {"n0": "rackA", "n1": "rackA", "n2": "rackB"}
+def test_quotas_of_version_two_are_those_of_all_levels_above(tmp_path):
+    write_limit(tmp_path, "slurm/cpu.max", "400000 100000")
+    write_limit(tmp_path, "slurm/job/cpu.max", "max 100000")
+    write_limit(tmp_path, "slurm/job/step/cpu.max", "50000 100000")
+    write_limit(tmp_path, "slurm/other/cpu.max", "1000 100000")
+    assert quotas(tmp_path, "0::/slurm/job/step\n") == [4.0, 0.5]
 
 
-def test_without_scontrol_nothing_is_known(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.ask_scontrol() == {}
+def test_quotas_of_version_one_are_the_cpu_controller_s(tmp_path):
+    for folder, quota in (("", -1), ("job", 150_000), ("job/step", 250_000)):
+        for name in ("cpu", "cpuset"):
+            write_limit(tmp_path, f"{name}/{folder}/cpu.cfs_quota_us", quota)
+            write_limit(tmp_path, f"{name}/{folder}/cpu.cfs_period_us", 100_000)
+    assert quotas(tmp_path, "5:cpuset:/\n4:cpu:/job/step\n0::/\n") == [1.5, 2.5]
+    (tmp_path / "cpu").rename(tmp_path / "cpu,cpuacct")  # as some systems mount it
+    assert quotas(tmp_path, "4:cpu,cpuacct:/job/step\n") == [1.5, 2.5]
+
+
+@pytest.mark.parametrize("text", ["", "max", "x 100000", "50000 0", "50000", "-1 100000"])
+def test_a_quota_that_is_none_bounds_nothing(tmp_path, text):
+    write_limit(tmp_path, "cpu.max", text)
+    assert quotas(tmp_path, "0::/\n") == []
+
+
+@pytest.mark.parametrize(("texts", "cores"), [(["max 1"], 4), (["250000 100000"], 2), (["300000 100000", "5 10"], 1)])
+def test_a_process_s_own_cores_are_the_least_of_affinity_and_quotas(tmp_path, monkeypatch, texts, cores):
+    for depth, text in enumerate(texts):
+        write_limit(tmp_path, f"{'a/' * depth}cpu.max", text)
+    (tmp_path / "listing").write_text("0::/a/a\n")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "listing")
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    assert machine.count_own_cores() == cores

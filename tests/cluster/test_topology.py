@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import os
+import re
 import sys
 import types
 
@@ -16,7 +18,7 @@ from hpcmoe.config import Cluster
 from hpcmoe.errors import ClusterError
 from hpcmoe.wait import gather_to_all
 
-LAUNCHERS = ("PMI_SIZE", "PMI_HOSTNAME", "OMPI_COMM_WORLD_SIZE", "SLURMD_NODENAME", "SLURM_JOB_ID", "SLURM_STEP_ID")
+LAUNCHERS = ("PMI_HOSTNAME", "SLURMD_NODENAME", *(key for key in os.environ if key.startswith("SLURM_")))
 
 
 @pytest.fixture
@@ -56,60 +58,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), err_msg=field.name)
 
 
-# Launchers
-
-
-@pytest.mark.parametrize(
-    "environ",
-    [
-        {"PMI_SIZE": "16"},
-        {"OMPI_COMM_WORLD_SIZE": "16"},
-        {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16"},
-    ],
-)
-def test_a_rank_alone_under_a_launcher_of_many_is_refused(environ):
-    with pytest.raises(ClusterError, match="two MPIs are mixed: the launcher says .* = 16, .* sees 1 rank"):
-        chapter.refuse_mixed_mpi(environ)
-
-
-@pytest.mark.parametrize(
-    "environ",
-    [
-        {},
-        {"PMI_SIZE": "1"},
-        {"SLURM_NTASKS": "16"},  # the shell of salloc
-        {"SLURM_NTASKS": "16", "SLURM_PROCID": "0"},  # a batch script
-        {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"},
-        # mpirun -n 1 on the first of four nodes, each with a proxy
-        {"PMI_SIZE": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "4"},
-    ],
-)
-def test_a_rank_that_is_meant_to_be_alone_may_run(environ):
-    assert chapter.find_launched(environ)[1] == 1
-    chapter.refuse_mixed_mpi(environ)
-
-
-CHECK = """
-from mpi4py import MPI
-from hpcmoe.cluster.topology import check_launcher
-from hpcmoe.errors import HpcmoeError, exit_with
-try:
-    check_launcher(MPI.COMM_WORLD)
-except HpcmoeError as fault:
-    exit_with(MPI.COMM_WORLD, fault, "here")
-print("started")
-"""
-
-
-def test_mixed_mpis_end_with_one_line():
-    ended = run(sys.executable, "-W", "ignore", "-c", CHECK, OMPI_COMM_WORLD_SIZE="16", PMI_SIZE="16")
-    assert ended.status == 2
-    assert len(ended.lines("hpcmoe: two MPIs are mixed: the launcher says ")) == 1, ended
-
-
-def test_a_lone_program_in_a_batch_script_starts(alone):
-    ended = run(sys.executable, "-c", CHECK, SLURM_NTASKS="16", SLURM_PROCID="0", SLURM_JOB_ID="7")
-    assert (ended.status, ended.output) == (0, "started\n"), ended
+# Nodes, memory, devices, cores
 
 
 def test_the_launcher_names_the_node_before_slurm_does(alone):
@@ -119,9 +68,6 @@ def test_the_launcher_names_the_node_before_slurm_does(alone):
     assert chapter.host_name() == "node7"
     alone.setenv("PMI_HOSTNAME", "n0")
     assert chapter.host_name() == "n0"
-
-
-# Nodes, memory, devices, cores
 
 
 def test_nodes_are_numbered_by_their_lowest_rank_and_named_apart():
@@ -177,13 +123,89 @@ def test_devices_are_those_present_and_visible(alone, present, environ, seen):
     assert len(chapter.visible_devices()) == seen
 
 
-@pytest.mark.parametrize(("megabytes", "usable"), [(None, 10**10), ("0", 10**10), ("100", 100 * 2**20)])
-def test_slurm_s_memory_counts_where_it_is_less(alone, megabytes, usable):
-    alone.setattr(chapter, "read_memory_bytes", lambda: 10**10)
-    alone.delenv("SLURM_MEM_PER_NODE", raising=False)
-    if megabytes is not None:
-        alone.setenv("SLURM_MEM_PER_NODE", megabytes)
+@pytest.mark.parametrize(
+    ("environ", "usable"),
+    [
+        ({}, 10**12),
+        ({"NODE": "0"}, 10**12),
+        ({"NODE": ""}, 10**12),
+        ({"NODE": "100"}, 100 << 20),
+        ({"NODE": "16G"}, 16 << 30),
+        ({"NODE": "4096M", "CPU": "0"}, 4096 << 20),
+        ({"NODE": "9T"}, 10**12),  # more than there is
+        ({"CPU": "2G", "CPUS_ON_NODE": "8"}, 16 << 30),
+        ({"CPU": "2048", "JOB_CPUS_PER_NODE": "4(x4)", "NODEID": "3"}, 8 << 30),
+        ({"CPU": "1G", "JOB_CPUS_PER_NODE": "72(x2),36", "NODEID": "1"}, 72 << 30),
+        ({"CPU": "1G", "JOB_CPUS_PER_NODE": "72(x2),36", "NODEID": "2"}, 36 << 30),
+        ({"CPU": "1G", "JOB_CPUS_PER_NODE": "72(x2),36"}, 36 << 30),  # the least, where the node has no number
+        ({"CPU": "1G"}, 10**12),  # of how many is not told
+        ({"GPU": "40G", "GPUS_ON_NODE": "4"}, 160 << 30),
+    ],
+)
+def test_slurm_s_memory_counts_where_it_is_less(alone, environ, usable):
+    alone.setattr(chapter, "read_memory_bytes", lambda: 10**12)
+    for what, value in environ.items():
+        alone.setenv(f"SLURM_MEM_PER_{what}" if what in ("NODE", "CPU", "GPU") else f"SLURM_{what}", value)
     assert chapter.usable_memory_bytes() == usable
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("SLURM_MEM_PER_NODE", "lots"),
+        ("SLURM_MEM_PER_NODE", "-1"),
+        ("SLURM_MEM_PER_CPU", "16X"),
+        ("SLURM_CPUS_ON_NODE", "4(x4)"),
+        ("SLURM_JOB_CPUS_PER_NODE", "four"),
+        ("SLURM_NODEID", "a"),
+        ("SLURM_GPUS_ON_NODE", "gpu:2"),
+    ],
+)
+def test_a_variable_that_holds_nonsense_is_named(alone, key, value):
+    alone.setenv(key, value)
+    with pytest.raises(ClusterError, match=re.escape(f"the environment's {key} = '{value}': must be ")):
+        chapter.look_around(0)
+
+
+@pytest.mark.mpi
+def test_nonsense_that_one_rank_sees_is_refused_by_all(comm, alone):
+    if comm.rank == comm.size - 1:
+        alone.setenv("SLURM_MEM_PER_NODE", "lots")
+    with pytest.raises(ClusterError, match=rf"^\[rank {comm.size - 1} of .* SLURM_MEM_PER_NODE = 'lots'") as refused:
+        read_topology(comm, Cluster(measure_seconds=0.1))
+    assert refused.value.shared
+
+
+def seats_with(*quotas, cores=8):
+    """Seat ranks on one node under these quotas, outermost first."""
+    return [seat(0, cores=frozenset(range(cores)), cpu_quotas=quota) for quota in quotas]
+
+
+@pytest.mark.parametrize(
+    ("quotas", "cores"),
+    [
+        ([(), ()], 8),
+        ([(("job", 3.0),)] * 4, 3),  # they share one group's
+        ([(("a", 2.0),), (("b", 1.5),)], 3),  # steps, or containers, of their own
+        ([(("job", 3.0), ("a", 2.0)), (("job", 3.0), ("b", 2.0))], 3),  # within a job's
+        ([(("job", 6.0), ("a", 2.0)), (("job", 6.0), ("b", 2.5))], 4),
+        ([(("a", 0.5),)], 1),
+        ([(("a", 0.0),)], 1),
+        ([(("a", 2.0),), ()], 8),  # one is free
+        ([(("a", 100.0),)], 8),
+        ([(("a", 0.1 * 30),)], 3),  # 3.0000000000000004, or as much less
+    ],
+)
+def test_quotas_of_processor_time_bound_the_cores_of_a_node(quotas, cores):
+    assert topology_of(seats_with(*quotas)).cores_of_node.tolist() == [cores]
+
+
+def test_quotas_and_affinity_are_added_up_group_by_group():
+    ranks = [
+        seat(0, cores=frozenset({0}), cpu_quotas=(("a", 4.0),)),  # bound to one core of its four
+        seat(0, cores=frozenset({1, 2, 3}), cpu_quotas=(("b", 2.0),)),
+    ]
+    assert topology_of(ranks).cores_of_node.tolist() == [3]
 
 
 # Racks
@@ -213,25 +235,9 @@ def test_racks_are_read_from_slurm_s_addresses(alone):
     assert made.source["racks"] == "SLURM_TOPOLOGY_ADDR"
 
 
-@pytest.mark.parametrize("addresses", [("s.r0.n0",) * 4, ("n0", "n1", "n2", "n3"), ("",) * 4])
-def test_addresses_that_tell_nothing_leave_it_to_scontrol_within_a_job(alone, addresses):
-    alone.setattr(chapter, "ask_scontrol", lambda: {"n0": "x", "n1": "y", "n2": "y", "n3": "x", "n9": "z"})
-    one = topology_of(seats_at(addresses))
-    assert (one.rack_names, one.source["racks"]) == (("rack0",), "no word of racks: one for all")
-    alone.setenv("SLURM_JOB_ID", "7")
-    asked = topology_of(seats_at(addresses))
-    assert (asked.rack_of_node.tolist(), asked.source["racks"]) == ([0, 1, 1, 0], "scontrol show topology")
-
-
-def test_a_node_that_scontrol_does_not_know_leaves_one_rack(alone):
-    alone.setenv("SLURM_JOB_ID", "7")
-    alone.setattr(chapter, "ask_scontrol", lambda: {"n0": "x", "n1": "y"})
-    assert topology_of(seats_at(("",) * 3)).num_racks == 1
-
-
-def test_ranks_of_one_node_at_two_addresses_are_not_believed(alone):
-    made = topology_of([seat(0, address="s.r0.n0"), seat(0, address="s.r1.n1"), seat(2, name="b", address="s.r1.n2")])
-    assert made.num_racks == 1
+def test_racks_that_nobody_tells_are_one():
+    made = topology_of(seats_at(("",) * 3))
+    assert (made.rack_names, made.source["racks"]) == (("rack0",), "no word of racks: one for all")
 
 
 def test_links_that_are_given_are_taken_with_their_sources():

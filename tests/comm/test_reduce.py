@@ -9,10 +9,10 @@ import pytest
 import torch
 from standin import Order, OrderedDevice, StandInNccl, Watching
 
-from hpcmoe.cluster.topology import NCCL_ORDER
 from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.nccl import open_nccl
 from hpcmoe.comm.reduce import HostReducer, NcclReducer
+from hpcmoe.environment import NCCL_ORDER
 from hpcmoe.errors import ClusterError
 
 pytestmark = pytest.mark.mpi

@@ -7,9 +7,12 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 
 import pytest
 from launch import MPIRUN
+
+from hpcmoe.start import sweep_segments
 
 LAB = pathlib.Path(__file__).parent
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where daemons lie; an ordinary PATH may lack it
@@ -44,6 +47,7 @@ def script(name, *arguments, **variables):
 def slurm():
     """Start a Slurm of four nodes in two racks -> path of its slurm.conf."""
     require("slurmctld", "slurmd", "munged", "sbatch")
+    sweep_segments(before=time.time())  # its jobs are numbered from 1, as those of the Slurm before it were
     folder = tempfile.mkdtemp(prefix="hpcmoe-slurm-")
     try:
         script("slurm.sh", "up", folder, free_ports(5))

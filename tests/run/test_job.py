@@ -8,6 +8,7 @@ import torch
 from small import make_topology, open_small_job
 
 from hpcmoe.errors import ClusterError, PlacementError
+from hpcmoe.run import job
 from hpcmoe.run.job import choose_threads
 
 
@@ -37,7 +38,8 @@ def test_what_does_not_fit_is_refused_on_all_ranks_together(comm, shared, change
 def test_threads_are_as_asked_or_the_ranks_share_of_the_cores(comm, shared, monkeypatch):
     taken = []
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    for asked in (3, 0):
+    for asked, own in ((3, 1), (0, 8), (0, 1)):  # a rank that is bound, or held back, to one core of its node's two
+        monkeypatch.setattr(job, "count_own_cores", lambda own=own: own)
         with open_small_job(comm, shared, run__threads_per_rank=asked):
             pass
-    assert taken == [3, max(2 // comm.size, 1)]
+    assert taken == [3, max(2 // comm.size, 1), 1]

@@ -1,0 +1,228 @@
+"""Each node's rack: as the config names it, else the lowest switch or block over the node that Slurm tells.
+
+Slurm's sources: SLURM_TOPOLOGY_ADDR and its pattern, which slurmd sets for each task (topology_g_get_node_addr), and
+`scontrol show topology`, whose lines are those of the plugins topology/tree and topology/block.
+"""
+
+import logging
+import re
+import subprocess
+from collections import Counter
+
+from hpcmoe.cluster.names import is_same_node, match_names, tell_doubtful
+from hpcmoe.environment import environment_without, read_setting
+from hpcmoe.errors import ClusterError
+
+log = logging.getLogger(__name__)
+
+SCONTROL_SECONDS = 5  # that its controller may take to answer
+SHORTENS = "SLURM_TOPO_LEN"  # has scontrol cut its lines
+NO_NODES = ("", "(null)", "none", "None")
+MOST_HOSTS = 100_000  # of one list
+MOST_NAMED = 8  # nodes in one line
+ONE, UNKNOWN = "rack0", "unknown"  # the rack of all where nothing is told; of those of which nothing is
+NO_WORD = "no word of racks: one for all"
+
+
+def find_racks(seats_of_node, names, cluster):
+    """Name each node's rack: by the config, else by Slurm, else one for all -> (names [nodes], source).
+
+    Nodes of which Slurm tells nothing are one rack, "unknown", beside those that it tells; a warning names them.
+    """
+    racks = cluster.rack_of_node
+    if racks:
+        if len(racks) != len(names):
+            raise ClusterError(f"[cluster] rack_of_node has {len(racks)} entries, the run has {len(names)} nodes")
+        return racks, "config"
+
+    # The tasks' own addresses cost nothing; Slurm's controller is asked where they do not tell all.
+    told, is_flat, doubt = read_addresses(seats_of_node, names)
+    if is_flat:
+        return [ONE] * len(names), "SLURM_TOPOLOGY_ADDR_PATTERN: no switches"
+    if None not in told:
+        return told, "SLURM_TOPOLOGY_ADDR"
+    asked, faults = ask_slurm(seats_of_node, names)
+    faults = [doubt, *faults] if doubt else faults
+    racks = [asked.get(name, rack) for name, rack in zip(names, told, strict=True)]
+
+    # Use what is known, and say of which nodes nothing is.
+    missing = [name for name, rack in zip(names, racks, strict=True) if rack is None]
+    why = f" ({'; '.join(faults)})" if faults else ""
+    if len(missing) == len(names):
+        if faults:
+            log.warning("Slurm tells no rack of %s%s: all are taken as one", list_some(missing), why)
+        return [ONE] * len(names), NO_WORD
+    if missing:
+        log.warning('Slurm tells no rack of %s%s: "%s" stands for it', list_some(missing), why, UNKNOWN)
+    elif faults:
+        log.info("racks%s: scontrol tells all of this run's nodes", why)
+    by_address = any(rack is not None and name not in asked for name, rack in zip(names, told, strict=True))
+    sources = ["scontrol show topology"] * bool(asked) + ["SLURM_TOPOLOGY_ADDR"] * by_address
+    return [rack or UNKNOWN for rack in racks], ", ".join(sources)
+
+
+def list_some(names):
+    """List the first few names, and count the others."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def read_addresses(seats_of_node, names):
+    """Read the racks in the tasks' addresses -> (racks [nodes], None where not told; is Slurm flat?; what is wrong).
+
+    Where addresses contradict each other none is believed: a launcher has handed them on from where the job began.
+    """
+    unknown = [None] * len(names)
+    pattern = read_setting("SLURM_TOPOLOGY_ADDR_PATTERN")  # the whole cluster's, so rank 0's will do for a rank without
+    seen = [{(seat.address, seat.address_pattern or pattern) for seat in group} for group in seats_of_node]
+    several = [name for name, of_node in zip(names, seen, strict=True) if len(of_node) > 1]
+    if several:
+        return unknown, False, f"ranks of {list_some(several)} have different SLURM_TOPOLOGY_ADDR"
+    given = [of_node.pop() for of_node in seen]
+    if all(address and pattern == "node" for address, pattern in given):
+        return unknown, not shared_by(given, names), ""
+
+    shared = shared_by(given, names)
+    if shared:
+        return unknown, False, f"SLURM_TOPOLOGY_ADDR of {list_some(shared)} is another node's"
+    own = [group[0].name for group in seats_of_node]
+    racks = [split_address(*facts, name)[0] for facts, name in zip(given, own, strict=True)]
+    absent = [name for name, rack in zip(names, racks, strict=True) if rack is None]
+    doubt = f"no switch in SLURM_TOPOLOGY_ADDR of {list_some(absent)}" if 0 < len(absent) < len(names) else ""
+    return racks, False, doubt
+
+
+def shared_by(given, names):
+    """List the nodes whose address is also another's, or names another node of the run."""
+    uses = Counter(address for address, _ in given if address)
+    named = [split_address(*facts, name)[1] or name for facts, name in zip(given, names, strict=True)]
+    found, _ = match_names(named, names)
+    return [
+        name
+        for (address, _), node, name in zip(given, named, names, strict=True)
+        if uses[address] > 1 or found.get(node, name) != name
+    ]
+
+
+def split_address(address, pattern, name):
+    """Split the address of the node `name` -> (its lowest switch or block, or None; the node that it names).
+
+    The pattern says how many labels are switches; without it they end where the name begins, else at the last label.
+    """
+    labels = re.split(r"\.(?![^\[]*\])", address)  # a list in brackets is one label, whatever dots it has
+    *switches, node = pattern.split(".")
+    if node == "node" and switches != [""]:
+        at = len(switches)
+    else:
+        tails = [".".join(labels[at:]) for at in range(len(labels))]
+        whole = [at for at, tail in enumerate(tails) if tail == name]
+        at = (whole or [at for at, tail in enumerate(tails) if is_same_node(tail, name)] or [len(labels) - 1])[0]
+    rack = labels[at - 1] if 0 < at < len(labels) else None
+    return rack or None, ".".join(labels[at:])
+
+
+def ask_slurm(seats_of_node, names):
+    """Ask Slurm's controller, within a job, for the nodes' racks -> (dict name: rack, list of what is wrong)."""
+    if not read_setting("SLURM_JOB_ID"):
+        return {}, []
+    try:
+        rack_of_host, faults = read_switches(show_topology())
+    except ClusterError as fault:
+        return {}, [str(fault)]
+    found, doubtful = match_names((group[0].name for group in seats_of_node), rack_of_host)
+    if doubtful:
+        faults.append(tell_doubtful(doubtful))
+    own = {name: group[0].name for name, group in zip(names, seats_of_node, strict=True)}
+    racks = {name: rack_of_host[found[host]] for name, host in own.items() if host in found}
+    absent = [name for name, host in own.items() if host not in found | doubtful]
+    if absent and rack_of_host:
+        faults.append(f"scontrol show topology has no switch over {list_some(absent)}")
+    return racks, faults
+
+
+def show_topology():
+    """Ask Slurm for its switches or blocks -> lines; ClusterError where it does not answer."""
+    command = ["scontrol", "show", "topology"]
+    options = {"capture_output": True, "text": True, "errors": "replace", "env": environment_without(SHORTENS)}
+    try:
+        ended = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=SCONTROL_SECONDS, **options)
+    except subprocess.TimeoutExpired:
+        raise ClusterError(f"{' '.join(command)} has not answered in {SCONTROL_SECONDS} s") from None
+    except OSError as fault:
+        raise ClusterError(f"{' '.join(command)} cannot be run: {fault.strerror}") from None
+    if ended.returncode != 0:
+        said = (ended.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise ClusterError(f"{' '.join(command)} ends with status {ended.returncode}: {said}")
+    return ended.stdout.splitlines()
+
+
+def read_switches(lines):
+    """Read lines of `scontrol show topology` -> (dict host: the lowest switch or block over it, list of what is wrong).
+
+    Switches of a higher level, and blocks of blocks, list again what is below them.
+    """
+    rack_of_host, faults = {}, []
+    for line in lines:
+        fields = dict(word.partition("=")[::2] for word in line.split())
+        name = fields.get("SwitchName") or fields.get("BlockName")
+        is_lowest = fields["Level"] == "0" if fields.get("Level") else "Switches" not in fields
+        nodes = fields.get("Nodes", "")
+        if not name or not is_lowest or nodes in NO_NODES:
+            continue
+        hosts, unread = expand_hosts(nodes)
+        for host in hosts:
+            rack_of_host.setdefault(host, name)
+        if unread:
+            faults.append(f"scontrol show topology: {name} has Nodes={nodes[:60]}, of which {unread[:60]} is no list")
+    return rack_of_host, faults
+
+
+def expand_hosts(text):
+    """Expand a list of hosts as Slurm writes it, n[01-03,7]-ib[0-1],m -> (hosts, what cannot be read of it)."""
+    hosts, unread = [], []
+    for entry in re.split(r",(?![^\[]*\])", text) if balanced(text) else cut_entries(text):
+        try:
+            hosts += expand_entry(entry, MOST_HOSTS - len(hosts))
+        except ValueError:
+            unread.append(entry)
+    return hosts, ",".join(unread)
+
+
+def balanced(text):
+    """Return True if each bracket is closed before the next opens."""
+    return re.sub(r"[^\[\]]", "", text).replace("[]", "") == ""
+
+
+def cut_entries(text):
+    """Split a list that ends within brackets: what is before the entry that was cut, and that entry."""
+    whole, _, last = text.rpartition("[")
+    before, comma, start = whole.rpartition(",")
+    cut = f"{start}[{last}"
+    return [*(re.split(r",(?![^\[]*\])", before) if comma else []), cut]
+
+
+def expand_entry(entry, most):
+    """Expand one entry of a list of hosts -> its names; ValueError where it is none, or stands for too many."""
+    made = [""]
+    for plain, ranges in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", entry):
+        ends = [plain] if plain else expand_ranges(ranges, most)
+        if len(made) * len(ends) > most:
+            raise ValueError(entry)
+        made = [f"{start}{end}" for start in made for end in ends]
+    if made == [""] or not balanced(entry):
+        raise ValueError(entry)
+    return made
+
+
+def expand_ranges(text, most):
+    """Expand 01-03,7 -> 01, 02, 03, 7; ValueError where it is no list of ranges, or stands for too many."""
+    numbers = []
+    for part in text.split(","):
+        told = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        if told is None:
+            raise ValueError(text)
+        first, last = int(told[1]), int(told[2] or told[1])
+        if last < first or last - first + len(numbers) >= most:
+            raise ValueError(text)
+        numbers += [f"{number:0{len(told[1])}d}" for number in range(first, last + 1)]
+    return numbers

@@ -1,0 +1,147 @@
+"""A process that a launcher started among others, but whose MPI does not see them, is refused."""
+
+import sys
+
+import pytest
+from launch import run
+
+from hpcmoe.cluster.launcher import find_launched, find_launcher, refuse_mixed_mpi
+from hpcmoe.errors import ClusterError
+
+SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16"}
+TORCHRUN = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}
+FLUX = {"FLUX_JOB_SIZE": "4", "FLUX_TASK_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "key", "size"),
+    [
+        ({"PMI_SIZE": "16"}, "PMI_SIZE", 16),
+        ({"OMPI_COMM_WORLD_SIZE": "16"}, "OMPI_COMM_WORLD_SIZE", 16),
+        ({"MV2_COMM_WORLD_SIZE": "8", "MV2_COMM_WORLD_RANK": "0"}, "MV2_COMM_WORLD_SIZE", 8),
+        ({"JSM_NAMESPACE_SIZE": "6", "JSM_NAMESPACE_RANK": "0"}, "JSM_NAMESPACE_SIZE", 6),
+        (SRUN, "SLURM_STEP_NUM_TASKS", 16),
+        (TORCHRUN, "WORLD_SIZE", 4),
+        (FLUX, "FLUX_JOB_SIZE", 4),
+        (TORCHRUN | SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, "WORLD_SIZE", 4),  # torchrun in a job
+        ({"PALS_SIZE": "4", "PALS_RANKID": "0"}, "PALS_SIZE", 4),
+        ({"PALS_RANKID": "2", "PALS_LOCAL_SIZE": "2"}, "PALS_RANKID", 3),
+        ({"PMIX_RANK": "5"}, "PMIX_RANK", 6),
+    ],
+)
+def test_a_rank_alone_under_a_launcher_of_many_is_refused(environ, key, size):
+    assert find_launched(environ) == (key, size)
+    told = rf"^two MPIs are mixed: the launcher says {key} = \d+ \(.*\), but|, of at least .* sees 1 rank; start"
+    with pytest.raises(ClusterError, match=told) as refused:
+        refuse_mixed_mpi(environ)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_the_refusal_says_how_to_start_instead():
+    with pytest.raises(
+        ClusterError, match=r"sees 1 rank; torchrun starts .* start with mpirun -n 4 python .*, or srun"
+    ):
+        refuse_mixed_mpi(TORCHRUN)
+    with pytest.raises(ClusterError, match=r"\(Flux\), but .* flux run"):
+        refuse_mixed_mpi(FLUX)
+    with pytest.raises(ClusterError, match="start with the mpirun of that MPI"):
+        refuse_mixed_mpi({"PMI_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"PMI_SIZE": "1"},
+        {"PMI_SIZE": ""},
+        {"SLURM_NTASKS": "16"},  # the shell of salloc
+        {"SLURM_NTASKS": "16", "SLURM_PROCID": "0"},  # a batch script
+        {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"},
+        SRUN
+        | {"SLURM_STEP_NUM_TASKS": "4", "PMI_SIZE": "1"},  # mpirun -n 1 on the first of four nodes, a proxy on each
+        {"WORLD_SIZE": "4"},  # a script's, for other ends
+        {"WORLD_SIZE": "x", "RANK": "y"},
+        TORCHRUN | {"WORLD_SIZE": "1"},
+        TORCHRUN | {"PMI_SIZE": "1"},  # mpirun -n 1 in a script that has set torch's variables
+        FLUX | {"PMI_SIZE": "1"},
+        {"PMIX_RANK": "0"},
+        {"PMIX_RANK": "3", "PMI_SIZE": "1"},  # Slurm's PMIx started the proxies
+        {"PMIX_RANK": "4294967294"},  # a tool
+    ],
+)
+def test_a_rank_that_is_meant_to_be_alone_may_run(environ):
+    assert find_launched(environ)[1] == 1
+    refuse_mixed_mpi(environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "size", "refused"),
+    [
+        ({"PMI_SIZE": "4"}, 4, False),
+        ({"PMI_SIZE": "4"}, 2, True),
+        (FLUX, 2, True),
+        (SRUN, 16, False),
+        (SRUN, 8, True),
+        (SRUN | {"PMI_SIZE": "2"}, 2, False),  # mpirun -n 2 within a job
+        (SRUN | TORCHRUN, 4, False),  # one of them is MPI's
+        ({"PMI_SIZE": "4", "OMPI_COMM_WORLD_SIZE": "2"}, 2, False),  # mpirun in a task of srun
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 4, False),
+        ({"PMIX_RANK": "3"}, 4, False),
+        ({"PMIX_RANK": "3"}, 2, True),
+    ],
+)
+def test_a_world_smaller_than_its_launcher_s_is_refused(environ, size, refused):
+    if not refused:
+        refuse_mixed_mpi(environ, size)
+        return
+    with pytest.raises(ClusterError, match=rf"two MPIs are mixed: .* sees {size} ranks"):
+        refuse_mixed_mpi(environ, size)
+
+
+@pytest.mark.parametrize("value", ["four", "-1", "1.5", "9" * 5000])
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"PMI_SIZE": "?"}, {"OMPI_COMM_WORLD_SIZE": "?"}, TORCHRUN | {"WORLD_SIZE": "?"}, FLUX | {"FLUX_JOB_SIZE": "?"},
+        SRUN | {"SLURM_STEP_NUM_TASKS": "?"}, {"PMIX_RANK": "?"},
+    ],
+)  # fmt: skip
+def test_a_number_that_is_none_is_named(environ, value):
+    key = next(key for key, text in environ.items() if text == "?")
+    with pytest.raises(ClusterError, match=f"the environment's {key} = '{value[:10]}.*: must be a whole number"):
+        find_launched(environ | {key: value})
+
+
+def test_the_launcher_is_told(monkeypatch):
+    for key in ("PMI_SIZE", "PMI_RANK", "SLURM_JOB_ID", *SRUN):
+        monkeypatch.delenv(key, raising=False)
+    assert find_launcher() == "none: a process alone; no Slurm"
+    for key, value in SRUN.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert find_launcher() == "srun; Slurm, job 7"
+    monkeypatch.setenv("PMI_SIZE", "2")
+    assert find_launcher() == "mpirun or srun by PMI; Slurm, job 7"
+
+
+CHECK = """
+from mpi4py import MPI
+from hpcmoe.cluster.launcher import check_launcher
+from hpcmoe.errors import HpcmoeError, exit_with
+try:
+    check_launcher(MPI.COMM_WORLD)
+except HpcmoeError as fault:
+    exit_with(MPI.COMM_WORLD, fault, "here")
+print("started")
+"""
+
+
+def test_mixed_mpis_end_with_one_line():
+    ended = run(sys.executable, "-W", "ignore", "-c", CHECK, OMPI_COMM_WORLD_SIZE="16", PMI_SIZE="16")
+    assert ended.status == 2
+    assert len(ended.lines("hpcmoe: two MPIs are mixed: the launcher says ")) == 1, ended
+
+
+def test_a_lone_program_in_a_batch_script_starts():
+    ended = run(sys.executable, "-c", CHECK, SLURM_NTASKS="16", SLURM_PROCID="0", SLURM_JOB_ID="7")
+    assert (ended.status, ended.output) == (0, "started\n"), ended
