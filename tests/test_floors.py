@@ -10,7 +10,7 @@ import pytest
 from launch import ROOT
 
 FLOORS = (
-    "wait", "clock", "errors", "watch", "contradictions", "config",
+    "output", "interrupts", "start", "wait", "clock", "errors", "watch", "contradictions", "config",
     "cluster", "placement", "comm", "gemm", "dispatch", "experts", "pipeline", "run", "write", "tables", "plot",
 )  # fmt: skip
 PROGRAMS = ("main", "place", "check", "watcher")
@@ -22,9 +22,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SEAMS = {
     r"\bimport cupy\b|\bfrom cupy\b|\btorch\.cuda\b": {"comm/cuda.py", "comm/nccl.py"},
     r"\bSLURM_": {"cluster/topology.py"},
-    r"\bos\.environ\b|\bos\.getenv\b": {"cluster/topology.py"},
+    r"\bos\.environ\b|\bos\.getenv\b": {"cluster/topology.py", "start.py"},
     r"(?<!')\bh5py\b": {"write/"},
-    r"\bprint\(": {"errors.py", "main.py", "place.py", "check.py"},
+    r"\bprint\(|\bsys\.stdout\b": {"output.py"},
 }
 SET_BEFORE_MPI = r"\bos\.environ\.setdefault\("  # main.py alone may, for what must stand before MPI starts
 

@@ -14,6 +14,7 @@ from hpcmoe.write.verify import verify_master, verify_pieces
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"checkpoint-(\d+)")
+PARTIAL = re.compile(r"checkpoint-\d+(\.old)?\.partial")
 
 
 def save_checkpoint(comm, folder, step, pieces, facts, keep):
@@ -111,4 +112,5 @@ def prune(folder, step, keep):
         for old in earlier[:-keep] + later:
             discard(found[old])
         for stale in folder.glob("checkpoint-*.partial"):
-            shutil.rmtree(stale)
+            if PARTIAL.fullmatch(stale.name):
+                shutil.rmtree(stale)

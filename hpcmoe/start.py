@@ -1,0 +1,34 @@
+"""What must stand before a program's first slow import: three open standard files, and an end of one line at Ctrl-C."""
+
+import os
+import signal
+import time
+
+from hpcmoe.interrupts import ignore_signals
+from hpcmoe.output import say
+
+RANK_KEYS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # of launchers; MPI has not begun
+HAND_ON_SECONDS = 0.3  # for rank 0's line to come out: launchers end all at the first exit
+
+
+def prepare() -> None:
+    """Prepare the process for the imports of a program. Call once, as the first thing."""
+    open_standard_files()
+    signal.signal(signal.SIGINT, leave)
+
+
+def open_standard_files() -> None:
+    """Open those of the files 0, 1 and 2 that are closed: else a file that is opened next takes what others print."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+
+
+def leave(*_) -> None:
+    """End this process at once: it has begun nothing yet."""
+    ignore_signals()
+    rank = next((os.environ[key] for key in RANK_KEYS if key in os.environ), "0")
+    if rank == "0":
+        say(["hpcmoe: interrupted"])
+    time.sleep(HAND_ON_SECONDS)
+    os._exit(128 + signal.SIGINT)
