@@ -33,7 +33,7 @@ from hpcmoe.run.shards import settle_shards
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
-from hpcmoe.write.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, step_of
+from hpcmoe.write.checkpoint import find_checkpoint, lies_in, load_checkpoint, newest_checkpoint, step_of
 from hpcmoe.write.folder import open_folder
 from hpcmoe.write.loads import read_loads
 from hpcmoe.write.pieces import Part, Piece
@@ -72,7 +72,7 @@ def run(comm, arguments, opened):
     config, text = on_root(comm, lambda: read_config(arguments.config, arguments.set))
     folder = pathlib.Path(config.run.output, config.run.name)
     checkpoint = None if arguments.resume is None else find_checkpoint(comm, arguments.resume or folder)
-    goes_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+    goes_on = checkpoint is not None and lies_in(checkpoint, folder)
     on_root(comm, lambda: check_checkpoint(checkpoint, folder, config))
     split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length))
     on_all(comm, lambda: check_text(split))
@@ -248,7 +248,7 @@ def check_checkpoint(checkpoint, folder, config):
     """Refuse to resume what is at its end, or to infer in the folder of the training."""
     if checkpoint is None:
         return
-    if config.run.mode == "infer" and checkpoint.resolve().parent == folder.resolve():
+    if config.run.mode == "infer" and lies_in(checkpoint, folder):
         raise ConfigError(f'[run] name = "{config.run.name}": inference of {checkpoint} needs a name of its own')
     if config.run.mode == "train" and step_of(checkpoint) >= config.run.steps:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 from hpcmoe.interrupts import ignore_signals
@@ -22,6 +23,9 @@ def open_standard_files() -> None:
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def leave(*_) -> None:

@@ -55,7 +55,8 @@ def read_end(file, pid):
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             state, *_, status = stat.read().rpartition(b")")[2].split()
-        if state in (b"Z", b"X") and int(status):  # 0 may mean that we may not know
+            may_know = os.fstat(stat.fileno()).st_uid == os.geteuid()  # else it reads 0
+        if state in (b"Z", b"X") and may_know:
             return int(status)
     except OSError:
         pass  # its parent has buried it

@@ -15,13 +15,13 @@ FLOORS = (
 )  # fmt: skip
 PROGRAMS = ("main", "place", "check", "watcher")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
-WRITE_MAY_IMPORT = {"wait", "errors", "config", "cluster", "placement", "write"}
+WRITE_MAY_IMPORT = {"interrupts", "wait", "errors", "config", "cluster", "placement", "write"}
 
 PACKAGE = ROOT / "hpcmoe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 SEAMS = {
     r"\bimport cupy\b|\bfrom cupy\b|\btorch\.cuda\b": {"comm/cuda.py", "comm/nccl.py"},
-    r"\bSLURM_": {"cluster/topology.py"},
+    r"\bSLURM_": {"cluster/topology.py", "start.py"},
     r"\bos\.environ\b|\bos\.getenv\b": {"cluster/topology.py", "start.py"},
     r"(?<!')\bh5py\b": {"write/"},
     r"\bprint\(|\bsys\.stdout\b": {"output.py"},

@@ -231,6 +231,11 @@ def read_setting(name):
     return os.environ.get(name, "")
 
 
+def find_job() -> tuple[str, str]:
+    """Find the Slurm job that this process is part of -> (its number, how often it was requeued), empty without one."""
+    return os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "")
+
+
 def find_racks(seats_of_node, names, cluster):
     """Name each node's rack: by the config, else by Slurm, else one for all -> (names [nodes], source)."""
     racks = cluster.rack_of_node

@@ -20,7 +20,7 @@ import time
 import uuid
 from dataclasses import dataclass
 
-from hpcmoe.cluster.topology import read_setting
+from hpcmoe.cluster.topology import find_job
 from hpcmoe.errors import ConfigError
 
 LOCK = "run.lock"
@@ -51,6 +51,7 @@ class Holder:
 
 def make_holder() -> Holder:
     """Describe this process as a holder."""
+    job, restarts = find_job()
     return Holder(
         token=uuid.uuid4().hex,
         host=socket.gethostname(),
@@ -58,8 +59,8 @@ def make_holder() -> Holder:
         process=os.getpid(),
         started=read_start(os.getpid()),
         user=name_user(),
-        job=read_setting("SLURM_JOB_ID"),
-        restarts=read_setting("SLURM_RESTART_COUNT"),
+        job=job,
+        restarts=restarts,
         since=time.strftime("%Y-%m-%d %H:%M:%S"),
     )
 
@@ -178,14 +179,14 @@ def read_lock(path: pathlib.Path) -> Holder | None:
     while True:
         with contextlib.suppress(OSError, ValueError, TypeError):
             return Holder(**json.loads(path.read_text()))
-        if not path.exists() or time.monotonic() > deadline:
+        if not os.path.exists(path) or time.monotonic() > deadline:
             return None
         time.sleep(READ_SECONDS / 20)
 
 
 def holds_lock(folder: pathlib.Path, own: Holder) -> bool:
     """Return True if the lock of a folder is still this holder's."""
-    return (folder / LOCK).exists() and read_lock(folder / LOCK) == own
+    return read_lock(folder / LOCK) == own
 
 
 def release_lock(folder: pathlib.Path, own: Holder) -> None:
