@@ -25,9 +25,7 @@ from hpcmoe.write.pieces import FILES, MASTER
 MARK = "hpcmoe.json"
 RESULTS = re.compile(r"run\.h5(\.\d+|\.previous)?|(checkpoint|activations)-\d+")
 # What a kill leaves half done.
-LEFTOVERS = re.compile(
-    r"(run\.h5|(checkpoint|activations)-\d+(\.old)?)\.partial|topology\.json\.part|run\.lock\.[0-9a-f]{32}"
-)
+LEFTOVERS = re.compile(r"(run\.h5|(checkpoint|activations)-\d+(\.old)?)\.partial|topology\.json\.part")
 OTHERS = re.compile(rf"topology\.json|{re.escape(MARK)}")
 SWEEPS = 50  # tries, in a second, where another thread still writes
 log = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ from hpcmoe.errors import ConfigError
 LOCK = "run.lock"
 BEAT_SECONDS = 20.0  # between two signs of life
 STALE_SECONDS = 180.0  # without one
+CLEAR_SECONDS = 0.05  # for another process to clear a lock
 READ_SECONDS = 1.0  # until a lock just made has its text
 log = logging.getLogger(__name__)
 
@@ -117,30 +118,27 @@ def write_lock(path: pathlib.Path, own: Holder) -> None:
 
 def clear_stale(path: pathlib.Path, own: Holder) -> None:
     """Remove a lock that no longer counts; raise ConfigError where it does."""
-    held = read_lock(path)
-    why = explain_stale(path, held, own)
-    if why is None:
+    if explain_stale(path, read_lock(path), own) is None:
         return
 
-    # Two may clear at once: move it away, and give it back should it be another's by now.
-    moved = path.with_name(f"{path.name}.{own.token}")
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(moved)
-        if read_lock(moved) != held:
-            return give_back(moved, path)
-        log.warning("%s: cleared; it was of %s: %s", path, held or "a run that named nobody", why)
-        moved.unlink()
-
-
-def give_back(moved: pathlib.Path, path: pathlib.Path) -> None:
-    """Put a lock back in its place, unless there is another by now."""
+    # One at a time, and after another look: what a second process removes may be the first one's new lock.
+    clearing = path.with_name(f"{path.name}.clearing")
     try:
-        os.link(moved, path)
+        os.close(os.open(clearing, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
     except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        moved.rename(path)
-    moved.unlink(missing_ok=True)
+        time.sleep(CLEAR_SECONDS)
+        with contextlib.suppress(FileNotFoundError):
+            if measure_silence(clearing) > STALE_SECONDS:  # killed midway
+                clearing.unlink()
+        return
+    try:
+        held = read_lock(path)
+        why = explain_stale(path, held, own)
+        if why is not None:
+            path.unlink()
+            log.warning("%s: cleared; it was of %s: %s", path, held or "a run that named nobody", why)
+    finally:
+        clearing.unlink(missing_ok=True)
 
 
 def explain_stale(path: pathlib.Path, held: Holder | None, own: Holder) -> str | None:

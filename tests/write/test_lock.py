@@ -1,7 +1,6 @@
 """Two runs never hold one lock; one whose holder is gone is cleared, and whoever holds it is named."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -147,15 +146,13 @@ def test_of_many_that_start_at_once_one_holds_the_lock(tmp_path, own, stale):
         assert taken == [read_lock(folder / LOCK).token] and [path.name for path in folder.iterdir()] == [LOCK]
 
 
-def test_a_lock_that_proves_to_be_another_by_now_is_given_back(tmp_path, own, monkeypatch):
-    leave(tmp_path, own)
-    monkeypatch.setattr(lock, "explain_stale", lambda *_: "it was")
-    gone = dataclasses.replace(own, token="gone")
-    reads = iter([gone, own])
-    monkeypatch.setattr(lock, "read_lock", lambda path: next(reads))
-    lock.clear_stale(tmp_path / LOCK, dataclasses.replace(own, token="third"))
-    assert json.loads((tmp_path / LOCK).read_text())["token"] == own.token
-    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+def test_what_a_process_killed_as_it_cleared_has_left_is_cleared_in_time(tmp_path, own):
+    leave(tmp_path, dataclasses.replace(own, token="old", process=2**22 + 1))
+    clearing = tmp_path / f"{LOCK}.clearing"
+    clearing.touch()
+    os.utime(clearing, (0, 0))
+    take_lock(tmp_path, own)
+    assert holds_lock(tmp_path, own) and [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_the_holder_shows_signs_of_life(tmp_path, own, monkeypatch):
