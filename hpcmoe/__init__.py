@@ -2,6 +2,7 @@
 
 The chapters in the order in which they may import each other, which is the order of the story:
 
+    output, interrupts    what is printed; Ctrl-C and SIGTERM; start: what comes before the first import
     wait, watch, clock    waiting without stealing the core; noticing a rank's death; where the seconds went
     errors, config        how a rank fails; run.toml
     cluster/              where we run: topology and its links, the mesh of ranks, what tokens will ask for

@@ -1,5 +1,6 @@
 """How a rank fails: together with the others when all can know why, alone and loudly when only it knows."""
 
+import os
 import signal
 import sys
 import time
@@ -111,6 +112,7 @@ def abort(comm, status):
     """Take all ranks down, once what was said has had time to come out."""
     time.sleep(HAND_ON_SECONDS)
     comm.Abort(status)
+    os._exit(status)  # MPICH's launcher ends even the caller by SIGTERM, which may be ignored by now
 
 
 def traceback_lines(fault):

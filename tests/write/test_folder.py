@@ -4,15 +4,20 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
+import threading
 
 import h5py
+import numpy as np
 import pytest
 
 from hpcmoe.errors import CheckpointError, ConfigError, on_all
 from hpcmoe.interrupts import Interrupted
+from hpcmoe.write import pieces
 from hpcmoe.write.folder import MARK, open_folder
 from hpcmoe.write.lock import LOCK
+from hpcmoe.write.writer import open_writer
 
 OWN = {MARK, LOCK}
 
@@ -96,7 +101,7 @@ def test_a_link_stays_one_and_all_runs_stay_where_it_points(comm, tmp_path, link
     real = "real" if linked == "both" else "a"
     kept = {path: text for path, text in read_all(scratch).items() if path != "a" or linked != "both"}
     assert kept == {real: "3", f"{real}.1": "0", f"{real}.2": "1", f"{real}.3": "2"}
-    assert (out / "a").read_bytes if linked == "none" else (out / "a" / "run.h5").read_text() == "3"
+    assert (out / "a" / "run.h5").read_text() == "3"
     assert (out / "a").is_symlink() == (linked != "output") and out.is_symlink() == (linked != "run")
 
 
@@ -190,9 +195,40 @@ def test_whatever_ends_a_run_leaves_nothing_half_done_and_no_lock(comm, tmp_path
     assert names(folder) == {MARK, "run.h5"}
 
 
-def test_a_folder_that_a_thread_still_fills_is_swept(comm, tmp_path, monkeypatch):
-    import shutil
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_ctrl_c_as_a_checkpoint_is_written_leaves_the_one_before_it(comm, tmp_path, monkeypatch, asynchronous):
+    write_file, begun, late = pieces.write_rank_file, threading.Event(), threading.Event()
 
+    def piece():
+        yield pieces.Piece(name="w", shape=(3,), start=(0,), array=np.ones(3))
+
+    def interrupt(path, held):
+        (path.parent / "half.h5").write_text("half")
+        begun.set()
+        if not asynchronous:
+            raise Interrupted(2)
+        late.wait()
+        return write_file(path, held)
+
+    with (
+        pytest.raises(Interrupted),
+        open_folder(comm, str(tmp_path), "a", resume=False) as folder,
+        open_writer(comm, folder, 2, asynchronous) as writer,
+    ):
+        writer.save(1, piece(), {"step": 1})
+        writer.finish()
+        monkeypatch.setattr(pieces, "write_rank_file", interrupt)
+        writer.save(2, piece(), {"step": 2})
+        begun.wait()
+        raise Interrupted(2)
+    late.set()  # a thread that goes on until all are aborted finds no folder to write to
+    assert names(folder) == {MARK, "checkpoint-1"}
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        writer.work.result() if asynchronous else write_file(folder / "checkpoint-2.partial" / "x.h5", [*piece()])
+    assert names(folder) == {MARK, "checkpoint-1"}
+
+
+def test_a_folder_that_a_thread_still_fills_is_swept(comm, tmp_path, monkeypatch):
     remove, late = shutil.rmtree, []
 
     def remove_late(path):
