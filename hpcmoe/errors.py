@@ -7,13 +7,12 @@ import time
 import traceback
 
 from hpcmoe.interrupts import Interrupted, ignore_signals
-from hpcmoe.output import say
+from hpcmoe.output import HAND_ON_SECONDS, say
 from hpcmoe.wait import barrier, broadcast, gather_to_all
 
 EXIT_USER = 2  # bad input, or a machine that does not fit: the user can mend it
 EXIT_BUG = 1  # anything else, shown with its traceback
 FAREWELL_SECONDS = 5.0  # how long a failing rank waits for the others before it aborts them
-HAND_ON_SECONDS = 0.2  # for mpirun to hand on what was said: what it has not read when a rank aborts is lost
 HEED_SECONDS = 3.0  # how long an interrupted rank waits for rank 0 to speak for all
 
 
@@ -92,8 +91,8 @@ def exit_with(comm, fault, host):
         comm.Abort(EXIT_USER)
 
     # Ctrl-C reaches all ranks, and one line is enough; a signal may reach this one alone.
+    ignore_signals()
     if isinstance(fault, KeyboardInterrupt):
-        ignore_signals()
         ending = fault if isinstance(fault, Interrupted) else Interrupted(signal.SIGINT)
         if comm.rank > 0:
             time.sleep(HEED_SECONDS)

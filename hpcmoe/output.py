@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable
 from typing import TextIO
 
+HAND_ON_SECONDS = 0.2  # for a launcher to hand on what was said: what it has not read when a rank aborts is lost
+
 
 def show(text: str) -> None:
     """Write a text and a line's end to standard output."""
@@ -30,9 +32,9 @@ def write(stream: TextIO | None, text: str) -> None:
         discard_output(stream)
 
 
-def discard_output(stream: TextIO) -> None:
+def discard_output(stream: TextIO | None) -> None:
     """Send what a broken stream still holds to nowhere, else Python complains of it at its end, by status 120."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: there is none
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)

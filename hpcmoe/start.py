@@ -6,10 +6,9 @@ import sys
 import time
 
 from hpcmoe.interrupts import ignore_signals
-from hpcmoe.output import say
+from hpcmoe.output import HAND_ON_SECONDS, say
 
 RANK_KEYS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # of launchers; MPI has not begun
-HAND_ON_SECONDS = 0.3  # for rank 0's line to come out: launchers end all at the first exit
 
 
 def prepare() -> None:

@@ -64,7 +64,9 @@ def test_a_stream_that_is_closed_or_not_there_is_passed_over(monkeypatch):
     closed.close()
     for stream in (None, closed):
         monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
         show("lost")
+        Log(stream).handle(logging.makeLogRecord({"msg": "lost"}))
 
 
 def test_a_log_whose_stream_breaks_goes_on_in_silence(capsys):
