@@ -88,7 +88,7 @@ def exit_with(comm, fault, host):
             say(f"hpcmoe: {line}" for line in str(fault).splitlines())
         if barrier(comm, FAREWELL_SECONDS):  # mpirun kills the job at the first exit: let rank 0's line out first
             sys.exit(EXIT_USER)
-        comm.Abort(EXIT_USER)
+        abort(comm, EXIT_USER)
 
     # Ctrl-C reaches all ranks, and one line is enough; a signal may reach this one alone.
     ignore_signals()
@@ -111,7 +111,7 @@ def abort(comm, status):
     """Take all ranks down, once what was said has had time to come out."""
     time.sleep(HAND_ON_SECONDS)
     comm.Abort(status)
-    os._exit(status)  # MPICH's launcher ends even the caller by SIGTERM, which may be ignored by now
+    os._exit(status)  # MPICH 5 comes back from it, and is ended by its launcher a moment later
 
 
 def traceback_lines(fault):
