@@ -95,6 +95,12 @@ def test_a_job_that_was_requeued_takes_over_from_itself(tmp_path, own, elsewhere
     assert holds_lock(tmp_path, again)
 
 
+def test_a_holder_knows_its_slurm_job(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert (make_holder().job, make_holder().restarts) == ("17", "2")
+
+
 def test_another_step_of_the_same_job_is_refused(tmp_path, own, elsewhere):
     leave(tmp_path, elsewhere)
     with pytest.raises(ConfigError, match="Slurm job 17"):
