@@ -2,9 +2,12 @@
 
 The chapters in the order in which they may import each other, which is the order of the story:
 
-    start, wait, watch    MPI started on cleared ground; waiting without stealing the core; noticing a rank's death
-    clock, errors         where the seconds went; how a rank fails
-    environment, config   variables that others set; run.toml
+    output, interrupts    what is printed; Ctrl-C and SIGTERM
+    start, segments       what comes before the first import; what dead ranks have left in MPI's way
+    wait, watch, clock    waiting without stealing the core; noticing a rank's death; where the seconds went
+    errors, environment   how a rank fails; variables that others set
+    messages, paths       what a user wrote, on one line; ~ and $VARIABLES
+    config                run.toml
     cluster/              where we run: topology and its links, the mesh of ranks, what tokens will ask for
     placement/            where experts live: from a problem of tokens, links and memory to experts on ranks
     comm/                 what carries bytes: the device's memory, the transport between ranks

@@ -1,16 +1,26 @@
 """What there is to run on: `python -m hpcmoe.check`, alone or under mpirun or srun, tells and tries it."""
 
+if __name__ == "__main__":
+    from hpcmoe.segments import clear_way
+    from hpcmoe.start import prepare
+
+    prepare()
+    clear_way()
+
 import argparse
 import importlib.util
 import platform
 import sys
 from dataclasses import dataclass
 
-import hpcmoe.start  # before all that imports mpi4py
+from mpi4py import MPI
+
 from hpcmoe.cluster.launcher import check_launcher, find_launcher
 from hpcmoe.cluster.topology import host_name, read_topology
 from hpcmoe.config import Cluster
 from hpcmoe.errors import HpcmoeError, exit_with, on_all, on_root
+from hpcmoe.interrupts import insistent_interrupts
+from hpcmoe.output import show
 from hpcmoe.wait import barrier, gather_to_all
 
 LINK_SECONDS = 1.0  # for all links between nodes
@@ -29,13 +39,14 @@ class Find:
 
 def main():
     """Run the check; whatever goes wrong ends all ranks."""
-    comm = hpcmoe.start.MPI.COMM_WORLD
+    comm = MPI.COMM_WORLD
     try:
-        check_launcher(comm)
-        if on_root(comm, lambda: wants_help(sys.argv[1:])):
-            return
-        check(comm)
-        barrier(comm)
+        with insistent_interrupts():
+            check_launcher(comm)
+            if on_root(comm, lambda: wants_help(sys.argv[1:])):
+                return
+            check(comm)
+            barrier(comm)
     except (Exception, KeyboardInterrupt) as fault:
         exit_with(comm, fault, host_name())
 
@@ -48,7 +59,7 @@ def wants_help(words):
     if unknown:
         raise HpcmoeError(f"command line: {' '.join(unknown)}: unknown; hpcmoe.check takes no arguments but --help")
     if arguments.help:
-        print(parser.format_help(), flush=True)
+        show(parser.format_help())
     return arguments.help
 
 
@@ -62,7 +73,7 @@ def check(comm):
     device = on_all(comm, lambda: open_device("auto", here.index(comm.rank)))
     finds, sights = (gather_to_all(comm, own) for own in (find(), look(comm, device)))
     if comm.rank == 0:
-        show(describe_machine(topology) + describe_software(sights[0].answer) + describe_gpus(finds))
+        show_lines(describe_machine(topology) + describe_software(sights[0].answer) + describe_gpus(finds))
     names = gather_to_all(comm, device.name)
     if len(set(names)) > 1:
         raise_mixed(comm, names)
@@ -122,7 +133,7 @@ def describe_software(mpi_answer):
     """Tell of Python, MPI, torch and CuPy -> list of (what, text)."""
     import torch
 
-    library = hpcmoe.start.MPI.Get_library_version().splitlines()[0].strip("\0 ")
+    library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA; pip install torch from its CUDA index"
     cupy = importlib.util.find_spec("cupy")
     how = 'none: pip install "hpcmoe[gpu]" (CUDA 13), or cupy-cuda12x and nvidia-nccl-cu12'
@@ -168,12 +179,12 @@ def try_all(comm, device, sights):
         device = PlainDevice()
     movers = describe_movers(comm, device)
     if comm.rank == 0:
-        show([("rows", line) for line in movers])
+        show_lines([("rows", line) for line in movers])
     for kind, reason in why_not_each(sights).items():
         outcome = f"not tried: {reason}" if reason else attempt_carrier(try_carrier, kind, comm, device)
         if comm.rank == 0:
             where = " on the host's memory, in a GPU's place" if on_host and not reason else ""
-            show([(f"try {kind}", outcome + where)])
+            show_lines([(f"try {kind}", outcome + where)])
 
 
 def attempt_carrier(try_carrier, kind, comm, device):
@@ -188,10 +199,10 @@ def attempt_carrier(try_carrier, kind, comm, device):
     return f"works: 1 MB from each rank to each, {min(rates) / 1e9:.3g} GB/s a rank"
 
 
-def show(lines):
-    """Print (what, text) in two columns."""
+def show_lines(lines):
+    """Show (what, text) in two columns."""
     for what, text in lines:
-        print(f"{what:<{WIDTH}} {text}", flush=True)
+        show(f"{what:<{WIDTH}} {text}")
 
 
 if __name__ == "__main__":

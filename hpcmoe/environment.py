@@ -85,3 +85,8 @@ def may_share_gpus() -> bool:
 def have_nccl_keep_order() -> None:
     """Have NCCL start what several communicators do in the order of the calls, unless the user has said otherwise."""
     os.environ.setdefault(NCCL_ORDER, "1")
+
+
+def find_job() -> tuple[str, str]:
+    """Find the Slurm job that this process is part of -> (its number, how often it was requeued), empty without one."""
+    return read_setting("SLURM_JOB_ID"), read_setting("SLURM_RESTART_COUNT")

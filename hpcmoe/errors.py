@@ -1,19 +1,19 @@
 """How a rank fails: together with the others when all can know why, alone and loudly when only it knows."""
 
-import contextlib
+import os
 import signal
 import sys
 import time
 import traceback
 
+from hpcmoe.interrupts import Interrupted, ignore_signals
+from hpcmoe.output import HAND_ON_SECONDS, say
 from hpcmoe.wait import barrier, broadcast, gather_to_all
 
 EXIT_USER = 2  # bad input, or a machine that does not fit: the user can mend it
-EXIT_INTERRUPTED = 130  # as shells have it
 EXIT_BUG = 1  # anything else, shown with its traceback
 FAREWELL_SECONDS = 5.0  # how long a failing rank waits for the others before it aborts them
-HAND_ON_SECONDS = 0.2  # for mpirun to hand on what was said: what it has not read when a rank aborts is lost
-REPEAT_SECONDS = 0.5  # between two KeyboardInterrupts
+HEED_SECONDS = 3.0  # how long an interrupted rank waits for rank 0 to speak for all
 
 
 class HpcmoeError(Exception):
@@ -88,13 +88,17 @@ def exit_with(comm, fault, host):
             say(f"hpcmoe: {line}" for line in str(fault).splitlines())
         if barrier(comm, FAREWELL_SECONDS):  # mpirun kills the job at the first exit: let rank 0's line out first
             sys.exit(EXIT_USER)
-        comm.Abort(EXIT_USER)
+        abort(comm, EXIT_USER)
 
-    # Ctrl-C reaches all ranks; one word is enough.
+    # Ctrl-C reaches all ranks, and one line is enough; a signal may reach this one alone.
+    ignore_signals()
     if isinstance(fault, KeyboardInterrupt):
-        if comm.rank == 0:
-            say(["hpcmoe: interrupted"])
-        abort(comm, EXIT_INTERRUPTED)
+        ending = fault if isinstance(fault, Interrupted) else Interrupted(signal.SIGINT)
+        if comm.rank > 0:
+            time.sleep(HEED_SECONDS)
+        whose = f"[rank {comm.rank} of {comm.size}, {host}]" if comm.rank > 0 else "hpcmoe:"
+        say([f"{whose} {ending}"])
+        abort(comm, ending.status)
 
     # Only this rank knows: say who it is on each line, then take the others down.
     expected = isinstance(fault, HpcmoeError)
@@ -105,36 +109,11 @@ def exit_with(comm, fault, host):
 
 def abort(comm, status):
     """Take all ranks down, once what was said has had time to come out."""
-    with contextlib.suppress(KeyboardInterrupt):
-        time.sleep(HAND_ON_SECONDS)
+    time.sleep(HAND_ON_SECONDS)
     comm.Abort(status)
-
-
-@contextlib.contextmanager
-def insistent_interrupts():
-    """Within, let Ctrl-C raise KeyboardInterrupt again and again until it has got out: in the main thread alone.
-
-    Numba loses one that comes while it looks at the types of a call's arguments.
-    """
-
-    def interrupt(*_):
-        signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGALRM)}
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    os._exit(status)  # MPICH 5 comes back from it, and is ended by its launcher a moment later
 
 
 def traceback_lines(fault):
     """Format an exception -> its traceback, line by line."""
     return "".join(traceback.format_exception(fault)).splitlines()
-
-
-def say(lines):
-    """Write lines to standard error at once, so that ranks do not cut into each other."""
-    print("\n".join(lines), file=sys.stderr, flush=True)

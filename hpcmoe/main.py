@@ -1,6 +1,14 @@
 """The program on one page: `mpirun -n 16 python -m hpcmoe.main inputs/run.toml [--set section.key=value]`."""
 
+if __name__ == "__main__":
+    from hpcmoe.segments import clear_way
+    from hpcmoe.start import prepare
+
+    prepare()
+    clear_way()
+
 import argparse
+import contextlib
 import gc
 import importlib.metadata
 import logging
@@ -10,7 +18,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import hpcmoe.start  # before all that imports mpi4py
+from mpi4py import MPI
+
 from hpcmoe.cluster.demand import find_loads
 from hpcmoe.cluster.launcher import check_launcher
 from hpcmoe.cluster.mesh import open_mesh
@@ -18,6 +27,8 @@ from hpcmoe.cluster.nodes import save_topology
 from hpcmoe.cluster.topology import host_name, read_topology
 from hpcmoe.config import read_config
 from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
+from hpcmoe.interrupts import insistent_interrupts
+from hpcmoe.output import Log, show
 from hpcmoe.paths import expand_path
 from hpcmoe.run.data import check_text, find_text
 from hpcmoe.run.facts import check_facts, describe_state, tell_other_data
@@ -26,11 +37,12 @@ from hpcmoe.run.shards import settle_shards
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
-from hpcmoe.write.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, step_of
+from hpcmoe.write.checkpoint import find_checkpoint, lies_in, load_checkpoint, newest_checkpoint, step_of
+from hpcmoe.write.folder import open_folder
 from hpcmoe.write.loads import read_loads
 from hpcmoe.write.pieces import Part, Piece
 from hpcmoe.write.problem import describe_problem
-from hpcmoe.write.records import open_records, prepare_folder
+from hpcmoe.write.records import open_records
 from hpcmoe.write.writer import open_writer
 
 NOT_INSTALLED = "not installed"  # a package that only lies on Python's path, or nowhere
@@ -39,16 +51,17 @@ log = logging.getLogger("hpcmoe.main")
 
 def main():
     """Run the program; whatever goes wrong ends all ranks."""
-    comm, host, watch = hpcmoe.start.MPI.COMM_WORLD, host_name(), Watch(None)
+    comm, host, watch = MPI.COMM_WORLD, host_name(), Watch(None)
     try:
-        watch = start_watch(comm, host)
-        check_launcher(comm)
-        start_log(comm)
-        arguments = on_root(comm, lambda: read_arguments(sys.argv[1:]))
-        if arguments is not None:
-            run(comm, arguments)
-        barrier(comm)  # nobody leaves while another may still fail
-        watch.dismiss()
+        with insistent_interrupts(), contextlib.ExitStack() as opened:
+            watch = start_watch(comm, host)
+            check_launcher(comm)
+            start_log(comm)
+            arguments = on_root(comm, lambda: read_arguments(sys.argv[1:]))
+            if arguments is not None:
+                run(comm, arguments, opened)
+            barrier(comm)  # nobody leaves while another may still fail
+            watch.dismiss()
     except (Exception, KeyboardInterrupt) as fault:
         if getattr(fault, "shared", False) or isinstance(fault, KeyboardInterrupt):
             watch.dismiss()
@@ -57,13 +70,13 @@ def main():
         exit_with(comm, fault, host)
 
 
-def run(comm, arguments):
-    """Read, place, run, keep. Collective over comm."""
+def run(comm, arguments, opened):
+    """Read, place, run, keep; opened holds the run's folder until the end. Collective over comm."""
     # Make sure of input and output first: what is wrong need not wait for torch.
     config, text = on_root(comm, lambda: read_config(arguments.config, arguments.set))
     folder = pathlib.Path(config.run.output, config.run.name)
     checkpoint = None if arguments.resume is None else find_checkpoint(comm, arguments.resume or folder)
-    goes_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+    goes_on = checkpoint is not None and lies_in(checkpoint, folder)
     on_root(comm, lambda: check_checkpoint(checkpoint, folder, config))
     split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length, folder))
     split = on_all(comm, lambda: check_text(split))
@@ -71,7 +84,7 @@ def run(comm, arguments):
     # Read an earlier run's files before the folder, which may be theirs, is moved out of the way; measure after it.
     loads = keep_on_root(comm, lambda: find_loads(config, read_loads))
     topology = read_topology(comm, config.cluster) if config.cluster.links == "file" else None
-    prepare_folder(comm, config.run.output, config.run.name, resume=goes_on)
+    opened.enter_context(open_folder(comm, config.run.output, config.run.name, resume=goes_on))
 
     # Find out where the ranks are and what joins them.
     topology = topology or read_topology(comm, config.cluster)
@@ -94,7 +107,7 @@ def run(comm, arguments):
                 describe_totals(records, totals)
             if comm.rank == 0:
                 table, written = make_table(job, totals), list_written(config, folder)
-                print(f"\n{table}\n\nwritten: {', '.join(map(str, written))}", flush=True)
+                show(f"\n{table}\n\nwritten: {', '.join(map(str, written))}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +236,7 @@ def describe_tokens(records, job):
 def read_versions():
     """Name the versions of what computes -> dict."""
     versions = {name: find_version(name) for name in ("hpcmoe", "numpy", "torch", "mpi4py", "h5py")}
-    library = hpcmoe.start.MPI.Get_library_version().splitlines()[0].strip("\0 ")
+    library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
     return versions | {"python": platform.python_version(), "MPI library": library}
 
 
@@ -236,18 +249,15 @@ def find_version(package):
 
 
 def check_checkpoint(checkpoint, folder, config):
-    """Refuse to resume what is at its end, or from the folder that a new run of this name would replace."""
+    """Refuse to resume what is at its end, or to infer in the folder of the training."""
     if checkpoint is None:
         return
-    if config.run.mode == "infer" and checkpoint.resolve().parent == folder.resolve():
+    if config.run.mode == "infer" and lies_in(checkpoint, folder):
         raise ConfigError(f'[run] name = "{config.run.name}": inference of {checkpoint} needs a name of its own')
     if config.run.mode == "train" and step_of(checkpoint) >= config.run.steps:
         raise ConfigError(
             f"[run] steps = {config.run.steps}: must be more than the {step_of(checkpoint)} of {checkpoint}"
         )
-    previous = folder.with_name(f"{folder.name}.previous").resolve()
-    if previous in checkpoint.resolve().parents and folder.exists():
-        raise ConfigError(f"--resume {checkpoint}: this run would replace {previous.name}; rename it first")
 
 
 def read_arguments(words):
@@ -262,7 +272,7 @@ def read_arguments(words):
     parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
     arguments = parser.parse_args(words)
     if arguments.help:
-        print(parser.format_help(), flush=True)
+        show(parser.format_help())
         return None
     if arguments.config is None:
         parser.error("no input file; try inputs/run.toml")
@@ -280,6 +290,7 @@ class Parser(argparse.ArgumentParser):
 def start_log(comm):
     """Log to standard error: rank 0 what goes on, the others what goes wrong."""
     logging.basicConfig(
+        handlers=[Log()],
         level=logging.INFO if comm.rank == 0 else logging.WARNING,
         format=f"%(asctime)s [{comm.rank}/{comm.size} {host_name()}] %(name)s: %(message)s",
         datefmt="%H:%M:%S",

@@ -3,19 +3,24 @@
 CASE.json holds a placement problem, or a run's run.h5 the one it had. A fault ends it with one line and exit status 2.
 """
 
+if __name__ == "__main__":
+    from hpcmoe.start import prepare
+
+    prepare()
+
 import argparse
 import contextlib
 import importlib.util
 import json
 import math
-import os
 import pathlib
 import sys
 import tempfile
 import time
 
-import hpcmoe.start  # noqa: F401, before all that imports mpi4py
-from hpcmoe.errors import EXIT_INTERRUPTED, EXIT_USER, ConfigError, HpcmoeError, insistent_interrupts, say
+from hpcmoe.errors import EXIT_USER, ConfigError, HpcmoeError
+from hpcmoe.interrupts import Interrupted, insistent_interrupts
+from hpcmoe.output import say, show
 from hpcmoe.placement.case import read_case
 from hpcmoe.placement.maps import check_map, read_map, write_map
 from hpcmoe.placement.problem import OBJECTIVES, check_problem
@@ -27,17 +32,17 @@ PICTURES = (".png", ".pdf", ".svg")
 def main(words=None):
     """Run the command -> its exit status."""
     try:
-        arguments = read_arguments(sys.argv[1:] if words is None else words)
-        check_outputs(arguments)
         with insistent_interrupts():
+            arguments = read_arguments(sys.argv[1:] if words is None else words)
+            check_outputs(arguments)
             show(place(arguments))
     except HpcmoeError as fault:
         first, *more = str(fault).splitlines()
         say([f"hpcmoe: {first}" + f"; and {len(more)} more fault{'s' * (len(more) > 1)}" * bool(more)])
         return EXIT_USER
-    except KeyboardInterrupt:
-        say(["hpcmoe: interrupted"])
-        return EXIT_INTERRUPTED
+    except Interrupted as ending:
+        say([f"hpcmoe: {ending}"])
+        return ending.status
     return 0
 
 
@@ -45,6 +50,7 @@ def read_arguments(words):
     """Parse the command line -> arguments. Raises ConfigError; leaves after --help."""
     parser = argparse.ArgumentParser(prog="python -m hpcmoe.place", description="Place experts on ranks.")
     parser.error = refuse
+    parser.print_help = lambda: show(parser.format_help())
     parser.add_argument("case", metavar="CASE", help="placement problem: CASE.json, or the run.h5 of a run")
     parser.add_argument(
         "--objective", choices=OBJECTIVES,
@@ -243,14 +249,6 @@ def write_answer(path, answer):
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in answer.items())
     with replaced(path) as part:
         part.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-
-
-def show(text):
-    """Print; whoever reads may leave early, as `head` does."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it at its end
 
 
 if __name__ == "__main__":

@@ -1,18 +1,28 @@
-"""A process beside a node's ranks that says which of them died first: launchers name any, or none.
+"""A process beside a node's ranks that says which of them died first, and of what: launchers name any, or none.
 
 Run by path, so that it starts in milliseconds: `python -S watcher.py HOST SIZE RANK:PID ...`. It ends with the ranks;
 by SIGTERM, without a word, when they end in order; by SIGUSR1 when one of them fails, which may be because another
 died: then it names who was dead by then. epoll hands events over in the order in which they came, so the first is the
 first death even when the launcher has killed the others by then.
+
+How a process ended is for its parent to know. Until the parent has asked, /proc shows it to the user's other processes;
+afterwards the pidfd does, from Linux 6.15 on (pidfd.h: PIDFD_GET_INFO). On older kernels a parent that is quicker than
+the watcher leaves it unknown, and the line says no more than that the process ended.
 """
 
+import fcntl
 import os
 import select
 import signal
+import struct
 import sys
 import time
 
 DYING_SECONDS = 0.2  # a process's memory goes, and fails its peers, before its end can be seen
+INFO = struct.Struct("=QQ11Ii")  # struct pidfd_info: what is told, cgroup, numbers of processes and users, the end
+GET_INFO = 3 << 30 | INFO.size << 16 | 0xFF << 8 | 11  # _IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info)
+INFO_EXIT = 1 << 3
+SIGNAL_BITS = 0x7F  # of a wait status: 0 where the process ended by itself
 
 
 def main(host, size, *ranks):
@@ -21,7 +31,8 @@ def main(host, size, *ranks):
 
     def name_the_first(timeout_seconds=None):
         for first, _ in deaths.poll(timeout_seconds)[:1]:
-            say(host, size, *rank_of_file[first])
+            rank, pid = rank_of_file[first]
+            say(host, size, rank, pid, read_end(first, pid))
         os._exit(0)
 
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -31,7 +42,7 @@ def main(host, size, *ranks):
         try:
             file = os.pidfd_open(int(pid))
         except ProcessLookupError:
-            return say(host, size, rank, pid)
+            return say(host, size, rank, pid, None)
         except OSError:  # the kernel does not let us watch
             return None
         rank_of_file[file] = (rank, pid)
@@ -39,13 +50,44 @@ def main(host, size, *ranks):
     return name_the_first()
 
 
-def say(host, size, rank, pid):
+def read_end(file, pid):
+    """Read how a dead process ended -> its wait status, or None where nobody tells any more."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            state, *_, status = stat.read().rpartition(b")")[2].split()
+            may_know = os.fstat(stat.fileno()).st_uid == os.geteuid()  # else it reads 0
+        if state in (b"Z", b"X") and may_know:
+            return int(status)
+    except OSError:
+        pass  # its parent has buried it
+    try:
+        told, *_, status = INFO.unpack(fcntl.ioctl(file, GET_INFO, INFO.pack(INFO_EXIT, *[0] * 13)))
+    except OSError:
+        return None
+    return status if told & INFO_EXIT else None
+
+
+def describe_end(status):
+    """Describe a wait status: the signal, or the exit status."""
+    if status is None:
+        return ""
+    number = status & SIGNAL_BITS
+    if number == 0:
+        return f": exit status {status >> 8}"
+    try:
+        name = f" ({signal.Signals(number).name})"
+    except ValueError:  # a real-time signal
+        name = ""
+    return f": signal {number}{name}" + "; killed, out of memory?" * (number == signal.SIGKILL)
+
+
+def say(host, size, rank, pid, status):
     """Write the line, whole and at once."""
     now = time.time()
     clock = time.strftime("%H:%M:%S", time.localtime(now)) + f".{int(now * 1000) % 1000:03d}"
     sys.stderr.write(
         f"[rank {rank} of {size}, {host}] {clock} process {pid} ended before its time, the first of this node's "
-        "ranks (killed? out of memory?)\n"
+        f"ranks{describe_end(status)}\n"
     )
     sys.stderr.flush()
 

@@ -29,7 +29,10 @@ def pytest_configure(config):
     settings.load_profile("hpcmoe")
     if config.getoption("--with-mpi"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks share the cores
-    from hpcmoe.start import MPI  # which sweeps what killed ranks have left
+    from hpcmoe.segments import sweep_segments
+
+    sweep_segments()  # what ranks killed by tests have left
+    from mpi4py import MPI
 
     if config.getoption("--with-mpi"):
         config.pluginmanager.register(Ranks(MPI.COMM_WORLD.Dup(), config), "ranks")

@@ -1,5 +1,6 @@
 """Ranks fail together where all can know why, and alone, loudly and at once, where only one knows."""
 
+import signal
 import textwrap
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from launch import mpirun
 
 from hpcmoe.errors import (
     HAND_ON_SECONDS,
+    HEED_SECONDS,
     CheckpointError,
     ClusterError,
     ConfigError,
@@ -17,6 +19,7 @@ from hpcmoe.errors import (
     on_all,
     on_root,
 )
+from hpcmoe.interrupts import CAUGHT, Interrupted
 
 PROGRAM = """
 import time
@@ -42,6 +45,15 @@ try:
 except Exception as fault:
     exit_with(comm, fault, "node07")
 """
+
+
+@pytest.fixture
+def own_signals():
+    """Give the signals that end a program back to pytest after the test."""
+    before = {number: signal.getsignal(number) for number in CAUGHT}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def fail(fault):
@@ -142,9 +154,16 @@ def test_a_bug_shows_its_traceback_with_its_rank_on_each_line():
 
 
 @pytest.mark.parametrize(
-    "fault, status", [(ConfigError("bad"), 2), (ZeroDivisionError(), 1), (KeyboardInterrupt(), 130)]
+    "fault, status",
+    [
+        (ConfigError("bad"), 2),
+        (ZeroDivisionError(), 1),
+        (KeyboardInterrupt(), 130),
+        (Interrupted(signal.SIGINT), 130),
+        (Interrupted(signal.SIGTERM), 143),
+    ],
 )
-def test_what_was_said_has_time_to_come_out_before_all_are_aborted(monkeypatch, capsys, fault, status):
+def test_what_was_said_has_time_to_come_out_before_all_are_aborted(monkeypatch, capsys, own_signals, fault, status):
     """Of 150 runs whose ranks aborted at once, two lost every line."""
     heard = []
 
@@ -156,3 +175,24 @@ def test_what_was_said_has_time_to_come_out_before_all_are_aborted(monkeypatch, 
         exit_with(SimpleNamespace(rank=0, size=2, Abort=end), fault, "node07")
     (seconds, said), *rest = heard
     assert seconds == HAND_ON_SECONDS and said.endswith("\n") and not rest and ended.value.code == status
+
+
+@pytest.mark.parametrize(
+    "number, words", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by signal 15 (SIGTERM)")]
+)
+def test_an_interrupt_is_rank_0s_to_tell_and_another_rank_speaks_when_it_does_not(
+    monkeypatch, capsys, own_signals, number, words
+):
+    waited = []
+
+    def end(status):
+        waited.append(status)
+        raise SystemExit(status)
+
+    monkeypatch.setattr("hpcmoe.errors.time.sleep", waited.append)
+    for rank, said in ((0, f"hpcmoe: {words}\n"), (1, f"[rank 1 of 2, node07] {words}\n")):
+        with pytest.raises(SystemExit):
+            exit_with(SimpleNamespace(rank=rank, size=2, Abort=end), Interrupted(number), "node07")
+        assert capsys.readouterr().err == said
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    assert waited == [HAND_ON_SECONDS, 128 + number, HEED_SECONDS, HAND_ON_SECONDS, 128 + number]

@@ -10,21 +10,22 @@ import pytest
 from launch import ROOT
 
 FLOORS = (
-    "start", "wait", "clock", "errors", "environment", "messages", "paths", "watch", "contradictions", "config",
+    "output", "interrupts", "start", "segments", "wait", "clock", "errors", "environment", "messages", "paths",
+    "watch", "contradictions", "config",
     "cluster", "placement", "comm", "gemm", "dispatch", "experts", "pipeline", "run", "write", "tables", "plot",
 )  # fmt: skip
 PROGRAMS = ("main", "place", "check", "watcher")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
-WRITE_MAY_IMPORT = {"wait", "errors", "config", "cluster", "placement", "write"}
+WRITE_MAY_IMPORT = {"interrupts", "wait", "errors", "config", "cluster", "placement", "write"}
 
 PACKAGE = ROOT / "hpcmoe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 SEAMS = {
     r"\bimport cupy\b|\bfrom cupy\b|\btorch\.cuda\b": {"comm/cuda.py", "comm/nccl.py"},
-    r"\bSLURM_": {"cluster/", "start.py"},
-    r"\bos\.environ\b|\bos\.getenv\b": {"environment.py", "start.py"},
+    r"\bSLURM_": {"cluster/", "environment.py", "segments.py", "start.py"},
+    r"\bos\.environ\b|\bos\.getenv\b": {"environment.py", "segments.py", "start.py"},
     r"(?<!')\bh5py\b": {"write/"},
-    r"\bprint\(": {"errors.py", "main.py", "place.py", "check.py"},
+    r"\bprint\(|\bsys\.stdout\b": {"output.py"},
 }
 SET_BEFORE_MPI = r"\bos\.environ\.setdefault\("  # main.py alone may, for what must stand before MPI starts
 

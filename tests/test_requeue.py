@@ -8,11 +8,20 @@ import pytest
 from lab.machines import slurm
 from launch import ROOT, run
 
-from hpcmoe.start import SHARED_MEMORY, name_world
+from hpcmoe.segments import SHARED_MEMORY, name_world
 
 SECONDS = 120.0  # for a job to come to where it is waited for, on a busy machine
 RANKS = 4
-START = "import sys, time, hpcmoe.start as s; print(s.MPI.COMM_WORLD.size, flush=True); time.sleep(int(sys.argv[1]))"
+START = "; ".join(
+    [
+        "import sys, time",
+        "from hpcmoe.segments import clear_way",
+        "clear_way()",
+        "from mpi4py import MPI",
+        "print(MPI.COMM_WORLD.size, flush=True)",
+        "time.sleep(int(sys.argv[1]))",
+    ]
+)
 JOB = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=2 --requeue --open-mode=append
 export PYTHONPATH={root}

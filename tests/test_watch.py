@@ -1,5 +1,8 @@
 """The watcher names the first rank that died, also when it is asked late, and is silent when all ends in order."""
 
+import mmap
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -8,6 +11,7 @@ import time
 import pytest
 
 from hpcmoe.watch import WATCHER
+from hpcmoe.watcher import describe_end, read_end
 
 
 @pytest.fixture
@@ -38,6 +42,7 @@ def test_names_the_first_that_died(ranks):
     watcher.send_signal(signal.SIGCONT)
     (line,) = watcher.communicate(timeout=10)[1].splitlines()
     assert line.startswith("[rank 1 of 3, here]") and f"process {ranks[1].pid} " in line
+    assert line.endswith("the first of this node's ranks: signal 9 (SIGKILL); killed, out of memory?")
 
 
 def test_asked_by_a_failing_rank_it_names_who_was_dead_before(ranks):
@@ -56,3 +61,42 @@ def test_says_nothing_of_the_living(ranks, number):
     watcher = watch(ranks)
     watcher.send_signal(number)
     assert watcher.communicate(timeout=10)[1] == ""
+
+
+def read_past_the_end(folder):
+    """Read a page of a mapped file that has been cut off."""
+    with (folder / "short").open("w+b") as file:
+        file.truncate(10000)
+        with mmap.mmap(file.fileno(), 10000) as mapped:
+            file.truncate(0)
+            mapped[5000]
+
+
+ENDS = {
+    "signal 15 (SIGTERM)": lambda _: os.kill(os.getpid(), signal.SIGTERM),
+    "signal 11 (SIGSEGV)": lambda _: os.kill(os.getpid(), signal.SIGSEGV),
+    "signal 24 (SIGXCPU)": lambda _: os.kill(os.getpid(), signal.SIGXCPU),
+    "signal 40": lambda _: os.kill(os.getpid(), 40),
+    "signal 6 (SIGABRT)": lambda _: os.abort(),
+    "signal 7 (SIGBUS)": read_past_the_end,
+    "signal 9 (SIGKILL); killed, out of memory?": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+    "exit status 3": lambda _: os._exit(3),
+    "exit status 0": lambda _: os._exit(0),
+}
+
+
+@pytest.mark.parametrize("said", ENDS)
+def test_an_end_is_read_before_the_parent_asks_and_after(tmp_path, said):
+    pid = os.fork()
+    if pid == 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
+            signal.signal(number, signal.SIG_DFL)  # of pytest's faulthandler
+        ENDS[said](tmp_path)
+        os._exit(99)
+    file = os.pidfd_open(pid)
+    os.waitid(os.P_PIDFD, file, os.WEXITED | os.WNOWAIT)
+    assert describe_end(read_end(file, pid)) == f": {said}"
+    os.waitpid(pid, 0)
+    assert describe_end(read_end(file, pid)) in (f": {said}", "")  # Linux before 6.15 does not tell
+    os.close(file)

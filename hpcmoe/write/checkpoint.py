@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import pathlib
 import re
 import shutil
@@ -14,6 +15,7 @@ from hpcmoe.write.verify import verify_master, verify_pieces
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"checkpoint-(\d+)")
+PARTIAL = re.compile(r"checkpoint-\d+(\.old)?\.partial")
 
 
 def save_checkpoint(comm, folder, step, pieces, facts, keep):
@@ -72,12 +74,19 @@ def offer_another(path):
             if step != own:
                 verify_master(others[step])
                 return f"the one {'before' if step < own else 'after'} it is there: --resume {others[step]}"
-    return "there is no other to resume"
+    return "there is no other that can be read"
 
 
 def step_of(checkpoint):
     """Read the step in a checkpoint's name."""
     return int(NAME.fullmatch(checkpoint.resolve().name)[1])
+
+
+def lies_in(checkpoint, folder):
+    """Return True if a checkpoint is one of this folder's, whatever the links on the way."""
+    with contextlib.suppress(ValueError):  # a name that no file can have
+        return os.path.dirname(os.path.realpath(checkpoint)) == os.path.realpath(folder)
+    return False
 
 
 def choose_checkpoint(where):
@@ -111,4 +120,5 @@ def prune(folder, step, keep):
         for old in earlier[:-keep] + later:
             discard(found[old])
         for stale in folder.glob("checkpoint-*.partial"):
-            shutil.rmtree(stale)
+            if PARTIAL.fullmatch(stale.name):
+                shutil.rmtree(stale)

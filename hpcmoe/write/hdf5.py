@@ -1,6 +1,8 @@
 """HDF5 on this program's terms: facts that come back as they were, files replaced whole, refusals in one line."""
 
 import contextlib
+import errno
+import itertools
 import os
 import re
 import shutil
@@ -11,6 +13,8 @@ import numpy as np
 from hpcmoe.errors import CheckpointError
 
 FAULTS = (OSError, RuntimeError, KeyError)  # h5py: RuntimeError where closing fails, KeyError where an entry is damaged
+
+LOCKED = "another process, a viewer or another run, has it open"
 
 
 @contextlib.contextmanager
@@ -23,10 +27,26 @@ def one_line_faults(path, verb):
 
 
 def reason(fault):
-    """Name the system's reason for a fault in a few words; HDF5 hides the number in its text."""
+    """Name the system's reason for a fault in a few words, and the cure where it is HDF5's lock on a file."""
+    number = errno_of(fault)
+    if number is None:
+        return str(fault).partition("\n")[0]
+    if "unable to lock file" not in str(fault):
+        return os.strerror(number)
+    if number == errno.EAGAIN:
+        return f"{LOCKED}: close it, or start with HDF5_USE_FILE_LOCKING=FALSE where nobody has it open"
+    return f"{os.strerror(number)}: the file system refuses HDF5's lock; start with HDF5_USE_FILE_LOCKING=FALSE"
+
+
+def is_refusal(fault):
+    """Return True if the system refused, not the file's content."""
+    return errno_of(fault) is not None
+
+
+def errno_of(fault):
+    """Return the system's number of a fault, or None; HDF5 hides it in its text."""
     hidden = re.search(r"errno = (\d+)", str(fault))
-    number = getattr(fault, "errno", None) or (hidden and int(hidden[1]))
-    return os.strerror(number) if number else str(fault).partition("\n")[0]
+    return getattr(fault, "errno", None) or (int(hidden[1]) if hidden else None)
 
 
 def open_unbuffered(path, create):
@@ -63,6 +83,12 @@ def replaced(path):
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def free_name(path):
+    """Find the first name of PATH.1, PATH.2, ... that is free."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in numbered if not name.exists())
 
 
 def write_fact(group, name, value, unit=None):

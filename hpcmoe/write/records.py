@@ -1,67 +1,18 @@
 """The run's record, out/NAME/run.h5: figures of every step and facts of the whole, which rank 0 alone writes."""
 
 import contextlib
-import pathlib
-import shutil
-import tempfile
 import time
 
 import h5py
 import numpy as np
 
-from hpcmoe.errors import CheckpointError, ConfigError, on_all, on_root
-from hpcmoe.write.hdf5 import FAULTS, one_line_faults, reason, replaced, write_fact
+from hpcmoe.errors import CheckpointError, on_root
+from hpcmoe.write.hdf5 import FAULTS, free_name, is_refusal, one_line_faults, reason, replaced, write_fact
 
 CHUNK_ROWS = 256  # of a metric that is one number
 CHUNK_BYTES = 65536  # of a metric that is an array
 FLUSH_SECONDS = 1.0  # between two flushes
 FLUSH_SHARE = 0.02  # of a run's time may go into flushes, however large its file
-
-
-def prepare_folder(comm, output, name, resume):
-    """Make the run's folder -> its path, output/name, which every rank sees. Collective over comm.
-
-    A fresh run moves an older one of that name to NAME.previous. Raises ConfigError where the folder cannot
-    be written or is not shared by all nodes, CheckpointError where there is nothing to resume.
-    """
-    folder = pathlib.Path(output) / name
-    on_root(comm, lambda: make_folder(folder, output, name, resume))
-    on_all(comm, lambda: see_folder(folder, output))
-    return folder
-
-
-def make_folder(folder, output, name, resume):
-    """Make room for the run and try to write there."""
-    if name in (".", "..") or name != pathlib.PurePath(name).name:
-        raise ConfigError(f"[run] name = {name!r}: must be the plain name of a folder")
-    if resume and not folder.is_dir():
-        raise CheckpointError(f"{folder}: no run to resume")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.is_dir() and not resume:
-            set_aside(folder)
-        folder.mkdir(exist_ok=True)
-        # Try it: root is let in by permissions that a read-only or full disk then belies.
-        with tempfile.NamedTemporaryFile(dir=folder, buffering=0) as probe:
-            probe.write(bytes(4096))
-    except OSError as fault:
-        raise ConfigError(f"[run] output = {output!r}: {folder} cannot be written: {reason(fault)}") from None
-
-
-def set_aside(folder):
-    """Rename a folder to NAME.previous, in place of an older one, unless a run that failed early left it bare."""
-    if not any(folder.glob("*.h5")) and not any(folder.glob("*/*.h5")):
-        return
-    previous = folder.with_name(f"{folder.name}.previous")
-    if previous.exists():
-        shutil.rmtree(previous)
-    folder.rename(previous)
-
-
-def see_folder(folder, output):
-    """Check that the folder rank 0 made is here too."""
-    if not folder.is_dir():
-        raise ConfigError(f"[run] output = {output!r}: {folder} is not on a file system that all nodes share")
 
 
 @contextlib.contextmanager
@@ -88,7 +39,7 @@ def begin(path, keep_until_step):
     cuts = None if keep_until_step is None else find_cuts(path, keep_until_step)
     with one_line_faults(path, "written"):
         if cuts is None and path.exists():
-            path.replace(path.with_name(f"{path.name}.previous"))
+            path.rename(free_name(path))
     with replaced(path) as file:
         for name, num_rows in (cuts or {}).items():
             file[name]["step"].resize(num_rows, axis=0)
@@ -96,17 +47,24 @@ def begin(path, keep_until_step):
 
 
 def find_cuts(path, step):
-    """Count the entries up to a step -> {metric: its number of rows}, or None where the file cannot be read."""
+    """Count the entries up to a step -> {metric: its number of rows}, or None where the file is missing or damaged.
+
+    Raises CheckpointError where the system keeps it from being read.
+    """
     cuts = {}
 
     def visit(name, entry):
         if isinstance(entry, h5py.Group) and "step" in entry and "value" in entry:
             cuts[name] = int(np.searchsorted(entry["step"][:], step, side="right"))
 
+    if not path.exists():
+        return None
     try:
         with h5py.File(path) as file:
             file.visititems(visit)
-    except FAULTS:
+    except FAULTS as fault:
+        if is_refusal(fault):
+            raise CheckpointError(f"{path}: cannot be read: {reason(fault)}") from fault
         return None
     return cuts
 

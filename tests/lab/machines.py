@@ -12,7 +12,7 @@ import time
 import pytest
 from launch import MPIRUN
 
-from hpcmoe.start import sweep_segments
+from hpcmoe.segments import sweep_segments
 
 LAB = pathlib.Path(__file__).parent
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where daemons lie; an ordinary PATH may lack it

@@ -1,5 +1,9 @@
 """Facts come back as they were; a file is replaced whole or stays as it was."""
 
+import errno
+import fcntl
+import os
+
 import h5py
 import numpy as np
 import pytest
@@ -86,3 +90,33 @@ def test_fault_of_a_damaged_file_is_one_line(tmp_path):
         with one_line_faults(path, "read"):
             h5py.File(path)
     assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES])
+def test_a_file_system_without_locks_is_named_with_the_cure(number):
+    fault = OSError(number, f"Unable to synchronously open file (unable to lock file, errno = {number}, error ...")
+    assert reason(fault).startswith(os.strerror(number)) and "HDF5_USE_FILE_LOCKING=FALSE" in reason(fault)
+
+
+def test_a_file_that_another_process_holds_is_said_to_be_open(tmp_path):
+    path = tmp_path / "a.h5"
+    with replaced(path) as file:
+        file["x"] = 1
+    with path.open() as viewer:
+        fcntl.flock(viewer, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match=r"cannot be read: another process.*HDF5_USE_FILE_LOCKING=FALSE"):  # noqa: SIM117
+            with one_line_faults(path, "read"):
+                h5py.File(path)
+
+
+def test_a_part_of_a_virtual_dataset_that_another_process_holds_is_no_zeros(tmp_path):
+    with h5py.File(tmp_path / "part.h5", "w") as file:
+        file["x"] = np.arange(3.0)
+    layout = h5py.VirtualLayout((3,), float)
+    layout[:] = h5py.VirtualSource("part.h5", "x", (3,), float)
+    with h5py.File(tmp_path / "whole.h5", "w") as file:
+        file.create_virtual_dataset("x", layout)
+    with (tmp_path / "part.h5").open() as viewer, h5py.File(tmp_path / "whole.h5") as whole:
+        fcntl.flock(viewer, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="another process"), one_line_faults(tmp_path / "whole.h5", "read"):
+            whole["x"][:]

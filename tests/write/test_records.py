@@ -1,6 +1,6 @@
 """The record holds every flushed step whatever happens, at little cost, and is cut back where a run resumes."""
 
-import errno
+import fcntl
 import signal
 import subprocess
 import sys
@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcmoe.errors import CheckpointError, ConfigError, on_all
-from hpcmoe.write.records import NoRecords, Records, open_records, prepare_folder
+from hpcmoe.errors import CheckpointError
+from hpcmoe.write.records import NoRecords, Records, open_records
 
 # Write steps for ever, saying which are flushed.
 WRITER = """
@@ -127,7 +127,20 @@ def test_resume_from_a_torn_file_starts_one_and_keeps_the_torn(comm, tmp_path):
     path.write_bytes(torn)
     write_steps(comm, tmp_path, [7], keep_until_step=6)
     assert read(path, "train", "loss")[0].tolist() == [7]
-    assert (tmp_path / "run.h5.previous").read_bytes() == torn
+    assert (tmp_path / "run.h5.1").read_bytes() == torn
+    path.write_bytes(torn[:700])
+    write_steps(comm, tmp_path, [7], keep_until_step=6)
+    assert (tmp_path / "run.h5.1").read_bytes() == torn and (tmp_path / "run.h5.2").read_bytes() == torn[:700]
+
+
+def test_resume_of_a_record_that_another_process_holds_is_one_line_and_leaves_it(comm, tmp_path):
+    write_steps(comm, tmp_path, range(5))
+    with (tmp_path / "run.h5").open() as viewer:
+        fcntl.flock(viewer, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match=r"run\.h5: cannot be read: another process.*LOCKING=FALSE"):
+            write_steps(comm, tmp_path, [7], keep_until_step=6)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.h5"]
+    assert read(tmp_path / "run.h5", "train", "loss")[0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_resume_on_other_ranks_keeps_the_old_shape_under_its_own_name(comm, tmp_path):
@@ -203,17 +216,16 @@ def test_killed_writer_leaves_all_flushed_steps(tmp_path):
             assert np.array_equal(steps, np.arange(len(steps))) and np.array_equal(values, steps + name / 10)
 
 
-def test_full_disk_is_one_line_and_loses_nothing(comm, small_disk):
-    folder = prepare_folder(comm, str(small_disk), "a", resume=False)
-    records = Records(folder / "run.h5")
+def test_full_disk_is_one_line_and_loses_nothing(small_disk):
+    records = Records(small_disk / "run.h5")
     records.append(0, "train", "loss", 1.0)
     records.flush()
     records.append(1, "train", "load", np.zeros(1 << 18))
     with pytest.raises(CheckpointError) as fault:
         records.flush()
-    assert str(fault.value) == f"{folder}/run.h5: cannot be written: No space left on device"
-    assert read(folder / "run.h5", "train", "loss")[0].tolist() == [0]
-    assert [path.name for path in folder.iterdir()] == ["run.h5"]
+    assert str(fault.value) == f"{small_disk}/run.h5: cannot be written: No space left on device"
+    assert read(small_disk / "run.h5", "train", "loss")[0].tolist() == [0]
+    assert [path.name for path in small_disk.iterdir()] == ["run.h5"]
 
 
 def test_file_size_limit_at_the_end_is_one_line(comm, tmp_path, file_size_limit):
@@ -229,99 +241,17 @@ def test_what_ended_the_run_outweighs_a_full_disk(comm, tmp_path, file_size_limi
         _ = 1 / 0
 
 
-def test_folder_is_made_with_its_parents(comm, tmp_path):
-    folder = prepare_folder(comm, str(tmp_path / "x" / "out"), "a", resume=False)
-    assert folder == tmp_path / "x" / "out" / "a" and folder.is_dir() and not any(folder.iterdir())
-
-
-def test_older_run_of_that_name_is_set_aside(comm, tmp_path):
-    for run in ("first", "second", "third"):
-        folder = prepare_folder(comm, str(tmp_path), "a", resume=False)
-        assert not any(folder.iterdir())
-        (folder / f"{run}.h5").write_text(run)
-    assert [path.name for path in folder.iterdir()] == ["third.h5"]
-    assert [path.name for path in (tmp_path / "a.previous").iterdir()] == ["second.h5"]
-
-
-def test_what_failed_early_replaces_no_older_run(comm, tmp_path):
-    (prepare_folder(comm, str(tmp_path), "a", resume=False) / "run.h5").write_text("results")
-    for _ in range(3):  # each of these fails once it has seen its nodes
-        (prepare_folder(comm, str(tmp_path), "a", resume=False) / "topology.json").write_text("{}")
-    assert (tmp_path / "a.previous" / "run.h5").read_text() == "results"
-
-
-def test_resume_keeps_the_folder(comm, tmp_path):
-    (prepare_folder(comm, str(tmp_path), "a", resume=False) / "run.h5").write_text("x")
-    folder = prepare_folder(comm, str(tmp_path), "a", resume=True)
-    assert (folder / "run.h5").read_text() == "x"
-
-
-def test_resume_of_nothing(comm, tmp_path):
-    with pytest.raises(CheckpointError, match="no run to resume"):
-        prepare_folder(comm, str(tmp_path), "a", resume=True)
-
-
-def check_config_error(comm, output, name, reason):
-    with pytest.raises(ConfigError) as fault:
-        prepare_folder(comm, str(output), name, resume=False)
-    assert str(fault.value) == f"[run] output = '{output}': {output}/{name} cannot be written: {reason}"
-
-
-@pytest.mark.parametrize("in_the_way", ["out", "out/a"])
-def test_file_in_the_way(comm, tmp_path, in_the_way):
-    path = tmp_path / in_the_way
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("precious")
-    check_config_error(comm, tmp_path / "out", "a", "File exists")
-    assert path.read_text() == "precious"
-
-
-def test_folder_that_cannot_be_made(comm):
-    check_config_error(comm, "/proc/none/out", "a", "No such file or directory")
-
-
-def test_folder_on_a_full_disk(comm, small_disk):
-    with pytest.raises(OSError) as full:
-        (small_disk / "ballast").write_bytes(bytes(1 << 21))
-    assert full.value.errno == errno.ENOSPC
-    check_config_error(comm, small_disk, "a", "No space left on device")
-
-
-def test_read_only_folder_loses_nothing(comm, small_disk):
-    (small_disk / "a").mkdir()
-    (small_disk / "a.previous").mkdir()
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    check_config_error(comm, small_disk, "a", "Read-only file system")
-    assert (small_disk / "a").is_dir() and (small_disk / "a.previous").is_dir()
-
-
-@pytest.mark.parametrize("name", ["..", ".", "a/b", "../a", "a/"])
-def test_name_that_is_no_plain_name(comm, tmp_path, name):
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match="must be the plain name"):
-        prepare_folder(comm, str(tmp_path / "out"), name, resume=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 @pytest.mark.mpi
 def test_only_rank_0_writes(comm, shared):
-    folder = prepare_folder(comm, str(shared), "a", resume=False)
-    with open_records(comm, folder) as records:
+    with open_records(comm, shared) as records:
         assert isinstance(records, Records if comm.rank == 0 else NoRecords)
         records.append(0, "train", "rank", comm.rank)
         records.describe("cluster", "rank", comm.rank)
         records.flush_when_due()
         records.flush()
-    steps, ranks = read(folder / "run.h5", "train", "rank")
+    steps, ranks = read(shared / "run.h5", "train", "rank")
     assert steps.tolist() == [0] and ranks.tolist() == [0]
     comm.Barrier()
-
-
-@pytest.mark.mpi
-def test_all_ranks_learn_that_the_folder_cannot_be_written(comm):
-    with pytest.raises(ConfigError) as fault:
-        prepare_folder(comm, "/proc/none", "a", resume=False)
-    assert fault.value.shared and "cannot be written" in str(fault.value)
 
 
 @pytest.mark.mpi
@@ -344,12 +274,3 @@ def test_one_rank_that_fails_alone_does_not_wait_for_the_others(comm, shared):
     comm.Barrier()
     with pytest.raises(ZeroDivisionError):
         fail_alone()
-
-
-@pytest.mark.mpi
-def test_folder_that_one_rank_does_not_see(comm, shared, monkeypatch):
-    if comm.rank == comm.size - 1:
-        monkeypatch.setattr("pathlib.Path.is_dir", lambda path: path != shared / "a")
-    with pytest.raises(ConfigError, match=f"rank {comm.size - 1} of .* not on a file system that all nodes share"):
-        prepare_folder(comm, str(shared), "a", resume=False)
-    on_all(comm, lambda: None)

@@ -2,17 +2,17 @@
 
 import fcntl
 import os
-import pathlib
 import sys
 import time
 
 import pytest
 from launch import run
+from mpi4py import MPI
 
-from hpcmoe import errors, start
+from hpcmoe import errors, segments
 
 LONG_AGO = 1_000_000.0
-REAL = start.PROCESSES
+REAL = segments.PROCESSES
 
 
 def leave(folder, name, age=LONG_AGO):
@@ -26,20 +26,20 @@ def leave(folder, name, age=LONG_AGO):
 def test_what_nobody_holds_is_swept(tmp_path):
     for name in ("mpich_shm_eb421bf2_0", "mpich_vci_eb421bf2_0", "another"):
         leave(tmp_path, name)
-    assert sorted(start.sweep_segments(tmp_path)) == ["mpich_shm_eb421bf2_0", "mpich_vci_eb421bf2_0"]
+    assert sorted(segments.sweep_segments(tmp_path)) == ["mpich_shm_eb421bf2_0", "mpich_vci_eb421bf2_0"]
     assert [path.name for path in tmp_path.iterdir()] == ["another"]
 
 
 def test_what_is_open_is_spared(tmp_path):
     path = leave(tmp_path, "mpich_shm_1_0")
     with path.open():
-        assert start.sweep_segments(tmp_path) == []
-    assert start.sweep_segments(tmp_path) == ["mpich_shm_1_0"]
+        assert segments.sweep_segments(tmp_path) == []
+    assert segments.sweep_segments(tmp_path) == ["mpich_shm_1_0"]
 
 
 def test_what_is_mapped_is_spared_as_mpi_s_own_segment_is():
-    own = [name for name in start.list_segments(start.SHARED_MEMORY) if f"_{os.getpid():x}_" in name.name]
-    start.sweep_segments()
+    own = [name for name in segments.list_segments(segments.SHARED_MEMORY) if f"_{os.getpid():x}_" in name.name]
+    segments.sweep_segments()
     assert all(path.exists() for path in own)
 
 
@@ -50,42 +50,42 @@ def test_maps_are_read_by_inode(tmp_path):
     line = f"7fec21391000-7fec21597000 rw-s 00000000 00:1b {{}}       {path}{{}}\n"
     maps = process / "maps"
     maps.write_text("7f00-7f01 r--p 00000000 00:1b 9 /usr/lib/x.so\n" + line.format(path.stat().st_ino, ""))
-    assert start.sweep_segments(tmp_path, tmp_path / "processes") == []
+    assert segments.sweep_segments(tmp_path, tmp_path / "processes") == []
     maps.write_text(line.format(path.stat().st_ino + 1, " (deleted)"))  # one of the same name, unlinked before
-    assert start.sweep_segments(tmp_path, tmp_path / "processes") == ["mpich_shm_1_0"]
+    assert segments.sweep_segments(tmp_path, tmp_path / "processes") == ["mpich_shm_1_0"]
 
 
 def test_a_process_that_ends_or_is_closed_to_us_is_passed_over(tmp_path):
     leave(tmp_path, "mpich_shm_1_0")
     (tmp_path / "processes" / "7").mkdir(parents=True)  # neither descriptors nor maps
-    assert start.sweep_segments(tmp_path, tmp_path / "processes") == ["mpich_shm_1_0"]
+    assert segments.sweep_segments(tmp_path, tmp_path / "processes") == ["mpich_shm_1_0"]
 
 
 def test_what_appeared_since_this_process_began_is_spared(tmp_path):
     path = leave(tmp_path, "mpich_shm_1_0", age=0.0)
-    assert start.sweep_segments(tmp_path) == [] and path.exists()
-    assert start.sweep_segments(tmp_path, before=time.time() + 1) == ["mpich_shm_1_0"]
-    assert 0 < start.read_age(REAL) < time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert segments.sweep_segments(tmp_path) == [] and path.exists()
+    assert segments.sweep_segments(tmp_path, before=time.time() + 1) == ["mpich_shm_1_0"]
+    assert 0 < segments.read_age(REAL) < time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def test_another_user_s_are_spared(tmp_path, monkeypatch):
     path = leave(tmp_path, "mpich_shm_1_0")
     monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
-    assert start.sweep_segments(tmp_path) == [] and path.exists()
+    assert segments.sweep_segments(tmp_path) == [] and path.exists()
 
 
 def test_without_the_lock_nothing_is_swept(tmp_path, monkeypatch):
     path = leave(tmp_path, "mpich_shm_1_0")
-    monkeypatch.setattr(start, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(segments, "LOCK_SECONDS", 0.05)
     holder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
-    assert start.sweep_segments(tmp_path) == [] and path.exists()
+    assert segments.sweep_segments(tmp_path) == [] and path.exists()
     os.close(holder)
 
 
 def test_where_there_is_no_shared_memory_nothing_is_done(tmp_path):
-    assert start.sweep_segments(tmp_path / "none") == []
-    assert start.find_blocked(tmp_path / "none", {}) is None
+    assert segments.sweep_segments(tmp_path / "none") == []
+    assert segments.find_blocked(tmp_path / "none", {}) is None
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,14 @@ def test_where_there_is_no_shared_memory_nothing_is_done(tmp_path):
     ],
 )
 def test_a_world_s_number_is_reckoned_as_mpich_does(environ, world):
-    assert start.name_world(environ, 7000) == world
+    assert segments.name_world(environ, 7000) == world
 
 
 def test_mpich_s_own_name_of_a_process_alone_is_as_reckoned():
     script = (
         "import os; from mpi4py import MPI; print(*[n for n in os.listdir('/dev/shm') if f'_{os.getpid():x}_' in n])"
     )
-    if "MPICH" not in start.MPI.Get_library_version():
+    if "MPICH" not in MPI.Get_library_version():
         pytest.skip("only MPICH names its segments so")
     assert run(sys.executable, "-c", script).output.startswith("mpich_shm_")
 
@@ -113,30 +113,21 @@ def test_mpich_s_own_name_of_a_process_alone_is_as_reckoned():
 def test_another_user_s_segment_of_our_name_is_found(tmp_path, monkeypatch):
     path = leave(tmp_path, "mpich_shm_eb421bf2_1")
     environ = {"PMI_JOBID": "1.0"}
-    assert start.find_blocked(tmp_path, environ) is None  # it is our own: swept, or held by a mate
+    assert segments.find_blocked(tmp_path, environ) is None  # it is our own: swept, or held by a mate
     monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
-    assert start.find_blocked(tmp_path, environ) == path
-    assert start.find_blocked(tmp_path, {"PMI_JOBID": "2.0"}) is None
+    assert segments.find_blocked(tmp_path, environ) == path
+    assert segments.find_blocked(tmp_path, {"PMI_JOBID": "2.0"}) is None
 
 
 @pytest.mark.parametrize(("place", "speaks"), [("0", True), ("3", False)])
 def test_what_blocks_is_named_once_with_the_cure(tmp_path, monkeypatch, capsys, place, speaks):
     path = leave(tmp_path, "mpich_shm_eb421bf2_1")
-    monkeypatch.setattr(start, "HAND_ON_SECONDS", 0.0)
+    monkeypatch.setattr(segments, "HAND_ON_SECONDS", 0.0)
     for key, value in {"SLURM_LOCALID": place, "PMI_JOBID": "1.0", "SLURMD_NODENAME": "node7"}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(SystemExit) as left:
-        start.refuse_blocked(path)
-    assert left.value.code == start.EXIT_USER == errors.EXIT_USER
+        segments.refuse_blocked(path)
+    assert left.value.code == segments.EXIT_USER == errors.EXIT_USER
     said = capsys.readouterr().err
     assert said.count("\n") == said.count(f"hpcmoe: node7: {path} of user {path.stat().st_uid}, left by") == int(speaks)
     assert ("have its owner or root remove it, or submit the job anew" in said) is speaks
-
-
-@pytest.mark.parametrize("program", ["main", "check", "place"])
-def test_every_program_clears_the_way_before_anything_starts_mpi(program):
-    lines = pathlib.Path(start.__file__).with_name(f"{program}.py").read_text().splitlines()
-    imports = [
-        line for line in lines if line.startswith(("import ", "from ")) and ("hpcmoe" in line or "mpi4py" in line)
-    ]
-    assert imports[0].startswith("import hpcmoe.start")

@@ -1,0 +1,79 @@
+"""Ctrl-C and termination as an exception that gets out of whatever swallows it; what then tidies up is left alone."""
+
+import contextlib
+import signal
+import sys
+
+REPEAT_SECONDS = 0.5  # between two exceptions, until one has got out
+CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that asks the process to end."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+    def __str__(self):
+        return "interrupted" if self.number == signal.SIGINT else f"ended by {name_signal(self.number)}"
+
+    @property
+    def status(self) -> int:
+        """Return the exit status, as shells have it: 130 after Ctrl-C."""
+        return 128 + self.number
+
+
+def name_signal(number: int) -> str:
+    """Return a signal's number and name: signal 15 (SIGTERM)."""
+    return f"signal {number:d} ({signal.Signals(number).name})"
+
+
+@contextlib.contextmanager
+def insistent_interrupts():
+    """Within, raise Interrupted at Ctrl-C or SIGTERM, again and again until it has got out: in the main thread alone.
+
+    Numba loses one that comes while it looks at the types of a call's arguments, and an import may turn one into
+    another exception. Once one has come, further signals are ignored: the process is ending.
+    """
+    received = []
+
+    def interrupt(number, _):
+        if number in CAUGHT:
+            received.append(number)
+            ignore_signals()
+        signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS)
+        raise Interrupted(received[0])
+
+    # A signal that whoever started the process had ignored, as nohup does, stays ignored; Ctrl-C is asked for by hand.
+    numbers = [n for n in (*CAUGHT, signal.SIGALRM) if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    complain, sys.unraisablehook = sys.unraisablehook, complain_of_others(sys.unraisablehook)
+    try:
+        yield
+    except Exception as fault:
+        if received:
+            raise Interrupted(received[0]) from fault
+        raise
+    finally:
+        stop_repeating()
+        sys.unraisablehook = complain
+        for number, handler in before.items():
+            if not received or number == signal.SIGALRM:
+                signal.signal(number, handler)
+
+
+def complain_of_others(complain):
+    """Return a hook that passes over interrupts lost in a destructor: the next one comes soon."""
+    return lambda lost: None if issubclass(lost.exc_type, KeyboardInterrupt) else complain(lost)
+
+
+def ignore_signals() -> None:
+    """Ignore Ctrl-C and termination from now on."""
+    for number in CAUGHT:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stop_repeating() -> None:
+    """Raise no further Interrupted: the last one has reached what tidies up."""
+    signal.setitimer(signal.ITIMER_REAL, 0)

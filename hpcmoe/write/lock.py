@@ -1,0 +1,218 @@
+"""A lock in a run's folder, so that two runs never write into one: who holds it, and when it no longer counts.
+
+It is made by O_EXCL, which network file systems keep too. A holder on this machine is looked for by its process and
+that one's start, so that a recycled number is not believed. A holder elsewhere cannot be asked: it gives a sign of life
+by the lock's time of change, in the file server's clock, and without one for STALE_SECONDS the lock is cleared.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import pwd
+import signal
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+
+from hpcmoe.environment import find_job
+from hpcmoe.errors import ConfigError
+
+LOCK = "run.lock"
+BEAT_SECONDS = 20.0  # between two signs of life
+STALE_SECONDS = 180.0  # without one
+CLEAR_SECONDS = 0.05  # for another process to clear a lock
+READ_SECONDS = 1.0  # until a lock just made has its text
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who holds a lock."""
+
+    token: str  # of this holder alone
+    host: str
+    machine: str  # which kernel runs and which processes it shows: of the same one, processes can be looked for
+    process: int
+    started: int  # the process's start, in ticks of that kernel
+    user: str
+    job: str  # Slurm's; empty elsewhere
+    restarts: str  # of the job, which keeps its number when it is requeued
+    since: str
+
+    def __str__(self):
+        job = f", Slurm job {self.job}" if self.job else ""
+        return f"process {self.process} on {self.host} ({self.user}{job}, since {self.since})"
+
+
+def make_holder() -> Holder:
+    """Describe this process as a holder."""
+    job, restarts = find_job()
+    return Holder(
+        token=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        machine=name_machine(),
+        process=os.getpid(),
+        started=read_start(os.getpid()),
+        user=name_user(),
+        job=job,
+        restarts=restarts,
+        since=time.strftime("%Y-%m-%d %H:%M:%S"),
+    )
+
+
+def name_machine() -> str:
+    """Name the running kernel and this process's view of its processes; empty where the system does not tell."""
+    with contextlib.suppress(OSError):
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return ""
+
+
+def name_user() -> str:
+    """Name the user, by number where the system has no name."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def read_start(process: int) -> int:
+    """Read when a process of this machine began, in ticks -> 0 where it is gone, or dead and not yet buried."""
+    try:
+        state, *fields = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if state in "ZX" else int(fields[18])
+
+
+def take_lock(folder: pathlib.Path, own: Holder) -> None:
+    """Take the lock of a folder, clearing one that is stale. Not collective: rank 0 alone.
+
+    Raises ConfigError that names who holds it; OSError where it cannot be written.
+    """
+    while True:
+        try:
+            return write_lock(folder / LOCK, own)
+        except FileExistsError:
+            clear_stale(folder / LOCK, own)
+
+
+def write_lock(path: pathlib.Path, own: Holder) -> None:
+    """Make the lock, or raise FileExistsError."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        os.write(file, json.dumps(dataclasses.asdict(own)).encode())
+        os.fsync(file)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(file)
+
+
+def clear_stale(path: pathlib.Path, own: Holder) -> None:
+    """Remove a lock that no longer counts; raise ConfigError where it does."""
+    if explain_stale(path, read_lock(path), own) is None:
+        return
+
+    # One at a time, and after another look: what a second process removes may be the first one's new lock.
+    clearing = path.with_name(f"{path.name}.clearing")
+    try:
+        os.close(os.open(clearing, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+    except FileExistsError:
+        time.sleep(CLEAR_SECONDS)
+        with contextlib.suppress(FileNotFoundError):
+            if measure_silence(clearing) > STALE_SECONDS:  # killed midway
+                clearing.unlink()
+        return
+    try:
+        held = read_lock(path)
+        why = explain_stale(path, held, own)
+        if why is not None:
+            path.unlink()
+            log.warning("%s: cleared; it was of %s: %s", path, held or "a run that named nobody", why)
+    finally:
+        clearing.unlink(missing_ok=True)
+
+
+def explain_stale(path: pathlib.Path, held: Holder | None, own: Holder) -> str | None:
+    """Say why a lock no longer counts -> None where it has gone meanwhile; ConfigError where it counts."""
+    try:
+        silent_seconds, is_empty = measure_silence(path), path.stat().st_size == 0
+    except FileNotFoundError:
+        return None
+    cure = f"wait for it or take another [run] name; if it is gone, remove {path}"
+    if held is None:
+        if is_empty and silent_seconds > STALE_SECONDS:
+            return f"no sign of life for {silent_seconds:.0f} s"
+        raise ConfigError(f"{path.parent} is in use by another run, which its lock does not name: {cure}")
+
+    if held.machine and held.machine == own.machine:
+        if read_start(held.process) != held.started:
+            return "that process is gone"
+    elif held.job and held.job == own.job and held.restarts != own.restarts:
+        return "the job was requeued"
+    elif silent_seconds > STALE_SECONDS:
+        return f"no sign of life for {silent_seconds:.0f} s"
+    else:
+        cure += f" (cleared by itself {STALE_SECONDS:.0f} s after its last sign of life, {silent_seconds:.0f} s ago)"
+    raise ConfigError(f"{path.parent} is in use by {held}: {cure}")
+
+
+def measure_silence(path: pathlib.Path) -> float:
+    """Measure how long ago a lock's holder gave a sign of life, both times by the file server's clock."""
+    with path.open("rb") as lock, tempfile.NamedTemporaryFile(dir=path.parent) as now:  # opening asks the server anew
+        return os.fstat(now.fileno()).st_mtime - os.fstat(lock.fileno()).st_mtime
+
+
+def read_lock(path: pathlib.Path) -> Holder | None:
+    """Read who holds a lock -> None where it does not tell, not even in a while."""
+    deadline = time.monotonic() + READ_SECONDS
+    while True:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Holder(**json.loads(path.read_text()))
+        if not os.path.exists(path) or time.monotonic() > deadline:
+            return None
+        time.sleep(READ_SECONDS / 20)
+
+
+def holds_lock(folder: pathlib.Path, own: Holder) -> bool:
+    """Return True if the lock of a folder is still this holder's."""
+    return read_lock(folder / LOCK) == own
+
+
+def release_lock(folder: pathlib.Path, own: Holder) -> None:
+    """Remove the lock of a folder if it is this holder's. Not collective: any rank of the run may."""
+    with contextlib.suppress(OSError):
+        if holds_lock(folder, own):
+            (folder / LOCK).unlink()
+
+
+@contextlib.contextmanager
+def signs_of_life(folder: pathlib.Path, own: Holder):
+    """Within, show that the holder lives, by a thread; end this process should another have taken the lock."""
+    over = threading.Event()
+
+    def beat():
+        while not over.wait(BEAT_SECONDS):
+            held = read_lock(folder / LOCK)
+            if held is not None and held != own:
+                log.error("%s: taken by %s while this run stood still; it ends", folder / LOCK, held)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            with contextlib.suppress(OSError):
+                os.utime(folder / LOCK)
+
+    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(READ_SECONDS)

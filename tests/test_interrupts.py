@@ -1,0 +1,118 @@
+"""Ctrl-C and SIGTERM get out of whatever swallows them, once, and leave what tidies up alone."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+from launch import run
+
+from hpcmoe import interrupts
+from hpcmoe.interrupts import CAUGHT, Interrupted, insistent_interrupts
+
+
+@pytest.fixture(autouse=True)
+def own_signals(monkeypatch):
+    """Repeat soon, and give the signals back to pytest after the test."""
+    monkeypatch.setattr(interrupts, "REPEAT_SECONDS", 0.02)
+    before = {number: signal.getsignal(number) for number in (*CAUGHT, signal.SIGALRM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def stay():
+    """Wait for what comes; AssertionError when nothing does."""
+    time.sleep(30)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("number, status, words", [
+    (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by signal 15 (SIGTERM)"),
+    (signal.SIGHUP, 129, "ended by signal 1 (SIGHUP)"),
+])  # fmt: skip
+def test_a_signal_is_one_exception_that_knows_its_status(number, status, words):
+    with pytest.raises(Interrupted) as ended, insistent_interrupts():
+        os.kill(os.getpid(), number)
+        stay()
+    assert ended.value.status == status and str(ended.value) == words
+
+
+def test_one_that_is_swallowed_comes_again():
+    swallowed = []
+    with pytest.raises(Interrupted), insistent_interrupts():
+        for _ in range(3):
+            try:
+                os.kill(os.getpid(), signal.SIGINT) if not swallowed else stay()
+                stay()
+            except Interrupted:
+                swallowed.append(True)
+        stay()
+    assert len(swallowed) == 3
+
+
+def test_one_that_was_turned_into_another_exception_is_an_interrupt_still():
+    with pytest.raises(Interrupted), insistent_interrupts():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            stay()
+        except Interrupted as lost:
+            raise ImportError("numpy: cannot be imported") from lost
+
+
+def test_one_that_is_lost_in_a_destructor_comes_again_and_is_not_complained_of(capsys):
+    class Doomed:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            stay()
+
+    hook = sys.unraisablehook
+    with pytest.raises(Interrupted), insistent_interrupts():
+        Doomed()
+        stay()
+    assert capsys.readouterr().err == "" and sys.unraisablehook is hook
+
+
+def test_what_tidies_up_is_left_alone():
+    with pytest.raises(Interrupted), insistent_interrupts():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            stay()
+        except Interrupted:
+            interrupts.stop_repeating()
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            raise
+    time.sleep(0.1)
+
+
+def test_without_a_signal_all_is_as_before():
+    before = [signal.getsignal(number) for number in CAUGHT]
+    with pytest.raises(ZeroDivisionError), insistent_interrupts():
+        _ = 1 / 0
+    assert [signal.getsignal(number) for number in CAUGHT] == before
+
+
+def test_what_nohup_ignores_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with insistent_interrupts():
+        os.kill(os.getpid(), signal.SIGHUP)
+
+
+@pytest.mark.parametrize("module", ["main", "place", "check"])
+def test_ctrl_c_while_a_program_imports_is_one_line(module):
+    """The moment is the import of NumPy, which each of them needs."""
+    program = f"""
+import importlib.abc, os, runpy, signal, sys
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "numpy":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["hpcmoe.{module}"]
+runpy.run_module("hpcmoe.{module}", run_name="__main__")
+"""
+    ended = run(sys.executable, "-c", program)
+    assert ended.status == 130 and ended.errors == "hpcmoe: interrupted\n" and ended.output == "", ended
