@@ -32,3 +32,5 @@ Letters in shapes: T tokens of this rank's micro-batch, K experts of a token, N 
 dropped), R rows received, H hidden size, F feed-forward size, E logical experts, P ranks of the expert-parallel group,
 s slots of a rank, S = P * s replica slots, L layers, M micro-batches.
 """
+
+__version__ = "0.2.0"

@@ -8,7 +8,6 @@ if __name__ == "__main__":
 
     prepare()
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -18,6 +17,7 @@ import sys
 import tempfile
 import time
 
+from hpcmoe.arguments import Parser, name_program
 from hpcmoe.errors import EXIT_USER, ConfigError, HpcmoeError
 from hpcmoe.interrupts import Interrupted, insistent_interrupts
 from hpcmoe.output import say, show
@@ -48,9 +48,7 @@ def main(words=None):
 
 def read_arguments(words):
     """Parse the command line -> arguments. Raises ConfigError; leaves after --help."""
-    parser = argparse.ArgumentParser(prog="python -m hpcmoe.place", description="Place experts on ranks.")
-    parser.error = refuse
-    parser.print_help = lambda: show(parser.format_help())
+    parser = Parser(prog=name_program("hpcmoe.place"), description="Place experts on ranks.")
     parser.add_argument("case", metavar="CASE", help="placement problem: CASE.json, or the run.h5 of a run")
     parser.add_argument(
         "--objective", choices=OBJECTIVES,
@@ -85,11 +83,6 @@ def read_arguments(words):
     if arguments.moves is not None and not arguments.start:
         raise ConfigError(f"--moves {arguments.moves}: needs --start")
     return arguments
-
-
-def refuse(message):
-    """Raise what argparse would end the program with."""
-    raise ConfigError(f"command line: {message}")
 
 
 def positive(word):

@@ -10,10 +10,11 @@ import pytest
 from launch import ROOT
 
 FLOORS = (
-    "output", "interrupts", "start", "wait", "clock", "errors", "watch", "contradictions", "config",
+    "__version__", "output", "interrupts", "start", "mpi_library", "wait", "clock", "errors", "arguments", "watch",
+    "contradictions", "config",
     "cluster", "placement", "comm", "gemm", "dispatch", "experts", "pipeline", "run", "write", "tables", "plot",
 )  # fmt: skip
-PROGRAMS = ("main", "place", "check", "watcher")
+PROGRAMS = ("main", "place", "check", "settings", "watcher", "__main__")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
 WRITE_MAY_IMPORT = {"wait", "errors", "config", "cluster", "placement", "write"}
 
@@ -21,8 +22,8 @@ PACKAGE = ROOT / "hpcmoe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 SEAMS = {
     r"\bimport cupy\b|\bfrom cupy\b|\btorch\.cuda\b": {"comm/cuda.py", "comm/nccl.py"},
-    r"\bSLURM_": {"cluster/topology.py"},
-    r"\bos\.environ\b|\bos\.getenv\b": {"cluster/topology.py", "start.py"},
+    r"\bSLURM_": {"cluster/topology.py", "start.py"},
+    r"\bos\.environ\b|\bos\.getenv\b": {"cluster/topology.py", "start.py", "mpi_library.py"},
     r"(?<!')\bh5py\b": {"write/"},
     r"\bprint\(|\bsys\.stdout\b": {"output.py"},
 }
