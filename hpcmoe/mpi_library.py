@@ -20,7 +20,7 @@ EXIT_USER = 2  # as hpcmoe.errors has it, which this module precedes
 TRIAL_SECONDS = 60.0  # for two ranks to start
 TRIAL = "import os; from mpi4py import MPI; os.write(1, b'size %d\\n' % MPI.COMM_WORLD.size)"
 BUILD = ("--no-binary", "mpi4py", "--no-cache-dir", "--force-reinstall", "--no-deps", "mpi4py")
-CFLAGS = "-O1 -g0"  # a tenth of the time and memory that optimising a file of generated C takes, for thin wrappers
+CFLAGS = "-O1 -g0"  # thin wrappers, whose optimising takes minutes; what the user has set comes after it
 
 
 def import_mpi():

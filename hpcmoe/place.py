@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import contextlib
 import importlib.util
 import json
+import logging
 import math
 import pathlib
 import sys
@@ -20,7 +21,7 @@ import time
 from hpcmoe.arguments import Parser, name_program
 from hpcmoe.errors import EXIT_USER, ConfigError, HpcmoeError
 from hpcmoe.interrupts import Interrupted, insistent_interrupts
-from hpcmoe.output import say, show
+from hpcmoe.output import Log, say, show
 from hpcmoe.placement.case import read_case
 from hpcmoe.placement.maps import check_map, read_map, write_map
 from hpcmoe.placement.problem import OBJECTIVES, check_problem
@@ -137,6 +138,8 @@ def place(arguments):
         raise ConfigError(f"--layer {arguments.layer}: must be below layers = {problem.num_layers}")
     if notes:
         say(f"hpcmoe: note: {note}" for note in notes)
+
+    logging.basicConfig(level=logging.INFO, format="hpcmoe: note: %(message)s", handlers=[Log()])
 
     # What compiles, or takes a second to import, waits until the input is known to be good.
     from hpcmoe.placement.solve import compare_methods
