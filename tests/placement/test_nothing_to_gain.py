@@ -5,11 +5,11 @@ import logging
 import numpy as np
 import pytest
 from numba.core.event import install_listener, trigger_event
+from placement.problems import make_problem
 
 from hpcmoe.placement import solve
 from hpcmoe.placement.solve import make_placement
 from hpcmoe.placement.warm import Announcer
-from placement.problems import make_problem
 
 
 class Compiled(Exception):
