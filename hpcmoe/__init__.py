@@ -4,6 +4,7 @@ The chapters in the order in which they may import each other, which is the orde
 
     output, interrupts    what is printed; Ctrl-C and SIGTERM
     start, segments       what comes before the first import; what dead ranks have left in MPI's way
+    mpi_library           the MPI under mpi4py, or one line on what keeps it away
     wait, watch, clock    waiting without stealing the core; noticing a rank's death; where the seconds went
     errors, environment   how a rank fails; variables that others set
     messages, paths       what a user wrote, on one line; ~ and $VARIABLES
@@ -18,7 +19,8 @@ The chapters in the order in which they may import each other, which is the orde
     write/                what is kept: records, activations, checkpoints
     main                  the program on one page
     place, tables, plot   placement by itself: the command, what it shows, its picture
-    check                 what there is to run on, told and tried
+    check, settings       what there is to run on, told and tried; every key, or one config whole
+    __main__              the `hpcmoe` command, which lists and runs the programs
 
 The path of a token:
 
@@ -36,3 +38,5 @@ Letters in shapes: T tokens of this rank's micro-batch, K experts of a token, N 
 dropped), R rows received, H hidden size, F feed-forward size, E logical experts, P ranks of the expert-parallel group,
 s slots of a rank, S = P * s replica slots, L layers, M micro-batches.
 """
+
+__version__ = "0.2.0"

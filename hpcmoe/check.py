@@ -1,13 +1,12 @@
 """What there is to run on: `python -m hpcmoe.check`, alone or under mpirun or srun, tells and tries it."""
 
 if __name__ == "__main__":
-    from hpcmoe.segments import clear_way
+    from hpcmoe.mpi_library import import_mpi
     from hpcmoe.start import prepare
 
     prepare()
-    clear_way()
+    import_mpi()
 
-import argparse
 import importlib.util
 import platform
 import sys
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
+from hpcmoe.arguments import Parser, name_program
 from hpcmoe.cluster.launcher import check_launcher, find_launcher
 from hpcmoe.cluster.topology import host_name, read_topology
 from hpcmoe.config import Cluster
@@ -53,13 +53,13 @@ def main():
 
 def wants_help(words):
     """Read the command line -> whether only help was asked for, which is then shown."""
-    parser = argparse.ArgumentParser(prog="hpcmoe.check", description=__doc__, add_help=False)
+    parser = Parser(prog=name_program("hpcmoe.check"), description=__doc__, add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
-        raise HpcmoeError(f"command line: {' '.join(unknown)}: unknown; hpcmoe.check takes no arguments but --help")
+        raise HpcmoeError(f"command line: {' '.join(unknown)}: unknown; {parser.prog} takes no arguments but --help")
     if arguments.help:
-        show(parser.format_help())
+        parser.print_help()
     return arguments.help
 
 

@@ -1,13 +1,12 @@
 """The program on one page: `mpirun -n 16 python -m hpcmoe.main inputs/run.toml [--set section.key=value]`."""
 
 if __name__ == "__main__":
-    from hpcmoe.segments import clear_way
+    from hpcmoe.mpi_library import import_mpi
     from hpcmoe.start import prepare
 
     prepare()
-    clear_way()
+    import_mpi()
 
-import argparse
 import contextlib
 import gc
 import importlib.metadata
@@ -20,6 +19,8 @@ from typing import Any
 
 from mpi4py import MPI
 
+from hpcmoe import __version__
+from hpcmoe.arguments import Parser, name_program
 from hpcmoe.cluster.demand import find_loads
 from hpcmoe.cluster.launcher import check_launcher
 from hpcmoe.cluster.mesh import open_mesh
@@ -235,13 +236,13 @@ def describe_tokens(records, job):
 
 def read_versions():
     """Name the versions of what computes -> dict."""
-    versions = {name: find_version(name) for name in ("hpcmoe", "numpy", "torch", "mpi4py", "h5py")}
+    versions = {name: find_version(name) for name in ("numpy", "torch", "mpi4py", "h5py")}
     library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
-    return versions | {"python": platform.python_version(), "MPI library": library}
+    return {"hpcmoe": __version__, **versions, "python": platform.python_version(), "MPI library": library}
 
 
 def find_version(package):
-    """Name the version of a package; a checkout of hpcmoe need not be installed."""
+    """Name the version of a package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -262,7 +263,11 @@ def check_checkpoint(checkpoint, folder, config):
 
 def read_arguments(words):
     """Parse the command line -> arguments, or None when only help was asked for. Raises ConfigError."""
-    parser = Parser(prog="hpcmoe.main", description="Train or run a mixture of experts over MPI ranks.", add_help=False)
+    parser = Parser(
+        prog=name_program("hpcmoe.main"),
+        description="Train or run a mixture of experts over MPI ranks.",
+        add_help=False,
+    )
     parser.add_argument("config", nargs="?", help="TOML file, such as inputs/run.toml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
     parser.add_argument(
@@ -272,19 +277,11 @@ def read_arguments(words):
     parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
     arguments = parser.parse_args(words)
     if arguments.help:
-        show(parser.format_help())
+        parser.print_help()
         return None
     if arguments.config is None:
         parser.error("no input file; try inputs/run.toml")
     return arguments
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors end all ranks, not one."""
-
-    def error(self, message):
-        """Raise instead of leaving."""
-        raise ConfigError(f"command line: {message}")
 
 
 def start_log(comm):

@@ -8,19 +8,20 @@ if __name__ == "__main__":
 
     prepare()
 
-import argparse
 import contextlib
 import importlib.util
 import json
+import logging
 import math
 import pathlib
 import sys
 import tempfile
 import time
 
+from hpcmoe.arguments import Parser, name_program
 from hpcmoe.errors import EXIT_USER, ConfigError, HpcmoeError
 from hpcmoe.interrupts import Interrupted, insistent_interrupts
-from hpcmoe.output import say, show
+from hpcmoe.output import Log, say, show
 from hpcmoe.placement.case import read_case
 from hpcmoe.placement.maps import check_map, read_map, write_map
 from hpcmoe.placement.problem import OBJECTIVES, check_problem
@@ -48,9 +49,7 @@ def main(words=None):
 
 def read_arguments(words):
     """Parse the command line -> arguments. Raises ConfigError; leaves after --help."""
-    parser = argparse.ArgumentParser(prog="python -m hpcmoe.place", description="Place experts on ranks.")
-    parser.error = refuse
-    parser.print_help = lambda: show(parser.format_help())
+    parser = Parser(prog=name_program("hpcmoe.place"), description="Place experts on ranks.")
     parser.add_argument("case", metavar="CASE", help="placement problem: CASE.json, or the run.h5 of a run")
     parser.add_argument(
         "--objective", choices=OBJECTIVES,
@@ -85,11 +84,6 @@ def read_arguments(words):
     if arguments.moves is not None and not arguments.start:
         raise ConfigError(f"--moves {arguments.moves}: needs --start")
     return arguments
-
-
-def refuse(message):
-    """Raise what argparse would end the program with."""
-    raise ConfigError(f"command line: {message}")
 
 
 def positive(word):
@@ -144,6 +138,8 @@ def place(arguments):
         raise ConfigError(f"--layer {arguments.layer}: must be below layers = {problem.num_layers}")
     if notes:
         say(f"hpcmoe: note: {note}" for note in notes)
+
+    logging.basicConfig(level=logging.INFO, format="hpcmoe: note: %(message)s", handlers=[Log()])
 
     # What compiles, or takes a second to import, waits until the input is known to be good.
     from hpcmoe.placement.solve import compare_methods

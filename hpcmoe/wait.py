@@ -3,8 +3,6 @@
 import os
 import time
 
-from mpi4py import MPI
-
 # Measured with 16 ranks on 2 cores: a GEMM beside 15 waiting ranks slows 1.1 times, a wake-up takes 1.2 ms.
 # A blocking Recv there slowed the GEMM 8.9 times.
 YIELDS_BEFORE_SLEEP = 32  # that give the core to somebody
@@ -49,6 +47,8 @@ def poke_all(errands):
 
 def wait_all(requests, timeout_seconds=None, poke=None):
     """Wait until every request is done, doing poke() meanwhile -> False when the time ran out first."""
+    from mpi4py import MPI  # here, so that commands without ranks start without MPI
+
     patience = Patience()
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     while True:
@@ -65,6 +65,8 @@ def wait_all(requests, timeout_seconds=None, poke=None):
 
 def until_done(requests):
     """Yield False while any request is under way."""
+    from mpi4py import MPI  # as above
+
     while not MPI.Request.Testall(requests):
         yield False
 

@@ -10,20 +10,20 @@ import pytest
 from launch import ROOT
 
 FLOORS = (
-    "output", "interrupts", "start", "segments", "wait", "clock", "errors", "environment", "messages", "paths",
-    "watch", "contradictions", "config",
+    "__version__", "output", "interrupts", "start", "segments", "mpi_library", "wait", "clock", "errors", "environment",
+    "messages", "paths", "arguments", "watch", "contradictions", "config",
     "cluster", "placement", "comm", "gemm", "dispatch", "experts", "pipeline", "run", "write", "tables", "plot",
 )  # fmt: skip
-PROGRAMS = ("main", "place", "check", "watcher")
+PROGRAMS = ("main", "place", "check", "settings", "watcher", "__main__")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
-WRITE_MAY_IMPORT = {"interrupts", "wait", "errors", "config", "cluster", "placement", "write"}
+WRITE_MAY_IMPORT = {"environment", "interrupts", "wait", "errors", "config", "cluster", "placement", "write"}
 
 PACKAGE = ROOT / "hpcmoe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 SEAMS = {
     r"\bimport cupy\b|\bfrom cupy\b|\btorch\.cuda\b": {"comm/cuda.py", "comm/nccl.py"},
     r"\bSLURM_": {"cluster/", "environment.py", "segments.py", "start.py"},
-    r"\bos\.environ\b|\bos\.getenv\b": {"environment.py", "segments.py", "start.py"},
+    r"\bos\.environ\b|\bos\.getenv\b": {"environment.py", "mpi_library.py", "segments.py", "start.py"},
     r"(?<!')\bh5py\b": {"write/"},
     r"\bprint\(|\bsys\.stdout\b": {"output.py"},
 }

@@ -16,7 +16,7 @@ from hpcmoe.placement.moves import most_seconds, rebuild
 from hpcmoe.placement.problem import check_problem
 from hpcmoe.placement.quotas import limit_ranks, spread_memory
 from hpcmoe.placement.result import Spent, weigh
-from hpcmoe.placement.search import Budget, clear_up, improve
+from hpcmoe.placement.search import EQUAL, Budget, clear_up, improve
 from hpcmoe.placement.seats import seat_evenly
 from hpcmoe.placement.seeds import Kept, lay_as_eplb, lay_contiguous, lay_packed
 from hpcmoe.placement.shifts import MOST_NODES, shift_memory
@@ -50,6 +50,8 @@ def make_placement(problem, method="packed", **orders):
     orders, most_of_node = Orders(**orders), spread_memory(problem)
     lower = [None] * problem.num_layers
     match method:
+        case "packed" if (plain := lay_for_nothing(problem, most_of_node, orders)) is not None:
+            layouts, spent, seconds = plain, Spent(), 0.0
         case "packed":
             compile_all()
             adopt_memory(problem, most_of_node, orders.start)
@@ -69,6 +71,23 @@ def make_placement(problem, method="packed", **orders):
     assert (used <= problem.memory_copies).all(), "a node holds more than its memory"
     bounds = bound_layers(problem, expert_of_replica, lower, seconds)
     return weigh(problem, expert_of_replica, bounds, method, spent)
+
+
+def lay_for_nothing(problem, most_of_node, orders):
+    """Lay contiguously where no search can gain: on one node, at the bound in every layer -> layouts, else None.
+
+    Within a node nothing travels that another layout would spare; a placement to start from is searched on from.
+    """
+    if problem.num_nodes > 1 or orders.start is not None:
+        return None
+    layouts = []
+    for layer in layers_of(problem):
+        terms = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer]))
+        expert_at, bound = lay_contiguous(terms), bound_layer(problem, layer, most_of_node[layer])
+        if not fits(terms, expert_at) or layer_seconds(problem, layer, widen(problem, expert_at)) > bound * EQUAL:
+            return None
+        layouts.append(expert_at if terms.rank_cost > 0 else seat_evenly(terms, expert_at))
+    return layouts
 
 
 def compare_methods(problem, methods):

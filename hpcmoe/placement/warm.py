@@ -1,8 +1,10 @@
 """Machine code for the search, made once and kept: before any time counts, and anew when a source has changed."""
 
+import logging
 import pathlib
 
 import numpy as np
+from numba.core.event import Listener, install_listener
 
 from hpcmoe.placement.moves import move
 from hpcmoe.placement.problem import PlacementProblem
@@ -12,10 +14,34 @@ from hpcmoe.placement.seeds import Kept, lay_packed
 from hpcmoe.placement.shifts import weigh_shifts
 from hpcmoe.placement.terms import make_terms
 
+log = logging.getLogger(__name__)
+
+
+class Announcer(Listener):
+    """Logs once that numba compiles; what it reads from its cache it does not compile."""
+
+    def __init__(self):
+        self.is_first = True
+
+    def on_start(self, event):
+        """Log the first compilation."""
+        if self.is_first:
+            log.info("compiling the placement's search with numba, about 20 s; its cache keeps it for the next run")
+        self.is_first = False
+
+    def on_end(self, event):
+        """Let its end pass."""
+
 
 def compile_all():
     """Have what numba compiles compiled, or read from its cache, before any time counts: by placing next to nothing."""
     drop_stale_code()
+    with install_listener("numba:compile", Announcer()):
+        place_next_to_nothing()
+
+
+def place_next_to_nothing():
+    """Call each compiled function of the search."""
     one = np.ones(2)
     tiny = PlacementProblem(
         num_layers=1, num_experts=2, slots_per_rank=2, replicate=True,

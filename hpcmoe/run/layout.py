@@ -92,7 +92,10 @@ def compare(problem, config, placement):
 def search(problem, config):
     """Place by the config's method, within its time, and for the step tune the copies' shares -> Placement."""
     from hpcmoe.placement.solve import make_placement
+    from hpcmoe.placement.warm import compile_all
 
+    if config.cluster.rebalance_every > 0:  # now, and not in the midst of a step
+        compile_all()
     cluster, begun = config.cluster, time.perf_counter()
     if cluster.placement == "file":
         layouts = read_layouts(problem, cluster.placement_file)

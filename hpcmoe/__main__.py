@@ -1,0 +1,56 @@
+"""The `hpcmoe` command, also `python -m hpcmoe`: lists its commands, and runs one; nothing is imported before that."""
+
+import difflib
+import importlib
+import sys
+
+from hpcmoe import __version__
+from hpcmoe.mpi_library import EXIT_USER, import_mpi
+from hpcmoe.output import say, show
+from hpcmoe.start import prepare
+
+COMMANDS = {  # name: (module, whether it starts MPI, what it does, an example)
+    "run": ("hpcmoe.main", True, "train or run a model on MPI ranks", "mpirun -n 4 hpcmoe run inputs/run.toml"),
+    "place": ("hpcmoe.place", False, "place experts by themselves", "hpcmoe place inputs/case.json --budget 5"),
+    "check": ("hpcmoe.check", True, "show and try what there is to run on", "mpirun -n 2 hpcmoe check"),
+    "config": (
+        "hpcmoe.settings",
+        False,
+        "show every key, check a config",
+        "hpcmoe config my.toml",
+    ),
+}
+
+
+def main(words: list[str] | None = None) -> int | None:
+    """Run the command that the first word names -> exit status."""
+    name, *rest = (sys.argv[1:] if words is None else words) or ["--help"]
+    match name:
+        case "-h" | "--help" | "help":
+            show(describe_commands())
+            return 0
+        case "-V" | "--version":
+            show(f"hpcmoe {__version__}")
+            return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        say([f"hpcmoe: command line: {name!r}: unknown command; {hint}"])
+        return EXIT_USER
+    sys.argv = [f"hpcmoe {name}", *rest]
+    prepare()
+    module, needs_mpi, *_ = COMMANDS[name]
+    if needs_mpi:
+        import_mpi()
+    return importlib.import_module(module).main()
+
+
+def describe_commands() -> str:
+    """Format the list of commands."""
+    rows = [f"  {name:<8}{what:<38}{example}" for name, (*_, what, example) in COMMANDS.items()]
+    options = "  --version, --help, and `hpcmoe COMMAND --help`"
+    return "\n".join(["usage: hpcmoe COMMAND ...", "", *rows, "", options])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

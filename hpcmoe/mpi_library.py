@@ -1,0 +1,140 @@
+"""The MPI library under mpi4py: one line where it cannot be loaded, a build where the wheel does not fit.
+
+PyPI's wheel of mpi4py loads a libmpi.so.12 (MPICH's ABI) or libmpi.so.40 (Open MPI). `python -m hpcmoe.mpi_library`,
+which `make MPI=system` runs, starts two ranks by the mpirun on the PATH; unless they meet, it has pip build mpi4py from
+source for that MPI. Its arguments go to pip.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+
+from hpcmoe.output import HAND_ON_SECONDS, say
+from hpcmoe.segments import clear_way
+from hpcmoe.start import RANK_KEYS
+
+EXIT_USER = 2  # as hpcmoe.errors has it, which this module precedes
+TRIAL_SECONDS = 60.0  # for two ranks to start
+TRIAL = "import os; from mpi4py import MPI; os.write(1, b'size %d\\n' % MPI.COMM_WORLD.size)"
+BUILD = ("--no-binary", "mpi4py", "--no-cache-dir", "--force-reinstall", "--no-deps", "mpi4py")
+CFLAGS = "-O1 -g0"  # thin wrappers, whose optimising takes minutes; what the user has set comes after it
+
+
+def import_mpi():
+    """Clear MPI's way and import mpi4py's MPI, which starts it -> that; leave with one line where it cannot be."""
+    clear_way()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError, OSError) as fault:
+        leave(describe_fault(fault), is_first_rank(os.environ))
+    return MPI
+
+
+def leave(line: str, is_first: bool):
+    """End this process with status 2; the first of the ranks writes the line, the others give it time to come out."""
+    if is_first:
+        say([f"hpcmoe: {line}"])
+    else:
+        time.sleep(HAND_ON_SECONDS)
+    sys.exit(EXIT_USER)
+
+
+def is_first_rank(environ) -> bool:
+    """Return True on the rank that its launcher calls 0, and where no launcher says anything."""
+    told = [environ[name] for name in RANK_KEYS if name in environ]
+    return not told or told[0].strip() == "0"
+
+
+def describe_fault(fault: BaseException) -> str:
+    """Format why mpi4py's MPI cannot be imported, and the command that mends it, as one line."""
+    if isinstance(fault, ModuleNotFoundError):
+        return f"mpi4py is not installed ({fault}): {sys.executable} -m pip install mpi4py mpich"
+    reason = "; ".join(line.strip() for line in str(fault).splitlines() if line.strip())
+    return f"mpi4py cannot load an MPI library: {reason}; {describe_cure()}"
+
+
+def describe_cure() -> str:
+    """Name the command that gives mpi4py an MPI: a build for the mpirun on the PATH, else PyPI's MPICH."""
+    pip = f"{sys.executable} -m pip install"
+    mpirun = shutil.which("mpirun") or shutil.which("mpiexec")
+    if mpirun is None:
+        return f"no mpirun is on the PATH either: {pip} mpich, or load or install an MPI"
+    build = f"{pip} {' '.join(BUILD)}"
+    missing = find_missing()
+    needed = f"install {', '.join(missing)}, then " if missing else ""
+    return f"build mpi4py for the MPI of {mpirun}: {needed}{build}"
+
+
+def find_missing() -> list[str]:
+    """List what a build of mpi4py lacks, each with Debian's package."""
+    header = pathlib.Path(sysconfig.get_path("include"), "Python.h")
+    checks = (
+        (find_mpicc() is not None, "mpicc (Debian: libmpich-dev or libopenmpi-dev)"),
+        (header.is_file(), "Python.h (Debian: python3-dev)"),
+        (shutil.which("cc") or shutil.which("gcc"), "a C compiler (Debian: gcc)"),
+    )
+    return [name for is_there, name in checks if not is_there]
+
+
+def find_mpicc() -> str | None:
+    """Find the mpicc to build with: what MPICC names, else the one beside the mpirun on the PATH, else any."""
+    if os.environ.get("MPICC"):
+        return os.environ["MPICC"]
+    mpirun = shutil.which("mpirun")
+    beside = mpirun and shutil.which("mpicc", path=str(pathlib.Path(mpirun).parent))
+    return beside or shutil.which("mpicc")
+
+
+def main(words=None) -> int:
+    """Make mpi4py fit the mpirun on the PATH -> exit status."""
+    fault = try_ranks()
+    if fault is None:
+        return 0
+    missing = find_missing()
+    if missing:
+        say([f"hpcmoe: {fault}; to build mpi4py for that MPI, install {', '.join(missing)}"])
+        return EXIT_USER
+    say([f"hpcmoe: {fault}: building mpi4py from source with {find_mpicc()}, some minutes"])
+    if build(sys.argv[1:] if words is None else words) != 0:
+        say(["hpcmoe: mpi4py could not be built: see pip's lines above"])
+        return EXIT_USER
+    fault = try_ranks()
+    if fault is not None:
+        say([f"hpcmoe: {fault}, though mpi4py was built with {find_mpicc()}: are they of one MPI?"])
+        return EXIT_USER
+    return 0
+
+
+def build(words) -> int:
+    """Have pip build and install mpi4py for the MPI on the PATH, with more of pip's arguments -> its status."""
+    environment = {**os.environ, "MPICC": find_mpicc(), "CFLAGS": f"{CFLAGS} {os.environ.get('CFLAGS', '')}".strip()}
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *words, *BUILD]
+    return subprocess.run(command, env=environment).returncode
+
+
+def try_ranks() -> str | None:
+    """Start two ranks by the mpirun on the PATH -> what is wrong, or None when each sees a world of two."""
+    mpirun = shutil.which("mpirun")
+    if mpirun is None:
+        return "no mpirun is on the PATH"
+    command = [mpirun, "-n", "2", sys.executable, "-c", TRIAL]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TRIAL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"two ranks by {mpirun} have not ended after {TRIAL_SECONDS:.0f} s"
+    sizes = [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("size ")]
+    if sizes == ["2", "2"]:
+        return None
+    if sizes:
+        return f"two ranks by {mpirun} see worlds of {', '.join(sizes)}: mpi4py has loaded another MPI's library"
+    said = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
+    cause = next((line for line in said if "Error: " in line), said[-1] if said else f"status {ended.returncode}")
+    return f"two ranks by {mpirun} do not start: {cause}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

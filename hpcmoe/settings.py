@@ -1,0 +1,91 @@
+"""Show every key with its comment, or one config as a run would take it: `hpcmoe config [my.toml] [--set ...]`.
+
+Starts no ranks and imports neither MPI nor torch. Faults are listed, a line each, and end it with status 2.
+"""
+
+if __name__ == "__main__":
+    from hpcmoe.start import prepare
+
+    prepare()
+
+import argparse
+import importlib.resources
+import sys
+from dataclasses import fields
+
+from hpcmoe.arguments import Parser, name_program
+from hpcmoe.config import Config, read_config
+from hpcmoe.errors import EXIT_USER, HpcmoeError
+from hpcmoe.output import say, show
+
+MANUAL = importlib.resources.files("hpcmoe") / "run.toml"
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run the command -> exit status."""
+    try:
+        arguments = read_arguments(sys.argv[1:] if words is None else words)
+        show(make_text(arguments.config, arguments.set))
+    except HpcmoeError as fault:
+        say(f"hpcmoe: {line}" for line in str(fault).splitlines())
+        return EXIT_USER
+    return 0
+
+
+def read_arguments(words: list[str]) -> argparse.Namespace:
+    """Parse the command line. Raises ConfigError; leaves after --help."""
+    parser = Parser(
+        prog=name_program("hpcmoe.settings"),
+        description="Without arguments show every key with its unit, allowed values and default; else check a config, "
+        "and show the whole of it.",
+    )
+    parser.add_argument("config", nargs="?", help="TOML file; without one, --set changes the defaults")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
+    return parser.parse_args(words)
+
+
+def make_text(path: str | None, overrides: list[str]) -> str:
+    """Return the manual where nothing is given, else the config of that file and these overrides, as TOML."""
+    if path is None and not overrides:
+        return MANUAL.read_text(encoding="utf-8").rstrip("\n")
+    config, _ = read_config(MANUAL if path is None else path, overrides)
+    return write_config(config)
+
+
+def write_config(config: Config) -> str:
+    """Write a config as TOML that reads back equal."""
+    parts = []
+    for section in fields(config):
+        values = getattr(config, section.name)
+        lines = [f"{key.name} = {write_value(getattr(values, key.name))}" for key in fields(values)]
+        parts.append("\n".join([f"[{section.name}]", *lines]))
+    return "\n\n".join(parts)
+
+
+def write_value(value: bool | int | float | str | tuple) -> str:
+    """Write one value as TOML."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return repr(value)
+        case str():
+            return f'"{"".join(map(escape, value))}"'
+        case tuple():
+            return f"[{', '.join(map(write_value, value))}]"
+        case _:
+            raise TypeError(value)
+
+
+def escape(character: str) -> str:
+    """Write one character of a TOML string so that any terminal takes it: all but ASCII by number."""
+    code = ord(character)
+    if character in '\\"':
+        return f"\\{character}"
+    if 0x20 <= code < 0x7F:
+        return character
+    return f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Where mpi4py cannot load an MPI, one line says why and what mends it, and `make` has it built."""
+
+import sys
+
+import pytest
+
+from hpcmoe import mpi_library
+from hpcmoe.mpi_library import BUILD, describe_fault, find_missing, find_mpicc, is_first_rank, leave, main, try_ranks
+
+WHEEL_FAULT = RuntimeError("cannot load MPI library\nlibmpi.so.12: cannot open shared object file: No such file")
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """Make the only folder of programs; tools(name, script) puts one there."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("MPICC", raising=False)
+
+    def put(name, script="exit 0"):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+        return str(tmp_path / name)
+
+    return put
+
+
+def test_a_library_that_is_not_there_is_one_line_with_the_command_that_mends_it(tools):
+    mpirun, _, _ = tools("mpirun"), tools("mpicc"), tools("cc")
+    line = describe_fault(WHEEL_FAULT)
+    assert "\n" not in line and "libmpi.so.12" in line and f"for the MPI of {mpirun}" in line
+    assert f"{sys.executable} -m pip install {' '.join(BUILD)}" in line
+
+
+def test_without_an_mpirun_pypis_mpich_is_offered(tools):
+    assert f"no mpirun is on the PATH either: {sys.executable} -m pip install mpich" in describe_fault(WHEEL_FAULT)
+
+
+def test_without_mpi4py_it_is_to_be_installed(tools):
+    assert "pip install mpi4py mpich" in describe_fault(ModuleNotFoundError("No module named 'mpi4py'"))
+
+
+def test_what_a_build_lacks_is_named(tools, monkeypatch, tmp_path):
+    monkeypatch.setattr(mpi_library.sysconfig, "get_path", lambda _: str(tmp_path))
+    tools("mpirun")
+    assert [name.split()[0] for name in find_missing()] == ["mpicc", "Python.h", "a"]
+    assert "install mpicc (Debian: libmpich-dev or libopenmpi-dev), Python.h" in describe_fault(WHEEL_FAULT)
+
+
+def test_the_mpicc_beside_the_mpirun_is_taken_unless_one_is_named(tools, monkeypatch, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    mpirun, mpicc = tools("mpirun"), tools("mpicc")
+    (other / "mpicc").symlink_to(mpicc)
+    (other / "mpirun").symlink_to(mpirun)
+    monkeypatch.setenv("PATH", f"{other}:{tmp_path}")
+    assert find_mpicc() == str(other / "mpicc")
+    (other / "mpicc").unlink()
+    assert find_mpicc() == mpicc
+    monkeypatch.setenv("MPICC", "/elsewhere/mpicc")
+    assert find_mpicc() == "/elsewhere/mpicc"
+
+
+@pytest.mark.parametrize(
+    ("environ", "first"),
+    [({}, True), ({"PMI_RANK": "0"}, True), ({"PMI_RANK": "3"}, False), ({"OMPI_COMM_WORLD_RANK": "1"}, False)],
+)
+def test_one_rank_speaks(environ, first, monkeypatch, capsys):
+    monkeypatch.setattr(mpi_library, "HAND_ON_SECONDS", 0)
+    assert is_first_rank(environ) is first
+    with pytest.raises(SystemExit) as ended:
+        leave("why", first)
+    assert ended.value.code == 2 and capsys.readouterr().err == "hpcmoe: why\n" * first
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo size 2; echo size 2", None),
+        ("echo size 1; echo size 1", "see worlds of 1, 1: mpi4py has loaded another MPI's library"),
+        (
+            "echo 'ImportError: no libmpi' >&2; echo done >&2; exit 1",
+            "do not start: ImportError: no libmpi",
+        ),
+        ("exit 3", "do not start: status 3"),
+    ],
+)
+def test_two_ranks_tell_whether_mpi4py_fits(tools, script, said):
+    tools("mpirun", script)
+    found = try_ranks()
+    assert found is None if said is None else said in found
+
+
+def test_what_does_not_fit_is_built_with_pips_arguments(tools, tmp_path, monkeypatch, capsys):
+    tools("mpicc"), tools("cc")
+    mark = tmp_path / "built"
+    tools("mpirun", f"if [ -e {mark} ]; then echo size 2; echo size 2; else echo size 1; fi")
+    monkeypatch.setattr(mpi_library, "find_missing", list)
+    calls = []
+    monkeypatch.setattr(mpi_library, "build", lambda words: calls.append(words) or mark.touch() or 0)
+    assert main(["--constraint", "constraints.txt"]) == 0
+    assert calls == [["--constraint", "constraints.txt"]]
+    assert "building mpi4py from source with" in capsys.readouterr().err
+    assert main([]) == 0 and len(calls) == 1
+
+
+@pytest.mark.parametrize(("status", "said"), [(1, "could not be built"), (0, "are they of one MPI?")])
+def test_a_build_that_does_not_help_is_a_line_and_status_2(tools, monkeypatch, capsys, status, said):
+    tools("mpirun", "echo size 1"), tools("mpicc"), tools("cc")
+    monkeypatch.setattr(mpi_library, "find_missing", list)
+    monkeypatch.setattr(mpi_library, "build", lambda words: status)
+    assert main([]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_build_that_lacks_something_is_not_begun(tools, monkeypatch, capsys):
+    tools("mpirun", "echo size 1")
+    monkeypatch.setattr(mpi_library, "build", None)
+    assert main([]) == 2
+    assert "install mpicc (Debian: libmpich-dev" in capsys.readouterr().err
