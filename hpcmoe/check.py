@@ -11,6 +11,7 @@ from mpi4py import MPI
 from hpcmoe.cluster.topology import check_launcher, find_launcher, host_name, read_topology
 from hpcmoe.config import Cluster
 from hpcmoe.errors import HpcmoeError, exit_with, on_all, on_root
+from hpcmoe.messages import one_line
 from hpcmoe.wait import barrier, gather_to_all
 
 LINK_SECONDS = 1.0  # for all links between nodes
@@ -46,7 +47,9 @@ def wants_help(words):
     parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
-        raise HpcmoeError(f"command line: {' '.join(unknown)}: unknown; hpcmoe.check takes no arguments but --help")
+        raise HpcmoeError(
+            f"command line: {one_line(' '.join(unknown))}: unknown; hpcmoe.check takes no arguments but --help"
+        )
     if arguments.help:
         print(parser.format_help(), flush=True)
     return arguments.help

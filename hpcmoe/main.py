@@ -18,6 +18,7 @@ from hpcmoe.cluster.nodes import save_topology
 from hpcmoe.cluster.topology import check_launcher, host_name, read_topology
 from hpcmoe.config import read_config
 from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
+from hpcmoe.messages import one_line
 from hpcmoe.run.data import check_text, find_text
 from hpcmoe.run.facts import check_facts, describe_state, tell_other_data
 from hpcmoe.run.room import check_room, describe_room
@@ -273,7 +274,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Raise instead of leaving."""
-        raise ConfigError(f"command line: {message}")
+        raise ConfigError(f"command line: {one_line(message)}")
 
 
 def start_log(comm):

@@ -7,8 +7,11 @@ import tomllib
 import pytest
 from launch import ROOT
 
-from hpcmoe.config import Config, parse_override, read_config
+from hpcmoe.config import Config, list_keys, read_config
 from hpcmoe.errors import ConfigError
+from hpcmoe.overrides import kind_of, parse_override
+
+KINDS = {(name, key): kind_of(annotation) for name, key, annotation in list_keys()}
 
 
 @pytest.fixture
@@ -149,7 +152,7 @@ def test_values_at_the_edge_of_what_is_allowed_pass(file, text):
     ],
 )
 def test_an_overrides_value_is_toml_or_a_bare_string(override, value):
-    name, key, parsed = parse_override(override)
+    name, key, parsed = parse_override(override, KINDS)
     assert f"{name}.{key}" in override and (type(parsed), parsed) == (type(value), value)
 
 

@@ -10,7 +10,8 @@ import pytest
 from launch import ROOT
 
 FLOORS = (
-    "wait", "clock", "errors", "watch", "contradictions", "config",
+    "wait", "clock", "errors", "watch",
+    "messages", "reading", "float32", "contradictions", "overrides", "validate", "config",
     "cluster", "placement", "comm", "gemm", "dispatch", "experts", "pipeline", "run", "write", "tables", "plot",
 )  # fmt: skip
 PROGRAMS = ("main", "place", "check", "watcher")
