@@ -124,6 +124,7 @@ def make_start(job, checkpoint):
 
 def train_or_infer(job, records, folder, start):
     """Do what [run] mode asks -> Totals. Collective over all ranks."""
+    from hpcmoe.run.finite import check_state
     from hpcmoe.run.infer import infer
     from hpcmoe.run.report import sum_up
     from hpcmoe.run.state import LOAD
@@ -140,6 +141,7 @@ def train_or_infer(job, records, folder, start):
         if training and is_due(step, write.checkpoint_every, config.run.steps):
             describe_tokens(records, job)
             records.flush()
+            check_state(world, start.state, step, {LOAD: load})
             held = start.state.collect({LOAD: load})
             pieces = (Piece(name=name, shape=shape, start=at, array=array) for name, shape, at, array in held)
             writer.save(step, pieces, describe_state(job, step))

@@ -5,10 +5,11 @@ import os
 import select
 import stat
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 
 from hpcmoe.errors import ConfigError
-from hpcmoe.messages import one_line
+from hpcmoe.messages import join_lines, one_line
 
 MOST_BYTES = 2**28  # of an input file
 MOST_TOML_BYTES = 2**24  # which the parser takes seconds for; a matrix of all links of 1000 nodes has half as many
@@ -72,9 +73,22 @@ def read_toml(path: str | os.PathLike) -> tuple[dict, str]:
     return parse(path, text, tomllib.loads, "TOML"), text
 
 
-def read_json(path: str | os.PathLike, **options) -> object:
-    """Read a JSON file -> its tree; options are those of json.loads."""
-    return parse(path, read_text(path), lambda text: json.loads(text, **options), "JSON")
+def read_json(path: str | os.PathLike) -> object:
+    """Read a JSON file, each key of whose objects may stand once -> its tree."""
+
+    def unique(pairs):
+        """Make a dict of an object's pairs."""
+        counts = Counter(key for key, _ in pairs)
+        twice = [
+            f"{one_line(path)}: {one_line(key)}: stands {n} times, must stand once"
+            for key, n in counts.items()
+            if n > 1
+        ]
+        if twice:
+            raise ConfigError(join_lines(twice))
+        return dict(pairs)
+
+    return parse(path, read_text(path), lambda text: json.loads(text, object_pairs_hook=unique), "JSON")
 
 
 def explain(fault: Exception) -> str:

@@ -1,6 +1,5 @@
 """A placement problem as a JSON file, CASE.json: read, checked key by key, and made into arrays."""
 
-from collections import Counter
 from typing import Annotated
 
 import numpy as np
@@ -82,15 +81,8 @@ def read_case(path, objective="step", count_latency=False):
 
 
 def read_tree(path):
-    """Parse a JSON object, each of whose keys may stand once -> dict."""
-
-    def unique(pairs):
-        """Make a dict of an object's pairs."""
-        counts = Counter(key for key, _ in pairs)
-        refuse(path, (f"{key}: stands {n} times, must stand once" for key, n in counts.items() if n > 1), ConfigError)
-        return dict(pairs)
-
-    tree = read_json(path, object_pairs_hook=unique)
+    """Read a JSON object -> dict."""
+    tree = read_json(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{one_line(path)}: must hold one JSON object, not {shorten(tree)}")
     return tree
