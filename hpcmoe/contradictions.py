@@ -25,6 +25,8 @@ def contradictions(config):
          "needs deterministic = false: whichever micro-batch has rows goes on"),
         (pipeline.schedule != "arrival" or config.comm.transport != "nccl", "comm", "transport",
          'needs another [pipeline] schedule than "arrival": NCCL wants one order on all ranks'),
+        (config.comm.device != "host" or config.comm.transport != "nccl", "comm", "transport",
+         'needs GPUs: [comm] device = "host" has none'),
         (pipeline.micro_batches <= data.batch_sequences, "pipeline", "micro_batches",
          f"must be at most [data] batch_sequences = {data.batch_sequences}"),
         (all(layer < model.num_layers for layer in config.write.activations_of_layers), "write",

@@ -18,6 +18,7 @@ from hpcmoe.cluster.nodes import save_topology
 from hpcmoe.cluster.topology import check_launcher, host_name, read_topology
 from hpcmoe.config import read_config
 from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
+from hpcmoe.idle import find_notes
 from hpcmoe.messages import one_line
 from hpcmoe.run.data import check_text, find_text
 from hpcmoe.run.facts import check_facts, describe_state, tell_other_data
@@ -61,6 +62,7 @@ def run(comm, arguments):
     """Read, place, run, keep. Collective over comm."""
     # Make sure of input and output first: what is wrong need not wait for torch.
     config, text = on_root(comm, lambda: read_config(arguments.config, arguments.set))
+    on_root(comm, lambda: [log.warning("%s", note) for note in find_notes(config)])
     folder = pathlib.Path(config.run.output, config.run.name)
     checkpoint = None if arguments.resume is None else find_checkpoint(comm, arguments.resume or folder)
     goes_on = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()

@@ -101,6 +101,7 @@ def test_a_fault_shows_file_section_key_value_and_what_is_allowed(file, text, sa
         ("[cluster]\ntensor_parallel = 3", "[cluster] tensor_parallel = 3: must divide [model] feed_forward = 128"),
         ('[cluster]\nlinks = "file"', "[cluster] links_file = '': must name a file when links = \"file\""),
         ('[cluster]\nlinks = "config"', "[cluster] bytes_per_second = (): must be a matrix, nodes x nodes, when"),
+        ('[comm]\ndevice = "host"\ntransport = "nccl"', "[comm] transport = 'nccl': needs GPUs: [comm] device ="),
         ("[pipeline]\nmicro_batches = 65", "[pipeline] micro_batches = 65: must be at most [data] batch_sequences"),
         ("[write]\nactivations_of_layers = [0, 2]",
          "[write] activations_of_layers = (0, 2): must be layers below [model] num_layers = 2"),

@@ -11,7 +11,7 @@ from launch import ROOT
 
 FLOORS = (
     "wait", "clock", "errors", "watch",
-    "messages", "reading", "float32", "contradictions", "overrides", "validate", "config",
+    "messages", "reading", "float32", "contradictions", "idle", "overrides", "validate", "config",
     "cluster", "placement", "comm", "gemm", "dispatch", "experts", "pipeline", "run", "write", "tables", "plot",
 )  # fmt: skip
 PROGRAMS = ("main", "place", "check", "watcher")

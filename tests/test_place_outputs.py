@@ -1,4 +1,4 @@
-"""What hpcmoe.place writes replaces nothing that it reads or writes; without numba's compiler it gives the same answer."""
+"""What hpcmoe.place writes replaces nothing it reads or writes; without numba's compiler its answer is the same."""
 
 import contextlib
 import io
