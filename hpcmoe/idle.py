@@ -39,9 +39,9 @@ def list_modes(config: object) -> list[Reason]:
     return [
         (infers, '[run] mode = "infer" trains nothing',
          "train.learning_rate train.learning_rate_warmup_steps train.weight_decay train.beta1 train.beta2 "
-         "train.epsilon train.clip_norm train.bucket_bytes train.shard_optimizer train.check_every train.validate_every "
-         "write.checkpoint_every write.checkpoints_kept write.asynchronous dispatch.aux_loss_weight "
-         "dispatch.z_loss_weight dispatch.bias_update_speed data.validation_sequences"),
+         "train.epsilon train.clip_norm train.bucket_bytes train.shard_optimizer train.check_every "
+         "train.validate_every write.checkpoint_every write.checkpoints_kept write.asynchronous "
+         "dispatch.aux_loss_weight dispatch.z_loss_weight dispatch.bias_update_speed data.validation_sequences"),
         (not infers, '[run] mode = "train" measures every step', "run.warmup_steps"),
     ]  # fmt: skip
 

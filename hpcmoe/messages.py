@@ -5,7 +5,7 @@ import reprlib
 import unicodedata
 from collections.abc import Iterable
 
-MOST_SHOWN = 120  # characters of a value, an option or a path in a message
+MOST_SHOWN, MOST_OF_LINE = 120, 240  # characters of a value in a message, and of a path or an option
 MOST_BITS = 256  # of a whole number that is written out
 BREAKING = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's controls, surrogates, separators of lines and paragraphs
 
@@ -25,7 +25,7 @@ def is_one_line(text: str) -> bool:
     return text.isprintable() or not any(unicodedata.category(c) in BREAKING for c in text)
 
 
-def one_line(text: object, most: int = MOST_SHOWN) -> str:
+def one_line(text: object, most: int = MOST_OF_LINE) -> str:
     """Write a text on one line of at most about so many characters, cut in the middle: its end tells as much."""
     line = printable(str(text)[: 4 * most] + str(text)[4 * most :][-most:])
     return line if len(line) <= most else f"{line[: most // 2]} ... {line[-(most // 2 - 5) :]}"
@@ -33,7 +33,7 @@ def one_line(text: object, most: int = MOST_SHOWN) -> str:
 
 def show(value: object) -> str:
     """Write a value of any type, size and depth on one line, as Python has it; dates as TOML has them."""
-    return one_line(SHORT.repr(value))
+    return one_line(SHORT.repr(value), MOST_SHOWN)
 
 
 class ShortRepr(reprlib.Repr):

@@ -10,7 +10,6 @@ from hpcmoe.errors import ConfigError
 from hpcmoe.messages import is_one_line, one_line
 
 STRING, STRINGS, NUMBERS, MATRIX = "a string", "a list of strings", "a list of numbers", "a list of lists of numbers"
-MOST_SHOWN = 240  # characters of what to type instead
 
 Kinds = Mapping[tuple[str, str], str | None]  # of each (section, key)
 
@@ -63,7 +62,7 @@ def tell_what_to_type(name: str, value: str, kind: str) -> str:
     entries = ", ".join(json.dumps(word, ensure_ascii=False) if kind == STRINGS else word for word in words if word)
     option = shlex.quote(f"{name}=[[{entries}]]" if kind == MATRIX else f"{name}=[{entries}]")
     shell = ", whose quotes the shell takes unless the whole stands in others" if kind == STRINGS else ""
-    return f"{shell}; type --set {one_line(option, MOST_SHOWN)}"
+    return f"{shell}; type --set {one_line(option)}"
 
 
 def name_option(override: str) -> str:

@@ -108,15 +108,15 @@ def check_outputs(arguments):
     for path in map(pathlib.Path, filter(None, (arguments.output, arguments.eplb_out, arguments.plot))):
         with one_line_faults(path):
             if path.is_dir():
-                raise ConfigError(f"{path}: cannot be written: is a folder")
+                raise ConfigError(f"{one_line(path)}: cannot be written: is a folder")
             # Try it: root is let in by permissions that a read-only or full disk then belies.
             with tempfile.TemporaryFile(dir=path.resolve().parent, buffering=0) as probe:
                 probe.write(bytes(4096))
     if arguments.eplb_out and pathlib.Path(arguments.eplb_out).suffix not in (".json", ".npy"):
-        raise ConfigError(f"--eplb-out {arguments.eplb_out}: must end with .json, .npy")
+        raise ConfigError(f"--eplb-out {one_line(arguments.eplb_out)}: must end with .json, .npy")
     if arguments.plot:
         if pathlib.Path(arguments.plot).suffix.lower() not in PICTURES:
-            raise ConfigError(f"--plot {arguments.plot}: must end with {', '.join(PICTURES)}")
+            raise ConfigError(f"--plot {one_line(arguments.plot)}: must end with {', '.join(PICTURES)}")
         if importlib.util.find_spec("matplotlib") is None:
             raise ConfigError("--plot: matplotlib is not there; pip install matplotlib, or hpcmoe[plot]")
 
@@ -134,7 +134,7 @@ def check_apart(arguments):
         for other, name in taken:
             with one_line_faults(path):
                 if any(is_same(mine, its) for mine in with_part(path) for its in with_part(name)):
-                    raise ConfigError(f"{path}: cannot be written: is {other}")
+                    raise ConfigError(f"{one_line(path)}: cannot be written: is {other}")
         taken.append((what, path))
 
 
@@ -219,7 +219,7 @@ def read_start(problem, path):
     else:
         layouts, notes = read_map(path, problem)
     if notes:
-        say(f"hpcmoe: note: {path}: {note}" for note in notes)
+        say(f"hpcmoe: note: {one_line(path)}: {note}" for note in notes)
     return layouts
 
 

@@ -13,6 +13,7 @@ from hpcmoe.run.balance import read_biases
 from hpcmoe.run.state import BIAS, Place, State
 
 SMALL_EPSILON = 1e-12  # below it, a gradient's square that float32 makes 0 leaves steps of any size
+LARGE_RATE = 1.0  # AdamW moves each weight by about that much a step
 LARGE_WEIGHT = 10.0  # of a routing loss beside the cross-entropy, which begins at 5.5 nats a byte
 
 
@@ -31,6 +32,9 @@ def tell_causes(step: int, config: Config) -> str:
 def find_causes(step: int, config: Config) -> Iterator[str]:
     """Yield what of this config may be to blame at a step; in the first, none of the optimizer's keys has acted yet."""
     train, dispatch, model, stepped = config.train, config.dispatch, config.model, step > 1
+    too_large = f"the steps are too large: try less than [train] learning_rate = {train.learning_rate}"
+    if stepped and train.learning_rate >= LARGE_RATE:
+        yield too_large
     if stepped and train.epsilon < SMALL_EPSILON:
         yield f"[train] epsilon = {train.epsilon}, too small for gradients near 0: try 1e-8"
     if stepped and train.learning_rate * train.weight_decay > 1:
@@ -40,7 +44,8 @@ def find_causes(step: int, config: Config) -> Iterator[str]:
         if weight > LARGE_WEIGHT:
             yield f"[dispatch] {key} = {weight}: its loss outweighs the text's, try 0.01"
     if stepped:
-        yield f"the steps are too large: try less than [train] learning_rate = {train.learning_rate}"
+        if train.learning_rate < LARGE_RATE:
+            yield too_large
         if train.clip_norm == 0:
             yield "[train] clip_norm = 0: try 1"
         if train.learning_rate_warmup_steps == 0:

@@ -36,6 +36,7 @@ def test_a_figure_that_is_not_finite_ends_training_on_all_ranks_alike(loss, norm
     ("changes", "first"),
     [
         ({}, "the steps are too large: try less than [train] learning_rate = 0.01"),
+        ({"train__learning_rate": 9.0, "train__epsilon": 1e-30}, "the steps are too large"),
         ({"train__epsilon": 1e-30}, "[train] epsilon = 1e-30, too small for gradients near 0: try 1e-8"),
         ({"train__weight_decay": 500.0}, "[train] learning_rate x weight_decay = 5: must be far below 1"),
         ({"dispatch__z_loss_weight": 1e6}, "[dispatch] z_loss_weight = 1000000.0: its loss outweighs the text's"),
