@@ -5,7 +5,7 @@ import reprlib
 import unicodedata
 from collections.abc import Iterable
 
-MOST_SHOWN, MOST_OF_LINE = 120, 240  # characters of a value in a message, and of a path or an option
+MOST_SHOWN, MOST_OF_LINE = 120, 320  # characters of a value in a message, and of a path or an option
 MOST_BITS = 256  # of a whole number that is written out
 BREAKING = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's controls, surrogates, separators of lines and paragraphs
 

@@ -10,7 +10,7 @@ from hpcmoe.config import Config, list_keys, read_config
 from hpcmoe.errors import ConfigError
 
 VALUES = [b"1", b"a b", b"[1, 2]", b'["a"]', b"1.5", b"true", b"[[1.0, 2]]"]
-NUM_MUTATIONS, LONGEST_LINE, MOST_LINES = 1000, 1200, 41
+NUM_MUTATIONS, LONGEST_LINE, MOST_LINES = 1000, 1400, 41
 MANUAL = (ROOT / "inputs" / "run.toml").read_bytes()
 KEYS = [f"{name}.{key}" for name, key, _ in list_keys()]
 SPICE = [  # what mutations put in

@@ -22,7 +22,7 @@ def refusal(read, *overrides):
     with pytest.raises(ConfigError) as refused:
         read(*overrides)
     (line,) = str(refused.value).splitlines()
-    assert line.isprintable() and len(line) < 1000
+    assert line.isprintable() and len(line) < 1400
     return line
 
 
