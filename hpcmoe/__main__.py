@@ -1,10 +1,10 @@
 """The `hpcmoe` command, also `python -m hpcmoe`: lists its commands, and runs one; nothing is imported before that."""
 
-import difflib
 import importlib
 import sys
 
 from hpcmoe import __version__
+from hpcmoe.messages import show_value, suggest
 from hpcmoe.mpi_library import EXIT_USER, import_mpi
 from hpcmoe.output import say, show
 from hpcmoe.start import prepare
@@ -33,9 +33,7 @@ def main(words: list[str] | None = None) -> int | None:
             show(f"hpcmoe {__version__}")
             return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        say([f"hpcmoe: command line: {name!r}: unknown command; {hint}"])
+        say([f"hpcmoe: command line: {show_value(name)}: unknown command{suggest(name, COMMANDS)}"])
         return EXIT_USER
     sys.argv = [f"hpcmoe {name}", *rest]
     prepare()

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from hpcmoe.errors import ConfigError
+from hpcmoe.messages import one_line
 from hpcmoe.output import show
 
 
@@ -12,7 +13,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Raise instead of leaving, so that all ranks can end together."""
-        raise ConfigError(f"command line: {message}")
+        raise ConfigError(f"command line: {one_line(message)}")
 
     def print_help(self, file=None):
         """Show the help; argparse leaves after it."""

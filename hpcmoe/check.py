@@ -20,6 +20,7 @@ from hpcmoe.cluster.topology import host_name, read_topology
 from hpcmoe.config import Cluster
 from hpcmoe.errors import HpcmoeError, exit_with, on_all, on_root
 from hpcmoe.interrupts import insistent_interrupts
+from hpcmoe.messages import one_line
 from hpcmoe.output import show
 from hpcmoe.wait import barrier, gather_to_all
 
@@ -57,7 +58,9 @@ def wants_help(words):
     parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
-        raise HpcmoeError(f"command line: {' '.join(unknown)}: unknown; {parser.prog} takes no arguments but --help")
+        raise HpcmoeError(
+            f"command line: {one_line(' '.join(unknown))}: unknown; {parser.prog} takes no arguments but --help"
+        )
     if arguments.help:
         parser.print_help()
     return arguments.help

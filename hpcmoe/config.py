@@ -1,23 +1,30 @@
 """run.toml: one frozen dataclass per section, every key with its unit and its allowed values."""
 
-import difflib
-import json
-import pathlib
-import tomllib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Annotated, ClassVar, Literal
+from os import PathLike
+from typing import Annotated, ClassVar, Literal, get_type_hints
 
-from annotated_types import Ge, Gt, Interval, MinLen
+from annotated_types import Ge, Gt, Interval, MaxLen, MinLen
 
 from hpcmoe.contradictions import contradictions
 from hpcmoe.errors import ConfigError
+from hpcmoe.float32 import InFloat32, find_misfit
+from hpcmoe.messages import is_one_line, join_lines, one_line, show_value
+from hpcmoe.overrides import kind_of, name_option, parse_override
 from hpcmoe.paths import expand_paths
+from hpcmoe.reading import read_toml
+from hpcmoe.validate import STRICT, validate
 
-STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # what pydantic is to be picky about
 Count = Annotated[int, Interval(ge=1, lt=2**31)]
 CountOrNone = Annotated[int, Interval(ge=0, lt=2**31)]  # 0 turns the thing off, or lets the program choose
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
+Positive32 = Annotated[float, Gt(0), InFloat32()]
+NotNegative32 = Annotated[float, Ge(0), InFloat32()]
+UpToOne32 = Annotated[float, Interval(ge=0, le=1), InFloat32()]
+BelowOne32 = Annotated[float, Interval(ge=0, lt=1), InFloat32()]
 Share = Annotated[float, Interval(gt=0, lt=1)]
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -33,12 +40,12 @@ def section(cls):
 class Run:
     """What to do, and under which name."""
 
-    name: Annotated[str, MinLen(1)] = "run"
+    name: Annotated[str, MinLen(1), MaxLen(255)] = "run"
     mode: Literal["train", "infer"] = "train"
     steps: Count = 120
     warmup_steps: CountOrNone = 10
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
-    output: Annotated[str, MinLen(1)] = "out"
+    output: Annotated[str, MinLen(1), MaxLen(4095)] = "out"
     threads_per_rank: Annotated[int, Interval(ge=0, le=4096)] = 0
 
 
@@ -113,12 +120,12 @@ class Dispatch:
     """How tokens choose experts."""
 
     renormalize: bool = True
-    aux_loss_weight: NotNegative = 0.05
-    z_loss_weight: NotNegative = 0.001
-    load_feedback: Annotated[float, Interval(ge=0, le=1)] = 0.2
+    aux_loss_weight: NotNegative32 = 0.05
+    z_loss_weight: NotNegative32 = 0.001
+    load_feedback: UpToOne32 = 0.2
     load_feedback_on: Literal["selection", "both"] = "selection"
     load_window_steps: Count = 10
-    bias_update_speed: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    bias_update_speed: UpToOne32 = 0.0
     capacity_factor: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
 
 
@@ -156,13 +163,13 @@ class Data:
 class Train:
     """The optimizer."""
 
-    learning_rate: Positive = 0.01
+    learning_rate: Positive32 = 0.01
     learning_rate_warmup_steps: CountOrNone = 20
-    weight_decay: NotNegative = 0.01
-    beta1: Annotated[float, Interval(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.99
-    epsilon: Positive = 1e-8
-    clip_norm: NotNegative = 1.0
+    weight_decay: NotNegative32 = 0.01
+    beta1: BelowOne32 = 0.9
+    beta2: BelowOne32 = 0.99
+    epsilon: Positive32 = 1e-8
+    clip_norm: NotNegative32 = 1.0
     bucket_bytes: Annotated[int, Interval(ge=0, lt=2**31)] = 4_000_000
     shard_optimizer: bool = False
     check_every: CountOrNone = 100
@@ -196,87 +203,57 @@ class Config:
     write: Write = field(default_factory=Write)
 
 
-def read_config(path, overrides=()):
+def read_config(path: str | PathLike, overrides: Sequence[str] = ()) -> tuple[Config, str]:
     """Read and check a TOML file and `section.key=value` overrides -> (Config, its text with the overrides).
 
     Raises ConfigError with one line a fault: file, section, key, value, and what is allowed.
     """
-    text = read_text(path)
-    try:
-        tree = tomllib.loads(text)
-    except (ValueError, RecursionError) as fault:  # tomllib tells more than its own errors
-        raise ConfigError(f"{path}: not TOML: {fault}") from None
+    tree, text = read_toml(path)
 
     # Lay the overrides over the file, remembering where each value came from.
-    source_of_key = {}
+    source_of_key, kinds = {}, {(name, key): kind_of(kind) for name, key, kind in list_keys()}
     for override in overrides:
-        name, key, value = parse_override(override)
+        name, key, value = parse_override(override, kinds)
         if name not in tree:
-            source_of_key[name,] = f"--set {override}"
+            source_of_key[name,] = name_option(override)
         if not isinstance(tree.setdefault(name, {}), dict):
-            raise ConfigError(f"{path}: {name} = {tree[name]!r}: must be a section, [{name}]")
+            raise ConfigError(f"{one_line(path)}: {name} = {show_value(tree[name])}: must be a section, [{name}]")
         tree[name][key] = value
-        source_of_key[name, key] = f"--set {override}"
+        source_of_key[name, key] = name_option(override)
 
-    config = make_config(tree, lambda *keys: source_of_key.get(keys, str(path)))
-    config = expand_paths(config, lambda *keys: source_of_key.get(keys, str(path)))
+    config = make_config(tree, lambda *keys: source_of_key.get(keys, one_line(path)))
+    config = expand_paths(config, lambda *keys: source_of_key.get(keys, one_line(path)))
     return config, text + "".join(f"\n# --set {override}" for override in overrides)
 
 
-def read_text(path):
-    """Read a text file, or say in one line why it cannot be read."""
-    try:
-        return pathlib.Path(path).read_text(encoding="utf-8-sig")
-    except OSError as fault:
-        raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file in UTF-8") from None
+@functools.cache
+def list_keys() -> tuple[tuple[str, str, object], ...]:
+    """List every key of run.toml as (section, key, annotation)."""
+    return tuple(
+        (part.name, key.name, get_type_hints(part.type, include_extras=True)[key.name])
+        for part in fields(Config)
+        for key in fields(part.type)
+    )
 
 
-def parse_override(override):
-    """Split `section.key=value` -> (section, key, value); the value is TOML, or a bare string."""
-    name, equals, value = override.partition("=")
-    name, dot, key = name.strip().partition(".")
-    if not (name and dot and key and equals):
-        raise ConfigError(f"--set {override}: must look like section.key=value")
-    try:
-        return name, key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return name, key, value.strip()
-
-
-def make_config(tree, source_of):
+def make_config(tree: dict, source_of: Callable[..., str]) -> Config:
     """Check a parsed TOML tree whole -> Config; ConfigError lists every fault in it."""
-    from pydantic import TypeAdapter, ValidationError  # rank 0 alone pays for this import
-
-    try:
-        config = TypeAdapter(Config).validate_json(json.dumps(tree, default=lambda date: {"date": str(date)}))
-    except ValidationError as invalid:
-        raise ConfigError("\n".join(explain(fault, tree, source_of) for fault in invalid.errors())) from None
-    faults = [f"{source_of(*keys)}: {text}" for keys, text in contradictions(config)]
-    if faults:
-        raise ConfigError("\n".join(faults))
+    config = validate(Config, tree, source_of)
+    lines = [
+        f"{source_of(name, key)}: [{name}] {key} = {show_value(getattr(getattr(config, name), key))}: {what}"
+        for (name, key), what in [*find_misfits(config), *contradictions(config)]
+    ]
+    if lines:
+        raise ConfigError(join_lines(lines))
     return config
 
 
-def explain(fault, tree, source_of):
-    """Make one line of one of pydantic's errors: where it is, what stands there, what may stand there."""
-    name, *inner = fault["loc"]
-    if not inner:
-        known, what = [f.name for f in fields(Config)], f"[{name}]"
-        return f"{source_of(name)}: {what}: " + (
-            f"unknown section{suggest(name, known)}" if name not in known else f"{tree[name]!r}: must be a section"
-        )
-    key = inner[0]
-    what = f"{source_of(name, key)}: [{name}] {key} = {tree[name][key]!r}"
-    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = [f.name for f in fields(type(getattr(Config(), name)))]
-        return f"{what}: unknown key{suggest(key, known)}"
-    entry = f"entry {list(inner[1:])}: " if len(inner) > 1 else ""
-    return f"{what}: {entry}{fault['msg'].replace('Input should', 'must')}"
-
-
-def suggest(word, known):
-    """Name the nearest known word, or all of them."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(known)}"
+def find_misfits(config: Config) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield ((section, key), text) for numbers that float32 does not have, and texts that are not one line."""
+    for name, key, annotation in list_keys():
+        value = getattr(getattr(config, name), key)
+        if what := find_misfit(value, annotation):
+            yield (name, key), what
+        texts = value if isinstance(value, tuple) else (value,)
+        if not all(is_one_line(text) for text in texts if isinstance(text, str)):
+            yield (name, key), "must hold no line breaks or other control characters"

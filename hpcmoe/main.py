@@ -9,17 +9,14 @@ if __name__ == "__main__":
 
 import contextlib
 import gc
-import importlib.metadata
 import logging
 import pathlib
-import platform
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 from mpi4py import MPI
 
-from hpcmoe import __version__
 from hpcmoe.arguments import Parser, name_program
 from hpcmoe.cluster.demand import find_loads
 from hpcmoe.cluster.launcher import check_launcher
@@ -27,7 +24,9 @@ from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.cluster.nodes import save_topology
 from hpcmoe.cluster.topology import host_name, read_topology
 from hpcmoe.config import read_config
+from hpcmoe.description import describe_run, describe_tokens
 from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
+from hpcmoe.idle import find_notes
 from hpcmoe.interrupts import insistent_interrupts
 from hpcmoe.output import Log, show
 from hpcmoe.paths import expand_path
@@ -42,11 +41,9 @@ from hpcmoe.write.checkpoint import find_checkpoint, lies_in, load_checkpoint, n
 from hpcmoe.write.folder import open_folder
 from hpcmoe.write.loads import read_loads
 from hpcmoe.write.pieces import Part, Piece
-from hpcmoe.write.problem import describe_problem
 from hpcmoe.write.records import open_records
 from hpcmoe.write.writer import open_writer
 
-NOT_INSTALLED = "not installed"  # a package that only lies on Python's path, or nowhere
 log = logging.getLogger("hpcmoe.main")
 
 
@@ -75,6 +72,7 @@ def run(comm, arguments, opened):
     """Read, place, run, keep; opened holds the run's folder until the end. Collective over comm."""
     # Make sure of input and output first: what is wrong need not wait for torch.
     config, text = on_root(comm, lambda: read_config(arguments.config, arguments.set))
+    on_root(comm, lambda: [log.warning("%s", note) for note in find_notes(config)])
     folder = pathlib.Path(config.run.output, config.run.name)
     checkpoint = None if arguments.resume is None else find_checkpoint(comm, arguments.resume or folder)
     goes_on = checkpoint is not None and lies_in(checkpoint, folder)
@@ -138,6 +136,7 @@ def make_start(job, checkpoint):
 
 def train_or_infer(job, records, folder, start):
     """Do what [run] mode asks -> Totals. Collective over all ranks."""
+    from hpcmoe.run.finite import check_state
     from hpcmoe.run.infer import infer
     from hpcmoe.run.report import sum_up
     from hpcmoe.run.state import LOAD
@@ -154,6 +153,7 @@ def train_or_infer(job, records, folder, start):
         if training and is_due(step, write.checkpoint_every, config.run.steps):
             describe_tokens(records, job)
             records.flush()
+            check_state(world, start.state, step, {LOAD: load})
             held = start.state.collect({LOAD: load})
             pieces = (Piece(name=name, shape=shape, start=at, array=array) for name, shape, at, array in held)
             writer.save(step, pieces, describe_state(job, step))
@@ -205,48 +205,6 @@ def announce(job):
         "memory of a rank, as computed: %.1f MB, of these %.1f MB message buffers and %.1f MB activations",
         memory.total / 1e6, memory.buffers / 1e6, memory.activations / 1e6,
     )  # fmt: skip
-
-
-def describe_run(records, job, text):
-    """Keep what the run is: input, versions, cluster, placement."""
-    from hpcmoe.run.layout import describe_layout
-
-    topology = job.topology
-    records.describe("run", "config", text)
-    records.describe("run", "versions", read_versions())
-    for name in ("node_of_rank", "rack_of_node", "devices_of_node", "cores_of_node"):
-        records.describe("cluster", name, getattr(topology, name))
-    rates = [f"{kind}bytes_per_second" for kind in ("", "egress_", "ingress_", "uplink_")]
-    for name, unit in (*((rate, "B/s") for rate in rates), ("latency_seconds", "s"), ("memory_bytes", "B")):
-        records.describe("cluster", name, getattr(topology, name), unit)
-    records.describe("cluster", "node_names", list(topology.node_names))
-    records.describe("cluster", "rack_names", list(topology.rack_names))
-    records.describe("cluster", "source", dict(topology.source))
-    describe_layout(records, job.layout)
-    if job.problem is not None:
-        describe_problem(records, job.problem)
-
-
-def describe_tokens(records, job):
-    """Keep the tokens that each node asked of each expert since this was kept last. Collective over all ranks."""
-    tokens = job.meter.take_tokens(job.topology.node_of_rank)
-    if tokens is not None:
-        records.describe("experts", "tokens_of_node", tokens, "copies")
-
-
-def read_versions():
-    """Name the versions of what computes -> dict."""
-    versions = {name: find_version(name) for name in ("numpy", "torch", "mpi4py", "h5py")}
-    library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
-    return {"hpcmoe": __version__, **versions, "python": platform.python_version(), "MPI library": library}
-
-
-def find_version(package):
-    """Name the version of a package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return NOT_INSTALLED
 
 
 def check_checkpoint(checkpoint, folder, config):

@@ -1,5 +1,14 @@
 """What a user wrote, as messages show it: on one line, printable and short."""
 
+import difflib
+import reprlib
+import unicodedata
+from collections.abc import Iterable
+
+MOST_SHOWN, MOST_OF_LINE = 120, 320  # characters of a value in a message, and of a path or an option
+MOST_BITS = 256  # of a whole number that is written out
+BREAKING = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's controls, surrogates, separators of lines and paragraphs
+
 
 def printable(text: str) -> str:
     """Escape what would break a line, move a cursor or not show."""
@@ -9,3 +18,56 @@ def printable(text: str) -> str:
 def escape(character: str) -> str:
     """Write a character as Python's strings do."""
     return character.encode("unicode_escape").decode("ascii")
+
+
+def is_one_line(text: str) -> bool:
+    """Return True if a text has neither line breaks, nor other controls, nor bytes that were not UTF-8."""
+    return text.isprintable() or not any(unicodedata.category(c) in BREAKING for c in text)
+
+
+def one_line(text: object, most: int = MOST_OF_LINE) -> str:
+    """Write a text on one line of at most about so many characters, cut in the middle: its end tells as much."""
+    line = printable(str(text)[: 4 * most] + str(text)[4 * most :][-most:])
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-(most // 2 - 5) :]}"
+
+
+def show_value(value: object) -> str:
+    """Write a value of any type, size and depth on one line, as Python has it; dates as TOML has them."""
+    return one_line(SHORT.repr(value), MOST_SHOWN)
+
+
+class ShortRepr(reprlib.Repr):
+    """repr() that is quick and bounded for whatever TOML or JSON may hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 4, 8, 8, 8
+        self.maxstring = self.maxlong = self.maxother = MOST_SHOWN
+
+    def repr_int(self, number, level):
+        """Write a whole number; one of thousands of digits Python itself refuses to write."""
+        if number.bit_length() > MOST_BITS:
+            return f"a whole number of {number.bit_length()} bits"
+        return super().repr_int(number, level)
+
+    def repr_date(self, date, _level):
+        """Write a date, a time or both."""
+        return str(date)
+
+    repr_datetime = repr_time = repr_date
+
+
+SHORT = ShortRepr()
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Name the nearest known word, or all of them."""
+    near = difflib.get_close_matches(word[:MOST_SHOWN], known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(known)}"
+
+
+def join_lines(lines: Iterable[str], most: int = 40) -> str:
+    """Join the lines of faults; of very many the first."""
+    lines = list(lines)
+    more = [f"and {len(lines) - most} more faults"] * (len(lines) > most)
+    return "\n".join(lines[:most] + more)

@@ -21,6 +21,7 @@ import time
 from hpcmoe.arguments import Parser, name_program
 from hpcmoe.errors import EXIT_USER, ConfigError, HpcmoeError
 from hpcmoe.interrupts import Interrupted, insistent_interrupts
+from hpcmoe.messages import one_line
 from hpcmoe.output import Log, say, show
 from hpcmoe.placement.case import read_case
 from hpcmoe.placement.maps import check_map, read_map, write_map
@@ -65,7 +66,7 @@ def read_arguments(words):
     parser.add_argument("--eplb-out", metavar="MAP", help="write it as EPLB's map of slots to experts: .json, .npy")
     parser.add_argument(
         "--start", metavar="FILE",
-        help="begin with the placement there: an OUT.json, an EPLB map (.json, .npy), or the run.h5 of a run",
+        help="begin with the placement there: OUT.json, another engine's map (.json, .npy), or the run.h5 of a run",
     )  # fmt: skip
     parser.add_argument(
         "--moves", type=natural, metavar="COUNT",
@@ -104,22 +105,51 @@ def natural(word):
 
 def check_outputs(arguments):
     """Make sure, before a long search, that what is asked for can be written."""
+    check_apart(arguments)
     for path in map(pathlib.Path, filter(None, (arguments.output, arguments.eplb_out, arguments.plot))):
         with one_line_faults(path):
             if path.is_dir():
-                raise ConfigError(f"{path}: cannot be written: is a folder")
-            if path.resolve() == pathlib.Path(arguments.case).resolve():
-                raise ConfigError(f"{path}: cannot be written: is the case itself")
+                raise ConfigError(f"{one_line(path)}: cannot be written: is a folder")
             # Try it: root is let in by permissions that a read-only or full disk then belies.
             with tempfile.TemporaryFile(dir=path.resolve().parent, buffering=0) as probe:
                 probe.write(bytes(4096))
     if arguments.eplb_out and pathlib.Path(arguments.eplb_out).suffix not in (".json", ".npy"):
-        raise ConfigError(f"--eplb-out {arguments.eplb_out}: must end with .json, .npy")
+        raise ConfigError(f"--eplb-out {one_line(arguments.eplb_out)}: must end with .json, .npy")
     if arguments.plot:
         if pathlib.Path(arguments.plot).suffix.lower() not in PICTURES:
-            raise ConfigError(f"--plot {arguments.plot}: must end with {', '.join(PICTURES)}")
+            raise ConfigError(f"--plot {one_line(arguments.plot)}: must end with {', '.join(PICTURES)}")
         if importlib.util.find_spec("matplotlib") is None:
             raise ConfigError("--plot: matplotlib is not there; pip install matplotlib, or hpcmoe[plot]")
+
+
+def check_apart(arguments):
+    """Refuse an output that is an input or another output by any of its names; a device may be several."""
+    inputs = {"the case itself": arguments.case, "what --start reads": arguments.start}
+    outputs = {
+        "what -o writes": arguments.output,
+        "what --eplb-out writes": arguments.eplb_out,
+        "what --plot draws": arguments.plot,
+    }
+    taken = [(what, pathlib.Path(path)) for what, path in inputs.items() if path]
+    for what, path in ((what, pathlib.Path(path)) for what, path in outputs.items() if path):
+        for other, name in taken:
+            with one_line_faults(path):
+                if any(is_same(mine, its) for mine in with_part(path) for its in with_part(name)):
+                    raise ConfigError(f"{one_line(path)}: cannot be written: is {other}")
+        taken.append((what, path))
+
+
+def with_part(path):
+    """List a path and the temporary name under which replaced() writes it."""
+    whole = path.resolve()
+    return whole, whole.with_name(f"{whole.name}.part")
+
+
+def is_same(one, other):
+    """Return True if two paths are one file, or would be; of devices each is its own."""
+    if one.exists() and other.exists():
+        return one.is_file() and one.samefile(other)
+    return one == other
 
 
 @contextlib.contextmanager
@@ -127,8 +157,9 @@ def one_line_faults(path):
     """Turn the system's refusal inside the block into a ConfigError."""
     try:
         yield
-    except OSError as fault:
-        raise ConfigError(f"{path}: cannot be written: {fault.strerror or fault}") from None
+    except (OSError, RuntimeError) as fault:  # the latter of a link that leads to itself
+        why = getattr(fault, "strerror", None) or one_line(fault)
+        raise ConfigError(f"{one_line(path)}: cannot be written: {why}") from None
 
 
 def place(arguments):
@@ -191,7 +222,7 @@ def read_start(problem, path):
     else:
         layouts, notes = read_map(path, problem)
     if notes:
-        say(f"hpcmoe: note: {path}: {note}" for note in notes)
+        say(f"hpcmoe: note: {one_line(path)}: {note}" for note in notes)
     return layouts
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from launch import MPIRUN, Running, mpirun
 
-from hpcmoe.main import NOT_INSTALLED, find_version
+from hpcmoe.description import NOT_INSTALLED, find_version
 
 PROMPT_SECONDS = 20  # for what the program refuses, and for all ranks to end when one is killed
 TINY = {

@@ -7,8 +7,11 @@ import tomllib
 import pytest
 from launch import ROOT
 
-from hpcmoe.config import Config, parse_override, read_config
+from hpcmoe.config import Config, list_keys, read_config
 from hpcmoe.errors import ConfigError
+from hpcmoe.overrides import kind_of, parse_override
+
+KINDS = {(name, key): kind_of(annotation) for name, key, annotation in list_keys()}
 
 
 @pytest.fixture
@@ -98,6 +101,7 @@ def test_a_fault_shows_file_section_key_value_and_what_is_allowed(file, text, sa
         ("[cluster]\ntensor_parallel = 3", "[cluster] tensor_parallel = 3: must divide [model] feed_forward = 128"),
         ('[cluster]\nlinks = "file"', "[cluster] links_file = '': must name a file when links = \"file\""),
         ('[cluster]\nlinks = "config"', "[cluster] bytes_per_second = (): must be a matrix, nodes x nodes, when"),
+        ('[comm]\ndevice = "host"\ntransport = "nccl"', "[comm] transport = 'nccl': needs GPUs: [comm] device ="),
         ("[pipeline]\nmicro_batches = 65", "[pipeline] micro_batches = 65: must be at most [data] batch_sequences"),
         ("[write]\nactivations_of_layers = [0, 2]",
          "[write] activations_of_layers = (0, 2): must be layers below [model] num_layers = 2"),
@@ -149,7 +153,7 @@ def test_values_at_the_edge_of_what_is_allowed_pass(file, text):
     ],
 )
 def test_an_overrides_value_is_toml_or_a_bare_string(override, value):
-    name, key, parsed = parse_override(override)
+    name, key, parsed = parse_override(override, KINDS)
     assert f"{name}.{key}" in override and (type(parsed), parsed) == (type(value), value)
 
 

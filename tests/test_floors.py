@@ -11,8 +11,9 @@ from launch import ROOT
 
 FLOORS = (
     "__version__", "output", "interrupts", "start", "segments", "mpi_library", "wait", "clock", "errors", "environment",
-    "messages", "paths", "arguments", "watch", "contradictions", "config",
-    "cluster", "placement", "comm", "gemm", "dispatch", "experts", "pipeline", "run", "write", "tables", "plot",
+    "messages", "paths", "arguments", "watch", "reading", "float32", "contradictions", "idle", "overrides", "validate",
+    "config", "cluster", "placement", "comm", "gemm", "dispatch", "experts", "pipeline", "run", "write", "tables",
+    "plot", "description",
 )  # fmt: skip
 PROGRAMS = ("main", "place", "check", "settings", "watcher", "__main__")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))

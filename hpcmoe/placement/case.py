@@ -1,15 +1,13 @@
 """A placement problem as a JSON file, CASE.json: read, checked key by key, and made into arrays."""
 
-import json
-from collections import Counter
 from typing import Annotated
 
 import numpy as np
 from annotated_types import Interval
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
-from hpcmoe.config import read_text
 from hpcmoe.errors import ConfigError, PlacementError
+from hpcmoe.messages import one_line
 from hpcmoe.placement.faults import (
     and_more,
     explain,
@@ -21,6 +19,7 @@ from hpcmoe.placement.faults import (
     shorten,
 )
 from hpcmoe.placement.problem import PlacementProblem
+from hpcmoe.reading import read_json
 
 MOST_BYTES = 2**62  # a node's memory is counted in 64 bits
 
@@ -82,26 +81,16 @@ def read_case(path, objective="step", count_latency=False):
 
 
 def read_tree(path):
-    """Parse a JSON object, each of whose keys may stand once -> dict."""
-
-    def unique(pairs):
-        """Make a dict of an object's pairs."""
-        counts = Counter(key for key, _ in pairs)
-        refuse(path, (f"{key}: stands {n} times, must stand once" for key, n in counts.items() if n > 1), ConfigError)
-        return dict(pairs)
-
-    try:
-        tree = json.loads(read_text(path), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as fault:  # json tells more than its own errors
-        raise ConfigError(f"{path}: not JSON: {fault}") from None
+    """Read a JSON object -> dict."""
+    tree = read_json(path)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold one JSON object, not {shorten(tree)}")
+        raise ConfigError(f"{one_line(path)}: must hold one JSON object, not {shorten(tree)}")
     return tree
 
 
 def refuse(path, lines, error):
     """Raise the error with the file's name before each line, if there is one."""
-    if lines := [f"{path}: {line}" for line in lines]:
+    if lines := [f"{one_line(path)}: {line}" for line in lines]:
         raise error("\n".join(lines))
 
 

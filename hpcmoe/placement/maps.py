@@ -1,76 +1,43 @@
-"""Placements as files: expert_of_slot as hpcmoe.place writes it, and physical_to_logical as DeepSeek's EPLB has it.
+"""Placements as files: expert_of_slot as hpcmoe.place writes it, and the maps of other engines (see formats).
 
 EPLB (github.com/deepseek-ai/EPLB) numbers the slots of a layer rank by rank, as we do: its map is [layers][slots of all
 ranks]. It has no empty slots; here they are -1.
 """
 
 import json
+import os
 import pathlib
 
 import numpy as np
 
-from hpcmoe.config import read_text
 from hpcmoe.errors import ConfigError
-from hpcmoe.placement.problem import in_units
+from hpcmoe.messages import one_line
+from hpcmoe.placement.formats import check_range, read_slots
+from hpcmoe.placement.problem import PlacementProblem, in_units
 from hpcmoe.placement.terms import HOLE
 
-KEYS = {"expert_of_slot": 3, "physical_to_logical": 2}  # of a JSON object, and their dimensions
 
+def read_map(path: str | os.PathLike, problem: PlacementProblem) -> tuple[np.ndarray, list[str]]:
+    """Read where a file, JSON or NumPy's .npy, has the experts of a problem -> ([L, S] int64, notes).
 
-def read_map(path, problem):
-    """Read where a file has the experts of a problem -> ([L, S] int64, notes).
-
-    A JSON object with one of KEYS, or a JSON list or NumPy file (.npy) of either shape. Fewer slots a rank than the
-    problem has leave the others empty. Raises ConfigError in one line.
+    Fewer slots a rank than the problem has leave the others empty; more are taken where they are empty themselves.
+    Raises ConfigError in one line.
     """
-    key, numbers = read_numbers(path)
-    return check_map(path, key, numbers, problem)
+    name, experts, notes = read_slots(path, problem)
+    layouts, more = check_map(path, name, experts, problem)
+    return layouts, notes + more
 
 
-def read_numbers(path):
-    """Read a file's whole numbers -> (their key, int64 [L, S] or [L, P, s])."""
-    if pathlib.Path(path).suffix == ".npy":
-        try:
-            with open(path, "rb") as file:
-                numbers, key = np.lib.format.read_array(file, allow_pickle=False), "the array"
-        except (OSError, ValueError, EOFError, MemoryError) as fault:
-            raise ConfigError(f"{path}: cannot be read: {getattr(fault, 'strerror', None) or fault}") from None
-    else:
-        try:
-            tree = json.loads(read_text(path))
-        except (ValueError, RecursionError) as fault:
-            raise ConfigError(f"{path}: not JSON: {fault}") from None
-        key = next((key for key in KEYS if isinstance(tree, dict) and key in tree), "the list")
-        rows = tree.get(key) if isinstance(tree, dict) else tree
-        try:
-            numbers = np.array(rows)
-        except ValueError:  # rows of different lengths
-            numbers = np.array(None)
-    dimensions = [KEYS[key]] if key in KEYS else [2, 3]
-    if numbers.ndim not in dimensions or numbers.dtype.kind not in "iu" or 0 in numbers.shape:
-        wanted = "[layers][ranks][slots]" if dimensions == [3] else "[layers][slots of all ranks]"
-        keys = " or ".join(KEYS)
-        raise ConfigError(f"{path}: {key} must be whole numbers {wanted}, of equal rows; an object needs {keys}")
-    return key, numbers.astype(np.int64)
-
-
-def check_map(path, key, numbers, problem):
-    """Check numbers [L, S] or [L, P, s] against a problem's limits -> ([L, S], notes); ConfigError in one line."""
-    where, layers, ranks = f"{path}: {key}", problem.num_layers, problem.num_ranks
+def check_map(
+    path: str | os.PathLike, key: str, numbers: np.ndarray, problem: PlacementProblem
+) -> tuple[np.ndarray, list[str]]:
+    """Check experts of slots [L, S] or [L, P, s] against a problem's limits -> ([L, S], notes); or ConfigError."""
+    where, layers, ranks = f"{one_line(path)}: {key}", problem.num_layers, problem.num_ranks
     if len(numbers) != layers:
         raise ConfigError(f"{where} has {len(numbers)} layers, layers = {layers}")
-    if numbers.ndim == 3 and numbers.shape[1] != ranks:
-        raise ConfigError(f"{where}[0] has {numbers.shape[1]} ranks, experts are spread over {ranks}")
-    slots = numbers[0].size
-    if slots % ranks or slots // ranks > problem.slots_per_rank:
-        raise ConfigError(
-            f"{where}[0] has {slots} slots: must be a multiple of the {ranks} ranks, at most {problem.slots_per_rank} "
-            "on each; [cluster] spare_slots_per_rank"
-        )
-    wrong = np.argwhere((numbers < HOLE) | (numbers >= problem.num_experts))
-    if len(wrong):
-        index = "".join(f"[{i}]" for i in wrong[0])
-        raise ConfigError(f"{where}{index} = {numbers[tuple(wrong[0])]}: must be -1 to {problem.num_experts - 1}")
+    if numbers[0].size % ranks:
+        raise ConfigError(f"{where}[0] has {numbers[0].size} slots: must be a multiple of the {ranks} ranks")
+    check_range(where, numbers, problem.num_experts)
 
     # What is there twice on one rank is of no use there, and EPLB may have it so.
     experts = numbers.reshape(layers, ranks, -1).copy()
@@ -78,11 +45,26 @@ def check_map(path, key, numbers, problem):
     for slot in range(1, experts.shape[2]):
         twice[..., slot] = (experts[..., :slot] == experts[..., slot, None]).any(axis=2) & (experts[..., slot] != HOLE)
     experts[twice] = HOLE
+    experts = fit_slots(where, experts, problem.slots_per_rank)
     check_copies(where, experts, problem)
-    missing = problem.slots_per_rank - experts.shape[2]
-    padded = np.pad(experts, ((0, 0), (0, 0), (0, missing)), constant_values=HOLE)
     notes = [f"{twice.sum()} copies are left out, second ones on their rank"] if twice.any() else []
-    return padded.reshape(layers, -1), notes
+    return experts.reshape(layers, -1), notes
+
+
+def fit_slots(where: str, experts: np.ndarray, slots_per_rank: int) -> np.ndarray:
+    """Give each rank slots_per_rank slots, by adding or dropping empty ones: [L, P, s] -> [L, P, slots_per_rank]."""
+    num_held = (experts != HOLE).sum(axis=2)
+    if num_held.max() > slots_per_rank:
+        layer, rank = np.argwhere(num_held > slots_per_rank)[0]
+        raise ConfigError(
+            f"{where} has {num_held[layer, rank]} experts on rank {rank} of layer {layer}: must be at most "
+            f"{slots_per_rank}; [cluster] spare_slots_per_rank, slots_per_gpu of a case"
+        )
+    if experts.shape[2] > slots_per_rank:
+        order = np.argsort(experts == HOLE, axis=2, kind="stable")
+        experts = np.take_along_axis(experts, order, axis=2)[..., :slots_per_rank]
+    missing = slots_per_rank - experts.shape[2]
+    return np.pad(experts, ((0, 0), (0, 0), (0, missing)), constant_values=HOLE)
 
 
 def check_copies(where, experts, problem):

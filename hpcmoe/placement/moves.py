@@ -9,6 +9,7 @@ Arrays that an inner loop needs are named before it: numba counts references at 
 """
 
 import numba
+import numpy as np
 
 from hpcmoe.placement.terms import HOLE
 
@@ -18,7 +19,13 @@ inlined = numba.njit(error_model="numpy", nogil=True, inline="always")  # where 
 
 
 def compiled(function):
-    """Have numba compile a function at its first call, and keep it beside the source or in the user's cache folder."""
+    """Have numba compile a function at its first call, and keep it beside the source or in the user's cache folder.
+
+    With NUMBA_DISABLE_JIT=1 it runs as it stands, as right and a hundred times slower; NumPy's warnings, which machine
+    code does not have, are then kept quiet.
+    """
+    if numba.config.DISABLE_JIT:
+        return np.errstate(all="ignore")(function)
     try:
         return numba.njit(error_model="numpy", nogil=True, cache=True)(function)
     except RuntimeError:  # neither can be written: compile it in every process

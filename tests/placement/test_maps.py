@@ -62,9 +62,9 @@ def test_fewer_slots_leave_the_others_empty_and_second_copies_on_a_rank_are_left
 @pytest.mark.parametrize(
     ("tree", "changes", "said"),
     [
-        ([[0, 1, 2, 3, 0, 1]], {}, "the list has 1 layers, layers = 2"),
-        ([[0, 1, 2, 3, 0]] * 2, {}, "the list[0] has 5 slots: must be a multiple of the 3 ranks, at most 2 on each"),
-        ([[0, 1, 2, 3, 0, 1, 2, 3, 0]] * 2, {}, "the list[0] has 9 slots: must be"),
+        ([[0, 1, 2, 3, 0, 1]] * 4, {}, "the list has 4 layers, layers = 2"),
+        ([[0, 1, 2, 3, 0]] * 2, {}, "the list[0] has 5 slots: must be a multiple of the 3 ranks"),
+        ([[0, 1, 2, 3, 0, 1, 2, 3, 0]] * 2, {}, "the list has 3 experts on rank 0 of layer 0: must be at most 2"),
         ([[[0, 1, 2], [3, 0, 1]]] * 2, {}, "the list[0] has 2 ranks, experts are spread over 3"),
         ([[0, 1, 2, 3, 0, 4]] * 2, {}, "the list[0][5] = 4: must be -1 to 3"),
         ([[0, 1, 2, 3, 0, -2]] * 2, {}, "the list[0][5] = -2: must be"),
@@ -72,10 +72,10 @@ def test_fewer_slots_leave_the_others_empty_and_second_copies_on_a_rank_are_left
         (LAYOUTS.tolist(), {"replicate": False}, "the list[0] has expert 0 2 times, but replicate = false"),
         (LAYOUTS.tolist(), {"memory_bytes": np.array([6, 9]) * EXPERT_BYTES},
          "the list: 7 copies on node 0 x 1 kB are more than its 6 kB hold"),
-        ({"physical_to_logical": [[0, 1], [0]]}, {}, "physical_to_logical must be whole numbers [layers][slots of all"),
-        ({"expert_of_slot": [[0, 1]]}, {}, "expert_of_slot must be whole numbers [layers][ranks][slots]"),
-        ([[0.5, 1, 2, 3, 0, 1]] * 2, {}, "the list must be whole numbers"),
-        ({"something": 3}, {}, "an object needs expert_of_slot or physical_to_logical"),
+        ({"physical_to_logical": [[0, 1], [0]]}, {}, "physical_to_logical has layers of 1 to 2 slots: must be"),
+        ({"expert_of_slot": [[0, 1]]}, {}, "expert_of_slot[0] has 2 slots: must be a multiple of the 3 ranks"),
+        ([[0.5, 1, 2, 3, 0, 1]] * 2, {}, "the list holds 0.5: must be whole numbers"),
+        ({"something": 3}, {}, "has ['something']: an object needs expert_of_slot, physical_to_logical, "),
         ("[[0, 1", {}, "not JSON: "),
     ],
 )  # fmt: skip

@@ -77,10 +77,10 @@ def test_a_placement_is_taken_from_a_file(tmp_path):
     assert layout.placement.expert_of_replica.tolist() == [[2, 0, 3, 1], [3, 2, 1, 0]]
     assert layout.placement.method == "file" and set(layout.seconds_of_method) == {"contiguous"}
     assert "placement file: objective step" in next(tell(layout, config.cluster))
-    path.write_text("[[2, 0, 3, 1]]")
+    path.write_text("[[2, 0, 3, 1], [2, 0, 3, 1], [2, 0, 3, 1]]")
     with pytest.raises(ConfigError) as refused:
         lay_out(problem, config, make_room(make_topology(4, 2)))
-    assert str(refused.value) == f"[cluster] placement_file = {path}: the list has 1 layers, layers = 2"
+    assert str(refused.value) == f"[cluster] placement_file = {path}: the list has 3 layers, layers = 2"
 
 
 def test_what_does_not_fit_is_told_with_what_else_takes_the_memory():

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from small import Notes, open_small_job
 
-from hpcmoe.errors import TrainingError
 from hpcmoe.run.balance import read_biases
-from hpcmoe.run.train import check_finite, is_due, train, train_step, validate
+from hpcmoe.run.train import is_due, train, train_step, validate
 from hpcmoe.wait import gather_to_all
 
 REPETITIVE = b"the quick brown fox. " * 200
@@ -113,11 +112,3 @@ def test_a_steps_gradients_do_not_linger(comm, shared):
 def test_what_is_due_every_so_often_is_due_at_the_last_step_too():
     assert [step for step in range(1, 11) if is_due(step, 4, 10)] == [4, 8, 10]
     assert not any(is_due(step, 0, 10) for step in range(1, 11))
-
-
-@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (2.0, float("inf")), (float("inf"), float("nan"))])
-def test_what_is_no_number_ends_training_on_all_ranks_alike(loss, norm):
-    with pytest.raises(TrainingError, match=r"step 7: loss .*less than \[train\] learning_rate = 3.0") as caught:
-        check_finite(loss, norm, 7, 3.0)
-    assert caught.value.shared
-    check_finite(2.0, 1.0, 7, 3.0)

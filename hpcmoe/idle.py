@@ -1,0 +1,154 @@
+"""Keys that were set and have no effect beside others, and parts of a model that a config leaves untrained: told."""
+
+from collections.abc import Iterator
+
+from hpcmoe.messages import show_value
+
+Reason = tuple[bool, str, str]  # whether it holds; why; the keys, section.key, that then have no effect
+LEAST_DECAY = 2.0**-25  # of a weight, that float32 can take off it
+
+
+def find_notes(config: object) -> Iterator[str]:
+    """Yield a line for each reason why keys that differ from their defaults have no effect, or not all they promise."""
+    for part in (list_modes, list_cluster, list_comm, list_routing, list_turns):
+        for holds, why, keys in part(config):
+            idle = [name_key(config, key) for key in keys.split() if holds and differs(config, key)]
+            if idle:
+                yield f"no effect: {', '.join(idle)}: {why}"
+    yield from find_shortfalls(config)
+    if config.run.mode == "train":
+        yield from find_untrained(config)
+
+
+def differs(config: object, name: str) -> bool:
+    """Return True if a key, section.key, was set to another value than its default."""
+    section, key = name.split(".")
+    part = getattr(config, section)
+    return getattr(part, key) != getattr(type(part)(), key)
+
+
+def name_key(config: object, name: str) -> str:
+    """Write a key, section.key, with its value."""
+    section, key = name.split(".")
+    return f"[{section}] {key} = {show_value(getattr(getattr(config, section), key))}"
+
+
+def list_modes(config: object) -> list[Reason]:
+    """List what inference leaves out, and training."""
+    infers = config.run.mode == "infer"
+    return [
+        (infers, '[run] mode = "infer" trains nothing',
+         "train.learning_rate train.learning_rate_warmup_steps train.weight_decay train.beta1 train.beta2 "
+         "train.epsilon train.clip_norm train.bucket_bytes train.shard_optimizer train.check_every "
+         "train.validate_every write.checkpoint_every write.checkpoints_kept write.asynchronous "
+         "dispatch.aux_loss_weight dispatch.z_loss_weight dispatch.bias_update_speed data.validation_sequences"),
+        (not infers, '[run] mode = "train" measures every step', "run.warmup_steps"),
+    ]  # fmt: skip
+
+
+def list_cluster(config: object) -> list[Reason]:
+    """List what links, placement and its moves leave out."""
+    cluster = config.cluster
+    links, method = f'[cluster] links = "{cluster.links}"', f'[cluster] placement = "{cluster.placement}"'
+    chances, still = f'[cluster] probability = "{cluster.probability}"', cluster.rebalance_every == 0
+    plain = cluster.placement in ("packed", "contiguous") and not cluster.replicate
+    return [
+        (cluster.links != "measure", links, "cluster.measure_seconds cluster.measure_bytes"),
+        (cluster.links != "config", links,
+         "cluster.bytes_per_second cluster.latency_seconds cluster.egress_bytes_per_second "
+         "cluster.ingress_bytes_per_second cluster.uplink_bytes_per_second"),
+        (cluster.links != "file", links, "cluster.links_file"),
+        (cluster.links == "config" and not cluster.latency_seconds, f"{links}, latency_seconds = []",
+         "cluster.count_latency"),
+        (cluster.placement != "file", method, "cluster.placement_file"),
+        (cluster.placement == "eplb", f"{method} is what it would compare with", "cluster.compare_eplb"),
+        (cluster.placement != "packed" and still, f"{method} is not searched for", "cluster.search_iterations"),
+        (cluster.probability != "config", chances, "cluster.expert_probability"),
+        (cluster.probability != "file", chances, "cluster.loads_file"),
+        (still, "[cluster] rebalance_every = 0",
+         "cluster.rebalance_horizon cluster.rebalance_margin cluster.rebalance_moves"),
+        (plain and still, f"{method} with replicate = false and rebalance_every = 0 leaves them empty",
+         "cluster.spare_slots_per_rank"),
+        (cluster.expert_parallel == 1, "[cluster] expert_parallel = 1 has every expert on each rank",
+         "cluster.replicate cluster.rebalance_every"),
+    ]  # fmt: skip
+
+
+def list_comm(config: object) -> list[Reason]:
+    """List what is not asked where there are no GPUs, or nothing but GPUs, or no other ranks."""
+    comm, cluster = config.comm, config.cluster
+    return [
+        (comm.device == "host", '[comm] device = "host" has no GPUs', "comm.transport comm.buffers"),
+        (comm.transport == "nccl", '[comm] transport = "nccl"', "comm.buffers"),
+        (comm.device == "cuda", '[comm] device = "cuda": no rows are cut or shared',
+         "comm.message_rows comm.pool_bytes comm.shared_memory comm.once_per_node experts.gemm_rows"),
+        (cluster.expert_parallel == cluster.tensor_parallel == 1,
+         "[cluster] expert_parallel = tensor_parallel = 1: no row leaves its rank",
+         "comm.shared_memory comm.once_per_node comm.message_rows comm.buffer_factor comm.pool_bytes"),
+        (not comm.shared_memory, "[comm] shared_memory = false: each rank is a node of its own", "comm.once_per_node"),
+    ]  # fmt: skip
+
+
+def list_routing(config: object) -> list[Reason]:
+    """List what the model leaves a router no choice of."""
+    model, dispatch = config.model, config.dispatch
+    every = model.top_k == model.num_experts
+    no_order = every and dispatch.capacity_factor == 0  # which of a token's experts is its first matters to none
+    why, room = f"[model] top_k = num_experts = {model.top_k} sends each token to all", model.num_experts / model.top_k
+    return [
+        (not model.attention, "[model] attention = false", "model.num_heads"),
+        (every, why, "dispatch.aux_loss_weight dispatch.renormalize"),
+        (no_order, why, "dispatch.bias_update_speed"),
+        (no_order and dispatch.load_feedback_on == "selection", why, "dispatch.load_feedback"),
+        (dispatch.load_feedback == 0, "[dispatch] load_feedback = 0",
+         "dispatch.load_feedback_on dispatch.load_window_steps"),
+        (dispatch.capacity_factor >= room, f"num_experts / top_k = {room:g} is room for every token",
+         "dispatch.capacity_factor"),
+    ]  # fmt: skip
+
+
+def list_turns(config: object) -> list[Reason]:
+    """List what never comes to its turn."""
+    pipeline, write = config.pipeline, config.write
+    return [
+        (pipeline.micro_batches == 1, "[pipeline] micro_batches = 1", "pipeline.schedule"),
+        (pipeline.schedule == "serial", '[pipeline] schedule = "serial"', "pipeline.in_flight"),
+        (write.checkpoint_every == 0, "[write] checkpoint_every = 0", "write.checkpoints_kept write.asynchronous"),
+        (not write.activations_of_layers, "[write] activations_of_layers = []", "write.activations_every"),
+    ]  # fmt: skip
+
+
+def find_shortfalls(config: object) -> Iterator[str]:
+    """Yield a line for each key that was set to more than others let it have."""
+    pipeline, steps, every = config.pipeline, config.run.steps, config.cluster.rebalance_every
+    most = pipeline.in_flight if pipeline.schedule == "serial" else pipeline.micro_batches
+    if pipeline.in_flight > most and differs(config, "pipeline.in_flight"):
+        yield f"[pipeline] in_flight = {pipeline.in_flight} acts as micro_batches = {most}"
+    if every >= steps:
+        yield f"[cluster] rebalance_every = {every}: [run] steps = {steps} end before the first time"
+
+
+def find_untrained(config: object) -> Iterator[str]:
+    """Yield a line for each part of the model that training leaves as it was drawn, wholly or in most steps."""
+    model, train, data, steps = config.model, config.train, config.data, config.run.steps
+    if model.attention and model.sequence_length == 1:
+        yield "[model] sequence_length = 1 leaves queries and keys untrained: a token attends to itself alone"
+    if model.num_experts == 1 and config.dispatch.z_loss_weight == 0:
+        yield "[model] num_experts = 1 leaves the routers untrained: there is nothing to choose"
+    copies = data.batch_sequences * model.sequence_length * model.top_k
+    if copies < model.num_experts:
+        yield (
+            f"[model] num_experts = {model.num_experts}: a step's batch_sequences {data.batch_sequences} x "
+            f"sequence_length {model.sequence_length} x top_k {model.top_k} = {copies} copies leave some untrained"
+        )
+    warmup = train.learning_rate_warmup_steps
+    if warmup > steps and differs(config, "train.learning_rate_warmup_steps"):
+        yield (
+            f"[train] learning_rate_warmup_steps = {warmup}: in [run] steps = {steps} the rate rises to "
+            f"{steps / warmup:.3g} of learning_rate"
+        )
+    if 0 < train.learning_rate * train.weight_decay < LEAST_DECAY:
+        yield (
+            f"[train] weight_decay = {train.weight_decay:g} x learning_rate = {train.learning_rate:g} is less than "
+            "float32 can take off a weight: nothing decays"
+        )

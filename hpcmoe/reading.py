@@ -1,0 +1,100 @@
+"""Text files of the input, whatever a path may name: a fault is one ConfigError, and nothing waits for ever."""
+
+import json
+import os
+import select
+import stat
+import tomllib
+from collections import Counter
+from collections.abc import Callable
+
+from hpcmoe.errors import ConfigError
+from hpcmoe.messages import join_lines, one_line
+
+MOST_BYTES = 2**28  # of an input file
+MOST_TOML_BYTES = 2**24  # which the parser takes seconds for; a matrix of all links of 1000 nodes has half as many
+PIPE_SECONDS = 5.0  # how long to wait for a pipe's or a terminal's next bytes
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def read_text(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> str:
+    """Read a text file in UTF-8, with or without its mark, or say in one line why it cannot be read."""
+    content = read_bytes(path, most_bytes)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        what = "UTF-16; save it as UTF-8" if content.startswith(UTF_16) else f"byte {fault.start} is not"
+        raise ConfigError(f"{one_line(path)}: not a text file in UTF-8: {what}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_bytes(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> bytes:
+    """Read a file, a pipe or a device to its end; ConfigError where that is too far, or nothing comes."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if stat.S_ISDIR(os.fstat(handle).st_mode):
+                raise ConfigError(f"{one_line(path)}: cannot be read: Is a directory")
+            return b"".join(read_pieces(path, handle, most_bytes))
+        finally:
+            os.close(handle)
+    except OSError as fault:
+        raise ConfigError(f"{one_line(path)}: cannot be read: {fault.strerror}") from None
+    except ValueError as fault:  # a zero byte in the path, or half of a character
+        raise ConfigError(f"{one_line(path)}: cannot be read: {one_line(fault)}") from None
+
+
+def read_pieces(path, handle, most_bytes):
+    """Yield what an open file has until its end."""
+    total = 0
+    while True:
+        if not select.select([handle], [], [], PIPE_SECONDS)[0]:
+            raise ConfigError(f"{one_line(path)}: cannot be read: nothing has come for {PIPE_SECONDS:g} s")
+        piece = os.read(handle, 2**20)
+        total += len(piece)
+        if total > most_bytes:
+            raise ConfigError(f"{one_line(path)}: cannot be read: more than {most_bytes} bytes")
+        if not piece:
+            return
+        yield piece
+
+
+def parse(path: str | os.PathLike, text: str, parser: Callable, language: str) -> object:
+    """Parse a text by a parser that tells its faults as ValueError or RecursionError; ConfigError in one line."""
+    try:
+        return parser(text)
+    except (ValueError, RecursionError) as fault:
+        raise ConfigError(f"{one_line(path)}: not {language}: {explain(fault)}") from None
+
+
+def read_toml(path: str | os.PathLike) -> tuple[dict, str]:
+    """Read a TOML file -> (its tree, its text)."""
+    text = read_text(path, MOST_TOML_BYTES)
+    return parse(path, text, tomllib.loads, "TOML"), text
+
+
+def read_json(path: str | os.PathLike) -> object:
+    """Read a JSON file, each key of whose objects may stand once -> its tree."""
+
+    def unique(pairs):
+        """Make a dict of an object's pairs."""
+        counts = Counter(key for key, _ in pairs)
+        twice = [
+            f"{one_line(path)}: {one_line(key)}: stands {n} times, must stand once"
+            for key, n in counts.items()
+            if n > 1
+        ]
+        if twice:
+            raise ConfigError(join_lines(twice))
+        return dict(pairs)
+
+    return parse(path, read_text(path), lambda text: json.loads(text, object_pairs_hook=unique), "JSON")
+
+
+def explain(fault: Exception) -> str:
+    """Say what a parser found wrong, in the user's terms."""
+    if isinstance(fault, RecursionError):
+        return "nested too deeply"
+    if "set_int_max_str_digits" in str(fault):
+        return "a whole number has thousands of digits"
+    return one_line(fault)

@@ -1,0 +1,83 @@
+"""Numbers that have left training: told at once, with the likely causes, and kept out of every checkpoint."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from hpcmoe.config import Config
+from hpcmoe.errors import TrainingError, on_all, raise_or_return
+from hpcmoe.run.balance import read_biases
+from hpcmoe.run.state import BIAS, Place, State
+
+SMALL_EPSILON = 1e-12  # below it, a gradient's square that float32 makes 0 leaves steps of any size
+LARGE_RATE = 1.0  # AdamW moves each weight by about that much a step
+LARGE_WEIGHT = 10.0  # of a routing loss beside the cross-entropy, which begins at 5.5 nats a byte
+
+
+def check_finite(step: int, config: Config, **figures: float) -> None:
+    """Raise TrainingError, on all ranks alike, when a figure of a step, which all share, is not finite."""
+    if not all(map(math.isfinite, figures.values())):
+        told = ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in figures.items())
+        raise_or_return(None, TrainingError(f"step {step}: {told}: {tell_causes(step, config)}"))
+
+
+def tell_causes(step: int, config: Config) -> str:
+    """Name what may have driven training out of the numbers, the likeliest first."""
+    return f"likely causes, the likeliest first: {'; '.join(find_causes(step, config))}"
+
+
+def find_causes(step: int, config: Config) -> Iterator[str]:
+    """Yield what of this config may be to blame at a step; in the first, none of the optimizer's keys has acted yet."""
+    train, dispatch, model, stepped = config.train, config.dispatch, config.model, step > 1
+    too_large = f"the steps are too large: try less than [train] learning_rate = {train.learning_rate}"
+    if stepped and train.learning_rate >= LARGE_RATE:
+        yield too_large
+    if stepped and train.epsilon < SMALL_EPSILON:
+        yield f"[train] epsilon = {train.epsilon}, too small for gradients near 0: try 1e-8"
+    if stepped and train.learning_rate * train.weight_decay > 1:
+        product = train.learning_rate * train.weight_decay
+        yield f"[train] learning_rate x weight_decay = {product:.3g}: must be far below 1, or weights grow"
+    for key, weight in (("aux_loss_weight", dispatch.aux_loss_weight), ("z_loss_weight", dispatch.z_loss_weight)):
+        if weight > LARGE_WEIGHT:
+            yield f"[dispatch] {key} = {weight}: its loss outweighs the text's, try 0.01"
+    if stepped:
+        if train.learning_rate < LARGE_RATE:
+            yield too_large
+        if train.clip_norm == 0:
+            yield "[train] clip_norm = 0: try 1"
+        if train.learning_rate_warmup_steps == 0:
+            yield "[train] learning_rate_warmup_steps = 0: try 20"
+        if train.beta1**2 >= train.beta2:
+            yield f"[train] beta2 = {train.beta2}: must be well above beta1 squared = {train.beta1**2:.3g}"
+    else:
+        yield f"activations overflow: [model] hidden = {model.hidden}, num_layers = {model.num_layers}"
+    if model.dtype == "bfloat16":
+        yield '[model] dtype = "bfloat16": try "float32", which tells whether rounding is to blame'
+    yield "a processor or memory that errs: [train] check_every = 1 finds a rank that differs from its copies"
+
+
+def check_state(world: MPI.Comm, state: State, step: int, shared: dict[str, np.ndarray]) -> None:
+    """Raise TrainingError on all ranks when what a checkpoint would hold is not finite. Collective over world.
+
+    Each rank reads what it would save, once, and copies nothing. shared {name: array} is alike on all.
+    """
+    owned = [(label(place, name), tensor) for place, name, tensor in state.arrays() if place.owned]
+    alike = shared | {BIAS: read_biases(state.network.layers)}
+    on_all(world, lambda: check_arrays([*owned, *alike.items()], step, state.job.config))
+
+
+def label(place: Place, name: str) -> str:
+    """Name a part of an array in a message; an expert's by its expert."""
+    return f"{name} of expert {place.start[0]}" if name.startswith("experts/") else name
+
+
+def check_arrays(arrays: Iterable[tuple[str, torch.Tensor | np.ndarray]], step: int, config: Config) -> None:
+    """Raise TrainingError when one of some arrays holds a number that is not finite."""
+    for name, array in arrays:
+        tensor = torch.as_tensor(array)
+        if tensor.numel() > 0 and not all(math.isfinite(end) for end in torch.aminmax(tensor)):
+            what = f"step {step}: {name} is not finite, so no checkpoint is made; those before stay"
+            raise TrainingError(f"{what}; {tell_causes(step + 1, config)}")
