@@ -12,6 +12,7 @@ import numpy as np
 from hpcmoe.config import read_text
 from hpcmoe.errors import ConfigError
 from hpcmoe.placement.problem import in_units
+from hpcmoe.placement.quotas import describe_unevenness
 from hpcmoe.placement.terms import HOLE
 
 KEYS = {"expert_of_slot": 3, "physical_to_logical": 2}  # of a JSON object, and their dimensions
@@ -82,6 +83,8 @@ def check_map(path, key, numbers, problem):
     missing = problem.slots_per_rank - experts.shape[2]
     padded = np.pad(experts, ((0, 0), (0, 0), (0, missing)), constant_values=HOLE)
     notes = [f"{twice.sum()} copies are left out, second ones on their rank"] if twice.any() else []
+    if uneven := describe_unevenness(problem, padded.reshape(layers, -1)):
+        notes.append(uneven)
     return padded.reshape(layers, -1), notes
 
 
