@@ -83,6 +83,7 @@ class MpiTransport:
         self.tickets.append(ticket)
         return ticket
 
+
 def start_all_reduce(comm, array):
     """Begin to sum a NumPy array over the ranks, in place -> its request. Collective over comm."""
     return comm.Iallreduce(MPI.IN_PLACE, array)

@@ -1,4 +1,4 @@
-"""How many experts of each layer a rank and a node may and must hold: even where memory allows it, for single copies."""
+"""How many experts of each layer a rank and a node may and must hold: single copies evenly, where memory allows it."""
 
 import dataclasses
 
@@ -109,13 +109,12 @@ def describe_unevenness(problem, layouts) -> str:
         f"ranks hold {count.min()} to {count.max()} experts of a layer; E / ranks = {problem.num_experts} / "
         f"{problem.num_ranks} would be {floor}" + f" to {ceil}" * (ceil > floor)
     )
-    short = np.flatnonzero(problem.memory_copies < ceil * problem.ranks_of_node * problem.num_layers)
-    if keeps_even(problem, layouts) and len(short):
-        node = short[np.argmin(problem.memory_copies[short] / problem.ranks_of_node[short])]
+    wanted, holds = ceil * problem.ranks_of_node * problem.num_layers, problem.memory_copies
+    if keeps_even(problem, layouts) and (holds < wanted).any():
+        node = int(np.argmin(holds / np.maximum(wanted, 1) + (wanted == 0)))
         name = problem.node_names[node] if problem.node_names else node
         text += (
-            f": node {name} has memory for {problem.memory_copies[node]} experts, of "
-            f"{ceil * problem.ranks_of_node[node] * problem.num_layers} ({ceil} x {problem.ranks_of_node[node]} ranks x "
-            f"{problem.num_layers} layers)"
+            f": node {name} has memory for {holds[node]} experts, of {wanted[node]} ({ceil} x "
+            f"{problem.ranks_of_node[node]} ranks x {problem.num_layers} layers)"
         )
     return text

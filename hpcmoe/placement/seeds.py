@@ -46,8 +46,8 @@ def lay_as_eplb(terms):
     """Lay as DeepSeek's Expert Parallelism Load Balancer does without groups (github.com/deepseek-ai/EPLB).
 
     A spare slot goes to the expert with most tokens a copy; then the copies, heaviest first, each to the least loaded
-    rank with a slot left; all ranks get as many, to within one. It knows neither links nor memory. Two copies on one rank
-    count as one here.
+    rank with a slot left; all ranks get as many, to within one. It knows neither links nor memory. Two copies on one
+    rank count as one here.
     """
     num_ranks, num_slots, num_experts = len(terms.node_of_rank), terms.most_of_rank.max(), len(terms.tokens)
     copies = np.ones(num_experts, np.int64)

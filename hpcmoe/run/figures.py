@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SIGMA_AIM = 0.2  # sigma of an exchange that spreads its tokens well
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
@@ -46,9 +48,9 @@ def sampling_floor(placement, tokens_of_rank, top_k, num_experts, layers):
 
     A token's K distinct experts are a draw without replacement from E. A rank that serves shares w_e of the experts
     gets from T tokens T K / E sum(w) copies in the mean, with variance T (K / E) (1 - K / E) (E sum(w^2) - sum(w)^2)
-    / (E - 1). Layers are drawn apart and summed. Sigma is taken about the step's own mean over the links, whose variance
-    is subtracted: what all of a source's links carry is what its own rank does not serve, so it varies as that does.
-    The placement's own unevenness is part of the floor. Where tokens_of_rank has several ranks for each of the
+    / (E - 1). Layers are drawn apart and summed. Sigma is taken about the step's own mean over the links, whose
+    variance is subtracted: what all of a source's links carry is what its own rank does not serve, so it varies as that
+    does. The placement's own unevenness is part of the floor. Where tokens_of_rank has several ranks for each of the
     placement's, they share its experts' matrices and each gets all.
     """
     num_ranks = len(tokens_of_rank)

@@ -17,7 +17,6 @@ from hpcmoe.run.model import dress, make_chooser
 from hpcmoe.run.optimizer import MOMENTS
 from hpcmoe.wait import until_done
 
-
 TAG = 0  # of all moves: both ranks take them in one order, and MPI keeps to it. Gradients have the others
 
 
@@ -87,6 +86,7 @@ def begin_move(job, optimizer, layout, moves, step):
     network, rank = job.stepper.network, job.mesh.expert_index
 
     # What leaves is taken hold of before a slot, or the optimizer, may let go of it.
+    job.meter.batches.settle(job.placement, rank)
     sends = find_ends(network, optimizer, moves, (moves.source, moves.source_slot, moves.target), rank)
     for layer in range(len(network.layers)):
         seat(job, layer, layout.placement)

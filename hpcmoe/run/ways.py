@@ -114,7 +114,7 @@ def check_tags(sizes, num_layers):
     if num_tags > last_tag + 1:
         raise ConfigError(
             f"[pipeline] micro_batches = {sizes.num_micro_batches}, [comm] message_rows: {num_tags // parcels} tags x "
-            f"{parcels} messages that a rank may send another = {num_tags}, and this MPI has {last_tag + 1} (MPI_TAG_UB)"
+            f"{parcels} messages from one rank to another = {num_tags}, and this MPI has {last_tag + 1} (MPI_TAG_UB)"
         )
 
 

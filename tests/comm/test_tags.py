@@ -1,4 +1,4 @@
-"""Tags: few, whatever the layers and experts; a run that would need more than MPI has is refused with the arithmetic."""
+"""Tags: few, whatever the layers and experts; a run that needs more than MPI has is refused with the arithmetic."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Single copies are shared evenly: floor or ceil of E / P experts on every rank and layer, wherever memory allows it."""
+"""Single copies are shared evenly: floor or ceil of E / P experts on every rank and layer, where memory allows it."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ from hpcmoe.placement.maps import check_map
 from hpcmoe.placement.problem import OBJECTIVES, slots_for
 from hpcmoe.placement.quotas import count_of_rank, describe_unevenness, keeps_even, limit_ranks
 from hpcmoe.placement.resettle import resettle
-from hpcmoe.placement.solve import Orders, compare_methods, make_placement
+from hpcmoe.placement.solve import Orders, make_placement
 
 QUICK = {"iterations": 1000, "seconds": 1.0}
 
@@ -60,7 +60,9 @@ def test_every_method_is_even(experts, ranks_of_node, spare, objective):
 
 @settings(max_examples=25)
 @given(
-    st.sampled_from([((1, 1), 3, 2), ((2, 1), 4, 2), ((1, 1, 1), 4, 2), ((2, 1), 5, 3), ((2, 2), 3, 2), ((1, 2), 2, 2)]),
+    st.sampled_from(
+        [((1, 1), 3, 2), ((2, 1), 4, 2), ((1, 1, 1), 4, 2), ((2, 1), 5, 3), ((2, 2), 3, 2), ((1, 2), 2, 2)]
+    ),
     st.sampled_from(OBJECTIVES),
     st.integers(0, 999),
 )
@@ -84,7 +86,8 @@ def test_memory_to_spare_beyond_what_evenness_fills_is_no_competition():
 @settings(max_examples=15)
 @given(st.data())
 def test_layers_that_share_memory_stay_even_as_they_trade(data):
-    ranks, layers = np.array(data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=4))), data.draw(st.integers(2, 3))
+    ranks = np.array(data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=4)))
+    layers = data.draw(st.integers(2, 3))
     experts = data.draw(st.integers(1, int(ranks.sum()) * 2))
     floor, ceil = experts // ranks.sum(), -(-experts // ranks.sum())
     memory = np.array([data.draw(st.integers(int(floor * r * layers), int(ceil * r * layers))) for r in ranks])
@@ -165,7 +168,8 @@ def make_case(**changes):
     rng = np.random.default_rng(5)
     weight = rng.random((3, 20)) ** 6
     case = {
-        "E": 20, "G": 16, "nodes": 4, "layers": 3, "slots_per_gpu": 2, "rank_to_node": [rank // 4 for rank in range(16)],
+        "E": 20, "G": 16, "nodes": 4, "layers": 3, "slots_per_gpu": 2,
+        "rank_to_node": [rank // 4 for rank in range(16)],
         "B": rng.uniform(1e8, 1e9, (4, 4)).tolist(), "L": np.zeros((4, 4)).tolist(), "M": [24_000] * 4,
         "expert_bytes": 1000, "bytes_per_token": 128, "home_tokens_per_rank": [100.0] * 16, "replicate": False,
         "P": (weight / weight.sum(axis=1, keepdims=True)).tolist(), "seconds_per_token": 1e-7,
@@ -187,8 +191,8 @@ def test_the_command_tells_what_keeps_it_uneven(tmp_path, capsys):
     (tmp_path / "case.json").write_text(json.dumps(make_case(M=[24_000, 24_000, 24_000, 9_000])))
     assert place.main([f"{tmp_path}/case.json", "--iterations", "500", "-o", f"{tmp_path}/out.json"]) == 0
     assert capsys.readouterr().err == (
-        "hpcmoe: note: ranks hold 0 to 2 experts of a layer; E / ranks = 20 / 16 would be 1 to 2: node n3 has memory for "
-        "9 experts, of 24 (2 x 4 ranks x 3 layers)\n"
+        "hpcmoe: note: ranks hold 0 to 2 experts of a layer; E / ranks = 20 / 16 would be 1 to 2: node n3 has memory "
+        "for 9 experts, of 24 (2 x 4 ranks x 3 layers)\n"
     )
 
 

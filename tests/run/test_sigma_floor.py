@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
+from placement.problems import make_problem
 
 from hpcmoe.placement.result import Spent, weigh
-from hpcmoe.run.figures import sampling_floor, sums_of_links, spread_of_links
-
-from placement.problems import make_problem  # isort: skip
+from hpcmoe.run.figures import sampling_floor, spread_of_links, sums_of_links
 
 NUM_DRAWS = 3000
 
