@@ -152,7 +152,7 @@ def rows_of_pace(job, totals):
 def rows_of_balance(totals, of_batches):
     """List how evenly experts and links were used; of_batches: the rows of the experts' batches."""
     busy = totals.utilisation
-    aim = f"below {SIGMA_AIM}, the aim, {'is' if totals.link_sigma < SIGMA_AIM else 'is not'} met"
+    aim = f"aim < {SIGMA_AIM}: {'met' if totals.link_sigma < SIGMA_AIM else 'not met'}"
     return [
         ("expert utilisation U_e", f"{busy.min():.2f} - {busy.max():.2f}", "actual/expected tokens, least - most"),
         *of_batches,

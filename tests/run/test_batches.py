@@ -10,6 +10,7 @@ from small import open_small_job
 from hpcmoe.dispatch.traffic import no_traffic
 from hpcmoe.run.balance import even_load
 from hpcmoe.run.batches import Batches, BatchSizes, describe_batches, rows_of_batches, sum_batches
+from hpcmoe.run.report import rows_of_balance
 from hpcmoe.run.train import train_step
 
 
@@ -61,3 +62,12 @@ def test_every_copy_is_in_one_batch_none_larger_than_asked_for(comm, shared, gem
     assert (batches.least[worked] >= 1).all() and not batches.most[~worked].any()
     if gemm_rows:
         assert batches.most.max() <= 6  # 1.5 times
+
+
+@pytest.mark.parametrize(("sigma", "told"), [(0.199, "aim < 0.2: met"), (0.2, "aim < 0.2: not met")])
+def test_sigma_is_held_against_its_aim(sigma, told):
+    totals = SimpleNamespace(
+        utilisation=np.ones((1, 2)), balancedness=1.0, link_sigma=sigma, link_sigma_floor=0.1, num_dropped=0
+    )
+    (row,) = [row for row in rows_of_balance(totals, []) if row[0] == "link balance sigma"]
+    assert row[2].endswith(told)
