@@ -62,12 +62,15 @@ def limit_ranks(problem, most_of_node):
     return fewest, np.full(problem.num_ranks, most), np.minimum(most * problem.ranks_of_node, most_of_node)
 
 
-def stretch_limits(problem, limits, layout):
-    """Stretch a layer's limits to a layout [S] that is there already: no rank need leave it, nor stray further."""
-    fewest, most, most_of_node = limits
+def stretch_limits(problem, most_of_node, layout):
+    """Find a layer's limits as limit_ranks does, stretched to a layout [S] that is there already, but for memory.
+
+    No rank need leave it, nor stray further.
+    """
+    fewest, most, of_node = limit_ranks(problem, most_of_node)
     count = count_of_rank(problem, [layout])[0]
     used = np.bincount(problem.node_of_rank, count, problem.num_nodes).astype(np.int64)
-    return np.minimum(fewest, count), np.maximum(most, count), np.maximum(most_of_node, used)
+    return np.minimum(fewest, count), np.maximum(most, count), np.minimum(np.maximum(of_node, used), most_of_node)
 
 
 def room_of_node(problem) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 from hpcmoe.placement.adopt import keep_slots
 from hpcmoe.placement.bounds import bound_layer
 from hpcmoe.placement.cost import layer_seconds
-from hpcmoe.placement.quotas import limit_ranks, loosen, spread_memory, stretch_limits
+from hpcmoe.placement.quotas import loosen, spread_memory, stretch_limits
 from hpcmoe.placement.search import EQUAL, Budget, clear_up, improve
 from hpcmoe.placement.solve import LEAST_SECONDS, PROPOSALS_TO_TIDY, adopt_memory, fits, narrow, widen
 from hpcmoe.placement.terms import HOLE, make_terms
@@ -27,8 +27,7 @@ def resettle(problem, present, most_moves, orders):
     adopt_memory(problem, most_of_node, present)
     settled, bounded = present.copy(), loosen(problem, present)
     for layer in range(problem.num_layers):
-        limits = stretch_limits(problem, limit_ranks(problem, most_of_node[layer]), present[layer])
-        terms = make_terms(problem, layer, limits)
+        terms = make_terms(problem, layer, stretch_limits(problem, most_of_node[layer], present[layer]))
         start = narrow(problem, terms, present[layer])
         if start is None or not fits(terms, start):  # it was laid by other limits: leave it
             continue
