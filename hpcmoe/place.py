@@ -26,6 +26,7 @@ from hpcmoe.output import Log, say, show
 from hpcmoe.placement.case import read_case
 from hpcmoe.placement.maps import check_map, read_map, write_map
 from hpcmoe.placement.problem import OBJECTIVES, check_problem
+from hpcmoe.placement.quotas import describe_unevenness, keeps_even
 
 SECONDS_A_LAYER = 0.1  # of search where no budget is given
 PICTURES = (".png", ".pdf", ".svg")
@@ -178,6 +179,8 @@ def place(arguments):
     from hpcmoe.tables import make_tables
 
     placement = find_placement(problem, arguments)
+    if arguments.moves != 0 and (uneven := describe_unevenness(problem, placement.expert_of_replica)):
+        say([f"hpcmoe: note: {uneven}"])
     rivals = compare_methods(problem, ("contiguous", "eplb") if arguments.compare else ("contiguous",))
     usage = measure_usage(problem, placement)
 
@@ -206,6 +209,8 @@ def find_placement(problem, arguments):
     orders = {"seconds": seconds, "iterations": arguments.iterations, "seed": arguments.seed}
     start = read_start(problem, arguments.start) if arguments.start else None
     if arguments.moves is None:
+        if start is not None and not keeps_even(problem, start):
+            say(["hpcmoe: note: the search begins elsewhere, since what it finds is to be even; --moves begins there"])
         return make_placement(problem, start=start, **orders)
     begun = time.perf_counter()
     layouts = resettle(problem, start, arguments.moves, Orders(**orders)) if arguments.moves else start

@@ -28,6 +28,11 @@ def open_mpi_transport(comm, row_bytes, hesitate=None, begin_thread=lambda: None
     own.Free()
 
 
+def read_last_tag() -> int:
+    """Read the largest tag that this MPI takes, at least 32767."""
+    return MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)  # Open MPI tells it of no other communicator
+
+
 class MpiTransport:
     """Carries rows of one width among the ranks of a communicator."""
 
@@ -36,27 +41,26 @@ class MpiTransport:
         self.rank, self.size = comm.rank, comm.size
         self.row_type = row_type
         self.hesitate = hesitate
-        self.last_tag = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)  # Open MPI tells it of no other communicator
         self.requests, self.tickets = [], []  # under way, in pairs
         self.num_sent, self.num_pokes = 0, 0  # messages and looks, ever
 
     def send_rows(self, rows, peer, tag):
         """Begin to send uint8 rows [n, row_bytes], which must stay as they are until the ticket is done -> Ticket."""
         self.num_sent += 1
-        return self.add(self.comm.Isend([rows, len(rows), self.row_type], peer, self.fold(tag)))
+        return self.add(self.comm.Isend([rows, len(rows), self.row_type], peer, tag))
 
     def receive_rows(self, rows, peer, tag):
         """Begin to receive into uint8 rows [n, row_bytes] -> Ticket."""
-        return self.add(self.comm.Irecv([rows, len(rows), self.row_type], peer, self.fold(tag)))
+        return self.add(self.comm.Irecv([rows, len(rows), self.row_type], peer, tag))
 
     def send_words(self, words, peer, tag):
         """Begin to send an int64 array -> Ticket."""
         self.num_sent += 1
-        return self.add(self.comm.Isend(words, peer, self.fold(tag)))
+        return self.add(self.comm.Isend(words, peer, tag))
 
     def receive_words(self, words, peer, tag):
         """Begin to receive into an int64 array -> Ticket."""
-        return self.add(self.comm.Irecv(words, peer, self.fold(tag)))
+        return self.add(self.comm.Irecv(words, peer, tag))
 
     def poke(self):
         """Let messages progress and mark the tickets of those that are done, without waiting -> whether any is."""
@@ -78,10 +82,6 @@ class MpiTransport:
         self.requests.append(request)
         self.tickets.append(ticket)
         return ticket
-
-    def fold(self, tag):
-        """Bring a tag into the range that this MPI has."""
-        return tag % (self.last_tag + 1)
 
 
 def start_all_reduce(comm, array):

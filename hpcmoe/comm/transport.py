@@ -61,14 +61,22 @@ class Transport(Protocol):
         """Let messages progress and mark the tickets of those that are done, without waiting -> whether any is."""
 
 
-def make_tag(layer, micro_batch, num_micro_batches, direction):
-    """Number an exchange, so that messages of different layers, micro-batches and directions never match."""
-    return (layer * num_micro_batches + micro_batch) * len(Direction) + direction
+def make_tag(micro_batch: int, direction: Direction) -> int:
+    """Number an exchange, so that messages of different micro-batches and directions never match.
+
+    Its layer is no part of it: both ranks come to a micro-batch's layers in one order, and MPI keeps to it.
+    """
+    return micro_batch * len(Direction) + direction
 
 
 def make_part_tag(exchange_tag, part, parcel, max_parcels):
     """Number a message of an exchange: parcels of one pair of ranks may overtake each other on their way back."""
     return (exchange_tag * len(Part) + part) * max_parcels + parcel
+
+
+def count_tags(num_micro_batches: int, max_parcels: int) -> int:
+    """Count the tags of all messages that may be under way."""
+    return num_micro_batches * len(Direction) * len(Part) * max_parcels
 
 
 class Loopback:

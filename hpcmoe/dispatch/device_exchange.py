@@ -163,7 +163,7 @@ class DeviceExchange:
     def may_start(self, flight):
         """Whether the next leg of a micro-batch can begin: all counts are known, and its rows are free."""
         berth, counts = self.berths[flight.berth], flight.plan.counts
-        known = counts.are_known(self.transport, tag_of_counts(flight, self.sizes.num_micro_batches))
+        known = counts.are_known(self.transport, tag_of_counts(flight))
         return known and (berth.homeward is None or berth.homeward.gone)
 
     def start_outward(self, flight, rows, gates, direction):
@@ -210,7 +210,7 @@ class DeviceExchange:
     def leg(self, flight, direction, **sides):
         """Describe one way of a flight's rows -> Leg."""
         name = f"{direction.name.lower()} of layer {flight.layer}, micro-batch {flight.micro_batch}"
-        return Leg(tag=tag_of(flight, self.sizes.num_micro_batches, direction, Part.PARCEL), name=name, **sides)
+        return Leg(tag=tag_of(flight, direction, Part.PARCEL), name=name, **sides)
 
     def batches(self, flight):
         """Yield None until the rows for this rank's experts are on their way in order, then all of them as a batch."""

@@ -110,12 +110,11 @@ def edges_of(counts):
     return np.concatenate(([0], np.cumsum(counts)))
 
 
-def tag_of(flight, num_micro_batches, direction, part):
+def tag_of(flight, direction, part):
     """Number the messages of one leg, or of the counts before it."""
-    tag = make_tag(flight.layer, flight.micro_batch, num_micro_batches, direction)
-    return make_part_tag(tag, part, 0, 1)
+    return make_part_tag(make_tag(flight.micro_batch, direction), part, 0, 1)
 
 
-def tag_of_counts(flight, num_micro_batches):
+def tag_of_counts(flight):
     """Number the messages that tell the counts of a flight."""
-    return tag_of(flight, num_micro_batches, Direction.DISPATCH, Part.HEADER)
+    return tag_of(flight, Direction.DISPATCH, Part.HEADER)

@@ -286,6 +286,6 @@ class Exchange:
 
     def tags(self, flight, direction):
         """Number the messages of a micro-batch's exchange -> tag_of(part, parcel=0)."""
-        tag = make_tag(flight.layer, flight.micro_batch, self.sizes.num_micro_batches, direction)
+        tag = make_tag(flight.micro_batch, direction)
         max_parcels = self.window.sizes.max_parcels
         return lambda part, parcel=0: make_part_tag(tag, part, parcel, max_parcels)

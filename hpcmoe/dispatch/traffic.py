@@ -1,6 +1,6 @@
-"""What a rank has sent, counted as it leaves."""
+"""What a rank has sent, counted as it leaves, and in which batches its experts have worked on what came."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,6 +13,18 @@ class Traffic:
 
     copies: dict  # layer: [P] int64, tokens' copies in dispatch
     rows: np.ndarray  # [4, P] int64, by direction: through the window, or in parcels to who lands them
+    batches: dict = field(default_factory=dict)  # (layer, slot): (number, rows, least, most) of its batches, forward
+
+    def count_batches(self, layer: int, slots) -> None:
+        """Count the batches that the experts of a layer work on at once: (slot, rows) of each."""
+        for slot, rows in slots:
+            add_batches(self.batches, (layer, slot), (1, rows, rows, rows))
+
+
+def add_batches(batches: dict, key, more) -> None:
+    """Add (number, rows, least, most) of some batches to those under a key, in place."""
+    number, rows, least, most = batches.get(key, (0, 0, more[2], more[3]))
+    batches[key] = number + more[0], rows + more[1], min(least, more[2]), max(most, more[3])
 
 
 def no_traffic(num_ranks):

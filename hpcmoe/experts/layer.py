@@ -63,6 +63,7 @@ class MoELayer(nn.Module):
             for number, (part, slots) in enumerate(self.portions(batch)):
                 if number > 0:
                     yield True
+                exchange.traffic.count_batches(flight.layer, slots)
                 rows, _ = exchange.take(places[part])
                 exchange.lay(self.work(slots, rows, kept if flight.training else None), places[part])
             exchange.finish(flight, batch)  # before anything else is done: the homes wait for it

@@ -11,6 +11,7 @@ import numpy as np
 from hpcmoe.placement.choices import make_choices
 from hpcmoe.placement.cost import counted
 from hpcmoe.placement.linear import make_program
+from hpcmoe.placement.quotas import fewest_of_node, most_of_rank
 
 EQUAL = 1e-6  # nearer to the incumbent than this no bound is sought
 ROUNDING = 1e-9
@@ -201,6 +202,7 @@ def of_ranks(problem, demand, spare):
     if spare > 0:
         return mean * problem.seconds_per_token
 
-    # A rank holds what the other slots have no room for.
-    company = max(problem.num_experts - (problem.num_ranks - 1) * problem.slots_per_rank - 1, 0)
+    # A rank holds what the others have no room for, and as many as it must.
+    fewest = fewest_of_node(problem)[problem.node_of_rank].min()
+    company = max(problem.num_experts - (problem.num_ranks - 1) * most_of_rank(problem) - 1, fewest - 1, 0)
     return max(mean, tokens[-1] + tokens[:company].sum()) * problem.seconds_per_token

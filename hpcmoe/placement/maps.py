@@ -14,6 +14,7 @@ from hpcmoe.errors import ConfigError
 from hpcmoe.messages import one_line
 from hpcmoe.placement.formats import check_range, read_slots
 from hpcmoe.placement.problem import PlacementProblem, in_units
+from hpcmoe.placement.quotas import describe_unevenness
 from hpcmoe.placement.terms import HOLE
 
 
@@ -48,6 +49,8 @@ def check_map(
     experts = fit_slots(where, experts, problem.slots_per_rank)
     check_copies(where, experts, problem)
     notes = [f"{twice.sum()} copies are left out, second ones on their rank"] if twice.any() else []
+    if uneven := describe_unevenness(problem, experts.reshape(layers, -1)):
+        notes.append(uneven)
     return experts.reshape(layers, -1), notes
 
 

@@ -20,7 +20,7 @@ class PlacementProblem:
     num_experts: int
     slots_per_rank: int  # experts of one layer that a rank has room for
     replicate: bool  # may spare slots hold second copies?
-    even: bool = False  # without replicas: must all ranks hold as many experts as any other, to within one?
+    even: bool = True  # without replicas: all ranks hold as many experts as any other, to within one, if memory allows
     node_of_rank: np.ndarray  # [P] int64
     rack_of_node: np.ndarray  # [nodes] int64
     bytes_per_second: np.ndarray  # [nodes, nodes]; the diagonal is not used

@@ -1,4 +1,6 @@
-"""How many copies of each layer a node may hold: its memory spread over the layers, then shifted to where it helps."""
+"""How many experts of each layer a rank and a node may and must hold: single copies evenly, where memory allows it."""
+
+import dataclasses
 
 import numpy as np
 
@@ -9,7 +11,7 @@ def spread_memory(problem):
     Every layer's sum is enough for all experts wherever the memory of all layers is.
     """
     layers = problem.num_layers
-    base, rest = np.divmod(np.minimum(problem.slots_of_node * layers, problem.memory_copies), layers)
+    base, rest = np.divmod(np.minimum(usable_of_node(problem) * layers, problem.memory_copies), layers)
     most = np.tile(base, (layers, 1))
     first = 0
     for node, number in enumerate(rest):
@@ -18,17 +20,104 @@ def spread_memory(problem):
     return most
 
 
-def limit_ranks(problem, most_of_node):
-    """Find the fewest and most experts of a layer on each rank, and on each node -> ([P], [P], [nodes]).
+def usable_of_node(problem) -> np.ndarray:
+    """Count the slots of a layer that each node's ranks may fill -> [nodes] int64."""
+    return problem.ranks_of_node * most_of_rank(problem)
 
-    Where they must be even, all ranks get the same number, the last experts one more on any; where memory is short on
-    a node, the others hold more.
+
+def is_even(problem) -> bool:
+    """Return True if all ranks must hold as many experts of a layer as any other, to within one: for single copies."""
+    return problem.even and not problem.replicate
+
+
+def most_of_rank(problem) -> int:
+    """Count the experts of a layer that a rank may hold at most, the fewest with which all experts have a place.
+
+    That is ceil(E / P) unless nodes lack the memory for it, whose experts the others then hold.
     """
-    num_ranks, ranks, slots = problem.num_ranks, problem.ranks_of_node, problem.slots_per_rank
-    if problem.replicate or not problem.even:
-        return np.zeros(num_ranks, np.int64), np.full(num_ranks, slots), most_of_node
-    level = next(
-        level for level in range(1, slots + 1) if np.minimum(level * ranks, most_of_node).sum() >= problem.num_experts
+    slots, ranks, layers = problem.slots_per_rank, problem.ranks_of_node, problem.num_layers
+    if not is_even(problem):
+        return slots
+    for level in range(-(-problem.num_experts // problem.num_ranks), slots):
+        if np.minimum(level * ranks * layers, problem.memory_copies).sum() >= problem.num_experts * layers:
+            return level
+    return slots
+
+
+def fewest_of_node(problem) -> np.ndarray:
+    """Count the experts of a layer that each rank of a node must hold -> [nodes] int64: one less than most_of_rank.
+
+    On a node whose memory does not hold that many in every layer: as many as it holds.
+    """
+    if not is_even(problem):
+        return np.zeros(problem.num_nodes, np.int64)
+    holds = problem.memory_copies // problem.num_layers // np.maximum(problem.ranks_of_node, 1)
+    return np.minimum(most_of_rank(problem) - 1, holds)
+
+
+def limit_ranks(problem, most_of_node):
+    """Find the fewest and most experts of a layer on each rank, and on each node -> ([P], [P], [nodes])."""
+    most = most_of_rank(problem)
+    fewest = fewest_of_node(problem)[problem.node_of_rank]
+    return fewest, np.full(problem.num_ranks, most), np.minimum(most * problem.ranks_of_node, most_of_node)
+
+
+def stretch_limits(problem, most_of_node, layout):
+    """Find a layer's limits as limit_ranks does, stretched to a layout [S] that is there already, but for memory.
+
+    No rank need leave it, nor stray further.
+    """
+    fewest, most, of_node = limit_ranks(problem, most_of_node)
+    count = count_of_rank(problem, [layout])[0]
+    used = np.bincount(problem.node_of_rank, count, problem.num_nodes).astype(np.int64)
+    return np.minimum(fewest, count), np.maximum(most, count), np.minimum(np.maximum(of_node, used), most_of_node)
+
+
+def room_of_node(problem) -> np.ndarray:
+    """Count the copies of a layer's experts that each node can hold at most, beside what others must -> [nodes]."""
+    room = np.minimum(usable_of_node(problem), problem.memory_copies)
+    if problem.replicate:
+        return room
+    must = fewest_of_node(problem) * problem.ranks_of_node
+    return np.minimum(room, problem.num_experts - (must.sum() - must))
+
+
+def count_of_rank(problem, layouts) -> np.ndarray:
+    """Count the experts on each rank of layouts [L, S] -> [L, P] int64."""
+    return (np.reshape(layouts, (len(layouts), problem.num_ranks, -1)) >= 0).sum(axis=2)
+
+
+def keeps_even(problem, layouts) -> bool:
+    """Return True if layouts [L, S] are as even as they must be."""
+    count = count_of_rank(problem, layouts)
+    fewest = fewest_of_node(problem)[problem.node_of_rank]
+    return bool((count >= fewest).all() and (count <= most_of_rank(problem)).all())
+
+
+def loosen(problem, layouts):
+    """State the problem that layouts [L, S] are an answer to -> it, or one whose ranks need not be even."""
+    return problem if keeps_even(problem, layouts) else dataclasses.replace(problem, even=False)
+
+
+def describe_unevenness(problem, layouts) -> str:
+    """Write how far layouts [L, S] of single copies are from floor and ceil of E / P on every rank, '' if they are not.
+
+    Where the memory of some nodes is why, it says so.
+    """
+    count, floor = count_of_rank(problem, layouts), problem.num_experts // problem.num_ranks
+    ceil = -(-problem.num_experts // problem.num_ranks)
+    if problem.replicate or (floor <= count.min() and count.max() <= ceil):
+        return ""
+    text = (
+        f"ranks hold {count.min()} to {count.max()} experts of a layer; E / ranks = {problem.num_experts} / "
+        f"{problem.num_ranks} would be {floor}" + f" to {ceil}" * (ceil > floor)
     )
-    fewest = np.minimum(level - 1, most_of_node // np.maximum(ranks, 1))[problem.node_of_rank]
-    return fewest, np.full(num_ranks, level), np.minimum(level * ranks, most_of_node)
+    wanted, holds = ceil * problem.ranks_of_node * problem.num_layers, problem.memory_copies
+    if keeps_even(problem, layouts) and (holds < wanted).any():
+        node = int(np.argmin(holds / np.maximum(wanted, 1) + (wanted == 0)))
+        name = problem.node_names[node] if problem.node_names else node
+        text += (
+            f": node {name} has memory for {holds[node]} experts, of {wanted[node]} ({ceil} x "
+            f"{problem.ranks_of_node[node]} ranks x {problem.num_layers} layers)"
+        )
+    return text

@@ -7,7 +7,7 @@ import numpy as np
 from hpcmoe.placement.adopt import keep_slots
 from hpcmoe.placement.bounds import bound_layer
 from hpcmoe.placement.cost import layer_seconds
-from hpcmoe.placement.quotas import limit_ranks, spread_memory
+from hpcmoe.placement.quotas import loosen, spread_memory, stretch_limits
 from hpcmoe.placement.search import EQUAL, Budget, clear_up, improve
 from hpcmoe.placement.solve import LEAST_SECONDS, PROPOSALS_TO_TIDY, adopt_memory, fits, narrow, widen
 from hpcmoe.placement.terms import HOLE, make_terms
@@ -19,14 +19,15 @@ LEAST_GAIN = 0.005  # of a layer's cost; for less nothing moves
 def resettle(problem, present, most_moves, orders):
     """Search on from layouts [L, S] by solve's Orders -> layouts [L, S] that cost no more, what stays in its slot.
 
-    In each layer at most most_moves copies come to ranks that lack them; those that do not help stay.
+    In each layer at most most_moves copies come to ranks that lack them; those that do not help stay. Where present is
+    less even than it must be, no rank strays further.
     """
     compile_all()
     begun, most_of_node = time.perf_counter(), spread_memory(problem)
     adopt_memory(problem, most_of_node, present)
-    settled = present.copy()
+    settled, bounded = present.copy(), loosen(problem, present)
     for layer in range(problem.num_layers):
-        terms = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer]))
+        terms = make_terms(problem, layer, stretch_limits(problem, most_of_node[layer], present[layer]))
         start = narrow(problem, terms, present[layer])
         if start is None or not fits(terms, start):  # it was laid by other limits: leave it
             continue
@@ -35,7 +36,7 @@ def resettle(problem, present, most_moves, orders):
         budget = Budget(
             seconds=max(left, LEAST_SECONDS),
             proposals=orders.iterations,
-            goal=bound_layer(problem, layer, most_of_node[layer]),
+            goal=bound_layer(bounded, layer, most_of_node[layer]),
         )
         found = improve(terms, start, (orders.seed, layer), budget).expert_at
         found = clear_up(terms, found, (orders.seed, layer), PROPOSALS_TO_TIDY)

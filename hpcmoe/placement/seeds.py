@@ -46,7 +46,8 @@ def lay_as_eplb(terms):
     """Lay as DeepSeek's Expert Parallelism Load Balancer does without groups (github.com/deepseek-ai/EPLB).
 
     A spare slot goes to the expert with most tokens a copy; then the copies, heaviest first, each to the least loaded
-    rank with a slot left. It knows neither links nor memory. Two copies on one rank count as one here.
+    rank with a slot left; all ranks get as many, to within one. It knows neither links nor memory. Two copies on one
+    rank count as one here.
     """
     num_ranks, num_slots, num_experts = len(terms.node_of_rank), terms.most_of_rank.max(), len(terms.tokens)
     copies = np.ones(num_experts, np.int64)
@@ -58,8 +59,10 @@ def lay_as_eplb(terms):
     experts = np.repeat(np.arange(num_experts), copies)
     expert_at = np.full((num_ranks, num_slots), HOLE)
     load, count = np.zeros(num_ranks), np.zeros(num_ranks, np.int64)
+    base, extras = divmod(len(weight), num_ranks)
     for item in np.argsort(-weight, kind="stable"):
-        rank = np.argmin(np.where(count < num_slots, load, np.inf))
+        may_take = count < base + (np.sum(count > base) < extras)
+        rank = np.argmin(np.where(may_take, load, np.inf))
         if experts[item] not in expert_at[rank]:
             expert_at[rank, count[rank]] = experts[item]
         load[rank] += weight[item]
@@ -106,13 +109,19 @@ def worst_seconds(terms):
 
 @compiled
 def open_rank(t, s, node, expert, load, most_of_rank):
-    """Find a node's least loaded rank that has a slot left and not the expert, HOLE where there is none."""
-    best = HOLE
-    if s.count_of_node[node] >= t.most_of_node[node]:
+    """Find a node's least loaded rank that has a slot left and not the expert, HOLE where there is none.
+
+    What is left of the node's memory is kept for its ranks that have too few yet.
+    """
+    best, left = HOLE, t.most_of_node[node] - s.count_of_node[node]
+    if left <= 0:
         return best
+    for k in range(t.first_of_node[node], t.first_of_node[node + 1]):
+        left -= max(t.fewest_of_rank[t.rank_by_node[k]] - s.count_of_rank[t.rank_by_node[k]], 0)
     for k in range(t.first_of_node[node], t.first_of_node[node + 1]):
         rank = t.rank_by_node[k]
         is_open = s.count_of_rank[rank] < most_of_rank[rank] and not holds(s, rank, expert)
+        is_open &= left > 0 or s.count_of_rank[rank] < t.fewest_of_rank[rank]
         if is_open and (best == HOLE or load[rank] < load[best]):
             best = rank
     return best

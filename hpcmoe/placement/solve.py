@@ -14,7 +14,7 @@ from hpcmoe.placement.bounds import bound_layer
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.moves import most_seconds, rebuild
 from hpcmoe.placement.problem import check_problem
-from hpcmoe.placement.quotas import limit_ranks, spread_memory
+from hpcmoe.placement.quotas import keeps_even, limit_ranks, loosen, room_of_node, spread_memory, usable_of_node
 from hpcmoe.placement.result import Spent, weigh
 from hpcmoe.placement.search import EQUAL, Budget, clear_up, improve
 from hpcmoe.placement.seats import seat_evenly
@@ -36,7 +36,7 @@ class Orders:
     seconds: float = 1.0  # for all layers
     iterations: int = 0  # proposals a layer; 0: as many as the seconds allow
     seed: int = 0
-    start: np.ndarray | None = None  # [L, S], a placement that the answer must not be worse than; it may change in part
+    start: np.ndarray | None = None  # [L, S], a placement that the answer must not be worse than, if it is as even
 
 
 def make_placement(problem, method="packed", **orders):
@@ -48,6 +48,8 @@ def make_placement(problem, method="packed", **orders):
     # 1 Check that there is a placement. 2 Spread the memory over the layers.
     check_problem(problem)
     orders, most_of_node = Orders(**orders), spread_memory(problem)
+    if orders.start is not None and not keeps_even(problem, orders.start):
+        orders = dataclasses.replace(orders, start=None)
     lower = [None] * problem.num_layers
     match method:
         case "packed" if (plain := lay_for_nothing(problem, most_of_node, orders)) is not None:
@@ -104,8 +106,8 @@ def compare_methods(problem, methods):
 
 
 def is_free(problem):
-    """Tell whether every slot's expert fits the memory, so that layers do not compete for it."""
-    return bool((problem.memory_copies >= problem.slots_of_node * problem.num_layers).all())
+    """Tell whether the experts of all slots that may be filled fit the memory, so that layers do not compete for it."""
+    return bool((problem.memory_copies >= usable_of_node(problem) * problem.num_layers).all())
 
 
 def layers_of(problem):
@@ -116,8 +118,7 @@ def layers_of(problem):
 def lay_plainly(problem, most_of_node, layer, method):
     """Lay one layer by a method that does not search -> [P, s]; PlacementError where it does not fit the memory."""
     terms = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer]))
-    lay = lay_contiguous if method == "contiguous" else lay_as_eplb
-    expert_at = lay(terms)
+    expert_at = lay_contiguous(terms) if method == "contiguous" else lay_as_eplb(terms)
     if not fits(terms, expert_at):
         raise PlacementError(f"{method} placement: layer {layer} does not fit the memory of every node")
     return expert_at
@@ -170,7 +171,7 @@ def search_each(problem, most_of_node, orders, layers, until):
         terms = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer]))
         start = None if orders.start is None else narrow(problem, terms, orders.start[layer])
         expert_at, kept = best_seed(terms, start, kept)
-        lower[layer] = bound_layer(problem, layer, most_of_node[layer])
+        lower[layer] = bound_layer(problem, layer, np.minimum(room_of_node(problem), most_of_node[layer]))
         left = max(begun + share - time.perf_counter(), LEAST_SECONDS)
         budget = Budget(seconds=left, proposals=orders.iterations, goal=lower[layer])
         best = improve(terms, expert_at, (orders.seed, layer), budget)
@@ -186,7 +187,7 @@ def search_on(problem, most_of_node, layouts, orders, until):
         terms, seed = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer])), (orders.seed, layer, 1)
         share = (until - time.perf_counter()) / (len(layouts) - layer)
         if share > LEAST_SECONDS and not orders.iterations:
-            goal = bound_layer(problem, layer, most_of_node[layer])
+            goal = bound_layer(problem, layer, np.minimum(room_of_node(problem), most_of_node[layer]))
             expert_at = improve(terms, expert_at, seed, Budget(seconds=share, goal=goal)).expert_at
         searched.append(break_ties(terms, expert_at, seed))
     return searched
@@ -259,8 +260,8 @@ def adopt_memory(problem, most_of_node, start):
     used = np.stack([np.bincount(nodes[row != HOLE], minlength=problem.num_nodes) for row in start])
     if (used.sum(axis=0) <= np.minimum(problem.memory_copies, problem.slots_of_node * problem.num_layers)).all():
         for node in np.flatnonzero((most_of_node < used).any(axis=0)):
-            rest = most_of_node[:, node].sum() - used[:, node].sum()
-            room = np.cumsum(problem.slots_of_node[node] - used[:, node])
+            rest = max(most_of_node[:, node].sum() - used[:, node].sum(), 0)
+            room = np.cumsum(np.maximum(usable_of_node(problem)[node] - used[:, node], 0))
             most_of_node[:, node] = used[:, node] + np.diff(np.minimum(room, rest), prepend=0)
 
 
@@ -282,7 +283,8 @@ def bound_layers(problem, expert_of_replica, lower, seconds):
 
     lower [L]: what is known already; None where nothing is.
     """
-    room = np.minimum(problem.slots_of_node, problem.memory_copies)
+    problem = loosen(problem, expert_of_replica)
+    room = room_of_node(problem)
     first_alike = find_alike(problem, np.broadcast_to(room, (problem.num_layers, len(room))))
     deadline, left, bounds = time.perf_counter() + seconds, len(set(first_alike)), []
     for layer in layers_of(problem):

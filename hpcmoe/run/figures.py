@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SIGMA_AIM = 0.2  # sigma of an exchange that spreads its tokens well
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
@@ -42,12 +44,14 @@ def balancedness(served):
 
 
 def sampling_floor(placement, tokens_of_rank, top_k, num_experts, layers):
-    """The sigma over some layers that even the fairest router shows, since it draws finitely many tokens -> float.
+    """Compute the root mean square of an even router's sigma over some layers: it draws finitely many tokens -> float.
 
     A token's K distinct experts are a draw without replacement from E. A rank that serves shares w_e of the experts
     gets from T tokens T K / E sum(w) copies in the mean, with variance T (K / E) (1 - K / E) (E sum(w^2) - sum(w)^2)
-    / (E - 1). Layers are drawn apart and summed. The placement's own unevenness is part of the floor. Where
-    tokens_of_rank has several ranks for each of the placement's, they share its experts' matrices and each gets all.
+    / (E - 1). Layers are drawn apart and summed. Sigma is taken about the step's own mean over the links, whose
+    variance is subtracted: what all of a source's links carry is what its own rank does not serve, so it varies as that
+    does. The placement's own unevenness is part of the floor. Where tokens_of_rank has several ranks for each of the
+    placement's, they share its experts' matrices and each gets all.
     """
     num_ranks = len(tokens_of_rank)
     shards = np.ones((num_ranks // len(placement.node_of_rank),) * 2)
@@ -60,7 +64,9 @@ def sampling_floor(placement, tokens_of_rank, top_k, num_experts, layers):
     links = ~np.eye(num_ranks, dtype=bool)
     if num_ranks == 1 or mean[links].sum() == 0:
         return 0.0
-    return float(np.sqrt(variance[links].mean() + mean[links].var()) / mean[links].mean())
+    variance_of_mean = variance.trace() / links.sum() ** 2  # sources draw apart
+    about_mean = max(variance[links].mean() + mean[links].var() - variance_of_mean, 0.0)
+    return float(np.sqrt(about_mean) / mean[links].mean())
 
 
 def served_by_rank(placement, layer):

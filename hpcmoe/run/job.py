@@ -33,7 +33,7 @@ from hpcmoe.run.meter import Meter
 from hpcmoe.run.model import make_model
 from hpcmoe.run.room import Room, reckon_room, share_gpus
 from hpcmoe.run.step import Stepper
-from hpcmoe.run.ways import find_routes, reckon_sizes
+from hpcmoe.run.ways import check_tags, find_routes, reckon_sizes
 from hpcmoe.wait import barrier, gather_to_all
 
 
@@ -80,6 +80,7 @@ def open_job(config, topology, mesh, split, loads):
         check_windows(world, topology, sizes, routes)
     else:
         sizes = reckon_device_sizes(config, mesh)
+    on_all(world, lambda: check_tags(sizes, config.model.num_layers))
     buffer_bytes = max(gather_to_all(world, sizes.buffer_bytes(routes)))
     memory = reckon_memory(config, mesh, slots, sizes, buffer_bytes)
     gpus = share_gpus(gather_to_all(world, device.read_memory()))  # asked when every rank has opened its device

@@ -14,6 +14,7 @@ from hpcmoe.errors import ConfigError, PlacementError
 from hpcmoe.experts.pace import time_token
 from hpcmoe.placement.maps import read_map
 from hpcmoe.placement.problem import PlacementProblem, slots_for
+from hpcmoe.placement.quotas import describe_unevenness
 from hpcmoe.placement.result import Placement, Spent, weigh
 from hpcmoe.wait import barrier, gather_to_all
 
@@ -107,6 +108,8 @@ def search(problem, config):
         iterations=cluster.search_iterations,
         seed=config.run.seed,
     )
+    if uneven := describe_unevenness(problem, placement.expert_of_replica):
+        log.warning("placement %s: %s", placement.method, uneven)
     return tune(problem, config, placement, begun)
 
 

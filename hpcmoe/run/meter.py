@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcmoe.comm.mpi import all_reduce
+from hpcmoe.run.batches import Batches
 from hpcmoe.run.figures import Links, balancedness, spread_of_links, sums_of_links
 from hpcmoe.wait import wait_all
 
@@ -37,6 +38,7 @@ class Meter:
         self.exchange, self.mesh, self.clock = exchange, mesh, exchange.clock
         self.rows_to_peer = np.zeros(exchange.transport.size, dtype=np.int64)
         self.own_tokens = 0  # [L, E] copies whose home is this rank, since take_tokens
+        self.batches = Batches()
         self.num_steps = self.num_tokens = self.num_dropped = 0
         self.utilisation = self.link_sigma = self.balancedness = 0.0  # sums over the steps
         self.link_sigma_of_layer = self.balancedness_of_layer = 0.0
@@ -69,6 +71,7 @@ class Meter:
             num_tokens=outcome.num_tokens,
         )
         self.rows_to_peer += traffic.rows.sum(axis=0)
+        self.batches.add(traffic.batches)
         self.add(reading, outcome.census)
         return reading
 

@@ -17,13 +17,15 @@ from hpcmoe.run.model import dress, make_chooser
 from hpcmoe.run.optimizer import MOMENTS
 from hpcmoe.wait import until_done
 
+TAG = 0  # of all moves: both ranks take them in one order, and MPI keeps to it. Gradients have the others
+
 
 class Move:
     """The experts that go to other ranks and come from them; an exchange pokes it as it does a landing."""
 
     def __init__(self, comm, layers):
         """layers: (LocalExperts, piece bytes, sends, receives) of each that changes; sends and receives list
-        (peer, tag, tensors)."""
+        (peer, tensors)."""
         self.comm, self.is_over = comm, False
         self.begun = time.perf_counter()
         self.seconds, self.staged_bytes = 0.0, 0  # what it took, and the most that was held
@@ -39,7 +41,7 @@ class Move:
         """Bring one layer's experts after the other, so that a step may begin with the first; yields as poke() does."""
         while layers:  # what has left is let go of
             experts, piece_bytes, sends, receives = layers.pop(0)
-            for pieces in zip(*(cut(tensors, piece_bytes) for _, _, tensors in [*sends, *receives]), strict=True):
+            for pieces in zip(*(cut(tensors, piece_bytes) for _, tensors in [*sends, *receives]), strict=True):
                 yield from self.exchange(sends, receives, pieces)
             if receives:
                 experts.refresh()
@@ -50,12 +52,12 @@ class Move:
     def exchange(self, sends, receives, pieces):
         """Send a piece of each expert that goes, and lay down one of each that comes, when the old one has left."""
         requests, staged = [], []
-        for (peer, tag, _), piece in zip(receives, pieces[len(sends) :], strict=True):
+        for (peer, _), piece in zip(receives, pieces[len(sends) :], strict=True):
             staged.append(torch.empty(piece.shape, dtype=piece.dtype))
-            requests.append(self.comm.Irecv(bytes_of(staged[-1]), peer, tag))
+            requests.append(self.comm.Irecv(bytes_of(staged[-1]), peer, TAG))
         leaving = [piece.cpu() for piece in pieces[: len(sends)]]
         requests += [
-            self.comm.Isend(bytes_of(piece), peer, tag) for (peer, tag, _), piece in zip(sends, leaving, strict=True)
+            self.comm.Isend(bytes_of(piece), peer, TAG) for (peer, _), piece in zip(sends, leaving, strict=True)
         ]
         copies = [piece for own, piece in zip(pieces, leaving, strict=False) if own.device != piece.device]
         self.staged_bytes = max(self.staged_bytes, sum(piece.nbytes for piece in staged + copies))
@@ -84,6 +86,7 @@ def begin_move(job, optimizer, layout, moves, step):
     network, rank = job.stepper.network, job.mesh.expert_index
 
     # What leaves is taken hold of before a slot, or the optimizer, may let go of it.
+    job.meter.batches.settle(job.placement, rank)
     sends = find_ends(network, optimizer, moves, (moves.source, moves.source_slot, moves.target), rank)
     for layer in range(len(network.layers)):
         seat(job, layer, layout.placement)
@@ -102,7 +105,7 @@ def begin_move(job, optimizer, layout, moves, step):
 
 
 def find_ends(network, optimizer, moves, ends, rank):
-    """Find the moves that begin or end on this rank -> {layer: list of (peer, tag, tensors)}.
+    """Find the moves that begin or end on this rank -> {layer: list of (peer, tensors)}.
 
     ends: (rank [n], its slot [n], the peer [n]) of each move, as seen from the end in question.
     """
@@ -111,7 +114,7 @@ def find_ends(network, optimizer, moves, ends, rank):
     for number in np.flatnonzero(own == rank).tolist():
         layer = int(moves.layer[number])
         tensors = tensors_of(network, optimizer, layer, int(slots[number]))
-        found.setdefault(layer, []).append((int(peers[number]), number, tensors))
+        found.setdefault(layer, []).append((int(peers[number]), tensors))
     return found
 
 

@@ -42,7 +42,6 @@ class Copy:
     expert: int
     ranks: tuple[int, ...]  # of the expert-parallel group, ascending
     owned: bool  # this rank is the first of them
-    tag: int  # of the messages about it
     begin: int  # where its gradients lie in the flat array
     end: int
 
@@ -72,9 +71,9 @@ class SharedExperts:
             for slot in sorted(ranks_of, key=lambda slot: ranks_of[slot][0] != comm.rank):
                 parts[layer, slot] = list(layers[layer].experts.replicas[slot].parameters())
                 begin, end = end, end + sum(p.numel() for p in parts[layer, slot])
-                owned, tag = ranks_of[slot][0] == comm.rank, layer * len(layers[layer].router.weight) + held[slot]
                 where = {"layer": layer, "slot": slot, "expert": held[slot], "ranks": ranks_of[slot]}
-                self.of_layer[layer].append(Copy(**where, owned=owned, tag=tag, begin=begin, end=end))
+                owned = ranks_of[slot][0] == comm.rank
+                self.of_layer[layer].append(Copy(**where, owned=owned, begin=begin, end=end))
         self.flat = FlatGradients(parts).flat
 
     def copies(self):

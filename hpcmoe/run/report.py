@@ -6,8 +6,9 @@ import numpy as np
 from tabulate import tabulate
 
 from hpcmoe.errors import on_root
+from hpcmoe.run.batches import BatchSizes, describe_batches, rows_of_batches, sum_batches
 from hpcmoe.run.data import count_sequences
-from hpcmoe.run.figures import compare_bandwidth, sampling_floor, sum_by_node
+from hpcmoe.run.figures import SIGMA_AIM, compare_bandwidth, sampling_floor, sum_by_node
 from hpcmoe.run.memory import Memory, measure_memory, peak_resident_bytes
 from hpcmoe.wait import gather_to_all, wait_all
 
@@ -33,6 +34,7 @@ class Totals:
     link_sigma_floor: float  # of a step
     link_sigma_floor_of_layer: np.ndarray  # [L]
     num_dropped: int
+    batches: BatchSizes  # on which the experts worked
     measured: Memory  # of the rank that took most
     peak_resident_bytes: int  # of the process that took most
     losses: dict  # name: nats a byte
@@ -68,6 +70,7 @@ def sum_up(job, optimizer, losses, snapshot_bytes):
         link_sigma_floor=floor,
         link_sigma_floor_of_layer=floor_of_layer,
         num_dropped=meter.num_dropped,
+        batches=sum_batches(job),
         measured=max((memory for memory, _ in everyone), key=lambda memory: memory.total),
         peak_resident_bytes=max(peak for _, peak in everyone),
         losses=losses,
@@ -113,12 +116,15 @@ def describe_totals(records, totals):
     records.describe("comm", "bytes_of_link", totals.bytes_of_link, "B, rank to rank")
     records.describe("dispatch", "link_sigma_floor", totals.link_sigma_floor, "1")
     records.describe("dispatch", "link_sigma_floor_of_layer", totals.link_sigma_floor_of_layer, "1")
+    records.describe("dispatch", "link_sigma_aim", SIGMA_AIM, "1, an even exchange has less")
+    describe_batches(records, totals.batches)
     records.describe("run", "peak_resident_bytes", totals.peak_resident_bytes, "B")
 
 
 def make_table(job, totals):
     """Lay out a run's figures -> text."""
-    rows = [*rows_of_pace(job, totals), *rows_of_balance(totals), *rows_of_links(job, totals), *rows_of_placement(job)]
+    balance = rows_of_balance(totals, rows_of_batches(totals.batches, job.stepper.exchange.sizes))
+    rows = [*rows_of_pace(job, totals), *balance, *rows_of_links(job, totals), *rows_of_placement(job)]
     memory = rows_of_memory(job.memory, totals)
     return "\n\n".join(
         tabulate(table, headers=headers, disable_numparse=True, preserve_whitespace=True)
@@ -143,14 +149,16 @@ def rows_of_pace(job, totals):
     return rows + [(name, f"{1e3 * s / max(totals.num_steps, 1):.1f}", "ms, mean of ranks") for name, s in of_stage]
 
 
-def rows_of_balance(totals):
-    """List how evenly experts and links were used."""
+def rows_of_balance(totals, of_batches):
+    """List how evenly experts and links were used; of_batches: the rows of the experts' batches."""
     busy = totals.utilisation
+    aim = f"aim < {SIGMA_AIM}: {'met' if totals.link_sigma < SIGMA_AIM else 'not met'}"
     return [
         ("expert utilisation U_e", f"{busy.min():.2f} - {busy.max():.2f}", "actual/expected tokens, least - most"),
+        *of_batches,
         ("balancedness of ranks", f"{totals.balancedness:.3f}", "mean/max tokens that a rank serves, layer by layer"),
-        ("link balance sigma", f"{totals.link_sigma:.3f}", "std/mean of a step's tokens per link"),
-        ("  its sampling floor", f"{totals.link_sigma_floor:.3f}", "an even router's sigma at a step's token count"),
+        ("link balance sigma", f"{totals.link_sigma:.3f}", f"std/mean of a step's tokens per link; {aim}"),
+        ("  its sampling floor", f"{totals.link_sigma_floor:.3f}", "root mean square of an even router's sigma"),
         ("copies dropped", f"{totals.num_dropped}", ""),
     ]
 

@@ -10,6 +10,7 @@ from hpcmoe.comm.reduce import HostReducer, NcclReducer
 from hpcmoe.run.room import FLOAT32
 from hpcmoe.wait import Patience
 
+FIRST_TAG = 1  # of a layer's sums; MPI keeps the order of the experts in it. 0 is of experts that move
 GATHERED = 2**22  # numbers of others' gradients that a rank holds at once, 16 MB
 
 
@@ -117,7 +118,7 @@ class GradientSums:
         the data-parallel groups; then each gives the sum back.
         """
         held = self.experts.of_layer[layer]
-        copies = sorted((copy for copy in held if len(copy.ranks) > 1), key=lambda copy: copy.tag)
+        copies = sorted((copy for copy in held if len(copy.ranks) > 1), key=lambda copy: copy.expert)
         if not copies and self.mesh.dp.size == 1:
             return
         first, end = (held[0].begin, held[-1].end) if held else (0, 0)
@@ -126,25 +127,26 @@ class GradientSums:
             for copy in copies:
                 yield from self.gather_copy(copy, gradient_of[copy])
             yield from self.sum_groups(layer, lent[: sum(copy.size for copy in held if copy.owned)])
-            to_others = [(c.tag, rank, gradient_of[c]) for c in copies if c.owned for rank in c.ranks[1:]]
-            from_first = [(c.tag, c.ranks[0], gradient_of[c]) for c in copies if not c.owned]
+            tag = FIRST_TAG + layer
+            to_others = [(tag, rank, gradient_of[c]) for c in copies if c.owned for rank in c.ranks[1:]]
+            from_first = [(tag, c.ranks[0], gradient_of[c]) for c in copies if not c.owned]
             yield from self.reducer.swap(outgoing=to_others, incoming=from_first)
 
     def gather_copy(self, copy, gradient):
         """Have the first rank that holds an expert add the others' gradients, piece by piece in little memory.
 
-        All ranks take copies in the order of their tags, so that nobody waits in a circle.
+        All ranks take copies in the order of their experts, so that nobody waits in a circle.
         """
-        others = copy.ranks[1:]
+        tag, others = FIRST_TAG + copy.layer, copy.ranks[1:]
         pieces = gradient.split(max(GATHERED // len(others), 1))
         if not copy.owned:
             for piece in pieces:
-                yield from self.reducer.swap(outgoing=[(copy.tag, copy.ranks[0], piece)], incoming=())
+                yield from self.reducer.swap(outgoing=[(tag, copy.ranks[0], piece)], incoming=())
             return
         gathered = gradient.new_empty(len(others), len(pieces[0]))
         for piece in pieces:
             rows = gathered[:, : len(piece)]
-            incoming = [(copy.tag, rank, row) for rank, row in zip(others, rows, strict=True)]
+            incoming = [(tag, rank, row) for rank, row in zip(others, rows, strict=True)]
             yield from self.reducer.swap(outgoing=(), incoming=incoming)
             for row in rows:
                 piece += row

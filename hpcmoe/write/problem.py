@@ -12,7 +12,7 @@ from hpcmoe.write.hdf5 import one_line_faults, read_fact
 from hpcmoe.write.loads import read_loads
 
 CHAPTER = "problem"
-FIELDS = [field.name for field in dataclasses.fields(PlacementProblem)]
+FIELDS = [field.name for field in dataclasses.fields(PlacementProblem) if field.name != "even"]  # every run's is
 
 
 def describe_problem(records, problem):

@@ -114,15 +114,6 @@ def test_random_hesitation_changes_nothing(comm):
 
 
 @pytest.mark.mpi
-def test_tags_beyond_what_mpi_has_wrap_around(transport):
-    transport.last_tag = 9
-    assert [transport.fold(tag) for tag in (0, 9, 10, 23)] == [0, 9, 0, 3]
-    tickets, check = exchange_rows(transport, [23, 1000, 11], [3, 1, 2])
-    wait_for(transport, *tickets)
-    check()
-
-
-@pytest.mark.mpi
 def test_a_transport_frees_its_row_type(comm):
     with open_mpi_transport(comm, ROW_BYTES) as transport:
         assert isinstance(transport, MpiTransport) and transport.row_type

@@ -29,7 +29,7 @@ def cheapest_by_counts(problem, layer):
 def every_layout(problem):
     """List every layout, ranks of a node in any one order -> iterator of [S] and the copies on each node.
 
-    The nodes' ranks must adjoin.
+    The nodes' ranks must adjoin. Single copies are shared evenly where the problem asks for it.
     """
     slots, experts = problem.slots_per_rank, range(problem.num_experts)
     sets = [some + (-1,) * (slots - num) for num in range(slots + 1) for some in itertools.combinations(experts, num)]
@@ -37,6 +37,9 @@ def every_layout(problem):
     for nodes in itertools.product(*of_node):
         expert_of_slot = np.array([expert for ranks in nodes for some in ranks for expert in some], np.int64)
         copies = np.bincount(expert_of_slot[expert_of_slot >= 0], minlength=problem.num_experts)
+        on_rank = [sum(expert >= 0 for expert in some) for ranks in nodes for some in ranks]
+        if problem.even and not problem.replicate and np.ptp(on_rank) > 1:
+            continue
         if copies.min() > 0 and (problem.replicate or copies.max() == 1):
             yield expert_of_slot, tuple(sum(expert >= 0 for some in ranks for expert in some) for ranks in nodes)
 
