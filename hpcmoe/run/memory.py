@@ -7,6 +7,7 @@ import weakref
 import torch
 
 from hpcmoe.dispatch.device_exchange import DeviceSizes
+from hpcmoe.dispatch.gate import renormalizes, weighs_by_load
 from hpcmoe.experts.shapes import MATRICES, reckon_expert
 from hpcmoe.gemm import adds_as_made, count_copy_bytes
 from hpcmoe.run.room import FLOAT32, count_dense_parameters
@@ -111,7 +112,7 @@ def reckon_activations(config, mesh, slots, sizes):
     # Of each token: block input, residual, normed input and its scale; in attention also the norm's, the queries, keys
     # and values, the heads' output twice and its log-sums; of the router probabilities, their log-sum and gates, and
     # what it weighs by where those are others.
-    own_weights = config.dispatch.load_feedback_on == "both" and not config.dispatch.renormalize
+    own_weights = weighs_by_load(config.dispatch) and not renormalizes(config.dispatch, model.top_k)
     width = 3 * model.hidden + (1 + own_weights) * model.num_experts + 1 + 8 * model.top_k
     token_bytes = FLOAT32 * width
     if model.attention:
