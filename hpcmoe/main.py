@@ -19,13 +19,13 @@ from hpcmoe.cluster.topology import check_launcher, host_name, read_topology
 from hpcmoe.config import read_config
 from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
 from hpcmoe.run.data import check_text, find_text
-from hpcmoe.run.facts import check_facts, describe_state, tell_other_data
+from hpcmoe.run.facts import check_facts, describe_state, tell_changes
 from hpcmoe.run.room import check_room, describe_room
 from hpcmoe.run.shards import settle_shards
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
-from hpcmoe.write.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, step_of
+from hpcmoe.write.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, read_facts, step_of
 from hpcmoe.write.loads import read_loads
 from hpcmoe.write.pieces import Part, Piece
 from hpcmoe.write.problem import describe_problem
@@ -159,9 +159,8 @@ def resume(job, state, checkpoint):
     wanted = [Part(name=n, shape=s, start=at, extent=e, keys=keys) for n, s, at, e, keys in state.wanted()]
     arrays, facts = load_checkpoint(job.mesh.world, checkpoint, wanted)
     step = step_of(checkpoint)
-    on_root(job.mesh.world, lambda: check_facts(facts, job.config, checkpoint, step))
     log.info("resumed %s, step %d, written by %d ranks", checkpoint, step, facts["num_ranks"])
-    tell_other_data(facts, job.config, len(job.training))
+    tell_changes(facts, job.config, len(job.training))
     return step, state.restore(arrays, step)[LOAD]
 
 
@@ -235,7 +234,7 @@ def find_version(package):
 
 
 def check_checkpoint(checkpoint, folder, config):
-    """Refuse to resume what is at its end, or from the folder that a new run of this name would replace."""
+    """Refuse to resume what is at its end, another function, or from the folder that this run would replace."""
     if checkpoint is None:
         return
     if config.run.mode == "infer" and checkpoint.resolve().parent == folder.resolve():
@@ -247,6 +246,7 @@ def check_checkpoint(checkpoint, folder, config):
     previous = folder.with_name(f"{folder.name}.previous").resolve()
     if previous in checkpoint.resolve().parents and folder.exists():
         raise ConfigError(f"--resume {checkpoint}: this run would replace {previous.name}; rename it first")
+    check_facts(read_facts(checkpoint), config, checkpoint, step_of(checkpoint))
 
 
 def read_arguments(words):
