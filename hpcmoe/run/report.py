@@ -8,7 +8,8 @@ from tabulate import tabulate
 from hpcmoe.errors import on_root
 from hpcmoe.run.data import count_sequences
 from hpcmoe.run.figures import compare_bandwidth, sampling_floor, sum_by_node
-from hpcmoe.run.memory import Memory, measure_memory, peak_resident_bytes
+from hpcmoe.run.memory import Memory, measure_memory
+from hpcmoe.run.process import ProcessMemory, count_unshared, mean_of_fullest_node, read_process
 from hpcmoe.wait import gather_to_all, wait_all
 
 MOST_NODES_IN_A_TABLE = 8
@@ -34,7 +35,9 @@ class Totals:
     link_sigma_floor_of_layer: np.ndarray  # [L]
     num_dropped: int
     measured: Memory  # of the rank that took most
-    peak_resident_bytes: int  # of the process that took most
+    process: ProcessMemory  # of the process that took most at its peak
+    process_bytes: int  # what a process had unshared beside its arrays, mean of a node's ranks; on the fullest node
+    unshared_bytes: int  # what a process had unshared, mean of a node's ranks; on the fullest node
     losses: dict  # name: nats a byte
 
     @property
@@ -51,7 +54,10 @@ def sum_up(job, optimizer, losses, snapshot_bytes):
     meter, world = job.meter, job.mesh.world
     measured = measure_memory(job.stepper.network, optimizer, job.stepper.exchange, job.stepper.gauge)
     measured = dataclasses.replace(measured, snapshot=snapshot_bytes, moving=job.staged_bytes)
-    everyone = gather_to_all(world, (measured, peak_resident_bytes()))
+    process = read_process()
+    beside = process.unshared - count_unshared(measured, job.stepper.exchange)
+    everyone = gather_to_all(world, (measured, process, beside))
+    nodes = job.topology.node_of_rank
     steps = max(meter.num_steps, 1)
     floor, floor_of_layer = on_root(world, lambda: find_floors(job))
     return Totals(
@@ -68,8 +74,10 @@ def sum_up(job, optimizer, losses, snapshot_bytes):
         link_sigma_floor=floor,
         link_sigma_floor_of_layer=floor_of_layer,
         num_dropped=meter.num_dropped,
-        measured=max((memory for memory, _ in everyone), key=lambda memory: memory.total),
-        peak_resident_bytes=max(peak for _, peak in everyone),
+        measured=max((memory for memory, _, _ in everyone), key=lambda memory: memory.total),
+        process=max((process for _, process, _ in everyone), key=lambda process: process.peak),
+        process_bytes=mean_of_fullest_node([beside for _, _, beside in everyone], nodes),
+        unshared_bytes=mean_of_fullest_node([process.unshared for _, process, _ in everyone], nodes),
         losses=losses,
     )
 
@@ -113,13 +121,14 @@ def describe_totals(records, totals):
     records.describe("comm", "bytes_of_link", totals.bytes_of_link, "B, rank to rank")
     records.describe("dispatch", "link_sigma_floor", totals.link_sigma_floor, "1")
     records.describe("dispatch", "link_sigma_floor_of_layer", totals.link_sigma_floor_of_layer, "1")
-    records.describe("run", "peak_resident_bytes", totals.peak_resident_bytes, "B")
+    records.describe("run", "peak_resident_bytes", totals.process.peak, "B")
+    records.describe("run", "unshared_bytes", totals.unshared_bytes, "B, mean of a node's ranks")
 
 
 def make_table(job, totals):
     """Lay out a run's figures -> text."""
     rows = [*rows_of_pace(job, totals), *rows_of_balance(totals), *rows_of_links(job, totals), *rows_of_placement(job)]
-    memory = rows_of_memory(job.memory, totals)
+    memory = [*rows_of_memory(job.memory, totals), *rows_of_process(job, totals)]
     return "\n\n".join(
         tabulate(table, headers=headers, disable_numparse=True, preserve_whitespace=True)
         for table, headers in (
@@ -260,8 +269,23 @@ def rows_of_memory(computed, totals):
         "total": "all of these",
     }
     both = [(text, getattr(computed, name), getattr(totals.measured, name)) for name, text in names.items()]
-    rows = [(text, *map(format_bytes, num_bytes)) for text, *num_bytes in both if any(num_bytes)]
-    return [*rows, ("resident set of the process, at its peak", "", format_bytes(totals.peak_resident_bytes))]
+    return [(text, *map(format_bytes, num_bytes)) for text, *num_bytes in both if any(num_bytes)]
+
+
+def rows_of_process(job, totals):
+    """List what a rank's process has in the host's memory, mean of a node's ranks: alone, and with others."""
+    process_bytes = job.room.process_bytes
+    both = [
+        ("the process itself: Python, torch, MPI", process_bytes, totals.process_bytes),
+        ("all that it shares with no other (USS)", process_bytes + count_unshared(job.memory, job.stepper.exchange),
+         totals.unshared_bytes),
+    ]  # fmt: skip
+    rows = [(text, *map(format_bytes, num_bytes)) for text, *num_bytes in both]
+    return [
+        *rows,
+        ("libraries and files that processes share", "", format_bytes(totals.process.libraries)),
+        ("resident set of the process, at its peak", "", format_bytes(totals.process.peak)),
+    ]
 
 
 def format_bytes(num_bytes):
