@@ -31,13 +31,13 @@ from hpcmoe.interrupts import insistent_interrupts
 from hpcmoe.output import Log, show
 from hpcmoe.paths import expand_path
 from hpcmoe.run.data import check_text, find_text
-from hpcmoe.run.facts import check_facts, describe_state, tell_other_data
+from hpcmoe.run.facts import check_facts, describe_state, tell_changes
 from hpcmoe.run.room import check_room, describe_room
 from hpcmoe.run.shards import settle_shards
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
-from hpcmoe.write.checkpoint import find_checkpoint, lies_in, load_checkpoint, newest_checkpoint, step_of
+from hpcmoe.write.checkpoint import find_checkpoint, lies_in, load_checkpoint, newest_checkpoint, read_facts, step_of
 from hpcmoe.write.folder import open_folder
 from hpcmoe.write.loads import read_loads
 from hpcmoe.write.pieces import Part, Piece
@@ -93,7 +93,8 @@ def run(comm, arguments, opened):
     with open_mesh(comm, settle_shards(comm, config, topology)) as mesh:
         gc.disable()  # torch's import makes much that stays: a tenth of its time is looking through it for garbage
         from hpcmoe.run.job import open_job  # seconds of CPU on a laptop
-        from hpcmoe.run.report import describe_totals, make_table
+        from hpcmoe.run.report import make_table
+        from hpcmoe.run.totals import describe_totals
 
         gc.freeze()
         gc.enable()
@@ -138,8 +139,8 @@ def train_or_infer(job, records, folder, start):
     """Do what [run] mode asks -> Totals. Collective over all ranks."""
     from hpcmoe.run.finite import check_state
     from hpcmoe.run.infer import infer
-    from hpcmoe.run.report import sum_up
     from hpcmoe.run.state import LOAD
+    from hpcmoe.run.totals import sum_up
     from hpcmoe.run.train import is_due, layers_to_write, train
 
     config, world, training = job.config, job.mesh.world, start.optimizer is not None
@@ -174,9 +175,8 @@ def resume(job, state, checkpoint):
     wanted = [Part(name=n, shape=s, start=at, extent=e, keys=keys) for n, s, at, e, keys in state.wanted()]
     arrays, facts = load_checkpoint(job.mesh.world, checkpoint, wanted)
     step = step_of(checkpoint)
-    on_root(job.mesh.world, lambda: check_facts(facts, job.config, checkpoint, step))
     log.info("resumed %s, step %d, written by %d ranks", checkpoint, step, facts["num_ranks"])
-    tell_other_data(facts, job.config, len(job.training))
+    tell_changes(facts, job.config, len(job.training))
     return step, state.restore(arrays, step)[LOAD]
 
 
@@ -189,7 +189,7 @@ def list_written(config, folder):
 def announce(job):
     """Say what is about to run and how much memory it will take."""
     from hpcmoe.run.layout import tell
-    from hpcmoe.run.report import tell_floors
+    from hpcmoe.run.totals import tell_floors
     from hpcmoe.run.ways import describe_ways
 
     memory, model, text_bytes = job.memory, job.config.model, len(job.training)
@@ -208,7 +208,7 @@ def announce(job):
 
 
 def check_checkpoint(checkpoint, folder, config):
-    """Refuse to resume what is at its end, or to infer in the folder of the training."""
+    """Refuse to resume what is at its end, what is another function, or to infer in the folder of the training."""
     if checkpoint is None:
         return
     if config.run.mode == "infer" and lies_in(checkpoint, folder):
@@ -217,6 +217,7 @@ def check_checkpoint(checkpoint, folder, config):
         raise ConfigError(
             f"[run] steps = {config.run.steps}: must be more than the {step_of(checkpoint)} of {checkpoint}"
         )
+    check_facts(read_facts(checkpoint), config, checkpoint, step_of(checkpoint))
 
 
 def read_arguments(words):

@@ -49,7 +49,8 @@ def choose(config, logits, pushed, groups):
     chosen = (damped + bias).topk(top_k).indices
     source = damped if dispatch.load_feedback_on == "both" else logits
     gates = source.softmax(-1).gather(1, chosen)
-    gates = gates / gates.sum(-1, keepdim=True) if dispatch.renormalize else gates
+    if dispatch.renormalize and top_k != 1:  # one gate of 1 would teach the router nothing: there it is p
+        gates = gates / gates.sum(-1, keepdim=True)
     keep, dropped = torch.ones_like(gates), 0
     for group in groups if dispatch.capacity_factor else ():
         taken = [0] * num_experts

@@ -1,9 +1,9 @@
 """Each token chooses its experts.
 
 Sources: softmax top-k gating with renormalised weights, Shazeer et al. 2017 (arXiv:1701.06538) and Lepikhin et al. 2020
-(arXiv:2006.16668), section 2.2; load-balancing loss, Fedus et al. 2021 (arXiv:2101.03961), equation 4; router z-loss,
-Zoph et al. 2022 (arXiv:2202.08906), equation 5; a bias on the choice alone, Wang et al. 2024
-(arXiv:2408.15664).
+(arXiv:2006.16668), section 2.2; with one expert a token, p itself, Fedus et al. 2021 (arXiv:2101.03961), section 2.1;
+load-balancing loss, there, equation 4; router z-loss, Zoph et al. 2022 (arXiv:2202.08906), equation 5; a bias on the
+choice alone, Wang et al. 2024 (arXiv:2408.15664).
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from hpcmoe.dispatch.gate import renormalizes, weighs_by_load
 from hpcmoe.gemm import multiply
 
 FEW_MAXIMA, FEW_EXPERTS = 2, 64  # one maximum after the other then takes a third of topk's time
@@ -55,8 +56,9 @@ class Router(nn.Module):
         # Let load and bias speak on the choice, and the load on the weights too where it is to.
         pressure = self.config.load_feedback * load
         experts = choose_largest(logits.detach() + (self.bias - pressure), self.top_k)  # [T, K]
-        weighing = pressure if self.config.load_feedback_on == "both" else None
-        gates, probability_sum, z_sum = Softmax.apply(logits, weighing, experts, self.config.renormalize)
+        weighing = pressure if weighs_by_load(self.config) else None
+        renormalize = renormalizes(self.config, self.top_k)
+        gates, probability_sum, z_sum = Softmax.apply(logits, weighing, experts, renormalize)
 
         kept = self.within_capacity(experts)
         return Routing(

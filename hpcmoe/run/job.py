@@ -3,7 +3,6 @@
 import contextlib
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from hpcmoe.clock import Clock
@@ -31,6 +30,7 @@ from hpcmoe.run.layout import Layout, find_pace, lay_out, make_problem
 from hpcmoe.run.memory import Memory, reckon_memory
 from hpcmoe.run.meter import Meter
 from hpcmoe.run.model import make_model
+from hpcmoe.run.process import reckon_process
 from hpcmoe.run.room import Room, reckon_room, share_gpus
 from hpcmoe.run.step import Stepper
 from hpcmoe.run.ways import check_tags, find_routes, reckon_sizes
@@ -70,7 +70,7 @@ def open_job(config, topology, mesh, split, loads):
     torch.set_num_threads(config.run.threads_per_rank or min(choose_threads(topology, world.rank), count_own_cores()))
     keep_heap()
     device = on_all(world, lambda: open_device(config.comm.device, list(here).index(world.rank)))
-    kind = find_carrier(config, world, device)
+    kind, trains = find_carrier(config, world, device), config.run.mode == "train"
 
     # Reckon what a rank needs besides experts, and place these in the rest of the memory.
     slots = slots_for(config.model.num_experts, mesh.expert_parallel, config.cluster.spare_slots_per_rank)
@@ -85,9 +85,9 @@ def open_job(config, topology, mesh, split, loads):
     memory = reckon_memory(config, mesh, slots, sizes, buffer_bytes)
     gpus = share_gpus(gather_to_all(world, device.read_memory()))  # asked when every rank has opened its device
     topology = keep_gpu_memory(topology, gpus)
-    communicators = find_communicators(mesh, kind, config.run.mode == "train").values()
+    communicators = find_communicators(mesh, kind, trains).values()
     share_of_gpu = None if config.cluster.memory_bytes_per_node else gpus
-    room = find_room(topology, world, memory, share_of_gpu, sum(comm.size > 1 for comm in communicators))
+    room = find_room(topology, world, memory, share_of_gpu, sum(comm.size > 1 for comm in communicators), trains)
     pace = find_pace(config, mesh, sizes.expert_rows // slots, device)
     problem = keep_on_root(world, lambda: make_problem(config, topology, mesh, room, memory.per_expert, (loads, pace)))
     layout = on_root(world, lambda: lay_out(problem, config, room))
@@ -95,7 +95,7 @@ def open_job(config, topology, mesh, split, loads):
     opened = (
         open_exchange(mesh.group, device, sizes, routes)
         if kind == "window"
-        else open_device_exchange(mesh, device, sizes, routes, kind, config.run.mode == "train")
+        else open_device_exchange(mesh, device, sizes, routes, kind, trains)
     )
     with opened as exchange:
         network = make_model(config, mesh, layout.placement, exchange, device)
@@ -146,9 +146,9 @@ def refuse(text):
     raise ClusterError(text)
 
 
-def find_room(topology, world, memory, share_of_gpu, num_communicators):
+def find_room(topology, world, memory, share_of_gpu, num_communicators, trains):
     """Find the memory that each node has for experts, on GPUs where they lie there -> Room. Collective over world."""
-    process_bytes = max(gather_to_all(world, psutil.Process().memory_full_info().uss))
+    process_bytes = reckon_process(world, topology.node_of_rank, trains)
     return on_all(world, lambda: reckon_room(topology, memory, process_bytes, share_of_gpu, num_communicators))
 
 

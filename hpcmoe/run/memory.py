@@ -4,14 +4,19 @@ import dataclasses
 import resource
 import weakref
 
+import numpy as np
 import torch
 
 from hpcmoe.dispatch.device_exchange import DeviceSizes
+from hpcmoe.dispatch.gate import renormalizes, weighs_by_load
 from hpcmoe.experts.shapes import MATRICES, reckon_expert
 from hpcmoe.gemm import adds_as_made, count_copy_bytes
+from hpcmoe.run.data import NUM_BYTES
 from hpcmoe.run.room import FLOAT32, count_dense_parameters
 
 FULLEST = 2.25  # rows at the fullest rank / at an even load: routers yet untrained sent 2.24 to one of 16 ranks
+INDEX = 8  # bytes of an int64
+EXPERT_BYTES = 2 * INDEX + FLOAT32  # of each expert in a routing: its copies, those of the plan, its probability's sum
 STAGING_BYTES = 2**24  # of experts that move to a rank, not laid down yet; from a device as much that is to leave
 
 
@@ -71,7 +76,7 @@ def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
         optimizer=2 * (experts + dense // num_shares) if training else 0,
         buffers=buffer_bytes,
         copies=reckon_copies(config, tensor_parallel, slots, on_device),
-        activations=reckon_activations(config, mesh, slots, sizes) if training else reckon_passing(model, sizes),
+        activations=reckon_activations(config, mesh, slots, sizes) if training else reckon_passing(config, mesh, sizes),
         working=reckon_working(config, mesh, slots, sizes) if on_device else 0,
         moving=reckon_moving(config, tensor_parallel, on_device),
         snapshot=3 * (experts + dense) if training and keeps_snapshot(config.write) else 0,
@@ -104,30 +109,47 @@ def reckon_moving(config, tensor_parallel, on_device):
 
 
 def reckon_activations(config, mesh, slots, sizes):
-    """Bytes that the micro-batches in flight keep for their backward pass, on a rank with so many slots."""
-    model = config.model
+    """Bytes that the micro-batches in flight keep for their backward pass, on a rank with so many slots.
+
+    At most when all of them have come to the head, of which one at a time has its own.
+    """
+    model, dispatch, shards = config.model, config.dispatch, mesh.tensor_parallel
     tokens, wire = sizes.tokens, sizes.dtype.itemsize
 
-    # Of each token: block input, residual, normed input and its scale; in attention also the norm's, the queries, keys
-    # and values, the heads' output twice and its log-sums; of the router probabilities, their log-sum and gates, and
-    # what it weighs by where those are others.
-    own_weights = config.dispatch.load_feedback_on == "both" and not config.dispatch.renormalize
-    width = 3 * model.hidden + (1 + own_weights) * model.num_experts + 1 + 8 * model.top_k
-    token_bytes = FLOAT32 * width
+    # Count of each token in a layer: block input, normed input, both norms' inner results and scales; in attention also
+    # the residual, what is normed for it, queries, keys and values, the heads' output and its log-sums; of the router
+    # the log-sum, probabilities, and what it weighs by where those are others.
+    own_weights = weighs_by_load(dispatch) and not renormalizes(dispatch, model.top_k)
+    width = 3 * model.hidden + 2 + (1 + own_weights) * model.num_experts
+    token_bytes = FLOAT32 * width + count_choice_bytes(dispatch, shards, sizes) * model.top_k
     if model.attention:
-        token_bytes += FLOAT32 * (model.hidden + model.num_heads) + wire * 6 * model.hidden
+        token_bytes += FLOAT32 * (2 * model.hidden + 1 + model.num_heads) + wire * 5 * model.hidden
 
-    # Of each copy at its expert: input, and what goes into the activation.
-    copy_bytes = wire * (model.hidden + count_inner(config, mesh))
+    # Count of each copy at its expert: input, what goes into the activation, and where it came from.
+    copy_bytes = wire * (model.hidden + count_inner(config, mesh)) + 2 * INDEX
     copies = count_rows(model, mesh, slots, sizes)
 
-    # In bfloat16 also a copy of each weight of attention, and the norms' outputs before they were rounded.
-    weights = 0
-    if wire < FLOAT32:
-        weights = wire * 4 * model.hidden**2 if model.attention else 0
-        token_bytes += FLOAT32 * model.hidden
-    of_layer = tokens * token_bytes + copies * copy_bytes + weights
-    return sizes.num_berths * model.num_layers * of_layer
+    # Count in bfloat16 the weights of attention as products read them: cast for each micro-batch.
+    weights = wire * 4 * model.hidden**2 if model.attention and wire < FLOAT32 else 0
+    of_layer = tokens * token_bytes + copies * copy_bytes + weights + EXPERT_BYTES * model.num_experts
+
+    # Count what leaves the last layer and the slope that comes back, and in the head its norm's results and scale, the
+    # logarithms of the probabilities, and the bytes that were to be predicted.
+    of_ends = tokens * FLOAT32 * 2 * model.hidden
+    of_head = tokens * (FLOAT32 * (2 * model.hidden + 1 + NUM_BYTES) + INDEX)
+    return sizes.num_berths * (model.num_layers * of_layer + of_ends) + of_head
+
+
+def count_choice_bytes(dispatch, shards, sizes):
+    """Count the bytes that one of a token's K choices takes at its home in a layer."""
+    routing = INDEX + FLOAT32  # expert and gate
+    routing += FLOAT32 * shards * (shards > 1)  # the gate once for each shard
+    if dispatch.capacity_factor > 0:
+        routing += FLOAT32 + 1  # the gate before it was dropped, and whether it was
+    plan = 2 * INDEX + 1  # copy, row of its result, whether that is a sum
+    if getattr(sizes, "parcels_sent", 0):
+        plan += INDEX + INDEX // 2  # the tokens of messages to other nodes, and which of these a copy is of
+    return routing + plan * shards
 
 
 def reckon_working(config, mesh, slots, sizes):
@@ -159,10 +181,16 @@ def count_rows(model, mesh, slots, sizes):
     return min(int(FULLEST * sizes.expert_rows), every)
 
 
-def reckon_passing(model, sizes):
-    """Bytes that the micro-batches in flight hold in inference: each layer's input and routing, until the last."""
-    tokens = sizes.tokens
-    return sizes.num_berths * model.num_layers * tokens * (FLOAT32 * model.hidden + 40 * sizes.top_k)
+def reckon_passing(config, mesh, sizes):
+    """Bytes that the micro-batches in flight hold in inference: each layer's input and routing, until the last.
+
+    The last layer has its router's input, and in attention its residual, until its results are home.
+    """
+    model = config.model
+    choices = count_choice_bytes(config.dispatch, mesh.tensor_parallel, sizes) * model.top_k
+    of_layer = sizes.tokens * (FLOAT32 * model.hidden + choices) + EXPERT_BYTES * model.num_experts
+    of_last = sizes.tokens * FLOAT32 * model.hidden * (1 + model.attention)
+    return sizes.num_berths * (model.num_layers * of_layer + of_last)
 
 
 class ActivationGauge:
@@ -171,6 +199,8 @@ class ActivationGauge:
     def __init__(self, network):
         self.parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
         self.saved = {}  # address of a storage: [how many times saved, bytes]
+        self.in_flight = {}  # address: bytes, of what flights held when they were looked at
+        self.flight_bytes, self.autograd_bytes = 0, 0  # of these, and of what is saved besides
         self.peak_bytes = 0
 
     def hooks(self):
@@ -178,29 +208,37 @@ class ActivationGauge:
         return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor)
 
     def pack(self, tensor):
-        """Count a tensor that autograd saves until autograd lets it go."""
+        """Count a tensor that autograd saves until autograd lets it go: within an op too, as the head's."""
         storage = tensor.untyped_storage()
         address, num_bytes = storage.data_ptr(), storage.nbytes()
         held = Held(tensor)
         if address not in self.parameters:
             self.saved.setdefault(address, [0, num_bytes])[0] += 1
+            if self.saved[address][0] == 1 and address not in self.in_flight:
+                self.autograd_bytes += num_bytes
             weakref.finalize(held, self.release, address)
+            self.note()
         return held
 
     def release(self, address):
         """Forget a tensor that autograd let go."""
         self.saved[address][0] -= 1
         if self.saved[address][0] == 0:
-            del self.saved[address]
+            _, num_bytes = self.saved.pop(address)
+            if address not in self.in_flight:
+                self.autograd_bytes -= num_bytes
 
-    def look(self, flights):
-        """Add up what is held now and keep the most."""
-        held = {address: num_bytes for address, (_, num_bytes) in self.saved.items()}
-        for tensor in find_tensors([vars(flight) for flight in flights]):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.parameters:
-                held[storage.data_ptr()] = storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, sum(held.values()))
+    def look(self, flights, passing=()):
+        """Add up what is held now, and what passes from stage to stage, and keep the most."""
+        found = find_arrays([[vars(flight) for flight in flights], passing])
+        self.in_flight = {address: size for address, size in map(locate, found) if address not in self.parameters}
+        beside = [size for address, (_, size) in self.saved.items() if address not in self.in_flight]
+        self.flight_bytes, self.autograd_bytes = sum(self.in_flight.values()), sum(beside)
+        self.note()
+
+    def note(self):
+        """Keep the most that was held at one time."""
+        self.peak_bytes = max(self.peak_bytes, self.flight_bytes + self.autograd_bytes)
 
 
 class Held:
@@ -210,17 +248,27 @@ class Held:
         self.tensor = tensor
 
 
-def find_tensors(value):
-    """Yield the tensors inside nested lists, tuples, dicts and dataclasses."""
-    if isinstance(value, torch.Tensor):
+def find_arrays(value):
+    """Yield the tensors and NumPy arrays inside nested lists, tuples, dicts and dataclasses."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
         yield value
     elif isinstance(value, dict):
-        yield from find_tensors(list(value.values()))
+        yield from find_arrays(list(value.values()))
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from find_tensors(inner)
+            yield from find_arrays(inner)
     elif dataclasses.is_dataclass(value):
-        yield from find_tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
+        yield from find_arrays([getattr(value, field.name) for field in dataclasses.fields(value)])
+
+
+def locate(array):
+    """Find the memory behind a tensor or NumPy array, of which it may be a view -> (address, bytes)."""
+    if isinstance(array, torch.Tensor):
+        storage = array.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array.ctypes.data, array.nbytes
 
 
 def measure_memory(network, optimizer, exchange, gauge):

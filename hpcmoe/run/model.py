@@ -114,13 +114,17 @@ class LanguageModel(nn.Module):
         if self.purpose == "infer":
             return None
         x.requires_grad_(self.purpose == "train")
-        logits = multiply(norm(x, self.last_norm), self.head_weight)
         targets = self.batches[micro_batch][:, 1:].flatten()
-        loss_sum = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        loss_sum = self.sum_losses(x, targets)
         self.loss_sum = self.loss_sum + loss_sum.detach().double()  # on the device: the host need not know yet
         if self.purpose == "train":
             (loss_sum / self.num_tokens).backward()
         return x.grad
+
+    def sum_losses(self, x, targets):
+        """Predict each next byte from x [T, H], and add up the cross-entropies -> []; no logits are kept."""
+        logits = multiply(norm(x, self.last_norm), self.head_weight)
+        return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
     def start_sums(self, wait_for=-1):
         """Begin to add up what has been counted over all ranks, micro-batch by micro-batch, the same on every rank.

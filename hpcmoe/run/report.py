@@ -1,131 +1,22 @@
 """The table at the end of a run: what was done, how evenly, over which links, in how much memory."""
 
-import dataclasses
-
 import numpy as np
 from tabulate import tabulate
 
-from hpcmoe.errors import on_root
-from hpcmoe.run.batches import BatchSizes, describe_batches, rows_of_batches, sum_batches
-from hpcmoe.run.data import count_sequences
-from hpcmoe.run.figures import SIGMA_AIM, compare_bandwidth, sampling_floor, sum_by_node
-from hpcmoe.run.memory import Memory, measure_memory, peak_resident_bytes
-from hpcmoe.wait import gather_to_all, wait_all
+from hpcmoe.run.batches import rows_of_batches
+from hpcmoe.run.figures import SIGMA_AIM, compare_bandwidth, sum_by_node
+from hpcmoe.run.process import count_unshared
 
 MOST_NODES_IN_A_TABLE = 8
 MOST_LAYERS_IN_A_TABLE = 8
 TRANSFERS = {"train": 4, "infer": 2}  # of a token's copy in a layer: there and back, and the same backward
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Totals:
-    """What all ranks did in the measured steps."""
-
-    num_steps: int
-    num_tokens: int
-    seconds: float  # on the wall of rank 0
-    seconds_of_stage: dict  # mean over the ranks
-    bytes_of_link: np.ndarray | None  # [P, P] bytes sent from rank to rank; on rank 0 alone
-    utilisation: np.ndarray  # U_e [L, E], mean over the steps
-    balancedness: float  # of the ranks, mean / max of the tokens served; mean over the steps
-    balancedness_of_layer: np.ndarray  # [L]
-    link_sigma: float  # mean over the steps
-    link_sigma_of_layer: np.ndarray  # [L]
-    link_sigma_floor: float  # of a step
-    link_sigma_floor_of_layer: np.ndarray  # [L]
-    num_dropped: int
-    batches: BatchSizes  # on which the experts worked
-    measured: Memory  # of the rank that took most
-    peak_resident_bytes: int  # of the process that took most
-    losses: dict  # name: nats a byte
-
-    @property
-    def tokens_per_second(self):
-        """Tokens of all ranks by wall-clock second."""
-        return self.num_tokens / max(self.seconds, 1e-9)
-
-
-def sum_up(job, optimizer, losses, snapshot_bytes):
-    """Gather a run's totals -> Totals, on all ranks but for bytes_of_link. Collective over all ranks.
-
-    snapshot_bytes: what this rank's copy of the state for checkpoints takes.
-    """
-    meter, world = job.meter, job.mesh.world
-    measured = measure_memory(job.stepper.network, optimizer, job.stepper.exchange, job.stepper.gauge)
-    measured = dataclasses.replace(measured, snapshot=snapshot_bytes, moving=job.staged_bytes)
-    everyone = gather_to_all(world, (measured, peak_resident_bytes()))
-    steps = max(meter.num_steps, 1)
-    floor, floor_of_layer = on_root(world, lambda: find_floors(job))
-    return Totals(
-        num_steps=meter.num_steps,
-        num_tokens=meter.num_tokens,
-        seconds=meter.seconds,
-        seconds_of_stage=meter.seconds_of_stage,
-        bytes_of_link=gather_traffic(job),
-        utilisation=meter.utilisation / steps,
-        balancedness=meter.balancedness / steps,
-        balancedness_of_layer=meter.balancedness_of_layer / steps,
-        link_sigma=meter.link_sigma / steps,
-        link_sigma_of_layer=meter.link_sigma_of_layer / steps,
-        link_sigma_floor=floor,
-        link_sigma_floor_of_layer=floor_of_layer,
-        num_dropped=meter.num_dropped,
-        batches=sum_batches(job),
-        measured=max((memory for memory, _ in everyone), key=lambda memory: memory.total),
-        peak_resident_bytes=max(peak for _, peak in everyone),
-        losses=losses,
-    )
-
-
-def gather_traffic(job):
-    """Gather the bytes that each rank sent to each other -> [P, P] on rank 0, else None. Collective over all ranks."""
-    world, row_bytes = job.mesh.world, job.stepper.exchange.sizes.row_bytes
-    sent = np.zeros(world.size)
-    sent[gather_to_all(job.mesh.group, world.rank)] = job.meter.rows_to_peer * row_bytes
-    everyone = np.empty((world.size, world.size)) if world.rank == 0 else None
-    wait_all([world.Igather(sent, everyone)])
-    return everyone
-
-
-def find_floors(job):
-    """Compute the sampling floor of a step's link sigma -> (of all layers together, of each [L])."""
-    model, mesh = job.config.model, job.mesh
-    sequences = count_sequences(
-        job.config.data.batch_sequences, job.config.pipeline.micro_batches, mesh.num_token_shares
-    )
-    tokens = sequences[: mesh.group.size] * model.sequence_length  # of the first group
-
-    def floor(layers):
-        return sampling_floor(job.placement, tokens, model.top_k, model.num_experts, layers)
-
-    return floor(range(model.num_layers)), np.array([floor([layer]) for layer in range(model.num_layers)])
-
-
-def tell_floors(job):
-    """Say how uneven links would be under an even router -> a line for the log. Collective over all ranks."""
-    floor, of_layer = on_root(job.mesh.world, lambda: find_floors(job))
-    return (
-        f"sigma of links under an even router, which draws finitely many tokens: {floor:.3f} a step, "
-        f"{of_layer.min():.3f}-{of_layer.max():.3f} a layer"
-    )
-
-
-def describe_totals(records, totals):
-    """Keep the figures of the whole run."""
-    records.describe("run", "tokens_per_second_overall", totals.tokens_per_second, "tokens/s")
-    records.describe("comm", "bytes_of_link", totals.bytes_of_link, "B, rank to rank")
-    records.describe("dispatch", "link_sigma_floor", totals.link_sigma_floor, "1")
-    records.describe("dispatch", "link_sigma_floor_of_layer", totals.link_sigma_floor_of_layer, "1")
-    records.describe("dispatch", "link_sigma_aim", SIGMA_AIM, "1, an even exchange has less")
-    describe_batches(records, totals.batches)
-    records.describe("run", "peak_resident_bytes", totals.peak_resident_bytes, "B")
-
-
 def make_table(job, totals):
     """Lay out a run's figures -> text."""
     balance = rows_of_balance(totals, rows_of_batches(totals.batches, job.stepper.exchange.sizes))
     rows = [*rows_of_pace(job, totals), *balance, *rows_of_links(job, totals), *rows_of_placement(job)]
-    memory = rows_of_memory(job.memory, totals)
+    memory = [*rows_of_memory(job.memory, totals), *rows_of_process(job, totals)]
     return "\n\n".join(
         tabulate(table, headers=headers, disable_numparse=True, preserve_whitespace=True)
         for table, headers in (
@@ -268,8 +159,23 @@ def rows_of_memory(computed, totals):
         "total": "all of these",
     }
     both = [(text, getattr(computed, name), getattr(totals.measured, name)) for name, text in names.items()]
-    rows = [(text, *map(format_bytes, num_bytes)) for text, *num_bytes in both if any(num_bytes)]
-    return [*rows, ("resident set of the process, at its peak", "", format_bytes(totals.peak_resident_bytes))]
+    return [(text, *map(format_bytes, num_bytes)) for text, *num_bytes in both if any(num_bytes)]
+
+
+def rows_of_process(job, totals):
+    """List what a rank's process has in the host's memory, mean of a node's ranks: alone, and with others."""
+    process_bytes = job.room.process_bytes
+    both = [
+        ("the process itself: Python, torch, MPI", process_bytes, totals.process_bytes),
+        ("all that it shares with no other (USS)", process_bytes + count_unshared(job.memory, job.stepper.exchange),
+         totals.unshared_bytes),
+    ]  # fmt: skip
+    rows = [(text, *map(format_bytes, num_bytes)) for text, *num_bytes in both]
+    return [
+        *rows,
+        ("libraries and files that processes share", "", format_bytes(totals.process.libraries)),
+        ("resident set of the process, at its peak", "", format_bytes(totals.process.peak)),
+    ]
 
 
 def format_bytes(num_bytes):

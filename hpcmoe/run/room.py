@@ -53,6 +53,7 @@ class Room:
     node_bytes: np.ndarray  # [nodes] for all ranks there
     num_ranks: np.ndarray  # [nodes]
     besides: dict[str, int]  # what each rank needs besides experts: bytes
+    process_bytes: int = 0  # of a rank's process in the steps, beside the arrays that are counted
 
     @property
     def for_experts(self):
@@ -88,6 +89,7 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu, num_communicators
             node_bytes=topology.memory_bytes,
             num_ranks=num_ranks,
             besides=process | messages | on_host | rest,
+            process_bytes=process_bytes,
         )
     check_host(topology, num_ranks, process | on_host)
     least = np.full(len(num_ranks), np.inf)
@@ -97,6 +99,7 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu, num_communicators
         node_bytes=least * num_ranks,
         num_ranks=num_ranks,
         besides=messages | rest | {"libraries": GPU_LIBRARY_BYTES + num_communicators * COMMUNICATOR_BYTES},
+        process_bytes=process_bytes,
     )
 
 

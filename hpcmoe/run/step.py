@@ -72,6 +72,7 @@ class Stepper:
         """Run the schedule, and measure the activations in flight of the first step of the run's kind."""
         if training == (self.config.run.mode == "train") and self.gauge.peak_bytes == 0:
             with self.gauge.hooks():
-                self.engine.run(self.schedules[training], training, self.gauge.look)
+                passing = self.engine.values
+                self.engine.run(self.schedules[training], training, lambda held: self.gauge.look(held, passing))
         else:
             self.engine.run(self.schedules[training], training)

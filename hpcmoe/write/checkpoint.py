@@ -10,7 +10,7 @@ import time
 
 from hpcmoe.errors import CheckpointError, on_all, on_root, raise_or_return
 from hpcmoe.write.hdf5 import one_line_faults
-from hpcmoe.write.pieces import discard, do_at_once, read_pieces, write_by_turns
+from hpcmoe.write.pieces import check_files, discard, do_at_once, read_pieces, write_by_turns
 from hpcmoe.write.verify import verify_master, verify_pieces
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,12 @@ def load_checkpoint(comm, folder, wanted):
     Any number of ranks may have written them. Raises CheckpointError on all ranks.
     """
     return read_pieces(comm, folder, wanted)
+
+
+def read_facts(folder: pathlib.Path) -> dict:
+    """Read a checkpoint's facts alone, before anything is built or moved for it. Raises CheckpointError."""
+    facts, _ = check_files(folder)
+    return facts
 
 
 def find_checkpoint(comm, where):

@@ -21,7 +21,7 @@ from hpcmoe.run.balance import even_load
 from hpcmoe.run.data import find_text
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
-from hpcmoe.run.report import find_floors
+from hpcmoe.run.totals import find_floors
 from hpcmoe.run.train import train
 from hpcmoe.write.loads import read_loads
 

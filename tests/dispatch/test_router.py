@@ -30,7 +30,7 @@ def route_slowly(weight, x, load, top_k, config, bias):
         damped = logits - config.load_feedback * load
         experts[t] = np.argsort(-(damped + bias))[:top_k]
         gates[t] = softmax(damped if config.load_feedback_on == "both" else logits)[experts[t].astype(int)]
-        if config.renormalize:
+        if config.renormalize and top_k > 1:
             gates[t] /= gates[t].sum()
         probability += softmax(logits)
         z += math.log(np.exp(logits).sum()) ** 2
@@ -86,9 +86,17 @@ def test_the_bias_chooses_and_weighs_nothing():
         assert torch.allclose(plain, moved, rtol=1e-6)
         biased.top_k = 1
         routing = biased(x, load)
-        assert (routing.experts == 3).all() and torch.equal(routing.gates, torch.ones(NUM_TOKENS, 1))
+        assert (routing.experts == 3).all() and torch.allclose(
+            routing.gates[:, 0], plain_probability(router, x, load, on)
+        )
         assert routing.probability_sum[3] < NUM_TOKENS / 2  # the losses see the router as it is
     assert "bias" not in dict(router.named_parameters())
+
+
+def plain_probability(router, x, load, on):
+    """The probability of expert 3 in softmax(logits), under the load where it acts on weights too -> [T]."""
+    pressure = router.config.load_feedback * load if on == "both" else 0
+    return (x @ router.weight.detach().t() - pressure).softmax(dim=-1)[:, 3]
 
 
 def dense_gates(routing):

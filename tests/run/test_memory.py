@@ -19,7 +19,7 @@ from hpcmoe.experts.shapes import MATRICES
 from hpcmoe.run.memory import (
     ActivationGauge,
     Memory,
-    find_tensors,
+    find_arrays,
     measure_memory,
     peak_resident_bytes,
     reckon_working,
@@ -275,7 +275,7 @@ def test_tensors_are_found_in_whatever_holds_them():
         number: int
 
     tensors = [torch.ones(1) for _ in range(4)]
-    found = list(find_tensors({"a": tensors[0], "b": [tensors[1], (tensors[2], None)], "c": Held(tensors[3], 7)}))
+    found = list(find_arrays({"a": tensors[0], "b": [tensors[1], (tensors[2], None)], "c": Held(tensors[3], 7)}))
     assert all(one is other for one, other in zip(found, tensors, strict=True))
 
 

@@ -9,7 +9,8 @@ import pytest
 from small import Notes, open_small_job
 
 from hpcmoe.run.infer import infer
-from hpcmoe.run.report import format_bytes, make_table, rows_of_layers, sum_up, tell_floors
+from hpcmoe.run.report import format_bytes, make_table, rows_of_layers
+from hpcmoe.run.totals import sum_up, tell_floors
 from hpcmoe.run.train import train, train_step
 from hpcmoe.wait import broadcast
 
