@@ -29,9 +29,10 @@ def pytest_addoption(parser):
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     """Make hypothesis repeatable; under --with-mpi, have the ranks go through the tests together."""
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
-    settings.register_profile("hpcmoe", deadline=None, derandomize=True)
+    slow = [HealthCheck.too_slow]  # on a busy machine everything is
+    settings.register_profile("hpcmoe", deadline=None, derandomize=True, suppress_health_check=slow)
     settings.load_profile("hpcmoe")
     if config.getoption("--with-mpi"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks share the cores

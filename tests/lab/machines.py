@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 
 import pytest
-from launch import MPIRUN
+from launch import HANG_SECONDS, MPIRUN
 
 LAB = pathlib.Path(__file__).parent
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where daemons lie; an ordinary PATH may lack it
@@ -36,7 +36,7 @@ def script(name, *arguments, **variables):
     """Run one of the lab's scripts, silent unless it fails."""
     command = [LAB / name, *map(str, arguments)]
     environment = {**os.environ, "PATH": SYSTEM_PATH, **variables}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
 
 
