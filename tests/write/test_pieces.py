@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pathlib
 
 import h5py
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, on_all
+from hpcmoe.write import checksums, pieces
 from hpcmoe.write.pieces import Part, Piece, check_tiling, read_pieces, write_pieces
 
 SHAPE = (7, 6, 10)  # no axis divides by 2, 3 and 4 alike
@@ -117,6 +119,15 @@ def test_folder_of_that_name_is_replaced(comm, tmp_path):
     write_pieces(comm, tmp_path / "a", [], {"course": 2})
     assert read_pieces(comm, tmp_path / "a", [])[1] == {"course": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_all_is_on_the_disk_before_the_folder_has_its_name(comm, tmp_path, monkeypatch):
+    order, sync, rename = [], pieces.sync, pathlib.Path.rename
+    for module in (pieces, checksums):
+        monkeypatch.setattr(module, "sync", lambda path: (order.append(path.name), sync(path)))
+    monkeypatch.setattr(pathlib.Path, "rename", lambda path, to: (order.append("named"), rename(path, to))[1])
+    write_whole(comm, tmp_path / "a")
+    assert order == ["rank0000.h5", "master.h5", "SHA256SUMS", "a.partial", "named", tmp_path.name]
 
 
 def test_missing_file(comm, tmp_path):
