@@ -40,11 +40,11 @@ def series(folder, name):
         return dict(zip(file[name]["step"][:].tolist(), file[name]["value"][:].tolist(), strict=True))
 
 
-@pytest.fixture(scope="module")
-def big(tmp_path_factory):
-    """Run the main job at 16 ranks once -> (its output folder, how it ended)."""
+@pytest.fixture(scope="module", params=[8, pytest.param(16, marks=pytest.mark.full)])
+def big(request, tmp_path_factory):
+    """Run the main job at many ranks once -> (its output folder, how it ended)."""
     folder = tmp_path_factory.mktemp("big")
-    return folder, mpirun(16, *main_command(folder))
+    return folder, mpirun(request.param, *main_command(folder))
 
 
 def test_the_main_job_ends_with_its_table_and_its_files(big):

@@ -216,12 +216,12 @@ FAULTS = {
         "run/test_optimizer.py",
         3,
     ),
-    "a sum's messages are those of another expert": plant(
+    "sums over groups take others' experts for their own": plant(
         "run/optimizer.py",
-        "layer * len(layers[layer].router.weight) + held[slot]",
-        "layer + held[slot]",
+        "key=lambda slot: ranks_of[slot][0] != comm.rank)",
+        "key=lambda slot: ranks_of[slot][0] == comm.rank)",
         "run/test_optimizer.py",
-        3,
+        4,
     ),
     "a bucket's end is summed again": plant(
         "run/sums.py",
