@@ -220,7 +220,7 @@ FAULTS = {
         "run/optimizer.py",
         "key=lambda slot: ranks_of[slot][0] != comm.rank)",
         "key=lambda slot: ranks_of[slot][0] == comm.rank)",
-        "run/test_optimizer.py",
+        "run/test_shapes.py -k 'dp2 and ep2 and tp1 and every_model'",
         4,
     ),
     "a bucket's end is summed again": plant(
@@ -255,7 +255,7 @@ FAULTS = {
         "run/optimizer.py",
         "            layer.experts.refresh()\n        return norm",
         "            pass\n        return norm",
-        "run/test_oracle.py -k training",
+        "run/test_optimizer.py -k weights_of_the_last_step",
         3,
     ),
     "the learning rate warms up a step late": plant(
