@@ -1,6 +1,7 @@
 """The main job on clusters: four nodes of a real Slurm, and four hosts with shaped links between them."""
 
 import dataclasses
+import os
 import sys
 import time
 
@@ -13,6 +14,7 @@ from hpcmoe.cluster.nodes import Topology, load_topology
 
 SHORT = ["--set", "run.steps=2", "--set", "data.batch_sequences=16", "--set", "data.validation_sequences=16"]
 INSIDE_RACK, BETWEEN_RACKS = 500e6 / 8, 50e6 / 8  # bytes a second: what a busy machine carries too
+BUSY = 4  # load of a core; the test alone makes half of it
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,9 @@ def test_links_ports_and_uplinks_are_measured_as_they_are_shaped(hosts, tmp_path
         better = {name: np.maximum(getattr(found, name), getattr(again, name)) for name in rates}
         found = dataclasses.replace(found, **better)
     assert found.node_names == tuple(hosts)
+    assert all((measured <= 1.15 * shaped).all() for measured, shaped in compare(found))
+    if os.getloadavg()[0] > BUSY * os.cpu_count():
+        pytest.skip("other work on this machine keeps the hosts from filling their links")
     for figures in compare(found):
         np.testing.assert_allclose(*figures, rtol=0.15)
 

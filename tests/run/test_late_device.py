@@ -1,6 +1,7 @@
 """A stand-in for a GPU: its copies happen as late as events allow, so whoever does not wait sends stale bytes."""
 
 import pytest
+from covering import table
 from against_oracle import check_against_oracle
 
 from hpcmoe.comm.device import HostDevice
@@ -32,8 +33,7 @@ class LateDevice(HostDevice):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("schedule", ["serial", "overlap"])
-@pytest.mark.parametrize("shared_memory", [True, False])
+@pytest.mark.parametrize(("schedule", "shared_memory"), table(["serial", "overlap"], [True, False]))
 def test_nothing_is_sent_before_its_event(comm, shared, monkeypatch, schedule, shared_memory):
     monkeypatch.setattr("hpcmoe.run.job.open_device", lambda kind, rank: LateDevice())
     check_against_oracle(comm, shared, pipeline__schedule=schedule, comm__shared_memory=shared_memory)
