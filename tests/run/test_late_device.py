@@ -1,8 +1,8 @@
 """A stand-in for a GPU: its copies happen as late as events allow, so whoever does not wait sends stale bytes."""
 
 import pytest
-from covering import table
 from against_oracle import check_against_oracle
+from covering import table
 
 from hpcmoe.comm.device import HostDevice
 

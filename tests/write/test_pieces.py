@@ -3,6 +3,7 @@
 import itertools
 import os
 import pathlib
+import shutil
 
 import h5py
 import numpy as np
@@ -128,6 +129,14 @@ def test_all_is_on_the_disk_before_the_folder_has_its_name(comm, tmp_path, monke
     monkeypatch.setattr(pathlib.Path, "rename", lambda path, to: (order.append("named"), rename(path, to))[1])
     write_whole(comm, tmp_path / "a")
     assert order == ["rank0000.h5", "master.h5", "SHA256SUMS", "a.partial", "named", tmp_path.name]
+
+
+def test_a_folder_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    folder, rmtree, there = tmp_path / "checkpoint-2", shutil.rmtree, []
+    (folder / "inside").mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: (there.append(folder.exists()), rmtree(path, **how)))
+    pieces.discard(folder)
+    assert not there[-1] and list(tmp_path.iterdir()) == []
 
 
 def test_missing_file(comm, tmp_path):
