@@ -348,7 +348,7 @@ FAULTS = {
         "run/train.py",
         "// data.batch_sequences)\n    parts",
         "// data.batch_sequences)\n    starts = starts[:-1]\n    parts",
-        "run/test_train.py",
+        "run/test_train.py -k validation_is_the_mean",
         3,
     ),
 }
