@@ -157,7 +157,6 @@ FAULTS = {
         "(self.taken[:, berth] >= exchange - 2).all()",
         "(self.taken[:, berth] >= exchange - 3).all()",
         "comm/test_window.py",
-        3,
     ),
     "a sum's parts are told apart by layer alone": plant(
         "comm/transport.py",
