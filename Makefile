@@ -6,9 +6,11 @@ ARGS  =
 
 define USAGE
 make run          train the small model of INPUT on RANKS MPI ranks: $(INPUT), $(RANKS)
-make test         all tests: serial, then under mpirun at 1, 2, 3 and 4 ranks
+make test         the usual tests: serial, the MPI tests at 3 and 4 ranks, and of each of these one case at 1 and 2
 make test-serial  the tests that need no mpirun, and those that start their own
-make test-3       the MPI tests at 3 ranks; any number
+make test-3       the MPI tests at 3 ranks; any number; smoke-3: of each its first case
+make test-all     every case of every test, at 1, 2, 3 and 4 ranks: much more time (tests/README.md)
+make test-faults  plant faults in a copy, one after the other, and see that the tests catch each
 make bench        layers against their floor, the exchange against MPI, what balancing does; as root, on shaped hosts, more;
                   ARGS="layer exchange cost peers placement moving overlap balance sums gpu": which of them
 make test-system  a short run with apt's MPICH and with apt's Open MPI, where they are installed
@@ -51,7 +53,7 @@ export PRTE_MCA_hwloc_default_binding_policy = none
 endif
 
 .NOTPARALLEL:
-.PHONY: help run test test-serial test-system test-gpu bench bench-gpu bench-peers check lint clean
+.PHONY: help run test test-all test-serial test-faults test-system test-gpu bench bench-gpu bench-peers check lint clean
 .PHONY: mpirun-of-mpich mpirun-of-openmpi mpirun-of-system mpi4py-of-mpich mpi4py-of-openmpi mpi4py-of-system
 help:
 	@:$(info $(USAGE))
@@ -59,13 +61,24 @@ help:
 run: $(VENV)/ready mpi4py-of-$(MPI)
 	mpirun -n $(RANKS) python -m hpcmoe.main $(INPUT) $(ARGS)
 
-test: test-serial test-1 test-2 test-3 test-4
+test: test-serial test-3 test-4 smoke-1 smoke-2
 
+test-all: WHICH = --full
+test-all: test-serial test-1 test-2 test-3 test-4 test-system
+
+# Hosts whose links are measured have the machine for themselves.
 test-serial: $(VENV)/test-ready
-	python -m pytest -m "not mpi" $(ARGS)
+	python -m pytest -m "not mpi and not racks" -n 2 --dist loadfile $(WHICH) $(ARGS)
+	python -m pytest -m racks $(WHICH) $(ARGS) || [ $$? = 5 ] # there may be none among those of ARGS
+
+test-faults: $(VENV)/test-ready
+	PYTHONPATH=tests python -m faults $(ARGS)
 
 test-%: $(VENV)/test-ready
-	mpirun -n $* python -m pytest --with-mpi -m mpi $(ARGS)
+	mpirun -n $* python -m pytest --with-mpi -m mpi $(WHICH) $(ARGS)
+
+smoke-%: $(VENV)/test-ready
+	mpirun -n $* python -m pytest --with-mpi -m mpi --smoke $(ARGS)
 
 test-system: .venv/ready
 	tests/system_mpi.sh mpich

@@ -1,4 +1,4 @@
-"""MPI tests: what fails on one rank fails on all, rank 0 speaks for the others, and nothing hangs."""
+"""Which tests run; MPI tests: what fails on one rank fails on all, rank 0 speaks for the others, and nothing hangs."""
 
 import faulthandler
 import gc
@@ -13,19 +13,26 @@ import traceback
 
 import pytest
 
-TEST_SECONDS = 240.0  # what an MPI test may take, on a busy machine, its waiting for slower ranks included
+TEST_SECONDS = 600.0  # what an MPI test may take, on a busy machine, its waiting for slower ranks included
 FAREWELL_SECONDS = 5.0  # how long a rank that has failed waits for the others before it aborts them
 OUTCOMES = ("passed", "skipped", "failed")  # the worst that a rank has counts for all
 
 gc.disable()  # until all is imported, which stays: a tenth of a rank's start is looking through it
 
 
+def pytest_addoption(parser):
+    """Add the options that choose between the whole of the suite, what is usual, and a part of it."""
+    parser.addoption("--full", action="store_true", help="run the cases marked full too: whole products")
+    parser.addoption("--smoke", action="store_true", help="run of each test only its first case")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     """Make hypothesis repeatable; under --with-mpi, have the ranks go through the tests together."""
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
-    settings.register_profile("hpcmoe", deadline=None, derandomize=True)
+    slow = [HealthCheck.too_slow]  # on a busy machine everything is
+    settings.register_profile("hpcmoe", deadline=None, derandomize=True, suppress_health_check=slow)
     settings.load_profile("hpcmoe")
     if config.getoption("--with-mpi"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks share the cores
@@ -36,6 +43,19 @@ def pytest_configure(config):
 
     if config.getoption("--with-mpi"):
         config.pluginmanager.register(Ranks(MPI.COMM_WORLD.Dup(), config), "ranks")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the cases marked full unless --full is given, and under --smoke all but each test's first case."""
+    if config.getoption("--full"):
+        return
+    kept = [item for item in items if item.get_closest_marker("full") is None]
+    if config.getoption("--smoke"):
+        kept = list({item.nodeid.partition("[")[0]: item for item in reversed(kept)}.values())[::-1]
+    chosen = set(map(id, kept))
+    if left_out := [item for item in items if id(item) not in chosen]:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 def pytest_collection_finish():

@@ -1,7 +1,10 @@
 """Commands run as a user runs them: each ends in time and leaves no process behind."""
 
+import json
 import os
 import pathlib
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,7 +17,8 @@ import psutil
 ROOT = pathlib.Path(__file__).parents[1]
 PATH = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
 MPIRUN = shutil.which("mpirun", path=PATH)
-SWEEP_SECONDS = 5.0  # how long after a command its last processes may need to go
+HANG_SECONDS = 900.0  # after which a command hangs, however busy the machine is; no command's pace is held to it
+SWEEP_SECONDS = 60.0  # how long after a command its last processes may need to go
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -24,7 +28,8 @@ class Ended:
     status: int
     output: str  # standard output
     errors: str  # standard error
-    seconds: float
+    seconds: float  # of the clock, which other work makes longer
+    own_seconds: float  # of processors
 
     def lines(self, start):
         """Find the lines on standard error that begin with start."""
@@ -39,7 +44,7 @@ class Running:
 
     def __init__(self, *command, cwd=ROOT, **environment):
         self.mark = uuid.uuid4().hex
-        self.started = time.monotonic()
+        self.started, self.used = time.monotonic(), count_own_seconds()
         self.process = subprocess.Popen(
             [str(word) for word in command],
             cwd=cwd,
@@ -56,7 +61,7 @@ class Running:
         alive = [p for p in found if p.info["status"] not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)]
         return [p for p in alive if (p.info["environ"] or {}).get("HPCMOE_TEST") == self.mark]
 
-    def wait(self, timeout_seconds):
+    def wait(self, timeout_seconds=HANG_SECONDS):
         """Wait for the end -> Ended; AssertionError if it is late or leaves a process behind."""
         try:
             output, errors = self.process.communicate(timeout=timeout_seconds)
@@ -65,7 +70,11 @@ class Running:
             output, errors = self.process.communicate()
             raise AssertionError(f"still running after {timeout_seconds} s:\n{output}\n{errors}") from None
         ended = Ended(
-            status=self.process.returncode, output=output, errors=errors, seconds=time.monotonic() - self.started
+            status=self.process.returncode,
+            output=output,
+            errors=errors,
+            seconds=time.monotonic() - self.started,
+            own_seconds=count_own_seconds() - self.used,
         )
         self.sweep()
         return ended
@@ -86,11 +95,28 @@ class Running:
             process.kill()
 
 
-def run(*command, timeout_seconds=60.0, **environment):
+def count_own_seconds():
+    """Count what the commands that have ended took of processors -> seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run(*command, timeout_seconds=HANG_SECONDS, **environment):
     """Run a command in the repository's root -> Ended; AssertionError if it is late or leaves a process behind."""
     return Running(*command, **environment).wait(timeout_seconds)
 
 
-def mpirun(ranks, *arguments, timeout_seconds=60.0, **environment):
+def mpirun(ranks, *arguments, timeout_seconds=HANG_SECONDS, **environment):
     """Run Python with the arguments on MPI ranks of this machine -> Ended."""
     return run(MPIRUN, "-n", ranks, sys.executable, *arguments, timeout_seconds=timeout_seconds, **environment)
+
+
+def mpirun_several(ranks, *commands):
+    """Run the program with each of some arguments, in one start of the ranks -> Ended, and what each printed.
+
+    A command is what mpirun would be given, its words from -m hpcmoe.main on.
+    """
+    runs = [[str(word) for word in command[2:]] for command in commands]
+    ended = mpirun(ranks, ROOT / "tests" / "several.py", json.dumps(runs), PYTHONPATH=str(ROOT))
+    assert ended.status == 0, ended
+    return ended, re.split(r"^run \d+\n", ended.output, flags=re.MULTILINE)[1:]

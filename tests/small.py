@@ -22,7 +22,7 @@ from hpcmoe.run.data import find_text
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.state import State
-from hpcmoe.wait import gather_to_all
+from hpcmoe.wait import barrier, gather_to_all
 from hpcmoe.write.loads import read_loads
 
 SMALL = {
@@ -75,7 +75,7 @@ def open_small_job(comm, folder, num_nodes=1, text=RANDOM_TEXT, **changes):
     file = folder / "text.bin"
     if comm.rank == 0:
         file.write_bytes(text)
-    comm.Barrier()
+    barrier(comm)  # politely: rank 0 may still be with the oracle of the test before
     config = make_config(data__files=(str(file),), data__exclude=(), **changes)
     split = find_text(config.data, config.model.sequence_length)
     with (

@@ -12,11 +12,9 @@ def values_of(output):
     return [(line[:12].strip(), line[13:]) for line in output.splitlines()]
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.full) for ranks in (1, 3))])
 def test_it_tells_what_is_here_and_tries_it(ranks):
-    ended = mpirun(ranks, "-m", "hpcmoe.check", timeout_seconds=120) if ranks > 1 else run(
-        sys.executable, "-m", "hpcmoe.check", timeout_seconds=120
-    )  # fmt: skip
+    ended = mpirun(ranks, "-m", "hpcmoe.check") if ranks > 1 else run(sys.executable, "-m", "hpcmoe.check")
     assert ended.status == 0, ended
     lines = values_of(ended.output)
     told = dict(lines)

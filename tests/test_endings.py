@@ -7,9 +7,8 @@ import sys
 import time
 
 import pytest
-from launch import MPIRUN, Running, mpirun
+from launch import HANG_SECONDS, MPIRUN, Running, mpirun
 
-END_SECONDS = 20
 SETTINGS = {
     "run.steps": "1000000",
     "model.sequence_length": "32",
@@ -32,14 +31,14 @@ def end_by(number, output, whom):
     """Start a run, try another of its name, and send whom it may be a signal at a checkpoint -> (how it ended, pid)."""
     running = Running(MPIRUN, "-n", 2, sys.executable, *command(output))
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + HANG_SECONDS
         while not list((output / "run").glob("checkpoint-*/master.h5")):
             assert time.monotonic() < deadline and running.process.poll() is None
             time.sleep(0.05)
         second = mpirun(1, *command(output)) if whom == "launcher" else None
         victim = running.process.pid if whom == "launcher" else find_rank(running, "1").pid
         os.kill(victim, number)
-        return running.wait(END_SECONDS), victim, second
+        return running.wait(), victim, second
     finally:
         running.kill()
 

@@ -6,15 +6,16 @@ import io
 import json
 import os
 import re
-import resource
 import signal
 import sys
 import time
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 from cases import UNUSED, make_case, make_domains, put, write_case
+from covering import table, usually
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launch import ROOT, Running, run
@@ -72,8 +73,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "objective"), table(CASES, OBJECTIVES))
 def test_an_answer_is_a_placement_that_costs_what_it_says(tmp_path, name, objective):
     case, out = write_case(tmp_path / "case.json", CASES[name]), tmp_path / "out.json"
     status, output, _ = place(case, "--objective", objective, "-o", out)
@@ -240,7 +240,7 @@ def mutants(draw):
     return case
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=mutants(), objective=st.sampled_from(OBJECTIVES))
 def test_a_changed_case_is_placed_or_refused_in_lines(tmp_path, case, objective):
     path, out = tmp_path / "case.json", tmp_path / "out.json"
@@ -280,13 +280,11 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("line", BROKEN)
+@pytest.mark.parametrize("line", usually(BROKEN, *list(BROKEN)[-2:]))
 def test_the_command_refuses_a_broken_case_within_two_seconds(tmp_path, line):
     path = write_case(tmp_path / "case.json", BROKEN[line] | {UNUSED: 1})
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     ended = run(sys.executable, "-m", "hpcmoe.place", path, "-o", tmp_path / "out.json", "--plot", tmp_path / "out.png")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < ERROR_SECONDS
+    assert ended.own_seconds < ERROR_SECONDS
     assert ended.status == 2 and ended.output == "" and not list(tmp_path.glob("out*"))
     assert ended.errors.startswith(f"hpcmoe: {path}: {line}") and len(ended.errors.splitlines()) == 1
 
@@ -309,14 +307,17 @@ def test_the_command_bears_a_reader_that_leaves(tmp_path):
     check_answer(case, out, "step")
 
 
-@pytest.mark.parametrize("seconds", [3.7, 4.0, 4.3])
+@pytest.mark.parametrize("seconds", [4.0, *(pytest.param(seconds, marks=pytest.mark.full) for seconds in (3.7, 4.3))])
 def test_the_command_ends_on_ctrl_c_with_one_word(tmp_path, seconds):
     """At moments when it searches: without insistence numba loses a third of them."""
     case = write_case(tmp_path / "case.json", make_domains(make_case(8, 8, 64, 8, slots=2, replicate=True)))
     running = Running(sys.executable, "-m", "hpcmoe.place", case, "--budget", "100", "-o", tmp_path / "out.json")
-    time.sleep(seconds)
+    process = psutil.Process(running.process.pid)
+    while sum(process.cpu_times()[:2]) < seconds:  # of its own, however busy the machine is
+        assert running.process.poll() is None, running.wait()
+        time.sleep(0.01)
     running.process.send_signal(signal.SIGINT)
-    ended = running.wait(20)
+    ended = running.wait()
     assert ended.status == 130 and ended.errors.splitlines()[-1] == "hpcmoe: interrupted"
     assert "Traceback" not in ended.errors and not list(tmp_path.glob("out*"))
 

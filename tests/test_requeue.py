@@ -6,11 +6,10 @@ import time
 
 import pytest
 from lab.machines import slurm
-from launch import ROOT, run
+from launch import HANG_SECONDS, ROOT, run
 
 from hpcmoe.segments import SHARED_MEMORY, name_world
 
-SECONDS = 120.0  # for a job to come to where it is waited for, on a busy machine
 RANKS = 4
 START = "; ".join(
     [
@@ -61,7 +60,7 @@ def count_started(log):
 
 def wait_for(condition):
     """Wait until a condition holds."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.2)

@@ -9,9 +9,9 @@ import time
 import numpy as np
 import psutil
 import pytest
-from launch import MPIRUN, Running, mpirun
+from launch import MPIRUN, Running, mpirun, mpirun_several
 from mpi4py import MPI
-from test_commands import check_refusal, main_command, rank_of, series, wait_for
+from test_commands import check_fault, main_command, rank_of, series, wait_for
 
 from hpcmoe.write.checkpoint import find_checkpoint, list_checkpoints
 
@@ -20,16 +20,16 @@ MODEL = {
     "experts.bias": True, "write.asynchronous": True, "run.steps": 5, "write.checkpoint_every": 3,
     "dispatch.load_window_steps": 3,
 }  # fmt: skip
-SHAPES = {
-    "data 1, expert 8, tensor 1": (8, {}),
-    "data 1, expert 3, tensor 1": (3, {}),
-    "data 4, expert 1, tensor 1": (4, {"data_parallel": 4}),
-    "data 1, expert 2, tensor 2, replicas": (
-        4, {"tensor_parallel": 2, "replicate": True, "spare_slots_per_rank": 2},
-    ),
-}  # fmt: skip
-KILLS = 3
-LONG_SECONDS = 300.0  # for a run on a busy machine
+SAVED = {"data_parallel": 2, "tensor_parallel": 2, "replicate": True, "spare_slots_per_rank": 1}
+SHAPES = {  # by the number of ranks
+    3: {"data 1, expert 3, tensor 1": {}},
+    4: {
+        "data 4, expert 1, tensor 1": {"data_parallel": 4},
+        "data 1, expert 2, tensor 2, replicas": {"tensor_parallel": 2, "replicate": True, "spare_slots_per_rank": 2},
+    },
+    8: {"data 1, expert 8, tensor 1": {}},
+}
+FULL = pytest.mark.full
 
 
 def settings_of(cluster):
@@ -38,66 +38,56 @@ def settings_of(cluster):
     return {key: str(value).lower() for key, value in settings.items()}
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Run at data 2, expert 4, tensor 2, with replicas and experts that do not divide -> its output folder."""
+@pytest.fixture(scope="module", params=[8, pytest.param(16, marks=FULL)])
+def saved(request, tmp_path_factory):
+    """Run with data and tensor parallel 2, with replicas and experts that do not divide -> its output folder."""
     folder = tmp_path_factory.mktemp("saved")
-    shape = {"data_parallel": 2, "tensor_parallel": 2, "replicate": True, "spare_slots_per_rank": 1}
-    ended = mpirun(16, *main_command(folder, settings_of(shape)), timeout_seconds=LONG_SECONDS)
+    ended = mpirun(request.param, *main_command(folder, settings_of(SAVED)))
     assert ended.status == 0, ended
     return folder
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_checkpoint_goes_on_at_any_other_shape(saved, shape, tmp_path):
-    ranks, cluster = SHAPES[shape]
-    checkpoint = saved / "run" / "checkpoint-3"
-    ended = mpirun(
-        ranks, *main_command(tmp_path, settings_of(cluster), "--resume", checkpoint), timeout_seconds=LONG_SECONDS
-    )
-    assert ended.status == 0, ended
-    for name in ("/train/loss", "/train/gradient_norm", "/train/validation_loss", "/dispatch/aux_loss"):
-        expected = {step: value for step, value in series(saved, name).items() if step > 3}
-        resumed = {step: value for step, value in series(tmp_path, name).items() if step > 3}
-        assert list(resumed) == list(expected) and expected
-        np.testing.assert_allclose(list(resumed.values()), list(expected.values()), rtol=2e-5)
-
-
-def test_other_data_is_told(saved, tmp_path):
-    settings = settings_of({}) | {"run.seed": 7}
-    ended = mpirun(
-        2, *main_command(tmp_path, settings, "--resume", saved / "run" / "checkpoint-3"), timeout_seconds=LONG_SECONDS
-    )
-    assert ended.status == 0, ended
+@pytest.mark.parametrize("ranks", [3, 4, pytest.param(8, marks=FULL)])
+def test_a_checkpoint_goes_on_at_any_other_shape(saved, ranks, tmp_path):
+    """And data of another seed is told."""
+    resume = "--resume", saved / "run" / "checkpoint-3"
+    commands = [main_command(tmp_path / shape, settings_of(keys), *resume) for shape, keys in SHAPES[ranks].items()]
+    other = main_command(tmp_path / "other", settings_of({}) | {"run.seed": 7, "run.steps": 4}, *resume)
+    ended, _ = mpirun_several(ranks, *commands, other)
+    assert ended.errors.count("not those that would have come: ") == 1, ended
     assert "not those that would have come: [run] seed = 7, was 0" in ended.errors, ended
+    for shape in SHAPES[ranks]:
+        for name in ("/train/loss", "/train/gradient_norm", "/train/validation_loss", "/dispatch/aux_loss"):
+            expected = {step: value for step, value in series(saved, name).items() if step > 3}
+            resumed = {step: value for step, value in series(tmp_path / shape, name).items() if step > 3}
+            assert list(resumed) == list(expected) and expected, shape
+            np.testing.assert_allclose(list(resumed.values()), list(expected.values()), rtol=2e-5, err_msg=shape)
 
 
 def test_a_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(tmp_path):
     settings = {"run.steps": 4, "write.checkpoint_every": 2}
-    assert mpirun(2, *main_command(tmp_path, settings), timeout_seconds=LONG_SECONDS).status == 0
+    assert mpirun(2, *main_command(tmp_path, settings)).status == 0
     path = tmp_path / "run" / "checkpoint-4" / "rank0001.h5"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
     longer = settings | {"run.steps": 6}
-    ended = mpirun(2, *main_command(tmp_path, longer, "--resume"), timeout_seconds=LONG_SECONDS)
     option = f"--resume {tmp_path}/run/checkpoint-2"
-    check_refusal(
-        ended, f"{path} is altered: it does not match its checksum in SHA256SUMS; the one before it is there: {option}"
-    )
-    ended = mpirun(2, *main_command(tmp_path, longer, *option.split()), timeout_seconds=LONG_SECONDS)
+    altered = f"{path} is altered: it does not match its checksum in SHA256SUMS; the one before it is there: {option}"
+    check_fault(main_command(tmp_path, longer, "--resume"), altered)
+    ended = mpirun(2, *main_command(tmp_path, longer, *option.split()))
     assert ended.status == 0, ended
     assert list(series(tmp_path, "/train/loss")) == [1, 2, 3, 4, 5, 6]
     assert sorted(list_checkpoints(tmp_path / "run")) == [4, 6]
     assert find_checkpoint(MPI.COMM_SELF, path.parent) == path.parent  # written anew
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("asynchronous", ["true", pytest.param("false", marks=FULL)])
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_its_line(tmp_path, asynchronous):
-    (tmp_path / "run").mkdir()
+    assert mpirun(1, *main_command(tmp_path, {"run.steps": 1, "write.checkpoint_every": 1})).status == 0
     (tmp_path / "run" / "checkpoint-2.partial").write_text("in the way")
-    ended = mpirun(2, *main_command(tmp_path, {"write.asynchronous": asynchronous}), timeout_seconds=LONG_SECONDS)
+    ended = mpirun(2, *main_command(tmp_path, {"write.asynchronous": asynchronous}, "--resume"))
     assert ended.status == 2 and "Traceback" not in ended.errors, ended
     (line,) = ended.lines("hpcmoe:")
     assert f"{tmp_path}/run/checkpoint-2.partial: cannot be written: Not a directory" in line
@@ -107,10 +97,10 @@ def test_a_rank_whose_files_may_not_grow_is_named(tmp_path):
     settings = {"write.asynchronous": "true", "run.steps": 1000000, "train.validate_every": 0}
     running = Running(MPIRUN, "-n", 2, sys.executable, *main_command(tmp_path, settings))
     try:
-        wait_for(lambda: list_checkpoints(tmp_path / "run"), LONG_SECONDS)
+        wait_for(lambda: list_checkpoints(tmp_path / "run"))
         victim = next(p for p in running.processes() if rank_of(p) == "1")
         victim.rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))
-        ended = running.wait(LONG_SECONDS)
+        ended = running.wait()
     finally:
         running.kill()
     (line,) = ended.lines("hpcmoe:")
@@ -120,28 +110,27 @@ def test_a_rank_whose_files_may_not_grow_is_named(tmp_path):
     assert find_checkpoint(MPI.COMM_SELF, tmp_path / "run").exists()
 
 
-def test_kills_at_random_moments_each_go_on_from_a_whole_checkpoint(tmp_path):
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=FULL)])
+def test_kills_at_random_moments_each_go_on_from_a_whole_checkpoint(tmp_path, kills):
     moments, newest = random.Random(3), 0
     settings = {
         "write.asynchronous": "true", "write.checkpoint_every": 1, "run.steps": 1000000, "model.hidden": 128,
         "train.validate_every": 0,
     }  # fmt: skip
-    for attempt in range(KILLS):
+    for attempt in range(kills):
         options = ["--resume"] if attempt else []
         running = Running(MPIRUN, "-n", 2, sys.executable, *main_command(tmp_path, settings, *options))
         try:
-            wait_for(lambda: max(list_checkpoints(tmp_path / "run"), default=0) > newest, LONG_SECONDS)  # noqa: B023
+            wait_for(lambda: max(list_checkpoints(tmp_path / "run"), default=0) > newest)  # noqa: B023
             time.sleep(moments.uniform(0, 1))
             victim = next(p for p in running.processes() if rank_of(p) == str(attempt % 2))
             os.kill(victim.pid, signal.SIGKILL)
-            assert running.wait(LONG_SECONDS).status != 0
+            assert running.wait().status != 0
         finally:
             running.kill()
         for path in list_checkpoints(tmp_path / "run").values():
             assert find_checkpoint(MPI.COMM_SELF, path) == path
         newest = max(list_checkpoints(tmp_path / "run"))
-    ended = mpirun(
-        3, *main_command(tmp_path, settings | {"run.steps": newest + 2}, "--resume"), timeout_seconds=LONG_SECONDS
-    )
+    ended = mpirun(3, *main_command(tmp_path, settings | {"run.steps": newest + 2}, "--resume"))
     assert ended.status == 0, ended
     assert list(series(tmp_path, "/train/loss")) == list(range(1, newest + 3))

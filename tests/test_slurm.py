@@ -1,18 +1,20 @@
 """The main job on clusters: four nodes of a real Slurm, and four hosts with shaped links between them."""
 
 import dataclasses
+import os
 import sys
 import time
 
 import numpy as np
 import pytest
 from lab.machines import LAB, racks, slurm
-from launch import MPIRUN, Running, run
+from launch import HANG_SECONDS, MPIRUN, Running, run
 
 from hpcmoe.cluster.nodes import Topology, load_topology
 
 SHORT = ["--set", "run.steps=2", "--set", "data.batch_sequences=16", "--set", "data.validation_sequences=16"]
-INSIDE_RACK, BETWEEN_RACKS = 2e9 / 8, 200e6 / 8  # bytes a second, as racks.sh shapes them
+INSIDE_RACK, BETWEEN_RACKS = 500e6 / 8, 50e6 / 8  # bytes a second: what a busy machine carries too
+BUSY = 4  # load of a core; the test alone makes half of it
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +25,14 @@ def slurm_conf():
 
 @pytest.fixture
 def hosts():
-    with racks() as names:
+    with racks(INTRA="500mbit", INTER="50mbit") as names:
         yield names
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize(("launch", "ranks"), [("srun", 16), ("mpirun", 4)])
+@pytest.mark.parametrize(
+    ("launch", "ranks"), [("srun", 8), ("mpirun", 4), pytest.param("srun", 16, marks=pytest.mark.full)]
+)
 def test_sbatch_runs_the_job_on_four_nodes_in_two_racks(slurm_conf, launch, ranks, tmp_path):
     log = tmp_path / "log"
     job = ["jobs/ep16.slurm", *SHORT, "--set", f"run.output={tmp_path}"]
@@ -45,10 +49,10 @@ def test_sbatch_runs_the_job_on_four_nodes_in_two_racks(slurm_conf, launch, rank
 def submit(*arguments, **environment):
     """Give Slurm a job and see it to its end, which `sbatch --wait` tells up to half a minute late -> its state."""
     sbatch = Running("sbatch", "--parsable", *arguments, **environment)
-    number, refusal = sbatch.process.communicate(timeout=60)
+    number, refusal = sbatch.process.communicate(timeout=HANG_SECONDS)
     assert sbatch.process.returncode == 0, refusal
     number = number.strip()
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + HANG_SECONDS
     while (state := find_state(number, environment)) in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
         assert time.monotonic() < deadline, state
         time.sleep(1.0)
@@ -65,14 +69,19 @@ def find_state(number, environment):
 
 @pytest.mark.racks
 def test_links_ports_and_uplinks_are_measured_as_they_are_shaped(hosts, tmp_path):
-    # Other work on this machine can only slow a link: of two measurements the better counts, and one may be enough.
+    # Other work on this machine can only slow a link: of some measurements the best counts, and one may be enough.
     found = measure_over_racks(hosts, tmp_path)
-    if not all(np.allclose(*figures, rtol=0.15) for figures in compare(found)):
+    for _ in range(4):
+        if all(np.allclose(*figures, rtol=0.15) for figures in compare(found)):
+            break
         again = measure_over_racks(hosts, tmp_path)
         rates = [field.name for field in dataclasses.fields(Topology) if field.name.endswith("bytes_per_second")]
         better = {name: np.maximum(getattr(found, name), getattr(again, name)) for name in rates}
         found = dataclasses.replace(found, **better)
     assert found.node_names == tuple(hosts)
+    assert all((measured <= 1.15 * shaped).all() for measured, shaped in compare(found))
+    if os.getloadavg()[0] > BUSY * os.cpu_count():
+        pytest.skip("other work on this machine keeps the hosts from filling their links")
     for figures in compare(found):
         np.testing.assert_allclose(*figures, rtol=0.15)
 
@@ -88,19 +97,20 @@ def compare(topology):
 
 
 @pytest.mark.racks
-def test_every_way_between_hosts_equals_the_oracle(hosts):
+@pytest.mark.parametrize(("full", "passed"), [((), 4), pytest.param(["--full"], 16, marks=pytest.mark.full)])
+def test_every_way_between_hosts_equals_the_oracle(hosts, full, passed):
     """Two ranks on a host of each rack: a window within, and between them messages over a link that takes its time."""
-    chosen = ["tests/run/test_oracle.py", "-k", "every_way_in_every_order and not window"]
+    chosen = ["tests/run/test_oracle.py", *full, "-k", "every_way_in_every_order and not window"]
     tests = [sys.executable, "-m", "pytest", "-q", "--with-mpi", "-m", "mpi", *chosen]
-    ended = run_on([f"{hosts[0]}:2", f"{hosts[2]}:2"], 4, *tests, timeout_seconds=600)
-    assert ended.status == 0 and "16 passed" in ended.output, ended
+    ended = run_on([f"{hosts[0]}:2", f"{hosts[2]}:2"], 4, *tests)
+    assert ended.status == 0 and f"{passed} passed" in ended.output, ended
 
 
-def run_on(hosts, num_ranks, *command, timeout_seconds):
+def run_on(hosts, num_ranks, *command):
     """Run a command on ranks of these hosts, which speak TCP alone -> Ended."""
     places = ["-launcher", "rsh", "-launcher-exec", LAB / "agent", "-hosts", ",".join(hosts), "-n", num_ranks]
     first = hosts[0].partition(":")[0]
-    return run(LAB / "on", first, MPIRUN, *places, *command, timeout_seconds=timeout_seconds, UCX_TLS="tcp,self")
+    return run(LAB / "on", first, MPIRUN, *places, *command, UCX_TLS="tcp,self")
 
 
 def measure_over_racks(hosts, folder):
@@ -108,6 +118,6 @@ def measure_over_racks(hosts, folder):
     rack_key = 'cluster.rack_of_node=["left", "left", "right", "right"]'
     places = ["--set", f"run.output={folder}", "--set", rack_key, "--set", "cluster.measure_seconds=5.0"]
     main = [sys.executable, "-m", "hpcmoe.main", "inputs/run.toml", *SHORT, *places]
-    ended = run_on(hosts, 4, *main, timeout_seconds=240)
+    ended = run_on(hosts, 4, *main)
     assert ended.status == 0, ended
     return load_topology(folder / "run" / "topology.json")

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import pathlib
 import resource
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 
 import pytest
+from launch import HANG_SECONDS
 
 from hpcmoe.watch import WATCHER
 from hpcmoe.watcher import describe_end, read_end
@@ -17,7 +19,7 @@ from hpcmoe.watcher import describe_end, read_end
 @pytest.fixture
 def ranks():
     """Start three processes that stand for ranks."""
-    processes = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+    processes = [subprocess.Popen(["sleep", "1000"]) for _ in range(3)]
     yield processes
     for process in processes:
         process.kill()
@@ -29,7 +31,10 @@ def watch(ranks):
     words = [f"{rank}:{process.pid}" for rank, process in enumerate(ranks)]
     command = [sys.executable, "-S", str(WATCHER), "here", "3", *words]
     watcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    time.sleep(0.5)
+    files = pathlib.Path("/proc", str(watcher.pid), "fd")
+    while sum("pidfd" in os.readlink(file) for file in files.iterdir()) < len(ranks):
+        time.sleep(0.01)
+    time.sleep(0.1)  # from there to its wait
     return watcher
 
 
@@ -40,7 +45,7 @@ def test_names_the_first_that_died(ranks):
         ranks[rank].kill()
         time.sleep(0.05)
     watcher.send_signal(signal.SIGCONT)
-    (line,) = watcher.communicate(timeout=10)[1].splitlines()
+    (line,) = watcher.communicate(timeout=HANG_SECONDS)[1].splitlines()
     assert line.startswith("[rank 1 of 3, here]") and f"process {ranks[1].pid} " in line
     assert line.endswith("the first of this node's ranks: signal 9 (SIGKILL); killed, out of memory?")
 
@@ -52,7 +57,7 @@ def test_asked_by_a_failing_rank_it_names_who_was_dead_before(ranks):
     time.sleep(0.05)
     watcher.send_signal(signal.SIGUSR1)
     watcher.send_signal(signal.SIGCONT)
-    (line,) = watcher.communicate(timeout=10)[1].splitlines()
+    (line,) = watcher.communicate(timeout=HANG_SECONDS)[1].splitlines()
     assert line.startswith("[rank 2 of 3, here]")
 
 
@@ -60,7 +65,7 @@ def test_asked_by_a_failing_rank_it_names_who_was_dead_before(ranks):
 def test_says_nothing_of_the_living(ranks, number):
     watcher = watch(ranks)
     watcher.send_signal(number)
-    assert watcher.communicate(timeout=10)[1] == ""
+    assert watcher.communicate(timeout=HANG_SECONDS)[1] == ""
 
 
 def read_past_the_end(folder):

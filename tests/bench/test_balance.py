@@ -48,6 +48,7 @@ def test_figures_follow_from_the_series():
     assert "+0.1250" in table and "0.50 - 1.50" in table and "sigma 0.125" in table
 
 
+@pytest.mark.full
 def test_a_small_bench_starts_alike_and_evens_by_bias_and_loss(tmp_path):
     figures = balance.measure(tmp_path, num_ranks=2, steps=25, names=("none", "auxiliary loss 0.05", "bias 0.03"))
     told = {name: series["summary"] for name, series in figures["mechanisms"].items()}

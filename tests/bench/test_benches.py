@@ -171,6 +171,7 @@ def test_a_small_layer_runs_against_its_floor(tmp_path):
     assert all(str(shape) in layer.make_table(figures) for shape in shapes)
 
 
+@pytest.mark.full
 def test_a_small_exchange_runs_against_mpi(tmp_path):
     figures = exchange.measure(tmp_path, exchange.SHAPES[:1], 0.0)
     assert "2 ranks, 64 KB a pair" in exchange.make_table(figures)
@@ -182,6 +183,7 @@ def test_peers_are_measured_in_the_precisions_that_the_processor_has():
     assert names == ["W1 f32", "W0 f32", "decode f32", "W1 f32 training"]
 
 
+@pytest.mark.full
 def test_all_to_all_single_gives_what_we_give(tmp_path):
     kinds = itertools.product(("float32", "bfloat16"), (False, True))
     shapes = [SMALL.but(dtype=dtype, training=training) for dtype, training in kinds]

@@ -80,6 +80,7 @@ def test_what_a_move_restores_is_told_by_the_intervals():
     assert "8 copies, 3.00 MB" in moving.make_table(figures)
 
 
+@pytest.mark.full  # a figure of a machine
 @pytest.mark.racks
 def test_moving_restores_the_balanced_step_within_an_interval(tmp_path):
     for _ in range(2):  # other work on this machine may have got in between
@@ -89,6 +90,7 @@ def test_moving_restores_the_balanced_step_within_an_interval(tmp_path):
     assert restored >= 0.9  # of the balanced pace
 
 
+@pytest.mark.full  # a figure of a machine
 @pytest.mark.racks
 def test_a_step_takes_far_less_under_the_engines_placement(tmp_path):
     for _ in range(2):  # other work on this machine may have got in between

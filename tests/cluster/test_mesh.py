@@ -77,9 +77,10 @@ def test_all_ranks_share_the_refusal(comm):
 
 
 @pytest.mark.mpi
-def test_meshes_are_freed(comm):
+@pytest.mark.parametrize("times", [3, pytest.param(600, marks=pytest.mark.full)])
+def test_meshes_are_freed(comm, times):
     # MPICH has room for 2048 communicators at once.
-    for _ in range(600):
+    for _ in range(times):
         with open_mesh(comm, Cluster()) as mesh:
             pass
         assert all(group == MPI.COMM_NULL for group in (mesh.world, mesh.group, mesh.ep, mesh.dp))

@@ -61,11 +61,11 @@ def test_pairs_within_racks_share_no_uplink():
 
 
 def test_a_thousand_nodes_are_paired_in_no_time():
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert len(rounds.make_pair_rounds(np.arange(1000) // 32, 1.0)) == 999
     assert len(rounds.make_port_rounds(np.arange(1000) // 32, 0.4)) == 10
     assert len(rounds.make_uplink_rounds(np.arange(1000) // 32, 0.31)) == 6
-    assert time.perf_counter() - begin < 5.0
+    assert time.process_time() - begin < 5.0
 
 
 @given(st.lists(st.tuples(st.integers(-1, 4), st.integers(-1, 4)), min_size=1, max_size=30), st.integers(1, 4))

@@ -12,8 +12,9 @@ from hpcmoe.comm.transport import Ticket
 from hpcmoe.dispatch.arrivals import Arrivals
 from hpcmoe.dispatch.sizes import fit_parcels
 
-HIDDEN, TOP_K, SLOTS, TOKENS, PARCEL_TOKENS, SEEDS = 4, 3, 2, 8, 2, 14
+HIDDEN, TOP_K, SLOTS, TOKENS, PARCEL_TOKENS = 4, 3, 2, 8, 2
 SHAPES = [(1, False), (2, False), (2, True), (3, True), (4, False)]  # nodes, once
+SEEDS = [range(4), pytest.param(range(4, 14), marks=pytest.mark.full)]
 MODES = {"deterministic": (True, True), "in order": (True, False), "by arrival": (False, False)}
 
 
@@ -123,9 +124,10 @@ def slow(comm, request, monkeypatch):
 
 
 @pytest.mark.mpi
-def test_delays_change_nothing(slow):
+@pytest.mark.parametrize("seeds", SEEDS, ids=str)
+def test_delays_change_nothing(slow, seeds):
     exchange, dawdler, _ = slow
-    for seed in range(SEEDS):
+    for seed in seeds:
         for journey in run(exchange, dawdler, seed):
             check_forward(exchange, journey)
             check_backward(exchange, journey)
@@ -133,10 +135,11 @@ def test_delays_change_nothing(slow):
 
 
 @pytest.mark.mpi
-def test_delays_change_the_order_of_work_only_where_they_may(slow):
+@pytest.mark.parametrize("seeds", SEEDS, ids=str)
+def test_delays_change_the_order_of_work_only_where_they_may(slow, seeds):
     """With deterministic work every sum is the same bit for bit; else the same rows still meet in the same batches."""
     exchange, dawdler, mode = slow
-    for seed in range(SEEDS // 3):
+    for seed in seeds[::3]:
         first, second = (run(exchange, dawdler, seed, whole=False, again=again) for again in range(2))
         for one, other in zip(first, second, strict=True):
             if mode == "deterministic":

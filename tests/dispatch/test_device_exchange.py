@@ -58,7 +58,7 @@ def test_both_ways_are_what_their_definitions_say(comm, kind):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("hidden", [HIDDEN, 24])
+@pytest.mark.parametrize("hidden", [HIDDEN, pytest.param(24, marks=pytest.mark.full)])
 def test_kernels_of_our_own_do_both_ways_and_are_compiled_before(comm, tmp_path, hidden):
     mover = KernelMover(compiler_for_host(tmp_path))
     with open_exchange(comm, mover=mover, hidden=hidden) as exchange:

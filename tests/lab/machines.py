@@ -1,6 +1,7 @@
 """Clusters on this one machine for as long as a test needs them: a Slurm, and shaped hosts in two racks."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ import tempfile
 import time
 
 import pytest
-from launch import MPIRUN
+from launch import HANG_SECONDS, MPIRUN
 
 from hpcmoe.segments import sweep_segments
 
@@ -39,22 +40,31 @@ def script(name, *arguments, **variables):
     """Run one of the lab's scripts, silent unless it fails."""
     command = [LAB / name, *map(str, arguments)]
     environment = {**os.environ, "PATH": SYSTEM_PATH, **variables}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
 
 
 @contextlib.contextmanager
 def slurm():
-    """Start a Slurm of four nodes in two racks -> path of its slurm.conf."""
+    """Start a Slurm of four nodes in two racks -> path of its slurm.conf. Waits for another that is there."""
     require("slurmctld", "slurmd", "munged", "sbatch")
-    sweep_segments(before=time.time())  # its jobs are numbered from 1, as those of the Slurm before it were
-    folder = tempfile.mkdtemp(prefix="hpcmoe-slurm-")
-    try:
-        script("slurm.sh", "up", folder, free_ports(5))
-        yield f"{folder}/slurm.conf"
-    finally:
-        script("slurm.sh", "down", folder)
-        shutil.rmtree(folder)
+    with alone("slurm"):  # every Slurm numbers its jobs from 1, by which MPICH names its segments
+        sweep_segments(before=time.time())
+        folder = tempfile.mkdtemp(prefix="hpcmoe-slurm-")
+        try:
+            script("slurm.sh", "up", folder, free_ports(5))
+            yield f"{folder}/slurm.conf"
+        finally:
+            script("slurm.sh", "down", folder)
+            shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def alone(what):
+    """Be the only process of this machine inside, for as long as it lasts."""
+    with open(pathlib.Path(tempfile.gettempdir(), f"hpcmoe-{what}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def free_ports(count):

@@ -67,11 +67,11 @@ up() {
   slurmctld
   for node in node{0..3}; do slurmd -N $node; done
 
-  for _ in {1..100}; do
+  for _ in {1..3000}; do
     [ "$(sinfo --noheader --Node --format=%T 2>&1 | grep -cx idle)" = 4 ] && exit
     sleep 0.1
   done
-  echo "slurm.sh: the four nodes are not idle after 10 s" >&2
+  echo "slurm.sh: the four nodes are not idle after five minutes" >&2
   tail -n 20 "$dir"/*.log >&2
   exit 1
 }

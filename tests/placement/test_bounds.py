@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from covering import table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from placement.exact import cheapest_by_counts, solve_single, try_all
@@ -70,7 +71,7 @@ def tiny_layers(draw):
 
 
 @pytest.mark.parametrize("most_entries", [0, 80, choices.MOST_ENTRIES])  # counting alone; splits at will; all ways
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(tiny_layers(), st.floats(1, 2))
 def test_no_layout_costs_less(most_entries, tiny, worse):
     problem, room = tiny
@@ -102,8 +103,10 @@ def test_bounds_of_copies_are_near_on_average(objective):
     assert np.mean(ratios) > 0.8, ratios
 
 
-@pytest.mark.parametrize("objective", ["links", "ports"])
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.num_experts[0] <= 16])
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    table([name for name, family in FAMILIES.items() if family.num_experts[0] <= 16], ["links", "ports"]),
+)
 def test_families_of_single_copies_at_16_are_within_a_tenth(name, objective):
     problem = dataclasses.replace(make_family(name, "16 x 16", 3, objective), replicate=False)
     room = np.minimum(problem.slots_of_node, problem.memory_copies // problem.num_layers)

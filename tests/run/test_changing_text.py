@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from launch import MPIRUN, Running
+from launch import HANG_SECONDS, MPIRUN, Running
 
 SETTINGS = {
     "run.output": "$HERE/out", "data.files": '["$HERE/*.txt"]', "run.steps": 1000000, "model.sequence_length": 32,
@@ -20,7 +20,7 @@ def test_a_file_that_is_emptied_under_a_run_is_one_line_and_status_2(tmp_path):
     command = [MPIRUN, "-n", 2, sys.executable, "-m", "hpcmoe.main", "inputs/run.toml", *overrides]
     running = Running(*command, HERE=str(tmp_path))
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG_SECONDS
         while not list(tmp_path.glob("out/run/checkpoint-*/master.h5")) and time.monotonic() < deadline:
             time.sleep(0.1)
         os.truncate(path, 0)

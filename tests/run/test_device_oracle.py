@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from against_oracle import check_against_oracle, whole_batches
+from covering import table, usually
 from moves import MOVES, assert_near, run_steps
 from mpi4py import MPI
 from small import BY_CARRIER, gather_logical, open_small_job
@@ -58,8 +59,7 @@ def test_the_thread_that_progresses_messages_makes_the_device_its_own(comm, shar
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("way", BY_CARRIER)
+@pytest.mark.parametrize(("way", "case"), table(BY_CARRIER, CASES, also=[("staged", "plain"), ("nccl", "plain")]))
 def test_step_equals_the_oracle(comm, shared, monkeypatch, way, case):
     if comm.size == 1 and case != "plain":
         pytest.skip("one rank sends nothing")
@@ -85,8 +85,7 @@ SHAPES = {
 
 @pytest.mark.mpi
 @pytest.mark.usefixtures("others")
-@pytest.mark.parametrize("case", SHAPES)
-@pytest.mark.parametrize("way", BY_CARRIER)
+@pytest.mark.parametrize(("way", "case"), table(BY_CARRIER, SHAPES))
 def test_copies_go_to_all_shards_of_their_expert(comm, shared, monkeypatch, way, case):
     shards = next((n for n in (2, 3) if comm.size % n == 0), 1)
     changes = {"cluster__tensor_parallel": shards} | SHAPES[case]
@@ -95,8 +94,7 @@ def test_copies_go_to_all_shards_of_their_expert(comm, shared, monkeypatch, way,
 
 @pytest.mark.mpi
 @pytest.mark.usefixtures("others")
-@pytest.mark.parametrize("way", ["staged", "nccl"])
-@pytest.mark.parametrize("inside", ["shards", "copies"])
+@pytest.mark.parametrize(("way", "inside"), table(["staged", "nccl"], ["shards", "copies"]))
 def test_gradients_of_data_parallel_groups_are_summed(comm, shared, monkeypatch, way, inside):
     """Each group with shards of its experts, or with copies, where there are ranks for it."""
     shares = next((n for n in (2, 3) if comm.size % n == 0), 1)
@@ -119,7 +117,7 @@ def test_nccl_sums_during_the_backward_pass(comm, shared, monkeypatch, bucket_by
 
 @pytest.mark.mpi
 @pytest.mark.usefixtures("others")
-@pytest.mark.parametrize("way", ["staged", "nccl"])
+@pytest.mark.parametrize("way", usually(["staged", "nccl"], "staged"))
 def test_experts_that_move_leave_the_training_as_it_was(comm, shared, monkeypatch, way):
     changes = MOVES | BY_CARRIER[way] | {"model__num_experts": 5, "experts__kind": "swiglu", "experts__bias": True}
     with watch_way(comm, monkeypatch, way) as order:
@@ -130,7 +128,7 @@ def test_experts_that_move_leave_the_training_as_it_was(comm, shared, monkeypatc
 
 @pytest.mark.mpi
 @pytest.mark.usefixtures("others")
-@pytest.mark.parametrize("way", ["staged", "nccl"])
+@pytest.mark.parametrize("way", usually(["staged", "nccl"], "nccl"))
 def test_a_sharded_optimizer_trains_as_a_whole_one(comm, shared, monkeypatch, way):
     with watch_way(comm, monkeypatch, way) as order:
         changes = {"steps": 2} | BY_CARRIER[way]
@@ -167,6 +165,7 @@ EARLY = "compute reads what send has not been seen to write"
 RAW = "send reads what compute has not been seen to write"
 UNSUMMED = "compute reads what receive has not been seen to write"
 UNFINISHED = "receive writes what compute has not been seen to write"
+STREAMS = ("compute", "send", "receive")
 NEEDED = {  # what comes of it when one of these streams does not wait; own rows go by the send stream
     "direct": {EARLY: {"compute"}},
     "staged": {EARLY: {"compute", "receive"}},
@@ -175,8 +174,9 @@ NEEDED = {  # what comes of it when one of these streams does not wait; own rows
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("deaf", ["nobody", "compute", "send", "receive"])
-@pytest.mark.parametrize("way", BY_CARRIER)
+@pytest.mark.parametrize(
+    ("way", "deaf"), table(BY_CARRIER, ["nobody", *STREAMS], also=[("nccl", deaf) for deaf in STREAMS])
+)
 def test_a_stream_that_does_not_wait_is_caught(comm, shared, monkeypatch, way, deaf):
     """The watch itself, and that each wait is needed, when streams know of nothing by what the host happens to know."""
     wait = Stream.wait_event

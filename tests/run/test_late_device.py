@@ -2,6 +2,7 @@
 
 import pytest
 from against_oracle import check_against_oracle
+from covering import table
 
 from hpcmoe.comm.device import HostDevice
 
@@ -32,8 +33,7 @@ class LateDevice(HostDevice):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("schedule", ["serial", "overlap"])
-@pytest.mark.parametrize("shared_memory", [True, False])
+@pytest.mark.parametrize(("schedule", "shared_memory"), table(["serial", "overlap"], [True, False]))
 def test_nothing_is_sent_before_its_event(comm, shared, monkeypatch, schedule, shared_memory):
     monkeypatch.setattr("hpcmoe.run.job.open_device", lambda kind, rank: LateDevice())
     check_against_oracle(comm, shared, pipeline__schedule=schedule, comm__shared_memory=shared_memory)

@@ -75,7 +75,7 @@ def test_a_reading_is_of_this_step_and_of_all_ranks(comm, meter):
     assert reading.balancedness == pytest.approx(served.mean(axis=1).sum() / served.max(axis=1).sum())
     mean = np.arange(1, comm.size + 1).mean()
     assert reading.seconds_of_stage == dict.fromkeys(STAGES[:-1], pytest.approx(mean)) | {STAGES[-1]: 0}
-    assert 0.01 <= reading.seconds < 5 and reading.tokens_per_second == 300 / reading.seconds
+    assert 0.01 <= reading.seconds < 500 and reading.tokens_per_second == 300 / reading.seconds
 
 
 @pytest.mark.mpi

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from covering import usually
 from moves import MOVES, STEPS, assert_equal, assert_near, force, run_steps, start_load
 from small import gather_pieces, open_small_job
 
@@ -37,14 +38,17 @@ GROUPS = {
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("case", EQUAL)
+@pytest.mark.parametrize(
+    "case",
+    usually(EQUAL, "more experts than slots divide", "several experts a rank", "nodes, little room", "messages alone"),
+)
 def test_a_move_leaves_training_as_it_was_bit_for_bit(comm, shared, case):
     stays, moves = (run_steps(comm, shared, after, **MOVES | EQUAL[case]) for after in ((), (1, 3)))
     assert_equal(stays, moves)
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("case", NEAR)
+@pytest.mark.parametrize("case", usually(NEAR, "once a node", "arrival"))
 def test_a_move_leaves_training_as_it_was_to_rounding(comm, shared, case):
     stays, moves = (run_steps(comm, shared, after, **MOVES | NEAR[case]) for after in ((), (1, 3)))
     assert_near(stays, moves)
@@ -62,7 +66,7 @@ def test_copies_of_an_expert_move_too(comm, shared):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("shape", GROUPS)
+@pytest.mark.parametrize("shape", usually(GROUPS, "tensor", "data, buckets"))
 def test_groups_move_alike(comm, shared, shape):
     """Shards, and groups that read other tokens; a group has two ranks, so that experts may move in it."""
     if comm.size % 2 or comm.size == 2:

@@ -5,6 +5,7 @@ import oracle
 import pytest
 import torch
 from against_oracle import check_against_oracle, whole_batches
+from covering import cover, table, usually
 from small import Notes, gather_logical, open_small_job
 
 from hpcmoe.run.train import train
@@ -29,10 +30,8 @@ CASES = {
 }
 
 # What evens the load; each alone, and all at once.
-OFF = {
-    "dispatch__load_feedback": 0.0, "dispatch__aux_loss_weight": 0.0, "dispatch__z_loss_weight": 0.0,
-    "model__num_experts": 4,
-}  # fmt: skip
+OFF_ALONE = {"dispatch__load_feedback": 0.0, "dispatch__aux_loss_weight": 0.0, "dispatch__z_loss_weight": 0.0}
+OFF = OFF_ALONE | {"model__num_experts": 4}
 MECHANISMS = {
     "none": {},
     "feedback on selection": {"dispatch__load_feedback": 0.3},
@@ -83,22 +82,65 @@ MIXTURES = {
     | {"cluster__replicate": True, "cluster__spare_slots_per_rank": 2, "pipeline__deterministic": False},
 }
 
+# What else a run may be: with ways and orders, room and balancing the axes of a table.
+ROOM = {"room": {}, "hardly any room": TIGHT}
+NETWORKS = {
+    "top 2 of 4": {},
+    "1 expert": {"model__num_experts": 1, "model__top_k": 1},
+    "top 1 of 3": {"model__num_experts": 3, "model__top_k": 1},
+    "top 3 of 7": {"model__num_experts": 7, "model__top_k": 3},
+    "all of 4": {"model__top_k": 4, "comm__message_rows": 5},
+    "17 experts": {"model__num_experts": 17},
+}
+KINDS = {
+    "gelu": {},
+    "swiglu, biases": {"experts__kind": "swiglu", "experts__bias": True},
+    "relu, biases, no attention": {"experts__kind": "relu", "experts__bias": True, "model__attention": False},
+}
+TOKENS = {
+    "all tokens": {},
+    "few tokens": {"data__batch_sequences": 2, "pipeline__micro_batches": 2},
+    "capacity": {"dispatch__capacity_factor": 0.5},
+}
+REPLICAS = {
+    "no replica": {},
+    "spare slot": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1},
+    "two spare": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 2},
+}
+GATES = {"gates that sum to 1": {}, "gates as they are": {"dispatch__renormalize": False}}
+BALANCE = {"usual balance": {}, **{name: OFF_ALONE | MECHANISMS[name] for name in ("none", "bias", "all at once")}}
+AXES = (WAYS | {"three nodes": THREE}, ORDERS, ROOM, NETWORKS, KINDS, TOKENS, REPLICAS, GATES, BALANCE)
+EVERY_TWO, EVERY_THREE = cover(*AXES), cover(*AXES, strength=3)
+
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "row", [*EVERY_TWO, *(pytest.param(row, marks=pytest.mark.full) for row in EVERY_THREE)], ids=", ".join
+)
+def test_whatever_two_meet_equal_the_oracle(comm, shared, row):
+    """Every two values of any two axes meet in a row; under --full every three."""
+    changes = {}
+    for axis, name in zip(AXES, row, strict=True):
+        changes |= axis[name]
+    check_against_oracle(comm, shared, **changes)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "case", usually(CASES, "plain", "seventeen experts, all chosen", "three in flight", "contiguous")
+)
 def test_step_equals_the_oracle(comm, shared, case):
     check_against_oracle(comm, shared, **CASES[case])
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize(("mechanism", "renormalize"), table(MECHANISMS, [True, False]))
 def test_every_way_to_balance_equals_the_oracle(comm, shared, mechanism, renormalize):
     check_against_oracle(comm, shared, **OFF | MECHANISMS[mechanism], dispatch__renormalize=renormalize)
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("mechanism", usually(MECHANISMS, "all at once", "bias"))
 def test_training_balanced_in_every_way_equals_the_oracle(comm, shared, mechanism):
     """Four steps, each under the load and the biases that the steps before it have made, by their definitions."""
     changes = OFF | MECHANISMS[mechanism] | {"train__clip_norm": 0.0, "dispatch__load_window_steps": 2}
@@ -132,21 +174,19 @@ def oracle_adamw(weights, train):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "order"), table(WAYS, ORDERS))
 def test_every_way_in_every_order_equals_the_oracle(comm, shared, way, order):
     check_against_oracle(comm, shared, **WAYS[way] | ORDERS[order])
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("case", MIXTURES)
+@pytest.mark.parametrize("case", usually(MIXTURES, "once a node, hardly any room, arrival"))
 def test_ways_with_other_shapes_equal_the_oracle(comm, shared, case):
     check_against_oracle(comm, shared, **MIXTURES[case])
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("num_experts", [3, 4])
-@pytest.mark.parametrize("top_k", [1, 0])
+@pytest.mark.parametrize(("num_experts", "top_k"), table([3, 4], [1, 0]))
 def test_every_number_of_experts_and_choices(comm, shared, num_experts, top_k):
     top_k = min(top_k or num_experts, num_experts)
     check_against_oracle(comm, shared, model__num_experts=num_experts, model__top_k=top_k)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from launch import MPIRUN, ROOT
+from launch import HANG_SECONDS, MPIRUN, ROOT
 
 from hpcmoe.run import progress
 from hpcmoe.run.figures import Links
@@ -99,7 +99,9 @@ def terminal():
 def test_a_terminal_is_found_through_the_launcher_and_a_file_is_none(terminal, launcher):
     command = [*launcher, sys.executable, "-c", PROGRAM]
     for stderr, width in ((terminal, "77"), (subprocess.DEVNULL, "None")):
-        ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=60)
+        ended = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=HANG_SECONDS
+        )
         assert ended.stdout.split() == [width]
 
 

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from covering import usually
 from small import open_small_job
 
 from hpcmoe.dispatch.arrivals import Arrivals
@@ -50,7 +51,7 @@ def run_steps(comm, folder, seed, monkeypatch, **changes):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", usually(MODES, "overlap", "messages", "once a node", "small buckets"))
 def test_two_runs_agree_bit_for_bit(comm, shared, monkeypatch, mode):
     first, second = (run_steps(comm, shared, seed, monkeypatch, **MODES[mode]) for seed in range(2))
     assert len(first) == len(second) > 30

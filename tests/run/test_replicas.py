@@ -106,9 +106,17 @@ hpcmoe.main.main()
 
 def test_a_run_whose_copies_come_apart_is_stopped(tmp_path):
     (tmp_path / "flip.py").write_text(FLIP)
-    settings = ["run.steps=8", f"run.output={tmp_path}", "train.check_every=2", "train.validate_every=0"]
+    settings = [
+        "run.steps=4",
+        "model.sequence_length=32",
+        "data.batch_sequences=16",
+        "cluster.measure_seconds=0.2",
+        f"run.output={tmp_path}",
+        "train.check_every=2",
+        "train.validate_every=0",
+    ]
     arguments = [word for setting in settings for word in ("--set", setting)]
     command = tmp_path / "flip.py", ROOT / "inputs/run.toml", *arguments
-    ended = mpirun(3, *command, timeout_seconds=180.0, PYTHONPATH=str(ROOT))
+    ended = mpirun(3, *command, PYTHONPATH=str(ROOT))
     assert ended.status == 2, ended
     assert ended.lines("hpcmoe: step 4: copies of the head differ: rank 1 not as ranks 0, 2"), ended

@@ -2,11 +2,11 @@
 
 import itertools
 import math
-import os
 
 import numpy as np
 import pytest
 from against_oracle import check_against_oracle
+from covering import cover
 from launch import mpirun
 from mpi4py import MPI
 from small import open_small_job
@@ -15,13 +15,19 @@ from hpcmoe.run.train import train_step
 from hpcmoe.wait import broadcast
 
 QUICK = {"model__feed_forward": 48, "data__batch_sequences": 19, "pipeline__micro_batches": 2}
-NUM_EXPERTS, KINDS = (3, 4, 8, 16, 17), ("gelu", "swiglu")
-FEW_RANKS, MANY_RANKS = 4, 16
+NUM_EXPERTS, KINDS, ATTENTION = (3, 4, 8, 16, 17), ("gelu", "swiglu"), (True, False)
+USUAL_EXPERTS = (
+    (3, True),
+    (4, False),
+    (8, False),
+    (16, False),
+    (17, True),
+)  # and replicas, where there is room for some
+MANY_RANKS = 16
 SAMPLE = ((1, 16, 1), (2, 4, 2), (1, 4, 4), (4, 1, 4), (16, 1, 1))  # of shapes, where ranks are many
-EVERY = "EVERY_MODEL" in os.environ  # each model at each shape, each shape trained, whatever it takes
-MOST_TRAINED = 2  # shapes of more ranks than FEW_RANKS, for so many steps:
+MOST_TRAINED = 2  # shapes of any number of ranks, for so many steps:
 STEPS, REPETITIVE = 30, b"the quick brown fox. " * 200
-MORE_RANKS = (6, 8, MANY_RANKS)  # than the suite is run on
+ALL_WAYS = "dp2 ep2 tp2"  # the smallest shape that is split in all three
 
 
 def shapes_of(ranks):
@@ -32,16 +38,14 @@ def shapes_of(ranks):
 
 
 def models_for(shape):
-    """List (experts, kind, attention, replicas) in which any value of one meets any of another.
+    """List the models ((experts, replicas), kind, attention) of a shape in a table where every two values meet."""
+    shapes = shapes_of(math.prod(shape))
+    return [model for other, *model in cover(shapes, USUAL_EXPERTS, KINDS, ATTENTION) if other == shape]
 
-    Beyond a few ranks each shape takes some of them in turn.
-    """
-    few = math.prod(shape) <= FEW_RANKS or EVERY
-    turn = 1 if few else 5 if math.prod(shape) < MANY_RANKS else 10
-    for place, (number, replicas) in enumerate(itertools.product(range(len(NUM_EXPERTS)), range(2))):
-        if (place + 2 * shape[0] + shape[2]) % turn == 0:
-            kind, attention = KINDS[(number + replicas) % 2], (number // 2 + replicas) % 2 == 0
-            yield NUM_EXPERTS[number], kind, attention, bool(replicas)
+
+def all_models():
+    """List all models ((experts, replicas), kind, attention)."""
+    return itertools.product(itertools.product(NUM_EXPERTS, (False, True)), KINDS, ATTENTION)
 
 
 def name_shape(shape):
@@ -55,22 +59,24 @@ def keys_of(shape, **changes):
     return QUICK | dict(zip(names, shape, strict=True)) | changes
 
 
-def keys_of_model(num_experts, kind, attention, replicas):
-    """The keys of a model; with replicas each rank has a slot to spare."""
+def keys_of_model(experts, kind, attention):
+    """The keys of a model, experts = (their number, replicas); with replicas each rank has a slot to spare."""
+    num_experts, replicas = experts
     return {
         "model__num_experts": num_experts, "experts__kind": kind, "experts__bias": kind == "swiglu",
         "model__attention": attention, "cluster__replicate": replicas, "cluster__spare_slots_per_rank": int(replicas),
     }  # fmt: skip
 
 
-@pytest.mark.mpi(seconds=600.0)
+@pytest.mark.mpi
+@pytest.mark.parametrize("product", [False, pytest.param(True, marks=pytest.mark.full)], ids=["every two", "all"])
 @pytest.mark.parametrize("shape", shapes_of(MPI.COMM_WORLD.size), ids=name_shape)
-def test_every_model_at_every_shape_equals_the_oracle(comm, shared, shape):
-    for model in models_for(shape):
+def test_every_model_at_every_shape_equals_the_oracle(comm, shared, shape, product):
+    for model in all_models() if product else models_for(shape):
         try:
             check_against_oracle(comm, shared, **keys_of(shape, **keys_of_model(*model)))
         except AssertionError as wrong:
-            raise AssertionError(f"experts, kind, attention, replicas = {model}: {wrong}") from wrong
+            raise AssertionError(f"experts, kind, attention = {model}: {wrong}") from wrong
 
 
 def train_losses(comm, folder, **changes):
@@ -80,10 +86,11 @@ def train_losses(comm, folder, **changes):
         return [train_step(job, optimizer, load, step)[0].loss for step in range(1, STEPS + 1)]
 
 
-@pytest.mark.mpi(seconds=600.0)
-def test_thirty_steps_give_the_same_losses_at_every_shape(comm, shared):
+@pytest.mark.mpi
+@pytest.mark.parametrize("most", [MOST_TRAINED, pytest.param(99, marks=pytest.mark.full)])
+def test_thirty_steps_give_the_same_losses_at_every_shape(comm, shared, most):
     """The losses of one rank alone, but for rounding, which training lets grow."""
-    model = keys_of_model(8, "swiglu", True, False) | {"train__learning_rate": 0.01}
+    model = keys_of_model((8, False), "swiglu", True) | {"train__learning_rate": 0.01}
     alone = comm.Split(comm.rank)
     losses = None
     if comm.rank == 0:
@@ -92,17 +99,19 @@ def test_thirty_steps_give_the_same_losses_at_every_shape(comm, shared):
     expected = broadcast(comm, losses)
     assert len(expected) == STEPS and expected[-1] < expected[0] - 0.2
     shapes = shapes_of(comm.size)
-    few = shapes if comm.size <= FEW_RANKS or EVERY else shapes[:: math.ceil(len(shapes) / MOST_TRAINED)]
-    for number, shape in enumerate(few):
+    for number, shape in enumerate(shapes[:: math.ceil(len(shapes) / most)]):
         replicas = {"cluster__replicate": number % 2 == 0, "cluster__spare_slots_per_rank": 1}
         losses = train_losses(comm, shared, **keys_of(shape, **model | replicas))
         assert losses == pytest.approx(expected, rel=1e-4), name_shape(shape)
     alone.Free()
 
 
-@pytest.mark.parametrize("ranks", MORE_RANKS)
-def test_shapes_of_more_ranks_too(ranks):
-    """This file's tests above, on more ranks than the suite is run on."""
-    ended = mpirun(ranks, "-m", "pytest", "-q", "--with-mpi", "-m", "mpi", __file__, timeout_seconds=900.0)
+@pytest.mark.parametrize(
+    ("ranks", "chosen"), [(8, ALL_WAYS), *(pytest.param(ranks, "dp", marks=pytest.mark.full) for ranks in (6, 8, 16))]
+)
+def test_shapes_of_more_ranks_too(ranks, chosen):
+    """This file's first test above, on more ranks than the suite is run on."""
+    words = ("-m", "pytest", "-q", "--with-mpi", "-m", "mpi", "-k", chosen, __file__)
+    ended = mpirun(ranks, *words, timeout_seconds=900.0)
     assert ended.status == 0, ended
-    assert f"{len(shapes_of(ranks)) + 1} passed" in ended.output, ended
+    assert f"{len([shape for shape in shapes_of(ranks) if chosen in name_shape(shape)])} passed" in ended.output, ended

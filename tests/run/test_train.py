@@ -7,6 +7,7 @@ import pytest
 from small import Notes, open_small_job
 
 from hpcmoe.run.balance import read_biases
+from hpcmoe.run.data import even_starts
 from hpcmoe.run.train import is_due, train, train_step, validate
 from hpcmoe.wait import gather_to_all
 
@@ -98,6 +99,10 @@ def test_validation_is_the_mean_over_all_its_sequences(comm, shared):
     for batch in (14, 5, 2):
         with open_small_job(comm, shared, data__batch_sequences=batch, pipeline__micro_batches=1) as (job, _, _):
             losses.append(validate(job, np.ones((2, 4)), 0))
+            if batch > 9:
+                starts = even_starts(len(job.validation), 9, job.config.model.sequence_length)
+                whole = job.stepper.run(job.validation, starts, np.ones((2, 4)), "evaluate").loss
+    assert losses[0] == pytest.approx(whole, rel=1e-6)
     assert losses[1:] == pytest.approx(losses[:2], rel=1e-6)
 
 

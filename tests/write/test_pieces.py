@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import pathlib
+import shutil
 
 import h5py
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, on_all
+from hpcmoe.write import checksums, pieces
 from hpcmoe.write.pieces import Part, Piece, check_tiling, read_pieces, write_pieces
 
 SHAPE = (7, 6, 10)  # no axis divides by 2, 3 and 4 alike
@@ -117,6 +120,23 @@ def test_folder_of_that_name_is_replaced(comm, tmp_path):
     write_pieces(comm, tmp_path / "a", [], {"course": 2})
     assert read_pieces(comm, tmp_path / "a", [])[1] == {"course": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_all_is_on_the_disk_before_the_folder_has_its_name(comm, tmp_path, monkeypatch):
+    order, sync, rename = [], pieces.sync, pathlib.Path.rename
+    for module in (pieces, checksums):
+        monkeypatch.setattr(module, "sync", lambda path: (order.append(path.name), sync(path)))
+    monkeypatch.setattr(pathlib.Path, "rename", lambda path, to: (order.append("named"), rename(path, to))[1])
+    write_whole(comm, tmp_path / "a")
+    assert order == ["rank0000.h5", "master.h5", "SHA256SUMS", "a.partial", "named", tmp_path.name]
+
+
+def test_a_folder_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    folder, rmtree, there = tmp_path / "checkpoint-2", shutil.rmtree, []
+    (folder / "inside").mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: (there.append(folder.exists()), rmtree(path, **how)))
+    pieces.discard(folder)
+    assert not there[-1] and list(tmp_path.iterdir()) == []
 
 
 def test_missing_file(comm, tmp_path):

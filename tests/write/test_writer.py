@@ -14,7 +14,7 @@ from hpcmoe.write.checkpoint import find_checkpoint, load_checkpoint
 from hpcmoe.write.pieces import Part, Piece
 from hpcmoe.write.writer import open_writer
 
-DEADLINE_SECONDS = 30.0
+DEADLINE_SECONDS = 300.0
 
 
 def pieces_of(comm, array):

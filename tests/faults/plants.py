@@ -1,0 +1,353 @@
+"""The faults: each a small slip of the kind that is made, and the part of `make test` that must catch it."""
+
+import shlex
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One slip."""
+
+    file: str  # of the package
+    old: str  # stands there once
+    new: str
+    tests: tuple[str, ...]  # pytest's words
+    ranks: int = 0  # of mpirun; 0: a serial test
+
+
+def plant(file, old, new, tests, ranks=0):
+    """Shorten the writing of a Fault: folders hpcmoe/ and tests/ are left out."""
+    words = [f"tests/{word}" if word.endswith(".py") else word for word in shlex.split(tests)]
+    return Fault(file=f"hpcmoe/{file}", old=old, new=new, tests=tuple(words), ranks=ranks)
+
+
+PLAN, EXCHANGE = "dispatch/test_plan.py", "dispatch/test_exchange.py"
+ORACLE = "run/test_oracle.py -k whatever_two"
+ROUTER, FFN, STATE = "dispatch/test_router.py", "experts/test_ffn.py", "run/test_state.py"
+FAULTS = {
+    # PLACEMENT: what a layout costs, and how the memory is dealt.
+    "a link is priced the wrong way round": plant(
+        "placement/cost.py", "sent * problem.link_cost +", "sent.T * problem.link_cost +", "placement/test_cost.py"
+    ),
+    "what stays on a node loads its port": plant(
+        "placement/cost.py",
+        "np.where(np.eye(len(sent)), 0.0, sent)",
+        "np.where(np.eye(len(sent)), sent, sent)",
+        "placement/test_cost.py",
+    ),
+    "racks in and out change places": plant(
+        "placement/cost.py",
+        '"uplink_in": between.sum(axis=0)',
+        '"uplink_in": between.sum(axis=1)',
+        "placement/test_cost.py",
+    ),
+    "a farther tier takes tokens too": plant(
+        "placement/cost.py",
+        "problem.distance[:, nodes] <= tier) / count",
+        "problem.distance[:, nodes] <= 2) / count",
+        "placement/test_cost.py",
+    ),
+    "a bound is met from too far": plant(
+        "placement/cost.py",
+        "bound >= cost * (1 - MET)",
+        "bound >= cost * (1 - 0.1)",
+        "placement/test_result.py",
+    ),
+    "the memory's remainders all go to the first layers": plant(
+        "placement/quotas.py", "        first += number\n", "", "placement/test_quotas.py"
+    ),
+    "ranks that must be even may be one short": plant(
+        "placement/quotas.py",
+        "np.minimum(most_of_rank(problem) - 1, holds)",
+        "np.minimum(most_of_rank(problem) - 2, holds)",
+        "placement/test_quotas.py",
+    ),
+    "a rank's share is not of its own node": plant(
+        "placement/result.py",
+        "distance = self.distance[node, self",
+        "distance = self.distance[0, self",
+        "placement/test_result.py",
+    ),
+    "copies that stay are sent again": plant(
+        "placement/adopt.py", "~np.isin(new[slots], old[slots]) & (new", "(new", "placement/test_adopt.py"
+    ),
+    "an expert comes from the farthest holder": plant(
+        "placement/adopt.py",
+        "np.lexsort((sends[holders // size], distance))[0]",
+        "np.lexsort((sends[holders // size], distance))[-1]",
+        "placement/test_adopt.py",
+    ),
+    "noise speaks for a move": plant(
+        "placement/adopt.py",
+        "cost_seconds + horizon * noise",
+        "cost_seconds - horizon * noise",
+        "placement/test_adopt.py",
+    ),
+    "a node's lightest expert is seated first": plant(
+        "placement/seats.py",
+        "np.lexsort((experts, -weight[experts]",
+        "np.lexsort((experts, weight[experts]",
+        "placement/test_seats.py",
+    ),
+    # PLAN: which copy takes which way.
+    "parcels cut one token too many": plant(
+        "dispatch/plan.py",
+        "part = slice(begin, begin + max_tokens)",
+        "part = slice(begin, begin + max_tokens + 1)",
+        PLAN,
+    ),
+    "a parcel's second part counts tokens from the first": plant(
+        "dispatch/plan.py", "(token_of_copy[inside] - begin).astype", "(token_of_copy[inside] - 0).astype", PLAN
+    ),
+    "all ranks send their single copies to one replica": plant(
+        "dispatch/plan.py", "self.phase = rank * GOLDEN % 1.0", "self.phase = 0 * GOLDEN % 1.0", PLAN
+    ),
+    "a shard's slot is that of its neighbour's replica": plant(
+        "dispatch/plan.py", "position[:, None] * num_shards + np.arange", "position[:, None] + np.arange", PLAN
+    ),
+    # ROUTER
+    "gates see the bias": plant(
+        "dispatch/router.py", "Softmax.apply(logits, weighing,", "Softmax.apply(logits + self.bias, weighing,", ROUTER
+    ),
+    "load attracts": plant("dispatch/router.py", "(self.bias - pressure)", "(self.bias + pressure)", ROUTER),
+    "an expert takes one copy less than its capacity": plant(
+        "dispatch/router.py", "(place <= capacity)", "(place < capacity)", ROUTER
+    ),
+    "second choices are dropped after first tokens": plant(
+        "dispatch/router.py",
+        "one_hot(experts.T.flatten(), num_experts)",
+        "one_hot(experts.flatten(), num_experts)",
+        ROUTER,
+    ),
+    "the z-loss pushes half as hard": plant(
+        "dispatch/router.py", "(2 * z_slope) * log_sums", "z_slope * log_sums", ROUTER
+    ),
+    # EXPERTS
+    "the gate's slope forgets the output's bias": plant(
+        "experts/ffn.py", "gate_slope += slope.float() @ self.down_bias.float()", "pass", FFN
+    ),
+    "the down matrix learns from slopes without gates": plant(
+        "experts/ffn.py",
+        'self.add_gradients("down", slope * gates, hidden)',
+        'self.add_gradients("down", slope, hidden)',
+        FFN,
+    ),
+    "a gated expert goes back through the wrong half": plant(
+        "experts/ffn.py", 'activate_back(slope * up, gate, "silu")', 'activate_back(slope * gate, gate, "silu")', FFN
+    ),
+    "every shard adds the output's bias": plant(
+        "experts/ffn.py",
+        "    if tensor_index == 0:  # added once",
+        "    if True:  # added once",
+        "run/test_shapes.py",
+        4,
+    ),
+    "biases are those of before the step": plant(
+        "experts/ffn.py", "        self.biases = {}\n        for matrix", "        for matrix", FFN
+    ),
+    # EXCHANGE and what carries it
+    "mates are told before the rows are there": plant(
+        "comm/window.py",
+        "        self.sync()\n        words[0] = exchange\n",
+        "        words[0] = exchange\n        self.sync()\n",
+        "comm/test_window.py",
+    ),
+    "a slip is written over while a mate reads it": plant(
+        "comm/window.py",
+        "(self.taken[:, berth] >= exchange - 2).all()",
+        "(self.taken[:, berth] >= exchange - 3).all()",
+        "comm/test_window.py",
+    ),
+    "a sum's parts are told apart by layer alone": plant(
+        "comm/transport.py",
+        "(exchange_tag * len(Part) + part) * max_parcels + parcel",
+        "exchange_tag * len(Part) + part",
+        "comm/test_transport.py",
+    ),
+    "rows of two directions match": plant(
+        "comm/transport.py",
+        "return micro_batch * len(Direction) + direction",
+        "return micro_batch * len(Direction)",
+        "comm/test_transport.py",
+    ),
+    "a pool gives a run out twice": plant(
+        "comm/pool.py",
+        "[(first + count, free - count)] if free > count",
+        "[(first, free - count)] if free > count",
+        "comm/test_pool.py",
+    ),
+    "a padded row is computed from what lay there": plant(
+        "dispatch/exchange.py",
+        "plan.row_of_entry < 0, berth.zero, berth",
+        "plan.row_of_entry < 0, berth.results, berth",
+        EXCHANGE,
+        3,
+    ),
+    "sums from other nodes are weighed twice": plant(
+        "dispatch/exchange.py", "torch.where(torch.from_numpy(plan.is_sum), 1.0, gates.cpu())", "gates.cpu()", ORACLE, 3
+    ),
+    "the numbers of a landed parcel are another's": plant(
+        "dispatch/landing.py",
+        "numbers[:] = self.window.numbers[results]",
+        "numbers[:] = self.window.numbers[results][::-1]",
+        ORACLE,
+        3,
+    ),
+    "a batch takes the mates' rows before this one": plant(
+        "dispatch/arrivals.py",
+        "counts[:, :mate].sum(axis=(1, 2))",
+        "counts[:, : mate + 1].sum(axis=(1, 2))",
+        EXCHANGE,
+        3,
+    ),
+    "home does not wait for messages": plant(
+        "dispatch/exchange.py",
+        "        if not all(ticket.done for ticket in berth.returns):\n            return False\n",
+        "",
+        "dispatch/test_delays.py",
+        3,
+    ),
+    # SUMS and OPTIMIZER
+    "a copy's gradient takes the others' place": plant(
+        "run/sums.py",
+        "                piece += row\n",
+        "                piece.copy_(row)\n",
+        "run/test_optimizer.py",
+        3,
+    ),
+    "sums over groups take others' experts for their own": plant(
+        "run/optimizer.py",
+        "key=lambda slot: ranks_of[slot][0] != comm.rank)",
+        "key=lambda slot: ranks_of[slot][0] == comm.rank)",
+        "run/test_shapes.py -k 'dp2 and ep2 and tp1 and every_model'",
+        4,
+    ),
+    "a bucket's end is summed again": plant(
+        "run/sums.py",
+        "self.num_started : end], max(end, self.num_started)",
+        "self.num_started : end], self.num_started",
+        "run/test_optimizer.py",
+        3,
+    ),
+    "the norm counts every copy": plant(
+        "run/optimizer.py",
+        "[copy for copy in self.shared.copies() if copy.owned]",
+        "list(self.shared.copies())",
+        ORACLE,
+        3,
+    ),
+    "experts are not clipped": plant(
+        "run/optimizer.py",
+        "            self.shared.flat *= self.train.clip_norm / norm\n",
+        "",
+        "run/test_optimizer.py",
+        3,
+    ),
+    "norms and biases decay": plant(
+        "run/optimizer.py",
+        'if p.dim() <= 1], "weight_decay": 0.0}',
+        'if p.dim() <= 1], "weight_decay": self.train.weight_decay}',
+        "run/test_oracle.py -k training",
+        3,
+    ),
+    "a step's weights are those of the step before": plant(
+        "run/optimizer.py",
+        "            layer.experts.refresh()\n        return norm",
+        "            pass\n        return norm",
+        "run/test_optimizer.py -k weights_of_the_last_step",
+        3,
+    ),
+    "the learning rate warms up a step late": plant(
+        "run/optimizer.py",
+        "min(1.0, number / max(",
+        "min(1.0, (number - 1) / max(",
+        "run/test_oracle.py -k training",
+        3,
+    ),
+    "moments of a share lie at its first row": plant(
+        "run/state.py", "(piece.first, *place.start[1:])", "(0, *place.start[1:])", STATE, 3
+    ),
+    # THE LOAD
+    "biases push towards busy experts": plant(
+        "run/balance.py", "np.sign(1 - utilisation)", "np.sign(utilisation - 1)", "run/test_balance.py"
+    ),
+    "the load forgets the past": plant(
+        "run/balance.py", "(utilisation - load) / window_steps", "(utilisation - load)", "run/test_balance.py"
+    ),
+    # CHECKPOINTS
+    "a folder has its name before its files are on disk": plant(
+        "write/pieces.py", "        sync(partial)\n", "", "write/test_pieces.py"
+    ),
+    "a rank's file is not on disk when it is told": plant(
+        "write/pieces.py", "        sync(path)\n", "", "write/test_pieces.py"
+    ),
+    "an old checkpoint is torn while it is removed": plant(
+        "write/pieces.py",
+        "        folder.rename(doomed)\n        shutil.rmtree(doomed)\n",
+        "        shutil.rmtree(folder)\n",
+        "write/test_pieces.py write/test_checkpoint.py",
+    ),
+    "a hole in an array goes unseen": plant(
+        "write/pieces.py", "if twice or held != size:", "if twice:", "write/test_pieces.py"
+    ),
+    "the oldest checkpoint stays": plant(
+        "write/checkpoint.py", "earlier[:-keep] + later", "earlier[: -keep - 1] + later", "write/test_checkpoint.py"
+    ),
+    "an altered file passes": plant(
+        "write/checksums.py",
+        "if digest_of(path) != sums[path.name]:",
+        "if len(digest_of(path)) != 64:",
+        "write/test_checksums.py write/test_verify.py",
+    ),
+    "what is saved is not a copy": plant(
+        "write/writer.py", "dataclasses.replace(piece, array=array)", "piece", "write/test_writer.py", 3
+    ),
+    "another model's checkpoint is taken up": plant(
+        "run/facts.py",
+        "if facts.get(key, wants) != wants]",
+        "if key not in facts]",
+        "run/test_facts.py",
+    ),
+    "a checkpoint of another step is taken up": plant(
+        "run/facts.py", 'facts.get("step") != step or "num', '"num', "run/test_facts.py"
+    ),
+    # CONFIG and ERRORS
+    "more choices than experts": plant(
+        "contradictions.py",
+        "(model.top_k <= model.num_experts,",
+        "(model.top_k <= model.num_experts + 1,",
+        "test_config.py",
+    ),
+    "shards that do not divide an expert": plant(
+        "contradictions.py", "model.feed_forward % max(cluster.tensor_parallel, 1) == 0,", "True,", "test_config.py"
+    ),
+    "bad input ends with a bug's status": plant(
+        "errors.py", "EXIT_USER = 2 ", "EXIT_USER = 1 ", "test_errors.py -k 'shared_error or names_it'"
+    ),
+    "the last failing rank is told in place of the first": plant(
+        "errors.py", "rank, fault = faults[0]", "rank, fault = faults[-1]", "test_errors.py", 3
+    ),
+    "a wait that ran out of time says all is there": plant(
+        "wait.py",
+        "time.monotonic() > deadline:\n            return False",
+        "time.monotonic() > deadline:\n            return True",
+        "test_wait.py",
+    ),
+    # DATA and RECORDS
+    "shares of a batch overlap": plant(
+        "run/data.py",
+        "num_items * (index + 1) // num_shares)",
+        "num_items * (index + 1) // num_shares + 1)",
+        "run/test_data.py",
+    ),
+    "every step reads the same text": plant(
+        "run/data.py", "np.random.default_rng([seed, step])", "np.random.default_rng([seed, 0])", "run/test_data.py"
+    ),
+    "validation misses its last sequence": plant(
+        "run/train.py",
+        "// data.batch_sequences)\n    parts",
+        "// data.batch_sequences)\n    starts = starts[:-1]\n    parts",
+        "run/test_train.py -k validation_is_the_mean",
+        3,
+    ),
+}

@@ -1,0 +1,34 @@
+"""Several runs of the program one after the other on the same ranks: `mpirun -n 3 python several.py RUNS`.
+
+RUNS is a JSON list of arguments of hpcmoe.main; a line `run NUMBER` precedes what each run prints.
+"""
+
+import contextlib
+import json
+import sys
+
+from mpi4py import MPI
+
+from hpcmoe.cluster.topology import host_name
+from hpcmoe.errors import exit_with
+from hpcmoe.main import read_arguments, run, start_log
+from hpcmoe.wait import barrier
+
+
+def main(runs):
+    """Do each run as the program would; the first that fails ends all."""
+    comm = MPI.COMM_WORLD
+    start_log(comm)
+    try:
+        for number, words in enumerate(runs):
+            if comm.rank == 0:
+                print(f"run {number}", flush=True)
+            with contextlib.ExitStack() as opened:
+                run(comm, read_arguments(words), opened)
+                barrier(comm)
+    except Exception as fault:
+        exit_with(comm, fault, host_name())
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
