@@ -17,6 +17,7 @@ import psutil
 ROOT = pathlib.Path(__file__).parents[1]
 PATH = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
 MPIRUN = shutil.which("mpirun", path=PATH)
+INHERITED = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # that is these tests' own
 HANG_SECONDS = 900.0  # after which a command hangs, however busy the machine is; no command's pace is held to it
 SWEEP_SECONDS = 60.0  # how long after a command its last processes may need to go
 
@@ -48,7 +49,7 @@ class Running:
         self.process = subprocess.Popen(
             [str(word) for word in command],
             cwd=cwd,
-            env={**os.environ, "PATH": PATH, **environment, "HPCMOE_TEST": self.mark},
+            env={**INHERITED, "PATH": PATH, **environment, "HPCMOE_TEST": self.mark},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
