@@ -17,7 +17,6 @@ import psutil
 ROOT = pathlib.Path(__file__).parents[1]
 PATH = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
 MPIRUN = shutil.which("mpirun", path=PATH)
-INHERITED = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # that is these tests' own
 HANG_SECONDS = 900.0  # after which a command hangs, however busy the machine is; no command's pace is held to it
 SWEEP_SECONDS = 60.0  # how long after a command its last processes may need to go
 
@@ -46,10 +45,11 @@ class Running:
     def __init__(self, *command, cwd=ROOT, **environment):
         self.mark = uuid.uuid4().hex
         self.started, self.used = time.monotonic(), count_own_seconds()
+        inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # the tests' own
         self.process = subprocess.Popen(
             [str(word) for word in command],
             cwd=cwd,
-            env={**INHERITED, "PATH": PATH, **environment, "HPCMOE_TEST": self.mark},
+            env={**inherited, "PATH": PATH, **environment, "HPCMOE_TEST": self.mark},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
