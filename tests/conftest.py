@@ -34,8 +34,8 @@ def pytest_configure(config):
     slow = [HealthCheck.too_slow]  # on a busy machine everything is
     settings.register_profile("hpcmoe", deadline=None, derandomize=True, suppress_health_check=slow)
     settings.load_profile("hpcmoe")
-    if config.getoption("--with-mpi"):
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks share the cores
+    if config.getoption("--with-mpi") or "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
     from hpcmoe.segments import sweep_segments
 
     sweep_segments()  # what ranks killed by tests have left

@@ -45,10 +45,11 @@ class Running:
     def __init__(self, *command, cwd=ROOT, **environment):
         self.mark = uuid.uuid4().hex
         self.started, self.used = time.monotonic(), count_own_seconds()
+        inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # the tests' own
         self.process = subprocess.Popen(
             [str(word) for word in command],
             cwd=cwd,
-            env={**os.environ, "PATH": PATH, **environment, "HPCMOE_TEST": self.mark},
+            env={**inherited, "PATH": PATH, **environment, "HPCMOE_TEST": self.mark},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
