@@ -10,6 +10,7 @@ make test         the usual tests: serial, the MPI tests at 3 and 4 ranks, and o
 make test-serial  the tests that need no mpirun, and those that start their own
 make test-3       the MPI tests at 3 ranks; any number; smoke-3: of each its first case
 make test-all     every case of every test, at 1, 2, 3 and 4 ranks: much more time (tests/README.md)
+make test-avx2    the numeric tests, computed as on a processor without AVX-512, serial and at 3 ranks
 make test-faults  plant faults in a copy, one after the other, and see that the tests catch each
 make bench        layers against their floor, the exchange against MPI, what balancing does; as root, on shaped hosts, more;
                   ARGS="layer exchange cost peers placement moving overlap balance sums gpu": which of them
@@ -53,7 +54,7 @@ export PRTE_MCA_hwloc_default_binding_policy = none
 endif
 
 .NOTPARALLEL:
-.PHONY: help run test test-all test-serial test-faults test-system test-gpu bench bench-gpu bench-peers check lint clean
+.PHONY: help run test test-all test-serial test-avx2 test-faults test-system test-gpu bench bench-gpu bench-peers check lint clean
 .PHONY: mpirun-of-mpich mpirun-of-openmpi mpirun-of-system mpi4py-of-mpich mpi4py-of-openmpi mpi4py-of-system
 help:
 	@:$(info $(USAGE))
@@ -70,6 +71,14 @@ test-all: test-serial test-1 test-2 test-3 test-4 test-system
 test-serial: $(VENV)/test-ready
 	python -m pytest -m "not mpi and not racks" -n 2 --dist loadfile $(WHICH) $(ARGS)
 	python -m pytest -m racks $(WHICH) $(ARGS) || [ $$? = 5 ] # there may be none among those of ARGS
+
+# Both of torch's ways to choose its kernels are told: its own, and oneDNN's.
+NUMERIC = tests/test_gemm.py tests/comm/test_rows.py tests/dispatch tests/experts tests/pipeline tests/run
+test-avx2: export ATEN_CPU_CAPABILITY = avx2
+test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
+test-avx2: $(VENV)/test-ready
+	python -m pytest -m "not mpi and not racks" -n 2 --dist loadfile $(NUMERIC) $(ARGS)
+	mpirun -n 3 python -m pytest --with-mpi -m mpi $(NUMERIC) $(ARGS)
 
 test-faults: $(VENV)/test-ready
 	PYTHONPATH=tests python -m faults $(ARGS)

@@ -4,6 +4,7 @@ import itertools
 import time
 from types import SimpleNamespace
 
+import mpi4py
 import numpy as np
 import pytest
 
@@ -48,7 +49,9 @@ def test_after_a_completion_pauses_are_short_again(pauses):
 
 def test_waiting_for_all_pauses_until_nothing_is_active_and_shortly_after_each_completion(pauses, monkeypatch):
     answers = iter([[]] * 34 + [[0]] + [[]] * 33 + [None])
-    monkeypatch.setattr(wait, "MPI", SimpleNamespace(Request=SimpleNamespace(Testsome=lambda requests: next(answers))))
+    monkeypatch.setattr(
+        mpi4py, "MPI", SimpleNamespace(Request=SimpleNamespace(Testsome=lambda requests: next(answers)))
+    )
     assert wait.wait_all([]) is True
     assert pauses == [0.0] * 32 + [50e-6, pytest.approx(65e-6)] + [0.0] * 32 + [50e-6]
 

@@ -113,15 +113,15 @@ def test_the_start_is_left_as_it_is():
 
 
 def test_few_proposals_are_not_spent_on_annealing():
-    single, copied = (terms_of(make_problem([2, 2], 4, 2, replicate=replicate)) for replicate in (False, True))
+    single, copied = (terms_of(make_problem([2, 2], 8, 2, replicate=replicate)) for replicate in (False, True))
     assert find_cycle(single, 0.0, 399) == find_cycle(copied, 0.0, 399) == (0, FEW[0], 0.0)  # 50 for each of 8 slots
     assert (find_cycle(single, 0.0, 400)[1], find_cycle(copied, 0.0, 400)[1]) == (SINGLE[0], REPLICATED[0])
     assert find_cycle(copied, 0.0, 0)[1] is REPLICATED[0]  # by the clock, not begun
 
 
 def test_a_long_search_goes_in_rounds_of_all_cycles():
-    terms = terms_of(make_problem([2, 2], 4, 2))
-    length = ROUND * 8 * 4  # proposals for its 8 slots and 4 experts
+    terms = terms_of(make_problem([2, 2], 8, 2))
+    length = ROUND * 8 * 8  # proposals for its 8 slots and 8 experts
     turns = [find_cycle(terms, part, 2 * length) for part in (0.0, 0.449, 0.475, 0.5, 0.725, 0.975)]
     assert [(turn, cycle is SINGLE[1]) for turn, cycle, _ in turns] == [
         (0, False), (0, False), (0, True), (1, False), (1, False), (1, True),

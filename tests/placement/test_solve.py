@@ -105,16 +105,15 @@ def test_tiny_problems_of_single_copies_are_solved_to_the_optimum(problem):
         assert make_placement(problem, "contiguous").objective_seconds <= optimum * (1 + 1e-5)
 
 
-@pytest.mark.parametrize(("seeds", "most"), [(range(6), 0.8), pytest.param(range(20), 0.9, marks=pytest.mark.full)])
-def test_tiny_problems_with_copies_are_mostly_solved_to_the_optimum(seeds, most):
+def test_tiny_problems_with_copies_are_mostly_solved_to_the_optimum():
     ratios = []
-    for seed in seeds:
+    for seed in range(20):
         for ranks, num_experts, slots in (((2, 1, 2), 2, 1), ((2, 1, 2), 4, 1), ((1, 1, 1), 4, 2), ((3, 2), 5, 1)):
             problem = make_problem(ranks, num_experts, slots, seed, replicate=True, objective=OBJECTIVES[seed % 3])
             optimum, _ = try_all(problem, 0, problem.slots_of_node)
             ratios.append(make_placement(problem, **(ENOUGH | {"seconds": 0.1})).objective_seconds / optimum)
     assert min(ratios) >= 1 - 1e-9
-    assert np.mean(np.array(ratios) < 1 + 1e-9) > most and np.mean(ratios) < 1.02
+    assert np.mean(np.array(ratios) < 1 + 1e-9) > 0.9 and np.mean(ratios) < 1.02
 
 
 STAYS = pytest.mark.xfail(strict=True, reason="even the hottest round stays where it begins")
