@@ -67,9 +67,10 @@ test: test-serial test-3 test-4 smoke-1 smoke-2
 test-all: WHICH = --full
 test-all: test-serial test-1 test-2 test-3 test-4 test-system
 
-# Hosts whose links are measured have the machine for themselves.
+# Three processes share the files, for some tests wait. Hosts whose links are measured have the machine for themselves.
+SHARED = -n 3 --dist loadfile --no-loadscope-reorder
 test-serial: $(VENV)/test-ready
-	python -m pytest -m "not mpi and not racks" -n 2 --dist loadfile $(WHICH) $(ARGS)
+	python -m pytest -m "not mpi and not racks" $(SHARED) $(WHICH) $(ARGS)
 	python -m pytest -m racks $(WHICH) $(ARGS) || [ $$? = 5 ] # there may be none among those of ARGS
 
 # Both of torch's ways to choose its kernels are told: its own, and oneDNN's.
@@ -77,7 +78,7 @@ NUMERIC = tests/test_gemm.py tests/comm/test_rows.py tests/dispatch tests/expert
 test-avx2: export ATEN_CPU_CAPABILITY = avx2
 test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
 test-avx2: $(VENV)/test-ready
-	python -m pytest -m "not mpi and not racks" -n 2 --dist loadfile $(NUMERIC) $(ARGS)
+	python -m pytest -m "not mpi and not racks" $(SHARED) $(NUMERIC) $(ARGS)
 	mpirun -n 3 python -m pytest --with-mpi -m mpi $(NUMERIC) $(ARGS)
 
 test-faults: $(VENV)/test-ready

@@ -46,7 +46,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the cases marked full unless --full is given, and under --smoke all but each test's first case."""
+    """Leave out the cases marked full unless --full is given, and under --smoke all but each test's first case.
+
+    Where processes share the files, those that start programs come first: then no process is left alone with these.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        clusters = {item.path for item in items if item.get_closest_marker("slurm")}
+        items.sort(key=lambda item: (item.path not in clusters, len(item.path.parts)))
     if config.getoption("--full"):
         return
     kept = [item for item in items if item.get_closest_marker("full") is None]

@@ -2,19 +2,38 @@
 
 import dataclasses
 import os
+import signal
 import sys
 import time
 
 import numpy as np
 import pytest
 from lab.machines import LAB, racks, slurm
-from launch import HANG_SECONDS, MPIRUN, Running, run
+from launch import HANG_SECONDS, MPIRUN, ROOT, Running, run
+from test_commands import wait_for
 
 from hpcmoe.cluster.nodes import Topology, load_topology
+from hpcmoe.segments import SHARED_MEMORY, name_world
 
 SHORT = ["--set", "run.steps=2", "--set", "data.batch_sequences=16", "--set", "data.validation_sequences=16"]
 INSIDE_RACK, BETWEEN_RACKS = 500e6 / 8, 50e6 / 8  # bytes a second: what a busy machine carries too
 BUSY = 4  # load of a core; the test alone makes half of it
+REQUEUED_RANKS = 4
+REQUEUED = "; ".join(
+    [
+        "import sys, time",
+        "from hpcmoe.segments import clear_way",
+        "clear_way()",
+        "from mpi4py import MPI",
+        "print(MPI.COMM_WORLD.size, flush=True)",
+        "time.sleep(int(sys.argv[1]))",
+    ]
+)
+REQUEUED_JOB = """#!/bin/bash
+#SBATCH --nodes=2 --ntasks-per-node=2 --requeue --open-mode=append
+export PYTHONPATH={root}
+srun --kill-on-bad-exit=1 {python} -c "{start}" $([ "$SLURM_RESTART_COUNT" ] && echo 0 || echo 600) || true
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +63,35 @@ def test_sbatch_runs_the_job_on_four_nodes_in_two_racks(slurm_conf, launch, rank
     assert topology.node_names == ("node0", "node1", "node2", "node3")
     assert topology.rack_of_node.tolist() == [0, 0, 1, 1]
     assert np.bincount(topology.node_of_rank).tolist() == [ranks // 4] * 4
+
+
+@pytest.mark.slurm
+def test_a_job_whose_ranks_were_killed_may_be_requeued(slurm_conf, tmp_path):
+    log, script = tmp_path / "log", tmp_path / "job.sh"
+    script.write_text(REQUEUED_JOB.format(root=ROOT, python=sys.executable, start=REQUEUED))
+    number = run("sbatch", "--parsable", f"--output={log}", script, SLURM_CONF=slurm_conf).output.strip()
+    left = f"mpich_shm_{name_world({'PMI_JOBID': f'{number}.0'}, 0):x}_*"
+
+    def control(*words):
+        return run("scontrol", *words, SLURM_CONF=slurm_conf).output
+
+    # Kill the ranks of the first start, and see what they leave.
+    wait_for(lambda: count_started(log) == REQUEUED_RANKS)
+    run("scancel", f"--signal={signal.SIGKILL.value}", f"{number}.0", SLURM_CONF=slurm_conf)
+    wait_for(lambda: "JobState=COMPLETED" in control("show", "job", number))
+    assert len(list(SHARED_MEMORY.glob(left))) == 2, "a segment of each node"
+
+    # Slurm lets a requeued job wait for two minutes unless it is told otherwise.
+    control("requeue", number)
+    wait_for(lambda: (control("update", f"jobid={number}", "starttime=now"), count_started(log) > REQUEUED_RANKS)[1])
+    wait_for(lambda: "JobState=COMPLETED" in control("show", "job", number))
+    assert count_started(log) == 2 * REQUEUED_RANKS, log.read_text()
+    assert list(SHARED_MEMORY.glob(left)) == []
+
+
+def count_started(log):
+    """Count the ranks that have told how many they are."""
+    return log.read_text().splitlines().count(str(REQUEUED_RANKS)) if log.exists() else 0
 
 
 def submit(*arguments, **environment):
