@@ -147,6 +147,13 @@ def find_untrained(config: object) -> Iterator[str]:
             f"[train] learning_rate_warmup_steps = {warmup}: in [run] steps = {steps} the rate rises to "
             f"{steps / warmup:.3g} of learning_rate"
         )
+    longest = train.learning_rate * (min(1.0, train.clip_norm / train.epsilon) if train.clip_norm > 0 else 1.0)
+    if longest < LEAST_DECAY:
+        yield (
+            f"[train] learning_rate = {train.learning_rate:g}, clip_norm = {train.clip_norm:g}, epsilon = "
+            f"{train.epsilon:g}: a step is about {longest:.3g} at most, which float32 does not take off weights of 1: "
+            "the norms stay untrained"
+        )
     if 0 < train.learning_rate * train.weight_decay < LEAST_DECAY:
         yield (
             f"[train] weight_decay = {train.weight_decay:g} x learning_rate = {train.learning_rate:g} is less than "

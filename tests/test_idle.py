@@ -114,6 +114,9 @@ def test_keys_of_one_reason_are_told_in_one_line(notes):
         ),
         (["train.learning_rate_warmup_steps=240"], "in [run] steps = 120 the rate rises to 0.5 of learning_rate"),
         (["train.weight_decay=1e-7"], "is less than float32 can take off a weight: nothing decays"),
+        (["train.learning_rate=1e-8"], "a step is about 1e-08 at most"),
+        (["train.clip_norm=1e-20"], "a step is about 1e-14 at most"),
+        (["train.epsilon=1e30"], "a step is about 1e-32 at most"),
     ],
 )
 def test_what_acts_in_part_and_what_stays_untrained_is_told(notes, overrides, said):

@@ -52,9 +52,10 @@ def describe_function(config: Config) -> dict:
 def describe_training(config: Config) -> dict:
     """Return what changes how the function is trained, or rounded; in inference what is left of that."""
     names_of_section = {"model": ["dtype"], "dispatch": ["load_window_steps"]}
+    if config.run.mode == "train" or config.dispatch.capacity_factor > 0:
+        names_of_section["pipeline"] = ["micro_batches"]  # each has a load-balancing loss, and a capacity, of its own
     if config.run.mode == "train":
         names_of_section["dispatch"] += ["aux_loss_weight", "z_loss_weight", "bias_update_speed"]
-        names_of_section["pipeline"] = ["micro_batches"]  # each has a load-balancing loss, and a capacity, of its own
         names_of_section["train"] = [
             "learning_rate", "learning_rate_warmup_steps", "weight_decay", "beta1", "beta2", "epsilon", "clip_norm",
         ]  # fmt: skip

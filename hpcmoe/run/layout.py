@@ -71,6 +71,12 @@ def find_pace(config, mesh, rows, device):
 
 def lay_out(problem, config, room):
     """Solve the placement problem, and weigh what else could have been -> Layout; PlacementError tells the memory."""
+    if problem.replicate and problem.num_ranks * problem.slots_per_rank == problem.num_experts:
+        log.warning(
+            "no effect: [cluster] replicate = true: all %d ranks x %d slots are taken by one copy of each of the %d "
+            "experts; [cluster] spare_slots_per_rank makes room",
+            problem.num_ranks, problem.slots_per_rank, problem.num_experts,
+        )  # fmt: skip
     try:
         placement = search(problem, config)
     except PlacementError as fault:

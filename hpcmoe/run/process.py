@@ -12,8 +12,8 @@ from hpcmoe.gemm import multiply
 from hpcmoe.run.memory import Memory, peak_resident_bytes
 from hpcmoe.wait import gather_to_all
 
-STEP_BYTES = 5 * 10**7  # that steps add beside all that is counted: kernels, scratch, holes in the heap; 13 to 60 MB
-# were measured in 6 to 20 steps at 1, 2 and 4 ranks, with 2 to 132 MB of arrays
+STEP_BYTES = 5 * 10**7  # that steps add beside all that is counted: kernels, scratch, holes in the heap. Of the default
+# job 4 and 16 steps added 47 and 97 MB at 1 rank, 25 and 60 at 2, 17 and 40 at 4: the more rows a rank has, the more
 STATUS = pathlib.Path("/proc/self/status")  # on Linux
 
 

@@ -136,6 +136,16 @@ def test_inference_is_not_told_how_training_would_go_on(caplog):
     assert caplog.messages == []
 
 
+def test_inference_is_told_of_other_micro_batches_where_each_has_a_capacity(caplog):
+    capped = make_config(dispatch__capacity_factor=1.5)
+    with caplog.at_level(logging.INFO):
+        tell_changes(make_facts(capped), dataclasses.replace(capped, run=make_config(run__mode="infer").run), 4000)
+        assert caplog.messages == []
+        other = {"dispatch__capacity_factor": 1.5, "run__mode": "infer"}
+        tell_changes(make_facts(capped), make_config(**other, pipeline__micro_batches=2), 4000)
+    assert len(caplog.messages) == 1 and "[pipeline] micro_batches = 2, was 3" in caplog.messages[0]
+
+
 def test_facts_come_back_from_a_checkpoint_as_they_were(tmp_path):
     config = make_config(dispatch__load_feedback=0.3, experts__kind="swiglu", model__top_k=1)
     piece = Piece(name="x", shape=(1,), start=(0,), array=np.ones(1))

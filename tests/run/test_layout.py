@@ -83,6 +83,14 @@ def test_a_placement_is_taken_from_a_file(tmp_path):
     assert str(refused.value) == f"[cluster] placement_file = {path}: the list has 3 layers, layers = 2"
 
 
+def test_replicas_without_a_slot_for_them_are_told(caplog):
+    for spare, told in ((0, 1), (1, 0)):
+        config = make_config(cluster__replicate=True, cluster__spare_slots_per_rank=spare, cluster__placement="eplb")
+        lay_out(state(config, make_topology(4, 2), make_mesh(4)), config, make_room(make_topology(4, 2)))
+        assert sum("no effect: [cluster] replicate = true" in line for line in caplog.messages) == told
+        caplog.clear()
+
+
 def test_what_does_not_fit_is_told_with_what_else_takes_the_memory():
     problem = state(make_config(), make_topology(4, 2), make_mesh(4), bytes_a_node=1000, besides=450)
     room = make_room(make_topology(4, 2), 1000, 450)
