@@ -132,8 +132,14 @@ def fault_of(key, value, wrong, what):
         yield f"{key}{subscript(index)} = {value[index]:.9g}: {what}{and_more(int(wrong.sum()) - 1)}"
 
 
-def find_overflow(problem):
-    """Yield one line where seconds could leave the numbers that can be computed with."""
+CASE_NAMES = {  # of what a problem is made of, as a case file has them
+    "B": "B", "nic_out": "nic_out", "nic_in": "nic_in", "uplink": "uplink", "seconds_per_token": "seconds_per_token",
+    "L": "L", "tokens": "home_tokens_per_rank", "layers": "layers",
+}  # fmt: skip
+
+
+def find_overflow(problem, names=CASE_NAMES):
+    """Yield one line where seconds could leave the numbers that can be computed with; names: the user's for these."""
     tokens = problem.tokens_of_rank.sum()
     rates = {
         "B": problem.bytes_per_second.min(),
@@ -148,8 +154,8 @@ def find_overflow(problem):
     for key, longest in seconds.items():
         if not longest * problem.num_layers <= MOST_SECONDS:
             yield (
-                f"{key}: at worst {longest:.3g} s for the {tokens:.3g} copies of home_tokens_per_rank x "
-                f"layers = {problem.num_layers}: must be at most {MOST_SECONDS:g} s"
+                f"{names[key]}: at worst {longest:.3g} s for the {tokens:.3g} copies of {names['tokens']} x "
+                f"{names['layers']} = {problem.num_layers}: must be at most {MOST_SECONDS:g} s"
             )
             return
 

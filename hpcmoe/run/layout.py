@@ -12,6 +12,7 @@ from hpcmoe.cluster.demand import make_probability
 from hpcmoe.cluster.groups import fold_groups, fold_memory, fold_probability, list_groups
 from hpcmoe.errors import ConfigError, PlacementError
 from hpcmoe.experts.pace import time_token
+from hpcmoe.placement.faults import find_overflow
 from hpcmoe.placement.maps import read_map
 from hpcmoe.placement.problem import PlacementProblem, slots_for
 from hpcmoe.placement.quotas import describe_unevenness
@@ -19,6 +20,12 @@ from hpcmoe.placement.result import Placement, Spent, weigh
 from hpcmoe.wait import barrier, gather_to_all
 
 log = logging.getLogger(__name__)
+
+RATES = {"B": "bytes", "nic_out": "egress_bytes", "nic_in": "ingress_bytes", "uplink": "uplink_bytes"}
+KEYS = {part: f"{rate}_per_second" for part, rate in RATES.items()} | {  # what the parts of a problem are in a run
+    "seconds_per_token": "[cluster] seconds_per_token", "L": "latency_seconds",
+    "tokens": "a step", "layers": "[model] num_layers",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +77,12 @@ def find_pace(config, mesh, rows, device):
 
 
 def lay_out(problem, config, room):
-    """Solve the placement problem, and weigh what else could have been -> Layout; PlacementError tells the memory."""
+    """Solve the placement problem, and weigh what else could have been -> Layout; PlacementError tells the memory.
+
+    Raises ConfigError where rates and seconds are such that no time can be computed from them.
+    """
+    for line in find_overflow(problem, KEYS):
+        raise ConfigError(line)
     if problem.replicate and problem.num_ranks * problem.slots_per_rank == problem.num_experts:
         log.warning(
             "no effect: [cluster] replicate = true: all %d ranks x %d slots are taken by one copy of each of the %d "

@@ -91,6 +91,22 @@ def test_replicas_without_a_slot_for_them_are_told(caplog):
         caplog.clear()
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("bytes_per_second", np.full((2, 2), 1e-320), "bytes_per_second: at worst inf s"),
+        ("seconds_per_token", 1e300, "[cluster] seconds_per_token: at worst"),
+        ("latency_seconds", np.full((2, 2), 1e200), "latency_seconds: at worst"),
+    ],
+)
+def test_times_that_no_number_holds_are_one_line(part, value, said):
+    problem = dataclasses.replace(state(make_config(), make_topology(4, 2), make_mesh(4)), **{part: value})
+    with pytest.raises(ConfigError) as refused:
+        lay_out(problem, make_config(), None)
+    assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
+    assert f"[model] num_layers = {problem.num_layers}" in str(refused.value)
+
+
 def test_what_does_not_fit_is_told_with_what_else_takes_the_memory():
     problem = state(make_config(), make_topology(4, 2), make_mesh(4), bytes_a_node=1000, besides=450)
     room = make_room(make_topology(4, 2), 1000, 450)
