@@ -32,6 +32,9 @@ def expand_paths(config: Any, source_of: Callable[..., str]) -> Any:
         for pattern in getattr(getattr(config, name), key):
             _, fault = attempt(partial(expand_pattern, pattern, f"{source_of(name, key)}: [{name}] {key}"))
             faults.append(fault)
+    run_name = config.run.name
+    what = f"{source_of('run', 'name')}: [run] name = {printable(repr(run_name))}"
+    faults.append(attempt(partial(check_name, run_name, what))[1])
     if any(faults):
         raise ConfigError("\n".join(str(fault) for fault in faults if fault is not None))
     return config
@@ -68,13 +71,18 @@ def expand_path(path: str, what: str) -> str:
     else:
         head = VARIABLE.sub(find_value, head)
     expanded = head + slash + VARIABLE.sub(find_value, tail)
-    if "\0" in expanded:
-        raise refuse("must hold no zero byte")
-    try:
-        os.fsencode(expanded)
-    except UnicodeEncodeError:
-        raise refuse("has characters that names of files here cannot have") from None
+    check_name(expanded, f"{what} = {printable(repr(path))}")
     return expanded
+
+
+def check_name(path: str, what: str) -> None:
+    """Raise ConfigError, which begins with `what`, for a path that no file can have."""
+    if "\0" in path:
+        raise ConfigError(f"{what}: must hold no zero byte")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{what}: has characters that names of files here cannot have") from None
 
 
 def find_home(user):

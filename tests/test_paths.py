@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpcmoe.config import read_config
+from hpcmoe.config import Config, Run, read_config
 from hpcmoe.errors import ConfigError
 from hpcmoe.main import read_arguments
-from hpcmoe.paths import PATHS, expand_path, expand_pattern
+from hpcmoe.paths import PATHS, expand_path, expand_paths, expand_pattern
 
 ME = pwd.getpwuid(os.getuid())
 PATH_KEYS = [f"{section}.{key}" for section, key in PATHS]
@@ -65,6 +65,15 @@ def test_what_stands_for_nothing_is_refused_by_name_in_one_line(file, path, said
         expand_path(path, "[run] output")
     assert str(refused.value).startswith("[run] output = ") and str(refused.value).endswith(f": {said}")
     assert str(refused.value).isprintable()
+
+
+def test_a_runs_name_that_no_folder_here_can_have_is_refused_in_one_line(monkeypatch):
+    def encode(name):
+        return name.encode("ascii")
+
+    monkeypatch.setattr("os.fsencode", encode)  # as where the locale is C, and Python is told to believe it
+    with pytest.raises(ConfigError, match=r"\[run\] name = .*: has characters that names of files here cannot have$"):
+        expand_paths(Config(run=Run(name="\u00fcn")), lambda *_: "x.toml")
 
 
 def test_home_is_the_users_own_where_the_environment_has_none(file, monkeypatch):

@@ -73,7 +73,8 @@ def find_files(data, own_folder: str | os.PathLike | None = None) -> dict[str, S
 
 def place(pattern, key):
     """Put in a pattern of [data] what ~, $VARIABLES and {stdlib} stand for."""
-    return expand_pattern(pattern, f"[data] {key}").replace("{stdlib}", sysconfig.get_path("stdlib"))
+    expanded = expand_pattern(pattern, f"[data] {key}")
+    return expanded.replace("{stdlib}", sysconfig.get_path("stdlib")) if "{stdlib}" in expanded else expanded
 
 
 def tell(data, files, left_out, silent):
@@ -131,13 +132,20 @@ def sort_out(paths, exclude, is_own):
             why = why_no_text(path, info, is_own)
         except OSError:
             why = NOTHING
-        if why != FOLDER and any(path == pattern or fnmatch.fnmatch(path, pattern) for pattern in exclude):
+        if why != FOLDER and any(is_excluded(path, pattern) for pattern in exclude):
             why = EXCLUDED
         if why:
             left_out[path] = why
         else:
             taken[path] = info
     return taken, left_out
+
+
+def is_excluded(path, pattern):
+    """Return True if a path is or matches a pattern of exclude, both as they are written or in plain spelling."""
+    plain = os.path.abspath(path) if os.path.isabs(pattern) else os.path.normpath(path)
+    ways = {(path, pattern), (plain, os.path.normpath(pattern))}
+    return any(each == wanted or fnmatch.fnmatch(each, wanted) for each, wanted in ways)
 
 
 def why_no_text(path, info, is_own):

@@ -2,7 +2,6 @@
 
 import os
 import zlib
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -58,18 +57,20 @@ def split_files(files: Mapping[str, Stamp], validation_share: float, least_bytes
 
 
 def shuffle(paths):
-    """Order files by the hash of their names, so that neighbours in a folder are none -> list of paths.
+    """Order files so that however many of the first ones are taken, each folder gives about its share -> list of paths.
 
-    Files of one name are ordered so that however many of the first ones are taken, these lie far apart in the list.
+    Those of a folder go by the hash of their names, so that neighbours are none.
     """
     absolute = {path: os.path.abspath(path) for path in paths}
     shared = len(os.path.commonpath(list(absolute.values())))
-    numbers, keys = Counter(), {}
+    folders, places = {}, {}
     for inside, path in sorted((absolute[path][shared:], path) for path in paths):
-        name = os.fsencode(os.path.basename(path))
-        numbers[name] += 1
-        keys[path] = zlib.crc32(name), numbers[name] * GOLDEN % 1, inside
-    return sorted(paths, key=keys.get)
+        folders.setdefault(os.path.dirname(inside), []).append(path)
+    for number, files in enumerate(folders.values(), start=1):
+        files.sort(key=lambda path: zlib.crc32(os.fsencode(os.path.basename(path))))
+        for place, path in enumerate(files):
+            places[path] = (place + number * GOLDEN % 1) / len(files), absolute[path]
+    return sorted(paths, key=places.get)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

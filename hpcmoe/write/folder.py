@@ -100,13 +100,15 @@ def one_line_faults(folder, output):
 def set_aside(folder, name):
     """Move the results of an earlier run to NAME.1, or the next free number; leave what is not a run's."""
     left = [path for path in folder.iterdir() if is_named_as_ours(path.name)]
-    if left and not any(map(is_ours, left)):
+    results = [path for path in left if RESULTS.fullmatch(path.name)]
+    shown = [path for path in left if path in results or path.name == MARK] if results else left
+    if left and not any(map(is_ours, shown)):  # measured links are given from run to run, and show nothing of results
         raise ConfigError(
             f"[run] name = {name!r}: {folder} holds {left[0].name}, and nothing shows that hpcmoe wrote it; "
             "take another name, or move it"
         )
     sweep(folder)
-    if not any(RESULTS.fullmatch(path.name) for path in left):
+    if not results:
         return  # it failed early
 
     # The mark goes last: a kill midway leaves two folders that are both known as runs.
@@ -160,14 +162,14 @@ def is_named_as_ours(name):
 
 def is_ours(path):
     """Return True if a file or folder shows that a run wrote it: the mark, or as runs without one left them."""
-    with contextlib.suppress(*FAULTS, ValueError):
+    with contextlib.suppress(*FAULTS, ValueError, TypeError, RecursionError):  # whatever another program wrote
         match path.name:
             case _ if not (path.is_file() or path.is_dir()):
                 return False  # a pipe would be waited for
             case "hpcmoe.json":
-                return json.loads(path.read_text()).get("program") == "hpcmoe"
+                return dict(json.loads(path.read_text())).get("program") == "hpcmoe"
             case "topology.json":
-                return "bytes_per_second" in json.loads(path.read_text())
+                return "bytes_per_second" in dict(json.loads(path.read_text()))
             case "run.h5":
                 with h5py.File(path) as file:
                     return len(file) == 0 or "config" in file.get("run", ())

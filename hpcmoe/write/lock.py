@@ -96,11 +96,14 @@ def take_lock(folder: pathlib.Path, own: Holder) -> None:
 
     Raises ConfigError that names who holds it; OSError where it cannot be written.
     """
+    path = folder / LOCK
     while True:
         try:
-            return write_lock(folder / LOCK, own)
+            return write_lock(path, own)
         except FileExistsError:
-            clear_stale(folder / LOCK, own)
+            if os.path.lexists(path) and not path.is_file():  # a link to nothing, which never goes away
+                raise ConfigError(f"{path} is no file that a run has made: remove it") from None
+            clear_stale(path, own)
 
 
 def write_lock(path: pathlib.Path, own: Holder) -> None:
@@ -176,8 +179,10 @@ def read_lock(path: pathlib.Path) -> Holder | None:
     deadline = time.monotonic() + READ_SECONDS
     while True:
         with contextlib.suppress(OSError, ValueError, TypeError):
+            if not path.is_file():  # a FIFO would be waited for
+                return None
             return Holder(**json.loads(path.read_text()))
-        if not os.path.exists(path) or time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             return None
         time.sleep(READ_SECONDS / 20)
 

@@ -142,6 +142,15 @@ def test_what_is_excluded_is_expanded_too(here):
         find("*", exclude=["$NOWHERE/x"])
 
 
+def test_what_is_excluded_is_left_out_however_it_is_spelled(here):
+    write("a.txt", "b.txt", "sub/c.txt")
+    for exclude in ("b.txt", "./b.txt", "sub/../b.txt", f"{here}/b.txt", "$HOME/[b].txt"):
+        for pattern in ("*.txt", "./*.txt", f"{here}/*.txt", f"{here}/sub/../*.txt"):
+            if not os.path.isabs(pattern) or exclude[0] in "/$":
+                assert [os.path.basename(path) for path in find(pattern, exclude=[exclude])] == ["a.txt"]
+    assert find("./**", exclude=["*/sub/*"]) == ["./a.txt", "./b.txt"]
+
+
 def test_what_is_named_and_has_no_text_is_refused_in_one_line(here):
     write("a.txt", "sub/b.txt")
     write("empty.txt", text=b"")

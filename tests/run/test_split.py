@@ -2,6 +2,7 @@
 
 import itertools
 import pathlib
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -67,6 +68,14 @@ def test_files_of_one_name_are_chosen_from_all_over_the_folders():
 def test_each_folder_gives_its_share_where_the_names_are_alike():
     files = make_files(**{f"{language}__part{part}": 1000 for language in "abcdef" for part in range(10)})
     assert {path[0] for path in validation(files, 0.1)} == set("abcdef")
+
+
+@pytest.mark.parametrize("numbers", [(10, 10), (25, 25, 25, 25), (40, 20, 20), (10,) * 10])
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.5])
+def test_each_folder_gives_its_share_where_no_names_are_alike(numbers, share):
+    files = make_files(**{f"d{n}__{n}_{i}": 100 for n, number in enumerate(numbers) for i in range(number)})
+    chosen = Counter(path.partition("/")[0] for path in validation(files, share))
+    assert all(abs(chosen[f"d{n}"] - share * number) <= 1 for n, number in enumerate(numbers))
 
 
 def test_the_choice_and_the_order_depend_on_names_and_sizes_alone(tmp_path, monkeypatch):

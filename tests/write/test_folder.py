@@ -146,6 +146,24 @@ def test_what_only_has_a_name_of_ours_is_not_touched(comm, tmp_path, name):
     assert names(tmp_path / "a") == {name}
 
 
+@pytest.mark.parametrize("text", ["[]", "7", '"bytes_per_second, hpcmoe"', "null", "[" * 3000, "\xff"])
+@pytest.mark.parametrize("name", [MARK, "topology.json"])
+def test_whatever_another_program_wrote_by_that_name_is_not_touched(comm, tmp_path, name, text):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_text(text)
+    assert f"holds {name}, and nothing shows that hpcmoe wrote it" in refuse(comm, tmp_path)
+    assert (tmp_path / "a" / name).read_text() == text
+
+
+def test_links_that_were_given_to_a_folder_do_not_make_its_results_ours(comm, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "topology.json").write_text('{"bytes_per_second": []}')
+    with h5py.File(tmp_path / "a" / "run.h5", "w") as mine:
+        mine["run"] = 1
+    assert "nothing shows that hpcmoe wrote it" in refuse(comm, tmp_path)
+    assert names(tmp_path / "a") == {"topology.json", "run.h5"}
+
+
 def test_a_pipe_of_that_name_is_not_waited_for(comm, tmp_path):
     (tmp_path / "a").mkdir()
     os.mkfifo(tmp_path / "a" / "topology.json")

@@ -118,6 +118,16 @@ def test_a_file_of_that_name_which_is_no_lock_is_never_removed(tmp_path, own, te
     assert (tmp_path / LOCK).read_text() == text
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
+def test_what_is_no_file_is_refused_as_a_lock_and_waited_for_by_none(tmp_path, own, make):
+    make(tmp_path / LOCK)
+    with pytest.raises(ConfigError, match=f"{LOCK} is no file that a run has made: remove it"):
+        take_lock(tmp_path, own)
+    assert not holds_lock(tmp_path, own)
+    release_lock(tmp_path, own)
+    assert os.path.lexists(tmp_path / LOCK)
+
+
 def test_an_empty_lock_of_a_run_killed_as_it_made_it_is_cleared_in_time(tmp_path, own, monkeypatch):
     monkeypatch.setattr(lock, "READ_SECONDS", 0.0)
     (tmp_path / LOCK).touch()
