@@ -1,10 +1,11 @@
 """What there is to run on: `python -m hpcmoe.check`, alone or under mpirun or srun, tells and tries it."""
 
 if __name__ == "__main__":
-    from hpcmoe.mpi_library import import_mpi
     from hpcmoe.start import prepare
 
     prepare()
+    from hpcmoe.mpi_library import import_mpi
+
     import_mpi()
 
 import importlib.util

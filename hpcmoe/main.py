@@ -1,10 +1,11 @@
 """The program on one page: `mpirun -n 16 python -m hpcmoe.main inputs/run.toml [--set section.key=value]`."""
 
 if __name__ == "__main__":
-    from hpcmoe.mpi_library import import_mpi
     from hpcmoe.start import prepare
 
     prepare()
+    from hpcmoe.mpi_library import import_mpi
+
     import_mpi()
 
 import contextlib

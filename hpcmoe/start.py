@@ -1,20 +1,23 @@
-"""What must stand before a program's first slow import: three open standard files, and an end of one line at Ctrl-C."""
+"""What must stand before a program's first slow import: three open standard files, an end of one line by a signal."""
 
 import os
 import signal
 import sys
 import time
 
-from hpcmoe.interrupts import ignore_signals
+from hpcmoe.interrupts import CAUGHT, Interrupted, ignore_signals
 from hpcmoe.output import HAND_ON_SECONDS, say
 
+HEED_SECONDS = 1.0  # for rank 0, which may have had the signal too, to speak for all
 RANK_KEYS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # of launchers; MPI has not begun
 
 
 def prepare() -> None:
     """Prepare the process for the imports of a program. Call once, as the first thing."""
     open_standard_files()
-    signal.signal(signal.SIGINT, leave)
+    for number in CAUGHT:
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, leave)
 
 
 def open_standard_files() -> None:
@@ -27,11 +30,15 @@ def open_standard_files() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
-def leave(*_) -> None:
+def leave(number: int, _) -> None:
     """End this process at once: it has begun nothing yet."""
     ignore_signals()
+    ending = Interrupted(number)
     rank = next((os.environ[key] for key in RANK_KEYS if key in os.environ), "0")
     if rank == "0":
-        say(["hpcmoe: interrupted"])
+        say([f"hpcmoe: {ending}"])
+    elif number != signal.SIGINT:  # Ctrl-C reaches all; another signal may reach this one alone
+        time.sleep(HEED_SECONDS)
+        say([f"[rank {rank}, {os.uname().nodename}] {ending}"])
     time.sleep(HAND_ON_SECONDS)
-    os._exit(128 + signal.SIGINT)
+    os._exit(ending.status)
