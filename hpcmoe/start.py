@@ -1,5 +1,6 @@
 """What must stand before a program's first slow import: three open standard files, an end of one line by a signal."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ import time
 from hpcmoe.interrupts import CAUGHT, Interrupted, ignore_signals
 from hpcmoe.output import HAND_ON_SECONDS, say
 
+HYDRA_KEY = "MPI_LOCALNRANKS"  # of MPICH's launcher and its kin alone
 HEED_SECONDS = 1.0  # for rank 0, which may have had the signal too, to speak for all
 RANK_KEYS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # of launchers; MPI has not begun
 
@@ -31,14 +33,23 @@ def open_standard_files() -> None:
 
 
 def leave(number: int, _) -> None:
-    """End this process at once: it has begun nothing yet."""
+    """End this process and its job at once: they have begun nothing yet."""
     ignore_signals()
     ending = Interrupted(number)
     rank = next((os.environ[key] for key in RANK_KEYS if key in os.environ), "0")
     if rank == "0":
         say([f"hpcmoe: {ending}"])
-    elif number != signal.SIGINT:  # Ctrl-C reaches all; another signal may reach this one alone
+    else:
         time.sleep(HEED_SECONDS)
         say([f"[rank {rank}, {os.uname().nodename}] {ending}"])
     time.sleep(HAND_ON_SECONDS)
+    abort_job(ending.status)
     os._exit(ending.status)
+
+
+def abort_job(status: int) -> None:
+    """Have Hydra end all ranks: it lets them wait in MPI's start for one that has ended before its own."""
+    if HYDRA_KEY in os.environ and "PMI_FD" in os.environ:
+        with contextlib.suppress(OSError, ValueError):
+            os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=%d\n" % status)  # PMI-1
+            time.sleep(HAND_ON_SECONDS)

@@ -122,7 +122,7 @@ runpy.run_module("hpcmoe.{module}", run_name="__main__")
     ("number", "rank", "status", "said"),
     [
         (signal.SIGINT, "0", 130, "hpcmoe: interrupted\n"),
-        (signal.SIGINT, "1", 130, ""),
+        (signal.SIGINT, "1", 130, f"[rank 1, {os.uname().nodename}] interrupted\n"),
         (signal.SIGTERM, "0", 143, "hpcmoe: ended by signal 15 (SIGTERM)\n"),
         (signal.SIGTERM, "1", 143, f"[rank 1, {os.uname().nodename}] ended by signal 15 (SIGTERM)\n"),
         (signal.SIGHUP, "0", 129, "hpcmoe: ended by signal 1 (SIGHUP)\n"),
@@ -133,13 +133,18 @@ def test_a_signal_before_the_first_import_is_one_line_too(monkeypatch, capsys, n
         monkeypatch.setattr(start, seconds, 0.0)
     for key in start.RANK_KEYS:
         monkeypatch.delenv(key, raising=False)
-    monkeypatch.setenv("PMI_RANK", rank)
+    heard, told = os.pipe()
+    for key, value in {"PMI_RANK": rank, "PMI_FD": str(told), start.HYDRA_KEY: "2"}.items():
+        monkeypatch.setenv(key, value)
     monkeypatch.setattr(os, "_exit", sys.exit)
     start.prepare()
     with pytest.raises(SystemExit) as ended:
         os.kill(os.getpid(), number)
         stay()
     assert ended.value.code == status and capsys.readouterr().err == said
+    assert os.read(heard, 100) == b"cmd=abort exitcode=%d\n" % status  # else the others wait for it in MPI_Init
+    os.close(heard)
+    os.close(told)
 
 
 def test_what_whoever_started_it_ignores_stays_ignored(monkeypatch):
