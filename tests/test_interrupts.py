@@ -9,7 +9,7 @@ import pytest
 from launch import run
 
 from hpcmoe import interrupts, start
-from hpcmoe.interrupts import CAUGHT, Interrupted, insistent_interrupts
+from hpcmoe.interrupts import CAUGHT, Interrupted, ending_at_once, insistent_interrupts
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +145,17 @@ def test_a_signal_before_the_first_import_is_one_line_too(monkeypatch, capsys, n
     assert os.read(heard, 100) == b"cmd=abort exitcode=%d\n" % status  # else the others wait for it in MPI_Init
     os.close(heard)
     os.close(told)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_where_nothing_may_raise_the_end_is_called(number):
+    ends = []
+    with insistent_interrupts():
+        with ending_at_once(ends.append):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        assert [end.number for end in ends] == [number]
+        assert signal.getsignal(number) not in (signal.SIG_IGN, signal.SIG_DFL)
 
 
 def test_what_whoever_started_it_ignores_stays_ignored(monkeypatch):
