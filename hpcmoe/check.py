@@ -1,10 +1,11 @@
 """What there is to run on: `python -m hpcmoe.check`, alone or under mpirun or srun, tells and tries it."""
 
 if __name__ == "__main__":
-    from hpcmoe.mpi_library import import_mpi
     from hpcmoe.start import prepare
 
     prepare()
+    from hpcmoe.mpi_library import import_mpi
+
     import_mpi()
 
 import importlib.util
@@ -19,7 +20,7 @@ from hpcmoe.cluster.launcher import check_launcher, find_launcher
 from hpcmoe.cluster.topology import host_name, read_topology
 from hpcmoe.config import Cluster
 from hpcmoe.errors import HpcmoeError, exit_with, on_all, on_root
-from hpcmoe.interrupts import insistent_interrupts
+from hpcmoe.interrupts import ending_at_once, insistent_interrupts
 from hpcmoe.messages import one_line
 from hpcmoe.output import show
 from hpcmoe.wait import barrier, gather_to_all
@@ -46,7 +47,8 @@ def main():
             check_launcher(comm)
             if on_root(comm, lambda: wants_help(sys.argv[1:])):
                 return
-            check(comm)
+            with ending_at_once(lambda ending: exit_with(comm, ending, host_name())):  # it imports torch
+                check(comm)
             barrier(comm)
     except (Exception, KeyboardInterrupt) as fault:
         exit_with(comm, fault, host_name())

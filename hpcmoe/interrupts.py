@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import sys
+from collections.abc import Callable
 
 REPEAT_SECONDS = 0.5  # between two exceptions, until one has got out
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -61,6 +62,25 @@ def insistent_interrupts():
         for number, handler in before.items():
             if not received or number == signal.SIGALRM:
                 signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def ending_at_once(end: Callable[[Interrupted], None]):
+    """Within, have a signal call end(Interrupted), which does not return: code in C++ may not bear an exception.
+
+    So it is as torch is imported: its bindings import Python's modules, and abort the process where one raises.
+    """
+
+    def interrupt(number, _):
+        ignore_signals()
+        end(Interrupted(number))
+
+    before = {n: signal.signal(n, interrupt) for n in CAUGHT if signal.getsignal(n) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def complain_of_others(complain):

@@ -1,10 +1,11 @@
 """The program on one page: `mpirun -n 16 python -m hpcmoe.main inputs/run.toml [--set section.key=value]`."""
 
 if __name__ == "__main__":
-    from hpcmoe.mpi_library import import_mpi
     from hpcmoe.start import prepare
 
     prepare()
+    from hpcmoe.mpi_library import import_mpi
+
     import_mpi()
 
 import contextlib
@@ -27,7 +28,7 @@ from hpcmoe.config import read_config
 from hpcmoe.description import describe_run, describe_tokens
 from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
 from hpcmoe.idle import find_notes
-from hpcmoe.interrupts import insistent_interrupts
+from hpcmoe.interrupts import ending_at_once, insistent_interrupts
 from hpcmoe.output import Log, show
 from hpcmoe.paths import expand_path
 from hpcmoe.run.data import check_text, find_text
@@ -92,9 +93,10 @@ def run(comm, arguments, opened):
     log.info("%s", topology)
     with open_mesh(comm, settle_shards(comm, config, topology)) as mesh:
         gc.disable()  # torch's import makes much that stays: a tenth of its time is looking through it for garbage
-        from hpcmoe.run.job import open_job  # seconds of CPU on a laptop
-        from hpcmoe.run.report import make_table
-        from hpcmoe.run.totals import describe_totals
+        with ending_at_once(lambda ending: leave(comm, opened, ending)):
+            from hpcmoe.run.job import open_job  # seconds of CPU on a laptop
+            from hpcmoe.run.report import make_table
+            from hpcmoe.run.totals import describe_totals
 
         gc.freeze()
         gc.enable()
@@ -108,6 +110,12 @@ def run(comm, arguments, opened):
             if comm.rank == 0:
                 table, written = make_table(job, totals), list_written(config, folder)
                 show(f"\n{table}\n\nwritten: {', '.join(map(str, written))}")
+
+
+def leave(comm, opened, ending):
+    """Let go of the run's folder as if an exception had come, and end all ranks. Not collective."""
+    opened.__exit__(type(ending), ending, None)
+    exit_with(comm, ending, host_name())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from hpcmoe.segments import clear_way
 from hpcmoe.start import RANK_KEYS
 
 EXIT_USER = 2  # as hpcmoe.errors has it, which this module precedes
+NUMBERS = ("PMI_RANK", "PMI_SIZE", "PMI_FD")  # that MPICH reads as it starts, and aborts where they are none
 TRIAL_SECONDS = 60.0  # for two ranks to start
 TRIAL = "import os; from mpi4py import MPI; os.write(1, b'size %d\\n' % MPI.COMM_WORLD.size)"
 BUILD = ("--no-binary", "mpi4py", "--no-cache-dir", "--force-reinstall", "--no-deps", "mpi4py")
@@ -27,11 +28,23 @@ CFLAGS = "-O1 -g0"  # thin wrappers, whose optimising takes minutes; what the us
 def import_mpi():
     """Clear MPI's way and import mpi4py's MPI, which starts it -> that; leave with one line where it cannot be."""
     clear_way()
+    fault = find_bad_number(os.environ)
+    if fault is not None:
+        leave(fault, is_first=True)
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError, OSError) as fault:
         leave(describe_fault(fault), is_first_rank(os.environ))
     return MPI
+
+
+def find_bad_number(environ) -> str | None:
+    """Find a variable of a launcher that is no number where an MPI wants one -> what is wrong, as one line, or None."""
+    for name in NUMBERS:
+        text = environ.get(name, "").strip()
+        if text and not (text.isascii() and text.isdecimal()):
+            return f"the environment's {name} = {text[:40]!r}: must be a whole number; whoever starts the run sets it"
+    return None
 
 
 def leave(line: str, is_first: bool):

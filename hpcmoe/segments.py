@@ -36,9 +36,10 @@ def sweep_segments(folder=SHARED_MEMORY, processes=PROCESSES, before=None):
     Only those from before a time, by default this process's start: what processes in other containers, which cannot be
     seen, make at this moment is spared.
 
-    One process of the node at a time: none may remove, by what it saw before, what another has made anew since.
+    One process of the node at a time: none may remove, by what it saw before, what another has made anew since. A first
+    look is free to all, so that ranks that find nothing to remove do not wait for each other.
     """
-    if not list_segments(folder):
+    if not find_abandoned(folder, processes, before):
         return []
     with locked(folder) as is_mine:
         abandoned = find_abandoned(folder, processes, before) if is_mine else []

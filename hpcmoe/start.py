@@ -1,20 +1,25 @@
-"""What must stand before a program's first slow import: three open standard files, and an end of one line at Ctrl-C."""
+"""What must stand before a program's first slow import: three open standard files, an end of one line by a signal."""
 
+import contextlib
 import os
 import signal
 import sys
 import time
 
-from hpcmoe.interrupts import ignore_signals
+from hpcmoe.interrupts import CAUGHT, Interrupted, ignore_signals
 from hpcmoe.output import HAND_ON_SECONDS, say
 
+HYDRA_KEY = "MPI_LOCALNRANKS"  # of MPICH's launcher and its kin alone
+HEED_SECONDS = 1.0  # for rank 0, which may have had the signal too, to speak for all
 RANK_KEYS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # of launchers; MPI has not begun
 
 
 def prepare() -> None:
     """Prepare the process for the imports of a program. Call once, as the first thing."""
     open_standard_files()
-    signal.signal(signal.SIGINT, leave)
+    for number in CAUGHT:
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, leave)
 
 
 def open_standard_files() -> None:
@@ -27,11 +32,24 @@ def open_standard_files() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
-def leave(*_) -> None:
-    """End this process at once: it has begun nothing yet."""
+def leave(number: int, _) -> None:
+    """End this process and its job at once: they have begun nothing yet."""
     ignore_signals()
+    ending = Interrupted(number)
     rank = next((os.environ[key] for key in RANK_KEYS if key in os.environ), "0")
     if rank == "0":
-        say(["hpcmoe: interrupted"])
+        say([f"hpcmoe: {ending}"])
+    else:
+        time.sleep(HEED_SECONDS)
+        say([f"[rank {rank}, {os.uname().nodename}] {ending}"])
     time.sleep(HAND_ON_SECONDS)
-    os._exit(128 + signal.SIGINT)
+    abort_job(ending.status)
+    os._exit(ending.status)
+
+
+def abort_job(status: int) -> None:
+    """Have Hydra end all ranks: it lets them wait in MPI's start for one that has ended before its own."""
+    if HYDRA_KEY in os.environ and "PMI_FD" in os.environ:
+        with contextlib.suppress(OSError, ValueError):
+            os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=%d\n" % status)  # PMI-1
+            time.sleep(HAND_ON_SECONDS)

@@ -8,8 +8,8 @@ import time
 import pytest
 from launch import run
 
-from hpcmoe import interrupts
-from hpcmoe.interrupts import CAUGHT, Interrupted, insistent_interrupts
+from hpcmoe import interrupts, start
+from hpcmoe.interrupts import CAUGHT, Interrupted, ending_at_once, insistent_interrupts
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +116,49 @@ runpy.run_module("hpcmoe.{module}", run_name="__main__")
 """
     ended = run(sys.executable, "-c", program)
     assert ended.status == 130 and ended.errors == "hpcmoe: interrupted\n" and ended.output == "", ended
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "status", "said"),
+    [
+        (signal.SIGINT, "0", 130, "hpcmoe: interrupted\n"),
+        (signal.SIGINT, "1", 130, f"[rank 1, {os.uname().nodename}] interrupted\n"),
+        (signal.SIGTERM, "0", 143, "hpcmoe: ended by signal 15 (SIGTERM)\n"),
+        (signal.SIGTERM, "1", 143, f"[rank 1, {os.uname().nodename}] ended by signal 15 (SIGTERM)\n"),
+        (signal.SIGHUP, "0", 129, "hpcmoe: ended by signal 1 (SIGHUP)\n"),
+    ],
+)
+def test_a_signal_before_the_first_import_is_one_line_too(monkeypatch, capsys, number, rank, status, said):
+    for seconds in ("HEED_SECONDS", "HAND_ON_SECONDS"):
+        monkeypatch.setattr(start, seconds, 0.0)
+    for key in start.RANK_KEYS:
+        monkeypatch.delenv(key, raising=False)
+    heard, told = os.pipe()
+    for key, value in {"PMI_RANK": rank, "PMI_FD": str(told), start.HYDRA_KEY: "2"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    start.prepare()
+    with pytest.raises(SystemExit) as ended:
+        os.kill(os.getpid(), number)
+        stay()
+    assert ended.value.code == status and capsys.readouterr().err == said
+    assert os.read(heard, 100) == b"cmd=abort exitcode=%d\n" % status  # else the others wait for it in MPI_Init
+    os.close(heard)
+    os.close(told)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_where_nothing_may_raise_the_end_is_called(number):
+    ends = []
+    with insistent_interrupts():
+        with ending_at_once(ends.append):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        assert [end.number for end in ends] == [number]
+        assert signal.getsignal(number) not in (signal.SIG_IGN, signal.SIG_DFL)
+
+
+def test_what_whoever_started_it_ignores_stays_ignored(monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    start.prepare()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == start.leave

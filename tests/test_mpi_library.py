@@ -5,7 +5,18 @@ import sys
 import pytest
 
 from hpcmoe import mpi_library
-from hpcmoe.mpi_library import BUILD, describe_fault, find_missing, find_mpicc, is_first_rank, leave, main, try_ranks
+from hpcmoe.mpi_library import (
+    BUILD,
+    describe_fault,
+    find_bad_number,
+    find_missing,
+    find_mpicc,
+    import_mpi,
+    is_first_rank,
+    leave,
+    main,
+    try_ranks,
+)  # fmt: skip
 
 WHEEL_FAULT = RuntimeError("cannot load MPI library\nlibmpi.so.12: cannot open shared object file: No such file")
 
@@ -70,6 +81,19 @@ def test_one_rank_speaks(environ, first, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         leave("why", first)
     assert ended.value.code == 2 and capsys.readouterr().err == "hpcmoe: why\n" * first
+
+
+@pytest.mark.parametrize("name", ["PMI_SIZE", "PMI_RANK", "PMI_FD"])
+@pytest.mark.parametrize("text", ["abc", "-1", "1.5", "\u0663", "9x" * 4000])
+def test_a_number_that_mpi_would_choke_on_is_one_line_before_it_starts(monkeypatch, capsys, name, text):
+    monkeypatch.setattr(mpi_library, "clear_way", lambda: None)
+    monkeypatch.setenv(name, text)
+    with pytest.raises(SystemExit) as ended:
+        import_mpi()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1
+    assert said.startswith(f"hpcmoe: the environment's {name} = {text[:40]!r}: must be a whole number")
+    assert find_bad_number({name: ""}) is find_bad_number({name: " 3 "}) is None
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,13 @@ LAUNCHERS = (
     ),
     Launcher(name="PALS", sizes=("PALS_SIZE", "PALS_LOCAL_SIZE"), rank="PALS_RANKID"),
     Launcher(name="PMIx", rank="PMIX_RANK"),
+    Launcher(name="ALPS", rank="ALPS_APP_PE"),
+    Launcher(name="Horovod", sizes=("HOROVOD_SIZE",)),
+    Launcher(name="Platform MPI", sizes=("MPI_NRANKS",), rank="MPI_RANKID"),
     # SLURM_NTASKS is the whole job's, in a batch script too; only srun's own tasks have a step, and its count.
     Launcher(name="srun", sizes=("SLURM_STEP_NUM_TASKS",), needs=("SLURM_PROCID", "SLURM_STEP_ID")),
 )
+ANOTHER = "_COMM_WORLD_SIZE"  # how the size of a world ends by the name of an MPI that is not listed
 MOST_PROCESSES = 2**31 - 1  # PMIx numbers what is no rank from there on
 
 
@@ -58,7 +62,7 @@ def refuse_mixed_mpi(environ, size=1):
         return
     name, version = MPI.get_vendor()
     library = f"{name} {'.'.join(map(str, version))}"
-    launcher = next(launcher for launcher in LAUNCHERS if key in (*launcher.sizes, launcher.rank))
+    launcher = next(launcher for launcher in list_launchers(environ) if key in (*launcher.sizes, launcher.rank))
     least = "" if key in launcher.sizes else f", of at least {launched} processes"
     cure = (launcher.instead or PMI).format(size=launched)
     raise ClusterError(
@@ -79,12 +83,19 @@ def read_told(environ):
     """Read what the launchers say: MPI's own if there is one, else all others -> dict variable: processes."""
     told = {}
     for speaks_mpi in (True, False):
-        for launcher in LAUNCHERS:
+        for launcher in list_launchers(environ):
             if launcher.speaks_mpi is speaks_mpi and all(is_set(key, environ) for key in launcher.needs):
                 told |= read_launcher(launcher, environ)
         if told:
             break
     return told
+
+
+def list_launchers(environ):
+    """List the known launchers, and those of other MPIs that name the size of their world as Open MPI does."""
+    known = {key for launcher in LAUNCHERS for key in launcher.sizes}
+    others = sorted(key for key in environ if key.endswith(ANOTHER) and key not in known)
+    return [*LAUNCHERS, *(Launcher(name="another MPI's launcher", sizes=(key,), speaks_mpi=True) for key in others)]
 
 
 def read_launcher(launcher, environ):
@@ -104,7 +115,7 @@ def find_launcher():
     environ = read_environment()
     job = read_setting("SLURM_JOB_ID", environ)
     slurm = f"Slurm, job {job}" if job else "no Slurm"
-    seen = [launcher.name for launcher in LAUNCHERS if is_started_by(launcher, environ)]
+    seen = [launcher.name for launcher in list_launchers(environ) if is_started_by(launcher, environ)]
     return f"{seen[0] if seen else 'none: a process alone'}; {slurm}"
 
 

@@ -59,18 +59,22 @@ def find_cgroups(mount, listing, controller):
     """List the folders of this process's control groups that may hold a controller's limits, outermost first."""
     levels = []
     for line in read_lines(listing):
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if not path or (controllers and controller not in controllers.split(",")):
             continue
-
-        # A controller of version 1 has a folder of its own; in a container the path may be the host's, of which only
-        # the top is mounted here.
-        base = mount / controllers
-        if (mount / controller).is_dir() and controllers:
-            base = mount / controller
         steps = path.strip("/").split("/")
-        levels += [base.joinpath(*steps[:depth]) for depth in range(1 if steps == [""] else 0, len(steps) + 1)]
+        for base in find_mounts(mount, controller if controllers else ""):
+            # In a container the path may be the host's, of which only the top is mounted here.
+            levels += [base.joinpath(*steps[:depth]) for depth in range(1 if steps == [""] else 0, len(steps) + 1)]
     return levels
+
+
+def find_mounts(mount, controller):
+    """List where a controller of version 1 is mounted, or version 2, which is beside them on a system with both."""
+    if not controller:
+        return [mount, *(folder for folder in [mount / "unified"] if folder.is_dir())]
+    folders = sorted(folder for folder in mount.glob("*") if controller in folder.name.split(","))
+    return [mount / controller] if mount / controller in folders else folders[:1]
 
 
 def read_words(file):

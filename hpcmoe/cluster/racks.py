@@ -1,7 +1,7 @@
 """Each node's rack: as the config names it, else the lowest switch or block over the node that Slurm tells.
 
 Slurm's sources: SLURM_TOPOLOGY_ADDR and its pattern, which slurmd sets for each task (topology_g_get_node_addr), and
-`scontrol show topology`, whose lines are those of the plugins topology/tree and topology/block.
+`scontrol show topology`, whose lines are those of the plugins topology/tree, block, ring and torus3d.
 """
 
 import logging
@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 SCONTROL_SECONDS = 5  # that its controller may take to answer
 SHORTENS = "SLURM_TOPO_LEN"  # has scontrol cut its lines
 NO_NODES = ("", "(null)", "none", "None")
+NO_SWITCHES = ("", "(null)", "No topology information available")  # lines of scontrol
+UNITS = ("SwitchName", "BlockName", "RingName", "TorusName")  # what has nodes, by plugin
 MOST_HOSTS = 100_000  # of one list
 MOST_NAMED = 8  # nodes in one line
 ONE, UNKNOWN = "rack0", "unknown"  # the rack of all where nothing is told; of those of which nothing is
@@ -86,10 +88,14 @@ def read_addresses(seats_of_node, names):
     if shared:
         return unknown, False, f"SLURM_TOPOLOGY_ADDR of {list_some(shared)} is another node's"
     own = [group[0].name for group in seats_of_node]
-    racks = [split_address(*facts, name)[0] for facts, name in zip(given, own, strict=True)]
+    split = [split_address(*facts, name) for facts, name in zip(given, own, strict=True)]
+    racks = [rack for rack, _ in split]
     absent = [name for name, rack in zip(names, racks, strict=True) if rack is None]
-    doubt = f"no switch in SLURM_TOPOLOGY_ADDR of {list_some(absent)}" if 0 < len(absent) < len(names) else ""
-    return racks, False, doubt
+
+    # Nodes' names alone are no word of racks; an address that has lost its switches is.
+    is_broken = any(rack is None and node != address for (rack, node), (address, _) in zip(split, given, strict=True))
+    is_doubtful = is_broken or 0 < len(absent) < len(names)
+    return racks, False, f"no switch in SLURM_TOPOLOGY_ADDR of {list_some(absent)}" if is_doubtful else ""
 
 
 def shared_by(given, names):
@@ -108,6 +114,7 @@ def split_address(address, pattern, name):
     """Split the address of the node `name` -> (its lowest switch or block, or None; the node that it names).
 
     The pattern says how many labels are switches; without it they end where the name begins, else at the last label.
+    Of a label as ring:position the first part is what others share.
     """
     labels = re.split(r"\.(?![^\[]*\])", address)  # a list in brackets is one label, whatever dots it has
     *switches, node = pattern.split(".")
@@ -118,6 +125,8 @@ def split_address(address, pattern, name):
         whole = [at for at, tail in enumerate(tails) if tail == name]
         at = (whole or [at for at, tail in enumerate(tails) if is_same_node(tail, name)] or [len(labels) - 1])[0]
     rack = labels[at - 1] if 0 < at < len(labels) else None
+    if rack and switches and ":" in switches[-1]:
+        rack = rack.partition(":")[0]
     return rack or None, ".".join(labels[at:])
 
 
@@ -126,7 +135,8 @@ def ask_slurm(seats_of_node, names):
     if not read_setting("SLURM_JOB_ID"):
         return {}, []
     try:
-        rack_of_host, faults = read_switches(show_topology())
+        lines = show_topology()
+        rack_of_host, faults = read_switches(lines)
     except ClusterError as fault:
         return {}, [str(fault)]
     found, doubtful = match_names((group[0].name for group in seats_of_node), rack_of_host)
@@ -135,7 +145,7 @@ def ask_slurm(seats_of_node, names):
     own = {name: group[0].name for name, group in zip(names, seats_of_node, strict=True)}
     racks = {name: rack_of_host[found[host]] for name, host in own.items() if host in found}
     absent = [name for name, host in own.items() if host not in found | doubtful]
-    if absent and rack_of_host:
+    if absent and any(line.strip() not in NO_SWITCHES for line in lines):
         faults.append(f"scontrol show topology has no switch over {list_some(absent)}")
     return racks, faults
 
@@ -164,7 +174,7 @@ def read_switches(lines):
     rack_of_host, faults = {}, []
     for line in lines:
         fields = dict(word.partition("=")[::2] for word in line.split())
-        name = fields.get("SwitchName") or fields.get("BlockName")
+        name = next((fields[unit] for unit in UNITS if fields.get(unit)), "")
         is_lowest = fields["Level"] == "0" if fields.get("Level") else "Switches" not in fields
         nodes = fields.get("Nodes", "")
         if not name or not is_lowest or nodes in NO_NODES:

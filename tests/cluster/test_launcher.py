@@ -27,6 +27,10 @@ FLUX = {"FLUX_JOB_SIZE": "4", "FLUX_TASK_RANK": "0"}
         ({"PALS_SIZE": "4", "PALS_RANKID": "0"}, "PALS_SIZE", 4),
         ({"PALS_RANKID": "2", "PALS_LOCAL_SIZE": "2"}, "PALS_RANKID", 3),
         ({"PMIX_RANK": "5"}, "PMIX_RANK", 6),
+        ({"ALPS_APP_PE": "5"}, "ALPS_APP_PE", 6),
+        ({"HOROVOD_SIZE": "4", "HOROVOD_RANK": "0"}, "HOROVOD_SIZE", 4),
+        ({"MPI_NRANKS": "4", "MPI_RANKID": "0"}, "MPI_NRANKS", 4),
+        ({"MVP_COMM_WORLD_SIZE": "4"}, "MVP_COMM_WORLD_SIZE", 4),  # any MPI's
     ],
 )
 def test_a_rank_alone_under_a_launcher_of_many_is_refused(environ, key, size):

@@ -92,6 +92,20 @@ def test_quotas_of_version_one_are_the_cpu_controller_s(tmp_path):
     assert quotas(tmp_path, "4:cpu,cpuacct:/job/step\n") == [1.5, 2.5]
 
 
+def test_quotas_are_found_wherever_a_version_is_mounted(tmp_path):
+    write_limit(tmp_path, "unified/job/cpu.max", "250000 100000")  # a system with both versions
+    assert quotas(tmp_path, "1:name=systemd:/x\n0::/job\n") == [2.5]
+    write_limit(tmp_path, "cpu,cpuacct/job/cpu.cfs_quota_us", 150_000)
+    write_limit(tmp_path, "cpu,cpuacct/job/cpu.cfs_period_us", 100_000)
+    write_limit(tmp_path, "cpuacct/job/cpu.cfs_quota_us", 1)
+    assert quotas(tmp_path, "4:cpuacct,cpu:/job\n0::/\n") == [1.5]  # listed in another order
+
+
+def test_lines_that_name_no_group_are_passed_over(tmp_path):
+    write_limit(tmp_path, "cpu.max", "250000 100000")
+    assert quotas(tmp_path, "\nnonsense\n0:\n::\n0::/\n") == [2.5]
+
+
 @pytest.mark.parametrize("text", ["", "max", "x 100000", "50000 0", "50000", "-1 100000"])
 def test_a_quota_that_is_none_bounds_nothing(tmp_path, text):
     write_limit(tmp_path, "cpu.max", text)

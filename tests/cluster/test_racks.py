@@ -80,6 +80,8 @@ def scontrol(monkeypatch, tmp_path):
         ("n0.cluster.local", "", "n0", (None, "n0.cluster.local")),
         ("s.r0.n0", "", "host17", ("r0", "n0")),
         ("s.r0.n0", "strange", "n0", ("r0", "n0")),
+        ("r8:2.n0", "ring:position.node", "n0", ("r8", "n0")),
+        ("t1:0:1:2.n0", "torus:x:y:z.node", "n0", ("t1", "n0")),
         ("", "", "n0", (None, "")),
     ],
 )
@@ -137,6 +139,8 @@ def test_a_node_without_an_address_is_named_and_stands_apart(caplog):
         (TREE, ["leafA", "leafA", "leafB", "leafB"]),
         (BLOCKS, ["b1", "b1", "b2", "b2"]),
         ("SwitchName=a Nodes=n[1-4]\nSwitchName=core Switches=a Nodes=n[1-4]\n", ["a"] * 4),  # no levels
+        ("RingName=r1 Nodes=n[1-2] RingSize=2\nRingName=r2 Nodes=n[3-4] RingSize=2\n", ["r1", "r1", "r2", "r2"]),
+        ("TorusName=t Dims=2x2x1 Nodes=n[1-4]\n  TorusName=t PlacementDims=2x1x1(2) Anchors=2\n", ["t"] * 4),
         ("SwitchName=a Level=0 Nodes=n1.x,n2.x,n3.x,n4.x\n", ["a"] * 4),
     ],
 )
@@ -171,6 +175,40 @@ def test_an_address_stands_in_for_what_scontrol_does_not_know(scontrol):
     scontrol.write("SwitchName=leafA Level=0 Nodes=n1\n")
     racks = find(["n1", "n2", "n3"], ["", "s.leafB.n2", ""])
     assert racks == (["leafA", "leafB", "unknown"], "scontrol show topology, SLURM_TOPOLOGY_ADDR")
+
+
+def warnings_of(caplog):
+    """Read the warnings' text, or "" where there is none."""
+    return "\n".join(record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+
+
+@pytest.mark.parametrize("text", [TREE, BLOCKS])
+def test_wherever_scontrol_is_cut_racks_are_right_or_a_warning_names_the_nodes(scontrol, caplog, monkeypatch, text):
+    names = ["n1", "n2", "n3", "n4"]
+    scontrol.write(text)
+    whole = find(names)[0]
+    for length in range(1, len(text)):
+        caplog.clear()
+        monkeypatch.setattr(chapter, "show_topology", text[:length].splitlines)
+        racks, said = find(names)[0], warnings_of(caplog)
+        assert all(rack in (right, "unknown", "rack0") for rack, right in zip(racks, whole, strict=True))
+        lost = [name for name, rack, right in zip(names, racks, whole, strict=True) if rack != right]
+        assert all(name in said for name in lost), (text[:length], said)
+
+
+@pytest.mark.parametrize("text", ["", "(null)\n", "No topology information available\n"])
+def test_a_flat_scontrol_is_no_reason_to_warn(scontrol, caplog, text):
+    scontrol.write(text)
+    assert find(["n1", "n2"]) == (["rack0", "rack0"], NO_WORD) and not warnings_of(caplog)
+
+
+@pytest.mark.parametrize(("addresses", "pattern"), [
+    (["n1", "n2"], "switch.node"), (["r0.n1", "r1.n2"], "switch.switch.node"), (["s..n1", "s..n2"], ""),
+    (["s.n1", ""], "switch.switch.node"),
+])  # fmt: skip
+def test_addresses_that_have_lost_their_switches_are_told(caplog, addresses, pattern):
+    assert find(["n1", "n2"], addresses, pattern) == (["rack0", "rack0"], NO_WORD)
+    assert "no rack of n1, n2 (no switch in SLURM_TOPOLOGY_ADDR of n1, n2): all are taken as one" in warnings_of(caplog)
 
 
 def test_names_that_may_be_several_are_told(scontrol, caplog):
