@@ -8,7 +8,10 @@ import time
 from hpcmoe.interrupts import ignore_signals
 from hpcmoe.output import HAND_ON_SECONDS, say
 
-RANK_KEYS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # of launchers; MPI has not begun
+RANK_KEYS = (  # of launchers, those within others first; MPI has not begun
+    *("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK"),
+    *("FLUX_TASK_RANK", "PALS_RANKID", "SLURM_PROCID"),
+)
 
 
 def prepare() -> None:
@@ -27,11 +30,16 @@ def open_standard_files() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
+def is_first_rank(environ) -> bool:
+    """Return True on the rank that its launcher calls 0, and where no launcher says anything."""
+    keys = (*RANK_KEYS, "RANK") if "LOCAL_RANK" in environ else RANK_KEYS  # torchrun's
+    return next((environ[key].strip() for key in keys if key in environ), "0") == "0"
+
+
 def leave(*_) -> None:
     """End this process at once: it has begun nothing yet."""
     ignore_signals()
-    rank = next((os.environ[key] for key in RANK_KEYS if key in os.environ), "0")
-    if rank == "0":
+    if is_first_rank(os.environ):
         say(["hpcmoe: interrupted"])
     time.sleep(HAND_ON_SECONDS)
     os._exit(128 + signal.SIGINT)
