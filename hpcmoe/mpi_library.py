@@ -37,7 +37,8 @@ def import_mpi():
 
         with hidden_pmix(MPI.Get_library_version(), os.environ), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="suspicious MPI execution environment")  # check_launcher says it
-            MPI.Init_thread()
+            if not MPI.Is_initialized():  # python -m mpi4py has
+                MPI.Init_thread()
     except (ImportError, RuntimeError, OSError) as fault:
         leave(describe_fault(fault), is_first_rank(os.environ))
     return MPI
