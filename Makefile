@@ -51,6 +51,8 @@ export OMPI_MCA_rmaps_base_oversubscribe = 1
 export OMPI_MCA_hwloc_base_binding_policy = none
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy = none
+# Its one-sided windows by UCX print an error where there is no fabric; ours are shared memory.
+export OMPI_MCA_osc = ^ucx
 endif
 
 .NOTPARALLEL:

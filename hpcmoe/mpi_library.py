@@ -5,6 +5,7 @@ which `make MPI=system` runs, starts two ranks by the mpirun on the PATH; unless
 source for that MPI. Its arguments go to pip.
 """
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -12,10 +13,11 @@ import subprocess
 import sys
 import sysconfig
 import time
+import warnings
 
 from hpcmoe.output import HAND_ON_SECONDS, say
 from hpcmoe.segments import clear_way
-from hpcmoe.start import RANK_KEYS
+from hpcmoe.start import find_rank
 
 EXIT_USER = 2  # as hpcmoe.errors has it, which this module precedes
 NUMBERS = ("PMI_RANK", "PMI_SIZE", "PMI_FD")  # that MPICH reads as it starts, and aborts where they are none
@@ -32,9 +34,17 @@ def import_mpi():
     if fault is not None:
         leave(fault, is_first=True)
     try:
+        import mpi4py
+
+        mpi4py.rc(initialize=False, finalize=True)
         from mpi4py import MPI
+
+        with hidden_pmix(MPI.Get_library_version(), os.environ), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="suspicious MPI execution environment")  # check_launcher says it
+            if not MPI.Is_initialized():  # python -m mpi4py has
+                MPI.Init_thread()
     except (ImportError, RuntimeError, OSError) as fault:
-        leave(describe_fault(fault), is_first_rank(os.environ))
+        leave(describe_fault(fault), find_rank(os.environ) == "0")
     return MPI
 
 
@@ -47,6 +57,20 @@ def find_bad_number(environ) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def hidden_pmix(library: str, environ):
+    """Within, hide a PMIx launcher from an MPICH that does not speak PMIx, and would abort: it starts alone instead.
+
+    Where a launcher within that one speaks PMI, as mpirun in a task of srun --mpi=pmix, it starts by that.
+    """
+    is_deaf = library.startswith("MPICH Version") and "pmix" not in library.lower()
+    hidden = {name: environ.pop(name) for name in list(environ) if is_deaf and name.startswith("PMIX_")}
+    try:
+        yield
+    finally:
+        environ.update(hidden)
+
+
 def leave(line: str, is_first: bool):
     """End this process with status 2; the first of the ranks writes the line, the others give it time to come out."""
     if is_first:
@@ -56,18 +80,20 @@ def leave(line: str, is_first: bool):
     sys.exit(EXIT_USER)
 
 
-def is_first_rank(environ) -> bool:
-    """Return True on the rank that its launcher calls 0, and where no launcher says anything."""
-    told = [environ[name] for name in RANK_KEYS if name in environ]
-    return not told or told[0].strip() == "0"
-
-
 def describe_fault(fault: BaseException) -> str:
     """Format why mpi4py's MPI cannot be imported, and the command that mends it, as one line."""
     if isinstance(fault, ModuleNotFoundError):
         return f"mpi4py is not installed ({fault}): {sys.executable} -m pip install mpi4py mpich"
     reason = "; ".join(line.strip() for line in str(fault).splitlines() if line.strip())
     return f"mpi4py cannot load an MPI library: {reason}; {describe_cure()}"
+
+
+def describe_start() -> str:
+    """Name the mpirun that starts this environment's ranks, or what makes another do."""
+    mpirun = pathlib.Path(sys.prefix, "bin", "mpirun")
+    if mpirun.is_file():
+        return f"start with {mpirun}"
+    return f"start with the mpirun of that MPI, or {describe_cure()}"
 
 
 def describe_cure() -> str:

@@ -11,7 +11,10 @@ from hpcmoe.output import HAND_ON_SECONDS, say
 
 HYDRA_KEY = "MPI_LOCALNRANKS"  # of MPICH's launcher and its kin alone
 HEED_SECONDS = 1.0  # for rank 0, which may have had the signal too, to speak for all
-RANK_KEYS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # of launchers; MPI has not begun
+RANK_KEYS = (  # of launchers, those within others first; MPI has not begun
+    *("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK"),
+    *("FLUX_TASK_RANK", "PALS_RANKID", "SLURM_PROCID"),
+)
 
 
 def prepare() -> None:
@@ -32,11 +35,17 @@ def open_standard_files() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
+def find_rank(environ) -> str:
+    """Find the number that a launcher gives this process, 0 where none says anything."""
+    keys = (*RANK_KEYS, "RANK") if "LOCAL_RANK" in environ else RANK_KEYS  # torchrun's
+    return next((environ[key].strip() for key in keys if key in environ), "0")
+
+
 def leave(number: int, _) -> None:
     """End this process and its job at once: they have begun nothing yet."""
     ignore_signals()
     ending = Interrupted(number)
-    rank = next((os.environ[key] for key in RANK_KEYS if key in os.environ), "0")
+    rank = find_rank(os.environ)
     if rank == "0":
         say([f"hpcmoe: {ending}"])
     else:

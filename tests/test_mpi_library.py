@@ -11,12 +11,13 @@ from hpcmoe.mpi_library import (
     find_bad_number,
     find_missing,
     find_mpicc,
+    hidden_pmix,
     import_mpi,
-    is_first_rank,
     leave,
     main,
     try_ranks,
 )  # fmt: skip
+from hpcmoe.start import find_rank
 
 WHEEL_FAULT = RuntimeError("cannot load MPI library\nlibmpi.so.12: cannot open shared object file: No such file")
 
@@ -73,11 +74,17 @@ def test_the_mpicc_beside_the_mpirun_is_taken_unless_one_is_named(tools, monkeyp
 
 @pytest.mark.parametrize(
     ("environ", "first"),
-    [({}, True), ({"PMI_RANK": "0"}, True), ({"PMI_RANK": "3"}, False), ({"OMPI_COMM_WORLD_RANK": "1"}, False)],
+    [
+        ({}, True),
+        ({"PMI_RANK": "0"}, True),
+        ({"PMI_RANK": "3"}, False),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, False),
+        ({"RANK": "1"}, True),  # a script's, for other ends
+    ],
 )
 def test_one_rank_speaks(environ, first, monkeypatch, capsys):
     monkeypatch.setattr(mpi_library, "HAND_ON_SECONDS", 0)
-    assert is_first_rank(environ) is first
+    assert (find_rank(environ) == "0") is first
     with pytest.raises(SystemExit) as ended:
         leave("why", first)
     assert ended.value.code == 2 and capsys.readouterr().err == "hpcmoe: why\n" * first
@@ -94,6 +101,25 @@ def test_a_number_that_mpi_would_choke_on_is_one_line_before_it_starts(monkeypat
     assert ended.value.code == 2 and said.count("\n") == 1
     assert said.startswith(f"hpcmoe: the environment's {name} = {text[:40]!r}: must be a whole number")
     assert find_bad_number({name: ""}) is find_bad_number({name: " 3 "}) is None
+
+
+@pytest.mark.parametrize(
+    ("library", "hides"),
+    [
+        ("MPICH Version:      5.0.2\nMPICH configure:    --with-device=ch4:ucx,ofi --with-pm=hydra", True),
+        ("MPICH Version:      5.0.2\nMPICH configure:    --with-pmix=/usr --with-pm=no", False),
+        ("Open MPI v5.0.11, package: Open MPI", False),
+    ],
+)
+def test_an_mpich_without_pmix_does_not_see_a_launcher_that_speaks_it(library, hides):
+    environ = {"PMIX_RANK": "1", "PMIX_NAMESPACE": "a", "PMI_RANK": "0"}
+    with hidden_pmix(library, environ):
+        assert ("PMIX_RANK" in environ, "PMIX_NAMESPACE" in environ, "PMI_RANK" in environ) == (
+            not hides,
+            not hides,
+            True,
+        )
+    assert environ == {"PMIX_RANK": "1", "PMIX_NAMESPACE": "a", "PMI_RANK": "0"}
 
 
 @pytest.mark.parametrize(

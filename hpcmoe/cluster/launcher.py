@@ -1,11 +1,15 @@
 """Who started the ranks: what a launcher says of them, against what MPI sees."""
 
+import time
 from dataclasses import dataclass
 
 from mpi4py import MPI
 
 from hpcmoe.environment import is_set, read_environment, read_number, read_setting
 from hpcmoe.errors import ClusterError, on_root
+from hpcmoe.mpi_library import describe_start
+from hpcmoe.output import HAND_ON_SECONDS
+from hpcmoe.start import find_rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,10 +21,9 @@ class Launcher:
     rank: str = ""  # this one's number, which tells how many there are at least
     needs: tuple[str, ...] = ()  # what must be there too: others set some of its variables for other ends
     speaks_mpi: bool = False  # what it starts is MPI's world, and what another launcher said before it is of no account
-    instead: str = ""  # how to start, where it cannot
+    instead: str = "{start}; under Slurm by its srun --mpi type"  # how to start
 
 
-PMI = "start with the mpirun of that MPI (source .venv/bin/activate), or under Slurm with its srun --mpi type"
 LAUNCHERS = (
     Launcher(name="mpirun or srun by PMI", sizes=("PMI_SIZE",), speaks_mpi=True),
     Launcher(name="mpirun of Open MPI", sizes=("OMPI_COMM_WORLD_SIZE",), speaks_mpi=True),
@@ -36,7 +39,7 @@ LAUNCHERS = (
         name="Flux",
         sizes=("FLUX_JOB_SIZE",),
         needs=("FLUX_TASK_RANK",),
-        instead="start with the mpirun of that MPI (source .venv/bin/activate), or with flux run -o pmi=simple",
+        instead="{start}; or with flux run -o pmi=simple",
     ),
     Launcher(name="PALS", sizes=("PALS_SIZE", "PALS_LOCAL_SIZE"), rank="PALS_RANKID"),
     Launcher(name="PMIx", rank="PMIX_RANK"),
@@ -52,7 +55,18 @@ MOST_PROCESSES = 2**31 - 1  # PMIx numbers what is no rank from there on
 
 def check_launcher(comm):
     """Refuse ranks that a launcher started as one job but whose MPI sees fewer of them: two MPIs are mixed."""
-    on_root(comm, lambda: refuse_mixed_mpi(read_environment(), comm.size))
+    on_root(comm, lambda: speak_for_all(read_environment(), comm.size))
+
+
+def speak_for_all(environ, size):
+    """Refuse mixed MPIs in one line: each rank is the first of a world of its own, and the launcher's first has it."""
+    try:
+        refuse_mixed_mpi(environ, size)
+    except ClusterError:
+        if find_rank(environ) == "0":
+            raise
+        time.sleep(HAND_ON_SECONDS)  # mpirun ends the others at the first exit
+        raise ClusterError from None
 
 
 def refuse_mixed_mpi(environ, size=1):
@@ -64,7 +78,7 @@ def refuse_mixed_mpi(environ, size=1):
     library = f"{name} {'.'.join(map(str, version))}"
     launcher = next(launcher for launcher in list_launchers(environ) if key in (*launcher.sizes, launcher.rank))
     least = "" if key in launcher.sizes else f", of at least {launched} processes"
-    cure = (launcher.instead or PMI).format(size=launched)
+    cure = launcher.instead.format(size=launched, start=describe_start())
     raise ClusterError(
         f"two MPIs are mixed: the launcher says {key} = {read_setting(key, environ)} ({launcher.name}){least}, "
         f"but mpi4py's MPI ({library}) sees {size} rank{'s' * (size > 1)}; {cure}"

@@ -5,7 +5,8 @@ import sys
 import pytest
 from launch import run
 
-from hpcmoe.cluster.launcher import find_launched, find_launcher, refuse_mixed_mpi
+from hpcmoe.cluster import launcher
+from hpcmoe.cluster.launcher import find_launched, find_launcher, refuse_mixed_mpi, speak_for_all
 from hpcmoe.errors import ClusterError
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16"}
@@ -48,7 +49,7 @@ def test_the_refusal_says_how_to_start_instead():
         refuse_mixed_mpi(TORCHRUN)
     with pytest.raises(ClusterError, match=r"\(Flux\), but .* flux run"):
         refuse_mixed_mpi(FLUX)
-    with pytest.raises(ClusterError, match="start with the mpirun of that MPI"):
+    with pytest.raises(ClusterError, match="start with .*mpirun"):
         refuse_mixed_mpi({"PMI_SIZE": "2"})
 
 
@@ -128,8 +129,39 @@ def test_the_launcher_is_told(monkeypatch):
     assert find_launcher() == "mpirun or srun by PMI; Slurm, job 7"
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"PMI_RANK": "0", "SLURM_PROCID": "1"}, {"PMI_RANK": "1", "SLURM_PROCID": "0"}),
+        (TORCHRUN, TORCHRUN | {"RANK": "2"}),
+        (FLUX, FLUX | {"FLUX_TASK_RANK": "3"}),
+        ({"OMPI_COMM_WORLD_RANK": "0", "RANK": "7"}, {"OMPI_COMM_WORLD_RANK": "1"}),
+    ],
+)
+def test_one_rank_tells_that_mpis_are_mixed(first, second, monkeypatch):
+    """Each is alone in its world, and would say it."""
+    monkeypatch.setattr(launcher, "HAND_ON_SECONDS", 0)
+    size = {"OMPI_COMM_WORLD_SIZE": "16"}
+    with pytest.raises(ClusterError, match="two MPIs are mixed"):
+        speak_for_all(first | size, 1)
+    with pytest.raises(ClusterError) as silent:
+        speak_for_all(second | size, 1)
+    assert str(silent.value) == ""
+
+
+def test_what_starts_this_environment_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    with pytest.raises(ClusterError, match="start with the mpirun of that MPI, or .*pip install"):
+        refuse_mixed_mpi({"PMI_SIZE": "2"})
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mpirun").touch()
+    with pytest.raises(ClusterError, match=f"start with {tmp_path}/bin/mpirun"):
+        refuse_mixed_mpi({"PMI_SIZE": "2"})
+
+
 CHECK = """
-from mpi4py import MPI
+from hpcmoe.mpi_library import import_mpi
+MPI = import_mpi()
 from hpcmoe.cluster.launcher import check_launcher
 from hpcmoe.errors import HpcmoeError, exit_with
 try:
@@ -141,9 +173,11 @@ print("started")
 
 
 def test_mixed_mpis_end_with_one_line():
-    ended = run(sys.executable, "-W", "ignore", "-c", CHECK, OMPI_COMM_WORLD_SIZE="16", PMI_SIZE="16")
+    """MPICH would abort at PMIx's variables, which Open MPI's mpirun sets."""
+    pmix = {"PMIX_NAMESPACE": "1", "PMIX_RANK": "0"}
+    ended = run(sys.executable, "-c", CHECK, OMPI_COMM_WORLD_SIZE="16", PMI_SIZE="16", **pmix)
     assert ended.status == 2
-    assert len(ended.lines("hpcmoe: two MPIs are mixed: the launcher says ")) == 1, ended
+    assert ended.errors.startswith("hpcmoe: two MPIs are mixed: the launcher says ") and ended.errors.count("\n") == 1
 
 
 def test_a_lone_program_in_a_batch_script_starts():
