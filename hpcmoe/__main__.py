@@ -5,7 +5,7 @@ import sys
 
 from hpcmoe import __version__
 from hpcmoe.messages import show_value, suggest
-from hpcmoe.mpi_library import EXIT_USER, import_mpi
+from hpcmoe.mpi_library import EXIT_USER, describe_missing, import_mpi
 from hpcmoe.output import say, show
 from hpcmoe.start import prepare
 
@@ -40,7 +40,12 @@ def main(words: list[str] | None = None) -> int | None:
     module, needs_mpi, *_ = COMMANDS[name]
     if needs_mpi:
         import_mpi()
-    return importlib.import_module(module).main()
+    try:
+        program = importlib.import_module(module)
+    except ModuleNotFoundError as fault:
+        say([f"hpcmoe: {describe_missing(fault)}"])
+        return EXIT_USER
+    return program.main()
 
 
 def describe_commands() -> str:

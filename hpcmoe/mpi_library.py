@@ -83,9 +83,18 @@ def leave(line: str, is_first: bool):
 def describe_fault(fault: BaseException) -> str:
     """Format why mpi4py's MPI cannot be imported, and the command that mends it, as one line."""
     if isinstance(fault, ModuleNotFoundError):
-        return f"mpi4py is not installed ({fault}): {sys.executable} -m pip install mpi4py mpich"
+        return describe_missing(fault)
     reason = "; ".join(line.strip() for line in str(fault).splitlines() if line.strip())
     return f"mpi4py cannot load an MPI library: {reason}; {describe_cure()}"
+
+
+def describe_missing(fault: ModuleNotFoundError) -> str:
+    """Format that a package is missing, which tells of an environment that is not active, and what mends it."""
+    packages = "mpi4py mpich" if fault.name == "mpi4py" else fault.name
+    return (
+        f"{fault.name} is not installed in {sys.prefix}: activate hpcmoe's environment (source .venv/bin/activate), "
+        f"or {sys.executable} -m pip install {packages}"
+    )
 
 
 def describe_start() -> str:

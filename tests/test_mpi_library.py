@@ -48,7 +48,8 @@ def test_without_an_mpirun_pypis_mpich_is_offered(tools):
 
 
 def test_without_mpi4py_it_is_to_be_installed(tools):
-    assert "pip install mpi4py mpich" in describe_fault(ModuleNotFoundError("No module named 'mpi4py'"))
+    line = describe_fault(ModuleNotFoundError("No module named 'mpi4py'", name="mpi4py"))
+    assert "mpi4py is not installed in" in line and "activate" in line and "pip install mpi4py mpich" in line
 
 
 def test_what_a_build_lacks_is_named(tools, monkeypatch, tmp_path):

@@ -66,6 +66,14 @@ def test_place_and_config_need_no_mpi(tmp_path):
         assert len(ended.errors.splitlines()) == 1 and "libmpi.so.12" in ended.errors, ended
 
 
+def test_a_package_that_is_missing_is_one_line_and_status_2(monkeypatch, capsys):
+    """As where the environment is not active."""
+    monkeypatch.setitem(command.COMMANDS, "config", ("no_such_package", False, "", ""))
+    monkeypatch.setattr(command, "prepare", lambda: None)
+    assert command.main(["config"]) == 2
+    assert re.fullmatch(r"hpcmoe: no_such_package is not installed in .* activate .*\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("word", ["-h", "--help", None])
 def test_all_commands_are_listed(word, capsys):
     assert command.main([] if word is None else [word]) == 0
