@@ -16,7 +16,7 @@ import time
 
 import h5py
 
-from hpcmoe.errors import CheckpointError, ConfigError, on_all, on_root
+from hpcmoe.errors import HEED_SECONDS, CheckpointError, ConfigError, on_all, on_root
 from hpcmoe.interrupts import stop_repeating
 from hpcmoe.write.hdf5 import FAULTS, reason
 from hpcmoe.write.lock import holds_lock, make_holder, release_lock, signs_of_life, take_lock
@@ -49,6 +49,8 @@ def open_folder(comm, output: str, name: str, resume: bool):
     except BaseException as fault:
         # A fault of all ranks is rank 0's to tidy up after; one of this rank alone is about to take the others down.
         stop_repeating()
+        if comm.rank > 0 and isinstance(fault, KeyboardInterrupt):
+            time.sleep(HEED_SECONDS)  # rank 0 may have had the signal too; else the others now wait, and write no more
         if (comm.rank == 0 or not getattr(fault, "shared", False)) and holds_lock(folder, own):
             if (folder / MARK).exists():
                 sweep(folder)
