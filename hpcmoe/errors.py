@@ -7,10 +7,9 @@ import time
 import traceback
 
 from hpcmoe.interrupts import Interrupted, ignore_signals
-from hpcmoe.output import HAND_ON_SECONDS, say
+from hpcmoe.output import EXIT_USER, HAND_ON_SECONDS, say
 from hpcmoe.wait import barrier, broadcast, gather_to_all
 
-EXIT_USER = 2  # bad input, or a machine that does not fit: the user can mend it
 EXIT_BUG = 1  # anything else, shown with its traceback
 FAREWELL_SECONDS = 5.0  # how long a failing rank waits for the others before it aborts them
 HEED_SECONDS = 3.0  # how long an interrupted rank waits for rank 0 to speak for all

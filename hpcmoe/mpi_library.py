@@ -15,11 +15,10 @@ import sysconfig
 import time
 import warnings
 
-from hpcmoe.output import HAND_ON_SECONDS, say
+from hpcmoe.output import EXIT_USER, HAND_ON_SECONDS, say
 from hpcmoe.segments import clear_way
 from hpcmoe.start import find_rank
 
-EXIT_USER = 2  # as hpcmoe.errors has it, which this module precedes
 NUMBERS = ("PMI_RANK", "PMI_SIZE", "PMI_FD")  # that MPICH reads as it starts, and aborts where they are none
 TRIAL_SECONDS = 60.0  # for two ranks to start
 TRIAL = "import os; from mpi4py import MPI; os.write(1, b'size %d\\n' % MPI.COMM_WORLD.size)"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from typing import TextIO
 
+EXIT_USER = 2  # a program's status where the user can mend what is wrong: bad input, a machine that does not fit
 HAND_ON_SECONDS = 0.2  # for a launcher to hand on what was said: what it has not read when a rank aborts is lost
 
 

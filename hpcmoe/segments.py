@@ -12,14 +12,13 @@ import pathlib
 import sys
 import time
 
-from hpcmoe.output import HAND_ON_SECONDS, say
+from hpcmoe.output import EXIT_USER, HAND_ON_SECONDS, say
 
 SHARED_MEMORY = pathlib.Path("/dev/shm")
 PROCESSES = pathlib.Path("/proc")
 PATTERN = "mpich_*"
 FNV_BASIS, FNV_PRIME = 2166136261, 16777619  # FNV-1a of 32 bits
 LOCK_SECONDS = 5.0  # how long another process may sweep
-EXIT_USER = 2  # as hpcmoe.errors has it, which needs MPI
 
 
 def clear_way() -> None:

@@ -64,7 +64,7 @@ def hold_folder(folder, output, name, resume, own):
     """Make the folder, try to write there, and take its lock."""
     if name in ("", ".", "..") or "\0" in name or name != pathlib.PurePath(name).name:
         raise ConfigError(f"[run] name = {name!r}: must be the plain name of a folder")
-    with one_line_faults(folder, output):
+    with refused_output(folder, output):
         if resume and not folder.is_dir():
             raise CheckpointError(f"{folder}: no run to resume")
         for path in (folder, *folder.parents):
@@ -82,7 +82,7 @@ def hold_folder(folder, output, name, resume, own):
 
 def make_ready(folder, output, name, resume):
     """Make room for a fresh run, and mark the folder."""
-    with one_line_faults(folder, output):
+    with refused_output(folder, output):
         if not resume:
             set_aside(folder, name)
         if not resume or not (folder / MARK).exists():
@@ -91,7 +91,7 @@ def make_ready(folder, output, name, resume):
 
 
 @contextlib.contextmanager
-def one_line_faults(folder, output):
+def refused_output(folder, output):
     """Turn the system's refusal inside the block into a ConfigError."""
     try:
         yield

@@ -322,7 +322,7 @@ FAULTS = {
         "contradictions.py", "model.feed_forward % max(cluster.tensor_parallel, 1) == 0,", "True,", "test_config.py"
     ),
     "bad input ends with a bug's status": plant(
-        "errors.py", "EXIT_USER = 2 ", "EXIT_USER = 1 ", "test_errors.py -k 'shared_error or names_it'"
+        "output.py", "EXIT_USER = 2 ", "EXIT_USER = 1 ", "test_errors.py -k 'shared_error or names_it'"
     ),
     "the last failing rank is told in place of the first": plant(
         "errors.py", "rank, fault = faults[0]", "rank, fault = faults[-1]", "test_errors.py", 3
