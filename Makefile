@@ -126,7 +126,7 @@ $(VENV)/test-ready: $(VENV)/ready | mpi4py-of-$(MPI)
 	@echo "$(VENV): installing what tests need: pytest, hypothesis, matplotlib, ruff; 40 MB to download, 130 MB on disk"
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	@echo "$(VENV): compiling the placement's search with numba, once: about 20 s"
-	$(VENV)/bin/python -c 'from hpcmoe.placement.warm import compile_all; compile_all()'
+	$(VENV)/bin/python -c 'from hpcmoe.placement.search.warm import compile_all; compile_all()'
 	touch $@
 
 $(VENV)/gpu-ready: $(VENV)/test-ready

@@ -9,28 +9,31 @@ The chapters in the order in which they may import each other, which is the orde
     errors, environment   how a rank fails; variables that others set
     messages, paths       what a user wrote, on one line; ~ and $VARIABLES
     config                run.toml
-    cluster/              where we run: topology and its links, the mesh of ranks, what tokens will ask for
-    placement/            where experts live: from a problem of tokens, links and memory to experts on ranks
+    cluster/              where we run: topology and its links, measured or given, the mesh of ranks
     comm/                 what carries bytes: the device's memory, the transport between ranks
-    dispatch/             a token leaves and returns: router, plan, exchange
+    dispatch/             a token leaves and returns: router, plan, dispatcher
     experts/              what happens there: feed-forward networks, one layer as its stages
+    model/                what is trained: a language model over bytes, its text, what balances its routers
     pipeline/             many tokens at once: the schedule as data, the engine that runs it
-    run/                  many steps: data, model, training, inference, figures
+    placement/            where experts live: from a problem of tokens, links and memory to experts on ranks
+    prepare/              what fits: sizes, memory, budget, shards and placement of a run
+    report/               what is shown: metrics, progress, tables, figures
+    run/                  many steps: training, inference, optimizer, gradient sums, rebalancing
     write/                what is kept: records, activations, checkpoints
     main                  the program on one page
-    place, tables, plot   placement by itself: the command, what it shows, its picture
+    place                 placement by itself
     check, settings       what there is to run on, told and tried; every key, or one config whole
     __main__              the `hpcmoe` command, which lists and runs the programs
 
 The path of a token:
 
-    run.data        bytes of real text become a micro-batch, this rank's share of it
-    run.model       embedding; in each block attention, then a norm
+    model.text      bytes of real text become a micro-batch, this rank's share of it
+    model.language  embedding; in each block attention, then a norm
     router          logits = W_g x, softmax, the top K experts and their gate weights
     plan            each copy finds a replica of its expert; rows are sorted by destination
-    exchange        dispatch: rows are packed and sent to their experts' ranks, without blocking
-    ffn             experts work on the rows of the peers that have landed
-    exchange        combine: results travel home
+    dispatch.host   dispatch: rows are packed and sent to their experts' ranks, without blocking
+    feed_forward    experts work on the rows of the peers that have landed
+    dispatch.host   combine: results travel home
     layer           the K results, times their gates, are added to the residual
     run.optimizer   on the way back slopes take the same path; gradients are summed, clipped, applied
 

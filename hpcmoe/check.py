@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from mpi4py import MPI
 
 from hpcmoe.arguments import Parser, name_program
+from hpcmoe.cluster.discover import host_name, read_topology
 from hpcmoe.cluster.launcher import check_launcher, find_launcher
-from hpcmoe.cluster.topology import host_name, read_topology
 from hpcmoe.config import Cluster
 from hpcmoe.errors import HpcmoeError, exit_with, on_all, on_root
 from hpcmoe.interrupts import ending_at_once, insistent_interrupts
@@ -70,8 +70,8 @@ def wants_help(words):
 
 def check(comm):
     """Look around, and try every way that rows can take. Collective over comm."""
-    from hpcmoe.comm.choose import look  # imports torch
     from hpcmoe.comm.device import open_device
+    from hpcmoe.comm.select import look  # imports torch
 
     topology = read_topology(comm, Cluster(measure_seconds=LINK_SECONDS))
     here = topology.ranks_of_node(topology.node_of_rank[comm.rank]).tolist()
@@ -109,7 +109,7 @@ def find():
 
 def name_nccl(nccl):
     """Name NCCL's version."""
-    from hpcmoe.comm.choose import name_version
+    from hpcmoe.comm.select import name_version
 
     return name_version(nccl.get_version())
 
@@ -175,9 +175,9 @@ def describe_gpus(finds):
 
 def try_all(comm, device, sights):
     """Try each way on a small exchange, and tell what came of it. Collective over comm."""
-    from hpcmoe.comm.choose import describe_movers, why_not_each
     from hpcmoe.comm.plain import PlainDevice
-    from hpcmoe.comm.trial import try_carrier
+    from hpcmoe.comm.select import describe_movers, why_not_each
+    from hpcmoe.comm.self_test import try_carrier
 
     on_host = device.name == "host"
     if on_host:

@@ -13,7 +13,7 @@ NOT_INSTALLED = "not installed"  # a package that only lies on Python's path, or
 
 def describe_run(records, job, text):
     """Keep what the run is: input, versions, cluster, placement."""
-    from hpcmoe.run.layout import describe_layout  # torch: seconds of CPU on a laptop
+    from hpcmoe.prepare.placement import describe_layout  # torch: seconds of CPU on a laptop
 
     topology = job.topology
     records.describe("run", "config", text)

@@ -19,22 +19,22 @@ from typing import Any
 from mpi4py import MPI
 
 from hpcmoe.arguments import Parser, name_program
-from hpcmoe.cluster.demand import find_loads
+from hpcmoe.cluster.discover import host_name, read_topology
 from hpcmoe.cluster.launcher import check_launcher
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.cluster.nodes import save_topology
-from hpcmoe.cluster.topology import host_name, read_topology
+from hpcmoe.cluster.topology import save_topology
 from hpcmoe.config import read_config
 from hpcmoe.description import describe_run, describe_tokens
 from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
 from hpcmoe.idle import find_notes
 from hpcmoe.interrupts import ending_at_once, insistent_interrupts
+from hpcmoe.model.text import check_text, find_text
 from hpcmoe.output import Log, show
 from hpcmoe.paths import expand_path
-from hpcmoe.run.data import check_text, find_text
-from hpcmoe.run.facts import check_facts, describe_state, tell_changes
-from hpcmoe.run.room import check_room, describe_room
-from hpcmoe.run.shards import settle_shards
+from hpcmoe.placement.demand import find_loads
+from hpcmoe.prepare.budget import check_room, describe_room
+from hpcmoe.prepare.metadata import check_facts, describe_state, tell_changes
+from hpcmoe.prepare.shards import settle_shards
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
@@ -94,9 +94,9 @@ def run(comm, arguments, opened):
     with open_mesh(comm, settle_shards(comm, config, topology)) as mesh:
         gc.disable()  # torch's import makes much that stays: a tenth of its time is looking through it for garbage
         with ending_at_once(lambda ending: leave(comm, opened, ending)):
+            from hpcmoe.report.tables import make_table
+            from hpcmoe.report.totals import describe_totals
             from hpcmoe.run.job import open_job  # seconds of CPU on a laptop
-            from hpcmoe.run.report import make_table
-            from hpcmoe.run.totals import describe_totals
 
         gc.freeze()
         gc.enable()
@@ -130,7 +130,7 @@ class Start:
 
 def make_start(job, checkpoint):
     """Lay the state out, and fill it from the checkpoint if there is one -> Start. Collective over all ranks."""
-    from hpcmoe.run.balance import even_load
+    from hpcmoe.model.balance import even_load
     from hpcmoe.run.optimizer import Optimizer
     from hpcmoe.run.state import State
 
@@ -145,10 +145,10 @@ def make_start(job, checkpoint):
 
 def train_or_infer(job, records, folder, start):
     """Do what [run] mode asks -> Totals. Collective over all ranks."""
+    from hpcmoe.report.totals import sum_up
     from hpcmoe.run.finite import check_state
     from hpcmoe.run.infer import infer
     from hpcmoe.run.state import LOAD
-    from hpcmoe.run.totals import sum_up
     from hpcmoe.run.train import is_due, layers_to_write, train
 
     config, world, training = job.config, job.mesh.world, start.optimizer is not None
@@ -196,9 +196,9 @@ def list_written(config, folder):
 
 def announce(job):
     """Say what is about to run and how much memory it will take."""
-    from hpcmoe.run.layout import tell
-    from hpcmoe.run.totals import tell_floors
-    from hpcmoe.run.ways import describe_ways
+    from hpcmoe.prepare.placement import tell
+    from hpcmoe.prepare.sizes import describe_ways
+    from hpcmoe.report.totals import tell_floors
 
     memory, model, text_bytes = job.memory, job.config.model, len(job.training)
     log.info(

@@ -23,8 +23,8 @@ from hpcmoe.errors import EXIT_USER, ConfigError, HpcmoeError
 from hpcmoe.interrupts import Interrupted, insistent_interrupts
 from hpcmoe.messages import one_line
 from hpcmoe.output import Log, say, show
-from hpcmoe.placement.case import read_case
-from hpcmoe.placement.maps import check_map, read_map, write_map
+from hpcmoe.placement.files.case import read_case
+from hpcmoe.placement.files.maps import check_map, read_map, write_map
 from hpcmoe.placement.problem import OBJECTIVES, check_problem
 from hpcmoe.placement.quotas import describe_unevenness, keeps_even
 
@@ -174,9 +174,9 @@ def place(arguments):
     logging.basicConfig(level=logging.INFO, format="hpcmoe: note: %(message)s", handlers=[Log()])
 
     # What compiles, or takes a second to import, waits until the input is known to be good.
+    from hpcmoe.placement.resources import measure_usage
     from hpcmoe.placement.solve import compare_methods
-    from hpcmoe.placement.usage import measure_usage
-    from hpcmoe.tables import make_tables
+    from hpcmoe.report.placement_tables import make_tables
 
     placement = find_placement(problem, arguments)
     if arguments.moves != 0 and (uneven := describe_unevenness(problem, placement.expert_of_replica)):
@@ -191,7 +191,7 @@ def place(arguments):
         with replaced(arguments.eplb_out) as part:
             write_map(part, placement.expert_of_replica, pathlib.Path(arguments.eplb_out).suffix)
     if arguments.plot:
-        from hpcmoe.plot import draw
+        from hpcmoe.report.figures import draw
 
         with replaced(arguments.plot) as part:
             draw(problem, placement, usage, part, pathlib.Path(arguments.plot).suffix[1:].lower(), arguments.layer)
@@ -201,7 +201,7 @@ def place(arguments):
 
 def find_placement(problem, arguments):
     """Search for a placement, from the one that --start names if any -> Placement."""
-    from hpcmoe.placement.resettle import resettle
+    from hpcmoe.placement.refine import resettle
     from hpcmoe.placement.result import Spent, weigh
     from hpcmoe.placement.solve import Orders, bound_layers, make_placement
 

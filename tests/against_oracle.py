@@ -6,8 +6,8 @@ import pytest
 import torch
 from small import gather_logical, open_small_job
 
-from hpcmoe.run.balance import write_biases
-from hpcmoe.run.data import draw_starts, share_of
+from hpcmoe.model.balance import write_biases
+from hpcmoe.model.text import draw_starts, share_of
 
 
 def whole_batches(job, step):

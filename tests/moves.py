@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from small import gather_logical, gather_pieces, open_small_job
 
-from hpcmoe.placement.adopt import keep_slots, list_moves
+from hpcmoe.model.balance import even_load
+from hpcmoe.placement.migrate import keep_slots, list_moves
 from hpcmoe.placement.result import Spent, weigh
-from hpcmoe.run.balance import even_load
-from hpcmoe.run.layout import Layout
-from hpcmoe.run.moving import begin_move
+from hpcmoe.prepare.placement import Layout
+from hpcmoe.run.migrate import begin_move
 from hpcmoe.run.state import LOAD
 from hpcmoe.run.train import train_step
 from hpcmoe.wait import broadcast

@@ -9,7 +9,7 @@ import sys
 
 from mpi4py import MPI
 
-from hpcmoe.cluster.topology import host_name
+from hpcmoe.cluster.discover import host_name
 from hpcmoe.errors import exit_with
 from hpcmoe.main import read_arguments, run, start_log
 from hpcmoe.wait import barrier

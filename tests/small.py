@@ -7,18 +7,18 @@ import numpy as np
 import torch
 
 from hpcmoe.clock import Clock
-from hpcmoe.cluster.demand import find_loads
+from hpcmoe.cluster.discover import Topology
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.transport import Loopback
 from hpcmoe.comm.window import make_private_window, open_window
 from hpcmoe.config import Config
-from hpcmoe.dispatch.exchange import Exchange
+from hpcmoe.dispatch.host import Exchange
 from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.dispatch.sizes import Sizes, most_parcels
-from hpcmoe.run.data import find_text
+from hpcmoe.model.text import find_text
+from hpcmoe.placement.demand import find_loads
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.state import State

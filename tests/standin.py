@@ -323,7 +323,7 @@ def watch_job(monkeypatch, gpu=None, nccl_comm=None):
             yield WatchedTransport(transport, order)
 
     monkeypatch.setattr("hpcmoe.run.job.open_device", lambda kind, rank: device)
-    monkeypatch.setattr("hpcmoe.run.gpus.open_mpi_transport", open_watched)
+    monkeypatch.setattr("hpcmoe.prepare.gpus.open_mpi_transport", open_watched)
     lay = FlatGradients.__init__
 
     def lay_watched(gradients, parts):
@@ -332,7 +332,7 @@ def watch_job(monkeypatch, gpu=None, nccl_comm=None):
 
     monkeypatch.setattr(FlatGradients, "__init__", lay_watched)
     nccl = StandInNccl(nccl_comm, device) if nccl_comm else None
-    for module in ("hpcmoe.comm.choose", "hpcmoe.run.gpus"):
+    for module in ("hpcmoe.comm.select", "hpcmoe.prepare.gpus"):
         monkeypatch.setattr(f"{module}.find_nccl", lambda: (nccl, None if nccl else "there is none here"))
     order.nccl = nccl
     with Watching(order):

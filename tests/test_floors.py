@@ -8,12 +8,13 @@ import sys
 
 from launch import ROOT
 
-FLOORS = (
+GROUND = (
     "__version__", "output", "interrupts", "start", "segments", "mpi_library", "wait", "clock", "errors", "environment",
     "messages", "paths", "arguments", "watch", "reading", "float32", "contradictions", "idle", "overrides", "validate",
-    "config", "cluster", "placement", "comm", "gemm", "dispatch", "experts", "pipeline", "run", "write", "tables",
-    "plot", "description",
+    "config", "gemm",
 )  # fmt: skip
+CHAPTERS = sorted(folder.parent.name for folder in (ROOT / "hpcmoe").glob("*/__init__.py"))  # the alphabet is the order
+FLOORS = (*GROUND, *CHAPTERS, "description")
 PROGRAMS = ("main", "place", "check", "settings", "watcher", "__main__")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
 WRITE_MAY_IMPORT = {"environment", "interrupts", "wait", "errors", "config", "cluster", "placement", "write"}

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from launch import ROOT, Running, run
 
 from hpcmoe.place import main
-from hpcmoe.placement.case import Case, read_case
 from hpcmoe.placement.cost import layer_seconds
+from hpcmoe.placement.files.case import Case, read_case
 from hpcmoe.write.hdf5 import write_fact
 from hpcmoe.write.problem import describe_problem
 

@@ -12,7 +12,7 @@ from lab.machines import LAB, racks, slurm
 from launch import HANG_SECONDS, MPIRUN, ROOT, Running, run
 from test_commands import wait_for
 
-from hpcmoe.cluster.nodes import Topology, load_topology
+from hpcmoe.cluster.topology import Topology, load_topology
 from hpcmoe.segments import SHARED_MEMORY, name_world
 
 SHORT = ["--set", "run.steps=2", "--set", "data.batch_sequences=16", "--set", "data.validation_sequences=16"]

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 
 from hpcmoe.cluster.names import match_names, tell_doubtful
-from hpcmoe.cluster.nodes import NO_UPLINKS, PORTS_TAKEN, Links, load_topology, port_maxima
+from hpcmoe.cluster.topology import NO_UPLINKS, PORTS_TAKEN, Links, load_topology, port_maxima
 from hpcmoe.errors import ClusterError
 
 

@@ -1,221 +1,185 @@
-"""Where the ranks are: their nodes, racks, memory, cores, devices and links, each fact with its source."""
+"""What is known of the nodes and of what joins them, and the file that keeps it for the next run."""
 
-import logging
-import os
-import sys
-from dataclasses import dataclass
+import json
+import math
+import pathlib
+from dataclasses import dataclass, field
 
 import numpy as np
-from mpi4py import MPI
 
-from hpcmoe.cluster.given import take_links
-from hpcmoe.cluster.launcher import find_launched as find_launched  # found here too
-from hpcmoe.cluster.machine import count_cuda_devices, read_memory_bytes, read_own_quotas, whole_cores
-from hpcmoe.cluster.measure import find_slow_links, measure_links
-from hpcmoe.cluster.nodes import Topology
-from hpcmoe.cluster.racks import find_racks
-from hpcmoe.environment import is_set, read_counts, read_memory, read_number, read_setting
-from hpcmoe.errors import on_all, on_root
-from hpcmoe.wait import barrier, broadcast, gather_to_all
+from hpcmoe.errors import ClusterError
 
-log = logging.getLogger(__name__)
-
-MOST_NAMED = 5  # slow links in one line
-MOST_DEVICES = 4096  # of a node
+# What a file of an earlier version lacks.
+PORTS_TAKEN = "not given, taken as the largest of bytes_per_second"
+NO_UPLINKS = "not given, taken as without limit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
-    """What one rank sees of the node it sits on."""
+class Links:
+    """What joins the nodes."""
 
-    leader: int  # the node's lowest rank
-    name: str
-    address: str  # Slurm's path of switches down to the node, "" where there is none
-    memory_bytes: int
-    devices: frozenset[str]
-    cores: frozenset[int]  # that it may be scheduled on
-    address_pattern: str = ""  # what the address's labels are, "" where Slurm does not say
-    cpu_quotas: tuple[tuple[str, float], ...] = ()  # (control group, CPUs) above this rank, outermost first
+    bytes_per_second: np.ndarray  # [nodes, nodes] float64, a pair alone; the diagonal is within the node
+    latency_seconds: np.ndarray  # [nodes, nodes] float64, one way
+    egress_bytes_per_second: np.ndarray  # [nodes] float64, what a node's port sends in all
+    ingress_bytes_per_second: np.ndarray  # [nodes] float64, what a node's port receives in all
+    uplink_bytes_per_second: np.ndarray  # [racks] float64, what leaves, and as much what enters; inf: no limit known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """The nodes and racks that the ranks sit in, before anything is known of what joins them."""
+class Topology:
+    """The cluster as this run sees it, the same on all ranks; nodes and racks are numbered by their lowest rank."""
 
     node_of_rank: np.ndarray  # [P] int64
-    seats_of_node: list[list[Seat]]
-    node_names: tuple[str, ...]  # [nodes]
+    node_names: tuple[str, ...]  # [nodes], all different
     rack_of_node: np.ndarray  # [nodes] int64
     rack_names: tuple[str, ...]  # [racks]
-    rack_source: str
+    bytes_per_second: np.ndarray  # [nodes, nodes] float64; the diagonal is within the node
+    latency_seconds: np.ndarray  # [nodes, nodes] float64, one way
+    egress_bytes_per_second: np.ndarray  # [nodes] float64, what a node's port sends in all
+    ingress_bytes_per_second: np.ndarray  # [nodes] float64, what a node's port receives in all
+    uplink_bytes_per_second: np.ndarray  # [racks] float64, what leaves, and as much what enters; inf: no limit known
+    memory_bytes: np.ndarray  # [nodes] int64
+    devices_of_node: np.ndarray  # [nodes] int64, CUDA devices
+    cores_of_node: np.ndarray  # [nodes] int64, those that the node's ranks may use
+    device_memory_bytes: np.ndarray = field(  # [nodes] int64, free on its ranks' GPUs when they were opened; [0] before
+        default_factory=lambda: np.zeros(0, np.int64)
+    )
+    source: dict[str, str]  # fact -> where it came from
+
+    @property
+    def num_nodes(self):
+        """Number of nodes."""
+        return len(self.node_names)
+
+    @property
+    def num_racks(self):
+        """Number of racks."""
+        return len(self.rack_names)
+
+    def __str__(self):
+        """Count the ranks, nodes and racks in words."""
+        counts = {"rank": len(self.node_of_rank), "node": self.num_nodes, "rack": self.num_racks}
+        ranks, nodes, racks = (f"{number} {noun}{'s' * (number != 1)}" for noun, number in counts.items())
+        return f"{ranks} on {nodes} in {racks}"
+
+    def ranks_of_node(self, node):
+        """List the ranks on a node -> [ranks] int64, ascending."""
+        return np.flatnonzero(self.node_of_rank == node)
 
 
-def host_name():
-    """Name the node this rank is on: as the launcher calls it, else as Slurm does, else as the machine does."""
-    # mpirun's proxy sets its own for each node, so that it is right where Slurm's was only handed on.
-    return read_setting("PMI_HOSTNAME") or read_setting("SLURMD_NODENAME") or MPI.Get_processor_name()
+def port_maxima(bytes_per_second):
+    """Take each node's fastest link out and in for its port, where no more is known -> (egress, ingress), [nodes] each.
 
-
-def read_topology(comm, cluster):
-    """Read where the ranks are, from MPI, Slurm, the system and [cluster] -> Topology. Collective over comm.
-
-    Raises ClusterError on all ranks when [cluster] or a links file does not fit the nodes.
+    A node alone has no link: its port is what it has within.
     """
-    seats = gather_to_all(comm, read_seat(comm))
-    site = on_root(comm, lambda: make_site(seats, cluster))  # racks come first: they tell what shares an uplink
-    measured = None
-    if cluster.links == "measure":
-        measured = measure_links(comm, site.node_of_rank, site.rack_of_node, cluster)
-    topology = on_root(comm, lambda: make_topology(site, cluster, measured))
-    if measured is not None:
-        tell_slow_links(comm, topology)
-    return topology
+    between = bytes_per_second.copy()
+    if len(between) > 1:
+        np.fill_diagonal(between, 0.0)
+    return between.max(axis=1), between.max(axis=0)
 
 
-def tell_slow_links(comm, topology):
-    """Log which links stayed far slower than others of their kind, by name."""
-    slow = find_slow_links(topology.bytes_per_second, topology.rack_of_node)
-    if slow and comm.rank == 0:
-        names = topology.node_names
-        told = [f"{names[i]} to {names[j]} ({share:.0%})" for i, j, share in slow[:MOST_NAMED]]
-        more = f" and {len(slow) - MOST_NAMED} more" * (len(slow) > MOST_NAMED)
-        log.warning("links far slower than the median of their kind, in a rack or between: %s%s", ", ".join(told), more)
+def save_topology(topology, path):
+    """Write a topology as JSON, keyed by the nodes' names: under a temporary name, renamed when whole."""
+    names = topology.node_names
+    nodes = {
+        name: {
+            "rack": topology.rack_names[topology.rack_of_node[node]],
+            "ranks": topology.ranks_of_node(node).tolist(),
+            "memory_bytes": int(topology.memory_bytes[node]),
+            "devices": int(topology.devices_of_node[node]),
+            "cores": int(topology.cores_of_node[node]),
+            "egress_bytes_per_second": float(topology.egress_bytes_per_second[node]),
+            "ingress_bytes_per_second": float(topology.ingress_bytes_per_second[node]),
+        }
+        for node, name in enumerate(names)
+    }
+    uplinks = [rate if math.isfinite(rate) else None for rate in topology.uplink_bytes_per_second.tolist()]
+    tree = {"nodes": nodes, "source": topology.source}
+    tree["uplink_bytes_per_second"] = dict(zip(topology.rack_names, uplinks, strict=True))
+    for key in ("bytes_per_second", "latency_seconds"):
+        tree[key] = {
+            name: dict(zip(names, row.tolist(), strict=True))
+            for name, row in zip(names, getattr(topology, key), strict=True)
+        }
+
+    try:
+        part = pathlib.Path(f"{path}.part")
+        part.write_text(lay_out(tree), encoding="utf-8")
+        part.replace(path)
+    except OSError as fault:
+        raise ClusterError(f"{path}: cannot be written: {fault.strerror}") from None
 
 
-def read_seat(comm):
-    """Look around on this rank's node -> Seat. Collective over comm."""
-    barrier(comm)
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
-    leader = broadcast(node, comm.rank)
-    node.Free()
-    return on_all(comm, lambda: look_around(leader))
+def lay_out(tree):
+    """Write a tree as JSON with a line for each entry of its second level."""
+    chapters = []
+    for key, entries in tree.items():
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+        chapters.append(f"  {json.dumps(key)}: {{\n{lines}\n  }}")
+    return "{\n" + ",\n".join(chapters) + "\n}\n"
 
 
-def look_around(leader):
-    """Make this rank's Seat; ClusterError where a variable that tells of it holds nonsense."""
-    return Seat(
-        leader=leader,
-        name=host_name(),
-        address=read_setting("SLURM_TOPOLOGY_ADDR"),
-        memory_bytes=usable_memory_bytes(),
-        devices=visible_devices(),
-        cores=frozenset(os.sched_getaffinity(0)),
-        address_pattern=read_setting("SLURM_TOPOLOGY_ADDR_PATTERN"),
-        cpu_quotas=read_own_quotas(),
-    )
+def load_topology(path):
+    """Read back what save_topology wrote, in this version or an earlier one -> Topology.
+
+    Raises ClusterError that says what is wrong with the file.
+    """
+    try:
+        tree = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        return make_saved_topology(tree)
+    except OSError as fault:
+        raise ClusterError(f"{path}: cannot be read: {fault.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as fault:
+        raise ClusterError(f"{path}: not a topology file: {type(fault).__name__} {fault}") from None
 
 
-def make_site(seats, cluster):
-    """Gather the ranks' seats by node, and the nodes by rack -> Site. Raises ClusterError for racks that do not fit."""
-    node_of_rank = np.unique([seat.leader for seat in seats], return_inverse=True)[1].astype(np.int64)
-    seats_of_node = [[] for _ in range(max(node_of_rank) + 1)]
-    for node, seat in zip(node_of_rank, seats, strict=True):
-        seats_of_node[node].append(seat)
-    names = distinct([group[0].name for group in seats_of_node])
-    racks, source = find_racks(seats_of_node, names, cluster)
-    rack_names = tuple(dict.fromkeys(racks))
-    return Site(
-        node_of_rank=node_of_rank,
-        seats_of_node=seats_of_node,
-        node_names=names,
-        rack_of_node=np.array([rack_names.index(rack) for rack in racks], np.int64),
-        rack_names=rack_names,
-        rack_source=source,
-    )
-
-
-def make_topology(site, cluster, measured):
-    """Join the site, the config and the measured Links, if any -> Topology. Raises ClusterError where they misfit."""
-    if cluster.links == "measure":
-        links, source = measured, dict.fromkeys(("links", "ports", "uplinks"), "measured")
-    else:
-        links, source = take_links(cluster, site.node_names, site.rack_names)
-    seats_of_node = site.seats_of_node
-    memory = [cluster.memory_bytes_per_node or min(seat.memory_bytes for seat in group) for group in seats_of_node]
+def make_saved_topology(tree):
+    """Make a Topology of a file's tree; a missing or strange entry raises what Python raises."""
+    nodes = list(tree["nodes"].values())
+    names = tuple(tree["nodes"])
+    rack_names = tuple(dict.fromkeys(node["rack"] for node in nodes))
+    bytes_per_second = np.array([[tree["bytes_per_second"][a][b] for b in names] for a in names], np.float64)
+    egress, ingress, uplink, guesses = read_ports(tree, nodes, rack_names, bytes_per_second)
     return Topology(
-        node_of_rank=site.node_of_rank,
-        node_names=site.node_names,
-        rack_of_node=site.rack_of_node,
-        rack_names=site.rack_names,
-        bytes_per_second=links.bytes_per_second,
-        latency_seconds=links.latency_seconds,
-        egress_bytes_per_second=links.egress_bytes_per_second,
-        ingress_bytes_per_second=links.ingress_bytes_per_second,
-        uplink_bytes_per_second=links.uplink_bytes_per_second,
-        memory_bytes=np.array(memory, np.int64),
-        devices_of_node=count_devices(seats_of_node),
-        cores_of_node=np.array([count_cores(group) for group in seats_of_node], np.int64),
-        source={
-            "nodes": "MPI split by shared memory",
-            "racks": site.rack_source,
-            **source,
-            "memory": "config" if cluster.memory_bytes_per_node else "system",
-            "devices": "system",
-            "cores": "system",
-        },
+        node_of_rank=number_ranks([node["ranks"] for node in nodes]),
+        node_names=names,
+        rack_of_node=np.array([rack_names.index(node["rack"]) for node in nodes], np.int64),
+        rack_names=rack_names,
+        bytes_per_second=bytes_per_second,
+        latency_seconds=np.array([[tree["latency_seconds"][a][b] for b in names] for a in names], np.float64),
+        egress_bytes_per_second=egress,
+        ingress_bytes_per_second=ingress,
+        uplink_bytes_per_second=uplink,
+        memory_bytes=np.array([node["memory_bytes"] for node in nodes], np.int64),
+        devices_of_node=np.array([node["devices"] for node in nodes], np.int64),
+        cores_of_node=np.array([node["cores"] for node in nodes], np.int64),
+        source={str(fact): str(origin) for fact, origin in tree["source"].items()} | guesses,
     )
 
 
-def distinct(names):
-    """Number the names that come again -> tuple of names, all different."""
-    made = []
-    for name in names:
-        candidates = [name, *(f"{name}.{k}" for k in range(1, len(names)))]
-        made.append(next(candidate for candidate in candidates if candidate not in made))
-    return tuple(made)
+def number_ranks(ranks_of_node):
+    """Turn each node's list of ranks around -> node_of_rank [P]; ValueError unless they are 0 to P - 1, once each."""
+    ranks = [rank for of_node in ranks_of_node for rank in of_node]
+    if sorted(ranks) != list(range(len(ranks))):
+        raise ValueError(f"the ranks are not 0 to {len(ranks) - 1}, once each")
+    nodes = np.repeat(np.arange(len(ranks_of_node)), [len(of_node) for of_node in ranks_of_node])
+    return nodes[np.argsort(ranks)]
 
 
-def count_devices(seats_of_node):
-    """Count the devices that a node's ranks see together -> [nodes] int64."""
-    return np.array([len(frozenset.union(*(seat.devices for seat in group))) for group in seats_of_node], np.int64)
+def read_ports(tree, nodes, rack_names, bytes_per_second):
+    """Read ports and uplinks, or take what stands for them in an older file -> (egress, ingress, uplink, source)."""
+    source = {}
+    egress, ingress = port_maxima(bytes_per_second)
+    if "egress_bytes_per_second" in nodes[0]:
+        egress = np.array([float(node["egress_bytes_per_second"]) for node in nodes])
+        ingress = np.array([float(node["ingress_bytes_per_second"]) for node in nodes])
+    else:
+        source["ports"] = PORTS_TAKEN
 
-
-def count_cores(seats):
-    """Count the cores that a node's ranks can keep busy together, by affinity and quotas."""
-    return whole_cores(usable_cpus(seats, 0))
-
-
-def usable_cpus(seats, depth):
-    """Find what the quotas below `depth` leave these ranks, and their affinity -> CPUs.
-
-    The ranks in a control group share its quota; those in different groups, steps or containers, have each their own.
-    """
-    groups, free = {}, []
-    for seat in seats:
-        if len(seat.cpu_quotas) > depth:
-            groups.setdefault(seat.cpu_quotas[depth], []).append(seat)
-        else:
-            free.append(seat)
-    cpus = sum(min(quota, usable_cpus(group, depth + 1)) for (_, quota), group in groups.items())
-    return min(cpus + count_affine(free), count_affine(seats))
-
-
-def count_affine(seats):
-    """Count the cores that any of these ranks may be scheduled on."""
-    return len(frozenset().union(*(seat.cores for seat in seats)))
-
-
-def usable_memory_bytes():
-    """Find how much memory this node's ranks may use: the system's limits, or Slurm's where that is less."""
-    per_node, per_cpu, per_gpu = (read_memory(f"SLURM_MEM_PER_{what}") for what in ("NODE", "CPU", "GPU"))
-    allotted = [per_node, per_cpu * count_allotted_cpus(), per_gpu * read_number("SLURM_GPUS_ON_NODE")]
-    return min([read_memory_bytes(), *(num_bytes for num_bytes in allotted if num_bytes)])  # 0 is all there is
-
-
-def count_allotted_cpus():
-    """Count the CPUs that Slurm has given on this node, 0 where it does not say: the least of the nodes' if unsure."""
-    of_nodes, node = read_counts("SLURM_JOB_CPUS_PER_NODE"), read_number("SLURM_NODEID", default=sys.maxsize)
-    of_job = of_nodes[node] if node < len(of_nodes) else min(of_nodes, default=0)
-    return read_number("SLURM_CPUS_ON_NODE") or of_job
-
-
-def visible_devices():
-    """Name the CUDA devices that this rank may use; two ranks' names of one device are equal."""
-    present = frozenset(map(str, range(count_cuda_devices())))
-    if not present or not is_set("CUDA_VISIBLE_DEVICES"):
-        return present
-    chosen = read_setting("CUDA_VISIBLE_DEVICES")
-    # Slurm may show each of a node's tasks a device 0 of its own: then its count for the node is the truth.
-    if chosen and read_setting("SLURM_GPUS_ON_NODE"):
-        return frozenset(map(str, range(read_number("SLURM_GPUS_ON_NODE", most=MOST_DEVICES))))
-    return frozenset(chosen.split(",")) - {"", "-1", "NoDevFiles"}
+    uplink = np.full(len(rack_names), np.inf)
+    if "uplink_bytes_per_second" in tree:
+        rates = [tree["uplink_bytes_per_second"][rack] for rack in rack_names]
+        uplink = np.array([np.inf if rate is None else rate for rate in rates], np.float64)
+    else:
+        source["uplinks"] = NO_UPLINKS
+    return egress, ingress, uplink, source

@@ -9,7 +9,7 @@ import importlib.util
 
 import torch
 
-from hpcmoe.comm.carrier import Buffer
+from hpcmoe.comm.all_to_all import Buffer
 from hpcmoe.comm.rows import open_mover
 from hpcmoe.errors import ClusterError
 

@@ -1,7 +1,7 @@
 """Host or CUDA: where arrays live, how rows get from them into message buffers and back, and when they are there.
 
 On the host rows pass through memory that ranks share (hpcmoe.comm.window); GPUs have buffers of their own, and
-carriers between them (hpcmoe.comm.cuda, hpcmoe.comm.carrier).
+carriers between them (hpcmoe.comm.cuda, hpcmoe.comm.all_to_all).
 """
 
 import torch

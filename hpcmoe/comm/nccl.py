@@ -7,7 +7,7 @@ on the way is asked for at every poke: NCCL itself only stops.
 import contextlib
 import warnings
 
-from hpcmoe.comm.carrier import copy_own
+from hpcmoe.comm.all_to_all import copy_own
 from hpcmoe.environment import have_nccl_keep_order
 from hpcmoe.errors import ClusterError, on_all
 from hpcmoe.wait import broadcast

@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import torch
 
-from hpcmoe.comm.carrier import Buffer
+from hpcmoe.comm.all_to_all import Buffer
 from hpcmoe.comm.device import HostStream
 from hpcmoe.comm.rows import TorchMover
 

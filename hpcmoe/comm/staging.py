@@ -6,7 +6,7 @@ other rank's pinned memory, and from there to its device on the receive stream.
 
 from collections import deque
 
-from hpcmoe.comm.carrier import copy_own, may_begin, poke_all
+from hpcmoe.comm.all_to_all import copy_own, may_begin, poke_all
 
 PIECE_BYTES = 2**22  # long enough for a copy's and a message's full speed, short beside what a rank sends
 MOST_PIECES = 8  # of a leg that are on their way out, and as many on their way in

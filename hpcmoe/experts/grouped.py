@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from hpcmoe.comm.cuda import has_grouped_gemm
-from hpcmoe.experts.ffn import Expert, LocalExperts
+from hpcmoe.experts.feed_forward import Expert, LocalExperts
 from hpcmoe.experts.layer import MoELayer
 from hpcmoe.experts.shapes import MATRICES
 from hpcmoe.gemm import CudaGemm, find_gradient

@@ -10,18 +10,18 @@ import time
 import numpy as np
 
 from hpcmoe.errors import PlacementError
-from hpcmoe.placement.bounds import bound_layer
+from hpcmoe.placement.bounds.bounds import bound_layer
 from hpcmoe.placement.cost import layer_seconds
-from hpcmoe.placement.moves import most_seconds, rebuild
 from hpcmoe.placement.problem import check_problem
 from hpcmoe.placement.quotas import keeps_even, limit_ranks, loosen, room_of_node, spread_memory, usable_of_node
 from hpcmoe.placement.result import Spent, weigh
-from hpcmoe.placement.search import EQUAL, Budget, clear_up, improve
-from hpcmoe.placement.seats import seat_evenly
-from hpcmoe.placement.seeds import Kept, lay_as_eplb, lay_contiguous, lay_packed
-from hpcmoe.placement.shifts import MOST_NODES, shift_memory
-from hpcmoe.placement.terms import HOLE, Measure, make_layout, make_terms
-from hpcmoe.placement.warm import compile_all
+from hpcmoe.placement.search.anneal import EQUAL, Budget, clear_up, improve
+from hpcmoe.placement.search.balance_node import seat_evenly
+from hpcmoe.placement.search.layer_data import HOLE, Measure, make_layout, make_terms
+from hpcmoe.placement.search.memory_trades import MOST_NODES, shift_memory
+from hpcmoe.placement.search.moves import most_seconds, rebuild
+from hpcmoe.placement.search.seeds import Kept, lay_as_eplb, lay_contiguous, lay_packed
+from hpcmoe.placement.search.warm import compile_all
 
 LARGE = 2**20  # nodes x nodes x experts: from here on a seed takes tens of milliseconds
 LEAST_SECONDS = 1e-3  # of a layer's search, however late

@@ -1,1 +1,1 @@
-"""Many steps: data, model, training, inference, and the figures that come of them."""
+"""Many steps: training, inference, the optimizer, gradient sums, replicas, rebalancing."""

@@ -9,7 +9,7 @@ from mpi4py import MPI
 
 from hpcmoe.config import Config
 from hpcmoe.errors import TrainingError, on_all, raise_or_return
-from hpcmoe.run.balance import read_biases
+from hpcmoe.model.balance import read_biases
 from hpcmoe.run.state import BIAS, Place, State
 
 SMALL_EPSILON = 1e-12  # below it, a gradient's square that float32 makes 0 leaves steps of any size

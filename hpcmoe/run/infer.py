@@ -1,8 +1,8 @@
 """Inference: forward throughput of the stack, over a warm-up and then a measured window."""
 
-from hpcmoe.run.balance import update_load
-from hpcmoe.run.data import draw_starts
-from hpcmoe.run.progress import open_progress
+from hpcmoe.model.balance import update_load
+from hpcmoe.model.text import draw_starts
+from hpcmoe.report.progress import open_progress
 from hpcmoe.run.rebalance import Rebalancer
 from hpcmoe.run.train import layers_to_write, report_step
 

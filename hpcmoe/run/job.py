@@ -6,34 +6,34 @@ from dataclasses import dataclass
 import torch
 
 from hpcmoe.clock import Clock
+from hpcmoe.cluster.discover import Topology
 from hpcmoe.cluster.machine import count_own_cores
 from hpcmoe.cluster.mesh import Mesh
-from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.device import open_device
 from hpcmoe.comm.heap import keep_heap
 from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.transport import Loopback
 from hpcmoe.comm.window import check_shared_memory, open_window
 from hpcmoe.config import Config
-from hpcmoe.dispatch.exchange import Exchange
+from hpcmoe.dispatch.host import Exchange
 from hpcmoe.errors import ClusterError, keep_on_root, on_all, on_root
+from hpcmoe.model.language import make_model
+from hpcmoe.model.text import Text
 from hpcmoe.placement.problem import PlacementProblem, slots_for
-from hpcmoe.run.data import Text
-from hpcmoe.run.gpus import (
+from hpcmoe.prepare.budget import Room, reckon_room, share_gpus
+from hpcmoe.prepare.gpus import (
     choose_carrier,
     find_communicators,
     keep_gpu_memory,
     open_device_exchange,
     reckon_device_sizes,
 )
-from hpcmoe.run.layout import Layout, find_pace, lay_out, make_problem
-from hpcmoe.run.memory import Memory, reckon_memory
-from hpcmoe.run.meter import Meter
-from hpcmoe.run.model import make_model
-from hpcmoe.run.process import reckon_process
-from hpcmoe.run.room import Room, reckon_room, share_gpus
+from hpcmoe.prepare.memory import Memory, reckon_memory
+from hpcmoe.prepare.placement import Layout, find_pace, lay_out, make_problem
+from hpcmoe.prepare.process import reckon_process
+from hpcmoe.prepare.sizes import check_tags, find_routes, reckon_sizes
+from hpcmoe.report.meter import Meter
 from hpcmoe.run.step import Stepper
-from hpcmoe.run.ways import check_tags, find_routes, reckon_sizes
 from hpcmoe.wait import barrier, gather_to_all
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hpcmoe.comm.mpi import all_reduce
-from hpcmoe.run.sums import GradientSums
+from hpcmoe.run.gradient_sums import GradientSums
 
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  # our name: AdamW's
 

@@ -5,13 +5,13 @@ import logging
 
 import numpy as np
 
-from hpcmoe.cluster.demand import Loads, make_probability
-from hpcmoe.cluster.groups import fold_groups, fold_probability, list_groups
 from hpcmoe.experts.shapes import reckon_expert
-from hpcmoe.placement.adopt import Verdict, judge, layers_seconds, list_moves, move_seconds, standard_error
-from hpcmoe.run.layout import compare, weigh_layouts
-from hpcmoe.run.meter import sum_by_node
-from hpcmoe.run.moving import begin_move
+from hpcmoe.placement.demand import Loads, make_probability
+from hpcmoe.placement.groups import fold_groups, fold_probability, list_groups
+from hpcmoe.placement.migrate import Verdict, judge, layers_seconds, list_moves, move_seconds, standard_error
+from hpcmoe.prepare.placement import compare, weigh_layouts
+from hpcmoe.report.meter import sum_by_node
+from hpcmoe.run.migrate import begin_move
 from hpcmoe.wait import broadcast, gather_to_all
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def propose(job, tokens, step):
 
 def search_nearby(job, problem):
     """Search on from where the experts are -> (Layout, Moves)."""
-    from hpcmoe.placement.resettle import resettle  # imports numba and scipy: rank 0 alone pays for it
+    from hpcmoe.placement.refine import resettle  # imports numba and scipy: rank 0 alone pays for it
     from hpcmoe.placement.solve import Orders
 
     cluster, present = job.config.cluster, job.placement.expert_of_replica

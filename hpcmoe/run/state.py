@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from hpcmoe.experts.shapes import split_axis, weight_shape
-from hpcmoe.run.balance import read_biases, write_biases
+from hpcmoe.model.balance import read_biases, write_biases
 from hpcmoe.run.optimizer import MOMENTS, fresh_state
 
 LOAD, BIAS = "balance/load", "balance/bias"  # what the routers feel, and what it has made of their biases, [L, E]

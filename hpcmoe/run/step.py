@@ -6,11 +6,11 @@ import numpy as np
 
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.errors import attempt, on_all, raise_or_return
+from hpcmoe.model.language import Census
+from hpcmoe.model.text import Blank, read_micro_batches
 from hpcmoe.pipeline.engine import Engine
 from hpcmoe.pipeline.schedule import make_schedule
-from hpcmoe.run.data import Blank, read_micro_batches
-from hpcmoe.run.memory import ActivationGauge
-from hpcmoe.run.model import Census
+from hpcmoe.prepare.memory import ActivationGauge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

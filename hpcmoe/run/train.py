@@ -2,10 +2,10 @@
 
 import logging
 
-from hpcmoe.run.balance import move_biases, update_load
-from hpcmoe.run.data import draw_starts, even_starts, share_of
+from hpcmoe.model.balance import move_biases, update_load
+from hpcmoe.model.text import draw_starts, even_starts, share_of
+from hpcmoe.report.progress import open_progress
 from hpcmoe.run.finite import check_finite
-from hpcmoe.run.progress import open_progress
 from hpcmoe.run.rebalance import Rebalancer
 from hpcmoe.run.replicas import check_replicas
 

@@ -3,8 +3,8 @@
 import h5py
 import numpy as np
 
-from hpcmoe.cluster.demand import Loads
 from hpcmoe.errors import CheckpointError
+from hpcmoe.placement.demand import Loads
 from hpcmoe.write.hdf5 import one_line_faults, read_fact
 
 BY_NODE, BY_STEP, NODE_NAMES = "experts/tokens_of_node", "experts/utilisation/value", "cluster/node_names"

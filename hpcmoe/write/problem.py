@@ -5,8 +5,8 @@ import dataclasses
 import h5py
 import numpy as np
 
-from hpcmoe.cluster.demand import make_probability
 from hpcmoe.errors import CheckpointError
+from hpcmoe.placement.demand import make_probability
 from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.write.hdf5 import one_line_faults, read_fact
 from hpcmoe.write.loads import read_loads

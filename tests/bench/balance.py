@@ -12,16 +12,16 @@ from bench import ranks
 from bench.skew import skew_routers
 from tabulate import tabulate
 
-from hpcmoe.cluster.demand import find_loads
+from hpcmoe.cluster.discover import read_topology
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.cluster.topology import read_topology
 from hpcmoe.config import Cluster, Config, Dispatch, Pipeline, Run, Train
 from hpcmoe.errors import on_root
-from hpcmoe.run.balance import even_load
-from hpcmoe.run.data import find_text
+from hpcmoe.model.balance import even_load
+from hpcmoe.model.text import find_text
+from hpcmoe.placement.demand import find_loads
+from hpcmoe.report.totals import find_floors
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
-from hpcmoe.run.totals import find_floors
 from hpcmoe.run.train import train
 from hpcmoe.write.loads import read_loads
 

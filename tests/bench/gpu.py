@@ -21,17 +21,17 @@ from tabulate import tabulate
 from torch.nn.functional import gelu
 
 from hpcmoe.clock import Clock
-from hpcmoe.comm.carrier import DirectCarrier
-from hpcmoe.comm.choose import look, why_not_each
+from hpcmoe.comm.all_to_all import DirectCarrier
 from hpcmoe.comm.cuda import count_gpus, describe_gpu, find_missing, has_grouped_gemm
 from hpcmoe.comm.device import open_device
 from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.rows import TorchMover
-from hpcmoe.comm.trial import try_carrier
-from hpcmoe.dispatch.device_exchange import DeviceExchange, DeviceSizes
+from hpcmoe.comm.select import look, why_not_each
+from hpcmoe.comm.self_test import try_carrier
+from hpcmoe.dispatch.device import DeviceExchange, DeviceSizes
 from hpcmoe.dispatch.device_plan import DeviceBatch
 from hpcmoe.dispatch.routes import make_routes
-from hpcmoe.experts.ffn import Expert
+from hpcmoe.experts.feed_forward import Expert
 from hpcmoe.experts.grouped import GroupedExperts, find_grouped_gemm
 from hpcmoe.wait import gather_to_all
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from small import BY_CARRIER, open_small_job
 
-from hpcmoe.run.data import draw_starts
+from hpcmoe.model.text import draw_starts
 
 LAYERS, SEQUENCES, LENGTH = 2, 64, 1024  # of a rank
 SHAPE = {

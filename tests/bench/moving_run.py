@@ -11,12 +11,12 @@ from bench.placement_run import CONFIG, SEED
 from bench.skew import DrawnRouter, count_choices, make_weights, shift_weights
 from mpi4py import MPI
 
-from hpcmoe.cluster.demand import Loads
+from hpcmoe.cluster.discover import host_name, read_topology
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.cluster.topology import host_name, read_topology
 from hpcmoe.errors import exit_with, on_root
-from hpcmoe.run.balance import even_load
-from hpcmoe.run.data import find_text
+from hpcmoe.model.balance import even_load
+from hpcmoe.model.text import find_text
+from hpcmoe.placement.demand import Loads
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.rebalance import Rebalancer

@@ -5,14 +5,14 @@ import contextlib
 import torch
 from bench.stages import carry, finish
 
-from hpcmoe.cluster.demand import find_loads
+from hpcmoe.cluster.discover import read_topology
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.cluster.topology import read_topology
 from hpcmoe.config import Cluster, Config, Data, Dispatch, Model, Pipeline, Run
 from hpcmoe.errors import on_root
-from hpcmoe.experts.ffn import make_expert_weights
+from hpcmoe.experts.feed_forward import make_expert_weights
 from hpcmoe.experts.layer import Flight
-from hpcmoe.run.data import find_text
+from hpcmoe.model.text import find_text
+from hpcmoe.placement.demand import find_loads
 from hpcmoe.run.job import open_job
 from hpcmoe.write.loads import read_loads
 

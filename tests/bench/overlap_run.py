@@ -13,18 +13,18 @@ from bench.overlap import LANES, WAYS
 from mpi4py import MPI
 from torch import nn
 
-from hpcmoe.cluster.demand import find_loads
+from hpcmoe.cluster.discover import host_name, read_topology
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.cluster.topology import host_name, read_topology
 from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.config import Cluster, Comm, Config, Data, Dispatch, Model, Pipeline, Run
 from hpcmoe.errors import exit_with, on_root
-from hpcmoe.experts.pace import MOST_ROWS
-from hpcmoe.run.balance import even_load
-from hpcmoe.run.data import draw_starts, find_text
+from hpcmoe.experts.timing import MOST_ROWS
+from hpcmoe.model.balance import even_load
+from hpcmoe.model.text import draw_starts, find_text
+from hpcmoe.placement.demand import find_loads
+from hpcmoe.prepare.placement import find_pace
 from hpcmoe.run.job import open_job
-from hpcmoe.run.layout import find_pace
 from hpcmoe.wait import barrier
 from hpcmoe.write.loads import read_loads
 

@@ -13,15 +13,15 @@ from bench.skew import DrawnRouter, count_choices, make_weights
 from bench.stages import carry
 from mpi4py import MPI
 
-from hpcmoe.cluster.demand import Loads
+from hpcmoe.cluster.discover import host_name, read_topology
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.cluster.topology import host_name, read_topology
 from hpcmoe.config import Cluster, Config, Data, Model, Pipeline, Run
 from hpcmoe.errors import exit_with, on_root
 from hpcmoe.experts.layer import Flight
+from hpcmoe.model.balance import even_load
+from hpcmoe.model.text import draw_starts, find_text, read_micro_batches
 from hpcmoe.placement.cost import layer_seconds, tokens_on_links
-from hpcmoe.run.balance import even_load
-from hpcmoe.run.data import draw_starts, find_text, read_micro_batches
+from hpcmoe.placement.demand import Loads
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.train import train_step

@@ -9,7 +9,7 @@ from bench.shapes import write_shapes
 from launch import MPIRUN, ROOT, run
 from mpi4py import MPI
 
-from hpcmoe.cluster.topology import host_name
+from hpcmoe.cluster.discover import host_name
 from hpcmoe.errors import exit_with
 
 LIMIT_SECONDS = 1800.0

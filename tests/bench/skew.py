@@ -5,8 +5,8 @@ import torch
 
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.dispatch.router import Router
-from hpcmoe.run.balance import even_load
-from hpcmoe.run.data import draw_starts
+from hpcmoe.model.balance import even_load
+from hpcmoe.model.text import draw_starts
 
 OWN_SHARE = 0.85  # of a rack's tokens go to that rack's experts
 ZIPF = 0.3  # how much the experts of a rack differ: the k-th is chosen with weight k ** -ZIPF

@@ -10,13 +10,13 @@ from bench.pairs import compare, take_turns
 from bench.sums import AFTER, BESIDE
 from mpi4py import MPI
 
-from hpcmoe.cluster.demand import find_loads
+from hpcmoe.cluster.discover import host_name, read_topology
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.cluster.topology import host_name, read_topology
 from hpcmoe.config import Cluster, Config, Data, Model, Pipeline, Run, Train
 from hpcmoe.errors import exit_with, on_root
-from hpcmoe.run.balance import even_load
-from hpcmoe.run.data import find_text
+from hpcmoe.model.balance import even_load
+from hpcmoe.model.text import find_text
+from hpcmoe.placement.demand import find_loads
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.train import train_step

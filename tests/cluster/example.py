@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hpcmoe.cluster.nodes import Topology
+from hpcmoe.cluster.topology import Topology
 
 
 def example():

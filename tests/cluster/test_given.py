@@ -7,7 +7,7 @@ import pytest
 from cluster.example import example
 
 from hpcmoe.cluster.given import take_links
-from hpcmoe.cluster.nodes import NO_UPLINKS, PORTS_TAKEN, save_topology
+from hpcmoe.cluster.topology import NO_UPLINKS, PORTS_TAKEN, save_topology
 from hpcmoe.config import Cluster
 from hpcmoe.errors import ClusterError
 

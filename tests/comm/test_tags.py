@@ -5,10 +5,11 @@ import torch
 from moves import MOVES, assert_near, run_steps
 
 from hpcmoe.comm import mpi
-from hpcmoe.dispatch.device_exchange import DeviceSizes
+from hpcmoe.dispatch.device import DeviceSizes
 from hpcmoe.dispatch.sizes import Sizes
 from hpcmoe.errors import ConfigError
-from hpcmoe.run import sums, ways
+from hpcmoe.prepare import sizes as ways
+from hpcmoe.run import gradient_sums as sums
 
 LEAST_TAG_UB = 32767  # that the standard guarantees
 

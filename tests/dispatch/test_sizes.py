@@ -22,7 +22,7 @@ from hpcmoe.dispatch.sizes import (
     rows_of_parcel,
 )
 from hpcmoe.errors import ConfigError
-from hpcmoe.run.ways import reckon_sizes
+from hpcmoe.prepare.sizes import reckon_sizes
 
 
 @given(st.integers(1, 500), st.integers(0, 3000), st.integers(1, 4000), st.integers(1, 8), st.integers(8, 4096))

@@ -6,7 +6,7 @@ from kinks import draw_off_kinks
 from torch import nn
 
 from hpcmoe.experts import grouped
-from hpcmoe.experts.ffn import Expert
+from hpcmoe.experts.feed_forward import Expert
 from hpcmoe.experts.grouped import LARGE_WEIGHT, LONG_PRODUCT, GroupedExperts, can_group, is_long
 from hpcmoe.gemm import CudaGemm
 

@@ -9,7 +9,7 @@ from torch import nn
 from hpcmoe.config import Dispatch
 from hpcmoe.dispatch.plan import SlotChooser
 from hpcmoe.dispatch.router import Router
-from hpcmoe.experts.ffn import Expert, LocalExperts
+from hpcmoe.experts.feed_forward import Expert, LocalExperts
 from hpcmoe.experts.layer import Flight, MoELayer
 
 HIDDEN, FEED_FORWARD, NUM_EXPERTS, TOP_K, TOKENS = 4, 6, 3, 2, 11

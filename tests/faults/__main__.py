@@ -23,7 +23,7 @@ def copy_checkout(folder):
     """Copy what git knows, and what numba has compiled of it, times and all."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    compiled = [str(path.relative_to(ROOT)) for path in (ROOT / "hpcmoe/placement/__pycache__").glob("*.nb*")]
+    compiled = [str(path.relative_to(ROOT)) for path in (ROOT / "hpcmoe/placement/search/__pycache__").glob("*.nb*")]
     for name in filter(None, [*names, *compiled]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)

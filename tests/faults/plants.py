@@ -21,9 +21,9 @@ def plant(file, old, new, tests, ranks=0):
     return Fault(file=f"hpcmoe/{file}", old=old, new=new, tests=tuple(words), ranks=ranks)
 
 
-PLAN, EXCHANGE = "dispatch/test_plan.py", "dispatch/test_exchange.py"
+PLAN, EXCHANGE = "dispatch/test_plan.py", "dispatch/test_host.py"
 ORACLE = "run/test_oracle.py -k whatever_two"
-ROUTER, FFN, STATE = "dispatch/test_router.py", "experts/test_ffn.py", "run/test_state.py"
+ROUTER, FFN, STATE = "dispatch/test_router.py", "experts/test_feed_forward.py", "run/test_state.py"
 FAULTS = {
     # PLACEMENT: what a layout costs, and how the memory is dealt.
     "a link is priced the wrong way round": plant(
@@ -69,25 +69,25 @@ FAULTS = {
         "placement/test_result.py",
     ),
     "copies that stay are sent again": plant(
-        "placement/adopt.py", "~np.isin(new[slots], old[slots]) & (new", "(new", "placement/test_adopt.py"
+        "placement/migrate.py", "~np.isin(new[slots], old[slots]) & (new", "(new", "placement/test_migrate.py"
     ),
     "an expert comes from the farthest holder": plant(
-        "placement/adopt.py",
+        "placement/migrate.py",
         "np.lexsort((sends[holders // size], distance))[0]",
         "np.lexsort((sends[holders // size], distance))[-1]",
-        "placement/test_adopt.py",
+        "placement/test_migrate.py",
     ),
     "noise speaks for a move": plant(
-        "placement/adopt.py",
+        "placement/migrate.py",
         "cost_seconds + horizon * noise",
         "cost_seconds - horizon * noise",
-        "placement/test_adopt.py",
+        "placement/test_migrate.py",
     ),
     "a node's lightest expert is seated first": plant(
-        "placement/seats.py",
+        "placement/search/balance_node.py",
         "np.lexsort((experts, -weight[experts]",
         "np.lexsort((experts, weight[experts]",
-        "placement/test_seats.py",
+        "placement/search/test_balance_node.py",
     ),
     # PLAN: which copy takes which way.
     "parcels cut one token too many": plant(
@@ -124,26 +124,29 @@ FAULTS = {
     ),
     # EXPERTS
     "the gate's slope forgets the output's bias": plant(
-        "experts/ffn.py", "gate_slope += slope.float() @ self.down_bias.float()", "pass", FFN
+        "experts/feed_forward.py", "gate_slope += slope.float() @ self.down_bias.float()", "pass", FFN
     ),
     "the down matrix learns from slopes without gates": plant(
-        "experts/ffn.py",
+        "experts/feed_forward.py",
         'self.add_gradients("down", slope * gates, hidden)',
         'self.add_gradients("down", slope, hidden)',
         FFN,
     ),
     "a gated expert goes back through the wrong half": plant(
-        "experts/ffn.py", 'activate_back(slope * up, gate, "silu")', 'activate_back(slope * gate, gate, "silu")', FFN
+        "experts/feed_forward.py",
+        'activate_back(slope * up, gate, "silu")',
+        'activate_back(slope * gate, gate, "silu")',
+        FFN,
     ),
     "every shard adds the output's bias": plant(
-        "experts/ffn.py",
+        "experts/feed_forward.py",
         "    if tensor_index == 0:  # added once",
         "    if True:  # added once",
         "run/test_shapes.py",
         4,
     ),
     "biases are those of before the step": plant(
-        "experts/ffn.py", "        self.biases = {}\n        for matrix", "        for matrix", FFN
+        "experts/feed_forward.py", "        self.biases = {}\n        for matrix", "        for matrix", FFN
     ),
     # EXCHANGE and what carries it
     "mates are told before the rows are there": plant(
@@ -177,17 +180,17 @@ FAULTS = {
         "comm/test_pool.py",
     ),
     "a padded row is computed from what lay there": plant(
-        "dispatch/exchange.py",
+        "dispatch/host.py",
         "plan.row_of_entry < 0, berth.zero, berth",
         "plan.row_of_entry < 0, berth.results, berth",
         EXCHANGE,
         3,
     ),
     "sums from other nodes are weighed twice": plant(
-        "dispatch/exchange.py", "torch.where(torch.from_numpy(plan.is_sum), 1.0, gates.cpu())", "gates.cpu()", ORACLE, 3
+        "dispatch/host.py", "torch.where(torch.from_numpy(plan.is_sum), 1.0, gates.cpu())", "gates.cpu()", ORACLE, 3
     ),
     "the numbers of a landed parcel are another's": plant(
-        "dispatch/landing.py",
+        "dispatch/inbound.py",
         "numbers[:] = self.window.numbers[results]",
         "numbers[:] = self.window.numbers[results][::-1]",
         ORACLE,
@@ -201,7 +204,7 @@ FAULTS = {
         3,
     ),
     "home does not wait for messages": plant(
-        "dispatch/exchange.py",
+        "dispatch/host.py",
         "        if not all(ticket.done for ticket in berth.returns):\n            return False\n",
         "",
         "dispatch/test_delays.py",
@@ -209,7 +212,7 @@ FAULTS = {
     ),
     # SUMS and OPTIMIZER
     "a copy's gradient takes the others' place": plant(
-        "run/sums.py",
+        "run/gradient_sums.py",
         "                piece += row\n",
         "                piece.copy_(row)\n",
         "run/test_optimizer.py",
@@ -223,7 +226,7 @@ FAULTS = {
         4,
     ),
     "a bucket's end is summed again": plant(
-        "run/sums.py",
+        "run/gradient_sums.py",
         "self.num_started : end], max(end, self.num_started)",
         "self.num_started : end], self.num_started",
         "run/test_optimizer.py",
@@ -269,10 +272,10 @@ FAULTS = {
     ),
     # THE LOAD
     "biases push towards busy experts": plant(
-        "run/balance.py", "np.sign(1 - utilisation)", "np.sign(utilisation - 1)", "run/test_balance.py"
+        "model/balance.py", "np.sign(1 - utilisation)", "np.sign(utilisation - 1)", "model/test_balance.py"
     ),
     "the load forgets the past": plant(
-        "run/balance.py", "(utilisation - load) / window_steps", "(utilisation - load)", "run/test_balance.py"
+        "model/balance.py", "(utilisation - load) / window_steps", "(utilisation - load)", "model/test_balance.py"
     ),
     # CHECKPOINTS
     "a folder has its name before its files are on disk": plant(
@@ -303,13 +306,13 @@ FAULTS = {
         "write/writer.py", "dataclasses.replace(piece, array=array)", "piece", "write/test_writer.py", 3
     ),
     "another model's checkpoint is taken up": plant(
-        "run/facts.py",
+        "prepare/metadata.py",
         "if facts.get(key, wants) != wants]",
         "if key not in facts]",
-        "run/test_facts.py",
+        "prepare/test_metadata.py",
     ),
     "a checkpoint of another step is taken up": plant(
-        "run/facts.py", 'facts.get("step") != step or "num', '"num', "run/test_facts.py"
+        "prepare/metadata.py", 'facts.get("step") != step or "num', '"num', "prepare/test_metadata.py"
     ),
     # CONFIG and ERRORS
     "more choices than experts": plant(
@@ -335,13 +338,13 @@ FAULTS = {
     ),
     # DATA and RECORDS
     "shares of a batch overlap": plant(
-        "run/data.py",
+        "model/text.py",
         "num_items * (index + 1) // num_shares)",
         "num_items * (index + 1) // num_shares + 1)",
-        "run/test_data.py",
+        "model/test_text.py",
     ),
     "every step reads the same text": plant(
-        "run/data.py", "np.random.default_rng([seed, step])", "np.random.default_rng([seed, 0])", "run/test_data.py"
+        "model/text.py", "np.random.default_rng([seed, step])", "np.random.default_rng([seed, 0])", "model/test_text.py"
     ),
     "validation misses its last sequence": plant(
         "run/train.py",

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from hpcmoe.placement.problem import OBJECTIVES, PlacementProblem
 from hpcmoe.placement.quotas import limit_ranks, spread_memory
-from hpcmoe.placement.terms import HOLE, make_terms
+from hpcmoe.placement.search.layer_data import HOLE, make_terms
 
 EXPERT_BYTES = 1000
 

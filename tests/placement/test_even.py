@@ -13,10 +13,10 @@ from placement.problems import EXPERT_BYTES, make_problem
 
 from hpcmoe import place
 from hpcmoe.placement.cost import layer_seconds
-from hpcmoe.placement.maps import check_map
+from hpcmoe.placement.files.maps import check_map
 from hpcmoe.placement.problem import OBJECTIVES, slots_for
 from hpcmoe.placement.quotas import count_of_rank, describe_unevenness, keeps_even, limit_ranks
-from hpcmoe.placement.resettle import resettle
+from hpcmoe.placement.refine import resettle
 from hpcmoe.placement.solve import Orders, make_placement
 
 QUICK = {"iterations": 1000, "seconds": 1.0}

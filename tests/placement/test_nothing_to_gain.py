@@ -8,8 +8,8 @@ from numba.core.event import install_listener, trigger_event
 from placement.problems import make_problem
 
 from hpcmoe.placement import solve
+from hpcmoe.placement.search.warm import Announcer
 from hpcmoe.placement.solve import make_placement
-from hpcmoe.placement.warm import Announcer
 
 
 class Compiled(Exception):

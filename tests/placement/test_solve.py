@@ -15,8 +15,8 @@ from placement.problems import EXPERT_BYTES, has_place, make_problem, problems
 from hpcmoe.errors import PlacementError
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.problem import OBJECTIVES, slots_for
+from hpcmoe.placement.search.layer_data import HOLE
 from hpcmoe.placement.solve import compare_methods, make_placement
-from hpcmoe.placement.terms import HOLE
 
 FEW = {"iterations": 500, "seconds": 0.3}  # of this process
 ENOUGH = {"iterations": 5000, "seconds": 2.0}  # for the optimum of tiny problems

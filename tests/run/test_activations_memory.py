@@ -8,7 +8,7 @@ import torch
 from small import open_small_job
 from torch import nn
 
-from hpcmoe.run.memory import ActivationGauge, find_arrays, locate
+from hpcmoe.prepare.memory import ActivationGauge, find_arrays, locate
 from hpcmoe.wait import gather_to_all
 
 NEAR = 0.04  # relative: the rows of a portion are rounded up, tensors of a few numbers are not counted
@@ -85,7 +85,7 @@ def test_ranks_that_share_the_load_keep_what_is_reckoned_for_even_rows(comm, sha
     """With shards and with messages between nodes; where routers lean, the mean of the ranks is still even."""
     if case == "shards" and comm.size % 2:
         pytest.skip("needs an even number of ranks")
-    monkeypatch.setattr("hpcmoe.run.memory.FULLEST", 1.0)
+    monkeypatch.setattr("hpcmoe.prepare.memory.FULLEST", 1.0)
     changes = {"num_nodes": comm.size} if case == "nodes" else {"cluster__tensor_parallel": 2}
     with open_job(comm, shared, data__batch_sequences=6 * comm.size, **changes) as job:
         of_ranks = gather_to_all(comm, measure(job))

@@ -15,7 +15,7 @@ from small import BY_CARRIER, gather_logical, open_small_job
 from standin import Order, Stream, watch_job
 
 from hpcmoe.comm.reduce import HostReducer
-from hpcmoe.run.sums import GradientSums
+from hpcmoe.run.gradient_sums import GradientSums
 
 CASES = {
     "plain": {},

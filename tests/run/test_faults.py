@@ -12,7 +12,7 @@ import psutil
 import pytest
 from small import open_small_job
 
-from hpcmoe.run.data import draw_starts
+from hpcmoe.model.text import draw_starts
 from hpcmoe.wait import gather_to_all
 
 WARM_UP_STEPS, STEPS, REPEATS = 50, 30, 30

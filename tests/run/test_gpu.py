@@ -10,9 +10,9 @@ from against_oracle import check_against_oracle, whole_batches
 from moves import MOVES, assert_near, run_steps
 from small import BY_CARRIER, gather_logical, open_small_job
 
-from hpcmoe.comm.choose import look, why_not_each
 from hpcmoe.comm.device import open_device
-from hpcmoe.comm.trial import try_carrier
+from hpcmoe.comm.select import look, why_not_each
+from hpcmoe.comm.self_test import try_carrier
 from hpcmoe.wait import gather_to_all
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from small import Notes, open_small_job
 
-from hpcmoe.run.balance import read_biases, write_biases
+from hpcmoe.model.balance import read_biases, write_biases
 from hpcmoe.run.infer import infer
 
 

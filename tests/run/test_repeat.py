@@ -10,7 +10,7 @@ from covering import usually
 from small import open_small_job
 
 from hpcmoe.dispatch.arrivals import Arrivals
-from hpcmoe.run.data import draw_starts
+from hpcmoe.model.text import draw_starts
 
 NODES = {"num_nodes": 2, "comm__message_rows": 3}
 MODES = {

@@ -5,7 +5,7 @@ import pytest
 from placement.problems import make_problem
 
 from hpcmoe.placement.result import Spent, weigh
-from hpcmoe.run.figures import sampling_floor, spread_of_links, sums_of_links
+from hpcmoe.report.metrics import sampling_floor, spread_of_links, sums_of_links
 
 NUM_DRAWS = 3000
 

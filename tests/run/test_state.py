@@ -5,8 +5,8 @@ import pytest
 import torch
 from small import gather_logical, gather_pieces, open_small_job
 
-from hpcmoe.run.balance import read_biases, write_biases
-from hpcmoe.run.data import draw_starts
+from hpcmoe.model.balance import read_biases, write_biases
+from hpcmoe.model.text import draw_starts
 from hpcmoe.run.state import BIAS, LOAD
 from hpcmoe.wait import gather_to_all
 

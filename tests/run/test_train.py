@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small import Notes, open_small_job
 
-from hpcmoe.run.balance import read_biases
-from hpcmoe.run.data import even_starts
+from hpcmoe.model.balance import read_biases
+from hpcmoe.model.text import even_starts
 from hpcmoe.run.train import is_due, train, train_step, validate
 from hpcmoe.wait import gather_to_all
 

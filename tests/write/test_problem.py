@@ -8,7 +8,7 @@ import pytest
 from cases import make_case, make_domains, write_case
 
 from hpcmoe.errors import CheckpointError
-from hpcmoe.placement.case import read_case
+from hpcmoe.placement.files.case import read_case
 from hpcmoe.write.hdf5 import write_fact
 from hpcmoe.write.problem import describe_problem, read_problem
 

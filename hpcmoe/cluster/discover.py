@@ -1,0 +1,221 @@
+"""Where the ranks are: their nodes, racks, memory, cores, devices and links, each fact with its source."""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+
+from hpcmoe.cluster.given import take_links
+from hpcmoe.cluster.launcher import find_launched as find_launched  # found here too
+from hpcmoe.cluster.machine import count_cuda_devices, read_memory_bytes, read_own_quotas, whole_cores
+from hpcmoe.cluster.measure.cluster import find_slow_links, measure_links
+from hpcmoe.cluster.racks import find_racks
+from hpcmoe.cluster.topology import Topology
+from hpcmoe.environment import is_set, read_counts, read_memory, read_number, read_setting
+from hpcmoe.errors import on_all, on_root
+from hpcmoe.wait import barrier, broadcast, gather_to_all
+
+log = logging.getLogger(__name__)
+
+MOST_NAMED = 5  # slow links in one line
+MOST_DEVICES = 4096  # of a node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """What one rank sees of the node it sits on."""
+
+    leader: int  # the node's lowest rank
+    name: str
+    address: str  # Slurm's path of switches down to the node, "" where there is none
+    memory_bytes: int
+    devices: frozenset[str]
+    cores: frozenset[int]  # that it may be scheduled on
+    address_pattern: str = ""  # what the address's labels are, "" where Slurm does not say
+    cpu_quotas: tuple[tuple[str, float], ...] = ()  # (control group, CPUs) above this rank, outermost first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """The nodes and racks that the ranks sit in, before anything is known of what joins them."""
+
+    node_of_rank: np.ndarray  # [P] int64
+    seats_of_node: list[list[Seat]]
+    node_names: tuple[str, ...]  # [nodes]
+    rack_of_node: np.ndarray  # [nodes] int64
+    rack_names: tuple[str, ...]  # [racks]
+    rack_source: str
+
+
+def host_name():
+    """Name the node this rank is on: as the launcher calls it, else as Slurm does, else as the machine does."""
+    # mpirun's proxy sets its own for each node, so that it is right where Slurm's was only handed on.
+    return read_setting("PMI_HOSTNAME") or read_setting("SLURMD_NODENAME") or MPI.Get_processor_name()
+
+
+def read_topology(comm, cluster):
+    """Read where the ranks are, from MPI, Slurm, the system and [cluster] -> Topology. Collective over comm.
+
+    Raises ClusterError on all ranks when [cluster] or a links file does not fit the nodes.
+    """
+    seats = gather_to_all(comm, read_seat(comm))
+    site = on_root(comm, lambda: make_site(seats, cluster))  # racks come first: they tell what shares an uplink
+    measured = None
+    if cluster.links == "measure":
+        measured = measure_links(comm, site.node_of_rank, site.rack_of_node, cluster)
+    topology = on_root(comm, lambda: make_topology(site, cluster, measured))
+    if measured is not None:
+        tell_slow_links(comm, topology)
+    return topology
+
+
+def tell_slow_links(comm, topology):
+    """Log which links stayed far slower than others of their kind, by name."""
+    slow = find_slow_links(topology.bytes_per_second, topology.rack_of_node)
+    if slow and comm.rank == 0:
+        names = topology.node_names
+        told = [f"{names[i]} to {names[j]} ({share:.0%})" for i, j, share in slow[:MOST_NAMED]]
+        more = f" and {len(slow) - MOST_NAMED} more" * (len(slow) > MOST_NAMED)
+        log.warning("links far slower than the median of their kind, in a rack or between: %s%s", ", ".join(told), more)
+
+
+def read_seat(comm):
+    """Look around on this rank's node -> Seat. Collective over comm."""
+    barrier(comm)
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+    leader = broadcast(node, comm.rank)
+    node.Free()
+    return on_all(comm, lambda: look_around(leader))
+
+
+def look_around(leader):
+    """Make this rank's Seat; ClusterError where a variable that tells of it holds nonsense."""
+    return Seat(
+        leader=leader,
+        name=host_name(),
+        address=read_setting("SLURM_TOPOLOGY_ADDR"),
+        memory_bytes=usable_memory_bytes(),
+        devices=visible_devices(),
+        cores=frozenset(os.sched_getaffinity(0)),
+        address_pattern=read_setting("SLURM_TOPOLOGY_ADDR_PATTERN"),
+        cpu_quotas=read_own_quotas(),
+    )
+
+
+def make_site(seats, cluster):
+    """Gather the ranks' seats by node, and the nodes by rack -> Site. Raises ClusterError for racks that do not fit."""
+    node_of_rank = np.unique([seat.leader for seat in seats], return_inverse=True)[1].astype(np.int64)
+    seats_of_node = [[] for _ in range(max(node_of_rank) + 1)]
+    for node, seat in zip(node_of_rank, seats, strict=True):
+        seats_of_node[node].append(seat)
+    names = distinct([group[0].name for group in seats_of_node])
+    racks, source = find_racks(seats_of_node, names, cluster)
+    rack_names = tuple(dict.fromkeys(racks))
+    return Site(
+        node_of_rank=node_of_rank,
+        seats_of_node=seats_of_node,
+        node_names=names,
+        rack_of_node=np.array([rack_names.index(rack) for rack in racks], np.int64),
+        rack_names=rack_names,
+        rack_source=source,
+    )
+
+
+def make_topology(site, cluster, measured):
+    """Join the site, the config and the measured Links, if any -> Topology. Raises ClusterError where they misfit."""
+    if cluster.links == "measure":
+        links, source = measured, dict.fromkeys(("links", "ports", "uplinks"), "measured")
+    else:
+        links, source = take_links(cluster, site.node_names, site.rack_names)
+    seats_of_node = site.seats_of_node
+    memory = [cluster.memory_bytes_per_node or min(seat.memory_bytes for seat in group) for group in seats_of_node]
+    return Topology(
+        node_of_rank=site.node_of_rank,
+        node_names=site.node_names,
+        rack_of_node=site.rack_of_node,
+        rack_names=site.rack_names,
+        bytes_per_second=links.bytes_per_second,
+        latency_seconds=links.latency_seconds,
+        egress_bytes_per_second=links.egress_bytes_per_second,
+        ingress_bytes_per_second=links.ingress_bytes_per_second,
+        uplink_bytes_per_second=links.uplink_bytes_per_second,
+        memory_bytes=np.array(memory, np.int64),
+        devices_of_node=count_devices(seats_of_node),
+        cores_of_node=np.array([count_cores(group) for group in seats_of_node], np.int64),
+        source={
+            "nodes": "MPI split by shared memory",
+            "racks": site.rack_source,
+            **source,
+            "memory": "config" if cluster.memory_bytes_per_node else "system",
+            "devices": "system",
+            "cores": "system",
+        },
+    )
+
+
+def distinct(names):
+    """Number the names that come again -> tuple of names, all different."""
+    made = []
+    for name in names:
+        candidates = [name, *(f"{name}.{k}" for k in range(1, len(names)))]
+        made.append(next(candidate for candidate in candidates if candidate not in made))
+    return tuple(made)
+
+
+def count_devices(seats_of_node):
+    """Count the devices that a node's ranks see together -> [nodes] int64."""
+    return np.array([len(frozenset.union(*(seat.devices for seat in group))) for group in seats_of_node], np.int64)
+
+
+def count_cores(seats):
+    """Count the cores that a node's ranks can keep busy together, by affinity and quotas."""
+    return whole_cores(usable_cpus(seats, 0))
+
+
+def usable_cpus(seats, depth):
+    """Find what the quotas below `depth` leave these ranks, and their affinity -> CPUs.
+
+    The ranks in a control group share its quota; those in different groups, steps or containers, have each their own.
+    """
+    groups, free = {}, []
+    for seat in seats:
+        if len(seat.cpu_quotas) > depth:
+            groups.setdefault(seat.cpu_quotas[depth], []).append(seat)
+        else:
+            free.append(seat)
+    cpus = sum(min(quota, usable_cpus(group, depth + 1)) for (_, quota), group in groups.items())
+    return min(cpus + count_affine(free), count_affine(seats))
+
+
+def count_affine(seats):
+    """Count the cores that any of these ranks may be scheduled on."""
+    return len(frozenset().union(*(seat.cores for seat in seats)))
+
+
+def usable_memory_bytes():
+    """Find how much memory this node's ranks may use: the system's limits, or Slurm's where that is less."""
+    per_node, per_cpu, per_gpu = (read_memory(f"SLURM_MEM_PER_{what}") for what in ("NODE", "CPU", "GPU"))
+    allotted = [per_node, per_cpu * count_allotted_cpus(), per_gpu * read_number("SLURM_GPUS_ON_NODE")]
+    return min([read_memory_bytes(), *(num_bytes for num_bytes in allotted if num_bytes)])  # 0 is all there is
+
+
+def count_allotted_cpus():
+    """Count the CPUs that Slurm has given on this node, 0 where it does not say: the least of the nodes' if unsure."""
+    of_nodes, node = read_counts("SLURM_JOB_CPUS_PER_NODE"), read_number("SLURM_NODEID", default=sys.maxsize)
+    of_job = of_nodes[node] if node < len(of_nodes) else min(of_nodes, default=0)
+    return read_number("SLURM_CPUS_ON_NODE") or of_job
+
+
+def visible_devices():
+    """Name the CUDA devices that this rank may use; two ranks' names of one device are equal."""
+    present = frozenset(map(str, range(count_cuda_devices())))
+    if not present or not is_set("CUDA_VISIBLE_DEVICES"):
+        return present
+    chosen = read_setting("CUDA_VISIBLE_DEVICES")
+    # Slurm may show each of a node's tasks a device 0 of its own: then its count for the node is the truth.
+    if chosen and read_setting("SLURM_GPUS_ON_NODE"):
+        return frozenset(map(str, range(read_number("SLURM_GPUS_ON_NODE", most=MOST_DEVICES))))
+    return frozenset(chosen.split(",")) - {"", "-1", "NoDevFiles"}

@@ -1,0 +1,66 @@
+"""A carrier tried on a small exchange: every rank's rows must reach every other whole."""
+
+import time
+
+import numpy as np
+import torch
+
+from hpcmoe.comm.all_to_all import Leg
+from hpcmoe.comm.mpi import open_mpi_transport
+from hpcmoe.comm.select import open_carrier
+from hpcmoe.errors import ClusterError, on_all
+from hpcmoe.wait import Patience
+
+ROW_BYTES, ROWS = 4096, 256  # 1 MB for each rank
+DEADLINE_SECONDS = 30.0
+TIMES = 3  # of which the fastest counts
+
+
+def try_carrier(kind, comm, device):
+    """Send 1 MB from each rank to each -> bytes per second that left a rank. Collective over comm.
+
+    Raises ClusterError on all ranks when rows come late or wrong.
+    """
+    with (
+        open_mpi_transport(comm, ROW_BYTES, begin_thread=device.enter_thread) as transport,
+        open_carrier(kind, comm, device, ROW_BYTES, transport) as carrier,
+    ):
+        send = device.make_buffer(comm.size * ROWS, ROW_BYTES)
+        receive = device.make_buffer(comm.size * ROWS, ROW_BYTES)
+        edges = np.arange(comm.size + 1) * ROWS
+        seconds = []
+        for number in range(TIMES):
+            send.tensor.copy_(pattern(comm.rank, np.arange(comm.size), number, device))
+            leg = Leg(tag=number, name="trial", send=send, send_edges=edges, receive=receive, receive_edges=edges)
+            seconds.append(on_all(comm, lambda leg=leg: carry(carrier, leg, device)))
+            expected = pattern(np.arange(comm.size), comm.rank, number, device)
+            on_all(comm, lambda expected=expected: compare(receive.tensor, expected, comm.size))
+        return comm.size * ROWS * ROW_BYTES / min(seconds)
+
+
+def pattern(source, target, number, device):
+    """Bytes that tell from whom to whom they go, and when -> [P * ROWS, 1] uint8 on the device."""
+    of_pair = (7 * source + 13 * target + 101 * number + 1) % 251
+    rows = of_pair[:, None] + np.arange(ROWS)
+    return torch.from_numpy((rows % 256).astype(np.uint8)).to(device.torch_device).reshape(-1, 1)
+
+
+def carry(carrier, leg, device):
+    """Carry a leg to its end -> seconds. Raises ClusterError when it takes too long."""
+    begun, patience = time.perf_counter(), Patience()
+    pending = carrier.start(leg, device.compute.record_event(), None)
+    while not (pending.landed and pending.gone and pending.is_over()):
+        if not carrier.poke():
+            patience.pause()
+        if time.perf_counter() - begun > DEADLINE_SECONDS:
+            raise ClusterError(f"{carrier.name}: not done after {DEADLINE_SECONDS:.0f} s")
+    device.compute.wait_event(pending.event)
+    return time.perf_counter() - begun
+
+
+def compare(received, expected, num_ranks):
+    """Raise ClusterError where rows are not those that were sent."""
+    wrong = (received != expected).any(dim=1).view(num_ranks, ROWS).any(dim=1)
+    if wrong.any():
+        ranks = ", ".join(map(str, wrong.nonzero().flatten().tolist()))
+        raise ClusterError(f"rows of ranks {ranks} came wrong")

@@ -1,0 +1,1 @@
+"""Placements and placement problems as files, ours and those of other engines."""

@@ -1,0 +1,152 @@
+"""A placement problem as a JSON file, CASE.json: read, checked key by key, and made into arrays."""
+
+from typing import Annotated
+
+import numpy as np
+from annotated_types import Interval
+from pydantic import BaseModel, BeforeValidator, ValidationError
+
+from hpcmoe.errors import ConfigError, PlacementError
+from hpcmoe.messages import one_line
+from hpcmoe.placement.files.checks import (
+    and_more,
+    explain,
+    find_bad_numbers,
+    find_lack,
+    find_misfits,
+    find_overflow,
+    number_racks,
+    shorten,
+)
+from hpcmoe.placement.problem import PlacementProblem
+from hpcmoe.reading import read_json
+
+MOST_BYTES = 2**62  # a node's memory is counted in 64 bits
+
+
+def whole(value):
+    """Take 16.0 for 16, as JSON does not tell them apart."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(whole), Interval(ge=1, lt=2**31)]
+Whole = Annotated[int, BeforeValidator(whole), Interval(ge=0, lt=2**31)]
+Rows = list[list[float]]
+Links = list[list[float | None]]  # the diagonal may be null
+
+
+class Case(BaseModel, strict=True, frozen=True, extra="ignore"):
+    """What a case file holds, as its keys have it; only types are checked yet."""
+
+    E: Count  # experts of a layer
+    G: Count  # ranks, one GPU each
+    nodes: Count
+    layers: Count
+    slots_per_gpu: Count  # experts of one layer that a rank has room for
+    rank_to_node: list[Whole]  # [G]
+    B: Links  # [nodes][nodes] bytes/s from row to column
+    L: Links  # [nodes][nodes] s
+    M: list[float]  # [nodes] bytes for experts of all layers
+    expert_bytes: Annotated[int, BeforeValidator(whole), Interval(ge=1, lt=MOST_BYTES)]  # an expert of one layer
+    bytes_per_token: float
+    home_tokens_per_rank: list[float]  # [G] copies: tokens x top-k
+    P: Rows | None = None  # [layers][E]
+    replicate: bool
+    seconds_per_token: float | None = None
+    nic_out: list[float] | None = None  # [nodes] bytes/s
+    nic_in: list[float] | None = None  # [nodes] bytes/s
+    rack: list[int] | list[str] | None = None  # [nodes]
+    uplink: list[float] | None = None  # [racks] bytes/s
+    P_src_node_domain_weights: Rows | None = None  # [nodes][D]
+    P_domain: list[Rows] | None = None  # [layers][D][E]
+
+
+def read_case(path, objective="step", count_latency=False):
+    """Read and check a case file -> (PlacementProblem, notes on what was ignored or assumed).
+
+    Raises ConfigError or PlacementError with one line a fault: file, key, index, arithmetic.
+    """
+    tree = read_tree(path)
+    notes = make_notes(tree, objective)
+    try:
+        case = Case.model_validate(tree)
+    except ValidationError as invalid:
+        refuse(path, explain(invalid.errors()), ConfigError)
+    refuse(path, find_misfits(case), ConfigError)
+    refuse(path, find_bad_numbers(case), ConfigError)
+    problem = make_problem(case, objective, count_latency)
+    refuse(path, find_overflow(problem), ConfigError)
+    refuse(path, find_lack(problem), PlacementError)
+    return problem, notes
+
+
+def read_tree(path):
+    """Read a JSON object -> dict."""
+    tree = read_json(path)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{one_line(path)}: must hold one JSON object, not {shorten(tree)}")
+    return tree
+
+
+def refuse(path, lines, error):
+    """Raise the error with the file's name before each line, if there is one."""
+    if lines := [f"{one_line(path)}: {line}" for line in lines]:
+        raise error("\n".join(lines))
+
+
+def make_notes(tree, objective):
+    """List what a reader should know of how the file was taken."""
+    notes = []
+    if unknown := sorted(set(tree) - set(Case.model_fields)):
+        names = ", ".join(map(shorten, unknown[:8])) + and_more(len(unknown) - 8)
+        notes.append(f"unknown keys ignored: {names}")
+    if tree.get("P_domain") is not None and tree.get("P") is not None:
+        notes.append("P is not used: P_src_node_domain_weights and P_domain give each node its own")
+    if objective == "step" and tree.get("seconds_per_token") is None:
+        notes.append("seconds_per_token is not given and taken as 0: computing costs nothing")
+    return notes
+
+
+def make_problem(case, objective, count_latency):
+    """State the problem of a case whose numbers are good -> PlacementProblem."""
+    diagonal = np.eye(case.nodes, dtype=bool)
+    rates = np.where(diagonal, 0.0, np.array(case.B, np.float64))
+    rack = case.rack or [0] * case.nodes
+    uplink = case.uplink or [np.inf] * len(set(rack))
+    return PlacementProblem(
+        num_layers=case.layers,
+        num_experts=case.E,
+        slots_per_rank=case.slots_per_gpu,
+        replicate=case.replicate,
+        node_of_rank=np.array(case.rank_to_node, np.int64),
+        rack_of_node=np.array(number_racks(rack, len(uplink)), np.int64),
+        bytes_per_second=np.where(diagonal, np.inf, rates),
+        latency_seconds=np.where(diagonal, 0.0, np.array(case.L, np.float64)),
+        egress_bytes_per_second=make_ports(case.nic_out, rates.max(axis=1)),
+        ingress_bytes_per_second=make_ports(case.nic_in, rates.max(axis=0)),
+        uplink_bytes_per_second=np.array(uplink, np.float64),
+        memory_bytes=np.array([min(int(num_bytes), MOST_BYTES) for num_bytes in case.M], np.int64),
+        expert_bytes=case.expert_bytes,
+        bytes_per_token=case.bytes_per_token,
+        seconds_per_token=case.seconds_per_token or 0.0,
+        tokens_of_rank=np.array(case.home_tokens_per_rank, np.float64),
+        probability=make_probability(case),
+        objective=objective,
+        count_latency=count_latency,
+        node_names=tuple(f"n{node}" for node in range(case.nodes)),
+    )
+
+
+def make_ports(given, fastest_link):
+    """Take the ports as given, else as fast as their nodes' fastest links -> bytes/s [nodes], inf for a lone node."""
+    return np.array(np.where(fastest_link > 0, fastest_link, np.inf) if given is None else given, np.float64)
+
+
+def make_probability(case):
+    """Find each expert's probability for the tokens of each node -> [layers, nodes, E]; rows sum to 1."""
+    if case.P_domain is None:
+        of_layer = np.array(case.P, np.float64)[:, None, :]  # [layers, 1, E]
+    else:
+        of_layer = np.array(case.P_src_node_domain_weights) @ np.array(case.P_domain, np.float64)
+    of_layer = of_layer / of_layer.sum(axis=-1, keepdims=True)
+    return np.broadcast_to(of_layer, (case.layers, case.nodes, case.E))

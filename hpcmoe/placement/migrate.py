@@ -1,0 +1,116 @@
+"""Whether experts should move: the copies that would, what that costs, what it gains, and the rule that weighs both."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpcmoe.placement.cost import counted, resource_seconds
+from hpcmoe.placement.search.layer_data import HOLE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moves:
+    """Copies that come to ranks which lack them, [n] each, layer by layer; each is fetched from one holder."""
+
+    layer: np.ndarray
+    expert: np.ndarray
+    source: np.ndarray  # rank
+    source_slot: np.ndarray  # of that rank
+    target: np.ndarray  # rank
+    target_slot: np.ndarray
+
+    def __len__(self):
+        return len(self.layer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a change of placement would gain and cost, and whether to make it."""
+
+    moves: Moves
+    num_bytes: int  # that travel, in one expert-parallel group
+    seconds_before: float  # of a step's busiest resources, under the loads now known
+    seconds_after: float
+    gain_seconds: float  # over the horizon
+    noise_seconds: float  # by which the sampling of tokens may have made that gain, over the horizon
+    cost_seconds: float  # of the move
+    adopted: bool
+
+
+def keep_slots(old, new, slots_per_rank):
+    """Order each rank's slots of a layout so that what stays on a rank stays in its slot: old, new [S] -> [S]."""
+    kept = np.full_like(new, HOLE)
+    for rank in range(len(new) // slots_per_rank):
+        slots = np.arange(rank * slots_per_rank, (rank + 1) * slots_per_rank)
+        stays = np.isin(old[slots], new[slots]) & (old[slots] != HOLE)
+        kept[slots[stays]] = old[slots[stays]]
+        comes = new[slots][~np.isin(new[slots], old[slots]) & (new[slots] != HOLE)]
+        empty_before = old[slots] == HOLE
+        free = np.concatenate([slots[~stays & ~empty_before], slots[~stays & empty_before]])
+        kept[free[: len(comes)]] = comes
+    return kept
+
+
+def list_moves(problem, old, new):
+    """List what must travel from layouts [L, S] to layouts whose slots are kept -> Moves.
+
+    Each copy comes from the nearest rank that holds it; of several, from the one that has least to send so far.
+    """
+    size, rows, sends = problem.slots_per_rank, [], np.zeros(problem.num_ranks, np.int64)
+    for layer, slot in np.argwhere((new != old) & (new != HOLE)).tolist():
+        expert, target = int(new[layer, slot]), slot // size
+        holders = np.flatnonzero(old[layer] == expert)
+        distance = problem.distance[problem.node_of_rank[holders // size], problem.node_of_rank[target]]
+        nearest = holders[np.lexsort((sends[holders // size], distance))[0]]
+        sends[nearest // size] += 1
+        rows.append((layer, expert, nearest // size, nearest % size, target, slot % size))
+    columns = np.array(rows, np.int64).reshape(-1, 6).T
+    return Moves(**dict(zip(Moves.__slots__, columns, strict=True)))
+
+
+def move_seconds(problem, moves, bytes_of_expert):
+    """Predict how long moves take: bytes over bandwidth of the link, port, uplink or memory that has most to do."""
+    nodes = problem.node_of_rank
+    sent = np.zeros((problem.num_nodes, problem.num_nodes))
+    np.add.at(sent, (nodes[moves.source], nodes[moves.target]), float(bytes_of_expert))
+    crossing = np.where(np.eye(len(sent)), 0.0, sent)
+    racks = (problem.rack_of_node[:, None] == np.arange(len(problem.uplink_bytes_per_second))).astype(np.float64)
+    between = racks.T @ crossing @ racks
+    np.fill_diagonal(between, 0.0)
+    seconds = [
+        sent / problem.bytes_per_second,
+        crossing.sum(axis=1) / problem.egress_bytes_per_second,
+        crossing.sum(axis=0) / problem.ingress_bytes_per_second,
+        between.sum(axis=1) / problem.uplink_bytes_per_second,
+        between.sum(axis=0) / problem.uplink_bytes_per_second,
+    ]
+    return max(float(array.max(initial=0.0)) for array in seconds)
+
+
+def layers_seconds(problem, expert_of_replica, split, ways):
+    """Predict the seconds of each layer's busiest resource in a step -> [L].
+
+    split [L, nodes, S] or None as a placement's; ways = (times that rows cross links, experts' passes over forward's).
+    """
+    crossings, passes = ways
+    taken = np.zeros(problem.num_layers)
+    for layer, experts in enumerate(expert_of_replica):
+        seconds = resource_seconds(problem, layer, experts, None if split is None else split[layer])
+        taken[layer] = max(
+            (passes if name == "rank" else crossings) * float(seconds[name].max(initial=0.0))
+            for name in counted(problem.objective)
+        )
+    return taken
+
+
+def judge(gains, noise, cost_seconds, horizon, margin):
+    """Weigh a move: H (J(old) - J(new)) > (1 + h) cost + H sigma -> whether to make it.
+
+    gains: seconds a step; noise: their standard error; horizon: steps for which the loads are trusted to hold.
+    """
+    return horizon * gains > (1 + margin) * cost_seconds + horizon * noise
+
+
+def standard_error(gains, number):
+    """The standard error of the mean of so many gains, by how far some, at least two, lie apart."""
+    return float(np.std(gains, ddof=1) / number**0.5)

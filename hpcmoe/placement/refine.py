@@ -1,0 +1,77 @@
+"""From a placement to a better one nearby: the search goes on from where the experts are, and few of them may move."""
+
+import time
+
+import numpy as np
+
+from hpcmoe.placement.bounds.bounds import bound_layer
+from hpcmoe.placement.cost import layer_seconds
+from hpcmoe.placement.migrate import keep_slots
+from hpcmoe.placement.quotas import loosen, spread_memory, stretch_limits
+from hpcmoe.placement.search.anneal import EQUAL, Budget, clear_up, improve
+from hpcmoe.placement.search.layer_data import HOLE, make_terms
+from hpcmoe.placement.search.warm import compile_all
+from hpcmoe.placement.solve import LEAST_SECONDS, PROPOSALS_TO_TIDY, adopt_memory, fits, narrow, widen
+
+LEAST_GAIN = 0.005  # of a layer's cost; for less nothing moves
+
+
+def resettle(problem, present, most_moves, orders):
+    """Search on from layouts [L, S] by solve's Orders -> layouts [L, S] that cost no more, what stays in its slot.
+
+    In each layer at most most_moves copies come to ranks that lack them; those that do not help stay. Where present is
+    less even than it must be, no rank strays further.
+    """
+    compile_all()
+    begun, most_of_node = time.perf_counter(), spread_memory(problem)
+    adopt_memory(problem, most_of_node, present)
+    settled, bounded = present.copy(), loosen(problem, present)
+    for layer in range(problem.num_layers):
+        terms = make_terms(problem, layer, stretch_limits(problem, most_of_node[layer], present[layer]))
+        start = narrow(problem, terms, present[layer])
+        if start is None or not fits(terms, start):  # it was laid by other limits: leave it
+            continue
+        terms = terms._replace(stays=list_held(start, problem.num_experts), most_moves=np.int64(most_moves))
+        left = (begun + orders.seconds - time.perf_counter()) / (problem.num_layers - layer)
+        budget = Budget(
+            seconds=max(left, LEAST_SECONDS),
+            proposals=orders.iterations,
+            goal=bound_layer(bounded, layer, most_of_node[layer]),
+        )
+        found = improve(terms, start, (orders.seed, layer), budget).expert_at
+        found = clear_up(terms, found, (orders.seed, layer), PROPOSALS_TO_TIDY)
+        new = keep_slots(present[layer], widen(problem, found), problem.slots_per_rank)
+        new = spare_moves(problem, layer, present[layer], new, terms)
+        new = keep_slots(present[layer], new, problem.slots_per_rank)
+        before, after = (layer_seconds(problem, layer, experts) for experts in (present[layer], new))
+        if after < before * (1 - LEAST_GAIN):
+            settled[layer] = new
+    return settled
+
+
+def list_held(expert_at, num_experts):
+    """Tell which rank holds which expert: [P, s] -> bool [P, E]."""
+    held = np.zeros((len(expert_at), num_experts), bool)
+    rank, slot = np.nonzero(expert_at != HOLE)
+    held[rank, expert_at[rank, slot]] = True
+    return held
+
+
+def spare_moves(problem, layer, old, new, terms):
+    """Take back what moved without need: slot by slot, as long as the layer costs no more; old, new [S] -> [S]."""
+    limit = layer_seconds(problem, layer, new) * EQUAL
+    for slot in np.flatnonzero(old != new):
+        back = take_back(old, new, slot)
+        at = narrow(problem, terms, back)
+        if at is not None and fits(terms, at) and layer_seconds(problem, layer, back) <= limit:
+            new = back
+    return new
+
+
+def take_back(old, new, slot):
+    """Give one slot what it had, and what it has to the slot where that went, or that it came from: [S] -> [S]."""
+    had, has, back = old[slot], new[slot], new.copy()
+    went = (new == had) & (old != had) if had != HOLE else (new == HOLE) & (old == has)
+    back[slot] = had
+    back[np.flatnonzero(went & (new != has))[:1]] = has
+    return back

@@ -1,0 +1,1 @@
+"""Local search: one layer's replicas moved and exchanged, annealed, in compiled code."""

@@ -1,0 +1,167 @@
+"""Which move to try next: three in four where the busiest resource can be relieved, the others anywhere."""
+
+import numpy as np
+
+from hpcmoe.placement.search.layer_data import HOLE
+from hpcmoe.placement.search.moves import compiled, holds, inlined
+
+
+@compiled
+def draw(random, below):
+    """Draw an integer from 0 to below - 1, by xorshift64* (Vigna 2016, doi:10.1145/2845077); random is [1] uint64."""
+    x = random[0]
+    x ^= x >> np.uint64(12)
+    x ^= x << np.uint64(25)
+    x ^= x >> np.uint64(27)
+    random[0] = x
+    high = x * np.uint64(2685821657736338717) >> np.uint64(32)
+    return np.int64(high * np.uint64(below) >> np.uint64(32))
+
+
+@inlined
+def draw_rank(t, random, node):
+    """Draw one of a node's ranks; of all ranks where the node is HOLE or has none."""
+    if node != HOLE:
+        first, end = t.first_of_node[node], t.first_of_node[node + 1]
+        if end > first:
+            return t.rank_by_node[first + draw(random, end - first)]
+    return draw(random, len(t.node_of_rank))
+
+
+@inlined
+def draw_wanted(t, random, node):
+    """Draw an expert, rather one that the node's tokens ask for: the best of a few."""
+    demand = t.demand
+    best = draw(random, demand.shape[1])
+    for _ in range(draw(random, 4)):
+        other = draw(random, demand.shape[1])
+        if demand[node, other] > demand[node, best]:
+            best = other
+    return best
+
+
+@inlined
+def draw_from(t, s, random, sender, receiver):
+    """Draw an expert that the receiving node holds and the sending one lacks, rather one it sends much for."""
+    best, most = HOLE, 0.0
+    for _ in range(3):
+        rank = draw_rank(t, random, receiver)
+        expert = s.expert_at[rank, draw(random, t.most_of_rank[rank])]
+        if expert != HOLE and s.copies[sender, expert] == 0:
+            share = t.demand[sender, expert] / s.num_copies[expert]
+            if share > most:
+                best, most = expert, share
+    return best
+
+
+@compiled
+def draw_victim(t, s, random, rank):
+    """Draw one of a rank's slots: of a few, the one whose expert is wanted least, on its node or by all for a copy."""
+    node, best, least = t.node_of_rank[rank], 0, np.inf
+    here, tries = draw(random, 2) == 0, 1 + draw(random, 3)
+    for _ in range(tries):
+        slot = draw(random, t.most_of_rank[rank])
+        expert, wanted = s.expert_at[rank, slot], -1.0
+        if expert != HOLE:
+            wanted = t.demand[node, expert] if here else t.tokens[expert] / s.num_copies[expert]
+        if wanted < least:
+            best, least = slot, wanted
+    return best
+
+
+@compiled
+def aim(t, random, k):
+    """Name what resource k joins -> (sending node, receiving node, rank), HOLE where it has none."""
+    num_nodes, num_racks = len(t.rack_of_node), len(t.uplink_cost)
+    first_port, first_uplink = num_nodes * num_nodes, num_nodes * (num_nodes + 2)
+    if k < first_port:
+        return k // num_nodes, k % num_nodes, HOLE
+    if k >= first_uplink + 2 * num_racks:
+        return HOLE, HOLE, k - first_uplink - 2 * num_racks
+    if k < first_uplink:
+        node, outwards = (k - first_port) % num_nodes, k < first_port + num_nodes
+    else:
+        node, outwards = draw(random, num_nodes), k < first_uplink + num_racks
+        for _ in range(num_nodes):  # a rack may be without nodes
+            if t.rack_of_node[node] == (k - first_uplink) % num_racks:
+                break
+            node = (node + 1) % num_nodes
+    return (node, HOLE, HOLE) if outwards else (HOLE, node, HOLE)
+
+
+@compiled
+def choose_rank(t, s, random, busiest):
+    """Choose a rank whose contents to change, and perhaps an expert that it should get -> (rank, expert)."""
+    sender, receiver, rank = HOLE, HOLE, HOLE
+    if draw(random, 4) > 0:
+        sender, receiver, rank = aim(t, random, busiest)
+    if rank != HOLE:  # it computes too long: change it, or copy one of its experts to another
+        if t.replicate and draw(random, 2) == 0:
+            return draw_rank(t, random, HOLE), s.expert_at[rank, draw(random, t.most_of_rank[rank])]
+        return rank, HOLE
+    if sender != HOLE and receiver == HOLE:
+        return draw_rank(t, random, sender), draw_wanted(t, random, sender)
+    if sender != HOLE and draw(random, 2) == 0:
+        target = draw_rank(t, random, sender if draw(random, 2) == 0 else HOLE)
+        return target, draw_from(t, s, random, sender, receiver)
+    return draw_rank(t, random, receiver), HOLE
+
+
+@compiled
+def propose(t, s, random, busiest):
+    """Think of a move -> (rank a, its slot, rank b, its slot); b is HOLE, and its slot an expert, to replace a's."""
+    a, wish = choose_rank(t, s, random, busiest)
+    slot = draw_victim(t, s, random, a)
+
+    # Replace what is there: by what is wished for, else by what the node wants, else by nothing.
+    if t.replicate and draw(random, 2) == 0:
+        if wish == HOLE and draw(random, 16) > 0:
+            wish = draw_wanted(t, random, t.node_of_rank[a])
+        return a, slot, HOLE, wish
+
+    # Exchange it: for what is wished for, else for anything.
+    b = draw_rank(t, random, HOLE)
+    if wish != HOLE:
+        b = s.rank_of_copy[wish, draw(random, s.num_copies[wish])]
+        for other in range(s.expert_at.shape[1]):
+            if s.expert_at[b, other] == wish:
+                return a, slot, b, other
+    return a, slot, b, draw(random, t.most_of_rank[b])
+
+
+@inlined
+def more_moves(t, e, a, f, b):
+    """Count how many copies more would be where they were not, with f on rank a instead of b, and e on b."""
+    more = 0
+    for expert, source, target in ((e, a, b), (f, b, a)):
+        if expert != HOLE and source != HOLE and not t.stays[source, expert]:
+            more -= 1
+        if expert != HOLE and target != HOLE and not t.stays[target, expert]:
+            more += 1
+    return more
+
+
+@compiled
+def may_move(t, s, e, a, f, b):
+    """Tell whether f may come from rank b to a, and e go from a to b, in slots, memory and number of copies."""
+    if e == f or a == b or (f != HOLE and holds(s, a, f)):
+        return False
+    if t.most_moves != HOLE and s.num_moved[0] + more_moves(t, e, a, f, b) > t.most_moves:
+        return False
+    node_of_rank = t.node_of_rank
+    if b == HOLE:  # f comes anew, e goes for good
+        if e != HOLE:
+            return s.num_copies[e] > 1
+        return s.count_of_node[node_of_rank[a]] < t.most_of_node[node_of_rank[a]]
+    if e != HOLE and holds(s, b, e):
+        return False
+    here, there = node_of_rank[a], node_of_rank[b]
+    if here == there and t.rank_cost == 0.0:
+        return False
+    if e != HOLE and f != HOLE:
+        return True
+    giver = a if f == HOLE else b
+    taker = there if f == HOLE else here
+    return s.count_of_rank[giver] > t.fewest_of_rank[giver] and (
+        here == there or s.count_of_node[taker] < t.most_of_node[taker]
+    )

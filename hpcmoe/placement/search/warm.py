@@ -1,0 +1,68 @@
+"""Machine code for the search, made once and kept: before any time counts, and anew when a source has changed."""
+
+import logging
+import pathlib
+
+import numpy as np
+from numba.core.event import Listener, install_listener
+
+from hpcmoe.placement.problem import PlacementProblem
+from hpcmoe.placement.quotas import limit_ranks
+from hpcmoe.placement.search.anneal import Budget, clear_up, improve
+from hpcmoe.placement.search.layer_data import make_terms
+from hpcmoe.placement.search.memory_trades import weigh_shifts
+from hpcmoe.placement.search.moves import move
+from hpcmoe.placement.search.seeds import Kept, lay_packed
+
+log = logging.getLogger(__name__)
+
+
+class Announcer(Listener):
+    """Logs once that numba compiles; what it reads from its cache it does not compile."""
+
+    def __init__(self):
+        self.is_first = True
+
+    def on_start(self, event):
+        """Log the first compilation."""
+        if self.is_first:
+            log.info("compiling the placement's search with numba, about 20 s; its cache keeps it for the next run")
+        self.is_first = False
+
+    def on_end(self, event):
+        """Let its end pass."""
+
+
+def compile_all():
+    """Have what numba compiles compiled, or read from its cache, before any time counts: by placing next to nothing."""
+    drop_stale_code()
+    with install_listener("numba:compile", Announcer()):
+        place_next_to_nothing()
+
+
+def place_next_to_nothing():
+    """Call each compiled function of the search."""
+    one = np.ones(2)
+    tiny = PlacementProblem(
+        num_layers=1, num_experts=2, slots_per_rank=2, replicate=True,
+        node_of_rank=np.arange(2), rack_of_node=np.zeros(2, np.int64),
+        bytes_per_second=np.ones((2, 2)), latency_seconds=np.zeros((2, 2)),
+        egress_bytes_per_second=one, ingress_bytes_per_second=one, uplink_bytes_per_second=np.full(1, np.inf),
+        memory_bytes=np.full(2, 2), expert_bytes=1, bytes_per_token=1,
+        tokens_of_rank=one, probability=np.full((1, 2, 2), 0.5),
+    )  # fmt: skip
+    terms = make_terms(tiny, 0, limit_ranks(tiny, tiny.slots_of_node))
+    expert_at = lay_packed(terms, Kept(of_node=1))
+    improve(terms, expert_at, 0, Budget(proposals=1, goal=-1.0))
+    clear_up(terms, expert_at, 0, 1)
+    weigh_shifts(tiny, 0, expert_at)
+
+
+def drop_stale_code():
+    """Delete cached machine code older than any source here: numba looks at a function's own file alone."""
+    if not hasattr(move, "stats"):  # NUMBA_DISABLE_JIT: it runs as it stands
+        return
+    newest = max(path.stat().st_mtime for path in pathlib.Path(__file__).parent.glob("*.py"))
+    for path in pathlib.Path(move.stats.cache_path or ".").glob("*.nb[ic]"):
+        if path.stat().st_mtime < newest:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,133 @@
+"""A run on GPUs: who carries its rows and sums, how large their buffers are, and how they are opened."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+
+import numpy as np
+import torch
+
+from hpcmoe.clock import Clock
+from hpcmoe.comm.mpi import open_mpi_transport
+from hpcmoe.comm.nccl import NcclCarrier, find_nccl, open_nccl
+from hpcmoe.comm.select import choose, choose_mpi, describe_movers, look, open_carrier
+from hpcmoe.dispatch.device import DeviceExchange, DeviceSizes
+from hpcmoe.errors import ClusterError, on_root
+from hpcmoe.wait import gather_to_all
+
+log = logging.getLogger(__name__)
+
+ALL_ROWS = 2**62  # of a GEMM: a GPU's are not cut
+
+
+def choose_carrier(config, world, device):
+    """Choose who carries rows between the ranks' devices, and say it, and who moves them there, once -> Choice.
+
+    Collective over world. Raises ClusterError on all ranks when [comm] asks for what is not there.
+    """
+    sights = gather_to_all(world, look(world, device))
+    choice = on_root(world, lambda: choose(config.comm, sights, config.pipeline.schedule))
+    if choice.kind == "nccl" and config.comm.transport == "auto":
+        choice = try_nccl(config, world, device, choice, sights)
+    movers = describe_movers(world, device)
+    if world.rank == 0:
+        log.info("rows between devices: %s, for: %s", choice.kind, choice.reason)
+        for line in [*(f"rows on a device: {mover}" for mover in movers), *describe_shared(sights)]:
+            log.info("%s", line)
+    return choice
+
+
+def try_nccl(config, world, device, choice, sights):
+    """Keep NCCL if it can be set up among all ranks, else take MPI -> Choice. Collective over world."""
+    try:
+        with open_nccl(world, {"world": world}, device, find_nccl()[0]):
+            return choice
+    except ClusterError as fault:
+        why = f"{fault}; "
+    return on_root(world, lambda: choose_mpi(config.comm.buffers, sights, why))
+
+
+def describe_shared(sights):
+    """Say which ranks share a GPU, as is meant for tests -> lines."""
+    gpus = [sight.gpu for sight in sights]
+    for gpu in sorted({gpu for gpu in gpus if gpu is not None and gpus.count(gpu) > 1}):
+        ranks = ", ".join(str(rank) for rank, other in enumerate(gpus) if other == gpu)
+        yield f"ranks {ranks} share one GPU: good for tests, and no faster than one rank"
+
+
+def reckon_device_sizes(config, mesh):
+    """Compute how many rows a micro-batch brings at most to a rank's home, and likely to its experts -> DeviceSizes."""
+    model, pipeline = config.model, config.pipeline
+    sequences = math.ceil(math.ceil(config.data.batch_sequences / pipeline.micro_batches) / mesh.num_token_shares)
+    tokens, copies = sequences * model.sequence_length, model.top_k * mesh.tensor_parallel
+    busy = mesh.expert_parallel if config.cluster.replicate else min(model.num_experts, mesh.expert_parallel)
+    return DeviceSizes(
+        hidden=model.hidden,
+        dtype=getattr(torch, model.dtype),
+        tokens=tokens,
+        top_k=copies,
+        num_berths=1 if pipeline.schedule == "serial" else min(pipeline.in_flight, pipeline.micro_batches),
+        num_micro_batches=pipeline.micro_batches,
+        expert_rows=math.ceil(tokens * copies * mesh.expert_parallel / busy),
+        buffer_factor=config.comm.buffer_factor,
+        batch_rows=ALL_ROWS,
+    )
+
+
+@contextlib.contextmanager
+def open_device_exchange(mesh, device, sizes, routes, kind, trains):
+    """Open what carries the rows of the ranks of mesh.group between its devices -> DeviceExchange.
+
+    Collective over mesh.world, both ends.
+    """
+    with (
+        open_mpi_transport(mesh.group, sizes.row_bytes, begin_thread=device.enter_thread) as transport,
+        open_carrier_and_sums(mesh, device, sizes, kind, transport, trains) as (carrier, sum_groups),
+    ):
+        yield DeviceExchange(carrier, transport, device, Clock(), (sizes, routes), sum_groups)
+
+
+@contextlib.contextmanager
+def open_carrier_and_sums(mesh, device, sizes, kind, transport, trains):
+    """Open who carries rows, and NCCL where it sums what they train -> (Carrier, Groups by name or None).
+
+    Collective over mesh.world, both ends.
+    """
+    if kind != "nccl":
+        with open_carrier(kind, mesh.group, device, sizes.row_bytes, transport) as carrier:
+            yield carrier, None
+        return
+    with open_nccl(mesh.world, find_communicators(mesh, kind, trains), device, find_nccl()[0]) as groups:
+        yield NcclCarrier(groups["rows"]), {name: group for name, group in groups.items() if name != "rows"}
+
+
+def find_communicators(mesh, kind, trains):
+    """Find which ranks NCCL is to connect -> MPI's communicators by name, none where it does not carry rows.
+
+    In training sums of gradients go over "world" and "dp", where these have other ranks.
+    """
+    if kind != "nccl":
+        return {}
+    sums = {"world": mesh.world, "dp": mesh.dp} if trains else {}
+    return {"rows": mesh.group} | {name: comm for name, comm in sums.items() if comm.size > 1}
+
+
+def describe_device_ways(sizes):
+    """Say what messages take on a rank's device -> lines."""
+    return [
+        f"rows, on each rank's device: {sizes.num_berths} x ({sizes.home_rows} + {sizes.away_rows}) rows of "
+        f"{sizes.row_bytes} B = {sizes.buffer_bytes(None) / 1e6:.1f} MB, for {sizes.num_berths} micro-batches in flight"
+    ]
+
+
+def keep_gpu_memory(topology, share_of_gpu):
+    """Keep in the topology what each node's GPUs have free for its ranks, share_of_gpu [ranks] or None -> Topology."""
+    if share_of_gpu is None:
+        return topology
+    free = [share_of_gpu[topology.ranks_of_node(node)].sum() for node in range(topology.num_nodes)]
+    return dataclasses.replace(
+        topology,
+        device_memory_bytes=np.array(free, np.int64),
+        source=topology.source | {"device memory": "CUDA, when the ranks opened their devices"},
+    )

@@ -1,0 +1,207 @@
+"""Where a run's experts go: the placement problem, stated from config, topology, loads and memory, and solved."""
+
+import dataclasses
+import logging
+import statistics
+import time
+
+import numpy as np
+import torch
+
+from hpcmoe.errors import ConfigError, PlacementError
+from hpcmoe.experts.timing import time_token
+from hpcmoe.placement.demand import make_probability
+from hpcmoe.placement.files.checks import find_overflow
+from hpcmoe.placement.files.maps import read_map
+from hpcmoe.placement.groups import fold_groups, fold_memory, fold_probability, list_groups
+from hpcmoe.placement.problem import PlacementProblem, slots_for
+from hpcmoe.placement.quotas import describe_unevenness
+from hpcmoe.placement.result import Placement, Spent, weigh
+from hpcmoe.wait import barrier, gather_to_all
+
+log = logging.getLogger(__name__)
+
+RATES = {"B": "bytes", "nic_out": "egress_bytes", "nic_in": "ingress_bytes", "uplink": "uplink_bytes"}
+KEYS = {part: f"{rate}_per_second" for part, rate in RATES.items()} | {  # what the parts of a problem are in a run
+    "seconds_per_token": "[cluster] seconds_per_token", "L": "latency_seconds",
+    "tokens": "a step", "layers": "[model] num_layers",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The placement that a run has, and what other methods would have given it."""
+
+    placement: Placement
+    seconds_of_method: dict[str, float | None]  # objective by method; None where it finds no layout that fits
+
+
+def make_problem(config, topology, mesh, room, bytes_of_expert, demand):
+    """State the placement problem that all expert-parallel groups share -> PlacementProblem.
+
+    An expert takes bytes_of_expert with all its state; demand is (Loads, seconds an expert takes for a token's copy).
+    """
+    model, cluster, (loads, seconds_per_token) = config.model, config.cluster, demand
+    groups = list_groups(mesh)
+    nodes, network = fold_groups(topology, groups)
+    rank_bytes = (room.for_experts / room.num_ranks)[topology.node_of_rank]
+    homes = mesh.data_parallel * mesh.expert_parallel  # a tensor-parallel group's ranks are one
+    copies = config.data.batch_sequences * model.sequence_length * model.top_k / homes
+    return PlacementProblem(
+        num_layers=model.num_layers,
+        num_experts=model.num_experts,
+        slots_per_rank=slots_for(model.num_experts, mesh.expert_parallel, cluster.spare_slots_per_rank),
+        replicate=cluster.replicate,
+        memory_bytes=fold_memory(rank_bytes, groups, network["node_of_rank"], mesh.tensor_parallel),
+        expert_bytes=bytes_of_expert,
+        bytes_per_token=model.hidden * getattr(torch, model.dtype).itemsize,
+        seconds_per_token=seconds_per_token,
+        tokens_of_rank=np.full(mesh.expert_parallel, copies),
+        probability=fold_probability(make_probability(loads, topology.node_names), nodes),
+        objective=cluster.objective,
+        count_latency=cluster.count_latency,
+        **network,
+    )
+
+
+def find_pace(config, mesh, rows, device):
+    """Take the seconds of a token's copy in an expert from the config, or time it on all ranks at once: their median.
+
+    Forward alone, as the links' one way is. Collective over mesh.world.
+    """
+    if config.cluster.seconds_per_token > 0:
+        return config.cluster.seconds_per_token
+    barrier(mesh.world)
+    taken = time_token(config, mesh.tensor_parallel, rows, device.torch_device)
+    return statistics.median(gather_to_all(mesh.world, taken))
+
+
+def lay_out(problem, config, room):
+    """Solve the placement problem, and weigh what else could have been -> Layout; PlacementError tells the memory.
+
+    Raises ConfigError where rates and seconds are such that no time can be computed from them.
+    """
+    for line in find_overflow(problem, KEYS):
+        raise ConfigError(line)
+    if problem.replicate and problem.num_ranks * problem.slots_per_rank == problem.num_experts:
+        log.warning(
+            "no effect: [cluster] replicate = true: all %d ranks x %d slots are taken by one copy of each of the %d "
+            "experts; [cluster] spare_slots_per_rank makes room",
+            problem.num_ranks, problem.slots_per_rank, problem.num_experts,
+        )  # fmt: skip
+    try:
+        placement = search(problem, config)
+    except PlacementError as fault:
+        raise PlacementError(f"{fault}; {room}") from None
+    return compare(problem, config, placement)
+
+
+def compare(problem, config, placement):
+    """Weigh what other methods would have given beside a placement -> Layout."""
+    from hpcmoe.placement.solve import compare_methods  # imports numba and scipy: rank 0 alone pays for it
+
+    cluster = config.cluster
+    others = [method for method in ("contiguous", "eplb") if method == "contiguous" or cluster.compare_eplb]
+    return Layout(
+        placement=placement,
+        seconds_of_method=compare_methods(problem, [method for method in others if method != cluster.placement]),
+    )
+
+
+def search(problem, config):
+    """Place by the config's method, within its time, and for the step tune the copies' shares -> Placement."""
+    from hpcmoe.placement.search.warm import compile_all
+    from hpcmoe.placement.solve import make_placement
+
+    if config.cluster.rebalance_every > 0:  # now, and not in the midst of a step
+        compile_all()
+    cluster, begun = config.cluster, time.perf_counter()
+    if cluster.placement == "file":
+        layouts = read_layouts(problem, cluster.placement_file)
+        return weigh_layouts(problem, config, layouts, "file", cluster.search_seconds / 2)
+    placement = make_placement(
+        problem,
+        cluster.placement,
+        seconds=cluster.search_seconds,
+        iterations=cluster.search_iterations,
+        seed=config.run.seed,
+    )
+    if uneven := describe_unevenness(problem, placement.expert_of_replica):
+        log.warning("placement %s: %s", placement.method, uneven)
+    return tune(problem, config, placement, begun)
+
+
+def read_layouts(problem, path):
+    """Read where [cluster] placement_file has the experts -> [L, S], or ConfigError."""
+    try:
+        layouts, notes = read_map(path, problem)
+    except ConfigError as fault:
+        raise ConfigError(f"[cluster] placement_file = {fault}") from None
+    for note in notes:
+        log.warning("[cluster] placement_file = %s: %s", path, note)
+    return layouts
+
+
+def weigh_layouts(problem, config, layouts, method, seconds):
+    """Weigh layouts [L, S] that are there already, bounding them in so many seconds -> Placement."""
+    from hpcmoe.placement.solve import bound_layers
+
+    begun, bounds = time.perf_counter(), bound_layers(problem, layouts, [None] * problem.num_layers, seconds)
+    return tune(problem, config, weigh(problem, layouts, bounds, method, Spent()), begun)
+
+
+def tune(problem, config, placement, begun):
+    """For the step, share the copies' tokens out anew where that gains -> Placement, its search begun at that time."""
+    from hpcmoe.placement.shares import tune_shares
+
+    cluster = config.cluster
+    if cluster.objective != "step" or not cluster.replicate:
+        return placement
+    split = tune_shares(problem, placement.expert_of_replica, cluster.search_seconds)
+    if split is None:
+        return placement
+
+    # The search's bound is that of nearest copies; whatever the shares, no layer is done before all ranks have worked.
+    even = problem.num_layers * problem.tokens_of_rank.sum() * problem.seconds_per_token / problem.num_ranks
+    spent = dataclasses.replace(placement.spent, seconds=time.perf_counter() - begun)
+    bounds = [min(placement.lower_bound_seconds, even)]
+    return weigh(problem, placement.expert_of_replica, bounds, placement.method, spent, split)
+
+
+def tell(layout, cluster):
+    """Say what the search found, within what, and what else could have been -> lines for the log."""
+    placement = layout.placement
+    yield (
+        f"placement {placement.method}: objective {placement.objective} {1e3 * placement.objective_seconds:.4g} ms a "
+        f"step, lower bound {1e3 * placement.lower_bound_seconds:.4g} ms{', optimal' * placement.optimal}"
+        + "".join(f"; {method} {in_milliseconds(seconds)}" for method, seconds in layout.seconds_of_method.items())
+    )
+    if placement.spent.cut_short:
+        yield (
+            f"the clock ended the search after {placement.spent.seconds:.2f} s, before [cluster] search_iterations = "
+            f"{cluster.search_iterations}: another run may place its experts otherwise; more [cluster] search_seconds "
+            "or fewer iterations make runs repeat"
+        )
+
+
+def in_milliseconds(seconds):
+    """Show an objective, or that there is none."""
+    return "finds no layout that fits" if seconds is None else f"{1e3 * seconds:.4g} ms"
+
+
+def describe_layout(records, layout):
+    """Keep the placement and the figures of its search."""
+    placement = layout.placement
+    for name in ("expert_of_replica", "rank_of_replica", "replica_count"):
+        records.describe("cluster", name, getattr(placement, name))
+    if placement.split is not None:
+        records.describe("cluster", "split", placement.split, "share of a node's tokens for the slot's expert")
+    records.describe("cluster", "placement", placement.method)
+    for name in ("objective", "optimal", "cross_node_share", "link_sigma"):
+        records.describe("cluster", name, getattr(placement, name))
+    for name in ("objective_seconds", "lower_bound_seconds"):
+        records.describe("cluster", name, getattr(placement, name), "s")
+    records.describe("cluster", "search_seconds", placement.spent.seconds, "s")
+    records.describe("cluster", "search_proposals", placement.spent.num_proposals)
+    for method, seconds in layout.seconds_of_method.items():
+        records.describe("cluster", f"{method}_seconds", np.nan if seconds is None else seconds, "s")

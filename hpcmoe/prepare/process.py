@@ -1,0 +1,86 @@
+"""Memory of this process beside the arrays that are counted: Python, torch, MPI, and what a step makes these load."""
+
+import pathlib
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+
+from hpcmoe.dispatch.device import DeviceSizes
+from hpcmoe.gemm import multiply
+from hpcmoe.prepare.memory import Memory, peak_resident_bytes
+from hpcmoe.wait import gather_to_all
+
+STEP_BYTES = 5 * 10**7  # that steps add beside all that is counted: kernels, scratch, holes in the heap. Of the default
+# job 4 and 16 steps added 47 and 97 MB at 1 rank, 25 and 60 at 2, 17 and 40 at 4: the more rows a rank has, the more
+STATUS = pathlib.Path("/proc/self/status")  # on Linux
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessMemory:
+    """Bytes of one process, by who else has them."""
+
+    unshared: int  # that no other process has (USS)
+    shared_memory: int  # in segments and windows: of these ranks on the node and of MPI
+    resident: int  # all of it that is in RAM
+    peak: int  # the most that has been there
+
+    @property
+    def libraries(self) -> int:
+        """Code and files that other processes have too; alone on its node a process has them unshared."""
+        return max(self.resident - self.unshared - self.shared_memory, 0)
+
+
+def read_process() -> ProcessMemory:
+    """Read what this process has now; it takes the system some 25 ms to add that up."""
+    memory = psutil.Process().memory_full_info()
+    return ProcessMemory(
+        unshared=memory.uss,
+        shared_memory=read_status("RssShmem", STATUS),
+        resident=memory.rss,
+        peak=peak_resident_bytes(),
+    )
+
+
+def read_status(name: str, path: pathlib.Path) -> int:
+    """Read a figure in kB from the system's word on a process -> bytes, 0 where it does not say."""
+    if not path.is_file():
+        return 0
+    found = [line.split()[1] for line in path.read_text().splitlines() if line.startswith(f"{name}:")]
+    return 1024 * int(found[0]) if found else 0
+
+
+def load_what_steps_load(trains: bool, places: bool) -> None:
+    """Load now what else would come in the midst of things: torch's symbols at the first backward pass, the search.
+
+    Then the process is as large as in the steps before their memory is reckoned. Both would be loaded in any case.
+    """
+    if places:
+        import hpcmoe.placement.solve  # noqa: F401  numba and scipy
+    if trains:
+        weight = torch.ones(2, 2, requires_grad=True)
+        product = multiply(torch.ones(2, 2), weight)
+        product.backward(torch.ones_like(product))  # it is a slope that is given, as in a layer, that loads them
+
+
+def reckon_process(world, node_of_rank: np.ndarray, trains: bool) -> int:
+    """Compute the bytes of a process in the steps, beside all arrays that are counted. Collective over world.
+
+    The mean of a node's ranks, for one places the experts for all, on the node where that is most.
+    """
+    load_what_steps_load(trains, world.rank == 0)
+    return mean_of_fullest_node(gather_to_all(world, read_process().unshared), node_of_rank) + STEP_BYTES
+
+
+def mean_of_fullest_node(of_ranks: list, node_of_rank: np.ndarray) -> int:
+    """Share what a node's ranks have evenly among them: of_ranks [P] bytes -> of the fullest node."""
+    return int((np.bincount(node_of_rank, weights=of_ranks) / np.bincount(node_of_rank)).max())
+
+
+def count_unshared(memory: Memory, exchange) -> int:
+    """Count the bytes of a Memory's arrays that are in this process's own part of the host's memory."""
+    if isinstance(exchange.sizes, DeviceSizes):
+        return memory.moving + memory.snapshot
+    routes = exchange.routes
+    return memory.total - (exchange.sizes.shared_bytes(routes) if len(routes.mates) > 1 else 0)

@@ -1,0 +1,61 @@
+"""How many ranks share an expert's matrices: as the config says, or as few as its memory needs."""
+
+import dataclasses
+import logging
+
+import numpy as np
+
+from hpcmoe.errors import on_all
+from hpcmoe.experts.shapes import reckon_expert
+from hpcmoe.placement.problem import in_units
+from hpcmoe.prepare.budget import FLOAT32, count_dense_parameters, on_gpus, share_gpus
+from hpcmoe.wait import gather_to_all
+
+log = logging.getLogger(__name__)
+
+
+def settle_shards(comm, config, topology):
+    """Choose [cluster] tensor_parallel where it is 0 -> the section with its number. Collective over comm."""
+    if config.cluster.tensor_parallel:
+        return config.cluster
+    rank_bytes = read_rank_bytes(comm, config, topology)
+    chosen, reckoning = choose_tensor_parallel(config, comm.size, rank_bytes)
+    log.info("%s", reckoning)
+    return dataclasses.replace(config.cluster, tensor_parallel=chosen)
+
+
+def read_rank_bytes(comm, config, topology):
+    """Find the memory of the rank that has least of it -> bytes. Collective over comm."""
+    if on_gpus(config, topology):
+        from hpcmoe.comm.device import open_device  # imports torch
+
+        here = list(topology.ranks_of_node(topology.node_of_rank[comm.rank]))
+        device = on_all(comm, lambda: open_device(config.comm.device, here.index(comm.rank)))
+        share_of_gpu = share_gpus(gather_to_all(comm, device.read_memory()))
+        if share_of_gpu is not None:
+            return int(share_of_gpu.min())
+    return int((topology.memory_bytes / np.bincount(topology.node_of_rank)).min())
+
+
+def choose_tensor_parallel(config, num_ranks, rank_bytes):
+    """Choose the fewest ranks that can hold an expert with all its state -> (ranks, the reckoning as text).
+
+    One expert of one layer is the least that a rank holds, beside dense parts with their state. Where no number is
+    enough it is 1: the placement then tells what does not fit.
+    """
+    cluster, (one_expert, states) = config.cluster, reckon_expert(config)
+    dense = count_dense_parameters(config.model) * FLOAT32 * states
+    needed, left = one_expert * states, max(rank_bytes - dense, 0)
+    others = cluster.data_parallel * max(cluster.expert_parallel, 1)
+    may_share = [
+        n for n in range(1, num_ranks + 1)
+        if num_ranks % (others * n) == 0 and config.model.feed_forward % n == 0
+        and (cluster.expert_parallel == 0 or others * n == num_ranks)
+    ]  # fmt: skip
+    chosen = next((n for n in may_share if needed <= n * left), 1)
+    return chosen, (
+        f"an expert with its state takes {in_units(needed)}, a rank has {in_units(rank_bytes)} - dense parts "
+        f"{in_units(dense)} = {in_units(left)}: tensor_parallel {chosen}"
+        + " does not suffice"
+        * (needed > chosen * left)
+    )

@@ -1,0 +1,1 @@
+"""What is shown: metrics of steps, the meter that gathers them, progress, tables and figures."""

@@ -1,0 +1,128 @@
+"""The meter beside a run: what each step took and sent, over all ranks, and the whole of it at the end."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpcmoe.comm.mpi import all_reduce
+from hpcmoe.report.batches import Batches
+from hpcmoe.report.metrics import Links, balancedness, spread_of_links, sums_of_links
+from hpcmoe.wait import wait_all
+
+STAGES = ("data", "dense", "route", "dispatch", "compute", "combine", "optimizer", "waiting")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What one step took, over all ranks."""
+
+    seconds: float  # on the wall, on this rank
+    seconds_of_stage: dict  # mean over the ranks
+    links: Links  # dispatched tokens between ranks
+    link_sigma_of_layer: np.ndarray  # [L]
+    balancedness: float  # mean / max of the tokens that ranks serve, layer by layer
+    balancedness_of_layer: np.ndarray  # [L]
+    num_tokens: int
+
+    @property
+    def tokens_per_second(self):
+        """Tokens of all ranks by wall-clock second."""
+        return self.num_tokens / self.seconds
+
+
+class Meter:
+    """Reads clock and traffic at the end of each step, and adds them up."""
+
+    def __init__(self, exchange, mesh):
+        self.exchange, self.mesh, self.clock = exchange, mesh, exchange.clock
+        self.rows_to_peer = np.zeros(exchange.transport.size, dtype=np.int64)
+        self.own_tokens = 0  # [L, E] copies whose home is this rank, since take_tokens
+        self.batches = Batches()
+        self.num_steps = self.num_tokens = self.num_dropped = 0
+        self.utilisation = self.link_sigma = self.balancedness = 0.0  # sums over the steps
+        self.link_sigma_of_layer = self.balancedness_of_layer = 0.0
+        self.seconds = 0.0
+        self.seconds_of_stage = dict.fromkeys(STAGES, 0.0)
+        self.start()
+
+    def start(self):
+        """Begin a step: forget what happened since the last one."""
+        self.clock.take()
+        self.exchange.take_traffic()
+        self.started = time.perf_counter()
+
+    def read(self, outcome):
+        """End a step that had this Outcome -> Reading. Collective over all ranks."""
+        seconds = time.perf_counter() - self.started
+        spent = self.clock.take()
+        traffic = self.exchange.take_traffic()
+        copies = np.stack([traffic.copies[layer] for layer in sorted(traffic.copies)])  # [L, P]
+        served, sums, stages = self.sum_over_ranks(copies, [spent.get(stage, 0.0) for stage in STAGES])
+        links, *of_layers = (spread_of_links(*row) for row in sums)
+        of_layer, whole = balancedness(served)
+        reading = Reading(
+            seconds=seconds,
+            seconds_of_stage=dict(zip(STAGES, stages / self.mesh.world.size, strict=True)),
+            links=links,
+            link_sigma_of_layer=np.array([layer.sigma for layer in of_layers]),
+            balancedness=whole,
+            balancedness_of_layer=of_layer,
+            num_tokens=outcome.num_tokens,
+        )
+        self.rows_to_peer += traffic.rows.sum(axis=0)
+        self.batches.add(traffic.batches)
+        self.add(reading, outcome.census)
+        return reading
+
+    def sum_over_ranks(self, copies, spent):
+        """Sum over all ranks, in one message, what this one sent in each layer [L, P] and how long each stage took.
+
+        Gives the copies that each rank serves [L, ranks], the sums of links of all layers and of each [1 + L, 3], and
+        the seconds [stages]. Collective over all ranks.
+        """
+        mesh, rank = self.mesh, self.exchange.transport.rank
+        served = np.zeros((len(copies), mesh.data_parallel, copies.shape[1]))
+        served[:, mesh.data_index] = copies
+        links = np.stack([sums_of_links(row, rank) for row in (copies.sum(axis=0), *copies)])
+        sums = all_reduce(mesh.world, np.concatenate([served.ravel(), links.ravel(), spent]))
+        of_served, of_links, seconds = np.split(sums, [served.size, served.size + links.size])
+        return of_served.reshape(len(copies), -1), of_links.reshape(links.shape), seconds
+
+    def add(self, reading, census):
+        """Add a step to the totals."""
+        self.utilisation = self.utilisation + census.utilisation
+        self.own_tokens = self.own_tokens + census.own_tokens
+        self.num_dropped += census.num_dropped
+        self.link_sigma += reading.links.sigma
+        self.link_sigma_of_layer = self.link_sigma_of_layer + reading.link_sigma_of_layer
+        self.balancedness += reading.balancedness
+        self.balancedness_of_layer = self.balancedness_of_layer + reading.balancedness_of_layer
+        self.num_steps += 1
+        self.num_tokens += reading.num_tokens
+        self.seconds += reading.seconds
+        for stage, seconds in reading.seconds_of_stage.items():
+            self.seconds_of_stage[stage] += seconds
+
+    def take_tokens(self, node_of_rank):
+        """Sum the copies since the last call by home node -> [L, nodes, E] on rank 0, else None. Collective over world.
+
+        None there too when no step was read since.
+        """
+        own, self.own_tokens = self.own_tokens, 0
+        return None if np.ndim(own) == 0 else sum_by_node(self.mesh.world, own, node_of_rank)
+
+
+def sum_by_node(world, own, node_of_rank):
+    """Sum copies whose home is a rank, own int64 [..., L, E], by node -> [..., L, nodes, E] on rank 0, else None.
+
+    Collective over world.
+    """
+    own = np.ascontiguousarray(own)
+    everyone = np.zeros((world.size, *own.shape), np.int64) if world.rank == 0 else None
+    wait_all([world.Igather(own, everyone)])
+    if everyone is None:
+        return None
+    of_node = np.zeros((max(node_of_rank) + 1, *own.shape), np.int64)
+    np.add.at(of_node, node_of_rank, everyone)
+    return np.moveaxis(of_node, 0, -2)

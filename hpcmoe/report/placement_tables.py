@@ -1,0 +1,181 @@
+"""The tables that show a placement: its figures, its nodes, and what is busiest and binds; short for any cluster."""
+
+from collections import Counter
+
+import numpy as np
+from tabulate import tabulate
+
+from hpcmoe.placement.problem import in_units
+from hpcmoe.placement.resources import name_resource
+
+MOST_NODES = 16  # rows of the table of nodes; of a larger cluster those that serve most
+MOST_BUSY = 4  # rows of each kind of resource
+MOST_OFTEN = 2  # resources named in a row of what binds
+MOST_RANGES = 6  # of numbers in a cell
+KINDS = {
+    "link": "link", "egress": "port", "ingress": "port", "uplink_out": "uplink", "uplink_in": "uplink", "rank": "rank",
+}  # fmt: skip
+
+
+def make_tables(problem, placement, usage, rivals, layer):
+    """Lay out a placement, what it uses, and what other methods give (name -> seconds or None) -> text.
+
+    The table of nodes shows the experts of one layer.
+    """
+    parts = [
+        (rows_of_figures(problem, placement, usage, rivals, layer), ("figure", "value", "unit")),
+        (rows_of_nodes(problem, usage, layer), headers_of_nodes(layer)),
+        (rows_of_busiest(problem, usage), ("busiest", "", "ms a step", "ms, worst layer", "layer")),
+        (rows_of_binding(problem, usage), ("what binds", "layers", "ms a step", "most often")),
+    ]
+    return "\n\n".join(
+        tabulate(rows, headers=headers, disable_numparse=True, preserve_whitespace=True)
+        for rows, headers in parts
+        if rows
+    )
+
+
+def rows_of_figures(problem, placement, usage, rivals, layer):
+    """List what the placement as a whole costs, and what others cost."""
+    cost, bound = placement.objective_seconds, placement.lower_bound_seconds
+    layers, other = problem.num_layers, (placement.expert_of_replica != placement.expert_of_replica[layer]).any(axis=1)
+    slots, num_racks = problem.slots_per_rank, len(set(problem.rack_of_node))
+    rows = [
+        (
+            "placed",
+            plural(problem.num_experts, "expert"),
+            f"of {plural(layers, 'layer')}, {plural(slots, 'slot')} a rank",
+        ),
+        (
+            "on",
+            plural(problem.num_ranks, "rank"),
+            f"of {plural(problem.num_nodes, 'node')} in {plural(num_racks, 'rack')}",
+        ),
+        (f"objective {problem.objective}", in_ms(cost), "ms a step, one way, the slowest part of each layer"),
+        ("  lower bound", in_ms(bound), gap(placement)),
+    ]
+    for method, seconds in rivals.items():
+        ratio = f"ms; {seconds / cost:.3f} x the objective" if seconds and cost else "ms"
+        rows.append(
+            (f"  {method}", "-" if seconds is None else in_ms(seconds), "does not fit" if seconds is None else ratio)
+        )
+    of_rank = usage.served.sum(axis=0)
+    return [
+        *rows,
+        ("cross-node share", f"{placement.cross_node_share:.3f}", "of all token copies"),
+        ("sigma of links", f"{placement.link_sigma:.3f}", "std/mean of tokens per link between nodes"),
+        ("busiest rank", f"{of_rank.max() / max(of_rank.mean(), 1e-300):.3f}", "of the mean rank's tokens"),
+        ("search", f"{placement.spent.seconds:.2f}", f"s, {placement.spent.num_proposals} proposals"),
+        (f"layers unlike layer {layer}", f"{other.sum()}", f"of {layers} have their experts elsewhere"),
+    ]
+
+
+def gap(placement):
+    """Say how far a placement is from what none can be below."""
+    cost, bound = placement.objective_seconds, placement.lower_bound_seconds
+    if placement.optimal:
+        return "ms; met: optimal"
+    return f"ms; the objective is {100 * (cost / bound - 1):.2f} % above" if bound > 0 else "ms; tells nothing here"
+
+
+def headers_of_nodes(layer):
+    """Name the columns of the table of nodes."""
+    return ("node", "rack", "ranks", f"experts of layer {layer}", "copies", "memory used", "of", "tokens", "x mean")
+
+
+def rows_of_nodes(problem, usage, layer):
+    """List the nodes: their experts of one layer, copies and memory of all layers, tokens served in all layers."""
+    tokens = usage.tokens.sum(axis=(0, 1))  # [nodes]
+    copies = usage.copies.sum(axis=(0, 2))
+    shown = np.arange(problem.num_nodes)
+    if len(shown) > MOST_NODES:
+        shown = np.argsort(-tokens, kind="stable")[:MOST_NODES]
+    rows = [
+        (
+            problem.node_names[node],
+            f"{problem.rack_of_node[node]}",
+            f"{problem.ranks_of_node[node]}",
+            compress(np.repeat(np.arange(problem.num_experts), usage.copies[layer, node])),
+            f"{copies[node]}",
+            in_units(int(copies[node] * problem.expert_bytes)),
+            in_units(int(problem.memory_bytes[node])),
+            f"{tokens[node]:.0f}",
+            f"{tokens[node] / max(tokens.mean(), 1e-300):.3f}",
+        )
+        for node in shown
+    ]
+    left = np.setdiff1d(np.arange(problem.num_nodes), shown)
+    if len(left) > 0:
+        mean = f"{tokens[left].mean():.0f}", f"{tokens[left].mean() / max(tokens.mean(), 1e-300):.3f}"
+        rows.append(
+            (
+                f"{len(left)} others",
+                "",
+                "",
+                "each at most as many tokens; mean",
+                f"{copies[left].mean():.0f}",
+                "",
+                "",
+                *mean,
+            )
+        )
+    return rows
+
+
+def rows_of_busiest(problem, usage):
+    """List the busiest few of each kind of resource, by their seconds over all layers."""
+    rows = []
+    for kind in dict.fromkeys(KINDS.values()):
+        found = []
+        for name, seconds in usage.seconds.items():
+            if KINDS[name] == kind:
+                found += [(total, name, index) for index, total in np.ndenumerate(seconds.sum(axis=0)) if total > 0]
+        found.sort(key=lambda entry: -entry[0])
+        for total, name, index in found[:MOST_BUSY]:
+            of_layer = usage.seconds[name][:, *index]
+            worst = int(of_layer.argmax())
+            rows.append((kind, name_resource(problem, name, index), in_ms(total), in_ms(of_layer[worst]), f"{worst}"))
+    return rows
+
+
+def rows_of_binding(problem, usage):
+    """List the kinds of resource that bind: in how many layers, what these cost, and which do most often.
+
+    A layer in which several kinds are equally busy counts for the first of them.
+    """
+    layers_of_kind, seconds = {}, usage.layer_seconds
+    for layer in range(problem.num_layers):
+        if binding := usage.binding(layer):
+            layers_of_kind.setdefault(KINDS[binding[0][0]], []).append((layer, binding))
+    rows = []
+    for kind, layers in layers_of_kind.items():
+        names = Counter(name_resource(problem, *resource) for _, binding in layers for resource in binding)
+        often = ", ".join(f"{name} in {count}" for name, count in names.most_common(MOST_OFTEN))
+        more = f" and {len(names) - MOST_OFTEN} more" * (len(names) > MOST_OFTEN)
+        numbers = [layer for layer, _ in layers]
+        rows.append((kind, f"{len(layers)}: {compress(numbers)}", in_ms(seconds[numbers].sum()), often + more))
+    return rows
+
+
+def compress(numbers):
+    """Write ascending numbers as ranges, and how often one comes if more than once: `0-3 5 x2 7`, cut when long."""
+    counts = Counter(int(number) for number in numbers)
+    runs = []
+    for number, count in counts.items():
+        if runs and runs[-1][1] == number - 1 and runs[-1][2] == count:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number, count])
+    words = [f"{a}-{b}"[: None if b > a else len(f"{a}")] + f" x{count}" * (count > 1) for a, b, count in runs]
+    cut = f" ... ({len(counts)})" if len(words) > MOST_RANGES else ""
+    return ", ".join(words[:MOST_RANGES]) + cut
+
+
+def plural(number, noun):
+    """Write a number of things."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def in_ms(seconds):
+    """Write seconds in milliseconds, to four digits at least."""
+    return f"{1e3 * seconds:.0f}" if seconds >= 1 else f"{1e3 * seconds:.4g}"

@@ -1,0 +1,160 @@
+"""Gradients are summed over the ranks that share a parameter, piece by piece, while the backward pass goes on.
+
+On GPUs NCCL does so too. Where MPI carries the rows between them, sums go through the host when the pass is over.
+
+A gradient is final when the last micro-batch has passed its op. The order in which they become final is the same on all
+ranks under any schedule: head, last layer ... first layer, embedding. So all ranks begin the same sums in one order.
+"""
+
+from hpcmoe.comm.reduce import HostReducer, NcclReducer
+from hpcmoe.prepare.budget import FLOAT32
+from hpcmoe.wait import Patience
+
+FIRST_TAG = 1  # of a layer's sums; MPI keeps the order of the experts in it. 0 is of experts that move
+GATHERED = 2**22  # numbers of others' gradients that a rank holds at once, 16 MB
+
+
+class GradientSums:
+    """The sums of one step: dense gradients over all ranks, experts' over those that hold the same shard of them."""
+
+    def __init__(self, dense, experts, network):
+        """dense: FlatGradients, experts: SharedExperts.
+
+        All begins in finish() with bucket_bytes 0, and where a GPU's gradients go by MPI.
+        """
+        self.dense, self.experts, self.mesh = dense, experts, network.mesh
+        bucket_bytes, groups = network.config.train.bucket_bytes, network.layers[0].exchange.sum_groups
+        self.bucket = max(bucket_bytes // FLOAT32, 1) if bucket_bytes else 2**31
+        self.reducer = (
+            HostReducer(self.mesh, network.device, self.bucket)
+            if groups is None
+            else NcclReducer(self.mesh, network.device, groups)
+        )
+        self.overlaps = bucket_bytes > 0 and self.reducer.overlaps
+        self.num_micro_batches = network.config.pipeline.micro_batches
+        self.jobs = []
+        self.begin()
+
+    def begin(self):
+        """Expect the gradients of a step, when the sums of the last are over. Collective over all ranks."""
+        self.drain()
+        units = [*self.dense.end_of_part, *(("compute_backward", layer) for layer in self.experts.of_layer)]
+        units.sort(key=lambda unit: (unit[0] == "embed_backward", unit[0] != "head", -unit[1]))
+        self.left = dict.fromkeys(units, self.num_micro_batches)  # micro-batches that have yet to pass an op
+        self.is_open, self.num_started, self.next_layer = True, 0, max(self.experts.of_layer, default=0)
+
+    def passed(self, op):
+        """Hear that a micro-batch has passed an op, and begin to sum what is final now."""
+        part = op.stage, op.layer
+        if not (self.overlaps and self.is_open and part in self.left):
+            return
+        self.left[part] -= 1
+        if self.left[part] == 0:
+            self.start(part)
+
+    def start(self, part):
+        """Begin to sum the gradients that an op has ended."""
+        del self.left[part]
+        stage, layer = part
+        of_experts = stage == "compute_backward"
+        self.jobs.append(self.sum_experts(layer) if of_experts else self.sum_dense(self.dense.end_of_part[part]))
+        self.poke()
+
+    def poke(self):
+        """Take all sums under way as far as they go without waiting -> whether one has ended."""
+        before = len(self.jobs)
+        self.reducer.poke()
+        self.jobs = [job for job in self.jobs if next(job, "over") != "over"]
+        return len(self.jobs) < before
+
+    def finish(self):
+        """Begin what has not begun, and wait for all, once a step. Collective over all ranks."""
+        if not self.is_open:
+            return
+        for part in list(self.left):
+            self.start(part)
+            if not self.reducer.overlaps:  # the host lends memory for one part, not for all
+                self.drain()
+        self.drain()
+        self.is_open = False
+
+    def drain(self):
+        """Wait for the sums under way."""
+        patience = Patience()
+        while self.jobs:
+            if not self.poke():
+                patience.pause()
+        for _ in self.reducer.join():
+            self.reducer.poke()
+            patience.pause()
+
+    def share_dense(self, counts):
+        """Give all ranks what lies in the dense gradients' place in parts: rank r has the r-th, counts[r] numbers.
+
+        Collective over all ranks.
+        """
+        self.jobs.append(self.gather_dense(counts))
+        self.drain()
+
+    def gather_dense(self, counts):
+        """Gather what lies in the dense gradients' place."""
+        if self.mesh.world.size > 1:
+            with self.reducer.lend(self.dense.flat) as lent:
+                yield from self.reducer.gather(lent, counts)
+
+    def sum_dense(self, end):
+        """Sum the dense gradients that are final, up to number `end`, in whole buckets but for the last."""
+        if end < len(self.dense.flat):
+            end -= end % self.bucket
+        pieces, self.num_started = self.dense.flat[self.num_started : end], max(end, self.num_started)
+        if len(pieces) and self.mesh.world.size > 1:
+            with self.reducer.lend(pieces) as lent:
+                yield from self.reducer.sum_over("world", lent)
+
+    def sum_experts(self, layer):
+        """Give every copy of a layer's experts the same sum, bit for bit.
+
+        In each group the first rank that holds an expert adds the others' gradients in rank order; these ranks sum over
+        the data-parallel groups; then each gives the sum back.
+        """
+        held = self.experts.of_layer[layer]
+        copies = sorted((copy for copy in held if len(copy.ranks) > 1), key=lambda copy: copy.expert)
+        if not copies and self.mesh.dp.size == 1:
+            return
+        first, end = (held[0].begin, held[-1].end) if held else (0, 0)
+        with self.reducer.lend(self.experts.flat[first:end]) as lent:
+            gradient_of = {copy: lent[copy.begin - first : copy.end - first] for copy in held}
+            for copy in copies:
+                yield from self.gather_copy(copy, gradient_of[copy])
+            yield from self.sum_groups(layer, lent[: sum(copy.size for copy in held if copy.owned)])
+            tag = FIRST_TAG + layer
+            to_others = [(tag, rank, gradient_of[c]) for c in copies if c.owned for rank in c.ranks[1:]]
+            from_first = [(tag, c.ranks[0], gradient_of[c]) for c in copies if not c.owned]
+            yield from self.reducer.swap(outgoing=to_others, incoming=from_first)
+
+    def gather_copy(self, copy, gradient):
+        """Have the first rank that holds an expert add the others' gradients, piece by piece in little memory.
+
+        All ranks take copies in the order of their experts, so that nobody waits in a circle.
+        """
+        tag, others = FIRST_TAG + copy.layer, copy.ranks[1:]
+        pieces = gradient.split(max(GATHERED // len(others), 1))
+        if not copy.owned:
+            for piece in pieces:
+                yield from self.reducer.swap(outgoing=[(tag, copy.ranks[0], piece)], incoming=())
+            return
+        gathered = gradient.new_empty(len(others), len(pieces[0]))
+        for piece in pieces:
+            rows = gathered[:, : len(piece)]
+            incoming = [(tag, rank, row) for rank, row in zip(others, rows, strict=True)]
+            yield from self.reducer.swap(outgoing=(), incoming=incoming)
+            for row in rows:
+                piece += row
+
+    def sum_groups(self, layer, owned):
+        """Sum over the data-parallel groups, layer after layer: all ranks of a communicator begin in one order."""
+        if self.mesh.dp.size > 1:
+            while self.next_layer != layer:
+                yield
+            self.next_layer -= 1
+            yield from self.reducer.sum_over("dp", owned)

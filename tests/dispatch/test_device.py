@@ -1,0 +1,121 @@
+"""Between devices, too, each way is the other's adjoint; buffers grow for what they cannot hold; traffic is counted."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from journeys import (
+    check_backward,
+    check_forward,
+    check_two_at_once,
+    go,
+    make_journey,
+    travel_both_ways,
+    travel_forward,
+)
+from kernels import compiler_for_host
+
+from hpcmoe.clock import Clock
+from hpcmoe.comm.mpi import open_mpi_transport
+from hpcmoe.comm.plain import PlainDevice
+from hpcmoe.comm.rows import KernelMover
+from hpcmoe.comm.select import open_carrier
+from hpcmoe.comm.transport import HOMEWARD, Direction
+from hpcmoe.dispatch.device import DeviceExchange, DeviceSizes
+from hpcmoe.dispatch.routes import make_routes
+from hpcmoe.wait import gather_to_all
+
+HIDDEN, TOP_K, SLOTS = 4, 3, 2
+
+
+@contextlib.contextmanager
+def open_exchange(comm, kind="direct", mover=None, **changes):
+    """Open an exchange on the host in a GPU's place -> DeviceExchange. Collective over comm."""
+    usual = {
+        "hidden": HIDDEN, "dtype": torch.float32, "tokens": 20, "top_k": TOP_K, "num_berths": 2,
+        "num_micro_batches": 2, "expert_rows": 60, "buffer_factor": 1.0, "batch_rows": 2**62,
+    } | changes  # fmt: skip
+    sizes, one = DeviceSizes(**usual), np.zeros((1, 1), bool)
+    routes, device = make_routes(np.zeros(comm.size, int), comm.rank, SLOTS, one), PlainDevice()
+    device.mover = mover or device.mover
+    with (
+        open_mpi_transport(comm, sizes.row_bytes) as transport,
+        open_carrier(kind, comm, device, sizes.row_bytes, transport) as carrier,
+    ):
+        yield DeviceExchange(carrier, transport, device, Clock(), (sizes, routes))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("kind", ["direct", "staged"])
+def test_both_ways_are_what_their_definitions_say(comm, kind):
+    with open_exchange(comm, kind) as exchange:
+        for seed in range(4):
+            journey = make_journey(exchange, (7 * comm.rank + 5 * seed) % 21, seed, kept_share=seed / 3)
+            go(exchange, travel_both_ways(exchange, journey))
+            check_forward(exchange, journey)
+            check_backward(exchange, journey)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("hidden", [HIDDEN, pytest.param(24, marks=pytest.mark.full)])
+def test_kernels_of_our_own_do_both_ways_and_are_compiled_before(comm, tmp_path, hidden):
+    mover = KernelMover(compiler_for_host(tmp_path))
+    with open_exchange(comm, mover=mover, hidden=hidden) as exchange:
+        compiled = set(mover.kernels)
+        journey = make_journey(exchange, 7 * comm.rank, 1)
+        go(exchange, travel_both_ways(exchange, journey))
+        check_forward(exchange, journey)
+        check_backward(exchange, journey)
+    with open_exchange(comm, mover=mover, dtype=torch.bfloat16, hidden=hidden) as exchange:
+        compiled |= set(mover.kernels)
+        journey = make_journey(exchange, 15, seed=3)
+        journey.x = journey.x.float()  # as a model's tokens are
+        go(exchange, travel_forward(exchange, journey))
+        check_forward(exchange, journey)
+    assert set(mover.kernels) == compiled and len(compiled) == 8
+
+
+@pytest.mark.mpi
+def test_two_micro_batches_under_way_do_not_mix(comm):
+    with open_exchange(comm) as exchange:
+        for seed in range(3):
+            check_two_at_once(exchange, 19, seed)
+
+
+@pytest.mark.mpi
+def test_a_buffer_grows_when_all_go_to_one_slot_and_stays_so(comm):
+    with open_exchange(comm, expert_rows=3) as exchange:
+        announced = exchange.sizes.buffer_bytes(exchange.routes)
+        assert exchange.buffer_bytes == announced
+        for _ in range(2):
+            journey = make_journey(exchange, 20, seed=2, favourite=0)
+            go(exchange, travel_both_ways(exchange, journey))
+            check_forward(exchange, journey)
+            check_backward(exchange, journey)
+        grown = exchange.buffer_bytes - announced
+        assert (grown > 0) == (comm.rank == 0) and grown <= 1.04 * 20 * comm.size * exchange.sizes.row_bytes
+
+
+@pytest.mark.mpi
+def test_bfloat16_goes_as_bytes(comm):
+    with open_exchange(comm, dtype=torch.bfloat16) as exchange:
+        journey = make_journey(exchange, 15, seed=3)
+        go(exchange, travel_forward(exchange, journey))
+        check_forward(exchange, journey)
+        assert journey.output.dtype == torch.float32 and exchange.sizes.row_bytes == 16
+
+
+@pytest.mark.mpi
+def test_traffic_is_counted_by_direction_and_peer(comm):
+    with open_exchange(comm) as exchange:
+        journey = make_journey(exchange, 18, seed=5)
+        go(exchange, travel_both_ways(exchange, journey))
+        traffic = exchange.take_traffic()
+        to_rank = np.bincount((journey.slots // SLOTS)[journey.kept], minlength=comm.size)
+        assert {layer: copies.tolist() for layer, copies in traffic.copies.items()} == {0: to_rank.tolist()}
+        of_all = np.stack(gather_to_all(comm, traffic.rows), axis=1)  # [4, P, P]
+        for direction in (Direction.DISPATCH, Direction.COMBINE_BACKWARD):
+            assert traffic.rows[direction].tolist() == to_rank.tolist()
+            assert np.array_equal(of_all[direction], of_all[HOMEWARD[direction]].T)
+        assert not exchange.take_traffic().rows.any()

@@ -1,0 +1,156 @@
+"""Parcels land where there is room, in order if need be, are summed by token, and leave all room free again."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from hpcmoe.comm.pool import RowPool
+from hpcmoe.comm.transport import Direction, Part, Ticket, make_part_tag
+from hpcmoe.comm.window import WindowSizes, make_private_window
+from hpcmoe.dispatch.inbound import Guest, Hall, Landing, see_trailer
+from hpcmoe.dispatch.routes import make_routes
+
+HIDDEN, ROW_BYTES, MAX_PARCELS = 4, 16, 3
+
+
+class Post:
+    """A transport in which the test says when what comes."""
+
+    def __init__(self):
+        self.receives, self.sends = {}, {}
+
+    def receive_words(self, words, peer, tag):
+        return self.receives.setdefault((peer, tag), (words, Ticket()))[1]
+
+    def receive_rows(self, rows, peer, tag):
+        return self.receives.setdefault((peer, tag), (rows, Ticket()))[1]
+
+    def send_rows(self, rows, peer, tag):
+        return self.sends.setdefault((peer, tag), (rows, Ticket()))[1]
+
+    def bring(self, peer, tag, content):
+        array, ticket = self.receives[peer, tag]
+        array.reshape(-1)[: content.size] = content.ravel()
+        ticket.done = True
+
+
+def tag_of(part, parcel=0):
+    return make_part_tag(0, part, parcel, MAX_PARCELS)
+
+
+@pytest.fixture
+def hall(request):
+    """Rank 0 alone on its node with two slots, guests from ranks 1 and 2, room for `param` rows."""
+    rows = getattr(request, "param", 30)
+    routes = make_routes([0, 1, 2], 0, 2, np.zeros((3, 3), bool))
+    sizes = WindowSizes(
+        rows=rows, row_bytes=ROW_BYTES, num_berths=1, num_guests=2, max_parcels=MAX_PARCELS, num_slots=2
+    )
+    how = SimpleNamespace(dtype=torch.float32, in_order=True)
+    return Hall(Post(), make_private_window(sizes), routes, [RowPool(0, rows)], how, lambda *counted: None)
+
+
+def make_parcel(tokens, token_of_copy, numbers):
+    """A message: tokens [U, H], and behind them each copy's token and number."""
+    num_copies = len(token_of_copy)
+    rows = np.zeros((len(tokens) + -(-8 * num_copies // ROW_BYTES), ROW_BYTES), np.uint8)
+    rows[: len(tokens)] = np.asarray(tokens, np.float32).view(np.uint8)
+    see_trailer(rows[len(tokens) :], num_copies)[0][:] = token_of_copy
+    see_trailer(rows[len(tokens) :], num_copies)[1][:] = numbers
+    return rows
+
+
+def header(*parcels):
+    """How many parcels; tokens of each, and copies for each of the two slots."""
+    return np.array([len(parcels), *(word for parcel in parcels for word in parcel)])
+
+
+@pytest.mark.parametrize("weigh", [True, False])
+def test_a_guest_goes_all_its_way(hall, weigh):
+    landing, window, post = (
+        Landing(hall, 0, 1, Direction.DISPATCH if weigh else Direction.COMBINE_BACKWARD, tag_of),
+        hall.window,
+        hall.transport,
+    )
+    assert not landing.poke()
+    post.bring(1, tag_of(Part.HEADER), header((2, 2, 1)))
+    post.bring(2, tag_of(Part.HEADER), header())
+    assert landing.poke() and window.slips[0, 0, 1, 1 + MAX_PARCELS, :3].tolist() == [1, 0, 0]  # nothing from rank 2
+    parcel = make_parcel([[1, 2, 3, 4], [5, 6, 7, 8]], [1, 0, 1], [0.5, 2.0, 3.0])
+    post.bring(1, tag_of(Part.PARCEL), parcel)
+    assert window.slips[0, 0, 1, 1, 0] == 0 and landing.poke()
+
+    # The slip names three result rows, each of which knows its token and number.
+    exchange, first, num_slips, *counts = window.slips[0, 0, 1, 1].tolist()
+    assert (exchange, first, num_slips, counts) == (1, 4, 1, [2, 1])
+    assert window.sources[4:7].tolist() == [1, 0, 1] and window.numbers[4:7].tolist() == [0.5, 2, 3]
+    assert not landing.poke() and not landing.is_over
+
+    # Results are summed by token, weighed or not, and the copies' numbers go home with them.
+    window.table(torch.float32)[4:7] = torch.tensor([[1.0], [10.0], [100.0]])
+    window.numbers[4:7] = [7, 8, 9]
+    window.mark_done(0, 1, 0, 1)
+    assert landing.poke()
+    rows, ticket = post.sends[1, tag_of(Part.RETURN)]
+    sums = rows[:2].view(np.float32)
+    assert sums[:, 0].tolist() == ([20, 300.5] if weigh else [10, 101])
+    assert [part.tolist() for part in see_trailer(rows[2:], 3)] == [[1, 0, 1], [7, 8, 9]]
+    assert hall.pools[0].runs == [(7, 23)] and not landing.poke()
+    ticket.done = True
+    assert landing.poke() and landing.is_over and hall.pools[0].runs == [(0, 30)]
+
+
+@pytest.mark.parametrize("hall", [16], indirect=True)
+def test_guests_wait_for_room_in_order(hall):
+    """Ten rows of sixteen are taken: the next has no room, and the small one behind it waits its turn."""
+    landing, post = Landing(hall, 0, 1, Direction.DISPATCH, tag_of), hall.transport
+    post.bring(1, tag_of(Part.HEADER), header((4, 4, 0), (4, 2, 2), (1, 1, 0)))
+    post.bring(2, tag_of(Part.HEADER), header())
+    landing.poke()
+    assert [guest.number for guest in landing.landing] == [0] and [g.number for g in landing.waiting] == [1, 2]
+    assert hall.pools[0].runs == [(10, 6)]
+    assert (1, tag_of(Part.PARCEL, 1)) not in post.receives
+    for number in range(3):
+        post.bring(1, tag_of(Part.PARCEL, number), make_parcel(np.ones((1, HIDDEN)), [0], [1.0]))
+        landing.poke()
+        hall.window.mark_done(0, 1, 0, 1 + number)
+        landing.poke()
+        post.sends[1, tag_of(Part.RETURN, number)][1].done = True
+        landing.poke()
+        landing.poke()
+    assert landing.is_over and hall.pools[0].runs == [(0, 16)]
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_headers_are_read_in_the_senders_order_where_it_is_fixed(hall, in_order):
+    hall.in_order = in_order
+    landing, post = Landing(hall, 0, 1, Direction.DISPATCH, tag_of), hall.transport
+    assert hall.routes.senders == (1, 2)
+    post.bring(2, tag_of(Part.HEADER), header((1, 1, 0)))
+    landing.poke()
+    assert [guest.sender for guest in landing.landing] == ([] if in_order else [2])
+    post.bring(1, tag_of(Part.HEADER), header((1, 0, 1)))
+    landing.poke()
+    assert [guest.sender for guest in landing.landing] == ([1, 2] if in_order else [2, 1])
+
+
+def test_nothing_is_posted_over_what_a_mate_has_not_read(hall):
+    landing, post = Landing(hall, 0, 3, Direction.DISPATCH, tag_of), hall.transport
+    post.bring(1, tag_of(Part.HEADER), header())
+    post.bring(2, tag_of(Part.HEADER), header())
+    assert not landing.poke() and not hall.window.slips.any()
+    hall.window.mark_taken(0, 1)
+    assert landing.poke() and landing.is_over
+
+
+def test_a_header_has_words_for_each_slot_that_the_sender_serves():
+    once = np.zeros((3, 3), bool)
+    once[1, 0] = True
+    routes = make_routes([0, 0, 1, 2], 0, 2, once)
+    hall = SimpleNamespace(window=SimpleNamespace(sizes=SimpleNamespace(max_parcels=3)), routes=routes)
+    assert routes.senders == (2, 3)
+    assert [Hall.header_words(hall, number) for number in range(2)] == [1 + 3 * (1 + 4), 1 + 3 * (1 + 2)]
+    guest = Guest(sender=1, number=0, slip=1, num_slips=1, num_tokens=1, counts=np.array([[1, 2], [0, 4]]))
+    assert guest.num_copies == 7

@@ -1,0 +1,56 @@
+"""Experts are shared by as few ranks as their memory needs, and the reckoning is told."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+from small import make_config, make_topology
+
+from hpcmoe.cluster.mesh import open_mesh
+from hpcmoe.prepare.budget import count_dense_parameters
+from hpcmoe.prepare.shards import choose_tensor_parallel, settle_shards
+
+EXPERT = 2 * 8 * 12 * 4 * 4  # bytes of an expert with gradients and moments: two matrices 8 x 12 in float32
+DENSE = count_dense_parameters(make_config().model) * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("room", "cluster", "chosen"),
+    [
+        (EXPERT, {}, 1),
+        (EXPERT - 1, {}, 2),
+        (EXPERT // 2, {}, 2),
+        (EXPERT // 2 - 1, {}, 4),  # three would be enough, but do not divide eight ranks
+        (EXPERT // 4 - 1, {}, 1),  # eight do not divide feed_forward 12
+        (EXPERT // 2 - 1, {"cluster__data_parallel": 4}, 1),  # only two are left
+        (EXPERT - 1, {"cluster__expert_parallel": 2}, 4),  # what the other two leave
+    ],
+)
+def test_as_few_ranks_share_an_expert_as_it_needs(room, cluster, chosen):
+    config = make_config(cluster__tensor_parallel=0, **cluster)
+    number, reckoning = choose_tensor_parallel(config, 8, DENSE + room)
+    assert number == chosen
+    assert reckoning.startswith("an expert with its state takes 3.07 kB, a rank has ")
+    assert reckoning.endswith("does not suffice") == (room < EXPERT / chosen)
+
+
+def test_inference_needs_parameters_alone():
+    config = make_config(run__mode="infer", model__dtype="bfloat16")
+    assert choose_tensor_parallel(config, 2, DENSE // 4 + EXPERT // 8)[0] == 1
+    assert choose_tensor_parallel(config, 2, DENSE // 4 + EXPERT // 8 - 1)[0] == 2
+
+
+@pytest.mark.mpi
+def test_the_mesh_takes_what_was_chosen_and_the_log_tells_why(comm, caplog):
+    memory_bytes = np.array([comm.size * (DENSE + EXPERT // 2)])
+    topology = dataclasses.replace(make_topology(comm.size), memory_bytes=memory_bytes)
+    fitting = [number for number in range(2, comm.size + 1) if comm.size % number == 0 and 12 % number == 0]
+    with caplog.at_level(logging.INFO):
+        cluster = settle_shards(comm, make_config(comm__device="host"), topology)
+    assert cluster.tensor_parallel == min(fitting, default=1)
+    assert caplog.messages[0].endswith(f": tensor_parallel {fitting[0]}" if fitting else "does not suffice")
+    with open_mesh(comm, cluster) as mesh:
+        assert mesh.tensor_parallel * mesh.expert_parallel == comm.size
+    given = make_config(cluster__tensor_parallel=7)
+    assert settle_shards(comm, given, topology) is given.cluster

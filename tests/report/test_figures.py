@@ -1,0 +1,73 @@
+"""The picture shows every link in use, every expert, and the figures of the placement."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from cases import make_case, make_domains, write_case
+
+from hpcmoe.placement.files.case import read_case
+from hpcmoe.placement.resources import measure_usage
+
+pytest.importorskip("matplotlib")
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patches import Circle, FancyArrowPatch, Wedge  # noqa: E402
+
+from hpcmoe.report.figures import draw, draw_maps, draw_ring  # noqa: E402
+
+LONE = {"nic_out": None, "nic_in": None, "rack": None, "uplink": None}
+
+
+def lay_out(tmp_path, case, objective):
+    """Lay a case's experts out, with a second copy of the first -> (problem, placement as far as seen, usage)."""
+    problem, _ = read_case(write_case(tmp_path / "case.json", case), objective)
+    slots = np.full((problem.num_layers, problem.num_ranks * problem.slots_per_rank), -1)
+    slots[:, : problem.num_experts] = np.arange(problem.num_experts)
+    slots[:, -1] = 0
+    placement = SimpleNamespace(
+        expert_of_replica=slots,
+        objective_seconds=1.0,
+        lower_bound_seconds=0.5,
+        optimal=objective == "links",
+        split=None,
+    )
+    return problem, placement, measure_usage(problem, placement)
+
+
+@pytest.mark.parametrize("objective", ["links", "step"])
+def test_a_ring_shows_links_experts_racks(tmp_path, objective):
+    problem, _, usage = lay_out(tmp_path, make_domains(make_case(slots=2, replicate=True)), objective)
+    figure = Figure()
+    draw_ring(figure, problem, usage, 1)
+    patches = figure.axes[0].patches
+    crossing = np.where(np.eye(4), 0, usage.tokens[1])
+    assert sum(isinstance(patch, FancyArrowPatch) for patch in patches) == (crossing > 0).sum()
+    assert sum(isinstance(patch, Circle) for patch in patches) == 4 + (usage.copies[1] > 0).sum()
+    assert sum(isinstance(patch, Wedge) for patch in patches) == 2
+    words = " ".join(text.get_text() for text in figure.axes[0].texts)
+    assert "n3" in words and "rack 1" in words and ("out" in words) == (objective == "step")
+    assert {axes.get_ylabel() for axes in figure.axes} >= {"time of a link, ms (width: its tokens)"}
+
+
+def test_maps_show_links_ports_experts_tokens(tmp_path):
+    problem, _, usage = lay_out(tmp_path, make_case(20, 2, 30), "ports")
+    figure = Figure()
+    draw_maps(figure, problem, usage)
+    shown = figure.axes[0].images[0].get_array()
+    crossing = np.where(np.eye(20), 0, usage.tokens.sum(axis=0))
+    np.testing.assert_allclose(np.nan_to_num(np.asarray(shown)), 1e3 * crossing * problem.link_cost)
+    titles = {axes.get_title() for axes in figure.axes}
+    assert titles >= {"time of a link, ms", "time of a port, ms", "experts, copies in all layers", "tokens served"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [make_case(), make_case(1, 4, 4, **LONE), make_case(home_tokens_per_rank=[0] * 8), make_case(20, 2, 30),
+     make_case(20, 2, 30, home_tokens_per_rank=[0] * 40), make_case(2, 40, 60)],
+    ids=["ring", "one node", "no tokens", "maps", "maps without tokens", "many experts a node"],
+)  # fmt: skip
+@pytest.mark.parametrize("objective", ["links", "step"])
+def test_any_placement_can_be_drawn(tmp_path, case, objective):
+    problem, placement, usage = lay_out(tmp_path, case, objective)
+    draw(problem, placement, usage, tmp_path / "out.part", "png", 0)
+    assert (tmp_path / "out.part").stat().st_size > 10_000
