@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcmoe.cluster.measure.cluster import cluster as measure
+from hpcmoe.cluster.measure import cluster as measure
 from hpcmoe.cluster.measure.pairs import SIZES
 from hpcmoe.config import Cluster
 from hpcmoe.errors import ClusterError

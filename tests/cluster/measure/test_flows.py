@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcmoe.cluster.measure.cluster import flows as ports
+from hpcmoe.cluster.measure import flows as ports
 from hpcmoe.cluster.measure.rounds import make_port_rounds, make_uplink_rounds
 from hpcmoe.wait import gather_to_all
 

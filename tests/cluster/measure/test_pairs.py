@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcmoe.cluster.measure.cluster import pairs as links
+from hpcmoe.cluster.measure import pairs as links
 from hpcmoe.wait import gather_to_all
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcmoe.cluster.measure.cluster import rounds
+from hpcmoe.cluster.measure import rounds
 from hpcmoe.cluster.measure.rounds import SHARE_SECONDS
 
 racks_of = st.lists(st.integers(0, 3), min_size=1, max_size=14).map(

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from placement.exact import cheapest_by_counts, solve_single, try_all
 from placement.families import FAMILIES, make_family
 
-from hpcmoe.placement.bounds.bounds import bound_layer, choices, count_layer, count_spare
+from hpcmoe.placement.bounds import choices
+from hpcmoe.placement.bounds.bounds import bound_layer, count_layer, count_spare
 from hpcmoe.placement.bounds.choices import count_ways, list_ways, make_choices
 from hpcmoe.placement.cost import is_optimal
 from hpcmoe.placement.problem import OBJECTIVES, PlacementProblem
