@@ -35,7 +35,7 @@ The path of a token:
     feed_forward    experts work on the rows of the peers that have landed
     dispatch.host   combine: results travel home
     layer           the K results, times their gates, are added to the residual
-    run.optimizer   on the way back slopes take the same path; gradients are summed, clipped, applied
+    run.optimizer   on the way back gradients take the same path; gradients are summed, clipped, applied
 
 Letters in shapes: T tokens of this rank's micro-batch, K experts of a token, N = T * K copies, N' copies sent (not
 dropped), R rows received, H hidden size, F feed-forward size, E logical experts, P ranks of the expert-parallel group,

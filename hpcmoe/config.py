@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Interval, MaxLen, MinLen
 
 from hpcmoe.contradictions import contradictions
 from hpcmoe.errors import ConfigError
-from hpcmoe.float32 import InFloat32, find_misfit
+from hpcmoe.float32 import InFloat32, find_range_error
 from hpcmoe.messages import is_one_line, join_lines, one_line, show_value
 from hpcmoe.overrides import kind_of, name_option, parse_override
 from hpcmoe.paths import expand_paths
@@ -252,7 +252,7 @@ def find_misfits(config: Config) -> Iterator[tuple[tuple[str, str], str]]:
     """Yield ((section, key), text) for numbers that float32 does not have, and texts that are not one line."""
     for name, key, annotation in list_keys():
         value = getattr(getattr(config, name), key)
-        if what := find_misfit(value, annotation):
+        if what := find_range_error(value, annotation):
             yield (name, key), what
         texts = value if isinstance(value, tuple) else (value,)
         if not all(is_one_line(text) for text in texts if isinstance(text, str)):

@@ -4,14 +4,14 @@ import struct
 import typing
 
 LEAST, MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of float32's normal numbers
-BELOW_ONE = 1 - 2.0**-24  # float32's last number before 1
+_LARGEST_BELOW_ONE = 1 - 2.0**-24  # float32's last number before 1
 
 
 class InFloat32:
     """Marks, in the annotation of a key, a number that is used in float32."""
 
 
-def find_misfit(value: float, annotation: object) -> str | None:
+def find_range_error(value: float, annotation: object) -> str | None:
     """Say what a number must be that float32 would make 0, infinite or its own excluded bound; None if it fits."""
     bounds = typing.get_args(annotation)[1:]
     if not any(isinstance(bound, InFloat32) for bound in bounds):
@@ -20,7 +20,7 @@ def find_misfit(value: float, annotation: object) -> str | None:
         zero = "" if any(getattr(bound, "gt", None) == 0 for bound in bounds) else "0, or "
         return f"must be {zero}from {LEAST:.3g} to {MOST:.3g}, for it is used in float32"
     if any(getattr(bound, "lt", None) == 1 for bound in bounds) and round_to_float32(value) >= 1:
-        return f"must be at most {BELOW_ONE:.8f}, for float32 makes it 1"
+        return f"must be at most {_LARGEST_BELOW_ONE:.8f}, for float32 makes it 1"
     return None
 
 

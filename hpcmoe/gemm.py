@@ -11,14 +11,14 @@ import functools
 import torch
 from torch.nn import functional
 
-MOST_GRADIENT_ROWS = 512  # of one product for a gradient; oneDNN slows down beyond
-FEW_PRODUCTS = 2**22  # of numbers; MKL needs no kernel of its own for each new shape
-FEW_ROWS = 64  # of a packed product that without AVX-512 oneDNN does faster than MKL
-PIECE_BYTES = 2**21  # of a product before it is added up
-LARGE_GRADIENT = 2**26  # numbers; with fewer the host takes longer to start a sum in place (120 us) than a GPU gains
+_MAX_GRADIENT_ROWS = 512  # of one product for a gradient; oneDNN slows down beyond
+_SMALL_PRODUCT = 2**22  # of numbers; MKL needs no kernel of its own for each new shape
+_MAX_PACKED_ROWS = 64  # of a packed product that without AVX-512 oneDNN does faster than MKL
+_GRADIENT_PIECE_BYTES = 2**21  # of a product before it is added up
+_LARGE_GRADIENT = 2**26  # numbers; with fewer the host takes longer to start a sum in place (120 us) than a GPU gains
 
 
-class Matrix:
+class WeightMatrix:
     """A weight [out, in] and the products with it; copies of it, cast and packed, are made once and then kept."""
 
     def __init__(self, parameter, packed=False):
@@ -31,7 +31,7 @@ class Matrix:
         self.weights, self.packs = {}, {}
 
     @property
-    def num_packed_bytes(self):
+    def cast_bytes(self):
         """Bytes of the copies that are kept."""
         copies = [weight for weight in self.weights.values() if weight.dtype != self.parameter.dtype]
         copies += [pack for dtype, pack in self.packs.items() if pack is not self.weights[dtype]]
@@ -46,15 +46,15 @@ class Matrix:
             weight = self.packs[x.dtype]
         return gemm.linear(x, weight, bias, activation)
 
-    def back(self, slope):
-        """slope [n, out] -> slope W [n, in]."""
-        gemm, weight = self.prepare(slope.dtype)
-        return gemm.back(slope, weight)
+    def back(self, grad_y):
+        """grad_y [n, out] -> grad_y W [n, in]."""
+        gemm, weight = self.prepare(grad_y.dtype)
+        return gemm.back(grad_y, weight)
 
-    def add_gradient(self, slope, x):
-        """Add slope^T x to the weight's gradient, slope [n, out], x [n, in]; float32 whatever they are."""
+    def add_gradient(self, grad_y, x):
+        """Add grad_y^T x to the weight's gradient, grad_y [n, out], x [n, in]; float32 whatever they are."""
         gemm, _ = self.prepare(x.dtype)
-        gemm.add_product(find_gradient(self.parameter), slope, x)
+        gemm.add_product(ensure_grad(self.parameter), grad_y, x)
 
     def prepare(self, dtype):
         """Find who multiplies in this precision, and the weight as it is read -> (gemm, weight [out, in])."""
@@ -78,37 +78,37 @@ class TorchGemm:
         """activation(x weight^T + bias)."""
         return activate(functional.linear(x, weight, bias), activation, in_place=True)
 
-    def back(self, slope, weight):
-        """slope weight."""
-        return torch.mm(slope, weight)
+    def back(self, grad_y, weight):
+        """grad_y weight."""
+        return torch.mm(grad_y, weight)
 
-    def outer(self, slope, x):
-        """slope^T x."""
-        return torch.mm(slope.t(), x)
+    def outer(self, grad_y, x):
+        """grad_y^T x."""
+        return torch.mm(grad_y.t(), x)
 
-    def add_product(self, gradient, slope, x):
-        """gradient += slope^T x, in float32; a product in bfloat16 is rounded once, then added."""
+    def add_product(self, gradient, grad_y, x):
+        """gradient += grad_y^T x, in float32; a product in bfloat16 is rounded once, then added."""
         if x.dtype == gradient.dtype:
-            gradient.addmm_(slope.t(), x)
+            gradient.addmm_(grad_y.t(), x)
         else:
-            gradient.add_(self.outer(slope, x))
+            gradient.add_(self.outer(grad_y, x))
 
 
 class CudaGemm(TorchGemm):
     """Torch's products on a GPU."""
 
-    def add_product(self, gradient, slope, x):
-        """gradient += slope^T x, in float32; for a large gradient as it is made, without a product beside it."""
+    def add_product(self, gradient, grad_y, x):
+        """gradient += grad_y^T x, in float32; for a large gradient as it is made, without a product beside it."""
         if x.is_cuda and adds_as_made(x.dtype, gradient.numel()):
-            torch.addmm(gradient, slope.t(), x, out_dtype=gradient.dtype, out=gradient)
+            torch.addmm(gradient, grad_y.t(), x, out_dtype=gradient.dtype, out=gradient)
         else:
-            super().add_product(gradient, slope, x)
+            super().add_product(gradient, grad_y, x)
 
 
 class PackedGemm(TorchGemm):
     """Torch's products, but for those of few rows with a packed weight, which oneDNN does: without AVX-512."""
 
-    def __init__(self, few_rows=FEW_ROWS):
+    def __init__(self, few_rows=_MAX_PACKED_ROWS):
         """few_rows: beyond so many torch is the faster."""
         self.few_rows = few_rows
 
@@ -135,30 +135,30 @@ class OneDnnGemm(PackedGemm):
 
     def linear(self, x, weight, bias, activation):
         """activation(x weight^T + bias)."""
-        small = not weight.is_mkldnn and x.dtype == torch.float32 and len(x) * weight.numel() < FEW_PRODUCTS
+        small = not weight.is_mkldnn and x.dtype == torch.float32 and len(x) * weight.numel() < _SMALL_PRODUCT
         by_whom = super().linear if small else multiply_by_onednn
         return by_whom(x, weight, bias, activation)
 
-    def back(self, slope, weight):
-        """slope weight."""
-        return self.linear(slope, weight.t(), None, "none")
+    def back(self, grad_y, weight):
+        """grad_y weight."""
+        return self.linear(grad_y, weight.t(), None, "none")
 
-    def outer(self, slope, x):
-        """slope^T x."""
+    def outer(self, grad_y, x):
+        """grad_y^T x."""
         if len(x) == 0:  # oneDNN knows no product over nothing
-            return super().outer(slope, x)
-        return self.linear(slope.t(), x.t(), None, "none")
+            return super().outer(grad_y, x)
+        return self.linear(grad_y.t(), x.t(), None, "none")
 
-    def add_product(self, gradient, slope, x):
-        """gradient += slope^T x, in float32; a product in bfloat16 is rounded once, then added.
+    def add_product(self, gradient, grad_y, x):
+        """gradient += grad_y^T x, in float32; a product in bfloat16 is rounded once, then added.
 
         It is made in pieces: kernels stay in memory, and each that is made beside a product as large as the weight
         keeps the heap from using that space for the next.
         """
         outer = self.outer if x.dtype == torch.float32 else super().outer  # torch's asks oneDNN in bfloat16
-        num_columns = max(1, PIECE_BYTES // (x.shape[1] * x.element_size()))
-        for slopes, rows in zip(slope.split(MOST_GRADIENT_ROWS), x.split(MOST_GRADIENT_ROWS), strict=True):
-            for piece, columns in zip(gradient.split(num_columns), slopes.split(num_columns, dim=1), strict=True):
+        num_columns = max(1, _GRADIENT_PIECE_BYTES // (x.shape[1] * x.element_size()))
+        for grads_y, rows in zip(grad_y.split(_MAX_GRADIENT_ROWS), x.split(_MAX_GRADIENT_ROWS), strict=True):
+            for piece, columns in zip(gradient.split(num_columns), grads_y.split(num_columns, dim=1), strict=True):
                 piece.add_(outer(columns, rows))
 
 
@@ -181,22 +181,22 @@ class WideGemm:
     def linear(self, x, weight, bias, activation):
         """activation(x weight^T + bias)."""
         wide = None if bias is None else bias.float()
-        return self.gemm.linear(x.float(), widen(weight), wide, activation).to(x.dtype)
+        return self.gemm.linear(x.float(), _to_float32(weight), wide, activation).to(x.dtype)
 
-    def back(self, slope, weight):
-        """slope weight."""
-        return self.gemm.back(slope.float(), widen(weight)).to(slope.dtype)
+    def back(self, grad_y, weight):
+        """grad_y weight."""
+        return self.gemm.back(grad_y.float(), _to_float32(weight)).to(grad_y.dtype)
 
-    def outer(self, slope, x):
-        """slope^T x."""
-        return self.gemm.outer(slope.float(), x.float()).to(slope.dtype)
+    def outer(self, grad_y, x):
+        """grad_y^T x."""
+        return self.gemm.outer(grad_y.float(), x.float()).to(grad_y.dtype)
 
-    def add_product(self, gradient, slope, x):
-        """gradient += slope^T x, in float32."""
-        self.gemm.add_product(gradient, slope.float(), x.float())
+    def add_product(self, gradient, grad_y, x):
+        """gradient += grad_y^T x, in float32."""
+        self.gemm.add_product(gradient, grad_y.float(), x.float())
 
 
-def widen(weight):
+def _to_float32(weight):
     """See a weight in float32, packed or not."""
     return weight if weight.is_mkldnn else weight.float()
 
@@ -207,7 +207,7 @@ def multiply(x, weight):
 
 
 class Product(torch.autograd.Function):
-    """x W^T by whoever multiplies fastest, and its two slopes."""
+    """x W^T by whoever multiplies fastest, and its two gradients."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -216,13 +216,13 @@ class Product(torch.autograd.Function):
         return choose_gemm(weight.device.type, x.dtype).linear(x, weight, None, "none")
 
     @staticmethod
-    def backward(ctx, slope):
-        """Go back: slope W, and slope^T x."""
+    def backward(ctx, grad_y):
+        """Go back: grad_y W, and grad_y^T x."""
         x, weight = ctx.saved_tensors
         gemm = choose_gemm(weight.device.type, x.dtype)
-        slope = slope.contiguous()
-        by_x = gemm.back(slope, weight) if ctx.needs_input_grad[0] else None
-        by_weight = gemm.outer(slope, x) if ctx.needs_input_grad[1] else None
+        grad_y = grad_y.contiguous()
+        by_x = gemm.back(grad_y, weight) if ctx.needs_input_grad[0] else None
+        by_weight = gemm.outer(grad_y, x) if ctx.needs_input_grad[1] else None
         return by_x, by_weight
 
 
@@ -245,11 +245,11 @@ def choose_gemm(device, dtype):
 
 def adds_as_made(dtype, numel):
     """Whether a GPU adds products in this precision to a float32 gradient of so many numbers as it makes them."""
-    return dtype != torch.float32 and numel >= LARGE_GRADIENT and hasattr(torch.ops.aten.addmm, "dtype_out")
+    return dtype != torch.float32 and numel >= _LARGE_GRADIENT and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 def count_copy_bytes(dtype, parameter_dtype, packed):
-    """Bytes that a number of a Matrix on the host takes besides its parameter, once it has been multiplied with."""
+    """Bytes that a number of a weight on the host takes besides its parameter, once it has been multiplied with."""
     gemm = choose_gemm("cpu", dtype)
     read = gemm.precision or dtype
     cast = 0 if read == parameter_dtype else read.itemsize
@@ -271,20 +271,20 @@ def activate(x, activation, in_place=False):
             raise ValueError(f"unknown activation {activation}")
 
 
-def activate_back(slope, x, activation):
-    """The slope by x of a loss whose slope by activate(x) is given."""
+def activate_back(grad_y, x, activation):
+    """The gradient of x of a loss whose gradient of activate(x) is given."""
     match activation:
         case "gelu":
-            return torch.ops.aten.gelu_backward(slope, x)
+            return torch.ops.aten.gelu_backward(grad_y, x)
         case "relu":
-            return torch.ops.aten.threshold_backward(slope, x, 0)
+            return torch.ops.aten.threshold_backward(grad_y, x, 0)
         case "silu":
-            return torch.ops.aten.silu_backward(slope, x)
+            return torch.ops.aten.silu_backward(grad_y, x)
         case _:
             raise ValueError(f"unknown activation {activation}")
 
 
-def find_gradient(parameter):
+def ensure_grad(parameter):
     """The gradient that a parameter gathers, zeros at first."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)

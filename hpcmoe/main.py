@@ -32,7 +32,7 @@ from hpcmoe.model.text import check_text, find_text
 from hpcmoe.output import Log, show
 from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
-from hpcmoe.prepare.budget import check_room, describe_room
+from hpcmoe.prepare.budget import check_budget, describe_budget
 from hpcmoe.prepare.metadata import check_facts, describe_state, tell_changes
 from hpcmoe.prepare.shards import settle_shards
 from hpcmoe.wait import barrier
@@ -88,7 +88,7 @@ def run(comm, arguments, opened):
 
     # Find out where the ranks are and what joins them.
     topology = topology or read_topology(comm, config.cluster)
-    on_root(comm, lambda: check_room(config, topology))
+    on_root(comm, lambda: check_budget(config, topology))
     on_root(comm, lambda: save_topology(topology, folder / "topology.json"))
     log.info("%s", topology)
     with open_mesh(comm, settle_shards(comm, config, topology)) as mesh:
@@ -197,7 +197,7 @@ def list_written(config, folder):
 def announce(job):
     """Say what is about to run and how much memory it will take."""
     from hpcmoe.prepare.placement import tell
-    from hpcmoe.prepare.sizes import describe_ways
+    from hpcmoe.prepare.sizes import describe_sizes
     from hpcmoe.report.totals import tell_floors
 
     memory, model, text_bytes = job.memory, job.config.model, len(job.training)
@@ -205,9 +205,9 @@ def announce(job):
         "%d layers x %d experts, top-%d, hidden %d, feed-forward %d; %.1f MB of text to train on",
         model.num_layers, model.num_experts, model.top_k, model.hidden, model.feed_forward, text_bytes / 1e6,
     )  # fmt: skip
-    reckoned = describe_room(job.room, job.topology, memory.per_expert, model.num_layers)
-    ways = describe_ways(job.stepper.exchange.sizes, job.stepper.exchange.routes)
-    for line in [*reckoned, *tell(job.layout, job.config.cluster), *ways, tell_floors(job)]:
+    budget_lines = describe_budget(job.budget, job.topology, memory.per_expert, model.num_layers)
+    size_lines = describe_sizes(job.stepper.exchange.sizes, job.stepper.exchange.routes)
+    for line in [*budget_lines, *tell(job.layout, job.config.cluster), *size_lines, tell_floors(job)]:
         log.info("%s", line)
     log.info(
         "memory of a rank, as computed: %.1f MB, of these %.1f MB message buffers and %.1f MB activations",

@@ -127,7 +127,7 @@ def find_blocked(folder=SHARED_MEMORY, environ=os.environ, process=None):
 
 
 def name_world(environ, process):
-    """Reckon the number by which MPICH calls this process's world: its job's, its own if alone, None if drawn."""
+    """Compute the number by which MPICH calls this process's world: its job's, its own if alone, None if drawn."""
     job = environ.get("PMI_JOBID", "")
     if not job:
         return None if "PMI_RANK" in environ or "PMIX_RANK" in environ else process

@@ -37,7 +37,7 @@ def make_journey(exchange, num_tokens, seed, berth=0, kept_share=0.8, whole=True
         plan=exchange.make_plan(slots, kept),
         gates=torch.from_numpy(gates * kept).float(),
         x=torch.from_numpy(draw(num_tokens, sizes.hidden)).to(sizes.dtype),
-        slope=torch.from_numpy(draw(num_tokens, sizes.hidden)).to(sizes.dtype),
+        grad=torch.from_numpy(draw(num_tokens, sizes.hidden)).to(sizes.dtype),
         batches=[],  # in the order in which they were worked on
         seen=[],  # rows that this rank's experts took, batch by batch, chunk by chunk
     )
@@ -74,15 +74,15 @@ def travel_forward(exchange, journey):
 
 
 def travel_backward(exchange, journey):
-    """Go back from journey.slope, leaving x_slope [T, H] and gate_slope [T, K]; yields where it waits.
+    """Go back from journey.grad, leaving grad_x [T, H] and grad_gate [T, K]; yields where it waits.
 
-    Also weight_slopes, a list in the order of the work, and backward_order, the batches' numbers in it.
+    Also weight_grads, a list in the order of the work, and backward_order, the batches' numbers in it.
     """
     first_slot, hidden = exchange.routes.rank * exchange.routes.num_slots, exchange.sizes.hidden
-    journey.weight_slopes, journey.backward_order = [], []
+    journey.weight_grads, journey.backward_order = [], []
     while not exchange.may_start(journey):
         yield
-    exchange.start_outward(journey, journey.slope, journey.gates, Direction.COMBINE_BACKWARD)
+    exchange.start_outward(journey, journey.grad, journey.gates, Direction.COMBINE_BACKWARD)
     for number in exchange.batches_again(journey, journey.batches):
         if number is None:
             yield
@@ -93,22 +93,22 @@ def travel_backward(exchange, journey):
         for part, slots in batch.portions(exchange.sizes.batch_rows):
             rows, gates = exchange.take(places[part])
             by_input, by_gate, lengths = [], [], spread(slots, rows)
-            for slopes, gates_of_slot in zip(rows.float().split(lengths), gates[:, None].split(lengths), strict=True):
+            for grads, gates_of_slot in zip(rows.float().split(lengths), gates[:, None].split(lengths), strict=True):
                 if len(by_input) == len(slots):
                     break
                 slot, x = next(seen)
-                matrix, weighed = map_of(first_slot + slot, hidden), gates_of_slot * slopes
+                matrix, weighed = map_of(first_slot + slot, hidden), gates_of_slot * grads
                 by_input.append(weighed @ matrix)
-                by_gate.append((slopes * (x.float() @ matrix.T)).sum(dim=1))
-                journey.weight_slopes.append((slot, weighed.T @ x.float()))
+                by_gate.append((grads * (x.float() @ matrix.T)).sum(dim=1))
+                journey.weight_grads.append((slot, weighed.T @ x.float()))
             exchange.lay(torch.cat(by_input), places[part], torch.cat(by_gate))
             yield
         assert next(seen, None) is None
         exchange.finish(journey, batch)
     while not exchange.is_home(journey):
         yield
-    journey.x_slope = exchange.sum_home(journey, torch.ones_like(journey.gates))
-    journey.gate_slope = exchange.numbers_home(journey)
+    journey.grad_x = exchange.sum_home(journey, torch.ones_like(journey.gates))
+    journey.grad_gate = exchange.numbers_home(journey)
 
 
 def spread(slots, rows):
@@ -155,10 +155,10 @@ def check_forward(exchange, journey):
 
 
 def check_backward(exchange, journey):
-    """The slopes by tokens and gates are those of <output, slope>."""
+    """The gradients of tokens and gates are those of <output, grad>."""
     hidden = exchange.sizes.hidden
-    assert torch.equal(journey.x_slope.float(), expected_x_slope(journey, hidden))
-    assert torch.equal(journey.gate_slope.float(), expected_gate_slope(journey, hidden))
+    assert torch.equal(journey.grad_x.float(), expected_grad_x(journey, hidden))
+    assert torch.equal(journey.grad_gate.float(), expected_grad_gate(journey, hidden))
 
 
 def maps_of_copies(journey, hidden):
@@ -172,14 +172,14 @@ def expected_output(journey, hidden):
     return torch.einsum("tk,tkij,tj->ti", journey.gates, maps_of_copies(journey, hidden), journey.x.float())
 
 
-def expected_x_slope(journey, hidden):
-    """sum over k of gate * M^T slope."""
-    return torch.einsum("tk,tkij,ti->tj", journey.gates, maps_of_copies(journey, hidden), journey.slope.float())
+def expected_grad_x(journey, hidden):
+    """sum over k of gate * M^T grad."""
+    return torch.einsum("tk,tkij,ti->tj", journey.gates, maps_of_copies(journey, hidden), journey.grad.float())
 
 
-def expected_gate_slope(journey, hidden):
-    """slope . M x of each copy."""
-    return torch.einsum("ti,tkij,tj->tk", journey.slope.float(), maps_of_copies(journey, hidden), journey.x.float())
+def expected_grad_gate(journey, hidden):
+    """grad . M x of each copy."""
+    return torch.einsum("ti,tkij,tj->tk", journey.grad.float(), maps_of_copies(journey, hidden), journey.x.float())
 
 
 def check_all_is_given_back(exchange):

@@ -16,7 +16,7 @@ from hpcmoe.comm.window import make_private_window, open_window
 from hpcmoe.config import Config
 from hpcmoe.dispatch.host import Exchange
 from hpcmoe.dispatch.routes import make_routes
-from hpcmoe.dispatch.sizes import Sizes, most_parcels
+from hpcmoe.dispatch.sizes import HostSizes, most_parcels
 from hpcmoe.model.text import find_text
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.run.job import open_job
@@ -144,7 +144,7 @@ def make_sizes(routes, **sizes):
         "parcels_at_once": 4, "in_order": True, "deterministic": True,
     } | sizes  # fmt: skip
     sent = most_parcels(len(routes.landings), *(usual[name] for name in ("tokens", "top_k", "parcel_tokens")))
-    return Sizes(parcels_sent=sent, **usual)
+    return HostSizes(parcels_sent=sent, **usual)
 
 
 def gather_pieces(comm, state, shared):

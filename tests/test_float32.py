@@ -5,7 +5,7 @@ import pytest
 
 from hpcmoe.config import Config, list_keys, read_config
 from hpcmoe.errors import ConfigError
-from hpcmoe.float32 import LEAST, MOST, InFloat32, find_misfit, round_to_float32
+from hpcmoe.float32 import LEAST, MOST, InFloat32, find_range_error, round_to_float32
 
 MARKED = {
     f"{name}.{key}": annotation
@@ -68,7 +68,7 @@ def test_what_float32_has_is_taken(read):
 
 def test_other_numbers_keep_what_float64_has(read):
     assert read("cluster.seconds_per_token=1e-50").cluster.seconds_per_token == 1e-50
-    assert find_misfit(1e-50, float) is None
+    assert find_range_error(1e-50, float) is None
 
 
 def test_the_limits_are_those_of_float32():

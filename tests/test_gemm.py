@@ -6,10 +6,10 @@ import torch
 from hpcmoe import gemm
 from hpcmoe.gemm import (
     CudaGemm,
-    Matrix,
     OneDnnGemm,
     PackedGemm,
     TorchGemm,
+    WeightMatrix,
     WideGemm,
     activate,
     activate_back,
@@ -60,7 +60,7 @@ def multiplier(request, monkeypatch):
 @pytest.mark.parametrize("num_rows", [1, 3, 70])
 def test_linear_is_the_product_the_bias_and_the_activation(num_rows, dtype, packed):
     weight, bias, x = draw(20, 33), draw(20, seed=1).to(dtype), draw(num_rows, 33, seed=2).to(dtype)
-    matrix = Matrix(torch.nn.Parameter(weight), packed)
+    matrix = WeightMatrix(torch.nn.Parameter(weight), packed)
     for given in (None, bias):
         product = x.double() @ weight.to(dtype).double().T + (0 if given is None else bias.double())
         for name, function in ACTIVATIONS.items():
@@ -72,11 +72,11 @@ def test_linear_is_the_product_the_bias_and_the_activation(num_rows, dtype, pack
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_back_is_the_product_with_the_matrix_itself(dtype, packed):
-    weight, slope = draw(20, 33), draw(7, 20, seed=2).to(dtype)
-    matrix = Matrix(torch.nn.Parameter(weight), packed)
-    back = matrix.back(slope)
+    weight, grad_y = draw(20, 33), draw(7, 20, seed=2).to(dtype)
+    matrix = WeightMatrix(torch.nn.Parameter(weight), packed)
+    back = matrix.back(grad_y)
     assert back.dtype == dtype and back.is_contiguous()
-    assert_near(back, slope.double() @ weight.to(dtype).double(), dtype)
+    assert_near(back, grad_y.double() @ weight.to(dtype).double(), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,15 +84,15 @@ def test_back_is_the_product_with_the_matrix_itself(dtype, packed):
 @pytest.mark.parametrize("piece_bytes", [2**21, 1000])
 def test_gradients_add_up_in_float32(dtype, most_rows, piece_bytes, monkeypatch):
     """Over batches of one row, of less than what oneDNN takes, of just that, and of more."""
-    monkeypatch.setattr(gemm, "MOST_GRADIENT_ROWS", most_rows)
-    monkeypatch.setattr(gemm, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(gemm, "_MAX_GRADIENT_ROWS", most_rows)
+    monkeypatch.setattr(gemm, "_GRADIENT_PIECE_BYTES", piece_bytes)
     parameter = torch.nn.Parameter(draw(20, 33))
     parameter.grad = gathered = draw(20, 33, seed=1)
-    expected, matrix = gathered.double(), Matrix(parameter)
+    expected, matrix = gathered.double(), WeightMatrix(parameter)
     for num_rows in (1, 40, 64, 128, 300):
-        slope, x = draw(num_rows, 20, seed=num_rows).to(dtype), draw(num_rows, 33, seed=-num_rows).to(dtype)
-        matrix.add_gradient(slope, x)
-        expected = expected + slope.double().T @ x.double()
+        grad_y, x = draw(num_rows, 20, seed=num_rows).to(dtype), draw(num_rows, 33, seed=-num_rows).to(dtype)
+        matrix.add_gradient(grad_y, x)
+        expected = expected + grad_y.double().T @ x.double()
     assert parameter.grad is gathered and gathered.dtype == torch.float32  # in place: it may be a view of all gradients
     assert_near(gathered, expected, dtype)
 
@@ -100,7 +100,7 @@ def test_gradients_add_up_in_float32(dtype, most_rows, piece_bytes, monkeypatch)
 def test_small_contributions_in_bfloat16_are_not_lost():
     """A sum of a thousand in bfloat16 would stop growing at 256."""
     parameter = torch.nn.Parameter(torch.zeros(2, 3))
-    matrix = Matrix(parameter)
+    matrix = WeightMatrix(parameter)
     for _ in range(1000):
         matrix.add_gradient(torch.ones(64, 2, dtype=torch.bfloat16) / 64, torch.ones(64, 3, dtype=torch.bfloat16))
     assert (parameter.grad == 1000).all()
@@ -108,36 +108,36 @@ def test_small_contributions_in_bfloat16_are_not_lost():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_copies_are_made_once_and_anew_after_refresh(packed):
-    parameter, x, slope = torch.nn.Parameter(draw(64, 32)), draw(3, 32).bfloat16(), draw(3, 64).bfloat16()
-    matrix = Matrix(parameter, packed)
-    assert matrix.num_packed_bytes == 0
-    before = matrix.linear(x), matrix.back(slope)
-    held = matrix.num_packed_bytes
+    parameter, x, grad_y = torch.nn.Parameter(draw(64, 32)), draw(3, 32).bfloat16(), draw(3, 64).bfloat16()
+    matrix = WeightMatrix(parameter, packed)
+    assert matrix.cast_bytes == 0
+    before = matrix.linear(x), matrix.back(grad_y)
+    held = matrix.cast_bytes
     assert held == parameter.numel() * count_copy_bytes(torch.bfloat16, torch.float32, packed)
     parameter.data.mul_(2)
-    again = matrix.linear(x), matrix.back(slope)
-    assert matrix.num_packed_bytes == held
+    again = matrix.linear(x), matrix.back(grad_y)
+    assert matrix.cast_bytes == held
     if gemm.choose_gemm("cpu", torch.bfloat16).precision is None:  # else the weight itself is read
         assert all(torch.equal(same, copied) for same, copied in zip(again, before, strict=True))
 
     matrix.refresh()
-    assert matrix.num_packed_bytes == 0
-    for new, old in zip((matrix.linear(x), matrix.back(slope)), before, strict=True):
+    assert matrix.cast_bytes == 0
+    for new, old in zip((matrix.linear(x), matrix.back(grad_y)), before, strict=True):
         assert torch.equal(new, 2 * old)
 
 
 def test_a_weight_in_its_own_precision_is_not_copied():
-    matrix = Matrix(torch.nn.Parameter(draw(20, 32)))
+    matrix = WeightMatrix(torch.nn.Parameter(draw(20, 32)))
     matrix.linear(draw(5, 32))
     matrix.back(draw(5, 20))
-    assert matrix.num_packed_bytes == 0
+    assert matrix.cast_bytes == 0
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
 def test_going_back_through_an_activation_is_autograds(activation):
-    x, slope = draw(6, 5).double().requires_grad_(), draw(6, 5, seed=1).double()
-    activate(1 * x, activation, in_place=True).backward(slope)
-    assert torch.allclose(activate_back(slope, x.detach(), activation), x.grad)
+    x, grad_y = draw(6, 5).double().requires_grad_(), draw(6, 5, seed=1).double()
+    activate(1 * x, activation, in_place=True).backward(grad_y)
+    assert torch.allclose(activate_back(grad_y, x.detach(), activation), x.grad)
 
 
 def test_unknown_activations_are_refused():
@@ -171,27 +171,27 @@ def test_without_avx512_many_rows_and_the_way_back_are_mkls(monkeypatch):
     wide = choose_gemm.__wrapped__("cpu", torch.float32)
     assert type(narrow) in (PackedGemm, TorchGemm) and type(wide) in (OneDnnGemm, TorchGemm)
     if type(narrow) is PackedGemm:
-        assert narrow.wants_packed(gemm.FEW_ROWS) and not narrow.wants_packed(gemm.FEW_ROWS + 1)
+        assert narrow.wants_packed(gemm._MAX_PACKED_ROWS) and not narrow.wants_packed(gemm._MAX_PACKED_ROWS + 1)
         assert wide.wants_packed(10**6)
 
     def refuse(*arguments):
         raise AssertionError("oneDNN was asked")
 
     monkeypatch.setattr(gemm, "multiply_by_onednn", refuse)
-    packed, x, weight, slope = PackedGemm(), draw(3, 33), draw(20, 33), draw(3, 20)
+    packed, x, weight, grad_y = PackedGemm(), draw(3, 33), draw(20, 33), draw(3, 20)
     assert packed.linear(x, weight, None, "gelu").shape == packed.back(x, weight.T).shape == (3, 20)
-    packed.add_product(torch.zeros(20, 33), slope, x)
+    packed.add_product(torch.zeros(20, 33), grad_y, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [0, 1, 70])
 def test_multiply_and_its_way_back_are_autograds(num_rows, dtype):
-    x, weight, slope = draw(num_rows, 33).to(dtype), draw(20, 33, seed=1).to(dtype), draw(num_rows, 20, seed=2)
+    x, weight, grad_y = draw(num_rows, 33).to(dtype), draw(20, 33, seed=1).to(dtype), draw(num_rows, 20, seed=2)
     found, wanted = ([t.detach().to(kind).requires_grad_() for t in (x, weight)] for kind in (dtype, torch.float64))
     product = gemm.multiply(*found)
-    product.backward(slope.to(dtype))
+    product.backward(grad_y.to(dtype))
     expected = torch.nn.functional.linear(*wanted)
-    expected.backward(slope.to(dtype).double())
+    expected.backward(grad_y.to(dtype).double())
     assert product.dtype == dtype
     for ours, theirs in ((product, expected), *((f.grad, w.grad) for f, w in zip(found, wanted, strict=True))):
         assert (ours.double() - theirs).norm() <= TOLERANCE[dtype] * theirs.norm()
@@ -208,7 +208,7 @@ def test_a_weight_that_rests_is_packed_once_and_read_so(monkeypatch):
     monkeypatch.setattr(gemm, "choose_gemm", choose_gemm)
     seen, multiply = [], gemm.multiply_by_onednn
     monkeypatch.setattr(gemm, "multiply_by_onednn", lambda x, w, *rest: seen.append(w) or multiply(x, w, *rest))
-    matrix = Matrix(torch.nn.Parameter(draw(64, 32)), packed=True)
+    matrix = WeightMatrix(torch.nn.Parameter(draw(64, 32)), packed=True)
     matrix.prepare(torch.float32)
     seen.clear()
     matrix.linear(draw(3, 32))

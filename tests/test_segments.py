@@ -97,11 +97,11 @@ def test_where_there_is_no_shared_memory_nothing_is_done(tmp_path):
         ({"PMIX_RANK": "3"}, None),
     ],
 )
-def test_a_world_s_number_is_reckoned_as_mpich_does(environ, world):
+def test_a_world_s_number_is_estimated_as_mpich_does(environ, world):
     assert segments.name_world(environ, 7000) == world
 
 
-def test_mpich_s_own_name_of_a_process_alone_is_as_reckoned():
+def test_mpich_s_own_name_of_a_process_alone_is_as_estimated():
     script = (
         "import os; from mpi4py import MPI; print(*[n for n in os.listdir('/dev/shm') if f'_{os.getpid():x}_' in n])"
     )

@@ -125,7 +125,7 @@ def make_site(seats, cluster):
 
 
 def make_topology(site, cluster, measured):
-    """Join the site, the config and the measured Links, if any -> Topology. Raises ClusterError where they misfit."""
+    """Join the site, the config and the measured Links, if any -> Topology. Raises ClusterError where they conflict."""
     if cluster.links == "measure":
         links, source = measured, dict.fromkeys(("links", "ports", "uplinks"), "measured")
     else:

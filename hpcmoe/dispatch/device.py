@@ -17,7 +17,7 @@ from hpcmoe.comm.rows import Rows, last_for_none
 from hpcmoe.comm.transport import HOMEWARD, Direction, Part
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan, tag_of, tag_of_counts
 from hpcmoe.dispatch.router import for_shards
-from hpcmoe.dispatch.sizes import Flow, round_rows
+from hpcmoe.dispatch.sizes import Sizes, round_rows
 from hpcmoe.dispatch.traffic import no_traffic
 from hpcmoe.wait import Patience, poke_all
 
@@ -26,7 +26,7 @@ PAUSES = 16  # between two looks at everything
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceSizes(Flow):
+class DeviceSizes(Sizes):
     """What buffers on a device hold."""
 
     buffer_factor: float  # room for rows at the experts / those expected

@@ -15,7 +15,7 @@ from hpcmoe.dispatch.arrivals import Arrivals
 from hpcmoe.dispatch.inbound import Hall, Landing, see_trailer
 from hpcmoe.dispatch.plan import make_plan
 from hpcmoe.dispatch.router import for_shards
-from hpcmoe.dispatch.sizes import FEW_ROWS, group_peers, make_pools, round_rows
+from hpcmoe.dispatch.sizes import MIN_BATCH_ROWS, group_peers, make_pools, round_rows
 from hpcmoe.dispatch.traffic import no_traffic
 from hpcmoe.wait import poke_all
 
@@ -183,7 +183,7 @@ class Exchange:
 
         Parcels wait for others only while these keep coming: room must become free for those that have none.
         """
-        run, enough = [], FEW_ROWS * self.routes.num_slots
+        run, enough = [], MIN_BATCH_ROWS * self.routes.num_slots
         while len(arrivals.expected):
             fresh = arrivals.look()
             run += fresh

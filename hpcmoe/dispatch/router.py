@@ -108,19 +108,19 @@ class Softmax(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gate_slope, probability_slope, z_slope):
+    def backward(ctx, grad_gate, grad_probability, grad_z):
         """Go back: by the logits [T, E]."""
         probabilities, log_sums, weights, gates, experts = ctx.saved_tensors
-        of_losses = probability_slope - (probabilities @ probability_slope)[:, None] + (2 * z_slope) * log_sums
-        slope = of_losses.mul_(probabilities)
+        of_losses = grad_probability - (probabilities @ grad_probability)[:, None] + (2 * grad_z) * log_sums
+        grad_logits = of_losses.mul_(probabilities)
 
-        of_gates = gates * gate_slope
+        of_gates = gates * grad_gate
         total = of_gates.sum(dim=1, keepdim=True)
         if weights is None:  # a softmax over the chosen alone
             of_gates -= gates * total
         else:
-            slope -= weights * total
-        return slope.scatter_add_(1, experts, of_gates), None, None, None
+            grad_logits -= weights * total
+        return grad_logits.scatter_add_(1, experts, of_gates), None, None, None
 
 
 def count_copies(experts, num_experts):
@@ -150,10 +150,10 @@ def for_shards(of_copies, num_shards):
 
 def load_balancing_loss(tokens_of_expert, probability_sum, num_tokens):
     """E x sum over experts of (share of copies) x (mean probability); 1 when even (arXiv:2101.03961, equation 4)."""
-    return (load_balancing_slope(tokens_of_expert, num_tokens) * probability_sum).sum()
+    return (load_balancing_grad(tokens_of_expert, num_tokens) * probability_sum).sum()
 
 
-def load_balancing_slope(tokens_of_expert, num_tokens):
+def load_balancing_grad(tokens_of_expert, num_tokens):
     """Derivative of the load-balancing loss by probability_sum [E]; the copies' shares count as constants."""
     copies = max(int(tokens_of_expert.sum()), 1)
     return len(tokens_of_expert) * tokens_of_expert.float() / copies / max(num_tokens, 1)

@@ -1,4 +1,4 @@
-"""How large everything is that rows pass through: reckoned once, allocated once, and the same at any step."""
+"""How large everything is that rows pass through: computed once, allocated once, and the same at any step."""
 
 import math
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from hpcmoe.comm.window import WindowSizes
 from hpcmoe.dispatch.plan import num_trailing_rows
 from hpcmoe.errors import ConfigError
 
-PORTION_BYTES = 2**21  # of the rows that a GEMM takes
-FEW_ROWS = 256  # of a GEMM: with fewer it is slower by the row, and reads its weights for little
+_PORTION_BYTES = 2**21  # of the rows that a GEMM takes
+MIN_BATCH_ROWS = 256  # of a GEMM: with fewer it is slower by the row, and reads its weights for little
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flow:
+class Sizes:
     """How many rows pass through, whatever carries them."""
 
     hidden: int  # H
@@ -30,7 +30,7 @@ class Flow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes(Flow):
+class HostSizes(Sizes):
     """What buffers on the host must hold, and how rows meet in batches."""
 
     parcel_tokens: int  # B_max, tokens of a message between nodes
@@ -135,21 +135,21 @@ def fit_parcels(parcel_tokens, expected_rows, most_rows, copies_of_token, row_by
 def choose_parcel_tokens(bytes_per_second, latency_seconds, row_bytes):
     """Choose B_max from the links between nodes [nodes, nodes]: latency is at most a tenth of what a message takes.
 
-    At least FEW_ROWS, since rows that land together are worked on together.
+    At least MIN_BATCH_ROWS, since rows that land together are worked on together.
     """
     in_flight = (bytes_per_second * latency_seconds)[~np.eye(len(bytes_per_second), dtype=bool)]
     bytes_in_flight = float(in_flight.max()) if in_flight.size else 0.0
-    return max(FEW_ROWS, math.ceil(9 * bytes_in_flight / row_bytes))
+    return max(MIN_BATCH_ROWS, math.ceil(9 * bytes_in_flight / row_bytes))
 
 
 def choose_gemm_rows(row_bytes):
     """Choose the rows of a GEMM: its input stays in a core's cache, and its weights are read for many rows."""
-    return max(FEW_ROWS, PORTION_BYTES // row_bytes)
+    return max(MIN_BATCH_ROWS, _PORTION_BYTES // row_bytes)
 
 
 def group_peers(routes, sizes):
     """Part the peers, mates first, into lists whose rows meet in a batch: about batch_rows a slot, or a few nodes'."""
-    enough = min(FEW_ROWS, sizes.batch_rows) * routes.num_slots
+    enough = min(MIN_BATCH_ROWS, sizes.batch_rows) * routes.num_slots
     each = max(sizes.expert_rows / len(routes.publishers), 1e-9)
     at_once = max(int(sizes.batch_rows * routes.num_slots / each), 1)
     groups = []

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hpcmoe.experts.shapes import MATRICES, split_axis, weight_shape
-from hpcmoe.gemm import Matrix, activate, activate_back, find_gradient
+from hpcmoe.gemm import WeightMatrix, activate, activate_back, ensure_grad
 
 
 class Expert(nn.Module):
@@ -32,7 +32,7 @@ class Expert(nn.Module):
         self.kind = kind
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight))
-        self.matrices = {name: Matrix(getattr(self, name), packed) for name in MATRICES[kind]}
+        self.matrices = {name: WeightMatrix(getattr(self, name), packed) for name in MATRICES[kind]}
         self.biases = {}  # (name, dtype): in that precision
 
     @torch.no_grad()
@@ -52,29 +52,29 @@ class Expert(nn.Module):
         return self.linear("down", self.work(inner)), (x, *inner)
 
     @torch.no_grad()
-    def backward(self, kept, slope, gates):
-        """Go back from slope [n, H], of the loss by the output to which y came as gate * y, gates [n] float32
-        -> (x_slope [n, H] in slope's precision, gate_slope [n] float32).
+    def backward(self, kept, grad_y, gates):
+        """Go back from grad_y [n, H], the gradient of the output to which y came as gate * y, gates [n] float32
+        -> (grad_x [n, H] in grad_y's precision, grad_gate [n] float32).
 
-        Adds to the parameters' gradients. gate_slope = slope . y = (slope W_down) . hidden + slope . down_bias, and
-        like x_slope a partial sum under tensor parallelism.
+        Adds to the parameters' gradients. grad_gate = grad_y . y = (grad_y W_down) . hidden + grad_y . down_bias, and
+        like grad_x a partial sum under tensor parallelism.
         """
         x, *inner = kept
-        hidden, hidden_slope = self.work(inner), self.matrices["down"].back(slope)
-        gate_slope = (hidden_slope * hidden).sum(dim=1).float()  # adds in float32, rounds the sum
+        hidden, grad_hidden = self.work(inner), self.matrices["down"].back(grad_y)
+        grad_gate = (grad_hidden * hidden).sum(dim=1).float()  # adds in float32, rounds the sum
         if hasattr(self, "down_bias"):
-            gate_slope += slope.float() @ self.down_bias.float()
+            grad_gate += grad_y.float() @ self.down_bias.float()
 
-        # From here on slopes are times the gate.
-        gates = gates.to(slope.dtype)[:, None]
-        self.add_gradients("down", slope * gates, hidden)
-        inner_slopes = self.work_back(inner, hidden_slope.mul_(gates))
-        x_slope = None
-        for name, inner_slope in inner_slopes.items():
-            self.add_gradients(name, inner_slope, x)
-            part = self.matrices[name].back(inner_slope)
-            x_slope = part if x_slope is None else x_slope.add_(part)
-        return x_slope, gate_slope
+        # From here on gradients are times the gate.
+        gates = gates.to(grad_y.dtype)[:, None]
+        self.add_gradients("down", grad_y * gates, hidden)
+        grads_inner = self.work_back(inner, grad_hidden.mul_(gates))
+        grad_x = None
+        for name, grad_inner in grads_inner.items():
+            self.add_gradients(name, grad_inner, x)
+            part = self.matrices[name].back(grad_inner)
+            grad_x = part if grad_x is None else grad_x.add_(part)
+        return grad_x, grad_gate
 
     def work(self, inner):
         """Apply the activation to what went into it, [n, F] each -> hidden [n, F]."""
@@ -83,12 +83,12 @@ class Expert(nn.Module):
             return activate(gate, "silu").mul_(up)
         return activate(inner[0], self.kind)
 
-    def work_back(self, inner, slope):
-        """Go back through the activation, slope [n, F] by hidden -> dict name: slope [n, F] by its product."""
+    def work_back(self, inner, grad_y):
+        """Go back through the activation from grad_y [n, F] of hidden -> dict name: gradient [n, F] of its product."""
         if self.kind == "swiglu":
             gate, up = inner
-            return {"gate": activate_back(slope * up, gate, "silu"), "up": slope.mul_(activate(gate, "silu"))}
-        return {"up": activate_back(slope, inner[0], self.kind)}
+            return {"gate": activate_back(grad_y * up, gate, "silu"), "up": grad_y.mul_(activate(gate, "silu"))}
+        return {"up": activate_back(grad_y, inner[0], self.kind)}
 
     def linear(self, name, x, activation="none"):
         """Multiply by a matrix of this expert, with its bias."""
@@ -97,11 +97,11 @@ class Expert(nn.Module):
             self.biases[key] = bias.detach().to(x.dtype)
         return self.matrices[name].linear(x, self.biases.get(key), activation)
 
-    def add_gradients(self, name, slope, x):
+    def add_gradients(self, name, grad_y, x):
         """Add to the gradients of a matrix and its bias."""
-        self.matrices[name].add_gradient(slope, x)
+        self.matrices[name].add_gradient(grad_y, x)
         if hasattr(self, f"{name}_bias"):
-            find_gradient(getattr(self, f"{name}_bias")).add_(slope.sum(dim=0, dtype=torch.float32))
+            ensure_grad(getattr(self, f"{name}_bias")).add_(grad_y.sum(dim=0, dtype=torch.float32))
 
     def refresh(self):
         """Make copies of the weights anew at the next use: they have changed.
@@ -113,9 +113,9 @@ class Expert(nn.Module):
             matrix.refresh()
 
     @property
-    def num_packed_bytes(self):
+    def cast_bytes(self):
         """Bytes of the copies, cast and packed, of the matrices."""
-        return sum(matrix.num_packed_bytes for matrix in self.matrices.values())
+        return sum(matrix.cast_bytes for matrix in self.matrices.values())
 
 
 class LocalExperts(nn.Module):
@@ -124,22 +124,22 @@ class LocalExperts(nn.Module):
     def __init__(self, replicas):
         super().__init__()
         self.replicas = nn.ModuleList(replicas)
-        self.arriving = False  # while weights are on their way from other ranks
+        self.awaits_weights = False  # while weights are on their way from other ranks
 
-    def join(self):
+    def stack_weights(self):
         """Leave each replica's matrices where they are: the experts take turns."""
 
     def refresh(self):
         """Tell all replicas that their weights have changed."""
-        for replica in self.held():
+        for replica in self.local_replicas():
             replica.refresh()
 
     @property
-    def num_packed_bytes(self):
+    def cast_bytes(self):
         """Bytes of the copies of all replicas' matrices."""
-        return sum(replica.num_packed_bytes for replica in self.held())
+        return sum(replica.cast_bytes for replica in self.local_replicas())
 
-    def held(self):
+    def local_replicas(self):
         """List the replicas that are there."""
         return [replica for replica in self.replicas if isinstance(replica, Expert)]
 
@@ -157,7 +157,7 @@ def make_expert_weights(config, layer, expert, tensor_index, tensor_size):
     return add_biases(shards, config, tensor_index)
 
 
-def make_expert_room(config, tensor_index, tensor_size):
+def make_empty_weights(config, tensor_index, tensor_size):
     """Make room for weights that are to come from another rank -> dict name: this rank's shard of whatever is there."""
     shards = {}
     for name in MATRICES[config.experts.kind]:

@@ -14,11 +14,11 @@ from hpcmoe.comm.cuda import has_grouped_gemm
 from hpcmoe.experts.feed_forward import Expert, LocalExperts
 from hpcmoe.experts.layer import MoELayer
 from hpcmoe.experts.shapes import MATRICES
-from hpcmoe.gemm import CudaGemm, find_gradient
+from hpcmoe.gemm import CudaGemm, ensure_grad
 
-ALIGNED_BYTES = 16  # where grouped GEMMs want each row to begin
+_GEMM_ALIGNMENT_BYTES = 16  # where grouped GEMMs want each row to begin
 LONG_PRODUCT = 2**37  # multiplications that keep an H200 busy for 0.4 ms: a host that starts them is far ahead
-LARGE_WEIGHT = 2**28  # numbers that it takes 0.1 ms to read, however few the rows
+LARGE_MATRIX = 2**28  # numbers that it takes 0.1 ms to read, however few the rows
 
 
 class Groups:
@@ -42,9 +42,9 @@ class GroupedExperts(LocalExperts):
         super().__init__(replicas)
         self.joined, self.casts = {}, {}  # name: [e, out, in]; (name, dtype): the same in that precision
 
-    def join(self):
+    def stack_weights(self):
         """Lay each matrix of all replicas into one array, of which their parameters become parts."""
-        held = self.held()
+        held = self.local_replicas()
         self.joined = {}
         self.refresh()
         for name in MATRICES[held[0].kind] if held else ():
@@ -57,7 +57,7 @@ class GroupedExperts(LocalExperts):
         self.casts = {}
 
     @property
-    def num_packed_bytes(self):
+    def cast_bytes(self):
         """Bytes of the matrices in other precisions."""
         return sum(cast.nbytes for cast in self.casts.values())
 
@@ -78,52 +78,55 @@ class GroupedExperts(LocalExperts):
     @torch.no_grad()
     def forward(self, groups, x, kept):
         """x [R, H] -> y [R, H] in x's precision. What backward() needs is added to `kept`, None in inference."""
-        kind = self.held()[0].kind
+        kind = self.local_replicas()[0].kind
         inner = [self.linear(name, groups, x) for name in MATRICES[kind] if name != "down"]
         if kept is None:
             hidden = activate_in_place(inner, kind)
         else:
             kept.append((x, *inner))
-            hidden = self.held()[0].work(inner)
+            hidden = self.local_replicas()[0].work(inner)
         return self.linear("down", groups, hidden)
 
     @torch.no_grad()
-    def backward(self, groups, kept, slope, gates):
-        """Go back from slope [R, H] and gates [R], as Expert.backward() -> (x_slope [R, H], gate_slope [R] float32)."""
+    def backward(self, groups, kept, grad_y, gates):
+        """Go back from grad_y [R, H] and gates [R], as Expert.backward() -> (grad_x [R, H], grad_gate [R] float32)."""
         x, *inner = kept
-        any_replica = self.held()[0]
-        hidden, hidden_slope = any_replica.work(inner), multiply(slope, self.matrices("down", slope.dtype), groups)
-        gate_slope = (hidden_slope * hidden).sum(dim=1).float()
-        for bias, own, result in self.each("down_bias", groups, slope, gate_slope):
+        any_replica = self.local_replicas()[0]
+        hidden, grad_hidden = (
+            any_replica.work(inner),
+            multiply_grouped(grad_y, self.matrices("down", grad_y.dtype), groups),
+        )
+        grad_gate = (grad_hidden * hidden).sum(dim=1).float()
+        for bias, own, result in self.each("down_bias", groups, grad_y, grad_gate):
             result += own.float() @ bias.float()
 
-        # From here on slopes are times the gate.
-        gates = gates.to(slope.dtype)[:, None]
-        self.add_gradients("down", groups, slope * gates, hidden)
-        x_slope = None
-        for name, inner_slope in any_replica.work_back(inner, hidden_slope.mul_(gates)).items():
-            self.add_gradients(name, groups, inner_slope, x)
-            part = multiply(inner_slope, self.matrices(name, slope.dtype), groups)
-            x_slope = part if x_slope is None else x_slope.add_(part)
-        return x_slope, gate_slope
+        # From here on gradients are times the gate.
+        gates = gates.to(grad_y.dtype)[:, None]
+        self.add_gradients("down", groups, grad_y * gates, hidden)
+        grad_x = None
+        for name, grad_inner in any_replica.work_back(inner, grad_hidden.mul_(gates)).items():
+            self.add_gradients(name, groups, grad_inner, x)
+            part = multiply_grouped(grad_inner, self.matrices(name, grad_y.dtype), groups)
+            grad_x = part if grad_x is None else grad_x.add_(part)
+        return grad_x, grad_gate
 
     def linear(self, name, groups, x):
         """Multiply each expert's rows by its matrix, with its bias."""
-        y = multiply(x, self.matrices(name, x.dtype).transpose(1, 2), groups)
+        y = multiply_grouped(x, self.matrices(name, x.dtype).transpose(1, 2), groups)
         for bias, own in self.each(f"{name}_bias", groups, y):
             own += bias.to(y.dtype)
         return y
 
-    def add_gradients(self, name, groups, slope, x):
+    def add_gradients(self, name, groups, grad_y, x):
         """Add to the gradients of every replica's matrix and bias."""
-        for parameter, own, inputs in self.each(name, groups, slope, x):
-            CudaGemm().add_product(find_gradient(parameter), own, inputs)
-        for bias, own in self.each(f"{name}_bias", groups, slope):
-            find_gradient(bias).add_(own.sum(dim=0, dtype=torch.float32))
+        for parameter, own, inputs in self.each(name, groups, grad_y, x):
+            CudaGemm().add_product(ensure_grad(parameter), own, inputs)
+        for bias, own in self.each(f"{name}_bias", groups, grad_y):
+            ensure_grad(bias).add_(own.sum(dim=0, dtype=torch.float32))
 
     def each(self, name, groups, *tensors):
         """Yield a parameter of each replica that has it and rows, and its rows of some tensors."""
-        held = self.held()
+        held = self.local_replicas()
         if not any(hasattr(replica, name) for replica in held):
             return
         parts = zip(*(tensor.split(groups.rows) for tensor in tensors), strict=True)
@@ -139,12 +142,12 @@ class GroupedLayer(MoELayer):
         """Let the experts in some slots work on rows [m, H] grouped by slot -> results [m, H], or this shard's part."""
         return self.experts(self.experts.group(slots, rows.device), rows, kept)
 
-    def work_back(self, slots, slopes, gates, kept):
-        """Go back through the experts in some slots, slopes [m, H] and gates [m] grouped by slot -> slopes by both."""
-        return self.experts.backward(self.experts.group(slots, slopes.device), kept.pop(), slopes, gates)
+    def work_back(self, slots, grads, gates, kept):
+        """Go back through the experts in some slots, grads [m, H] and gates [m] grouped by slot -> both gradients."""
+        return self.experts.backward(self.experts.group(slots, grads.device), kept.pop(), grads, gates)
 
 
-def multiply(x, weights, groups):
+def multiply_grouped(x, weights, groups):
     """Each expert's rows by its own matrix: x [R, in] by expert, weights [e, in, out] -> [R, out]."""
     if can_group(x, weights) and not is_long(x, weights):
         return find_grouped_gemm()(x, weights, offs=groups.ends)
@@ -157,7 +160,7 @@ def multiply(x, weights, groups):
 
 def can_group(x, weights):
     """Whether torch has a grouped GEMM for these: of several experts, in bfloat16, with rows that are aligned."""
-    aligned = all(size * x.element_size() % ALIGNED_BYTES == 0 for size in weights.shape[1:])
+    aligned = all(size * x.element_size() % _GEMM_ALIGNMENT_BYTES == 0 for size in weights.shape[1:])
     fits = len(weights) > 1 and x.dtype == torch.bfloat16 and aligned
     return fits and has_grouped_gemm(x.device) and find_grouped_gemm() is not None
 
@@ -165,7 +168,7 @@ def can_group(x, weights):
 def is_long(x, weights):
     """Whether one expert's product lasts until the host has started the next, at an even share of the rows."""
     numbers = weights[0].numel()
-    return numbers >= LARGE_WEIGHT or len(x) * numbers >= LONG_PRODUCT * len(weights)
+    return numbers >= LARGE_MATRIX or len(x) * numbers >= LONG_PRODUCT * len(weights)
 
 
 def find_grouped_gemm():

@@ -53,7 +53,7 @@ class MoELayer(nn.Module):
     def compute(self, flight):
         """Let the experts work on rows as they come, and lay the results down at the tokens' homes."""
         exchange = self.exchange
-        while self.experts.arriving:
+        while self.experts.awaits_weights:
             yield False
         for batch in exchange.batches(flight):
             if batch is None:
@@ -103,16 +103,16 @@ class MoELayer(nn.Module):
             flight.residual = flight.normed = None  # nothing will ask for them
         yield True
 
-    def combine_backward(self, flight, slope):
-        """Offer the experts the slope by the next layer's x [T, H], with the gates that each copy's share of it has."""
+    def combine_backward(self, flight, grad):
+        """Send the experts the next x's gradient [T, H], with the gates that each copy's share of it has."""
         while not self.exchange.may_start(flight):
             yield False
-        flight.slope = slope
-        self.exchange.start_outward(flight, slope, flight.gates, Direction.COMBINE_BACKWARD)
+        flight.grad = grad
+        self.exchange.start_outward(flight, grad, flight.gates, Direction.COMBINE_BACKWARD)
         yield True
 
     def compute_backward(self, flight):
-        """Go back through the experts as slopes come, and lay the slopes by their inputs, and by the gates, down."""
+        """Go back through the experts as gradients come, and scatter those of their inputs and of the gates."""
         exchange = self.exchange
         for number in exchange.batches_again(flight, flight.batches):
             if number is None:
@@ -130,31 +130,31 @@ class MoELayer(nn.Module):
             yield True
         flight.batches, flight.kept = [], []
 
-    def work_back(self, slots, slopes, gates, kept):
-        """Go back through the experts in some slots, slopes [m, H] and gates [m] grouped by slot -> slopes by both.
+    def work_back(self, slots, grads, gates, kept):
+        """Go back through the experts in some slots, grads [m, H] and gates [m] grouped by slot -> both gradients.
 
         Each takes what it remembers from the end of `kept`, whose memory is then free for the next.
         """
         by_input, by_gate = [], []
-        for (slot, own), (_, own_gates) in zip(split_by_slot(slots, slopes), split_by_slot(slots, gates), strict=True):
+        for (slot, own), (_, own_gates) in zip(split_by_slot(slots, grads), split_by_slot(slots, gates), strict=True):
             of_input, of_gate = self.experts.replicas[slot].backward(kept.pop(), own, own_gates)
             by_input.append(of_input)
             by_gate.append(of_gate)
         return join(by_input), join(by_gate)
 
-    def route_backward(self, flight, probability_slope, z_slope):
-        """Go back through router and dense part -> slope by this layer's x [T, H].
+    def route_backward(self, flight, grad_probability, grad_z):
+        """Go back through router and dense part -> gradient of x [T, H].
 
-        probability_slope [E] and z_slope [] are those of the load-balancing and z-losses by the routing's sums.
+        grad_probability [E] and grad_z [] are the routing losses' gradients with respect to the routing's sums.
         """
         while not self.exchange.is_home(flight):
             yield False
         routing = flight.routing
-        normed_slope = self.exchange.sum_home(flight, torch.ones_like(flight.gates)).float()
+        grad_normed = self.exchange.sum_home(flight, torch.ones_like(flight.gates)).float()
         of_shards = self.exchange.numbers_home(flight).unflatten(1, (routing.gates.shape[1], -1))
         torch.autograd.backward(
             [flight.residual, flight.normed, routing.gates, routing.probability_sum, routing.z_sum],
-            [flight.slope, normed_slope, of_shards.sum(dim=2), probability_slope, z_slope],
+            [flight.grad, grad_normed, of_shards.sum(dim=2), grad_probability, grad_z],
         )
         flight.output = flight.x.grad
         yield True

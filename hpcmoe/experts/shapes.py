@@ -20,7 +20,7 @@ def count_expert_parameters(config):
     return len(names) * model.hidden * model.feed_forward + biases
 
 
-def reckon_expert(config):
+def estimate_expert(config):
     """Bytes of one logical expert's parameters, and how many arrays of that size it keeps -> (bytes, arrays).
 
     Training keeps float32 parameters, gradients and two moments; inference the parameters in the model's precision.

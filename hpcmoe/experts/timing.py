@@ -1,4 +1,4 @@
-"""How long an expert takes for one token's copy: timed before anything runs, for the placement to reckon with."""
+"""How long an expert takes for one token's copy: timed before anything runs, for the placement's cost model."""
 
 import statistics
 import time
@@ -9,12 +9,12 @@ from hpcmoe.experts.feed_forward import Expert
 from hpcmoe.experts.shapes import MATRICES, split_axis, weight_shape
 
 FIRST_SLICE = 256  # of feed_forward; a larger expert is timed by slices, for its work grows as they do
-ENOUGH_SECONDS = 0.002  # a pass that takes so long tells the pace
+ENOUGH_SECONDS = 0.002  # a pass that takes so long suffices
 MOST_ROWS = 512  # more rows hardly change the time of each
 PASSES = 3
 
 
-def time_token(config, tensor_parallel, rows, torch_device):
+def time_row(config, tensor_parallel, rows, torch_device):
     """Time an expert's forward pass on some rows -> seconds of one row: its shapes, precision and shard."""
     inner = config.model.feed_forward // tensor_parallel
     rows, part = max(min(rows, MOST_ROWS), 1), min(inner, FIRST_SLICE)

@@ -11,7 +11,7 @@ from torch import nn
 from hpcmoe.comm.mpi import start_all_reduce
 from hpcmoe.dispatch.device import DeviceExchange
 from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
-from hpcmoe.dispatch.router import Router, load_balancing_loss, load_balancing_slope
+from hpcmoe.dispatch.router import Router, load_balancing_grad, load_balancing_loss
 from hpcmoe.experts.feed_forward import Expert, LocalExperts, make_expert_weights
 from hpcmoe.experts.grouped import GroupedExperts, GroupedLayer
 from hpcmoe.experts.layer import MoELayer
@@ -89,7 +89,7 @@ class LanguageModel(nn.Module):
     def begin(self, batches, num_tokens, load, purpose, watched_layers=()):
         """Take a step's batch: uint8 [n, length + 1] a micro-batch; num_tokens over all ranks; load [L, E].
 
-        purpose is "train", "evaluate" (losses, no slopes) or "infer" (the stack alone, no head).
+        purpose is "train", "evaluate" (losses, no gradients) or "infer" (the stack alone, no head).
         """
         self.batches = [self.device.bring(batch.astype(np.int64)) for batch in batches]
         self.num_tokens, self.purpose, self.watched_layers = max(num_tokens, 1), purpose, watched_layers
@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
         self.loss_sum = 0.0  # cross-entropy over this rank's tokens, nats
         self.counted = {}  # micro-batch: (its routing's sums, the event of their arrival on the host)
         self.census = {}  # micro-batch: (array, the request for its sum over all ranks, None when it is there)
-        self.slopes = {}  # micro-batch: those of the routing losses, [L, E + 1] on the device
+        self.loss_grads = {}  # micro-batch: those of the routing losses, [L, E + 1] on the device
         self.own_tokens = np.zeros(self.load.shape, np.int64)  # [L, E] copies whose home is this rank
         self.seen = {}  # name: arrays of the activations asked for, a micro-batch each
 
@@ -107,7 +107,7 @@ class LanguageModel(nn.Module):
             return self.look_up(micro_batch)
 
     def head(self, micro_batch, x, flights):
-        """Take the last x [T, H]; start to add up the routing over all ranks -> the loss's slope by x, in training."""
+        """Take the last x [T, H]; start to add up the routing over all ranks -> its gradient, in training."""
         self.counted[micro_batch] = self.device.fetch(count_routings([flight.routing for flight in flights]))
         self.start_sums()
         self.watch(x, flights)
@@ -155,32 +155,32 @@ class LanguageModel(nn.Module):
         """Return the activations kept in the last step -> dict name: array [tokens of this rank, ...]."""
         return {name: np.concatenate(arrays) for name, arrays in self.seen.items()}
 
-    def has_slopes(self, micro_batch):
-        """Whether the routing of all ranks is known, so that routing_slopes need not wait."""
+    def has_routing_grads(self, micro_batch):
+        """Whether the routing of all ranks is known, so that routing_grads need not wait."""
         self.start_sums()
         if micro_batch not in self.census:
             return False
         _, request = self.census[micro_batch]
         return request is None or request.Test()
 
-    def routing_slopes(self, layer, micro_batch):
-        """Return the slopes of the routing losses: by a layer's probability_sum [E] and by its z_sum []."""
-        if micro_batch not in self.slopes:
-            self.slopes[micro_batch] = self.device.bring(self.find_slopes(self.census_of(micro_batch)))
-        slopes = self.slopes[micro_batch][layer]
-        return slopes[:-1], slopes[-1]
+    def routing_grads(self, layer, micro_batch):
+        """Return the routing losses' gradients with respect to a layer's probability_sum [E] and z_sum []."""
+        if micro_batch not in self.loss_grads:
+            self.loss_grads[micro_batch] = self.device.bring(self.compute_routing_grads(self.census_of(micro_batch)))
+        grads = self.loss_grads[micro_batch][layer]
+        return grads[:-1], grads[-1]
 
-    def find_slopes(self, census):
-        """Compute all layers' slopes of the routing losses from what a micro-batch counted -> float32 [L, E + 1]."""
+    def compute_routing_grads(self, census):
+        """Compute the routing losses' gradients of all layers from what a micro-batch counted -> float32 [L, E + 1]."""
         dispatch, num_experts = self.config.dispatch, self.config.model.num_experts
-        slopes = np.full((len(census), num_experts + 1), dispatch.z_loss_weight / self.num_tokens, np.float32)
+        grads = np.full((len(census), num_experts + 1), dispatch.z_loss_weight / self.num_tokens, np.float32)
         for layer, counts in enumerate(torch.from_numpy(census[:, :num_experts])):
-            slopes[layer, :-1] = dispatch.aux_loss_weight * load_balancing_slope(counts, self.num_tokens)
-        return slopes
+            grads[layer, :-1] = dispatch.aux_loss_weight * load_balancing_grad(counts, self.num_tokens)
+        return grads
 
-    def embed_backward(self, micro_batch, slope):
-        """Take the slope by the first layer's x [T, H] to the embedding."""
-        self.look_up(micro_batch).backward(slope)
+    def embed_backward(self, micro_batch, grad):
+        """Propagate the gradient of the first layer's x [T, H] to the embedding."""
+        self.look_up(micro_batch).backward(grad)
 
     def look_up(self, micro_batch):
         """Add the vectors of bytes and positions -> [T, H]."""
@@ -241,7 +241,7 @@ def make_model(config, mesh, placement, exchange, device):
     layers = [make_layer(config, mesh, placement, exchange, draw, number) for number in range(config.model.num_layers)]
     network = LanguageModel(config, layers, draw, mesh, device).to(device.torch_device)
     for layer in layers:
-        layer.experts.join()
+        layer.experts.stack_weights()
     return network
 
 

@@ -21,16 +21,16 @@ class Network(Protocol):
         """Return the first layer's x [T, H]."""
 
     def head(self, micro_batch, x, flights):
-        """Take the last layer's x [T, H] and all layers' flights -> the loss's slope by x, when training."""
+        """Take the last layer's x [T, H] and all layers' flights -> the gradient of x, when training."""
 
-    def has_slopes(self, micro_batch):
-        """Whether routing_slopes can be told without waiting."""
+    def has_routing_grads(self, micro_batch):
+        """Whether routing_grads can be told without waiting."""
 
-    def routing_slopes(self, layer, micro_batch):
-        """Return the slopes of the routing losses: by probability_sum [E] and by z_sum []."""
+    def routing_grads(self, layer, micro_batch):
+        """Return the routing losses' gradients with respect to probability_sum [E] and z_sum []."""
 
-    def embed_backward(self, micro_batch, slope):
-        """Take the slope by the first layer's x [T, H]."""
+    def embed_backward(self, micro_batch, grad):
+        """Take the gradient with respect to the first layer's x [T, H]."""
 
     def passed(self, op):
         """Hear that an op of training is done."""
@@ -66,7 +66,7 @@ class Engine:
     def __init__(self, network, exchange, num_berths):
         self.network, self.exchange, self.clock = network, exchange, exchange.clock
         self.num_berths = num_berths
-        self.values = {}  # micro-batch: what travels between layers, x on the way up and its slope on the way down
+        self.values = {}  # micro-batch: what travels between layers, x on the way up and its gradient on the way down
         self.flights = {}  # (layer, micro-batch): Flight
         self.num_heads = 0  # micro-batches that have passed the head, in order: it begins a sum over all ranks
         self.at = Op("start", 0, 0)  # what was last worked on
@@ -163,9 +163,9 @@ class Engine:
             case "compute_backward":
                 yield from layer.compute_backward(self.flights[at])
             case "route_backward":
-                while not network.has_slopes(m):
+                while not network.has_routing_grads(m):
                     yield False
-                yield from layer.route_backward(self.flights[at], *network.routing_slopes(*at))
+                yield from layer.route_backward(self.flights[at], *network.routing_grads(*at))
                 self.values[m] = self.flights.pop(at).output
             case "embed_backward":
                 network.embed_backward(m, self.values.pop(m))

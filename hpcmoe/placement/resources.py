@@ -37,7 +37,7 @@ def of_layers(array):
 
 
 def measure_usage(problem, placement):
-    """Reckon what a placement asks of every resource -> Usage."""
+    """Compute what a placement asks of every resource -> Usage."""
     seconds, tokens, served, copies, tokens_of_expert = [], [], [], [], []
     for layer, expert_of_replica in enumerate(placement.expert_of_replica):
         share = share_out(problem, expert_of_replica) if placement.split is None else placement.split[layer]

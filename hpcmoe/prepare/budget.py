@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcmoe.errors import ClusterError, PlacementError
-from hpcmoe.experts.shapes import reckon_expert
+from hpcmoe.experts.shapes import estimate_expert
 from hpcmoe.model.text import NUM_BYTES
 from hpcmoe.placement.problem import in_units
 
-FLOAT32 = 4  # bytes
+FLOAT32_BYTES = 4  # bytes
 GPU_LIBRARY_BYTES = 10**9  # of a rank's GPU for CUDA's kernels and cuBLAS, 0.2 GB on an H200, and holes in torch's pool
 COMMUNICATOR_BYTES = 16 * 10**8  # there, of an NCCL communicator; measured of two ranks that share an H200, NCCL 2.32
-MOST_NAMES = 4  # of nodes that are alike, in a line
+_MAX_NODE_NAMES = 4  # of nodes that are alike, in a line
 
 
 def count_dense_parameters(model):
@@ -23,11 +23,11 @@ def count_dense_parameters(model):
     return model.num_layers * block + model.hidden + (2 * NUM_BYTES + model.sequence_length) * model.hidden
 
 
-def check_room(config, topology):
+def check_budget(config, topology):
     """Raise PlacementError when all experts with their state take more than the memory of all nodes."""
-    if on_gpus(config, topology):
+    if may_use_gpus(config, topology):
         return  # how much they have is known when they are opened
-    model, (num_bytes, states) = config.model, reckon_expert(config)
+    model, (num_bytes, states) = config.model, estimate_expert(config)
     copies = config.cluster.data_parallel
     needed = copies * model.num_experts * model.num_layers * num_bytes * states
     there = int(topology.memory_bytes.sum())
@@ -39,35 +39,35 @@ def check_room(config, topology):
         )
 
 
-def on_gpus(config, topology):
+def may_use_gpus(config, topology):
     """Whether experts will, or may, lie on GPUs whose memory is not told by [cluster] memory_bytes_per_node."""
     may = config.comm.device == "cuda" or (config.comm.device == "auto" and bool(topology.devices_of_node.any()))
     return may and not config.cluster.memory_bytes_per_node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class MemoryBudget:
     """What each node has for experts, and what its ranks need besides."""
 
     what: str  # memory, or GPU memory
     node_bytes: np.ndarray  # [nodes] for all ranks there
     num_ranks: np.ndarray  # [nodes]
-    besides: dict[str, int]  # what each rank needs besides experts: bytes
+    needs: dict[str, int]  # what each rank needs besides experts: bytes
     process_bytes: int = 0  # of a rank's process in the steps, beside the arrays that are counted
 
     @property
-    def for_experts(self):
+    def bytes_for_experts(self):
         """What is left on each node -> [nodes] bytes, not below 0."""
-        return np.maximum(self.node_bytes - self.num_ranks * sum(self.besides.values()), 0)
+        return np.maximum(self.node_bytes - self.num_ranks * sum(self.needs.values()), 0)
 
     def __str__(self):
         """Say what each rank needs besides experts."""
-        parts = join_needs(self.besides, ", ")
-        return f"of its node's {self.what} each rank needs {in_units(sum(self.besides.values()))} besides: {parts}"
+        parts = join_needs(self.needs, ", ")
+        return f"of its node's {self.what} each rank needs {in_units(sum(self.needs.values()))} besides: {parts}"
 
 
-def reckon_room(topology, memory, process_bytes, share_of_gpu, num_communicators=0):
-    """Reckon the room for experts on each node -> Room.
+def make_budget(topology, memory, process_bytes, share_of_gpu, num_communicators=0):
+    """Compute the memory budget for experts on each node -> MemoryBudget.
 
     share_of_gpu [ranks] is the free memory of each rank's GPU over its ranks, None without GPUs or where the config
     tells the memory; num_communicators are those of NCCL that join a rank to others. With GPUs the host's memory bears
@@ -84,21 +84,21 @@ def reckon_room(topology, memory, process_bytes, share_of_gpu, num_communicators
         "experts at work": memory.working,
     }
     if share_of_gpu is None:
-        return Room(
+        return MemoryBudget(
             what="memory",
             node_bytes=topology.memory_bytes,
             num_ranks=num_ranks,
-            besides=process | messages | on_host | rest,
+            needs=process | messages | on_host | rest,
             process_bytes=process_bytes,
         )
     check_host(topology, num_ranks, process | on_host)
     least = np.full(len(num_ranks), np.inf)
     np.minimum.at(least, topology.node_of_rank, share_of_gpu)
-    return Room(
+    return MemoryBudget(
         what="GPU memory",
         node_bytes=least * num_ranks,
         num_ranks=num_ranks,
-        besides=messages | rest | {"libraries": GPU_LIBRARY_BYTES + num_communicators * COMMUNICATOR_BYTES},
+        needs=messages | rest | {"libraries": GPU_LIBRARY_BYTES + num_communicators * COMMUNICATOR_BYTES},
         process_bytes=process_bytes,
     )
 
@@ -115,7 +115,7 @@ def check_host(topology, num_ranks, needs):
             )
 
 
-def share_gpus(gpus):
+def share_gpu_memory(gpus):
     """Share each GPU's free memory among its ranks: (name, bytes) of each rank, None on the host -> [ranks] or None."""
     if None in gpus:
         return None
@@ -124,18 +124,18 @@ def share_gpus(gpus):
     return np.array([least[name] / names.count(name) for name in names])
 
 
-def describe_room(room, topology, expert_bytes, num_layers):
-    """Write the reckoning of memory, a line for all nodes that are alike -> list of lines."""
-    besides = join_needs(room.besides, " + ")
+def describe_budget(budget, topology, expert_bytes, num_layers):
+    """Write the memory budget, a line for all nodes that are alike -> list of lines."""
+    besides = join_needs(budget.needs, " + ")
     names_of_line = {}
     for node, name in enumerate(topology.node_names):
-        left = int(room.for_experts[node])
+        left = int(budget.bytes_for_experts[node])
         line = (
-            f"{in_units(int(room.node_bytes[node]))} - {room.num_ranks[node]} ranks x ({besides}) = {in_units(left)} "
+            f"{in_units(int(budget.node_bytes[node]))} - {budget.num_ranks[node]} ranks x ({besides}) = {in_units(left)} "
             f"for experts of {in_units(expert_bytes)}, holds {left // (expert_bytes * num_layers)} a layer"
         )
         names_of_line.setdefault(line, []).append(name)
-    return [f"{room.what} of {list_names(names)}: {line}" for line, names in names_of_line.items()]
+    return [f"{budget.what} of {list_names(names)}: {line}" for line, names in names_of_line.items()]
 
 
 def join_needs(needs, between):
@@ -145,5 +145,7 @@ def join_needs(needs, between):
 
 def list_names(names):
     """Name a few nodes and count the others."""
-    listed = ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+    listed = ", ".join(names[:_MAX_NODE_NAMES]) + (
+        f" and {len(names) - _MAX_NODE_NAMES} more" if len(names) > _MAX_NODE_NAMES else ""
+    )
     return f"node{'s' * (len(names) > 1)} {listed}" + ", each" * (len(names) > 1)

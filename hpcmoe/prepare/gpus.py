@@ -56,7 +56,7 @@ def describe_shared(sights):
         yield f"ranks {ranks} share one GPU: good for tests, and no faster than one rank"
 
 
-def reckon_device_sizes(config, mesh):
+def make_device_sizes(config, mesh):
     """Compute how many rows a micro-batch brings at most to a rank's home, and likely to its experts -> DeviceSizes."""
     model, pipeline = config.model, config.pipeline
     sequences = math.ceil(math.ceil(config.data.batch_sequences / pipeline.micro_batches) / mesh.num_token_shares)
@@ -113,7 +113,7 @@ def find_communicators(mesh, kind, trains):
     return {"rows": mesh.group} | {name: comm for name, comm in sums.items() if comm.size > 1}
 
 
-def describe_device_ways(sizes):
+def describe_device_sizes(sizes):
     """Say what messages take on a rank's device -> lines."""
     return [
         f"rows, on each rank's device: {sizes.num_berths} x ({sizes.home_rows} + {sizes.away_rows}) rows of "

@@ -1,4 +1,4 @@
-"""Memory of a rank: reckoned from the config before anything is built, and measured while it runs."""
+"""Memory of a rank: estimated from the config before anything is built, and measured while it runs."""
 
 import dataclasses
 import resource
@@ -9,14 +9,16 @@ import torch
 
 from hpcmoe.dispatch.device import DeviceSizes
 from hpcmoe.dispatch.gate import renormalizes, weighs_by_load
-from hpcmoe.experts.shapes import MATRICES, reckon_expert
+from hpcmoe.experts.shapes import MATRICES, estimate_expert
 from hpcmoe.gemm import adds_as_made, count_copy_bytes
 from hpcmoe.model.text import NUM_BYTES
-from hpcmoe.prepare.budget import FLOAT32, count_dense_parameters
+from hpcmoe.prepare.budget import FLOAT32_BYTES, count_dense_parameters
 
 FULLEST = 2.25  # rows at the fullest rank / at an even load: routers yet untrained sent 2.24 to one of 16 ranks
 INDEX = 8  # bytes of an int64
-EXPERT_BYTES = 2 * INDEX + FLOAT32  # of each expert in a routing: its copies, those of the plan, its probability's sum
+EXPERT_BYTES = (
+    2 * INDEX + FLOAT32_BYTES
+)  # of each expert in a routing: its copies, those of the plan, its probability's sum
 STAGING_BYTES = 2**24  # of experts that move to a rank, not laid down yet; from a device as much that is to leave
 
 
@@ -55,7 +57,7 @@ class Memory:
         return parameters + self.gradients + self.optimizer + passing + self.snapshot
 
 
-def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
+def estimate_memory(config, mesh, slots, sizes, buffer_bytes):
     """Compute the memory of a rank with all its slots full from the config -> Memory.
 
     Activations are those of a rank that draws FULLEST times the rows of an even load. The snapshot is that of rank 0,
@@ -63,10 +65,10 @@ def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
     """
     model, training, tensor_parallel = config.model, config.run.mode == "train", mesh.tensor_parallel
     on_device = isinstance(sizes, DeviceSizes)
-    one_expert, states = reckon_expert(config)
+    one_expert, states = estimate_expert(config)
     experts = one_expert * slots * model.num_layers // tensor_parallel
     num_shares = mesh.world.size if config.train.shard_optimizer else 1
-    dense = count_dense_parameters(model) * FLOAT32
+    dense = count_dense_parameters(model) * FLOAT32_BYTES
     return Memory(
         states=states,
         one_expert=one_expert,
@@ -75,10 +77,12 @@ def reckon_memory(config, mesh, slots, sizes, buffer_bytes):
         gradients=experts + dense if training else 0,
         optimizer=2 * (experts + dense // num_shares) if training else 0,
         buffers=buffer_bytes,
-        copies=reckon_copies(config, tensor_parallel, slots, on_device),
-        activations=reckon_activations(config, mesh, slots, sizes) if training else reckon_passing(config, mesh, sizes),
-        working=reckon_working(config, mesh, slots, sizes) if on_device else 0,
-        moving=reckon_moving(config, tensor_parallel, on_device),
+        copies=estimate_copies(config, tensor_parallel, slots, on_device),
+        activations=estimate_activations(config, mesh, slots, sizes)
+        if training
+        else estimate_passing(config, mesh, sizes),
+        working=estimate_working(config, mesh, slots, sizes) if on_device else 0,
+        moving=estimate_moving(config, tensor_parallel, on_device),
         snapshot=3 * (experts + dense) if training and keeps_snapshot(config.write) else 0,
     )
 
@@ -88,7 +92,7 @@ def keeps_snapshot(write):
     return write.asynchronous and write.checkpoint_every > 0
 
 
-def reckon_copies(config, tensor_parallel, slots, on_device):
+def estimate_copies(config, tensor_parallel, slots, on_device):
     """Bytes of the experts' matrices as products read them: cast in training, packed in inference on the host."""
     model, training, dtype = config.model, config.run.mode == "train", getattr(torch, config.model.dtype)
     numbers = len(MATRICES[config.experts.kind]) * model.hidden * model.feed_forward // tensor_parallel
@@ -100,15 +104,15 @@ def reckon_copies(config, tensor_parallel, slots, on_device):
     return each * numbers * slots * model.num_layers
 
 
-def reckon_moving(config, tensor_parallel, on_device):
+def estimate_moving(config, tensor_parallel, on_device):
     """Bytes of experts on their way, a matrix of each at a time, that a rank's host holds at most."""
     model, cluster = config.model, config.cluster
-    number = FLOAT32 if config.run.mode == "train" else getattr(torch, model.dtype).itemsize
+    number = FLOAT32_BYTES if config.run.mode == "train" else getattr(torch, model.dtype).itemsize
     matrices = cluster.rebalance_moves * model.hidden * model.feed_forward * number // tensor_parallel
     return min(STAGING_BYTES, matrices) * (1 + on_device) if cluster.rebalance_every > 0 else 0
 
 
-def reckon_activations(config, mesh, slots, sizes):
+def estimate_activations(config, mesh, slots, sizes):
     """Bytes that the micro-batches in flight keep for their backward pass, on a rank with so many slots.
 
     At most when all of them have come to the head, of which one at a time has its own.
@@ -121,41 +125,41 @@ def reckon_activations(config, mesh, slots, sizes):
     # the log-sum, probabilities, and what it weighs by where those are others.
     own_weights = weighs_by_load(dispatch) and not renormalizes(dispatch, model.top_k)
     width = 3 * model.hidden + 2 + (1 + own_weights) * model.num_experts
-    token_bytes = FLOAT32 * width + count_choice_bytes(dispatch, shards, sizes) * model.top_k
+    token_bytes = FLOAT32_BYTES * width + count_choice_bytes(dispatch, shards, sizes) * model.top_k
     if model.attention:
-        token_bytes += FLOAT32 * (2 * model.hidden + 1 + model.num_heads) + wire * 5 * model.hidden
+        token_bytes += FLOAT32_BYTES * (2 * model.hidden + 1 + model.num_heads) + wire * 5 * model.hidden
 
     # Count of each copy at its expert: input, what goes into the activation, and where it came from.
     copy_bytes = wire * (model.hidden + count_inner(config, mesh)) + 2 * INDEX
     copies = count_rows(model, mesh, slots, sizes)
 
     # Count in bfloat16 the weights of attention as products read them: cast for each micro-batch.
-    weights = wire * 4 * model.hidden**2 if model.attention and wire < FLOAT32 else 0
+    weights = wire * 4 * model.hidden**2 if model.attention and wire < FLOAT32_BYTES else 0
     of_layer = tokens * token_bytes + copies * copy_bytes + weights + EXPERT_BYTES * model.num_experts
 
-    # Count what leaves the last layer and the slope that comes back, and in the head its norm's results and scale, the
+    # Count the last layer's output and its gradient, and in the head its norm's results and scale, the
     # logarithms of the probabilities, and the bytes that were to be predicted.
-    of_ends = tokens * FLOAT32 * 2 * model.hidden
-    of_head = tokens * (FLOAT32 * (2 * model.hidden + 1 + NUM_BYTES) + INDEX)
+    of_ends = tokens * FLOAT32_BYTES * 2 * model.hidden
+    of_head = tokens * (FLOAT32_BYTES * (2 * model.hidden + 1 + NUM_BYTES) + INDEX)
     return sizes.num_berths * (model.num_layers * of_layer + of_ends) + of_head
 
 
 def count_choice_bytes(dispatch, shards, sizes):
     """Count the bytes that one of a token's K choices takes at its home in a layer."""
-    routing = INDEX + FLOAT32  # expert and gate
-    routing += FLOAT32 * shards * (shards > 1)  # the gate once for each shard
+    routing = INDEX + FLOAT32_BYTES  # expert and gate
+    routing += FLOAT32_BYTES * shards * (shards > 1)  # the gate once for each shard
     if dispatch.capacity_factor > 0:
-        routing += FLOAT32 + 1  # the gate before it was dropped, and whether it was
+        routing += FLOAT32_BYTES + 1  # the gate before it was dropped, and whether it was
     plan = 2 * INDEX + 1  # copy, row of its result, whether that is a sum
     if getattr(sizes, "parcels_sent", 0):
         plan += INDEX + INDEX // 2  # the tokens of messages to other nodes, and which of these a copy is of
     return routing + plan * shards
 
 
-def reckon_working(config, mesh, slots, sizes):
+def estimate_working(config, mesh, slots, sizes):
     """Bytes of the arrays that experts on a GPU make of a batch at most at one time, besides what they keep.
 
-    Forward: rows, what goes into the activation, results. Back: slopes by all these and what the activation gave; in
+    Forward: rows, what goes into the activation, results. Back: gradients of all these and what the activation gave; in
     bfloat16 also a matrix's gradient, unless it is added up in float32 as it is made.
     """
     hidden, wire = config.model.hidden, sizes.dtype.itemsize
@@ -165,7 +169,7 @@ def reckon_working(config, mesh, slots, sizes):
     else:
         gated = config.experts.kind == "swiglu"
         width = max(hidden + 4 * part, 3 * hidden + 3 * part) if gated else 2 * hidden + 3 * part
-        product = 0 if wire == FLOAT32 or adds_as_made(sizes.dtype, hidden * part) else hidden * part
+        product = 0 if wire == FLOAT32_BYTES or adds_as_made(sizes.dtype, hidden * part) else hidden * part
     return (count_rows(config.model, mesh, slots, sizes) * width + product) * wire
 
 
@@ -181,26 +185,26 @@ def count_rows(model, mesh, slots, sizes):
     return min(int(FULLEST * sizes.expert_rows), every)
 
 
-def reckon_passing(config, mesh, sizes):
+def estimate_passing(config, mesh, sizes):
     """Bytes that the micro-batches in flight hold in inference: each layer's input and routing, until the last.
 
     The last layer has its router's input, and in attention its residual, until its results are home.
     """
     model = config.model
     choices = count_choice_bytes(config.dispatch, mesh.tensor_parallel, sizes) * model.top_k
-    of_layer = sizes.tokens * (FLOAT32 * model.hidden + choices) + EXPERT_BYTES * model.num_experts
-    of_last = sizes.tokens * FLOAT32 * model.hidden * (1 + model.attention)
+    of_layer = sizes.tokens * (FLOAT32_BYTES * model.hidden + choices) + EXPERT_BYTES * model.num_experts
+    of_last = sizes.tokens * FLOAT32_BYTES * model.hidden * (1 + model.attention)
     return sizes.num_berths * (model.num_layers * of_layer + of_last)
 
 
-class ActivationGauge:
+class ActivationTracker:
     """Measures what micro-batches in flight keep for the backward pass: in autograd's hands and in their flights."""
 
     def __init__(self, network):
         self.parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
         self.saved = {}  # address of a storage: [how many times saved, bytes]
         self.in_flight = {}  # address: bytes, of what flights held when they were looked at
-        self.flight_bytes, self.autograd_bytes = 0, 0  # of these, and of what is saved besides
+        self.context_bytes, self.autograd_bytes = 0, 0  # of these, and of what is saved besides
         self.peak_bytes = 0
 
     def hooks(self):
@@ -228,17 +232,17 @@ class ActivationGauge:
             if address not in self.in_flight:
                 self.autograd_bytes -= num_bytes
 
-    def look(self, flights, passing=()):
+    def observe(self, flights, passing=()):
         """Add up what is held now, and what passes from stage to stage, and keep the most."""
         found = find_arrays([[vars(flight) for flight in flights], passing])
         self.in_flight = {address: size for address, size in map(locate, found) if address not in self.parameters}
         beside = [size for address, (_, size) in self.saved.items() if address not in self.in_flight]
-        self.flight_bytes, self.autograd_bytes = sum(self.in_flight.values()), sum(beside)
+        self.context_bytes, self.autograd_bytes = sum(self.in_flight.values()), sum(beside)
         self.note()
 
     def note(self):
         """Keep the most that was held at one time."""
-        self.peak_bytes = max(self.peak_bytes, self.flight_bytes + self.autograd_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.context_bytes + self.autograd_bytes)
 
 
 class Held:
@@ -271,7 +275,7 @@ def locate(array):
     return array.ctypes.data, array.nbytes
 
 
-def measure_memory(network, optimizer, exchange, gauge):
+def measure_memory(network, optimizer, exchange, tracker):
     """Add up the arrays that are really there -> Memory; one_expert is a local one times its shards."""
     experts = [p for layer in network.layers for p in layer.experts.parameters()]
     num_replicas = sum(len(list(r.parameters())) > 0 for layer in network.layers for r in layer.experts.replicas)
@@ -288,8 +292,8 @@ def measure_memory(network, optimizer, exchange, gauge):
         gradients=sum(p.grad.nbytes for p in parameters if p.grad is not None),
         optimizer=sum(value.nbytes for value in moments),
         buffers=exchange.buffer_bytes,
-        copies=sum(layer.experts.num_packed_bytes for layer in network.layers),
-        activations=gauge.peak_bytes,
+        copies=sum(layer.experts.cast_bytes for layer in network.layers),
+        activations=tracker.peak_bytes,
     )
 
 

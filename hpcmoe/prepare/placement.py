@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hpcmoe.errors import ConfigError, PlacementError
-from hpcmoe.experts.timing import time_token
+from hpcmoe.experts.timing import time_row
 from hpcmoe.placement.demand import make_probability
 from hpcmoe.placement.files.checks import find_overflow
 from hpcmoe.placement.files.maps import read_map
@@ -36,7 +36,7 @@ class Layout:
     seconds_of_method: dict[str, float | None]  # objective by method; None where it finds no layout that fits
 
 
-def make_problem(config, topology, mesh, room, bytes_of_expert, demand):
+def make_problem(config, topology, mesh, budget, bytes_of_expert, demand):
     """State the placement problem that all expert-parallel groups share -> PlacementProblem.
 
     An expert takes bytes_of_expert with all its state; demand is (Loads, seconds an expert takes for a token's copy).
@@ -44,7 +44,7 @@ def make_problem(config, topology, mesh, room, bytes_of_expert, demand):
     model, cluster, (loads, seconds_per_token) = config.model, config.cluster, demand
     groups = list_groups(mesh)
     nodes, network = fold_groups(topology, groups)
-    rank_bytes = (room.for_experts / room.num_ranks)[topology.node_of_rank]
+    rank_bytes = (budget.bytes_for_experts / budget.num_ranks)[topology.node_of_rank]
     homes = mesh.data_parallel * mesh.expert_parallel  # a tensor-parallel group's ranks are one
     copies = config.data.batch_sequences * model.sequence_length * model.top_k / homes
     return PlacementProblem(
@@ -64,7 +64,7 @@ def make_problem(config, topology, mesh, room, bytes_of_expert, demand):
     )
 
 
-def find_pace(config, mesh, rows, device):
+def time_expert(config, mesh, rows, device):
     """Take the seconds of a token's copy in an expert from the config, or time it on all ranks at once: their median.
 
     Forward alone, as the links' one way is. Collective over mesh.world.
@@ -72,11 +72,11 @@ def find_pace(config, mesh, rows, device):
     if config.cluster.seconds_per_token > 0:
         return config.cluster.seconds_per_token
     barrier(mesh.world)
-    taken = time_token(config, mesh.tensor_parallel, rows, device.torch_device)
+    taken = time_row(config, mesh.tensor_parallel, rows, device.torch_device)
     return statistics.median(gather_to_all(mesh.world, taken))
 
 
-def lay_out(problem, config, room):
+def lay_out(problem, config, budget):
     """Solve the placement problem, and weigh what else could have been -> Layout; PlacementError tells the memory.
 
     Raises ConfigError where rates and seconds are such that no time can be computed from them.
@@ -92,7 +92,7 @@ def lay_out(problem, config, room):
     try:
         placement = search(problem, config)
     except PlacementError as fault:
-        raise PlacementError(f"{fault}; {room}") from None
+        raise PlacementError(f"{fault}; {budget}") from None
     return compare(problem, config, placement)
 
 

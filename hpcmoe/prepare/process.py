@@ -54,17 +54,17 @@ def read_status(name: str, path: pathlib.Path) -> int:
 def load_what_steps_load(trains: bool, places: bool) -> None:
     """Load now what else would come in the midst of things: torch's symbols at the first backward pass, the search.
 
-    Then the process is as large as in the steps before their memory is reckoned. Both would be loaded in any case.
+    Then the process is as large as in the steps before their memory is estimated. Both would be loaded in any case.
     """
     if places:
         import hpcmoe.placement.solve  # noqa: F401  numba and scipy
     if trains:
         weight = torch.ones(2, 2, requires_grad=True)
         product = multiply(torch.ones(2, 2), weight)
-        product.backward(torch.ones_like(product))  # it is a slope that is given, as in a layer, that loads them
+        product.backward(torch.ones_like(product))  # it is a gradient that is given, as in a layer, that loads them
 
 
-def reckon_process(world, node_of_rank: np.ndarray, trains: bool) -> int:
+def estimate_process(world, node_of_rank: np.ndarray, trains: bool) -> int:
     """Compute the bytes of a process in the steps, beside all arrays that are counted. Collective over world.
 
     The mean of a node's ranks, for one places the experts for all, on the node where that is most.

@@ -6,9 +6,9 @@ import logging
 import numpy as np
 
 from hpcmoe.errors import on_all
-from hpcmoe.experts.shapes import reckon_expert
+from hpcmoe.experts.shapes import estimate_expert
 from hpcmoe.placement.problem import in_units
-from hpcmoe.prepare.budget import FLOAT32, count_dense_parameters, on_gpus, share_gpus
+from hpcmoe.prepare.budget import FLOAT32_BYTES, count_dense_parameters, may_use_gpus, share_gpu_memory
 from hpcmoe.wait import gather_to_all
 
 log = logging.getLogger(__name__)
@@ -19,32 +19,32 @@ def settle_shards(comm, config, topology):
     if config.cluster.tensor_parallel:
         return config.cluster
     rank_bytes = read_rank_bytes(comm, config, topology)
-    chosen, reckoning = choose_tensor_parallel(config, comm.size, rank_bytes)
-    log.info("%s", reckoning)
+    chosen, arithmetic = choose_tensor_parallel(config, comm.size, rank_bytes)
+    log.info("%s", arithmetic)
     return dataclasses.replace(config.cluster, tensor_parallel=chosen)
 
 
 def read_rank_bytes(comm, config, topology):
     """Find the memory of the rank that has least of it -> bytes. Collective over comm."""
-    if on_gpus(config, topology):
+    if may_use_gpus(config, topology):
         from hpcmoe.comm.device import open_device  # imports torch
 
         here = list(topology.ranks_of_node(topology.node_of_rank[comm.rank]))
         device = on_all(comm, lambda: open_device(config.comm.device, here.index(comm.rank)))
-        share_of_gpu = share_gpus(gather_to_all(comm, device.read_memory()))
+        share_of_gpu = share_gpu_memory(gather_to_all(comm, device.read_memory()))
         if share_of_gpu is not None:
             return int(share_of_gpu.min())
     return int((topology.memory_bytes / np.bincount(topology.node_of_rank)).min())
 
 
 def choose_tensor_parallel(config, num_ranks, rank_bytes):
-    """Choose the fewest ranks that can hold an expert with all its state -> (ranks, the reckoning as text).
+    """Choose the fewest ranks that can hold an expert with all its state -> (ranks, the arithmetic as text).
 
     One expert of one layer is the least that a rank holds, beside dense parts with their state. Where no number is
     enough it is 1: the placement then tells what does not fit.
     """
-    cluster, (one_expert, states) = config.cluster, reckon_expert(config)
-    dense = count_dense_parameters(config.model) * FLOAT32 * states
+    cluster, (one_expert, states) = config.cluster, estimate_expert(config)
+    dense = count_dense_parameters(config.model) * FLOAT32_BYTES * states
     needed, left = one_expert * states, max(rank_bytes - dense, 0)
     others = cluster.data_parallel * max(cluster.expert_parallel, 1)
     may_share = [

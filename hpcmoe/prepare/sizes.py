@@ -10,7 +10,7 @@ from hpcmoe.comm.transport import count_tags
 from hpcmoe.dispatch.device import DeviceSizes
 from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.dispatch.sizes import (
-    Sizes,
+    HostSizes,
     choose_gemm_rows,
     choose_parcel_tokens,
     count_parcels,
@@ -18,10 +18,10 @@ from hpcmoe.dispatch.sizes import (
     most_parcels,
 )
 from hpcmoe.errors import ConfigError
-from hpcmoe.prepare.gpus import describe_device_ways
+from hpcmoe.prepare.gpus import describe_device_sizes
 from hpcmoe.wait import gather_to_all
 
-SLOWER = 2.0  # times slower than a node's own memory: then a link is worth sums on the other side
+_SLOWER_LINK = 2.0  # times slower than a node's own memory: then a link is worth sums on the other side
 
 
 def find_routes(config, topology, mesh, slots):
@@ -52,12 +52,12 @@ def choose_once(config, topology, node_of_rank, copies):
             return np.not_equal.outer(topology.rack_of_node, topology.rack_of_node)
         case _:
             within = np.diag(topology.bytes_per_second)
-            slower = topology.bytes_per_second * SLOWER < within[None, :]
+            slower = topology.bytes_per_second * _SLOWER_LINK < within[None, :]
             return slower & (num_mates > 1)[None, :] & (copies > 1)
 
 
-def reckon_sizes(config, topology, mesh, routes):
-    """Compute how many rows a micro-batch brings at most to a rank's home, and likely to its experts -> Sizes."""
+def make_host_sizes(config, topology, mesh, routes):
+    """Compute how many rows a micro-batch brings at most to a rank's home, and likely to its experts -> HostSizes."""
     model, pipeline, cluster = config.model, config.pipeline, config.cluster
     sequences = math.ceil(math.ceil(config.data.batch_sequences / pipeline.micro_batches) / mesh.num_token_shares)
     tokens, num_ranks = sequences * model.sequence_length, mesh.expert_parallel * mesh.tensor_parallel
@@ -81,7 +81,7 @@ def reckon_sizes(config, topology, mesh, routes):
         wanted = max(min(wanted, tokens), 1)
         together = min(copies, routes.most_served)
         parcel_tokens, pool_rows, at_once = fit_parcels(wanted, expected, most, together, row_bytes)
-    return Sizes(
+    return HostSizes(
         hidden=model.hidden,
         dtype=dtype,
         tokens=tokens,
@@ -108,7 +108,7 @@ def check_tags(sizes, num_layers):
             f"{last_tag} (MPI_TAG_UB)"
         )
     parcels = 1
-    if isinstance(sizes, Sizes):
+    if isinstance(sizes, HostSizes):
         parcels = count_parcels(sizes.tokens, sizes.parcel_tokens) if sizes.parcels_sent else 0
     num_tags = count_tags(sizes.num_micro_batches, parcels)
     if num_tags > last_tag + 1:
@@ -118,10 +118,10 @@ def check_tags(sizes, num_layers):
         )
 
 
-def describe_ways(sizes, routes):
+def describe_sizes(sizes, routes):
     """Say what messages take on a rank, and how they travel -> lines."""
     if isinstance(sizes, DeviceSizes):
-        return describe_device_ways(sizes)
+        return describe_device_sizes(sizes)
     lines = [
         f"rows, on each rank: {sizes.shared_bytes(routes) / 1e6:.1f} MB of memory that {len(routes.mates)} ranks of "
         f"its node share + {sizes.send_bytes / 1e6:.1f} MB to send from, for {sizes.num_berths} micro-batches in flight"

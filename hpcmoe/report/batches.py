@@ -6,7 +6,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.comm.mpi import all_reduce
-from hpcmoe.dispatch.sizes import Sizes
+from hpcmoe.dispatch.sizes import HostSizes
 from hpcmoe.dispatch.traffic import add_batches
 from hpcmoe.wait import wait_all
 
@@ -72,6 +72,6 @@ def rows_of_batches(batches: BatchSizes, sizes) -> list:
     worked = batches.number > 0
     if not worked.any():
         return []
-    cut = f"B_max about {sizes.batch_rows}" if isinstance(sizes, Sizes) else "not cut"
+    cut = f"B_max about {sizes.batch_rows}" if isinstance(sizes, HostSizes) else "not cut"
     least, mean, most = batches.least[worked].min(), batches.rows.sum() / batches.number.sum(), batches.most.max()
     return [("batch of an expert, B_e", f"{least} / {mean:.0f} / {most}", f"rows, least / mean / most; {cut}")]

@@ -164,7 +164,7 @@ def rows_of_memory(computed, totals):
 
 def rows_of_process(job, totals):
     """List what a rank's process has in the host's memory, mean of a node's ranks: alone, and with others."""
-    process_bytes = job.room.process_bytes
+    process_bytes = job.budget.process_bytes
     both = [
         ("the process itself: Python, torch, MPI", process_bytes, totals.process_bytes),
         ("all that it shares with no other (USS)", process_bytes + count_unshared(job.memory, job.stepper.exchange),

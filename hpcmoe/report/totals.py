@@ -49,7 +49,7 @@ def sum_up(job, optimizer, losses, snapshot_bytes):
     snapshot_bytes: what this rank's copy of the state for checkpoints takes.
     """
     meter, world = job.meter, job.mesh.world
-    measured = measure_memory(job.stepper.network, optimizer, job.stepper.exchange, job.stepper.gauge)
+    measured = measure_memory(job.stepper.network, optimizer, job.stepper.exchange, job.stepper.tracker)
     measured = dataclasses.replace(measured, snapshot=snapshot_bytes, moving=job.staged_bytes)
     process = read_process()
     beside = process.unshared - count_unshared(measured, job.stepper.exchange)

@@ -7,7 +7,7 @@ ranks under any schedule: head, last layer ... first layer, embedding. So all ra
 """
 
 from hpcmoe.comm.reduce import HostReducer, NcclReducer
-from hpcmoe.prepare.budget import FLOAT32
+from hpcmoe.prepare.budget import FLOAT32_BYTES
 from hpcmoe.wait import Patience
 
 FIRST_TAG = 1  # of a layer's sums; MPI keeps the order of the experts in it. 0 is of experts that move
@@ -24,7 +24,7 @@ class GradientSums:
         """
         self.dense, self.experts, self.mesh = dense, experts, network.mesh
         bucket_bytes, groups = network.config.train.bucket_bytes, network.layers[0].exchange.sum_groups
-        self.bucket = max(bucket_bytes // FLOAT32, 1) if bucket_bytes else 2**31
+        self.bucket = max(bucket_bytes // FLOAT32_BYTES, 1) if bucket_bytes else 2**31
         self.reducer = (
             HostReducer(self.mesh, network.device, self.bucket)
             if groups is None

@@ -20,18 +20,18 @@ from hpcmoe.errors import ClusterError, keep_on_root, on_all, on_root
 from hpcmoe.model.language import make_model
 from hpcmoe.model.text import Text
 from hpcmoe.placement.problem import PlacementProblem, slots_for
-from hpcmoe.prepare.budget import Room, reckon_room, share_gpus
+from hpcmoe.prepare.budget import MemoryBudget, make_budget, share_gpu_memory
 from hpcmoe.prepare.gpus import (
     choose_carrier,
     find_communicators,
     keep_gpu_memory,
+    make_device_sizes,
     open_device_exchange,
-    reckon_device_sizes,
 )
-from hpcmoe.prepare.memory import Memory, reckon_memory
-from hpcmoe.prepare.placement import Layout, find_pace, lay_out, make_problem
-from hpcmoe.prepare.process import reckon_process
-from hpcmoe.prepare.sizes import check_tags, find_routes, reckon_sizes
+from hpcmoe.prepare.memory import Memory, estimate_memory
+from hpcmoe.prepare.placement import Layout, lay_out, make_problem, time_expert
+from hpcmoe.prepare.process import estimate_process
+from hpcmoe.prepare.sizes import check_tags, find_routes, make_host_sizes
 from hpcmoe.report.meter import Meter
 from hpcmoe.run.step import Stepper
 from hpcmoe.wait import barrier, gather_to_all
@@ -46,8 +46,8 @@ class Job:
     mesh: Mesh
     layout: Layout
     problem: PlacementProblem | None  # that the first placement solves, on rank 0 alone
-    room: Room
-    memory: Memory  # of a rank, as reckoned
+    budget: MemoryBudget
+    memory: Memory  # of a rank, as estimated
     stepper: Stepper
     meter: Meter
     training: Text
@@ -72,25 +72,27 @@ def open_job(config, topology, mesh, split, loads):
     device = on_all(world, lambda: open_device(config.comm.device, list(here).index(world.rank)))
     kind, trains = find_carrier(config, world, device), config.run.mode == "train"
 
-    # Reckon what a rank needs besides experts, and place these in the rest of the memory.
+    # Estimate what a rank needs besides experts, and place these in the rest of the memory.
     slots = slots_for(config.model.num_experts, mesh.expert_parallel, config.cluster.spare_slots_per_rank)
     routes = find_routes(config, topology, mesh, slots)
     if kind == "window":
-        sizes = on_all(world, lambda: reckon_sizes(config, topology, mesh, routes))
+        sizes = on_all(world, lambda: make_host_sizes(config, topology, mesh, routes))
         check_windows(world, topology, sizes, routes)
     else:
-        sizes = reckon_device_sizes(config, mesh)
+        sizes = make_device_sizes(config, mesh)
     on_all(world, lambda: check_tags(sizes, config.model.num_layers))
     buffer_bytes = max(gather_to_all(world, sizes.buffer_bytes(routes)))
-    memory = reckon_memory(config, mesh, slots, sizes, buffer_bytes)
-    gpus = share_gpus(gather_to_all(world, device.read_memory()))  # asked when every rank has opened its device
+    memory = estimate_memory(config, mesh, slots, sizes, buffer_bytes)
+    gpus = share_gpu_memory(gather_to_all(world, device.read_memory()))  # asked when every rank has opened its device
     topology = keep_gpu_memory(topology, gpus)
     communicators = find_communicators(mesh, kind, trains).values()
     share_of_gpu = None if config.cluster.memory_bytes_per_node else gpus
-    room = find_room(topology, world, memory, share_of_gpu, sum(comm.size > 1 for comm in communicators), trains)
-    pace = find_pace(config, mesh, sizes.expert_rows // slots, device)
-    problem = keep_on_root(world, lambda: make_problem(config, topology, mesh, room, memory.per_expert, (loads, pace)))
-    layout = on_root(world, lambda: lay_out(problem, config, room))
+    budget = find_budget(topology, world, memory, share_of_gpu, sum(comm.size > 1 for comm in communicators), trains)
+    seconds = time_expert(config, mesh, sizes.expert_rows // slots, device)
+    problem = keep_on_root(
+        world, lambda: make_problem(config, topology, mesh, budget, memory.per_expert, (loads, seconds))
+    )
+    layout = on_root(world, lambda: lay_out(problem, config, budget))
 
     opened = (
         open_exchange(mesh.group, device, sizes, routes)
@@ -105,7 +107,7 @@ def open_job(config, topology, mesh, split, loads):
             mesh=mesh,
             layout=layout,
             problem=problem,
-            room=room,
+            budget=budget,
             memory=memory,
             stepper=Stepper(config, mesh, network, exchange),
             meter=Meter(exchange, mesh),
@@ -146,10 +148,10 @@ def refuse(text):
     raise ClusterError(text)
 
 
-def find_room(topology, world, memory, share_of_gpu, num_communicators, trains):
-    """Find the memory that each node has for experts, on GPUs where they lie there -> Room. Collective over world."""
-    process_bytes = reckon_process(world, topology.node_of_rank, trains)
-    return on_all(world, lambda: reckon_room(topology, memory, process_bytes, share_of_gpu, num_communicators))
+def find_budget(topology, world, memory, share_of_gpu, num_communicators, trains):
+    """Find the memory of each node for experts, a GPU's where they lie there -> MemoryBudget. Collective over world."""
+    process_bytes = estimate_process(world, topology.node_of_rank, trains)
+    return on_all(world, lambda: make_budget(topology, memory, process_bytes, share_of_gpu, num_communicators))
 
 
 def choose_threads(topology, rank):

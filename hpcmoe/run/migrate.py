@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpcmoe.experts.feed_forward import make_expert_room
+from hpcmoe.experts.feed_forward import make_empty_weights
 from hpcmoe.model.language import dress, make_chooser
 from hpcmoe.placement.search.layer_data import HOLE
 from hpcmoe.prepare.memory import STAGING_BYTES
@@ -30,7 +30,7 @@ class Move:
         self.begun = time.perf_counter()
         self.seconds, self.staged_bytes = 0.0, 0  # what it took, and the most that was held
         for experts, _, _, receives in layers:
-            experts.arriving = bool(receives)
+            experts.awaits_weights = bool(receives)
         self.course = self.go(layers)
 
     def poke(self):
@@ -45,7 +45,7 @@ class Move:
                 yield from self.exchange(sends, receives, pieces)
             if receives:
                 experts.refresh()
-            experts.arriving = False
+            experts.awaits_weights = False
             yield True
         self.is_over, self.seconds = True, time.perf_counter() - self.begun
 
@@ -124,12 +124,12 @@ def seat(job, layer, placement):
     held = [p.experts_of_rank(layer, mesh.expert_index).tolist() for p in (job.placement, placement)]
     for slot, (before, after) in enumerate(zip(*held, strict=True)):
         if before == HOLE != after:
-            expert = dress(job.config, make_expert_room(job.config, mesh.tensor_index, mesh.tensor_parallel))
+            expert = dress(job.config, make_empty_weights(job.config, mesh.tensor_index, mesh.tensor_parallel))
             block.experts.replicas[slot] = expert.to(job.stepper.network.device.torch_device)
         elif after == HOLE != before:
             block.experts.replicas[slot] = nn.Identity()
     if any((before == HOLE) != (after == HOLE) for before, after in zip(*held, strict=True)):
-        block.experts.join()
+        block.experts.stack_weights()
     block.chooser = make_chooser(job.config, mesh, placement, layer)
 
 

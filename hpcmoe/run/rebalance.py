@@ -5,7 +5,7 @@ import logging
 
 import numpy as np
 
-from hpcmoe.experts.shapes import reckon_expert
+from hpcmoe.experts.shapes import estimate_expert
 from hpcmoe.placement.demand import Loads, make_probability
 from hpcmoe.placement.groups import fold_groups, fold_probability, list_groups
 from hpcmoe.placement.migrate import Verdict, judge, layers_seconds, list_moves, move_seconds, standard_error
@@ -105,7 +105,7 @@ def propose(job, tokens, step):
     (before, after), noise = weigh_gain(job, tokens, layout.placement)
 
     # The gain in the steps for which the loads are trusted, against the cost.
-    one_expert, states = reckon_expert(config)
+    one_expert, states = estimate_expert(config)
     num_bytes = one_expert * (states - trains(job)) // job.mesh.tensor_parallel  # gradients stay
     cost = move_seconds(solved, moves, num_bytes)
     horizon = min(cluster.rebalance_horizon or cluster.rebalance_every, config.run.steps - step)

@@ -10,7 +10,7 @@ from hpcmoe.model.language import Census
 from hpcmoe.model.text import Blank, read_micro_batches
 from hpcmoe.pipeline.engine import Engine
 from hpcmoe.pipeline.schedule import make_schedule
-from hpcmoe.prepare.memory import ActivationGauge
+from hpcmoe.prepare.memory import ActivationTracker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class Stepper:
         self.config, self.mesh, self.network, self.exchange = config, mesh, network, exchange
         self.clock = exchange.clock
         self.engine = Engine(network, exchange, exchange.sizes.num_berths)
-        self.gauge = ActivationGauge(network)
+        self.tracker = ActivationTracker(network)
         pipeline, num_layers = config.pipeline, config.model.num_layers
         self.schedules = {
             training: make_schedule(
@@ -70,9 +70,9 @@ class Stepper:
 
     def run_engine(self, training):
         """Run the schedule, and measure the activations in flight of the first step of the run's kind."""
-        if training == (self.config.run.mode == "train") and self.gauge.peak_bytes == 0:
-            with self.gauge.hooks():
+        if training == (self.config.run.mode == "train") and self.tracker.peak_bytes == 0:
+            with self.tracker.hooks():
                 passing = self.engine.values
-                self.engine.run(self.schedules[training], training, lambda held: self.gauge.look(held, passing))
+                self.engine.run(self.schedules[training], training, lambda held: self.tracker.observe(held, passing))
         else:
             self.engine.run(self.schedules[training], training)

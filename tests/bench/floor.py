@@ -71,14 +71,14 @@ class BareExpert:
 
     def __init__(self, shape, rows, dtype):
         hidden, inner = shape.hidden, shape.feed_forward
-        self.x, self.slope = torch.randn(rows, hidden).to(dtype), torch.randn(rows, hidden).to(dtype)
-        self.inner_slope = torch.randn(rows, inner).to(dtype)
+        self.x, self.grad_y = torch.randn(rows, hidden).to(dtype), torch.randn(rows, hidden).to(dtype)
+        self.grad_inner = torch.randn(rows, inner).to(dtype)
         up, down = torch.randn(inner, hidden).to(dtype), torch.randn(hidden, inner).to(dtype)
         self.up = choose(FORWARD, (up, rows, "gelu"), self.x)
-        self.down = choose(FORWARD, (down, rows, "none"), self.inner_slope)
+        self.down = choose(FORWARD, (down, rows, "none"), self.grad_inner)
         if shape.training:
-            self.back_down, self.back_up = choose(BACK, (down,), self.slope), choose(BACK, (up,), self.inner_slope)
-            self.gradient = choose(GRADIENT, (), self.slope, self.inner_slope)
+            self.back_down, self.back_up = choose(BACK, (down,), self.grad_y), choose(BACK, (up,), self.grad_inner)
+            self.gradient = choose(GRADIENT, (), self.grad_y, self.grad_inner)
 
     def forward(self):
         """Multiply twice: x [n, H] -> [n, F] -> [n, H]."""
@@ -86,11 +86,11 @@ class BareExpert:
         return self.down(self.inner)
 
     def backward(self):
-        """Multiply four times: slopes by the inputs of both matrices, and by the matrices."""
-        self.back_down(self.slope)
-        self.gradient(self.slope, self.inner)
-        self.back_up(self.inner_slope)
-        self.gradient(self.inner_slope, self.x)
+        """Multiply four times: gradients of the inputs of both matrices, and of the matrices."""
+        self.back_down(self.grad_y)
+        self.gradient(self.grad_y, self.inner)
+        self.back_up(self.grad_inner)
+        self.gradient(self.grad_inner, self.x)
 
 
 def pack(weight, rows, activation):
@@ -121,22 +121,22 @@ def by_onednn(x, weight):
 
 
 def widen_back(weight):
-    """Multiply slopes in float32."""
+    """Multiply gradients in float32."""
     wide = weight.float()
-    return lambda slope: torch.mm(slope.float(), wide).to(weight.dtype)
+    return lambda grad_y: torch.mm(grad_y.float(), wide).to(weight.dtype)
 
 
-# Makers of ways: to activation(x weight^T), to slope [n, out] weight [out, in], and to slope^T x [n, in].
+# Makers of ways: to activation(x weight^T), to grad_y [n, out] weight [out, in], and to grad_y^T x [n, in].
 FORWARD = [pack, ask_torch, widen]
 BACK = [
-    lambda weight: lambda slope: torch.mm(slope, weight),
-    lambda weight: lambda slope: by_onednn(slope, weight.t()),
+    lambda weight: lambda grad_y: torch.mm(grad_y, weight),
+    lambda weight: lambda grad_y: by_onednn(grad_y, weight.t()),
     widen_back,
 ]
 GRADIENT = [
-    lambda: lambda slope, x: torch.mm(slope.t(), x),
-    lambda: lambda slope, x: by_onednn(slope.t(), x.t()),
-    lambda: lambda slope, x: torch.mm(slope.float().t(), x.float()),
+    lambda: lambda grad_y, x: torch.mm(grad_y.t(), x),
+    lambda: lambda grad_y, x: by_onednn(grad_y.t(), x.t()),
+    lambda: lambda grad_y, x: torch.mm(grad_y.float().t(), x.float()),
 ]
 
 

@@ -85,7 +85,7 @@ def time_experts(device, num_experts, hidden, feed_forward, rows):
         for _ in range(num_experts)
     ]  # fmt: skip
     experts = GroupedExperts([Expert("gelu", own) for own in weights])
-    experts.join()
+    experts.stack_weights()
     groups = experts.group([(slot, rows // num_experts) for slot in range(num_experts)], device.torch_device)
     x = torch.randn(sum(groups.rows), hidden, **draw)
     calls = {"ours": lambda: experts(groups, x, None)} | theirs(experts.joined, groups, x)

@@ -37,14 +37,14 @@ def work(comm, shapes, budget_seconds):
 
 def measure_shape(comm, shape, budget_seconds):
     """Let a layer and its floor take turns -> comparison. Collective over comm."""
-    x, slope = torch.randn(shape.tokens, shape.hidden), torch.randn(shape.tokens, shape.hidden)
+    x, grad = torch.randn(shape.tokens, shape.hidden), torch.randn(shape.tokens, shape.hidden)
     with open_layer(comm, shape) as layer:
         floor = Floor(comm, shape, count_rows(comm, x, layer.router_weight, shape))
         step = floor.train if shape.training else floor.forward
         floors = take_turns(comm, {wait: lambda wait=wait: step(wait == "polite") for wait in ("polite", "MPI")}, 0)
         wait = min(floors, key=lambda wait: statistics.median(floors[wait]))
         calls = {
-            "ours": lambda: layer.train(x, slope) if shape.training else layer.forward(x),
+            "ours": lambda: layer.train(x, grad) if shape.training else layer.forward(x),
             "floor": lambda: step(wait == "polite"),
         }
         return compare(take_turns(comm, calls, budget_seconds), "ours", "floor") | {"wait": wait}

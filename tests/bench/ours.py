@@ -78,15 +78,15 @@ class Layer:
         with torch.no_grad():
             return self.rise(Flight(0, 0, 0, False), x)
 
-    def train(self, x, slope):
-        """Go up from x [T, H] and down from the loss's slope by the result -> slope by x; weights' gradients add up."""
+    def train(self, x, grad):
+        """Go up from x [T, H] and down from the gradient of the result -> gradient of x; weights' gradients add up."""
         flight = Flight(0, 0, 0, True)
         with torch.enable_grad():
             self.rise(flight, x)
-            finish(self.exchange, self.layer.combine_backward(flight, slope))
+            finish(self.exchange, self.layer.combine_backward(flight, grad))
             finish(self.exchange, self.layer.compute_backward(flight))
-            no_slopes = torch.zeros_like(self.load), self.load.new_zeros(())
-            finish(self.exchange, self.layer.route_backward(flight, *no_slopes))
+            zero_grads = torch.zeros_like(self.load), self.load.new_zeros(())
+            finish(self.exchange, self.layer.route_backward(flight, *zero_grads))
             return flight.output
 
     def rise(self, flight, x):

@@ -23,7 +23,7 @@ from hpcmoe.experts.timing import MOST_ROWS
 from hpcmoe.model.balance import even_load
 from hpcmoe.model.text import draw_starts, find_text
 from hpcmoe.placement.demand import find_loads
-from hpcmoe.prepare.placement import find_pace
+from hpcmoe.prepare.placement import time_expert
 from hpcmoe.run.job import open_job
 from hpcmoe.wait import barrier
 from hpcmoe.write.loads import read_loads
@@ -90,9 +90,9 @@ def choose_width(mesh):
     """Choose how wide experts are, so that their work takes about as long as transfers. Collective over mesh.world."""
     torch.set_num_threads(CONFIG.run.threads_per_rank)
     wide = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, feed_forward=8192), cluster=Cluster())
-    pace = find_pace(wide, mesh, MOST_ROWS, HostDevice())
+    seconds_per_token = time_expert(wide, mesh, MOST_ROWS, HostDevice())
     tokens = CONFIG.data.batch_sequences * CONFIG.model.sequence_length // mesh.world.size
-    seconds = pace * tokens * CONFIG.model.top_k * CONFIG.model.num_layers
+    seconds = seconds_per_token * tokens * CONFIG.model.top_k * CONFIG.model.num_layers
     return max(round(8192 * TRANSFER_SECONDS / seconds / STEP), 1) * STEP
 
 

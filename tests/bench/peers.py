@@ -104,8 +104,8 @@ def make_step(group, shape, layer, kind, router_weight):
         layer, fault = attempt(lambda: kind(shape, router_weight, lambda expert: draw_expert(shape, expert)))
         if fault:
             return None, fault
-    x, slope = draw_tokens(shape, mine)
-    return (lambda: layer.train(x, slope) if shape.training else layer.forward(x)), None
+    x, grad = draw_tokens(shape, mine)
+    return (lambda: layer.train(x, grad) if shape.training else layer.forward(x)), None
 
 
 def attempt(call):
@@ -117,7 +117,7 @@ def attempt(call):
 
 
 def draw_tokens(shape, ranks_of_tokens):
-    """Draw the tokens of some ranks and the slopes of what becomes of them -> x, slope [n, H] float32."""
+    """Draw the tokens of some ranks and the gradients of what becomes of them -> x, grad [n, H] float32."""
     draws = [
         torch.randn(2, shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(rank))
         for rank in ranks_of_tokens
@@ -148,12 +148,12 @@ def find_difference(shape, router_weight, outputs):
 
     Of outputs counts what the experts added to what passed by them, for tokens whose choice is clear.
     """
-    x, slope = draw_tokens(shape, range(shape.ranks))
+    x, grad = draw_tokens(shape, range(shape.ranks))
     best = functional.linear(x, router_weight).topk(shape.top_k + 1).values
     clear = best[:, -2] - best[:, -1] > CLEAR[shape.dtype]
     sides = [outputs[first : first + shape.ranks] for first in range(0, len(outputs), shape.ranks)]
     ours, *theirs = (torch.cat([rows for rows in side if rows is not None])[clear] for side in sides)
-    added = ours - (slope if shape.training else x)[clear]
+    added = ours - (grad if shape.training else x)[clear]
     return float(torch.stack([(rows - ours).norm() / added.norm() for rows in theirs]).max())
 
 

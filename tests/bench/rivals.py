@@ -43,11 +43,11 @@ class Rival:
         with torch.no_grad():
             return self.rise(x)
 
-    def train(self, x, slope):
-        """Go up from x [T, H] and down from the slope by y -> slope by x; weights get gradients of their own."""
+    def train(self, x, grad):
+        """Go up from x [T, H] and down from the gradient of y -> gradient of x; weights get gradients of their own."""
         self.moe.zero_grad(set_to_none=True)
         x = x.detach().requires_grad_()
-        self.rise(x).backward(slope)
+        self.rise(x).backward(grad)
         return x.grad
 
 
@@ -117,10 +117,10 @@ class Carry(torch.autograd.Function):
         return arrived
 
     @staticmethod
-    def backward(ctx, slopes):
-        """Exchange slopes [m, H] the other way -> slopes [n, H]."""
+    def backward(ctx, grads):
+        """Exchange gradients [m, H] the other way -> gradients [n, H]."""
         send_counts, recv_counts = ctx.counts
-        return Carry.apply(slopes, recv_counts, send_counts), None, None
+        return Carry.apply(grads, recv_counts, send_counts), None, None
 
 
 class HuggingFace(Rival):

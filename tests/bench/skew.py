@@ -45,7 +45,7 @@ def count_choices(weights, top_k, seed):
 
 
 class DrawnRouter(Router):
-    """A router that chooses what it draws; its gates, losses and slopes are the real router's."""
+    """A router that chooses what it draws; its gates, losses and gradients are the real router's."""
 
     def __init__(self, router, weights, seed):
         """router is the network's own; weights [E] of this rank's node in this layer; seed of this rank and layer."""

@@ -52,15 +52,15 @@ def test_shapes_travel_as_text():
 def test_the_floor_multiplies_what_an_expert_does(dtype):
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn(48, 64, generator=draw).to(dtype), torch.randn(32, 64, generator=draw).to(dtype)
-    slope = torch.randn(48, 32, generator=draw).to(dtype)
+    grad = torch.randn(48, 32, generator=draw).to(dtype)
     expected = {
         "forward": torch.nn.functional.gelu(x.double() @ weight.double().T),
-        "back": slope.double() @ weight.double(),
-        "gradient": slope.double().T @ x.double(),
+        "back": grad.double() @ weight.double(),
+        "gradient": grad.double().T @ x.double(),
     }
     calls = [("forward", make, (weight, len(x), "gelu"), (x,)) for make in FORWARD]
-    calls += [("back", make, (weight,), (slope,)) for make in BACK]
-    calls += [("gradient", make, (), (slope, x)) for make in GRADIENT]
+    calls += [("back", make, (weight,), (grad,)) for make in BACK]
+    calls += [("gradient", make, (), (grad, x)) for make in GRADIENT]
     for name, make, given, operands in calls:
         try:
             product = make(*given)(*operands)

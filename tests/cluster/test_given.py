@@ -1,4 +1,4 @@
-"""Links of the config or of an earlier run's file: taken by name, guessed where left out, refused where they misfit."""
+"""Links of the config or of an earlier run's file: taken by name, guessed where left out, refused where they conflict."""
 
 import dataclasses
 

@@ -6,7 +6,7 @@ from moves import MOVES, assert_near, run_steps
 
 from hpcmoe.comm import mpi
 from hpcmoe.dispatch.device import DeviceSizes
-from hpcmoe.dispatch.sizes import Sizes
+from hpcmoe.dispatch.sizes import HostSizes
 from hpcmoe.errors import ConfigError
 from hpcmoe.prepare import sizes as ways
 from hpcmoe.run import gradient_sums as sums
@@ -21,7 +21,7 @@ def make_sizes(**changes):
         "expert_rows": 1000, "batch_rows": 100, "parcel_tokens": 10, "parcels_sent": 100, "pool_rows": 1000,
         "parcels_at_once": 1, "in_order": True, "deterministic": True,
     }  # fmt: skip
-    return Sizes(**fields | changes)
+    return HostSizes(**fields | changes)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_delays_change_the_order_of_work_only_where_they_may(slow, seeds):
                 assert sorted(batches_of(one)) == sorted(batches_of(other))
             assert torch.allclose(one.output, other.output, atol=1e-5)
             if exchange.routes.most_served == 0 or mode != "by arrival":
-                assert torch.equal(one.output, other.output) and torch.equal(one.x_slope, other.x_slope)
+                assert torch.equal(one.output, other.output) and torch.equal(one.grad_x, other.grad_x)
 
 
 def batches_of(journey):
@@ -160,6 +160,6 @@ def batches_of(journey):
 def sums_of(journey):
     """The gradients' sums by slot, added up in the order of the work."""
     total = {}
-    for slot, slope in journey.weight_slopes:
-        total[slot] = slope + total.get(slot, 0)
-    return {slot: slope.tolist() for slot, slope in total.items()}
+    for slot, grad in journey.weight_grads:
+        total[slot] = grad + total.get(slot, 0)
+    return {slot: grad.tolist() for slot, grad in total.items()}

@@ -69,7 +69,7 @@ def dot(comm, a, b):
 @pytest.mark.mpi
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_each_way_is_the_others_adjoint(comm, shape, deterministic):
-    """<output, slope> = <x, x_slope> = sum of gates times gate slopes, and each is what its definition says."""
+    """<output, grad> = <x, grad_x> = sum of gates times gate gradients, and each is what its definition says."""
     with open_small_exchange(comm, HIDDEN, **shape, **SIZES, deterministic=deterministic) as exchange:
         for seed in range(6):
             num_tokens = (7 * comm.rank + 5 * seed) % 21
@@ -77,8 +77,8 @@ def test_each_way_is_the_others_adjoint(comm, shape, deterministic):
             go(exchange, travel_both_ways(exchange, journey))
             check_forward(exchange, journey)
             check_backward(exchange, journey)
-            whole = dot(comm, journey.output, journey.slope)
-            assert whole == dot(comm, journey.x, journey.x_slope) == dot(comm, journey.gates, journey.gate_slope)
+            whole = dot(comm, journey.output, journey.grad)
+            assert whole == dot(comm, journey.x, journey.grad_x) == dot(comm, journey.gates, journey.grad_gate)
             assert (whole != 0) == (seed > 0)
         check_all_is_given_back(exchange)
 

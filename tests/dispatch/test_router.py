@@ -1,4 +1,4 @@
-"""Routing equals a slow loop over tokens; the losses are what their papers say, and so are their slopes."""
+"""Routing equals a slow loop over tokens; the losses are what their papers say, and so are their gradients."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hpcmoe.config import Dispatch
-from hpcmoe.dispatch.router import Router, Softmax, load_balancing_loss, load_balancing_slope
+from hpcmoe.dispatch.router import Router, Softmax, load_balancing_grad, load_balancing_loss
 
 NUM_TOKENS, NUM_EXPERTS, HIDDEN = 23, 5, 4
 CASES = [
@@ -106,7 +106,7 @@ def dense_gates(routing):
 
 @pytest.mark.parametrize("on", ["selection", "both"])
 @pytest.mark.parametrize("renormalize", [False, True])
-def test_the_slopes_are_those_of_finite_differences(renormalize, on):
+def test_the_gradients_are_those_of_finite_differences(renormalize, on):
     """In float64, of the gates by the tokens and of both losses; what is chosen stays so over such small steps."""
     weight, x, load = (torch.from_numpy(array).double() for array in draw(NUM_TOKENS, seed=0))
     config = Dispatch(renormalize=renormalize, load_feedback=0.7, load_feedback_on=on)
@@ -132,7 +132,7 @@ def test_the_router_computes_in_float32_whatever_comes():
     assert routing.gates.dtype == torch.float32 and torch.equal(routing.gates, expected.gates)
 
 
-def test_a_dropped_copy_has_no_slope():
+def test_a_dropped_copy_has_no_gradient():
     weight, x, load = (torch.from_numpy(array) for array in draw(NUM_TOKENS, seed=0))
     routing = Router(weight, 2, Dispatch(capacity_factor=0.5, renormalize=False))(x.requires_grad_(), load)
     routing.gates.sum().backward()
@@ -147,15 +147,15 @@ def test_the_load_balancing_loss_is_one_when_even_and_the_number_of_experts_when
     assert load_balancing_loss(all_to_one, torch.full((4,), 3.0), 12).item() == pytest.approx(1)
 
 
-def test_the_load_balancing_slope_is_autograds():
+def test_the_load_balancing_gradient_is_autograds():
     copies = torch.tensor([3, 0, 7, 2])
     probability = torch.rand(4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     load_balancing_loss(copies, probability, 6).backward()
-    assert torch.allclose(load_balancing_slope(copies, 6), probability.grad)
+    assert torch.allclose(load_balancing_grad(copies, 6), probability.grad)
     by_hand = 4 * (copies / 12) @ (probability / 6)
     assert load_balancing_loss(copies, probability, 6).item() == pytest.approx(by_hand.item())
 
 
 def test_no_tokens_balance_to_nothing():
     none = torch.zeros(4, dtype=torch.int64)
-    assert not load_balancing_slope(none, 0).any() and load_balancing_loss(none, torch.zeros(4), 0) == 0
+    assert not load_balancing_grad(none, 0).any() and load_balancing_loss(none, torch.zeros(4), 0) == 0

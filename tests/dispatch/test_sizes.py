@@ -13,7 +13,7 @@ from hpcmoe.comm.pool import RowPool
 from hpcmoe.dispatch.plan import make_plan
 from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.dispatch.sizes import (
-    FEW_ROWS,
+    MIN_BATCH_ROWS,
     choose_parcel_tokens,
     fit_parcels,
     group_peers,
@@ -22,7 +22,7 @@ from hpcmoe.dispatch.sizes import (
     rows_of_parcel,
 )
 from hpcmoe.errors import ConfigError
-from hpcmoe.prepare.sizes import reckon_sizes
+from hpcmoe.prepare.sizes import make_host_sizes
 
 
 @given(st.integers(1, 500), st.integers(0, 3000), st.integers(1, 4000), st.integers(1, 8), st.integers(8, 4096))
@@ -62,8 +62,8 @@ def test_a_token_that_does_not_fit_is_refused_with_the_arithmetic():
 def test_messages_are_long_enough_for_their_links():
     slow = np.array([[9e9, 2e8], [1e8, 9e9]]), np.array([[1e-3, 1e-3], [2e-3, 1e-3]])
     assert choose_parcel_tokens(*slow, 1000) == 9 * 2e8 * 1e-3 / 1000
-    assert choose_parcel_tokens(*slow, 10**6) == FEW_ROWS
-    assert choose_parcel_tokens(np.full((1, 1), 1e9), np.full((1, 1), 1.0), 8) == FEW_ROWS
+    assert choose_parcel_tokens(*slow, 10**6) == MIN_BATCH_ROWS
+    assert choose_parcel_tokens(np.full((1, 1), 1e9), np.full((1, 1), 1.0), 8) == MIN_BATCH_ROWS
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5000), st.integers(1, 600), st.data())
@@ -75,7 +75,7 @@ def test_every_peer_is_in_one_group_and_groups_are_neither_small_nor_needlessly_
     routes = make_routes(node_of_rank, rank, 1, np.zeros((num_nodes, num_nodes), bool))
     groups = group_peers(routes, SimpleNamespace(expert_rows=expert_rows, batch_rows=batch_rows))
     assert sum(groups, []) == np.concatenate(routes.peers_by_node).tolist()
-    each, enough = expert_rows / len(node_of_rank), min(FEW_ROWS, batch_rows)
+    each, enough = expert_rows / len(node_of_rank), min(MIN_BATCH_ROWS, batch_rows)
     for group in groups[:-1]:
         assert len(group) * each >= enough
     for group in groups:  # what was enough was not added to
@@ -106,7 +106,7 @@ def test_no_plan_needs_more_rows_than_its_berth_has(tokens, top_k, parcel_tokens
     assert 1000 + sizes.window_rows == pools[1].runs[0][0] + sizes.pool_rows
 
 
-def reckon(num_ranks, top_k, once, **changes):
+def make_sizes_of_run(num_ranks, top_k, once, **changes):
     """Sizes and Routes of a rank among many, eight a node: twice 4096 tokens of 4096 bfloat16 in flight."""
     node_of_rank, num_nodes = np.arange(num_ranks) // 8, num_ranks // 8
     routes = make_routes(node_of_rank, 11, 1, np.full((num_nodes, num_nodes), once))
@@ -118,7 +118,7 @@ def reckon(num_ranks, top_k, once, **changes):
     mesh = SimpleNamespace(
         expert_parallel=num_ranks, num_token_shares=num_ranks, tensor_parallel=1, data_parallel=1
     )  # fmt: skip
-    return reckon_sizes(config, make_topology(num_ranks, num_nodes), mesh, routes), routes
+    return make_host_sizes(config, make_topology(num_ranks, num_nodes), mesh, routes), routes
 
 
 @pytest.mark.parametrize("once", [True, False])
@@ -127,7 +127,7 @@ def test_at_4096_ranks_on_512_nodes_buffers_are_little_larger_than_at_1024(top_k
     """Rows and pool do not grow with the ranks but for the last, part-filled parcel to each, and the board's words."""
     figures = {}
     for num_ranks in (1024, 4096):
-        sizes, routes = reckon(num_ranks, top_k, once)
+        sizes, routes = make_sizes_of_run(num_ranks, top_k, once)
         window = sizes.window_sizes(routes)
         board = (window.num_bytes(8) - 8 * sizes.window_rows * (sizes.row_bytes + 12)) / 8
         figures[num_ranks] = sizes.buffer_bytes(routes) / 1e6, board / 1e6
@@ -145,7 +145,7 @@ def test_at_4096_ranks_on_512_nodes_buffers_are_little_larger_than_at_1024(top_k
 
 @pytest.mark.parametrize("pool_bytes", [2_000_000, 50_000_000])
 def test_the_pool_obeys_its_key_however_many_rows_are_expected(pool_bytes):
-    sizes, _ = reckon(64, 8, False, comm__pool_bytes=pool_bytes)
+    sizes, _ = make_sizes_of_run(64, 8, False, comm__pool_bytes=pool_bytes)
     assert 0.5 * pool_bytes <= sizes.num_berths * sizes.pool_rows * sizes.row_bytes <= pool_bytes
     assert sizes.parcel_tokens < 256 or pool_bytes > 10**7
     assert sizes.dtype == torch.bfloat16 and sizes.row_bytes == 8192

@@ -82,21 +82,21 @@ def test_an_expert_goes_back_as_autograd_does_on_the_formula(kind, bias, dtype, 
     for num_rows in (1, 5, 64, 150):
         generator = torch.Generator().manual_seed(num_rows)
         x = draw_off_kinks(num_rows, weights["up"], weights.get("up_bias"), generator).to(dtype)
-        slope = draw(num_rows, 6, seed=num_rows + 1).to(dtype)
+        grad_y = draw(num_rows, 6, seed=num_rows + 1).to(dtype)
         gates = draw(num_rows, seed=num_rows + 2).sigmoid()
         gates[num_rows // 2] = 0
-        batches.append((x, slope, gates, expert.forward_kept(x)[1]))
+        batches.append((x, grad_y, gates, expert.forward_kept(x)[1]))
 
     found, expected = [], []
-    for x, slope, gates, kept in batches:
-        before = slope.clone(), gates.clone()
-        x_slope, gate_slope = expert.backward(kept, slope, gates)
-        assert torch.equal(slope, before[0]) and torch.equal(gates, before[1])
-        assert x_slope.dtype == dtype and gate_slope.dtype == torch.float32 and x_slope.is_contiguous()
+    for x, grad_y, gates, kept in batches:
+        before = grad_y.clone(), gates.clone()
+        grad_x, grad_gate = expert.backward(kept, grad_y, gates)
+        assert torch.equal(grad_y, before[0]) and torch.equal(gates, before[1])
+        assert grad_x.dtype == dtype and grad_gate.dtype == torch.float32 and grad_x.is_contiguous()
 
         exact_x, exact_gates = x.double().requires_grad_(), gates.double().requires_grad_()
-        (slope.double() * exact_gates[:, None] * by_formula(kind, exact, exact_x)).sum().backward()
-        found.append((x_slope, gate_slope))
+        (grad_y.double() * exact_gates[:, None] * by_formula(kind, exact, exact_x)).sum().backward()
+        found.append((grad_x, grad_gate))
         expected.append((exact_x.grad, exact_gates.grad))
 
     for parts, exact_parts in zip(zip(*found, strict=True), zip(*expected, strict=True), strict=True):
@@ -132,8 +132,8 @@ def test_changed_weights_count_after_refresh(dtype, write):
     expected = by_formula("swiglu", now, x.double())
     assert near(y, expected, dtype) and near(expert(x), expected, dtype) and not near(before, expected, dtype)
     fresh = Expert("swiglu", {name: parameter.detach().clone() for name, parameter in expert.named_parameters()})
-    x_slope, _ = fresh.backward(kept, before, torch.ones(9))
-    assert torch.allclose(expert.backward(kept, before, torch.ones(9))[0], x_slope)
+    grad_x, _ = fresh.backward(kept, before, torch.ones(9))
+    assert torch.allclose(expert.backward(kept, before, torch.ones(9))[0], grad_x)
 
 
 def test_an_unknown_kind_is_refused():
@@ -150,12 +150,12 @@ def test_local_experts_count_the_copies_of_their_matrices():
     experts = LocalExperts(replicas)
     for expert in replicas:
         expert(draw(3, 6))
-    assert experts.num_packed_bytes == 0
+    assert experts.cast_bytes == 0
     itemsize = gemm.count_copy_bytes(torch.bfloat16, torch.float32, False)
     replicas[0](draw(3, 6).bfloat16())
-    assert experts.num_packed_bytes == 2 * 60 * itemsize
+    assert experts.cast_bytes == 2 * 60 * itemsize
     replicas[2](draw(3, 6).bfloat16())
-    assert experts.num_packed_bytes == 5 * 60 * itemsize
+    assert experts.cast_bytes == 5 * 60 * itemsize
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,7 +180,7 @@ def test_shards_join_to_the_whole_and_their_partial_sums_add_up(kind, tensor_siz
     partial_sums = [Expert(kind, shard)(x) for shard in shards]
     assert torch.allclose(sum(partial_sums), Expert(kind, whole)(x), atol=1e-5)
 
-    # Slopes by input and gates are partial sums too.
+    # Gradients of input and gates are partial sums too.
     def go_back(weights):
         expert = Expert(kind, weights)
         return expert.backward(expert.forward_kept(x)[1], draw(5, config.model.hidden, seed=1), draw(5, seed=2))

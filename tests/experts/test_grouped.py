@@ -1,4 +1,4 @@
-"""Experts worked on at once give what they give one by one: outputs, slopes, gradients."""
+"""Experts worked on at once give what they give one by one: outputs and gradients."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 
 from hpcmoe.experts import grouped
 from hpcmoe.experts.feed_forward import Expert
-from hpcmoe.experts.grouped import LARGE_WEIGHT, LONG_PRODUCT, GroupedExperts, can_group, is_long
+from hpcmoe.experts.grouped import LARGE_MATRIX, LONG_PRODUCT, GroupedExperts, can_group, is_long
 from hpcmoe.gemm import CudaGemm
 
 HIDDEN, FEED_FORWARD = 8, 16
@@ -43,18 +43,18 @@ def relative(a, b):
 @pytest.mark.parametrize("kind", ["gelu", "relu", "swiglu"])
 def test_all_at_once_is_one_by_one(kind, bias, dtype):
     alone, together = make_replicas(kind, bias), GroupedExperts(make_replicas(kind, bias))
-    together.join()
+    together.stack_weights()
     generator = torch.Generator().manual_seed(7)
     of_slots = [
         draw_off_kinks(rows, alone[slot].up.data, getattr(alone[slot], "up_bias", None), generator)
         for slot, rows in ROWS.items() if rows
     ]  # fmt: skip
-    x, slope = torch.cat(of_slots).to(dtype), draw(NUM_ROWS, HIDDEN, seed=8).to(dtype)
+    x, grad_y = torch.cat(of_slots).to(dtype), draw(NUM_ROWS, HIDDEN, seed=8).to(dtype)
     gates, kept = torch.rand(NUM_ROWS, generator=torch.Generator().manual_seed(9)), []
     groups = together.group(tuple(ROWS.items()), torch.device("cpu"))
     y = together(groups, x, kept)
     assert torch.equal(together(groups, x, None), y)
-    x_slope, gate_slope = together.backward(groups, kept.pop(), slope, gates)
+    grad_x, grad_gate = together.backward(groups, kept.pop(), grad_y, gates)
 
     begin, within = 0, 1e-6 if dtype == torch.float32 else 2e-2  # one adds a bias after rounding, one before
     for slot, rows in ROWS.items():
@@ -64,8 +64,8 @@ def test_all_at_once_is_one_by_one(kind, bias, dtype):
             assert all(p.grad is None for p in together.replicas[slot].parameters())
             continue
         expected, remembered = alone[slot].forward_kept(x[part])
-        by_x, by_gate = alone[slot].backward(remembered, slope[part], gates[part])
-        for ours, theirs in ((y[part], expected), (x_slope[part], by_x), (gate_slope[part], by_gate)):
+        by_x, by_gate = alone[slot].backward(remembered, grad_y[part], gates[part])
+        for ours, theirs in ((y[part], expected), (grad_x[part], by_x), (grad_gate[part], by_gate)):
             assert ours.dtype == theirs.dtype and relative(ours, theirs) < within
         for (name, ours), (_, theirs) in zip(
             together.replicas[slot].named_parameters(), alone[slot].named_parameters(), strict=True
@@ -81,7 +81,7 @@ def test_a_grouped_gemm_is_used_where_there_is_one(monkeypatch, has):
         grouped, "find_grouped_gemm", lambda: (lambda *a, **k: calls.append(1) or real(*a, **k)) if has else None
     )
     together = GroupedExperts(make_replicas("gelu", False))
-    together.join()
+    together.stack_weights()
     together(together.group(tuple(ROWS.items()), torch.device("cpu")), draw(NUM_ROWS, HIDDEN, seed=7).bfloat16(), None)
     assert len(calls) == (2 if has and real else 0)
 
@@ -97,7 +97,7 @@ def test_only_what_the_kernel_takes_goes_to_it(experts, width, dtype, fits):
 
 @pytest.mark.parametrize(
     ("rows", "experts", "numbers", "long"),
-    [(1, 8, LARGE_WEIGHT, True), (8, 8, LARGE_WEIGHT // 2, False), (8 * 4096, 8, LONG_PRODUCT // 4096, True),
+    [(1, 8, LARGE_MATRIX, True), (8, 8, LARGE_MATRIX // 2, False), (8 * 4096, 8, LONG_PRODUCT // 4096, True),
      (8 * 4096 - 1, 8, LONG_PRODUCT // 4096, False)],
 )  # fmt: skip
 def test_products_that_outlast_the_next_ones_start_take_turns(rows, experts, numbers, long):
@@ -111,9 +111,9 @@ def test_experts_of_long_products_take_turns_and_give_the_same(monkeypatch):
         pytest.skip("this torch has no grouped GEMM")
     monkeypatch.setattr(grouped, "find_grouped_gemm", lambda: lambda *a, **k: calls.append(1) or real(*a, **k))
     together, x, results = GroupedExperts(make_replicas("gelu", False)), draw(NUM_ROWS, HIDDEN, seed=7).bfloat16(), []
-    together.join()
-    for large_weight in (LARGE_WEIGHT, 1):
-        monkeypatch.setattr(grouped, "LARGE_WEIGHT", large_weight)
+    together.stack_weights()
+    for large_weight in (LARGE_MATRIX, 1):
+        monkeypatch.setattr(grouped, "LARGE_MATRIX", large_weight)
         results.append(together(together.group(tuple(ROWS.items()), torch.device("cpu")), x, None))
         assert len(calls) == 2
     assert relative(*results) < 1e-2
@@ -124,23 +124,23 @@ def test_experts_of_long_products_take_turns_and_give_the_same(monkeypatch):
 def test_a_large_gradient_on_a_gpu_is_not_rounded_on_its_way(monkeypatch, dtype):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    monkeypatch.setattr("hpcmoe.gemm.LARGE_GRADIENT", 1)
-    slope, x, begun = (draw(*shape, seed=1).cuda() for shape in ((70, 24), (70, 40), (24, 40)))
-    slope, x = slope.to(dtype), x.to(dtype)
-    expected = begun.double() + slope.double().t() @ x.double()
-    CudaGemm().add_product(begun, slope, x)
+    monkeypatch.setattr("hpcmoe.gemm._LARGE_GRADIENT", 1)
+    grad_y, x, begun = (draw(*shape, seed=1).cuda() for shape in ((70, 24), (70, 40), (24, 40)))
+    grad_y, x = grad_y.to(dtype), x.to(dtype)
+    expected = begun.double() + grad_y.double().t() @ x.double()
+    CudaGemm().add_product(begun, grad_y, x)
     assert relative(begun, expected) < 1e-5
 
 
 def test_the_joined_matrices_are_the_parameters_and_casts_follow_them():
     together = GroupedExperts(make_replicas("gelu", False))
-    together.join()
+    together.stack_weights()
     up = together.replicas[3].up
     with torch.no_grad():
         up.fill_(2.0)
-    assert (together.matrices("up", torch.float32)[2] == 2).all() and together.num_packed_bytes == 0
+    assert (together.matrices("up", torch.float32)[2] == 2).all() and together.cast_bytes == 0
     assert (together.matrices("up", torch.bfloat16)[2] == 2).all()
-    assert together.num_packed_bytes == 3 * 2 * HIDDEN * FEED_FORWARD
+    assert together.cast_bytes == 3 * 2 * HIDDEN * FEED_FORWARD
     with torch.no_grad():
         up.fill_(3.0)
     together.refresh()

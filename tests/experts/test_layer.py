@@ -50,10 +50,10 @@ def run_forward(layer, x, training):
     return flight, flight.output
 
 
-def run_backward(layer, flight, slope, probability_slope, z_slope):
-    go(layer, layer.combine_backward(flight, slope))
+def run_backward(layer, flight, grad, grad_probability, grad_z):
+    go(layer, layer.combine_backward(flight, grad))
     go(layer, layer.compute_backward(flight))
-    go(layer, layer.route_backward(flight, probability_slope, z_slope))
+    go(layer, layer.route_backward(flight, grad_probability, grad_z))
     return flight.output
 
 
@@ -88,35 +88,35 @@ def test_the_stages_forward_give_the_residual_and_the_gated_sum(capacity_factor)
 
 
 @pytest.mark.parametrize("capacity_factor", [0.0, 0.7])
-def test_the_stages_backward_give_autograds_slopes(capacity_factor):
+def test_the_stages_backward_give_autograds_gradients(capacity_factor):
     layer = make_layer(capacity_factor)
-    x, slope = draw(TOKENS, HIDDEN, seed=7), draw(TOKENS, HIDDEN, seed=8)
-    probability_slope, z_slope = draw(NUM_EXPERTS, seed=3), torch.tensor(0.3)
+    x, grad = draw(TOKENS, HIDDEN, seed=7), draw(TOKENS, HIDDEN, seed=8)
+    grad_probability, grad_z = draw(NUM_EXPERTS, seed=3), torch.tensor(0.3)
 
     # Go up and down by the stages.
     flight, _ = run_forward(layer, x, training=True)
-    x_slope = run_backward(layer, flight, slope, probability_slope, z_slope)
-    slopes = {name: p.grad.clone() for name, p in layer.named_parameters()}
+    grad_x = run_backward(layer, flight, grad, grad_probability, grad_z)
+    grads = {name: p.grad.clone() for name, p in layer.named_parameters()}
     assert flight.batches == []
 
     # And at once, by autograd.
     layer.zero_grad()
     x = x.requires_grad_()
     routing = layer.router(x**2, torch.ones(NUM_EXPERTS))
-    loss = (by_formula(layer, routing, x) * slope).sum()
-    (loss + routing.probability_sum @ probability_slope + z_slope * routing.z_sum).backward()
-    assert torch.allclose(x_slope, x.grad, rtol=1e-4, atol=1e-5)
-    assert slopes.keys() == dict(layer.named_parameters()).keys()
+    loss = (by_formula(layer, routing, x) * grad).sum()
+    (loss + routing.probability_sum @ grad_probability + grad_z * routing.z_sum).backward()
+    assert torch.allclose(grad_x, x.grad, rtol=1e-4, atol=1e-5)
+    assert grads.keys() == dict(layer.named_parameters()).keys()
     for name, parameter in layer.named_parameters():
-        assert torch.allclose(slopes[name], parameter.grad, rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(grads[name], parameter.grad, rtol=1e-4, atol=1e-5), name
 
 
 def test_a_micro_batch_without_tokens_passes():
     layer = make_layer()
     flight, y = run_forward(layer, torch.zeros(0, HIDDEN), training=True)
     assert y.shape == (0, HIDDEN)
-    x_slope = run_backward(layer, flight, torch.zeros(0, HIDDEN), torch.zeros(NUM_EXPERTS), torch.tensor(0.0))
-    assert x_slope.shape == (0, HIDDEN)
+    grad_x = run_backward(layer, flight, torch.zeros(0, HIDDEN), torch.zeros(NUM_EXPERTS), torch.tensor(0.0))
+    assert grad_x.shape == (0, HIDDEN)
 
 
 def test_the_experts_work_comes_in_pieces():

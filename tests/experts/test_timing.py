@@ -1,12 +1,12 @@
-"""The pace of an expert is that of its own shapes, in whole or by a slice that takes long enough."""
+"""The time of an expert is that of its own shapes, in whole or by a slice that takes long enough."""
 
 import numpy as np
 import pytest
 import torch
 from small import make_config
 
-from hpcmoe.experts import timing as pace
-from hpcmoe.experts.timing import time_passes, time_token
+from hpcmoe.experts import timing
+from hpcmoe.experts.timing import time_passes, time_row
 
 HOST = torch.device("cpu")
 
@@ -19,26 +19,26 @@ def watch_passes(monkeypatch, seconds_of):
         asked.append((inner, rows))
         return seconds_of(inner, rows)
 
-    monkeypatch.setattr(pace, "time_passes", fake)
+    monkeypatch.setattr(timing, "time_passes", fake)
     return asked
 
 
 def test_a_small_expert_is_timed_whole(monkeypatch):
     asked = watch_passes(monkeypatch, lambda inner, rows: 1e-6 * rows)
-    assert time_token(make_config(model__feed_forward=96), 2, 30, HOST) == pytest.approx(1e-6)
+    assert time_row(make_config(model__feed_forward=96), 2, 30, HOST) == pytest.approx(1e-6)
     assert asked == [(48, 30)]  # a shard of two
 
 
 def test_a_large_one_is_timed_by_slices_until_they_take_long_enough(monkeypatch):
     asked = watch_passes(monkeypatch, lambda inner, rows: 1e-9 * inner * rows)
     config = make_config(model__feed_forward=2**20)
-    assert time_token(config, 1, 10**6, HOST) == pytest.approx(1e-9 * 2**20)
+    assert time_row(config, 1, 10**6, HOST) == pytest.approx(1e-9 * 2**20)
     assert asked == [(256, 512), (1024, 512), (4096, 512)]  # 2.1 ms
 
 
 def test_no_rows_are_timed_as_one(monkeypatch):
     asked = watch_passes(monkeypatch, lambda inner, rows: 1.0)
-    time_token(make_config(), 1, 0, HOST)
+    time_row(make_config(), 1, 0, HOST)
     assert asked[0][1] == 1
 
 
@@ -47,8 +47,8 @@ def test_no_rows_are_timed_as_one(monkeypatch):
 def test_a_pass_is_an_experts_forward_pass(kind, dtype, monkeypatch):
     """Also where hidden equals feed_forward, and with one matrix sliced by rows and the other by columns."""
     seen = []
-    forward = pace.Expert.forward
-    monkeypatch.setattr(pace.Expert, "forward", lambda expert, x: seen.append((expert, x)) or forward(expert, x))
+    forward = timing.Expert.forward
+    monkeypatch.setattr(timing.Expert, "forward", lambda expert, x: seen.append((expert, x)) or forward(expert, x))
     config = make_config(experts__kind=kind, model__dtype=dtype, model__hidden=12, model__feed_forward=12)
     assert 0 < time_passes(config, 5, 7, HOST) < 1
     expert, x = seen[0]

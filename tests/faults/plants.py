@@ -120,22 +120,22 @@ FAULTS = {
         ROUTER,
     ),
     "the z-loss pushes half as hard": plant(
-        "dispatch/router.py", "(2 * z_slope) * log_sums", "z_slope * log_sums", ROUTER
+        "dispatch/router.py", "(2 * grad_z) * log_sums", "grad_z * log_sums", ROUTER
     ),
     # EXPERTS
-    "the gate's slope forgets the output's bias": plant(
-        "experts/feed_forward.py", "gate_slope += slope.float() @ self.down_bias.float()", "pass", FFN
+    "the gate's gradient forgets the output's bias": plant(
+        "experts/feed_forward.py", "grad_gate += grad_y.float() @ self.down_bias.float()", "pass", FFN
     ),
-    "the down matrix learns from slopes without gates": plant(
+    "the down matrix learns from gradients without gates": plant(
         "experts/feed_forward.py",
-        'self.add_gradients("down", slope * gates, hidden)',
-        'self.add_gradients("down", slope, hidden)',
+        'self.add_gradients("down", grad_y * gates, hidden)',
+        'self.add_gradients("down", grad_y, hidden)',
         FFN,
     ),
     "a gated expert goes back through the wrong half": plant(
         "experts/feed_forward.py",
-        'activate_back(slope * up, gate, "silu")',
-        'activate_back(slope * gate, gate, "silu")',
+        'activate_back(grad_y * up, gate, "silu")',
+        'activate_back(grad_y * gate, gate, "silu")',
         FFN,
     ),
     "every shard adds the output's bias": plant(

@@ -73,20 +73,20 @@ class FakeLayer:
         flight.output = flight.x + "<"
         yield True
 
-    def combine_backward(self, flight, slope):
+    def combine_backward(self, flight, grad):
         yield from self.wait(flight)
-        flight.slope = slope + ">"
+        flight.grad = grad + ">"
         yield True
 
     def compute_backward(self, flight):
         yield from self.wait(flight)
-        flight.slope += self.letter
+        flight.grad += self.letter
         yield True
 
-    def route_backward(self, flight, probability_slope, z_slope):
-        assert (probability_slope, z_slope) == (flight.layer, flight.micro_batch)
+    def route_backward(self, flight, grad_probability, grad_z):
+        assert (grad_probability, grad_z) == (flight.layer, flight.micro_batch)
         yield from self.wait(flight)
-        flight.output = flight.slope + "<"
+        flight.output = flight.grad + "<"
         yield True
 
 
@@ -107,16 +107,16 @@ class FakeNetwork:
         self.tops[micro_batch] = x
         return f"{micro_batch}!"
 
-    def has_slopes(self, micro_batch):
+    def has_routing_grads(self, micro_batch):
         self.asked[micro_batch] += 1
         return self.asked[micro_batch] > 2
 
-    def routing_slopes(self, layer, micro_batch):
+    def routing_grads(self, layer, micro_batch):
         assert self.asked[micro_batch] > 2, "asked before they are there"
         return layer, micro_batch
 
-    def embed_backward(self, micro_batch, slope):
-        self.bottoms[micro_batch] = slope
+    def embed_backward(self, micro_batch, grad):
+        self.bottoms[micro_batch] = grad
 
     def passed(self, op):
         self.ops.append(op)

@@ -11,11 +11,11 @@ from hpcmoe.errors import ClusterError, PlacementError
 from hpcmoe.prepare.budget import (
     COMMUNICATOR_BYTES,
     GPU_LIBRARY_BYTES,
-    check_room,
-    describe_room,
-    on_gpus,
-    reckon_room,
-    share_gpus,
+    check_budget,
+    describe_budget,
+    make_budget,
+    may_use_gpus,
+    share_gpu_memory,
 )
 
 MEMORY = SimpleNamespace(dense_with_state=40, activations=100, buffers=7, working=5, copies=6, moving=0, snapshot=0)
@@ -28,9 +28,9 @@ def test_room_is_that_of_all_nodes_for_all_experts_and_their_state(mode, dtype, 
     config = make_config(run__mode=mode, model__dtype=dtype)
     needed = 4 * 2 * (2 * 8 * 12) * num_bytes  # experts x layers x numbers x bytes of a number and its state
     topology = make_topology(4, 2)
-    check_room(config, dataclasses.replace(topology, memory_bytes=np.array([needed // 2, needed // 2])))
+    check_budget(config, dataclasses.replace(topology, memory_bytes=np.array([needed // 2, needed // 2])))
     with pytest.raises(PlacementError, match=r"4 experts x 2 layers .* do not fit .* of 4 ranks on 2 nodes"):
-        check_room(config, dataclasses.replace(topology, memory_bytes=np.array([needed // 2, needed // 2 - 1])))
+        check_budget(config, dataclasses.replace(topology, memory_bytes=np.array([needed // 2, needed // 2 - 1])))
 
 
 @pytest.mark.parametrize(
@@ -42,31 +42,31 @@ def test_the_hosts_memory_says_nothing_of_what_lies_on_gpus(device, gpus, told, 
     topology = dataclasses.replace(
         make_topology(4, 2), devices_of_node=np.array([gpus, 0]), memory_bytes=np.array([9, 9])
     )  # fmt: skip
-    assert on_gpus(config, topology) == there
+    assert may_use_gpus(config, topology) == there
     if there:
-        check_room(config, topology)
+        check_budget(config, topology)
     else:
         with pytest.raises(PlacementError):
-            check_room(config, topology)
+            check_budget(config, topology)
 
 
 def test_experts_get_what_process_messages_and_dense_parts_leave():
     topology = dataclasses.replace(make_topology(3, 2), memory_bytes=np.array([1000, 100]))  # two ranks and one
-    room = reckon_room(topology, MEMORY, 20, None)
+    budget = make_budget(topology, MEMORY, 20, None)
     on_host = {"process": 20, "messages": 7, "experts that come": 0, "copy for checkpoints": 0}
     rest = {"dense parts": 40, "matrices cast or packed": 6, "activations": 100, "experts at work": 5}
-    assert room.besides == on_host | rest
-    assert room.for_experts.tolist() == [1000 - 2 * 178, 0]  # and never below zero
+    assert budget.needs == on_host | rest
+    assert budget.bytes_for_experts.tolist() == [1000 - 2 * 178, 0]  # and never below zero
 
 
 def test_on_gpus_only_what_lies_there_counts():
     topology = dataclasses.replace(make_topology(4, 2), memory_bytes=np.array([40, 40]))
     free, libraries = 10.0**10, GPU_LIBRARY_BYTES + 2 * COMMUNICATOR_BYTES
-    room = reckon_room(topology, MEMORY, 20, free + np.array([500, 400, 900, 900]), num_communicators=2)
+    budget = make_budget(topology, MEMORY, 20, free + np.array([500, 400, 900, 900]), num_communicators=2)
     rest = {"dense parts": 40, "matrices cast or packed": 6, "activations": 100, "experts at work": 5}
-    assert room.what == "GPU memory" and room.besides == {"messages": 7} | rest | {"libraries": libraries}
+    assert budget.what == "GPU memory" and budget.needs == {"messages": 7} | rest | {"libraries": libraries}
     left = free - libraries - 158
-    assert room.for_experts.tolist() == [2 * (left + 400), 2 * (left + 900)]  # the node's tightest GPU
+    assert budget.bytes_for_experts.tolist() == [2 * (left + 400), 2 * (left + 900)]  # the node's tightest GPU
 
 
 def test_beside_gpus_the_hosts_memory_must_hold_what_lies_there():
@@ -76,18 +76,18 @@ def test_beside_gpus_the_hosts_memory_must_hold_what_lies_there():
         r"node n1: 2 ranks x \(process 20 B \+ experts that come 2 B \+ copy for checkpoints 3 B\) = 50 B do not fit "
     )
     with pytest.raises(ClusterError, match=told + "into the 49 B"):
-        reckon_room(topology, memory, 20, np.full(4, 1e10))
+        make_budget(topology, memory, 20, np.full(4, 1e10))
 
 
 def test_ranks_of_one_gpu_share_what_is_free_of_it():
     gpus = [("a", 900), ("b", 1000), ("a", 800), ("a", 850)]  # asked one after the other: the least counts
-    assert share_gpus(gpus).tolist() == pytest.approx([800 / 3, 1000, 800 / 3, 800 / 3])
-    assert share_gpus([None, None]) is None and share_gpus([("a", 1), None]) is None
+    assert share_gpu_memory(gpus).tolist() == pytest.approx([800 / 3, 1000, 800 / 3, 800 / 3])
+    assert share_gpu_memory([None, None]) is None and share_gpu_memory([("a", 1), None]) is None
 
 
 def test_nodes_that_are_alike_share_a_line():
     topology = dataclasses.replace(make_topology(12, 6), memory_bytes=np.array([5000, 5000, 9000, 5000, 5000, 5000]))
-    lines = describe_room(reckon_room(topology, MEMORY, 20, None), topology, 100, 2)
+    lines = describe_budget(make_budget(topology, MEMORY, 20, None), topology, 100, 2)
     besides = "process 20 B + messages 7 B + dense parts 40 B + matrices cast or packed 6 B + activations 100 B"
     besides += " + experts at work 5 B"
     assert lines == [

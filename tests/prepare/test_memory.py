@@ -1,4 +1,4 @@
-"""Memory as reckoned from the config is what the arrays then take, byte for byte, and nearly so for activations."""
+"""Memory as estimated from the config is what the arrays then take, byte for byte, and nearly so for activations."""
 
 import dataclasses
 import weakref
@@ -17,12 +17,12 @@ from hpcmoe.experts.feed_forward import Expert
 from hpcmoe.experts.grouped import GroupedExperts
 from hpcmoe.experts.shapes import MATRICES
 from hpcmoe.prepare.memory import (
-    ActivationGauge,
+    ActivationTracker,
     Memory,
+    estimate_working,
     find_arrays,
     measure_memory,
     peak_resident_bytes,
-    reckon_working,
 )
 from hpcmoe.wait import gather_to_all
 
@@ -49,7 +49,7 @@ def take_step(job, optimizer, purpose="train"):
     job.stepper.run(job.training, np.arange(config.data.batch_sequences), load, purpose)
     if optimizer is not None:
         optimizer.step(1)
-    return measure_memory(job.stepper.network, optimizer, job.stepper.exchange, job.stepper.gauge)
+    return measure_memory(job.stepper.network, optimizer, job.stepper.exchange, job.stepper.tracker)
 
 
 def open_job(comm, folder, **changes):
@@ -59,29 +59,29 @@ def open_job(comm, folder, **changes):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_memory_of_a_training_rank_is_as_reckoned(comm, tmp_path, case):
+def test_the_memory_of_a_training_rank_is_as_estimated(comm, tmp_path, case):
     with open_job(comm, tmp_path, **CASES[case]) as (job, optimizer, _):
         assert job.stepper.exchange.buffer_bytes == job.memory.buffers
         measured = take_step(job, optimizer)
-    reckoned = job.memory
+    estimated = job.memory
     for name in ("states", "one_expert", "experts", "dense", "gradients", "optimizer"):
-        assert getattr(measured, name) == getattr(reckoned, name), name
-    assert measured.activations == pytest.approx(reckoned.activations, rel=0.1)
+        assert getattr(measured, name) == getattr(estimated, name), name
+    assert measured.activations == pytest.approx(estimated.activations, rel=0.1)
 
 
 def test_inference_has_parameters_buffers_and_what_passes_through(comm, tmp_path):
     with open_job(comm, tmp_path, run__mode="infer") as (job, _, _):
         measured = take_step(job, None, "infer")
-    reckoned = job.memory
+    estimated = job.memory
     varying = {"buffers": 0, "activations": 0, "copies": 0}
-    assert dataclasses.replace(measured, **varying) == dataclasses.replace(reckoned, **varying)
-    assert measured.activations == pytest.approx(reckoned.activations, rel=0.3)
-    assert reckoned.copies <= measured.copies <= 2 * reckoned.copies  # packing fills small matrices up
-    assert reckoned.gradients == reckoned.optimizer == 0 and reckoned.states == 1
+    assert dataclasses.replace(measured, **varying) == dataclasses.replace(estimated, **varying)
+    assert measured.activations == pytest.approx(estimated.activations, rel=0.3)
+    assert estimated.copies <= measured.copies <= 2 * estimated.copies  # packing fills small matrices up
+    assert estimated.gradients == estimated.optimizer == 0 and estimated.states == 1
 
 
 @pytest.mark.mpi
-def test_ranks_with_all_slots_full_take_what_was_reckoned(comm, shared):
+def test_ranks_with_all_slots_full_take_what_was_estimated(comm, shared):
     with open_small_job(comm, shared, model__num_experts=2 * comm.size) as (job, optimizer, _):
         measured = take_step(job, optimizer)
     for name in ("one_expert", "experts", "dense", "gradients", "optimizer"):
@@ -90,7 +90,7 @@ def test_ranks_with_all_slots_full_take_what_was_reckoned(comm, shared):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("changes", [{}, {"model__num_experts": 2}, {"model__top_k": 1, "model__attention": False}])
-def test_the_fullest_rank_keeps_no_more_than_was_reckoned(comm, shared, changes):
+def test_the_fullest_rank_keeps_no_more_than_was_estimated(comm, shared, changes):
     """Routers are as they are drawn, and lean as they do then."""
     with open_job(comm, shared, **changes) as (job, optimizer, _):
         of_ranks = gather_to_all(comm, take_step(job, optimizer).activations)
@@ -105,7 +105,7 @@ def test_the_copy_for_checkpoints_is_what_rank_0_saves(comm, shared, bias):
         held = state.collect({})  # the few numbers of the balance besides
         saved = sum(array.nbytes for name, _, _, array in held if not name.startswith("balance/"))
         assert saved == job.memory.snapshot if comm.rank == 0 else 0 < saved < job.memory.snapshot
-        assert job.room.besides["copy for checkpoints"] == job.memory.snapshot
+        assert job.budget.needs["copy for checkpoints"] == job.memory.snapshot
         assert job.memory.total > job.memory.snapshot + job.memory.activations
 
 
@@ -114,7 +114,7 @@ def test_the_copy_for_checkpoints_is_what_rank_0_saves(comm, shared, bias):
 )
 def test_without_a_thread_that_writes_there_is_no_copy(comm, tmp_path, changes):
     with open_small_job(comm, tmp_path, **({"write__asynchronous": True} | changes)) as (job, _, _):
-        assert job.memory.snapshot == 0 and "copy for checkpoints" not in str(job.room)
+        assert job.memory.snapshot == 0 and "copy for checkpoints" not in str(job.budget)
 
 
 @pytest.mark.mpi
@@ -123,10 +123,10 @@ def test_a_rank_keeps_its_share_of_the_dense_parts_moments(comm, shared):
         job, optimizer, _ = job_and_more
         measured = take_step(job, optimizer)
     of_ranks = gather_to_all(comm, measured.optimizer)
-    reckoned, dense = job.memory, job.memory.dense
-    assert sum(of_ranks) == comm.size * 2 * reckoned.experts + 2 * dense  # each moment is on one rank
-    assert max(abs(own - reckoned.optimizer) for own in of_ranks) <= 2 * 4 * 8 * 3  # rows are whole
-    assert reckoned.dense_with_state == 2 * dense + 2 * (dense // comm.size)
+    estimated, dense = job.memory, job.memory.dense
+    assert sum(of_ranks) == comm.size * 2 * estimated.experts + 2 * dense  # each moment is on one rank
+    assert max(abs(own - estimated.optimizer) for own in of_ranks) <= 2 * 4 * 8 * 3  # rows are whole
+    assert estimated.dense_with_state == 2 * dense + 2 * (dense // comm.size)
 
 
 @pytest.mark.mpi
@@ -135,15 +135,15 @@ def test_on_a_device_matrices_are_cast_for_training_and_never_packed(comm, share
     changes = {"model__dtype": "bfloat16", "run__mode": mode, "comm__transport": "mpi", "comm__buffers": "staged"}
     with watch_job(monkeypatch), open_job(comm, shared, **changes) as (job, _, _):
         measured = take_step(job, None, mode)  # AdamW would have the casts forgotten
-        reckoned = job.memory
-    assert measured.copies * reckoned.experts == reckoned.copies * measured.experts  # a slot may be empty
+        estimated = job.memory
+    assert measured.copies * estimated.experts == estimated.copies * measured.experts  # a slot may be empty
     assert (measured.copies > 0) == (mode == "train")
 
 
 @pytest.mark.parametrize("kind", ["gelu", "relu", "swiglu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["train", "infer"])
-def test_experts_on_a_device_make_what_is_reckoned(kind, dtype, mode):
+def test_experts_on_a_device_make_what_is_estimated(kind, dtype, mode):
     """What is there at most, of all that is made and freed in a pass."""
     changes = {"experts__kind": kind, "model__dtype": dtype, "run__mode": mode}
     config = make_config(model__hidden=64, model__feed_forward=160, **changes)
@@ -157,7 +157,7 @@ def test_experts_on_a_device_make_what_is_reckoned(kind, dtype, mode):
         for _ in range(2)
     ]
     experts = GroupedExperts([Expert(kind, own) for own in weights])
-    experts.join()
+    experts.stack_weights()
     groups = experts.group([(0, num_rows // 2), (1, num_rows // 2)], torch.device("cpu"))
     x, gates, kept = torch.randn(num_rows, 64, dtype=precision), torch.rand(num_rows), []
     for _ in range(2 * trains):  # casts and gradients are there from the first pass on
@@ -167,7 +167,7 @@ def test_experts_on_a_device_make_what_is_reckoned(kind, dtype, mode):
         most = find_peak(lambda: experts.backward(groups, kept.pop(), x.clone(), gates))
     else:
         most = find_peak(lambda: experts(groups, x.clone(), None))
-    assert most == pytest.approx(reckon_working(config, mesh, 2, sizes), rel=0.05)
+    assert most == pytest.approx(estimate_working(config, mesh, 2, sizes), rel=0.05)
 
 
 def find_peak(call):
@@ -236,26 +236,26 @@ def test_sums_of_memory():
     assert memory.total == 20 + 3 + 23 + 46 + 100 + 9 + 1000 + 70 + 500
 
 
-def test_the_gauge_counts_saved_tensors_once_and_no_parameters():
+def test_the_tracker_counts_saved_tensors_once_and_no_parameters():
     network = nn.Linear(8, 8, bias=False)
-    gauge = ActivationGauge(network)
+    tracker = ActivationTracker(network)
     x = torch.ones(5, 8)
-    with gauge.hooks():
+    with tracker.hooks():
         y = network(x)  # saves x and the weight
         z = y * y  # saves y, twice
         loss = z.sin().sum()  # saves z
-    gauge.look([])
-    assert gauge.peak_bytes == 3 * 5 * 8 * 4
-    assert len(gauge.saved) == 3
+    tracker.observe([])
+    assert tracker.peak_bytes == 3 * 5 * 8 * 4
+    assert len(tracker.saved) == 3
 
     # What backward lets go counts no more, and the most remains.
     loss.backward()
-    assert gauge.saved == {}
-    gauge.look([])
-    assert gauge.peak_bytes == 3 * 5 * 8 * 4
+    assert tracker.saved == {}
+    tracker.observe([])
+    assert tracker.peak_bytes == 3 * 5 * 8 * 4
 
 
-def test_the_gauge_counts_what_flights_keep():
+def test_the_tracker_counts_what_flights_keep():
     class Flight:
         """Holds a tensor, a view of it, and another in a list."""
 
@@ -263,9 +263,9 @@ def test_the_gauge_counts_what_flights_keep():
             self.x = torch.ones(4)
             self.batches = [(self.x[:2], torch.ones(6))]
 
-    gauge = ActivationGauge(nn.Linear(1, 1))
-    gauge.look([Flight()])
-    assert gauge.peak_bytes == (4 + 6) * 4
+    tracker = ActivationTracker(nn.Linear(1, 1))
+    tracker.observe([Flight()])
+    assert tracker.peak_bytes == (4 + 6) * 4
 
 
 def test_tensors_are_found_in_whatever_holds_them():

@@ -12,8 +12,8 @@ from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.demand import Loads
 from hpcmoe.placement.result import Spent
 from hpcmoe.placement.solve import compare_methods
-from hpcmoe.prepare.budget import Room
-from hpcmoe.prepare.placement import describe_layout, find_pace, lay_out, make_problem, tell
+from hpcmoe.prepare.budget import MemoryBudget
+from hpcmoe.prepare.placement import describe_layout, lay_out, make_problem, tell, time_expert
 
 ONES = Loads(tokens=np.ones((2, 1, 4)), node_names=())
 
@@ -26,14 +26,14 @@ def make_mesh(expert_parallel, data_parallel=1, tensor_parallel=1):
     )  # fmt: skip
 
 
-def make_room(topology, bytes_a_node=10**9, besides=0):
+def make_test_budget(topology, bytes_a_node=10**9, needs=0):
     num_ranks = np.bincount(topology.node_of_rank)
     node_bytes = np.broadcast_to(bytes_a_node, len(num_ranks))
-    return Room(what="memory", node_bytes=node_bytes, num_ranks=num_ranks, besides={"process": besides})
+    return MemoryBudget(what="memory", node_bytes=node_bytes, num_ranks=num_ranks, needs={"process": needs})
 
 
-def state(config, topology, mesh, loads=ONES, pace=1e-6, **room):
-    return make_problem(config, topology, mesh, make_room(topology, **room), 100, (loads, pace))
+def state(config, topology, mesh, loads=ONES, seconds_per_token=1e-6, **budget):
+    return make_problem(config, topology, mesh, make_test_budget(topology, **budget), 100, (loads, seconds_per_token))
 
 
 def test_the_problem_is_that_of_config_and_topology():
@@ -58,13 +58,13 @@ def test_each_node_asks_as_its_own_loads_say():
 def test_every_group_must_have_the_room():
     """Two data-parallel groups on nodes of their own: the second's nodes have less."""
     topology = make_topology(8, 4)
-    problem = state(make_config(), topology, make_mesh(4, 2), bytes_a_node=np.array([900, 800, 700, 1000]), besides=50)
+    problem = state(make_config(), topology, make_mesh(4, 2), bytes_a_node=np.array([900, 800, 700, 1000]), needs=50)
     assert problem.memory_bytes.tolist() == [700 - 100, 800 - 100]
     assert problem.node_names == ("n0+n2", "n1+n3")
 
 
 def test_an_experts_memory_is_that_of_its_tensor_parallel_group():
-    problem = state(make_config(), make_topology(4, 2), make_mesh(2, 1, 2), bytes_a_node=1000, besides=60)
+    problem = state(make_config(), make_topology(4, 2), make_mesh(2, 1, 2), bytes_a_node=1000, needs=60)
     assert problem.memory_bytes.tolist() == [2 * (500 - 60)] * 2
 
 
@@ -73,20 +73,20 @@ def test_a_placement_is_taken_from_a_file(tmp_path):
     path.write_text("[[2, 0, 3, 1], [3, 2, 1, 0]]")
     config = make_config(cluster__placement="file", cluster__placement_file=str(path))
     problem = state(config, make_topology(4, 2), make_mesh(4))
-    layout = lay_out(problem, config, make_room(make_topology(4, 2)))
+    layout = lay_out(problem, config, make_test_budget(make_topology(4, 2)))
     assert layout.placement.expert_of_replica.tolist() == [[2, 0, 3, 1], [3, 2, 1, 0]]
     assert layout.placement.method == "file" and set(layout.seconds_of_method) == {"contiguous"}
     assert "placement file: objective step" in next(tell(layout, config.cluster))
     path.write_text("[[2, 0, 3, 1], [2, 0, 3, 1], [2, 0, 3, 1]]")
     with pytest.raises(ConfigError) as refused:
-        lay_out(problem, config, make_room(make_topology(4, 2)))
+        lay_out(problem, config, make_test_budget(make_topology(4, 2)))
     assert str(refused.value) == f"[cluster] placement_file = {path}: the list has 3 layers, layers = 2"
 
 
 def test_replicas_without_a_slot_for_them_are_told(caplog):
     for spare, told in ((0, 1), (1, 0)):
         config = make_config(cluster__replicate=True, cluster__spare_slots_per_rank=spare, cluster__placement="eplb")
-        lay_out(state(config, make_topology(4, 2), make_mesh(4)), config, make_room(make_topology(4, 2)))
+        lay_out(state(config, make_topology(4, 2), make_mesh(4)), config, make_test_budget(make_topology(4, 2)))
         assert sum("no effect: [cluster] replicate = true" in line for line in caplog.messages) == told
         caplog.clear()
 
@@ -108,10 +108,10 @@ def test_times_that_no_number_holds_are_one_line(part, value, said):
 
 
 def test_what_does_not_fit_is_told_with_what_else_takes_the_memory():
-    problem = state(make_config(), make_topology(4, 2), make_mesh(4), bytes_a_node=1000, besides=450)
-    room = make_room(make_topology(4, 2), 1000, 450)
+    problem = state(make_config(), make_topology(4, 2), make_mesh(4), bytes_a_node=1000, needs=450)
+    budget = make_test_budget(make_topology(4, 2), 1000, 450)
     with pytest.raises(PlacementError) as refused:
-        lay_out(problem, make_config(), room)
+        lay_out(problem, make_config(), budget)
     said = str(refused.value)
     assert "4 experts x 2 layers x 100 B = 800 B do not fit" in said and "\n" not in said
     assert "of its node's memory each rank needs 450 B besides: process 450 B" in said
@@ -127,7 +127,7 @@ def make_layout(**changes):
     config = make_config(cluster__search_iterations=5000, cluster__search_seconds=60.0, **changes)
     topology = make_topology(4, 4)
     problem = state(config, topology, make_mesh(4), skewed(), 1e-9)
-    return problem, config, lay_out(problem, config, make_room(topology))
+    return problem, config, lay_out(problem, config, make_test_budget(topology))
 
 
 def test_the_layout_beats_what_it_is_held_against():
@@ -154,7 +154,7 @@ def test_shares_are_tuned_for_the_step_alone_and_its_objective_is_of_them(object
     problem = dataclasses.replace(problem, tokens_of_rank=np.array([100.0, 2.0]))
     if objective == "ports":
         monkeypatch.setattr("hpcmoe.placement.shares.tune_shares", None)  # whoever calls it fails
-    placement = lay_out(problem, config, make_room(make_topology(2, 2))).placement
+    placement = lay_out(problem, config, make_test_budget(make_topology(2, 2))).placement
     assert (placement.split is not None) == (objective == "step")
     if objective == "step":
         assert placement.objective_seconds == pytest.approx(2 * 51e-3, rel=1e-3)
@@ -194,9 +194,9 @@ def test_the_record_keeps_placement_and_figures():
 @pytest.mark.mpi
 def test_the_pace_is_the_configs_or_one_for_all_ranks(comm):
     mesh, device = SimpleNamespace(world=comm, tensor_parallel=1), SimpleNamespace(torch_device="cpu")
-    assert find_pace(make_config(cluster__seconds_per_token=2.5), mesh, 10, device) == 2.5
-    paces = comm.allgather(find_pace(make_config(), mesh, 10, device))
-    assert len(set(paces)) == 1 and 0 < paces[0] < 0.1
+    assert time_expert(make_config(cluster__seconds_per_token=2.5), mesh, 10, device) == 2.5
+    times = comm.allgather(time_expert(make_config(), mesh, 10, device))
+    assert len(set(times)) == 1 and 0 < times[0] < 0.1
 
 
 @pytest.mark.mpi

@@ -85,11 +85,11 @@ def test_the_table_lets_like_stand_beside_like(comm, shared):
         totals = sum_up(job, optimizer, {}, 0)
         totals = dataclasses.replace(totals, bytes_of_link=np.zeros((comm.size, comm.size)))
         table, exchange = make_table(job, totals), job.stepper.exchange
-    assert job.room.process_bytes > STEP_BYTES and job.room.besides["process"] == job.room.process_bytes
+    assert job.budget.process_bytes > STEP_BYTES and job.budget.needs["process"] == job.budget.process_bytes
     window = exchange.sizes.shared_bytes(exchange.routes) if comm.size > 1 else 0
-    computed = job.room.process_bytes + job.memory.total - window
+    computed = job.budget.process_bytes + job.memory.total - window
     for label, *values in (
-        ("the process itself: Python, torch, MPI", job.room.process_bytes, totals.process_bytes),
+        ("the process itself: Python, torch, MPI", job.budget.process_bytes, totals.process_bytes),
         ("all that it shares with no other (USS)", computed, totals.unshared_bytes),
         ("libraries and files that processes share", totals.process.libraries),
         ("resident set of the process, at its peak", totals.process.peak),

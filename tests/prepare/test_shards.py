@@ -1,4 +1,4 @@
-"""Experts are shared by as few ranks as their memory needs, and the reckoning is told."""
+"""Experts are shared by as few ranks as their memory needs, and the arithmetic is logged."""
 
 import dataclasses
 import logging
@@ -16,7 +16,7 @@ DENSE = count_dense_parameters(make_config().model) * 4 * 4
 
 
 @pytest.mark.parametrize(
-    ("room", "cluster", "chosen"),
+    ("budget", "cluster", "chosen"),
     [
         (EXPERT, {}, 1),
         (EXPERT - 1, {}, 2),
@@ -27,12 +27,12 @@ DENSE = count_dense_parameters(make_config().model) * 4 * 4
         (EXPERT - 1, {"cluster__expert_parallel": 2}, 4),  # what the other two leave
     ],
 )
-def test_as_few_ranks_share_an_expert_as_it_needs(room, cluster, chosen):
+def test_as_few_ranks_share_an_expert_as_it_needs(budget, cluster, chosen):
     config = make_config(cluster__tensor_parallel=0, **cluster)
-    number, reckoning = choose_tensor_parallel(config, 8, DENSE + room)
+    number, arithmetic = choose_tensor_parallel(config, 8, DENSE + budget)
     assert number == chosen
-    assert reckoning.startswith("an expert with its state takes 3.07 kB, a rank has ")
-    assert reckoning.endswith("does not suffice") == (room < EXPERT / chosen)
+    assert arithmetic.startswith("an expert with its state takes 3.07 kB, a rank has ")
+    assert arithmetic.endswith("does not suffice") == (budget < EXPERT / chosen)
 
 
 def test_inference_needs_parameters_alone():

@@ -11,26 +11,26 @@ from hypothesis import strategies as st
 from small import make_config, make_topology
 
 from hpcmoe.dispatch.routes import make_routes
-from hpcmoe.dispatch.sizes import FEW_ROWS
+from hpcmoe.dispatch.sizes import MIN_BATCH_ROWS
 from hpcmoe.model.text import share_of
-from hpcmoe.prepare.sizes import choose_once, describe_ways, find_routes, reckon_sizes
+from hpcmoe.prepare.sizes import choose_once, describe_sizes, find_routes, make_host_sizes
 from hpcmoe.wait import gather_to_all
 
 
-def reckon(config, num_ranks, num_nodes=1, once=False):
+def make_sizes_of_run(config, num_ranks, num_nodes=1, once=False):
     """Sizes of a run on ranks dealt to nodes in blocks."""
     mesh = SimpleNamespace(expert_parallel=num_ranks, tensor_parallel=1, num_token_shares=num_ranks)
     topology = make_topology(num_ranks, num_nodes)
     routes = make_routes(topology.node_of_rank, 0, 1, np.full((num_nodes, num_nodes), once))
-    return reckon_sizes(config, topology, mesh, routes)
+    return make_host_sizes(config, topology, mesh, routes)
 
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 9), st.integers(1, 3))
-def test_no_share_of_a_micro_batch_brings_more_tokens_than_reckoned(sequences, micro_batches, ranks, top_k):
+def test_no_share_of_a_micro_batch_brings_more_tokens_than_estimated(sequences, micro_batches, ranks, top_k):
     config = make_config(
         data__batch_sequences=sequences, pipeline__micro_batches=micro_batches, model__top_k=top_k
     )  # fmt: skip
-    sizes = reckon(config, ranks)
+    sizes = make_sizes_of_run(config, ranks)
     parts = [range(sequences)[share_of(sequences, part, micro_batches)] for part in range(micro_batches)]
     most = max(len(part[share_of(len(part), rank, ranks)]) for part in parts for rank in range(ranks))
     assert (most * config.model.sequence_length, top_k) == (sizes.tokens, sizes.top_k)
@@ -38,7 +38,7 @@ def test_no_share_of_a_micro_batch_brings_more_tokens_than_reckoned(sequences, m
 
 def test_sizes_are_those_of_the_config():
     config = make_config(model__dtype="bfloat16", experts__gemm_rows=9, pipeline__deterministic=False)
-    sizes = reckon(config, 4)  # 14 sequences, 3 micro-batches, 4 ranks: at most 2 sequences
+    sizes = make_sizes_of_run(config, 4)  # 14 sequences, 3 micro-batches, 4 ranks: at most 2 sequences
     assert (sizes.hidden, sizes.dtype, sizes.row_bytes) == (8, torch.bfloat16, 16)
     assert (sizes.tokens, sizes.expert_rows, sizes.batch_rows, sizes.num_micro_batches) == (10, 20, 9, 3)
     assert (sizes.pool_rows, sizes.parcels_sent, sizes.parcel_rows) == (0, 0, 0)  # one node needs no messages
@@ -51,7 +51,7 @@ def test_sizes_are_those_of_the_config():
      (True, "infer", (True, True))],
 )  # fmt: skip
 def test_training_keeps_its_batches_and_determinism_their_order(deterministic, mode, order):
-    sizes = reckon(make_config(pipeline__deterministic=deterministic, run__mode=mode), 2)
+    sizes = make_sizes_of_run(make_config(pipeline__deterministic=deterministic, run__mode=mode), 2)
     assert (sizes.in_order, sizes.deterministic) == order
 
 
@@ -65,7 +65,7 @@ def test_training_keeps_its_batches_and_determinism_their_order(deterministic, m
     ],
 )
 def test_ranks_that_serve_others_expect_their_rows_too(changes, expert_rows):
-    assert reckon(make_config(**changes), 4).expert_rows == expert_rows
+    assert make_sizes_of_run(make_config(**changes), 4).expert_rows == expert_rows
 
 
 @pytest.mark.parametrize(
@@ -74,15 +74,17 @@ def test_ranks_that_serve_others_expect_their_rows_too(changes, expert_rows):
 )
 def test_each_micro_batch_in_flight_has_a_berth(pipeline, num_berths):
     changes = {f"pipeline__{key}": value for key, value in pipeline.items()}
-    assert reckon(make_config(**changes), 2).num_berths == num_berths
+    assert make_sizes_of_run(make_config(**changes), 2).num_berths == num_berths
 
 
 def test_messages_are_as_long_as_asked_or_as_the_links_ask_but_no_longer_than_a_micro_batch():
     long = {"model__sequence_length": 1000}
-    assert reckon(make_config(**long), 2, 2).parcel_tokens == 282 > FEW_ROWS  # 9 x 1 us x 1 GB/s of 32 B
-    assert reckon(make_config(**long, comm__message_rows=7), 2, 2).parcel_tokens == 7
-    assert reckon(make_config(), 2, 2).parcel_tokens == reckon(make_config(), 2, 2).tokens == 15
-    assert reckon(make_config(comm__pool_bytes=1500), 2, 2).parcel_tokens < 15
+    assert (
+        make_sizes_of_run(make_config(**long), 2, 2).parcel_tokens == 282 > MIN_BATCH_ROWS
+    )  # 9 x 1 us x 1 GB/s of 32 B
+    assert make_sizes_of_run(make_config(**long, comm__message_rows=7), 2, 2).parcel_tokens == 7
+    assert make_sizes_of_run(make_config(), 2, 2).parcel_tokens == make_sizes_of_run(make_config(), 2, 2).tokens == 15
+    assert make_sizes_of_run(make_config(comm__pool_bytes=1500), 2, 2).parcel_tokens < 15
 
 
 @pytest.mark.parametrize(
@@ -110,21 +112,21 @@ def test_what_messages_take_is_announced():
     config = make_config(comm__once_per_node="on")
     topology = make_topology(4, 2)
     routes = make_routes(topology.node_of_rank, 0, 1, np.ones((2, 2), bool))
-    sizes = reckon(config, 4, 2, once=True)
-    lines = describe_ways(sizes, routes)
+    sizes = make_sizes_of_run(config, 4, 2, once=True)
+    lines = describe_sizes(sizes, routes)
     assert len(lines) == 2 and "2 ranks of its node share" in lines[0] and "for all of their node" in lines[1]
     assert f"at most {sizes.parcel_tokens} tokens" in lines[1] and f"2 x {sizes.pool_rows} rows" in lines[1]
-    assert len(describe_ways(reckon(config, 4), make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))) == 1
+    assert len(describe_sizes(make_sizes_of_run(config, 4), make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))) == 1
 
 
 def test_each_shard_of_an_expert_gets_a_copy_of_its_own():
     """Four ranks, two to an expert: each token has 2 experts x 2 shards, and a rank gets all rows of its experts."""
     config = make_config(model__num_experts=1, model__top_k=1)
     mesh = SimpleNamespace(expert_parallel=2, tensor_parallel=2, num_token_shares=4)
-    sizes = reckon_sizes(config, make_topology(4), mesh, make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))
+    sizes = make_host_sizes(config, make_topology(4), mesh, make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))
     assert (sizes.tokens, sizes.top_k, sizes.expert_rows) == (10, 2, 10 * 4)
     two = make_config(model__top_k=2)
-    sizes = reckon_sizes(two, make_topology(4), mesh, make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))
+    sizes = make_host_sizes(two, make_topology(4), mesh, make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))
     assert (sizes.top_k, sizes.expert_rows) == (4, 10 * 4)  # half of 4 x 10 x 2 copies
 
 

@@ -1,4 +1,4 @@
-"""What micro-batches in flight keep is as reckoned, within a few percent, whatever the shape, and in the head too."""
+"""What micro-batches in flight keep is as estimated, within a few percent, whatever the shape, and in the head too."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ import torch
 from small import open_small_job
 from torch import nn
 
-from hpcmoe.prepare.memory import ActivationGauge, find_arrays, locate
+from hpcmoe.prepare.memory import ActivationTracker, find_arrays, locate
 from hpcmoe.wait import gather_to_all
 
 NEAR = 0.04  # relative: the rows of a portion are rounded up, tensors of a few numbers are not counted
@@ -64,24 +64,24 @@ def measure(job, purpose="train"):
     config = job.config
     load = np.ones((config.model.num_layers, config.model.num_experts))
     job.stepper.run(job.training, np.arange(config.data.batch_sequences), load, purpose)
-    return job.stepper.gauge.peak_bytes
+    return job.stepper.tracker.peak_bytes
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_training_keeps_what_is_reckoned(comm, tmp_path, shape):
+def test_training_keeps_what_is_estimated(comm, tmp_path, shape):
     with open_job(comm, tmp_path, **SHAPES[shape]) as job:
         assert measure(job) == pytest.approx(job.memory.activations, rel=NEAR)
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in OF_TRAINING])
-def test_inference_passes_on_what_is_reckoned(comm, tmp_path, shape):
+def test_inference_passes_on_what_is_estimated(comm, tmp_path, shape):
     with open_job(comm, tmp_path, run__mode="infer", **SHAPES[shape]) as job:
         assert measure(job, "infer") == pytest.approx(job.memory.activations, rel=NEAR)
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("case", ["nodes", "shards"])
-def test_ranks_that_share_the_load_keep_what_is_reckoned_for_even_rows(comm, shared, monkeypatch, case):
+def test_ranks_that_share_the_load_keep_what_is_estimated_for_even_rows(comm, shared, monkeypatch, case):
     """With shards and with messages between nodes; where routers lean, the mean of the ranks is still even."""
     if case == "shards" and comm.size % 2:
         pytest.skip("needs an even number of ranks")
@@ -101,31 +101,31 @@ def test_the_head_has_the_logarithms_of_all_bytes_probabilities(comm, tmp_path):
     assert 1024 * tokens < measured < 2 * 1024 * tokens
 
 
-def test_the_gauge_sees_what_is_saved_and_let_go_within_an_op():
+def test_the_tracker_sees_what_is_saved_and_let_go_within_an_op():
     network = nn.Linear(8, 8, bias=False)
-    gauge = ActivationGauge(network)
-    gauge.look([])
-    with gauge.hooks():
+    tracker = ActivationTracker(network)
+    tracker.observe([])
+    with tracker.hooks():
         network(torch.ones(5, 8)).sin().sum().backward()  # saves x and what goes into the sine
-    gauge.look([])
-    assert gauge.peak_bytes == 2 * 5 * 8 * 4
+    tracker.observe([])
+    assert tracker.peak_bytes == 2 * 5 * 8 * 4
 
 
 def test_what_flights_hold_and_autograd_saves_is_counted_once():
     class Flight:
         """Holds the tensor that autograd is about to save."""
 
-    flight, gauge = Flight(), ActivationGauge(nn.Linear(1, 1))
+    flight, tracker = Flight(), ActivationTracker(nn.Linear(1, 1))
     flight.x = torch.ones(100, requires_grad=True)
-    gauge.look([flight])
-    with gauge.hooks():
+    tracker.observe([flight])
+    with tracker.hooks():
         y = flight.x.sin()
-        assert gauge.peak_bytes == 400
+        assert tracker.peak_bytes == 400
         y.sum().backward()
-    gauge.look([flight], {0: torch.ones(25), 1: flight.x[:3]})
-    assert gauge.peak_bytes == 400 + 100
-    gauge.look([])
-    assert gauge.flight_bytes == gauge.autograd_bytes == 0
+    tracker.observe([flight], {0: torch.ones(25), 1: flight.x[:3]})
+    assert tracker.peak_bytes == 400 + 100
+    tracker.observe([])
+    assert tracker.context_bytes == tracker.autograd_bytes == 0
 
 
 def test_arrays_of_numpy_are_found_and_views_are_what_they_view():

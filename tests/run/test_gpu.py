@@ -109,5 +109,5 @@ def test_a_layer_in_bfloat16_is_within_a_hundredth_of_float32(comm, shared, way)
 
 def test_the_memory_of_the_gpus_is_in_the_topology_and_bounds_the_placement(comm, shared, way):
     with open_small_job(comm, shared, **way[1]) as (job, _, _):
-        assert job.room.what == "GPU memory" and job.topology.device_memory_bytes.sum() > 0
-        assert (job.room.node_bytes <= job.topology.device_memory_bytes + 1).all()
+        assert job.budget.what == "GPU memory" and job.topology.device_memory_bytes.sum() > 0
+        assert (job.budget.node_bytes <= job.topology.device_memory_bytes + 1).all()

@@ -56,14 +56,14 @@ def test_one_expert_is_weighed_by_its_probability_and_several_as_asked():
 def test_the_gate_of_one_choice_has_the_gradient_of_a_plain_softmax(on, dtype):
     random = torch.Generator().manual_seed(0)
     weight, x, load = (torch.randn(shape, generator=random) for shape in ((5, 4), (23, 4), (5,)))
-    router, slope = Router(weight.clone(), 1, Dispatch(load_feedback=0.7, load_feedback_on=on)), torch.arange(23.0)
+    router, grad = Router(weight.clone(), 1, Dispatch(load_feedback=0.7, load_feedback_on=on)), torch.arange(23.0)
     routing = router(x.to(dtype), load)
-    (routing.gates[:, 0] @ slope).backward()
+    (routing.gates[:, 0] @ grad).backward()
 
     plain = weight.clone().requires_grad_()
     logits = x.to(dtype).float() @ plain.t()
     chosen = (logits - 0.7 * load).argmax(dim=1, keepdim=True)
-    (((logits - 0.7 * load) if on == "both" else logits).softmax(dim=1).gather(1, chosen)[:, 0] @ slope).backward()
+    (((logits - 0.7 * load) if on == "both" else logits).softmax(dim=1).gather(1, chosen)[:, 0] @ grad).backward()
     assert torch.equal(routing.experts, chosen)
     assert torch.allclose(router.weight.grad, plain.grad, rtol=1e-4, atol=1e-4) and plain.grad.abs().max() > 1
 

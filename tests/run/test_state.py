@@ -149,5 +149,5 @@ def test_inference_keeps_no_micro_batch_beyond_its_pass(comm, shared):
         changes = {"run__mode": "infer", "pipeline__micro_batches": number, "data__batch_sequences": 4 * number}
         with open_small_job(comm, shared, **changes) as (job, _, _):
             job.stepper.run(job.training, np.arange(4 * number), np.ones((2, 4)), "infer")
-            peaks.append(job.stepper.gauge.peak_bytes)
+            peaks.append(job.stepper.tracker.peak_bytes)
     assert peaks[1] <= 1.3 * peaks[0]

@@ -27,7 +27,7 @@ def test_a_step_counts_all_tokens_and_only_training_leaves_gradients(comm, share
         assert outcome.census.tokens_of_expert.sum(axis=1).tolist() == [14 * 5 * 2] * 2
         assert (outcome.loss is None) == (purpose == "infer")
         assert any(g.any() for g in gradients(job)) == (purpose == "train")
-        assert (job.stepper.gauge.peak_bytes > 0) == (purpose == "train")
+        assert (job.stepper.tracker.peak_bytes > 0) == (purpose == "train")
 
 
 @pytest.mark.mpi

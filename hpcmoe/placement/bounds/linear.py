@@ -108,7 +108,7 @@ class Program:
         return proven, new.pick(priced < prices.expert[new.expert] - GAP * self.scale / len(prices.expert))
 
     def make_columns(self, choice, experts, at_will=None):
-        """Reckon what the choices [n] of experts [n] take, at_will = (splits, copies) -> Columns."""
+        """Compute what the choices [n] of experts [n] take, at_will = (splits, copies) -> Columns."""
         shares, copies = self.choices.shares, self.choices.copies
         if at_will is not None:
             shares, copies = np.concatenate([shares, at_will[0]]), np.concatenate([copies, at_will[1]])
