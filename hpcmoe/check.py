@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from mpi4py import MPI
 
 from hpcmoe.arguments import Parser, name_program
-from hpcmoe.cluster.discover import host_name, read_topology
+from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.cluster.launcher import check_launcher, find_launcher
 from hpcmoe.config import Cluster
 from hpcmoe.errors import HpcmoeError, exit_with, on_all, on_root
@@ -47,11 +47,11 @@ def main():
             check_launcher(comm)
             if on_root(comm, lambda: wants_help(sys.argv[1:])):
                 return
-            with ending_at_once(lambda ending: exit_with(comm, ending, host_name())):  # it imports torch
+            with ending_at_once(lambda ending: exit_with(comm, ending, read_host_name())):  # it imports torch
                 check(comm)
             barrier(comm)
     except (Exception, KeyboardInterrupt) as fault:
-        exit_with(comm, fault, host_name())
+        exit_with(comm, fault, read_host_name())
 
 
 def wants_help(words):
@@ -71,18 +71,18 @@ def wants_help(words):
 def check(comm):
     """Look around, and try every way that rows can take. Collective over comm."""
     from hpcmoe.comm.device import open_device
-    from hpcmoe.comm.select import look  # imports torch
+    from hpcmoe.comm.select import read_transport_support  # imports torch
 
     topology = read_topology(comm, Cluster(measure_seconds=LINK_SECONDS))
     here = topology.ranks_of_node(topology.node_of_rank[comm.rank]).tolist()
     device = on_all(comm, lambda: open_device("auto", here.index(comm.rank)))
-    finds, sights = (gather_to_all(comm, own) for own in (find(), look(comm, device)))
+    finds, support_of_rank = (gather_to_all(comm, own) for own in (find(), read_transport_support(comm, device)))
     if comm.rank == 0:
-        show_lines(describe_machine(topology) + describe_software(sights[0].answer) + describe_gpus(finds))
+        show_lines(describe_machine(topology) + describe_software(support_of_rank[0].answer) + describe_gpus(finds))
     names = gather_to_all(comm, device.name)
     if len(set(names)) > 1:
         raise_mixed(comm, names)
-    try_all(comm, device, sights)
+    try_all(comm, device, support_of_rank)
 
 
 def raise_mixed(comm, names):
@@ -97,14 +97,14 @@ def raise_mixed(comm, names):
 
 def find():
     """Look for GPUs, and what it takes to use them -> Find."""
-    from hpcmoe.comm.cuda import count_gpus, describe_gpu, find_missing
+    from hpcmoe.comm.cuda import count_gpus, describe_gpu, find_missing_cuda
     from hpcmoe.comm.nccl import find_nccl
 
-    missing, nccl, no_nccl = find_missing(), None, "CuPy brings the calls to it; see CuPy"
+    missing, nccl, no_nccl = find_missing_cuda(), None, "CuPy brings the calls to it; see CuPy"
     if importlib.util.find_spec("cupy"):
         nccl, no_nccl = find_nccl()
     gpus = tuple(describe_gpu(index) for index in range(count_gpus()))
-    return Find(host=host_name(), gpus=gpus, missing=missing, nccl=name_nccl(nccl) if nccl else f"none: {no_nccl}")
+    return Find(host=read_host_name(), gpus=gpus, missing=missing, nccl=name_nccl(nccl) if nccl else f"none: {no_nccl}")
 
 
 def name_nccl(nccl):
@@ -173,29 +173,29 @@ def describe_gpus(finds):
     return lines
 
 
-def try_all(comm, device, sights):
+def try_all(comm, device, support_of_rank):
     """Try each way on a small exchange, and tell what came of it. Collective over comm."""
     from hpcmoe.comm.plain import PlainDevice
-    from hpcmoe.comm.select import describe_movers, why_not_each
-    from hpcmoe.comm.self_test import try_carrier
+    from hpcmoe.comm.select import describe_row_ops, find_obstacles
+    from hpcmoe.comm.self_test import run_self_test
 
     on_host = device.name == "host"
     if on_host:
         device = PlainDevice()
-    movers = describe_movers(comm, device)
+    row_ops_names = describe_row_ops(comm, device)
     if comm.rank == 0:
-        show_lines([("rows", line) for line in movers])
-    for kind, reason in why_not_each(sights).items():
-        outcome = f"not tried: {reason}" if reason else attempt_carrier(try_carrier, kind, comm, device)
+        show_lines([("rows", line) for line in row_ops_names])
+    for kind, reason in find_obstacles(support_of_rank).items():
+        outcome = f"not tried: {reason}" if reason else format_self_test(run_self_test, kind, comm, device)
         if comm.rank == 0:
             where = " on the host's memory, in a GPU's place" if on_host and not reason else ""
             show_lines([(f"try {kind}", outcome + where)])
 
 
-def attempt_carrier(try_carrier, kind, comm, device):
-    """Try a carrier -> what came of it, in words, the same on all ranks. Collective over comm."""
+def format_self_test(run_self_test, kind, comm, device):
+    """Try a all_to_all -> what came of it, in words, the same on all ranks. Collective over comm."""
     try:
-        rate = try_carrier(kind, comm, device)
+        rate = run_self_test(kind, comm, device)
     except HpcmoeError as fault:
         if not fault.shared:
             raise

@@ -19,7 +19,7 @@ from typing import Any
 from mpi4py import MPI
 
 from hpcmoe.arguments import Parser, name_program
-from hpcmoe.cluster.discover import host_name, read_topology
+from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.cluster.launcher import check_launcher
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.cluster.topology import save_topology
@@ -50,7 +50,7 @@ log = logging.getLogger("hpcmoe.main")
 
 def main():
     """Run the program; whatever goes wrong ends all ranks."""
-    comm, host, watch = MPI.COMM_WORLD, host_name(), Watch(None)
+    comm, host, watch = MPI.COMM_WORLD, read_host_name(), Watch(None)
     try:
         with insistent_interrupts(), contextlib.ExitStack() as opened:
             watch = start_watch(comm, host)
@@ -60,12 +60,12 @@ def main():
             if arguments is not None:
                 run(comm, arguments, opened)
             barrier(comm)  # nobody leaves while another may still fail
-            watch.dismiss()
+            watch.stop()
     except (Exception, KeyboardInterrupt) as fault:
         if getattr(fault, "shared", False) or isinstance(fault, KeyboardInterrupt):
-            watch.dismiss()
+            watch.stop()
         else:
-            watch.ask()
+            watch.report()
         exit_with(comm, fault, host)
 
 
@@ -115,7 +115,7 @@ def run(comm, arguments, opened):
 def leave(comm, opened, ending):
     """Let go of the run's folder as if an exception had come, and end all ranks. Not collective."""
     opened.__exit__(type(ending), ending, None)
-    exit_with(comm, ending, host_name())
+    exit_with(comm, ending, read_host_name())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +256,7 @@ def start_log(comm):
     logging.basicConfig(
         handlers=[Log()],
         level=logging.INFO if comm.rank == 0 else logging.WARNING,
-        format=f"%(asctime)s [{comm.rank}/{comm.size} {host_name()}] %(name)s: %(message)s",
+        format=f"%(asctime)s [{comm.rank}/{comm.size} {read_host_name()}] %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
 

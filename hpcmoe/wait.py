@@ -13,7 +13,7 @@ LONGEST_SLEEP_SECONDS = 200e-6
 SLEEP_GROWTH = 1.3
 
 
-class Patience:
+class Backoff:
     """Yield the core a few times, more often while nobody else wants it, then sleep a little longer at each pause."""
 
     def __init__(self):
@@ -36,12 +36,12 @@ class Patience:
             self.sleep_seconds = min(self.sleep_seconds * SLEEP_GROWTH, LONGEST_SLEEP_SECONDS)
 
 
-def poke_all(errands):
-    """Let each errand of a list progress, and drop those that are over -> whether anything moved."""
+def poke_all(tasks):
+    """Let each task of a list progress, and drop those that are over -> whether anything moved."""
     moved = False
-    for errand in errands:
-        moved |= errand.poke()
-    errands[:] = [errand for errand in errands if not errand.is_over]
+    for task in tasks:
+        moved |= task.poke()
+    tasks[:] = [task for task in tasks if not task.is_over]
     return moved
 
 
@@ -49,18 +49,18 @@ def wait_all(requests, timeout_seconds=None, poke=None):
     """Wait until every request is done, doing poke() meanwhile -> False when the time ran out first."""
     from mpi4py import MPI  # here, so that commands without ranks start without MPI
 
-    patience = Patience()
+    backoff = Backoff()
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     while True:
         done = MPI.Request.Testsome(requests)
         if done is None:
             return True
         if done:
-            patience.reset()
+            backoff.reset()
         elif deadline is not None and time.monotonic() > deadline:
             return False
         elif poke is None or not poke():
-            patience.pause()
+            backoff.pause()
 
 
 def until_done(requests):

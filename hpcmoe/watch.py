@@ -22,11 +22,11 @@ class Watch:
     def __init__(self, pid):
         self.pid = pid
 
-    def dismiss(self):
+    def stop(self):
         """End it without a word, before the ranks end in order. Not collective: any rank of the node may."""
         self.send(signal.SIGTERM)
 
-    def ask(self):
+    def report(self):
         """End it, and have it name a rank that is dead or dying: this rank's fault may come of that."""
         self.send(signal.SIGUSR1)
         time.sleep(ANSWER_SECONDS)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from hpcmoe.comm.transport import Direction
-from hpcmoe.wait import Patience
+from hpcmoe.wait import Backoff
 
 DEADLINE_SECONDS = 300.0  # a journey that takes longer is stuck, however busy the machine is
 
@@ -126,7 +126,7 @@ def travel_both_ways(exchange, journey):
 
 def go(exchange, *ways):
     """Take all ways to their ends, then wait until this rank owes nobody anything."""
-    patience, deadline = Patience(), time.monotonic() + DEADLINE_SECONDS
+    backoff, deadline = Backoff(), time.monotonic() + DEADLINE_SECONDS
     ways = list(ways)
     while ways or not exchange.is_idle:
         assert time.monotonic() < deadline, "stuck"
@@ -134,9 +134,9 @@ def go(exchange, *ways):
         moved = exchange.poke()
         ways = [way for way in ways if next(way, way) is not way]
         if moved:
-            patience.reset()
+            backoff.reset()
         else:
-            exchange.wait_for_news(patience, news)
+            exchange.wait_for_news(backoff, news)
 
 
 def check_two_at_once(exchange, num_tokens, seed):

@@ -9,7 +9,7 @@ import sys
 
 from mpi4py import MPI
 
-from hpcmoe.cluster.discover import host_name
+from hpcmoe.cluster.discover import read_host_name
 from hpcmoe.errors import exit_with
 from hpcmoe.main import read_arguments, run, start_log
 from hpcmoe.wait import barrier
@@ -27,7 +27,7 @@ def main(runs):
                 run(comm, read_arguments(words), opened)
                 barrier(comm)
     except Exception as fault:
-        exit_with(comm, fault, host_name())
+        exit_with(comm, fault, read_host_name())
 
 
 if __name__ == "__main__":

@@ -127,9 +127,11 @@ class OrderedDevice(PlainDevice):
 
     def __init__(self, order, gpu=None):
         self.order, self.gpu = order, gpu
-        self.compute, self.send, self.receive = (Stream(order, name) for name in ("compute", "send", "receive"))
+        self.compute_stream, self.send_stream, self.recv_stream = (
+            Stream(order, name) for name in ("compute", "send", "receive")
+        )
 
-    def enter_thread(self):
+    def bind_thread(self):
         """Remember the thread."""
         self.order.entered.append(threading.current_thread())
 
@@ -152,14 +154,14 @@ class OrderedDevice(PlainDevice):
         self.order.watch(tensor.numpy())
         return tensor
 
-    def fetch(self, tensor):
+    def copy_to_host(self, tensor):
         """Have the copy arrive with its event, and nothing but rubbish before."""
         arriving, source = torch.full_like(tensor, -(10**6)), tensor.clone()
-        event = self.compute.record_event()
+        event = self.compute_stream.record_event()
         event.happens = lambda: arriving.copy_(source)
         return arriving, event
 
-    def settle(self):
+    def synchronize(self):
         """Let the host know all."""
         for clock in list(self.order.clocks.values()):
             self.order.know("host", clock)
@@ -207,23 +209,23 @@ class WatchedTransport:
     def __init__(self, transport, order):
         self.inner, self.order = transport, order
         self.rank, self.size = transport.rank, transport.size
-        self.poke, self.send_words, self.receive_words = transport.poke, transport.send_words, transport.receive_words
+        self.poke, self.send_words, self.recv_words = transport.poke, transport.send_words, transport.recv_words
 
     def begin(self, rows, writes, start):
-        """Note an access by MPI that lasts until its ticket is done."""
+        """Note an access by MPI that lasts until its request is done."""
         begin = rows.ctypes.data
         self.order.touch("host", begin, rows.nbytes, writes, self.order.launch("host"))
-        ticket = start()
-        self.order.in_flight.append((begin, begin + rows.nbytes, writes, ticket))
-        return ticket
+        request = start()
+        self.order.in_flight.append((begin, begin + rows.nbytes, writes, request))
+        return request
 
     def send_rows(self, rows, peer, tag):
         """MPI reads."""
         return self.begin(rows, False, lambda: self.inner.send_rows(rows, peer, tag))
 
-    def receive_rows(self, rows, peer, tag):
+    def recv_rows(self, rows, peer, tag):
         """MPI writes."""
-        return self.begin(rows, True, lambda: self.inner.receive_rows(rows, peer, tag))
+        return self.begin(rows, True, lambda: self.inner.recv_rows(rows, peer, tag))
 
 
 class StandInNccl:
@@ -271,7 +273,7 @@ class StandInCommunicator:
     def touch(self, address, num_bytes, writes, stream):
         """Show who touches what -> the bytes."""
         order = self.nccl.device.order
-        streams = (self.nccl.device.compute, self.nccl.device.send, self.nccl.device.receive)
+        streams = (self.nccl.device.compute_stream, self.nccl.device.send_stream, self.nccl.device.recv_stream)
         (name,) = [s.name for s in streams if s.cuda_stream == stream]
         order.touch(name, address, num_bytes, writes, order.launch(name))
         return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
@@ -318,8 +320,8 @@ def watch_job(monkeypatch, gpu=None, nccl_comm=None):
     device = OrderedDevice(order, gpu)
 
     @contextlib.contextmanager
-    def open_watched(comm, row_bytes, begin_thread):
-        with open_mpi_transport(comm, row_bytes, begin_thread=begin_thread) as transport:
+    def open_watched(comm, row_bytes, bind_thread):
+        with open_mpi_transport(comm, row_bytes, bind_thread=bind_thread) as transport:
             yield WatchedTransport(transport, order)
 
     monkeypatch.setattr("hpcmoe.run.job.open_device", lambda kind, rank: device)

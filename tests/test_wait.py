@@ -22,28 +22,28 @@ def pauses(monkeypatch):
 
 
 def test_pauses_are_yields_then_sleeps_that_grow_to_a_bound(pauses):
-    patience = wait.Patience()
+    backoff = wait.Backoff()
     for _ in range(40):
-        patience.pause()
+        backoff.pause()
     assert pauses[:32] == [0.0] * 32
     assert pauses[32:] == pytest.approx([50e-6, 65e-6, 84.5e-6, 109.85e-6, 142.805e-6, 185.6465e-6, 200e-6, 200e-6])
 
 
 def test_while_nobody_wants_the_core_sleep_comes_late(pauses, monkeypatch):
     monkeypatch.setattr(wait.time, "perf_counter", lambda: 0.0)
-    patience = wait.Patience()
+    backoff = wait.Backoff()
     for _ in range(32 * 16 + 1):
-        patience.pause()
+        backoff.pause()
     assert pauses == [0.0] * (32 * 16) + [50e-6]
 
 
 def test_after_a_completion_pauses_are_short_again(pauses):
-    patience = wait.Patience()
+    backoff = wait.Backoff()
     for _ in range(40):
-        patience.pause()
-    patience.reset()
+        backoff.pause()
+    backoff.reset()
     for _ in range(33):
-        patience.pause()
+        backoff.pause()
     assert pauses[40:] == [0.0] * 32 + [50e-6]
 
 

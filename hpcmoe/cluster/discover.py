@@ -25,7 +25,7 @@ MOST_DEVICES = 4096  # of a node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
+class RankInfo:
     """What one rank sees of the node it sits on."""
 
     leader: int  # the node's lowest rank
@@ -39,18 +39,18 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
+class ClusterLayout:
     """The nodes and racks that the ranks sit in, before anything is known of what joins them."""
 
     node_of_rank: np.ndarray  # [P] int64
-    seats_of_node: list[list[Seat]]
+    infos_of_node: list[list[RankInfo]]
     node_names: tuple[str, ...]  # [nodes]
     rack_of_node: np.ndarray  # [nodes] int64
     rack_names: tuple[str, ...]  # [racks]
     rack_source: str
 
 
-def host_name():
+def read_host_name():
     """Name the node this rank is on: as the launcher calls it, else as Slurm does, else as the machine does."""
     # mpirun's proxy sets its own for each node, so that it is right where Slurm's was only handed on.
     return read_setting("PMI_HOSTNAME") or read_setting("SLURMD_NODENAME") or MPI.Get_processor_name()
@@ -61,18 +61,20 @@ def read_topology(comm, cluster):
 
     Raises ClusterError on all ranks when [cluster] or a links file does not fit the nodes.
     """
-    seats = gather_to_all(comm, read_seat(comm))
-    site = on_root(comm, lambda: make_site(seats, cluster))  # racks come first: they tell what shares an uplink
+    infos = gather_to_all(comm, read_rank_info(comm))
+    layout = on_root(
+        comm, lambda: make_cluster_layout(infos, cluster)
+    )  # racks come first: they tell what shares an uplink
     measured = None
     if cluster.links == "measure":
-        measured = measure_links(comm, site.node_of_rank, site.rack_of_node, cluster)
-    topology = on_root(comm, lambda: make_topology(site, cluster, measured))
+        measured = measure_links(comm, layout.node_of_rank, layout.rack_of_node, cluster)
+    topology = on_root(comm, lambda: make_topology(layout, cluster, measured))
     if measured is not None:
-        tell_slow_links(comm, topology)
+        log_slow_links(comm, topology)
     return topology
 
 
-def tell_slow_links(comm, topology):
+def log_slow_links(comm, topology):
     """Log which links stayed far slower than others of their kind, by name."""
     slow = find_slow_links(topology.bytes_per_second, topology.rack_of_node)
     if slow and comm.rank == 0:
@@ -82,20 +84,20 @@ def tell_slow_links(comm, topology):
         log.warning("links far slower than the median of their kind, in a rack or between: %s%s", ", ".join(told), more)
 
 
-def read_seat(comm):
-    """Look around on this rank's node -> Seat. Collective over comm."""
+def read_rank_info(comm):
+    """Look around on this rank's node -> RankInfo. Collective over comm."""
     barrier(comm)
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
     leader = broadcast(node, comm.rank)
     node.Free()
-    return on_all(comm, lambda: look_around(leader))
+    return on_all(comm, lambda: make_rank_info(leader))
 
 
-def look_around(leader):
-    """Make this rank's Seat; ClusterError where a variable that tells of it holds nonsense."""
-    return Seat(
+def make_rank_info(leader):
+    """Make this rank's RankInfo; ClusterError where a variable that tells of it holds nonsense."""
+    return RankInfo(
         leader=leader,
-        name=host_name(),
+        name=read_host_name(),
         address=read_setting("SLURM_TOPOLOGY_ADDR"),
         memory_bytes=usable_memory_bytes(),
         devices=visible_devices(),
@@ -105,18 +107,18 @@ def look_around(leader):
     )
 
 
-def make_site(seats, cluster):
-    """Gather the ranks' seats by node, and the nodes by rack -> Site. Raises ClusterError for racks that do not fit."""
-    node_of_rank = np.unique([seat.leader for seat in seats], return_inverse=True)[1].astype(np.int64)
-    seats_of_node = [[] for _ in range(max(node_of_rank) + 1)]
-    for node, seat in zip(node_of_rank, seats, strict=True):
-        seats_of_node[node].append(seat)
-    names = distinct([group[0].name for group in seats_of_node])
-    racks, source = find_racks(seats_of_node, names, cluster)
+def make_cluster_layout(infos, cluster):
+    """Gather the ranks' infos by node, and the nodes by rack -> ClusterLayout. Raises ClusterError for racks that do not fit."""
+    node_of_rank = np.unique([info.leader for info in infos], return_inverse=True)[1].astype(np.int64)
+    infos_of_node = [[] for _ in range(max(node_of_rank) + 1)]
+    for node, info in zip(node_of_rank, infos, strict=True):
+        infos_of_node[node].append(info)
+    names = distinct([group[0].name for group in infos_of_node])
+    racks, source = find_racks(infos_of_node, names, cluster)
     rack_names = tuple(dict.fromkeys(racks))
-    return Site(
+    return ClusterLayout(
         node_of_rank=node_of_rank,
-        seats_of_node=seats_of_node,
+        infos_of_node=infos_of_node,
         node_names=names,
         rack_of_node=np.array([rack_names.index(rack) for rack in racks], np.int64),
         rack_names=rack_names,
@@ -124,30 +126,30 @@ def make_site(seats, cluster):
     )
 
 
-def make_topology(site, cluster, measured):
-    """Join the site, the config and the measured Links, if any -> Topology. Raises ClusterError where they conflict."""
+def make_topology(layout, cluster, measured):
+    """Join the layout, the config and the measured ClusterLinks, if any -> Topology. Raises ClusterError where they conflict."""
     if cluster.links == "measure":
         links, source = measured, dict.fromkeys(("links", "ports", "uplinks"), "measured")
     else:
-        links, source = take_links(cluster, site.node_names, site.rack_names)
-    seats_of_node = site.seats_of_node
-    memory = [cluster.memory_bytes_per_node or min(seat.memory_bytes for seat in group) for group in seats_of_node]
+        links, source = take_links(cluster, layout.node_names, layout.rack_names)
+    infos_of_node = layout.infos_of_node
+    memory = [cluster.memory_bytes_per_node or min(info.memory_bytes for info in group) for group in infos_of_node]
     return Topology(
-        node_of_rank=site.node_of_rank,
-        node_names=site.node_names,
-        rack_of_node=site.rack_of_node,
-        rack_names=site.rack_names,
+        node_of_rank=layout.node_of_rank,
+        node_names=layout.node_names,
+        rack_of_node=layout.rack_of_node,
+        rack_names=layout.rack_names,
         bytes_per_second=links.bytes_per_second,
         latency_seconds=links.latency_seconds,
         egress_bytes_per_second=links.egress_bytes_per_second,
         ingress_bytes_per_second=links.ingress_bytes_per_second,
         uplink_bytes_per_second=links.uplink_bytes_per_second,
         memory_bytes=np.array(memory, np.int64),
-        devices_of_node=count_devices(seats_of_node),
-        cores_of_node=np.array([count_cores(group) for group in seats_of_node], np.int64),
+        devices_of_node=count_devices(infos_of_node),
+        cores_of_node=np.array([count_cores(group) for group in infos_of_node], np.int64),
         source={
             "nodes": "MPI split by shared memory",
-            "racks": site.rack_source,
+            "racks": layout.rack_source,
             **source,
             "memory": "config" if cluster.memory_bytes_per_node else "system",
             "devices": "system",
@@ -165,34 +167,34 @@ def distinct(names):
     return tuple(made)
 
 
-def count_devices(seats_of_node):
+def count_devices(infos_of_node):
     """Count the devices that a node's ranks see together -> [nodes] int64."""
-    return np.array([len(frozenset.union(*(seat.devices for seat in group))) for group in seats_of_node], np.int64)
+    return np.array([len(frozenset.union(*(info.devices for info in group))) for group in infos_of_node], np.int64)
 
 
-def count_cores(seats):
+def count_cores(infos):
     """Count the cores that a node's ranks can keep busy together, by affinity and quotas."""
-    return whole_cores(usable_cpus(seats, 0))
+    return whole_cores(usable_cpus(infos, 0))
 
 
-def usable_cpus(seats, depth):
+def usable_cpus(infos, depth):
     """Find what the quotas below `depth` leave these ranks, and their affinity -> CPUs.
 
     The ranks in a control group share its quota; those in different groups, steps or containers, have each their own.
     """
     groups, free = {}, []
-    for seat in seats:
-        if len(seat.cpu_quotas) > depth:
-            groups.setdefault(seat.cpu_quotas[depth], []).append(seat)
+    for info in infos:
+        if len(info.cpu_quotas) > depth:
+            groups.setdefault(info.cpu_quotas[depth], []).append(info)
         else:
-            free.append(seat)
+            free.append(info)
     cpus = sum(min(quota, usable_cpus(group, depth + 1)) for (_, quota), group in groups.items())
-    return min(cpus + count_affine(free), count_affine(seats))
+    return min(cpus + count_affine(free), count_affine(infos))
 
 
-def count_affine(seats):
+def count_affine(infos):
     """Count the cores that any of these ranks may be scheduled on."""
-    return len(frozenset().union(*(seat.cores for seat in seats)))
+    return len(frozenset().union(*(info.cores for info in infos)))
 
 
 def usable_memory_bytes():

@@ -4,13 +4,13 @@ import sys
 
 import numpy as np
 
-from hpcmoe.cluster.names import match_names, tell_doubtful
-from hpcmoe.cluster.topology import NO_UPLINKS, PORTS_TAKEN, Links, load_topology, port_maxima
+from hpcmoe.cluster.names import format_ambiguous, match_names
+from hpcmoe.cluster.topology import NO_UPLINKS, PORTS_TAKEN, ClusterLinks, load_topology, port_maxima
 from hpcmoe.errors import ClusterError
 
 
 def take_links(cluster, node_names, rack_names):
-    """Take the links of [cluster] or of its links_file -> (Links, dict fact: source).
+    """Take the links of [cluster] or of its links_file -> (ClusterLinks, dict fact: source).
 
     Raises ClusterError that names the key or file, and the entry, where they do not fit the nodes and racks.
     """
@@ -33,7 +33,7 @@ def take_links(cluster, node_names, rack_names):
 
 
 def config_links(cluster, node_names, rack_names):
-    """Take the links as [cluster] has them; what it leaves out is guessed, and said to be -> (Links, source)."""
+    """Take the links as [cluster] has them; what it leaves out is guessed, and said to be -> (ClusterLinks, source)."""
     num_nodes, num_racks = len(node_names), len(rack_names)
     source = {"links": "config", "ports": "config", "uplinks": "config"}
     rates = shaped(cluster.bytes_per_second, (num_nodes, num_nodes), "bytes_per_second")
@@ -45,7 +45,7 @@ def config_links(cluster, node_names, rack_names):
         source["uplinks"] = NO_UPLINKS
 
     egress, ingress = port_maxima(rates)
-    links = Links(
+    links = ClusterLinks(
         bytes_per_second=rates,
         latency_seconds=shaped(cluster.latency_seconds or np.zeros_like(rates), rates.shape, "latency_seconds"),
         egress_bytes_per_second=shaped(
@@ -74,11 +74,11 @@ def shaped(value, shape, key):
 
 
 def saved_links(saved, node_names, rack_names, path):
-    """Pick this run's nodes and racks by name from a Topology, which may hold more of them -> (Links, source)."""
-    found, doubtful = match_names(node_names, saved.node_names)
+    """Pick this run's nodes and racks by name from a Topology, which may hold more of them -> (ClusterLinks, source)."""
+    found, ambiguous = match_names(node_names, saved.node_names)
     missing = [name for name in node_names if name not in found]
     if missing:
-        unclear = f" ({tell_doubtful(doubtful)})" if doubtful else ""
+        unclear = f" ({format_ambiguous(ambiguous)})" if ambiguous else ""
         raise ClusterError(
             f"[cluster] links_file = {path}: has no links of {', '.join(missing)}{unclear}; "
             f"the run's nodes are {', '.join(node_names)}, the file's {', '.join(saved.node_names)}"
@@ -94,7 +94,7 @@ def saved_links(saved, node_names, rack_names, path):
     strange = [name for name in rack_names if name not in uplink_of_rack]
     if strange and len(rack_names) > 1:
         source["uplinks"] = f"file {path}; of {', '.join(strange)} {NO_UPLINKS}"
-    links = Links(
+    links = ClusterLinks(
         bytes_per_second=saved.bytes_per_second[np.ix_(nodes, nodes)],
         latency_seconds=saved.latency_seconds[np.ix_(nodes, nodes)],
         egress_bytes_per_second=saved.egress_bytes_per_second[nodes],

@@ -29,13 +29,13 @@ def match_names(wanted: Iterable[str], known: Iterable[str]) -> tuple[dict[str, 
     for name, others in candidates.items():
         for other in others:
             claims[other].append(name)
-    doubtful = {}
+    ambiguous = {}
     for name, others in candidates.items():
         if len(others) == 1 and len(claims[others[0]]) == 1:
             found[name] = others[0]
         elif others:
-            doubtful[name] = others
-    return found, doubtful
+            ambiguous[name] = others
+    return found, ambiguous
 
 
 def is_same_node(name: str, other: str) -> bool:
@@ -51,6 +51,6 @@ def starts_of(name: str) -> list[str]:
     return [".".join(labels[:count]) for count in range(1, len(labels) + 1)]
 
 
-def tell_doubtful(doubtful: dict[str, list[str]]) -> str:
+def format_ambiguous(ambiguous: dict[str, list[str]]) -> str:
     """Say which names may be of several nodes, one clause each."""
-    return "; ".join(f"{name} may be {' or '.join(others)}" for name, others in doubtful.items())
+    return "; ".join(f"{name} may be {' or '.join(others)}" for name, others in ambiguous.items())

@@ -9,7 +9,7 @@ import re
 import subprocess
 from collections import Counter
 
-from hpcmoe.cluster.names import is_same_node, match_names, tell_doubtful
+from hpcmoe.cluster.names import format_ambiguous, is_same_node, match_names
 from hpcmoe.environment import environment_without, read_setting
 from hpcmoe.errors import ClusterError
 
@@ -26,7 +26,7 @@ ONE, UNKNOWN = "rack0", "unknown"  # the rack of all where nothing is told; of t
 NO_WORD = "no word of racks: one for all"
 
 
-def find_racks(seats_of_node, names, cluster):
+def find_racks(infos_of_node, names, cluster):
     """Name each node's rack: by the config, else by Slurm, else one for all -> (names [nodes], source).
 
     Nodes of which Slurm tells nothing are one rack, "unknown", beside those that it tells; a warning names them.
@@ -38,12 +38,12 @@ def find_racks(seats_of_node, names, cluster):
         return racks, "config"
 
     # The tasks' own addresses cost nothing; Slurm's controller is asked where they do not tell all.
-    told, is_flat, doubt = read_addresses(seats_of_node, names)
+    told, is_flat, doubt = read_addresses(infos_of_node, names)
     if is_flat:
         return [ONE] * len(names), "SLURM_TOPOLOGY_ADDR_PATTERN: no switches"
     if None not in told:
         return told, "SLURM_TOPOLOGY_ADDR"
-    asked, faults = ask_slurm(seats_of_node, names)
+    asked, faults = ask_slurm(infos_of_node, names)
     faults = [doubt, *faults] if doubt else faults
     racks = [asked.get(name, rack) for name, rack in zip(names, told, strict=True)]
 
@@ -69,14 +69,14 @@ def list_some(names):
     return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def read_addresses(seats_of_node, names):
+def read_addresses(infos_of_node, names):
     """Read the racks in the tasks' addresses -> (racks [nodes], None where not told; is Slurm flat?; what is wrong).
 
     Where addresses contradict each other none is believed: a launcher has handed them on from where the job began.
     """
     unknown = [None] * len(names)
     pattern = read_setting("SLURM_TOPOLOGY_ADDR_PATTERN")  # the whole cluster's, so rank 0's will do for a rank without
-    seen = [{(seat.address, seat.address_pattern or pattern) for seat in group} for group in seats_of_node]
+    seen = [{(info.address, info.address_pattern or pattern) for info in group} for group in infos_of_node]
     several = [name for name, of_node in zip(names, seen, strict=True) if len(of_node) > 1]
     if several:
         return unknown, False, f"ranks of {list_some(several)} have different SLURM_TOPOLOGY_ADDR"
@@ -87,7 +87,7 @@ def read_addresses(seats_of_node, names):
     shared = shared_by(given, names)
     if shared:
         return unknown, False, f"SLURM_TOPOLOGY_ADDR of {list_some(shared)} is another node's"
-    own = [group[0].name for group in seats_of_node]
+    own = [group[0].name for group in infos_of_node]
     split = [split_address(*facts, name) for facts, name in zip(given, own, strict=True)]
     racks = [rack for rack, _ in split]
     absent = [name for name, rack in zip(names, racks, strict=True) if rack is None]
@@ -130,7 +130,7 @@ def split_address(address, pattern, name):
     return rack or None, ".".join(labels[at:])
 
 
-def ask_slurm(seats_of_node, names):
+def ask_slurm(infos_of_node, names):
     """Ask Slurm's controller, within a job, for the nodes' racks -> (dict name: rack, list of what is wrong)."""
     if not read_setting("SLURM_JOB_ID"):
         return {}, []
@@ -139,12 +139,12 @@ def ask_slurm(seats_of_node, names):
         rack_of_host, faults = read_switches(lines)
     except ClusterError as fault:
         return {}, [str(fault)]
-    found, doubtful = match_names((group[0].name for group in seats_of_node), rack_of_host)
-    if doubtful:
-        faults.append(tell_doubtful(doubtful))
-    own = {name: group[0].name for name, group in zip(names, seats_of_node, strict=True)}
+    found, ambiguous = match_names((group[0].name for group in infos_of_node), rack_of_host)
+    if ambiguous:
+        faults.append(format_ambiguous(ambiguous))
+    own = {name: group[0].name for name, group in zip(names, infos_of_node, strict=True)}
     racks = {name: rack_of_host[found[host]] for name, host in own.items() if host in found}
-    absent = [name for name, host in own.items() if host not in found | doubtful]
+    absent = [name for name, host in own.items() if host not in found | ambiguous]
     if absent and any(line.strip() not in NO_SWITCHES for line in lines):
         faults.append(f"scontrol show topology has no switch over {list_some(absent)}")
     return racks, faults

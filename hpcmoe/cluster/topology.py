@@ -15,7 +15,7 @@ NO_UPLINKS = "not given, taken as without limit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Links:
+class ClusterLinks:
     """What joins the nodes."""
 
     bytes_per_second: np.ndarray  # [nodes, nodes] float64, a pair alone; the diagonal is within the node

@@ -1,8 +1,8 @@
 """What carries rows between devices: each rank sends a part of one buffer to each other, and receives into another.
 
-A leg is one way of an exchange. Its buffers lie on a device, so two things must be known of each: when the device has
-written what is sent, which is what the leg waits for; and when it may read what has come, which is behind an event.
-The counts are known to all before a leg starts. Here is the plainest way: MPI on the buffers as they are.
+A transfer is one way of an exchange. Its buffers lie on a device, so two things must be known of each: when the device has
+written what is sent, which is what the transfer waits for; and when it may read what has come, which is behind an event.
+The counts are known to all before a transfer starts. Here is the plainest way: MPI on the buffers as they are.
 """
 
 from dataclasses import dataclass
@@ -24,23 +24,23 @@ class Buffer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Leg:
+class Transfer:
     """Rows from one buffer to each of P ranks, and from each of them into another buffer."""
 
     tag: int
     name: str  # for who reads an error
     send: Buffer
     send_edges: np.ndarray  # [P + 1] int64: rank r gets rows send_edges[r] to send_edges[r + 1]
-    receive: Buffer
-    receive_edges: np.ndarray  # [P + 1] int64
+    recv: Buffer
+    recv_edges: np.ndarray  # [P + 1] int64
 
-    def sent_to(self, rank):
+    def send_slice(self, rank):
         """The rows for a rank -> slice."""
         return slice(int(self.send_edges[rank]), int(self.send_edges[rank + 1]))
 
-    def received_from(self, rank):
+    def recv_slice(self, rank):
         """The rows of a rank -> slice."""
-        return slice(int(self.receive_edges[rank]), int(self.receive_edges[rank + 1]))
+        return slice(int(self.recv_edges[rank]), int(self.recv_edges[rank + 1]))
 
     def peers(self, rank, size):
         """Yield with whom a rank exchanges at once -> (rank that is sent to, rank that is received from).
@@ -50,34 +50,34 @@ class Leg:
         yield from (((rank + step) % size, (rank - step) % size) for step in range(1, size))
 
 
-class Pending(Protocol):
-    """A leg under way."""
+class Request(Protocol):
+    """A transfer under way."""
 
-    landed: bool  # what was received may be read by what waits for `event`
-    gone: bool  # what was sent may be written over
-    event: Any  # of the device, once it has landed
+    recv_done: bool  # what was received may be read by what waits for `event`
+    send_done: bool  # what was sent may be written over
+    event: Any  # of the device, once it has recv_done
 
     def is_over(self):
         """Whether the device has nothing left to do for it."""
 
 
-class Carrier(Protocol):
-    """Carries legs among the P ranks of a group, without blocking."""
+class AllToAll(Protocol):
+    """Carries transfers among the P ranks of a group, without blocking."""
 
     name: str
 
-    def start(self, leg, ready, after):
-        """Begin a leg when `ready`, an event, has happened and the Pending `after`, if any, is gone -> Pending.
+    def start(self, transfer, ready, after):
+        """Begin a transfer when `ready`, an event, has happened and the Request `after`, if any, is send_done -> Request.
 
         All that the device has done with either buffer lies before `ready`. Legs start in the same order on all ranks
         where `in_order` says so.
         """
 
     def poke(self):
-        """Go on with all legs, without waiting -> whether anything moved."""
+        """Go on with all transfers, without waiting -> whether anything moved."""
 
 
-class DirectCarrier:
+class DirectAllToAll:
     """MPI's Isend and Irecv on buffers of the device: on the host, or with an MPI that takes device pointers."""
 
     name = "mpi, direct"
@@ -85,74 +85,74 @@ class DirectCarrier:
 
     def __init__(self, transport, device):
         self.transport, self.device = transport, device
-        self.pending = []
+        self.requests = []
 
-    def start(self, leg, ready, after):
-        """Begin a leg -> Pending."""
-        pending = DirectPending(self, leg, ready, after)
-        self.pending.append(pending)
-        pending.poke()
-        return pending
+    def start(self, transfer, ready, after):
+        """Begin a transfer -> Request."""
+        request = DirectRequest(self, transfer, ready, after)
+        self.requests.append(request)
+        request.poke()
+        return request
 
     def poke(self):
-        """Go on with all legs -> whether anything moved."""
-        return poke_all(self)
+        """Go on with all transfers -> whether anything moved."""
+        return poke_requests(self)
 
 
-def poke_all(carrier):
-    """Go on with the messages and then the legs of a carrier by MPI -> whether anything moved."""
-    moved = carrier.transport.poke()
-    for pending in carrier.pending:
-        moved |= pending.poke()
-    carrier.pending = [pending for pending in carrier.pending if not pending.is_over()]
+def poke_requests(all_to_all):
+    """Go on with the messages and then the transfers of a all_to_all by MPI -> whether anything moved."""
+    moved = all_to_all.transport.poke()
+    for request in all_to_all.requests:
+        moved |= request.poke()
+    all_to_all.requests = [request for request in all_to_all.requests if not request.is_over()]
     return moved
 
 
-class DirectPending:
-    """A leg whose messages are whole."""
+class DirectRequest:
+    """A transfer whose messages are whole."""
 
-    def __init__(self, carrier, leg, ready, after):
-        self.carrier, self.leg, self.ready, self.after = carrier, leg, ready, after
-        self.landed = self.gone = False
+    def __init__(self, all_to_all, transfer, ready, after):
+        self.all_to_all, self.transfer, self.ready, self.after = all_to_all, transfer, ready, after
+        self.recv_done = self.send_done = False
         self.sends = self.receives = self.event = None
 
     def poke(self):
         """Begin when that may be, and see what is done -> whether anything has changed."""
-        before = self.sends is not None, self.landed, self.gone
+        before = self.sends is not None, self.recv_done, self.send_done
         if self.sends is None and may_begin(self):
             self.begin()
         if self.sends is not None:
-            self.gone = all(ticket.done for ticket in self.sends)
-            self.landed = all(ticket.done for ticket in self.receives)
-        return before != (self.sends is not None, self.landed, self.gone)
+            self.send_done = all(request.done for request in self.sends)
+            self.recv_done = all(request.done for request in self.receives)
+        return before != (self.sends is not None, self.recv_done, self.send_done)
 
     def begin(self):
         """Send and receive all; what this rank keeps is copied on the device."""
-        leg, transport = self.leg, self.carrier.transport
+        transfer, transport = self.transfer, self.all_to_all.transport
         self.sends, self.receives = [], []
-        self.event = copy_own(self.carrier.device, leg, transport.rank)
-        for target, source in leg.peers(transport.rank, transport.size):
-            rows = leg.receive.array[leg.received_from(source)]
+        self.event = copy_own(self.all_to_all.device, transfer, transport.rank)
+        for target, source in transfer.peers(transport.rank, transport.size):
+            rows = transfer.recv.array[transfer.recv_slice(source)]
             if len(rows):
-                self.receives.append(transport.receive_rows(rows, source, leg.tag))
-            rows = leg.send.array[leg.sent_to(target)]
+                self.receives.append(transport.recv_rows(rows, source, transfer.tag))
+            rows = transfer.send.array[transfer.send_slice(target)]
             if len(rows):
-                self.sends.append(transport.send_rows(rows, target, leg.tag))
+                self.sends.append(transport.send_rows(rows, target, transfer.tag))
 
     def is_over(self):
         """Whether the device has nothing left to do for it."""
-        return self.landed and self.gone and self.event.query()
+        return self.recv_done and self.send_done and self.event.query()
 
 
-def may_begin(pending):
-    """Whether a leg by MPI may touch its buffers: the device has written the one and is done with the other."""
-    return (pending.after is None or pending.after.gone) and pending.ready.query()
+def may_begin(request):
+    """Whether a transfer by MPI may touch its buffers: the device has written the one and is done with the other."""
+    return (request.after is None or request.after.send_done) and request.ready.query()
 
 
-def copy_own(device, leg, rank):
+def copy_own(device, transfer, rank):
     """Copy the rows that a rank sends to itself, on the send stream -> Event."""
-    rows = leg.send.tensor[leg.sent_to(rank)]
-    with device.use(device.send):
+    rows = transfer.send.tensor[transfer.send_slice(rank)]
+    with device.use(device.send_stream):
         if len(rows):
-            leg.receive.tensor[leg.received_from(rank)].copy_(rows, non_blocking=True)
-        return device.send.record_event()
+            transfer.recv.tensor[transfer.recv_slice(rank)].copy_(rows, non_blocking=True)
+        return device.send_stream.record_event()

@@ -10,7 +10,7 @@ import importlib.util
 import torch
 
 from hpcmoe.comm.all_to_all import Buffer
-from hpcmoe.comm.rows import open_mover
+from hpcmoe.comm.rows import open_row_ops
 from hpcmoe.errors import ClusterError
 
 CUPY = 'cupy is missing: pip install "hpcmoe[gpu]", or cupy-cuda12x where the driver is of CUDA 12'
@@ -24,7 +24,7 @@ def count_gpus():
     return torch.cuda.device_count()
 
 
-def find_missing():
+def find_missing_cuda():
     """Find what keeps this rank from a GPU -> the reason in a few words, None where nothing does."""
     if count_gpus() == 0:
         built = "torch finds no CUDA device here" if torch.version.cuda else "this torch is built without CUDA"
@@ -41,14 +41,14 @@ class CudaDevice:
         cupy = import_cupy()
         torch.cuda.set_device(index)
         self.cupy, self.torch_device = cupy, torch.device("cuda", index)
-        self.enter_thread()
+        self.bind_thread()
         self.pool = cupy.cuda.MemoryPool()  # of message buffers alone: torch's pool never holds them
-        self.compute = torch.cuda.default_stream()
-        self.send, self.receive = torch.cuda.Stream(), torch.cuda.Stream()
+        self.compute_stream = torch.cuda.default_stream()
+        self.send_stream, self.recv_stream = torch.cuda.Stream(), torch.cuda.Stream()
         cupy.cuda.Stream.null.use()  # kernels of our own go to the compute stream, which is this one
-        self.mover = open_mover(functools.partial(compile_kernel, cupy))
+        self.row_ops = open_row_ops(functools.partial(compile_kernel, cupy))
 
-    def enter_thread(self):
+    def bind_thread(self):
         """Make this GPU the calling thread's own: MPI, where it progresses messages on a GPU, looks for it there."""
         self.cupy.cuda.Device(self.torch_device.index).use()
 
@@ -62,25 +62,25 @@ class CudaDevice:
         torch.cuda.empty_cache()
         with self.cupy.cuda.using_allocator(self.pool.malloc):
             array = self.cupy.zeros((num_rows, row_bytes), self.cupy.uint8)
-        self.settle()  # whoever writes first need not know of the zeros
+        self.synchronize()  # whoever writes first need not know of the zeros
         return Buffer(array=array, tensor=torch.from_dlpack(array))
 
     def make_pinned(self, num_rows, row_bytes):
         """Allocate host memory that the GPU copies from and to by itself -> uint8 tensor [num_rows, row_bytes]."""
         return torch.zeros(num_rows, row_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def fetch(self, tensor):
+    def copy_to_host(self, tensor):
         """Begin to copy a tensor to the host on the compute stream -> (host tensor, event of its arrival)."""
         arriving = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         arriving.copy_(tensor, non_blocking=True)
-        return arriving, self.compute.record_event()
+        return arriving, self.compute_stream.record_event()
 
-    def bring(self, array):
+    def copy_from_host(self, array):
         """Copy a NumPy array to the GPU on the compute stream -> tensor; the host does not wait."""
         pinned = torch.from_numpy(array).pin_memory()  # for other memory CUDA may wait for the stream, from 64 KB on
         return pinned.to(self.torch_device, non_blocking=True)
 
-    def settle(self):
+    def synchronize(self):
         """Wait until all streams have done their work."""
         torch.cuda.synchronize()
 

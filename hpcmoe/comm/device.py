@@ -1,13 +1,13 @@
 """Host or CUDA: where arrays live, how rows get from them into message buffers and back, and when they are there.
 
 On the host rows pass through memory that ranks share (hpcmoe.comm.window); GPUs have buffers of their own, and
-carriers between them (hpcmoe.comm.cuda, hpcmoe.comm.all_to_all).
+all-to-all backends between them (hpcmoe.comm.cuda, hpcmoe.comm.all_to_all).
 """
 
 import torch
 from torch import nn
 
-from hpcmoe.comm.cuda import CudaDevice, count_gpus, find_missing
+from hpcmoe.comm.cuda import CudaDevice, count_gpus, find_missing_cuda
 from hpcmoe.errors import ClusterError
 
 
@@ -40,17 +40,17 @@ class HostDevice:
     torch_device = torch.device("cpu")
 
     def __init__(self):
-        self.compute = self.send = self.receive = HostStream()
+        self.compute_stream = self.send_stream = self.recv_stream = HostStream()
 
     def make_buffer(self, num_rows, row_bytes):
         """Allocate and touch a message buffer -> uint8 tensor [num_rows, row_bytes]."""
         return torch.zeros(num_rows, row_bytes, dtype=torch.uint8)
 
-    def fetch(self, tensor):
+    def copy_to_host(self, tensor):
         """Begin to copy a tensor to the host -> (host tensor, event of its arrival); here it is its own copy."""
         return tensor, HostEvent()
 
-    def bring(self, array):
+    def copy_from_host(self, array):
         """See a NumPy array as a tensor -> it, of the same memory."""
         return torch.from_numpy(array)
 
@@ -59,11 +59,11 @@ class HostDevice:
         target.copy_(rows)
         return HostEvent()
 
-    def take(self, table, order):
+    def gather(self, table, order):
         """Gather message rows table[order] -> a fresh tensor [n, H] on the device."""
         return table.index_select(0, order)
 
-    def lay(self, rows, table, order):
+    def scatter(self, rows, table, order):
         """Write rows [n, H] to message rows table[order], order an int64 array."""
         table.view(torch.uint8).numpy()[order] = rows.view(torch.uint8).numpy()  # twice as fast as torch's index_copy_
 
@@ -81,7 +81,7 @@ def open_device(kind, local_rank):
 
     Ranks of a node take its GPUs in turn. Raises ClusterError when "cuda" is asked for and something is missing.
     """
-    missing = None if kind == "host" else find_missing()
+    missing = None if kind == "host" else find_missing_cuda()
     match kind:
         case "host":
             return HostDevice()

@@ -1,6 +1,6 @@
 """NCCL between GPUs: rows in groups of sends and receives on the send stream, and what sums are made of.
 
-NCCL matches by order of issue, so all ranks start the same legs, and the same sums, in the same order. What goes wrong
+NCCL matches by order of issue, so all ranks start the same transfers, and the same sums, in the same order. What goes wrong
 on the way is asked for at every poke: NCCL itself only stops.
 """
 
@@ -35,13 +35,13 @@ def open_nccl(world, comms, device, nccl):
     MPI. Raises ClusterError on all ranks of world when one cannot join. Collective over world.
     """
     have_nccl_keep_order()
-    groups = {name: Group(nccl, join(world, comm, nccl), device, comm) for name, comm in comms.items()}
+    groups = {name: NcclGroup(nccl, join(world, comm, nccl), device, comm) for name, comm in comms.items()}
     try:
         yield groups
     except BaseException:
         abort(nccl, groups.values())
         raise
-    device.settle()
+    device.synchronize()
     for group in groups.values():
         group.communicator.destroy()
 
@@ -70,7 +70,7 @@ def abort(nccl, groups):
         nccl.groupEnd()
 
 
-class Group:
+class NcclGroup:
     """The ranks of an NCCL communicator."""
 
     def __init__(self, nccl, communicator, device, comm):
@@ -80,7 +80,7 @@ class Group:
         self.others = [rank for rank in range(comm.size) if rank != comm.rank]
 
     @contextlib.contextmanager
-    def faults_named(self, name, peers):
+    def name_errors(self, name, peers):
         """Within, turn what NCCL says into a ClusterError that names what was done, and with whom."""
         try:
             yield
@@ -89,21 +89,21 @@ class Group:
             raise ClusterError(f"NCCL, {name}, with ranks {ranks} of the group: {fault}") from fault
 
     def check(self, name, peers):
-        """Raise ClusterError when something has gone wrong in what was begun with these ranks."""
-        with self.faults_named(name, peers):
+        """Raise ClusterError when something has send_done wrong in what was begun with these ranks."""
+        with self.name_errors(name, peers):
             self.communicator.check_async_error()
 
     @contextlib.contextmanager
     def together(self, name, peers):
         """Within, gather calls to be launched as one."""
-        with self.faults_named(name, peers):
+        with self.name_errors(name, peers):
             self.nccl.groupStart()
             try:
                 yield
             finally:
                 self.nccl.groupEnd()
 
-    def swap(self, outgoing, incoming, stream, name):
+    def send_recv(self, outgoing, incoming, stream, name):
         """Send contiguous tensors to ranks and receive others, ((rank, tensor), ...), at once on a stream -> the ranks.
 
         Between two ranks tensors are matched by their order.
@@ -128,51 +128,51 @@ class Group:
     def all_reduce(self, tensor, stream, name):
         """Sum a contiguous float32 tensor over the ranks, in place, on a stream."""
         address, nccl = tensor.data_ptr(), self.nccl
-        with self.faults_named(name, self.others):
+        with self.name_errors(name, self.others):
             self.communicator.allReduce(
                 address, address, tensor.numel(), nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream.cuda_stream
             )
 
 
-class NcclCarrier:
+class NcclAllToAll:
     """Grouped sends and receives."""
 
     name = "nccl"
     in_order = True
 
     def __init__(self, group):
-        self.group, self.pending = group, []
+        self.group, self.requests = group, []
 
-    def start(self, leg, ready, after):
-        """Begin a leg -> Pending. `after` went by the same stream, so nothing need be waited for."""
-        pending = NcclPending(self.group, leg, ready)
-        self.pending.append(pending)
-        return pending
+    def start(self, transfer, ready, after):
+        """Begin a transfer -> Request. `after` went by the same stream, so nothing need be waited for."""
+        request = NcclRequest(self.group, transfer, ready)
+        self.requests.append(request)
+        return request
 
     def poke(self):
         """Ask whether something went wrong; forget what is over -> whether any is."""
-        for pending in self.pending:
-            self.group.check(pending.leg.name, pending.peers)
-        left = [pending for pending in self.pending if not pending.is_over()]
-        moved, self.pending = len(left) < len(self.pending), left
+        for request in self.requests:
+            self.group.check(request.transfer.name, request.peers)
+        left = [request for request in self.requests if not request.is_over()]
+        moved, self.requests = len(left) < len(self.requests), left
         return moved
 
 
-class NcclPending:
-    """A leg that the device has been given whole: it has landed and gone for whatever comes behind its event."""
+class NcclRequest:
+    """A transfer that the device has been given whole: it has recv_done and send_done for whatever comes behind its event."""
 
-    landed = gone = True
+    recv_done = send_done = True
 
-    def __init__(self, group, leg, ready):
-        self.leg, device = leg, group.device
-        device.send.wait_event(ready)
-        copy_own(device, leg, group.rank)
-        peers = list(leg.peers(group.rank, group.size))
-        outgoing = [(rank, leg.send.tensor[leg.sent_to(rank)]) for rank, _ in peers]
-        incoming = [(rank, leg.receive.tensor[leg.received_from(rank)]) for _, rank in peers]
+    def __init__(self, group, transfer, ready):
+        self.transfer, device = transfer, group.device
+        device.send_stream.wait_event(ready)
+        copy_own(device, transfer, group.rank)
+        peers = list(transfer.peers(group.rank, group.size))
+        outgoing = [(rank, transfer.send.tensor[transfer.send_slice(rank)]) for rank, _ in peers]
+        incoming = [(rank, transfer.recv.tensor[transfer.recv_slice(rank)]) for _, rank in peers]
         outgoing, incoming = ([(rank, rows) for rank, rows in side if len(rows)] for side in (outgoing, incoming))
-        self.peers = group.swap(outgoing, incoming, device.send, leg.name)
-        self.event = device.send.record_event()
+        self.peers = group.send_recv(outgoing, incoming, device.send_stream, transfer.name)
+        self.event = device.send_stream.record_event()
 
     def is_over(self):
         """Whether the device has nothing left to do for it."""

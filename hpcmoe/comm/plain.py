@@ -7,7 +7,7 @@ import torch
 
 from hpcmoe.comm.all_to_all import Buffer
 from hpcmoe.comm.device import HostStream
-from hpcmoe.comm.rows import TorchMover
+from hpcmoe.comm.rows import TorchRowOps
 
 
 class PlainDevice:
@@ -15,12 +15,12 @@ class PlainDevice:
 
     name = "plain"
     torch_device = torch.device("cpu")
-    mover = TorchMover()
+    row_ops = TorchRowOps()
 
     def __init__(self):
-        self.compute, self.send, self.receive = HostStream(), HostStream(), HostStream()
+        self.compute_stream, self.send_stream, self.recv_stream = HostStream(), HostStream(), HostStream()
 
-    def enter_thread(self):
+    def bind_thread(self):
         """Need nothing: the host's memory is every thread's."""
 
     def use(self, stream):
@@ -36,15 +36,15 @@ class PlainDevice:
         """Allocate host memory that the device copies from and to -> uint8 tensor [num_rows, row_bytes]."""
         return torch.zeros(num_rows, row_bytes, dtype=torch.uint8)
 
-    def fetch(self, tensor):
+    def copy_to_host(self, tensor):
         """Begin to copy a tensor to the host on the compute stream -> (host tensor, event of its arrival)."""
-        return tensor.clone(), self.compute.record_event()
+        return tensor.clone(), self.compute_stream.record_event()
 
-    def bring(self, array):
+    def copy_from_host(self, array):
         """Copy a NumPy array to the device on the compute stream -> tensor."""
         return torch.from_numpy(array.copy())
 
-    def settle(self):
+    def synchronize(self):
         """Wait until all streams have done their work."""
 
     def read_memory(self):

@@ -20,30 +20,30 @@ class HostReducer:
     def __init__(self, mesh, device, bucket):
         """bucket: numbers that one message sums at most."""
         self.mesh, self.device, self.bucket = mesh, device, bucket
-        self.overlaps = device.name == "host"  # for a GPU's numbers the host would have to wait
+        self.can_overlap = device.name == "host"  # for a GPU's numbers the host would have to wait
 
     @contextlib.contextmanager
-    def lend(self, flat):
+    def open_for_sums(self, flat):
         """Give a tensor's numbers in the host's memory, and in the end lay down there what has become of them."""
-        host, event = self.device.fetch(flat)
+        host, event = self.device.copy_to_host(flat)
         event.synchronize()  # host waits for the device here: all ranks are to begin their sums in one order
         yield host
         if host is not flat:
             flat.copy_(host, non_blocking=True)
 
-    def swap(self, outgoing, incoming):
+    def send_recv(self, outgoing, incoming):
         """Send tensors to ranks of mesh.ep and receive others: ((tag, rank, tensor), ...), all lent."""
         requests = [self.mesh.ep.Irecv(tensor.numpy(), rank, tag) for tag, rank, tensor in incoming]
         requests += [self.mesh.ep.Isend(tensor.numpy(), rank, tag) for tag, rank, tensor in outgoing]
         yield from until_done(requests)
 
-    def sum_over(self, name, flat):
+    def all_reduce(self, name, flat):
         """Sum a lent flat tensor over mesh.world or mesh.dp, whose name it is, in place."""
         comm = getattr(self.mesh, name)
         if comm.size > 1 and len(flat):
             yield from until_done([start_all_reduce(comm, piece.numpy()) for piece in flat.split(self.bucket)])
 
-    def gather(self, flat, counts):
+    def all_gather(self, flat, counts):
         """Give all ranks of mesh.world all of a lent flat tensor; rank r has its r-th part, counts[r] numbers."""
         edges = np.cumsum([0, *counts[:-1]]).tolist()
         yield from until_done([self.mesh.world.Iallgatherv(MPI.IN_PLACE, [flat.numpy(), counts, edges, MPI.FLOAT])])
@@ -51,7 +51,7 @@ class HostReducer:
     def poke(self):
         """There is nothing to look after but what the generators do."""
 
-    def join(self):
+    def finish(self):
         """Wait for nothing: what is summed is there when its generator is over."""
         return ()
 
@@ -63,38 +63,38 @@ class NcclReducer:
     several communicators has everything on one stream.
     """
 
-    overlaps = True
+    can_overlap = True
 
     def __init__(self, mesh, device, groups):
-        """groups: comm.nccl.Group by name, "world" and "dp", each where it has more ranks than one."""
+        """groups: comm.nccl.NcclGroup by name, "world" and "dp", each where it has more ranks than one."""
         self.device, self.groups, self.world_ranks = device, groups, mesh.ep_ranks
         in_order = all(group.nccl.get_version() >= IN_ORDER_VERSION for group in groups.values())
-        self.stream = device.receive if in_order else device.send
+        self.stream = device.recv_stream if in_order else device.send_stream
 
     @contextlib.contextmanager
-    def lend(self, flat):
+    def open_for_sums(self, flat):
         """Give the tensor itself, to be worked on behind what the compute stream has done, before control returns."""
-        self.stream.wait_event(self.device.compute.record_event())
+        self.stream.wait_event(self.device.compute_stream.record_event())
         with self.device.use(self.stream):
             yield flat
 
-    def swap(self, outgoing, incoming):
+    def send_recv(self, outgoing, incoming):
         """Send tensors to ranks of mesh.ep and receive others: ((tag, rank, tensor), ...), all contiguous."""
         sides = [  # between two ranks NCCL knows an array by its turn
             [(self.world_ranks[rank], tensor) for tag, rank, tensor in sorted(side, key=lambda entry: entry[:2])]
             for side in (outgoing, incoming)
         ]
         if any(sides):
-            self.groups["world"].swap(*sides, self.stream, "gradients of an expert's copies")
+            self.groups["world"].send_recv(*sides, self.stream, "gradients of an expert's copies")
         return ()
 
-    def sum_over(self, name, flat):
+    def all_reduce(self, name, flat):
         """Sum a flat tensor over mesh.world or mesh.dp, whose name it is, in place."""
         if name in self.groups and len(flat):
             self.groups[name].all_reduce(flat, self.stream, f"sum of gradients over {name}")
         return ()
 
-    def gather(self, flat, counts):
+    def all_gather(self, flat, counts):
         """Give all ranks of mesh.world all of a flat tensor; rank r has its r-th part, counts[r] numbers."""
         parts = [(rank, part) for rank, part in enumerate(flat.split(counts)) if len(part)]
         self.groups["world"].spread(parts, self.stream, "parameters stepped elsewhere")
@@ -105,9 +105,9 @@ class NcclReducer:
         for name, group in self.groups.items():
             group.check(f"sum of gradients over {name}", group.others)
 
-    def join(self):
+    def finish(self):
         """Have the compute stream wait for all sums; yields until they are made."""
         event = self.stream.record_event()
-        self.device.compute.wait_event(event)
+        self.device.compute_stream.wait_event(event)
         while not event.query():  # not blindly: an NCCL that has failed would never come to it
             yield

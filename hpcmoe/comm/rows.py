@@ -20,11 +20,11 @@ ANY = torch.float32, torch.float32, 1  # the dtypes and chunk of a kernel that h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
+class RowView:
     """Rows of a device, as a move reads or writes them."""
 
     values: torch.Tensor  # [n, H], the numbers of a row side by side
-    beside: torch.Tensor | None  # [n] float32
+    gate_values: torch.Tensor | None  # [n] float32
     order: torch.Tensor | None = None  # [m] int64: which are meant, one after the other; None: the first m
 
 
@@ -32,26 +32,32 @@ class Rows:
 class Copies:
     """Where rows are spread to, said both ways."""
 
-    entries: torch.Tensor  # [T, K] int64: the row of each copy, -1: none; kernels write a token to all its rows
+    row_of_assignment: (
+        torch.Tensor
+    )  # [T, K] int64: the row of each copy, -1: none; kernels write a token to all its rows
     order: torch.Tensor | None  # [n] int64: the copy, t * K + k, of each row; torch alone looks for each row's source
 
-    def first(self, num_rows):
+    def limit_to(self, num_rows):
         """Mean only those that lie in the first rows -> Copies."""
-        return self if self.order is None else Copies(entries=self.entries, order=self.order[:num_rows])
+        return (
+            self
+            if self.order is None
+            else Copies(row_of_assignment=self.row_of_assignment, order=self.order[:num_rows])
+        )
 
 
-def open_mover(compile_kernel):
-    """Have our kernels move rows where they can be compiled, else torch -> a mover whose name says which, and why."""
-    mover = KernelMover(compile_kernel)
+def open_row_ops(compile_kernel):
+    """Have our kernels move rows where they can be compiled, else torch -> a row_ops whose name says which, and why."""
+    row_ops = KernelRowOps(compile_kernel)
     try:
-        mover.find_kernel("spread_rows", torch.float32, torch.bfloat16, 8)
+        row_ops.find_kernel("spread_rows", torch.float32, torch.bfloat16, 8)
     except Exception as fault:  # of CuPy, of its compiler, or of the system that looks for this
         first_line = (str(fault).splitlines() or [type(fault).__name__])[0]
-        return TorchMover(f"torch, for our kernels cannot be compiled: {first_line}")
-    return mover
+        return TorchRowOps(f"torch, for our kernels cannot be compiled: {first_line}")
+    return row_ops
 
 
-class TorchMover:
+class TorchRowOps:
     """Moves rows by torch."""
 
     def __init__(self, name="torch"):
@@ -60,7 +66,7 @@ class TorchMover:
     def prepare(self, table):
         """Need nothing beforehand."""
 
-    def arrange(self, slots, kept, num_slots):
+    def sort_by_slot(self, slots, kept, num_slots):
         """Put copies in order by their slots [T, K], kept [T, K] bool or None (all) -> (Copies, ends [num_slots]).
 
         Those of a slot keep their order, and end at an int64; those that are not kept come last, and have no row.
@@ -70,30 +76,30 @@ class TorchMover:
         ordered, order = key.sort(stable=True)
         row = torch.empty_like(order).scatter_(0, order, torch.arange(len(key), device=key.device))
         ends = torch.searchsorted(ordered, torch.arange(1, num_slots + 1, device=key.device))
-        return Copies(entries=row.view(slots.shape).masked_fill(~kept, -1), order=order), ends
+        return Copies(row_of_assignment=row.view(slots.shape).masked_fill(~kept, -1), order=order), ends
 
     def move(self, source, target):
-        """Write the rows of one Rows into those of another, in its precision, and the numbers beside them if any."""
+        """Write the rows of one RowView into those of another, in its precision, and the numbers beside them if any."""
         move_by_torch(source.values.to(target.values.dtype), source.order, target.values, target.order)
-        if source.beside is not None:
-            move_by_torch(source.beside, source.order, target.beside, target.order)
+        if source.gate_values is not None:
+            move_by_torch(source.gate_values, source.order, target.gate_values, target.order)
 
-    def spread(self, rows, numbers, copies, target):
-        """Write row t of rows [T, H] and each of numbers [T, K] to those rows of a Rows where Copies have them."""
+    def permute(self, rows, numbers, copies, target):
+        """Write row t of rows [T, H] and each of numbers [T, K] to those rows of a RowView where Copies have them."""
         tokens = copies.order // numbers.shape[1]
         move_by_torch(rows.to(target.values.dtype), tokens, target.values, None)
-        move_by_torch(numbers.flatten(), copies.order, target.beside, None)
+        move_by_torch(numbers.flatten(), copies.order, target.gate_values, None)
 
     def sum(self, table, entries, weights):
         """Sum rows of a table [n, H], table[entries[t, k]] * weights[t, k] over k -> fresh [T, H] float32.
 
         An entry below 0 is none, for which the table's last row must be zero. Sums and weights have its precision.
         """
-        entries, weights = last_for_none(entries, table), weights.to(table.dtype)
+        entries, weights = replace_none_by_last(entries, table), weights.to(table.dtype)
         return nn.functional.embedding_bag(entries, table, mode="sum", per_sample_weights=weights).float()
 
 
-def last_for_none(entries, table):
+def replace_none_by_last(entries, table):
     """Name the last row of a table, which is zero, where an entry is below 0 -> entries."""
     return torch.where(entries < 0, len(table) - 1, entries)
 
@@ -109,7 +115,7 @@ def move_by_torch(source, source_order, target, target_order):
         target[: len(source)].copy_(source)
 
 
-class KernelMover:
+class KernelRowOps:
     """Moves rows by the kernels of rows.cu, each compiled when it is first needed, or before.
 
     All raise ValueError for what a kernel would misread.
@@ -130,7 +136,7 @@ class KernelMover:
         for name in ("count_copies", "place_copies"):
             self.find_kernel(name, *ANY)
 
-    def arrange(self, slots, kept, num_slots):
+    def sort_by_slot(self, slots, kept, num_slots):
         """Put copies in order by their slots [T, K], kept [T, K] bool or None (all) -> (Copies, ends [num_slots]).
 
         Those of a slot keep their order, and end at an int64; those that are not kept have no row. No order of copies
@@ -149,22 +155,22 @@ class KernelMover:
         ends = ends.flatten().cumsum(0)
         places = (*given, ends.data_ptr(), num_chunks, chunk, entries.data_ptr())
         self.find_kernel("place_copies", *ANY)((grid,), (THREADS, 1), places)
-        return Copies(entries=entries, order=None), ends[num_chunks - 1 :: num_chunks]
+        return Copies(row_of_assignment=entries, order=None), ends[num_chunks - 1 :: num_chunks]
 
     def move(self, source, target):
-        """Write the rows of one Rows into those of another, in its precision, and the numbers beside them if any."""
+        """Write the rows of one RowView into those of another, in its precision, and the numbers beside them if any."""
         lengths = {len(order) for order in (source.order, target.order) if order is not None} or {len(source.values)}
         num_rows = lengths.pop()
         too_short = any(side.order is None and len(side.values) < num_rows for side in (source, target))
-        if lengths or too_short or (source.beside is not None and target.beside is None):
+        if lengths or too_short or (source.gate_values is not None and target.gate_values is None):
             raise ValueError("a move's two sides must have as many rows, and numbers beside them")
         self.launch(
             "move_rows", source.values, target.values, num_rows, (*point_to(source), *point_to(target), num_rows)
         )
 
-    def spread(self, rows, numbers, copies, target):
-        """Write row t of rows [T, H] and each of numbers [T, K] to those rows of a Rows where Copies have them."""
-        entries, numbers = copies.entries.contiguous(), numbers.contiguous()
+    def permute(self, rows, numbers, copies, target):
+        """Write row t of rows [T, H] and each of numbers [T, K] to those rows of a RowView where Copies have them."""
+        entries, numbers = copies.row_of_assignment.contiguous(), numbers.contiguous()
         require_dtype(entries, torch.int64)
         require_dtype(numbers, torch.float32)
         source = rows.data_ptr(), rows.stride(0), numbers.data_ptr(), entries.data_ptr(), numbers.shape[1]
@@ -205,8 +211,8 @@ class KernelMover:
 
 
 def point_to(rows):
-    """Point to a Rows -> its address and pitch, those of the numbers beside it, and the address of its order, or 0."""
-    beside, order = rows.beside, rows.order
+    """Point to a RowView -> its address and pitch, those of the numbers beside it, and the address of its order, or 0."""
+    beside, order = rows.gate_values, rows.order
     require_dtype(order, torch.int64)
     require_dtype(beside, torch.float32)
     if order is not None and not order.is_contiguous():

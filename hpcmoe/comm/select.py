@@ -3,10 +3,10 @@
 import contextlib
 from dataclasses import dataclass
 
-from hpcmoe.comm.all_to_all import DirectCarrier
-from hpcmoe.comm.nccl import NcclCarrier, find_nccl, open_nccl
+from hpcmoe.comm.all_to_all import DirectAllToAll
+from hpcmoe.comm.nccl import NcclAllToAll, find_nccl, open_nccl
 from hpcmoe.comm.pointers import ask_mpi
-from hpcmoe.comm.staging import StagedCarrier
+from hpcmoe.comm.staging import StagedAllToAll
 from hpcmoe.environment import NCCL_SHARES, may_share_gpus
 from hpcmoe.errors import ClusterError
 from hpcmoe.wait import gather_to_all
@@ -15,7 +15,7 @@ MULTI_RANK_VERSION = 23000  # of NCCL, as it counts: 2.30 may run several ranks 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sight:
+class TransportSupport:
     """What one rank sees of the ways that its rows could take."""
 
     gpu: str | None  # its name, the same for all its ranks; None: rows lie on the host
@@ -28,47 +28,51 @@ class Sight:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class SelectedBackend:
     """Who carries rows, and why."""
 
     kind: str  # "nccl", "direct" or "staged"
     reason: str
 
 
-def choose(comm_config, sights, schedule):
-    """Choose who carries rows for [comm] transport and buffers, from what each rank sees -> Choice.
+def select_backend(comm_config, support_of_rank, schedule):
+    """Choose who carries rows for [comm] transport and buffers, from what each rank sees -> SelectedBackend.
 
     Raises ClusterError when the config asks for what is not there.
     """
-    transport, no_nccl = comm_config.transport, why_not_nccl(sights, schedule)
+    transport, no_nccl = comm_config.transport, why_not_nccl(support_of_rank, schedule)
     if transport == "nccl" and no_nccl:
         raise ClusterError(f'[comm] transport = "nccl": {no_nccl}; use "mpi", or "auto" to take what there is')
     if transport == "nccl" or (transport == "auto" and not no_nccl):
-        return Choice(kind="nccl", reason=f"each rank has a GPU, and NCCL {name_version(sights[0].nccl)}")
-    return choose_mpi(comm_config.buffers, sights, f"no NCCL: {no_nccl}; " if transport == "auto" else "")
+        return SelectedBackend(
+            kind="nccl", reason=f"each rank has a GPU, and NCCL {name_version(support_of_rank[0].nccl)}"
+        )
+    return select_mpi_backend(
+        comm_config.buffers, support_of_rank, f"no NCCL: {no_nccl}; " if transport == "auto" else ""
+    )
 
 
-def choose_mpi(buffers, sights, why):
-    """Choose how MPI carries rows for [comm] buffers -> Choice, whose reason begins with why it is MPI.
+def select_mpi_backend(buffers, support_of_rank, why):
+    """Choose how MPI carries rows for [comm] buffers -> SelectedBackend, whose reason begins with why it is MPI.
 
     Raises ClusterError when the config asks for what is not there.
     """
-    no_direct = why_not_direct(sights, buffers == "direct")
+    no_direct = why_not_direct(support_of_rank, buffers == "direct")
     if buffers == "direct" and no_direct:
         raise ClusterError(f'[comm] buffers = "direct": {no_direct}; use "staged", or "auto" to take what there is')
     if buffers == "staged":
-        return Choice(kind="staged", reason=f"{why}[comm] buffers")
+        return SelectedBackend(kind="staged", reason=f"{why}[comm] buffers")
     if no_direct:
-        return Choice(kind="staged", reason=why + no_direct)
-    return Choice(kind="direct", reason=why + sights[0].answer)
+        return SelectedBackend(kind="staged", reason=why + no_direct)
+    return SelectedBackend(kind="direct", reason=why + support_of_rank[0].answer)
 
 
-def look(comm, device):
-    """See which ways this rank's rows could take -> Sight."""
+def read_transport_support(comm, device):
+    """See which ways this rank's rows could take -> TransportSupport."""
     memory = device.read_memory()
     nccl, no_nccl = find_nccl() if memory else (None, "no GPU")
     takes, ucx_takes, answer = ask_mpi(comm)
-    return Sight(
+    return TransportSupport(
         gpu=memory and memory[0],
         nccl=nccl and nccl.get_version(),
         no_nccl=no_nccl or "",
@@ -79,64 +83,70 @@ def look(comm, device):
     )
 
 
-def describe_movers(comm, device):
+def describe_row_ops(comm, device):
     """Say who moves rows on the ranks' devices -> lines. Collective over comm."""
-    return [f"moved by {name}" for name in sorted(set(gather_to_all(comm, device.mover.name)))]
+    return [f"moved by {name}" for name in sorted(set(gather_to_all(comm, device.row_ops.name)))]
 
 
 @contextlib.contextmanager
-def open_carrier(kind, comm, device, row_bytes, transport):
-    """Open who carries rows among the ranks of comm -> Carrier. Collective over comm.
+def open_all_to_all(kind, comm, device, row_bytes, transport):
+    """Open who carries rows among the ranks of comm -> AllToAll. Collective over comm.
 
     transport is MPI's, of rows of this width among the same ranks.
     """
     match kind:
         case "nccl":
             with open_nccl(comm, {"rows": comm}, device, find_nccl()[0]) as groups:
-                yield NcclCarrier(groups["rows"])
+                yield NcclAllToAll(groups["rows"])
         case "direct":
-            yield DirectCarrier(transport, device)
+            yield DirectAllToAll(transport, device)
         case "staged":
-            yield StagedCarrier(transport, device, row_bytes)
+            yield StagedAllToAll(transport, device, row_bytes)
         case _:
-            raise ValueError(f"unknown carrier {kind}")
+            raise ValueError(f"unknown all_to_all {kind}")
 
 
-def why_not_nccl(sights, schedule):
+def why_not_nccl(support_of_rank, schedule):
     """Find what keeps these ranks from NCCL -> a few words, "" where nothing does."""
-    for rank, sight in enumerate(sights):
-        if sight.gpu is None:
+    for rank, support in enumerate(support_of_rank):
+        if support.gpu is None:
             return f"rank {rank} has no GPU"
-        if sight.nccl is None:
-            return f"rank {rank}: {sight.no_nccl}"
-    if len({sight.nccl for sight in sights}) > 1:
-        versions = sorted({name_version(sight.nccl) for sight in sights})
+        if support.nccl is None:
+            return f"rank {rank}: {support.no_nccl}"
+    if len({support.nccl for support in support_of_rank}) > 1:
+        versions = sorted({name_version(support.nccl) for support in support_of_rank})
         return f"the ranks have different versions of it: {', '.join(versions)}"
     if schedule == "arrival":
-        return '[pipeline] schedule = "arrival" starts legs in another order on each rank, which NCCL cannot take'
-    gpus = [sight.gpu for sight in sights]
+        return '[pipeline] schedule = "arrival" starts transfers in another order on each rank, which NCCL cannot take'
+    gpus = [support.gpu for support in support_of_rank]
     shared = next((gpu for gpu in gpus if gpus.count(gpu) > 1), None)
-    if shared and (sights[0].nccl < MULTI_RANK_VERSION or not all(sight.shares for sight in sights)):
+    if shared and (
+        support_of_rank[0].nccl < MULTI_RANK_VERSION or not all(support.shares for support in support_of_rank)
+    ):
         ranks = ", ".join(str(rank) for rank, gpu in enumerate(gpus) if gpu == shared)
         return f"ranks {ranks} share a GPU: NCCL wants one rank a GPU, or from 2.30 on {NCCL_SHARES}=1"
     return ""
 
 
-def why_not_direct(sights, asked):
+def why_not_direct(support_of_rank, asked):
     """Find what keeps MPI from taking the ranks' buffers as they are -> a few words, "" where nothing does.
 
     asked: whether the user has asked for it. Where UCX takes what MPI says it does not, nobody else may choose it.
     """
-    for rank, sight in enumerate(sights):
-        takes = sight.takes_pointers or (asked and sight.ucx_takes)
-        if sight.gpu is not None and not takes:
-            return f"rank {rank}: {sight.answer}"
+    for rank, support in enumerate(support_of_rank):
+        takes = support.takes_pointers or (asked and support.ucx_takes)
+        if support.gpu is not None and not takes:
+            return f"rank {rank}: {support.answer}"
     return ""
 
 
-def why_not_each(sights):
-    """Find what keeps these ranks from each carrier, were it asked for -> dict kind: a few words, "" where nothing."""
-    return {"nccl": why_not_nccl(sights, "overlap"), "direct": why_not_direct(sights, asked=True), "staged": ""}
+def find_obstacles(support_of_rank):
+    """Find what keeps these ranks from each all_to_all, were it asked for -> dict kind: a few words, "" where nothing."""
+    return {
+        "nccl": why_not_nccl(support_of_rank, "overlap"),
+        "direct": why_not_direct(support_of_rank, asked=True),
+        "staged": "",
+    }
 
 
 def name_version(number):

@@ -1,29 +1,29 @@
-"""A carrier tried on a small exchange: every rank's rows must reach every other whole."""
+"""A all_to_all tried on a small exchange: every rank's rows must reach every other whole."""
 
 import time
 
 import numpy as np
 import torch
 
-from hpcmoe.comm.all_to_all import Leg
+from hpcmoe.comm.all_to_all import Transfer
 from hpcmoe.comm.mpi import open_mpi_transport
-from hpcmoe.comm.select import open_carrier
+from hpcmoe.comm.select import open_all_to_all
 from hpcmoe.errors import ClusterError, on_all
-from hpcmoe.wait import Patience
+from hpcmoe.wait import Backoff
 
 ROW_BYTES, ROWS = 4096, 256  # 1 MB for each rank
 DEADLINE_SECONDS = 30.0
 TIMES = 3  # of which the fastest counts
 
 
-def try_carrier(kind, comm, device):
+def run_self_test(kind, comm, device):
     """Send 1 MB from each rank to each -> bytes per second that left a rank. Collective over comm.
 
     Raises ClusterError on all ranks when rows come late or wrong.
     """
     with (
-        open_mpi_transport(comm, ROW_BYTES, begin_thread=device.enter_thread) as transport,
-        open_carrier(kind, comm, device, ROW_BYTES, transport) as carrier,
+        open_mpi_transport(comm, ROW_BYTES, bind_thread=device.bind_thread) as transport,
+        open_all_to_all(kind, comm, device, ROW_BYTES, transport) as all_to_all,
     ):
         send = device.make_buffer(comm.size * ROWS, ROW_BYTES)
         receive = device.make_buffer(comm.size * ROWS, ROW_BYTES)
@@ -31,8 +31,8 @@ def try_carrier(kind, comm, device):
         seconds = []
         for number in range(TIMES):
             send.tensor.copy_(pattern(comm.rank, np.arange(comm.size), number, device))
-            leg = Leg(tag=number, name="trial", send=send, send_edges=edges, receive=receive, receive_edges=edges)
-            seconds.append(on_all(comm, lambda leg=leg: carry(carrier, leg, device)))
+            transfer = Transfer(tag=number, name="trial", send=send, send_edges=edges, recv=receive, recv_edges=edges)
+            seconds.append(on_all(comm, lambda transfer=transfer: carry(all_to_all, transfer, device)))
             expected = pattern(np.arange(comm.size), comm.rank, number, device)
             on_all(comm, lambda expected=expected: compare(receive.tensor, expected, comm.size))
         return comm.size * ROWS * ROW_BYTES / min(seconds)
@@ -45,16 +45,16 @@ def pattern(source, target, number, device):
     return torch.from_numpy((rows % 256).astype(np.uint8)).to(device.torch_device).reshape(-1, 1)
 
 
-def carry(carrier, leg, device):
-    """Carry a leg to its end -> seconds. Raises ClusterError when it takes too long."""
-    begun, patience = time.perf_counter(), Patience()
-    pending = carrier.start(leg, device.compute.record_event(), None)
-    while not (pending.landed and pending.gone and pending.is_over()):
-        if not carrier.poke():
-            patience.pause()
+def carry(all_to_all, transfer, device):
+    """Carry a transfer to its end -> seconds. Raises ClusterError when it takes too long."""
+    begun, backoff = time.perf_counter(), Backoff()
+    request = all_to_all.start(transfer, device.compute_stream.record_event(), None)
+    while not (request.recv_done and request.send_done and request.is_over()):
+        if not all_to_all.poke():
+            backoff.pause()
         if time.perf_counter() - begun > DEADLINE_SECONDS:
-            raise ClusterError(f"{carrier.name}: not done after {DEADLINE_SECONDS:.0f} s")
-    device.compute.wait_event(pending.event)
+            raise ClusterError(f"{all_to_all.name}: not done after {DEADLINE_SECONDS:.0f} s")
+    device.compute_stream.wait_event(request.event)
     return time.perf_counter() - begun
 
 

@@ -6,13 +6,13 @@ other rank's pinned memory, and from there to its device on the receive stream.
 
 from collections import deque
 
-from hpcmoe.comm.all_to_all import copy_own, may_begin, poke_all
+from hpcmoe.comm.all_to_all import copy_own, may_begin, poke_requests
 
-PIECE_BYTES = 2**22  # long enough for a copy's and a message's full speed, short beside what a rank sends
-MOST_PIECES = 8  # of a leg that are on their way out, and as many on their way in
+_PIECE_BYTES = 2**22  # long enough for a copy's and a message's full speed, short beside what a rank sends
+MOST_PIECES = 8  # of a transfer that are on their way out, and as many on their way in
 
 
-class StagedCarrier:
+class StagedAllToAll:
     """MPI on pieces of pinned memory."""
 
     name = "mpi, staged"
@@ -20,19 +20,19 @@ class StagedCarrier:
 
     def __init__(self, transport, device, row_bytes):
         self.transport, self.device, self.row_bytes = transport, device, row_bytes
-        self.piece_rows = max(PIECE_BYTES // row_bytes, 1)
-        self.pending, self.free = [], []
+        self.piece_rows = max(_PIECE_BYTES // row_bytes, 1)
+        self.requests, self.free = [], []
 
-    def start(self, leg, ready, after):
-        """Begin a leg -> Pending."""
-        pending = StagedPending(self, leg, ready, after)
-        self.pending.append(pending)
-        pending.poke()
-        return pending
+    def start(self, transfer, ready, after):
+        """Begin a transfer -> Request."""
+        request = StagedRequest(self, transfer, ready, after)
+        self.requests.append(request)
+        request.poke()
+        return request
 
     def poke(self):
-        """Go on with all legs -> whether anything moved."""
-        return poke_all(self)
+        """Go on with all transfers -> whether anything moved."""
+        return poke_requests(self)
 
     def take_piece(self):
         """Take pinned memory for a piece -> uint8 tensor [piece_rows, row_bytes] on the host."""
@@ -50,36 +50,36 @@ class Piece:
     def __init__(self, memory, rows, peer):
         self.memory, self.rows, self.peer = memory, rows, peer
         self.staged = memory[: rows.stop - rows.start]
-        self.event = self.ticket = None
+        self.event = self.request = None
 
 
-class StagedPending:
-    """A leg in pieces."""
+class StagedRequest:
+    """A transfer in pieces."""
 
-    def __init__(self, carrier, leg, ready, after):
-        self.carrier, self.leg, self.ready, self.after = carrier, leg, ready, after
-        rank, size = carrier.transport.rank, carrier.transport.size
+    def __init__(self, all_to_all, transfer, ready, after):
+        self.all_to_all, self.transfer, self.ready, self.after = all_to_all, transfer, ready, after
+        rank, size = all_to_all.transport.rank, all_to_all.transport.size
         self.to_send, self.to_receive = deque(), deque()
-        for target, source in leg.peers(rank, size):
-            self.to_send += [(target, rows) for rows in carrier.cut(leg.sent_to(target))]
-            self.to_receive += [(source, rows) for rows in carrier.cut(leg.received_from(source))]
+        for target, source in transfer.peers(rank, size):
+            self.to_send += [(target, rows) for rows in all_to_all.cut(transfer.send_slice(target))]
+            self.to_receive += [(source, rows) for rows in all_to_all.cut(transfer.recv_slice(source))]
         self.copied_out, self.sending, self.receiving, self.copied_in = deque(), [], [], deque()
         self.begun = False
         self.event = self.own = None
 
     @property
-    def gone(self):
+    def send_done(self):
         """Whether all has been sent."""
         return self.begun and not (self.to_send or self.copied_out or self.sending)
 
     @property
-    def landed(self):
+    def recv_done(self):
         """Whether all has been received, and its copies to the device are under way."""
         return self.begun and not (self.to_receive or self.receiving)
 
     def is_over(self):
         """Whether the device has nothing left to do for it."""
-        return self.gone and self.landed and not self.copied_in and self.event.query()
+        return self.send_done and self.recv_done and not self.copied_in and self.event.query()
 
     def poke(self):
         """Take every piece as far as it can go -> whether anything has changed."""
@@ -93,29 +93,29 @@ class StagedPending:
 
     def begin(self):
         """Let both streams wait for what has been done with the buffers, and start the first pieces."""
-        device, self.begun = self.carrier.device, True
-        device.send.wait_event(self.ready)
-        device.receive.wait_event(self.ready)
-        self.event = copy_own(device, self.leg, self.carrier.transport.rank)
-        device.receive.wait_event(self.event)
-        self.event = device.receive.record_event()
+        device, self.begun = self.all_to_all.device, True
+        device.send_stream.wait_event(self.ready)
+        device.recv_stream.wait_event(self.ready)
+        self.event = copy_own(device, self.transfer, self.all_to_all.transport.rank)
+        device.recv_stream.wait_event(self.event)
+        self.event = device.recv_stream.record_event()
         self.fill()
 
     def fill(self):
         """Take up new pieces while there is room -> whether any."""
-        carrier, moved = self.carrier, False
+        all_to_all, moved = self.all_to_all, False
         while self.to_receive and len(self.receiving) + len(self.copied_in) < MOST_PIECES:
             peer, rows = self.to_receive.popleft()
-            piece = Piece(carrier.take_piece(), rows, peer)
-            piece.ticket = carrier.transport.receive_rows(piece.staged.numpy(), peer, self.leg.tag)
+            piece = Piece(all_to_all.take_piece(), rows, peer)
+            piece.request = all_to_all.transport.recv_rows(piece.staged.numpy(), peer, self.transfer.tag)
             self.receiving.append(piece)
             moved = True
         while self.to_send and len(self.copied_out) + len(self.sending) < MOST_PIECES:
             peer, rows = self.to_send.popleft()
-            piece = Piece(carrier.take_piece(), rows, peer)
-            with carrier.device.use(carrier.device.send):
-                piece.staged.copy_(self.leg.send.tensor[rows], non_blocking=True)
-                piece.event = carrier.device.send.record_event()
+            piece = Piece(all_to_all.take_piece(), rows, peer)
+            with all_to_all.device.use(all_to_all.device.send_stream):
+                piece.staged.copy_(self.transfer.send.tensor[rows], non_blocking=True)
+                piece.event = all_to_all.device.send_stream.record_event()
             self.copied_out.append(piece)
             moved = True
         return moved
@@ -125,26 +125,26 @@ class StagedPending:
         moved = False
         while self.copied_out and self.copied_out[0].event.query():
             piece = self.copied_out.popleft()
-            piece.ticket = self.carrier.transport.send_rows(piece.staged.numpy(), piece.peer, self.leg.tag)
+            piece.request = self.all_to_all.transport.send_rows(piece.staged.numpy(), piece.peer, self.transfer.tag)
             self.sending.append(piece)
             moved = True
         return moved
 
     def free_sent(self):
         """Take the memory of pieces that have been sent back -> whether any."""
-        sent = [piece for piece in self.sending if piece.ticket.done]
-        self.sending = [piece for piece in self.sending if not piece.ticket.done]
-        self.carrier.free += [piece.memory for piece in sent]
+        sent = [piece for piece in self.sending if piece.request.done]
+        self.sending = [piece for piece in self.sending if not piece.request.done]
+        self.all_to_all.free += [piece.memory for piece in sent]
         return bool(sent)
 
     def copy_received(self):
         """Copy what has come to the device -> whether any."""
-        device, there = self.carrier.device, [piece for piece in self.receiving if piece.ticket.done]
-        self.receiving = [piece for piece in self.receiving if not piece.ticket.done]
-        with device.use(device.receive):
+        device, there = self.all_to_all.device, [piece for piece in self.receiving if piece.request.done]
+        self.receiving = [piece for piece in self.receiving if not piece.request.done]
+        with device.use(device.recv_stream):
             for piece in there:
-                self.leg.receive.tensor[piece.rows].copy_(piece.staged, non_blocking=True)
-                piece.event = self.event = device.receive.record_event()
+                self.transfer.recv.tensor[piece.rows].copy_(piece.staged, non_blocking=True)
+                piece.event = self.event = device.recv_stream.record_event()
                 self.copied_in.append(piece)
         return bool(there)
 
@@ -152,6 +152,6 @@ class StagedPending:
         """Take the memory of pieces that are on the device back -> whether any."""
         moved = False
         while self.copied_in and self.copied_in[0].event.query():
-            self.carrier.free.append(self.copied_in.popleft().memory)
+            self.all_to_all.free.append(self.copied_in.popleft().memory)
             moved = True
         return moved

@@ -21,7 +21,7 @@ class Direction(enum.IntEnum):
 HOMEWARD = {Direction.DISPATCH: Direction.COMBINE, Direction.COMBINE_BACKWARD: Direction.DISPATCH_BACKWARD}
 
 
-class Part(enum.IntEnum):
+class MessageKind(enum.IntEnum):
     """What a message of an exchange holds; part of its tag."""
 
     HEADER = 0  # what the parcels hold
@@ -29,7 +29,7 @@ class Part(enum.IntEnum):
     RETURN = 2  # the same on their way home
 
 
-class Ticket:
+class MessageRequest:
     """A message under way."""
 
     __slots__ = ("done",)
@@ -46,19 +46,19 @@ class Transport(Protocol):
     num_sent: int  # messages, ever
 
     def send_rows(self, rows, peer, tag):
-        """Begin to send uint8 rows [n, row_bytes], which must stay as they are until the ticket is done -> Ticket."""
+        """Begin to send uint8 rows [n, row_bytes], which must stay as they are until the request is done -> Request."""
 
-    def receive_rows(self, rows, peer, tag):
-        """Begin to receive into uint8 rows [n, row_bytes] -> Ticket."""
+    def recv_rows(self, rows, peer, tag):
+        """Begin to receive into uint8 rows [n, row_bytes] -> Request."""
 
     def send_words(self, words, peer, tag):
-        """Begin to send an int64 array -> Ticket."""
+        """Begin to send an int64 array -> Request."""
 
-    def receive_words(self, words, peer, tag):
-        """Begin to receive into an int64 array -> Ticket."""
+    def recv_words(self, words, peer, tag):
+        """Begin to receive into an int64 array -> Request."""
 
     def poke(self):
-        """Let messages progress and mark the tickets of those that are done, without waiting -> whether any is."""
+        """Let messages progress and mark the requests of those that are done, without waiting -> whether any is."""
 
 
 def make_tag(micro_batch: int, direction: Direction) -> int:
@@ -69,14 +69,14 @@ def make_tag(micro_batch: int, direction: Direction) -> int:
     return micro_batch * len(Direction) + direction
 
 
-def make_part_tag(exchange_tag, part, parcel, max_parcels):
+def make_message_tag(exchange_tag, kind, parcel, max_parcels):
     """Number a message of an exchange: parcels of one pair of ranks may overtake each other on their way back."""
-    return (exchange_tag * len(Part) + part) * max_parcels + parcel
+    return (exchange_tag * len(MessageKind) + kind) * max_parcels + parcel
 
 
 def count_tags(num_micro_batches: int, max_parcels: int) -> int:
     """Count the tags of all messages that may be under way."""
-    return num_micro_batches * len(Direction) * len(Part) * max_parcels
+    return num_micro_batches * len(Direction) * len(MessageKind) * max_parcels
 
 
 class Loopback:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from hpcmoe.comm.all_to_all import Leg
-from hpcmoe.comm.rows import Rows, last_for_none
-from hpcmoe.comm.transport import HOMEWARD, Direction, Part
+from hpcmoe.comm.all_to_all import Transfer
+from hpcmoe.comm.rows import RowView, replace_none_by_last
+from hpcmoe.comm.transport import HOMEWARD, Direction, MessageKind
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan, tag_of, tag_of_counts
 from hpcmoe.dispatch.router import for_shards
 from hpcmoe.dispatch.sizes import Sizes, round_rows
 from hpcmoe.dispatch.traffic import no_traffic
-from hpcmoe.wait import Patience, poke_all
+from hpcmoe.wait import Backoff, poke_all
 
 ALIGNMENT = 16  # bytes; GEMMs and copies read no row faster than those that begin there
 PAUSES = 16  # between two looks at everything
@@ -63,9 +63,9 @@ class Table:
         return len(self.buffer)
 
     def part(self, order=None, num_rows=None):
-        """See rows in an order, or the first num_rows, or all, as a move reads or writes them -> Rows."""
+        """See rows in an order, or the first num_rows, or all, as a move reads or writes them -> RowView."""
         end = num_rows if order is None else None
-        return Rows(values=self.rows[:end], beside=self.numbers[:end], order=order)
+        return RowView(values=self.rows[:end], gate_values=self.numbers[:end], order=order)
 
 
 class DeviceBerth:
@@ -75,11 +75,11 @@ class DeviceBerth:
         self.home = Table(sizes, device, sizes.home_rows)  # copies out, and their results back
         self.away = Table(sizes, device, sizes.away_rows)  # others' copies, and their results
         self.direction = None
-        self.outward = self.homeward = None  # Pending
+        self.outward = self.homeward = None  # Request
 
     def is_over(self):
         """Whether nothing is under way from or to these rows."""
-        return all(pending is None or pending.is_over() for pending in (self.outward, self.homeward))
+        return all(request is None or request.is_over() for request in (self.outward, self.homeward))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +100,16 @@ class Places:
 class DeviceExchange:
     """Carries the rows of one expert-parallel group for all layers and micro-batches."""
 
-    def __init__(self, carrier, transport, device, clock, ways, sum_groups=None):
-        """carrier takes the rows; transport, by MPI, the counts; ways are (DeviceSizes, Routes).
+    def __init__(self, all_to_all, transport, device, clock, ways, sum_groups=None):
+        """all_to_all takes the rows; transport, by MPI, the counts; ways are (DeviceSizes, Routes).
 
         sum_groups: NCCL's Groups that sum gradients, by name, where it carries the rows of a training.
         """
-        self.carrier, self.transport, self.device, self.clock = carrier, transport, device, clock
+        self.all_to_all, self.transport, self.device, self.clock = all_to_all, transport, device, clock
         (self.sizes, self.routes), self.sum_groups = ways, sum_groups
         self.num_slots = len(self.routes.place_of_slot)
         self.berths = [DeviceBerth(self.sizes, device) for _ in range(self.sizes.num_berths)]
-        device.mover.prepare(self.berths[0].home.rows)
+        device.row_ops.prepare(self.berths[0].home.rows)
         self.choosers, self.errands = weakref.WeakKeyDictionary(), []
         self.traffic = no_traffic(self.transport.size)
 
@@ -124,16 +124,16 @@ class DeviceExchange:
 
     def poke(self):
         """Let messages and errands progress, without waiting -> whether anything moved."""
-        return self.transport.poke() | self.carrier.poke() | poke_all(self.errands)
+        return self.transport.poke() | self.all_to_all.poke() | poke_all(self.errands)
 
     def count_news(self):
         """Nothing is told but by messages."""
         return 0
 
-    def wait_for_news(self, patience, before):
+    def wait_for_news(self, backoff, before):
         """Pause, a few times at most, until a message has moved."""
         for _ in range(PAUSES):
-            patience.pause()
+            backoff.pause()
             if self.poke():
                 return
 
@@ -161,21 +161,21 @@ class DeviceExchange:
         return DevicePlan(slots, kept, self.num_slots, self.device)
 
     def may_start(self, flight):
-        """Whether the next leg of a micro-batch can begin: all counts are known, and its rows are free."""
+        """Whether the next transfer of a micro-batch can begin: all counts are known, and its rows are free."""
         berth, counts = self.berths[flight.berth], flight.plan.counts
         known = counts.are_known(self.transport, tag_of_counts(flight))
-        return known and (berth.homeward is None or berth.homeward.gone)
+        return known and (berth.homeward is None or berth.homeward.send_done)
 
     def start_outward(self, flight, rows, gates, direction):
         """Pack the tokens' rows [T, H], and each copy's gate [T, K], and send them to their experts."""
         berth, counts = self.berths[flight.berth], flight.plan.counts
         self.pack(flight, rows, gates)
         berth.direction, berth.outward, berth.homeward = direction, None, None
-        self.make_room(berth, int(counts.receive_edges[-1]))
+        self.make_room(berth, int(counts.recv_edges[-1]))
         sides = {"send": berth.home.buffer, "send_edges": counts.send_edges,
-                 "receive": berth.away.buffer, "receive_edges": counts.receive_edges}  # fmt: skip
-        leg, ready = self.leg(flight, direction, **sides), self.device.compute.record_event()
-        berth.outward = self.carrier.start(leg, ready, None)
+                 "recv": berth.away.buffer, "recv_edges": counts.recv_edges}  # fmt: skip
+        transfer, ready = self.make_transfer(flight, direction, **sides), self.device.compute_stream.record_event()
+        berth.outward = self.all_to_all.start(transfer, ready, None)
         self.count(flight, direction)
 
     def make_room(self, berth, num_rows):
@@ -187,12 +187,12 @@ class DeviceExchange:
 
     def settle(self):
         """Wait until the device has done what it was given, while messages go on and faults are noticed."""
-        streams, patience = (self.device.compute, self.device.send, self.device.receive), Patience()
+        streams, backoff = (self.device.compute_stream, self.device.send_stream, self.device.recv_stream), Backoff()
         events = [stream.record_event() for stream in streams]
         while not all(event.query() for event in events):
             self.poke()
-            patience.pause()
-        self.carrier.poke()  # which holds a leg's buffers until it has seen that it is over
+            backoff.pause()
+        self.all_to_all.poke()  # which holds a transfer's buffers until it has seen that it is over
 
     def count(self, flight, direction):
         """Count what leaves for the experts."""
@@ -204,13 +204,13 @@ class DeviceExchange:
     def pack(self, flight, rows, gates):
         """Lay a row for each copy that is sent, and its gate, into the buffer at home, by destination."""
         berth, plan = self.berths[flight.berth], flight.plan
-        copies = plan.copies.first(int(plan.counts.send_edges[-1]))
-        self.device.mover.spread(rows.contiguous(), gates, copies, berth.home.part())
+        copies = plan.copies.limit_to(int(plan.counts.send_edges[-1]))
+        self.device.row_ops.permute(rows.contiguous(), gates, copies, berth.home.part())
 
-    def leg(self, flight, direction, **sides):
-        """Describe one way of a flight's rows -> Leg."""
+    def make_transfer(self, flight, direction, **sides):
+        """Describe one way of a flight's rows -> Transfer."""
         name = f"{direction.name.lower()} of layer {flight.layer}, micro-batch {flight.micro_batch}"
-        return Leg(tag=tag_of(flight, direction, Part.PARCEL), name=name, **sides)
+        return Transfer(tag=tag_of(flight, direction, MessageKind.PARCEL), name=name, **sides)
 
     def batches(self, flight):
         """Yield None until the rows for this rank's experts are on their way in order, then all of them as a batch."""
@@ -225,9 +225,9 @@ class DeviceExchange:
     def until_landed(self, flight):
         """Yield None until what came out may be worked on, by whatever the compute stream does next."""
         berth = self.berths[flight.berth]
-        while not berth.outward.landed:
+        while not berth.outward.recv_done:
             yield None
-        self.device.compute.wait_event(berth.outward.event)
+        self.device.compute_stream.wait_event(berth.outward.event)
 
     def rows_of(self, flight, batch):
         """Find where a batch's rows lie, and its results are to be laid -> Places."""
@@ -238,41 +238,41 @@ class DeviceExchange:
         away = places.berth.away
         rows = away.rows.new_empty(places.num_rows, self.sizes.hidden)
         numbers = away.numbers.new_empty(places.num_rows)
-        self.device.mover.move(away.part(places.order, places.num_rows), Rows(values=rows, beside=numbers))
+        self.device.row_ops.move(away.part(places.order, places.num_rows), RowView(values=rows, gate_values=numbers))
         return rows, numbers
 
     def lay(self, rows, places, numbers=None):
         """Lay rows [n, H], and numbers [n] if any, down where the rows were from which they were computed."""
-        source = Rows(values=rows.contiguous(), beside=numbers)
-        self.device.mover.move(source, places.berth.away.part(places.order))
+        source = RowView(values=rows.contiguous(), gate_values=numbers)
+        self.device.row_ops.move(source, places.berth.away.part(places.order))
 
     def finish(self, flight, batch):
         """Send the results home, to where their tokens were packed."""
         berth, counts = self.berths[flight.berth], flight.plan.counts
         direction = HOMEWARD[berth.direction]
-        sides = {"send": berth.away.buffer, "send_edges": counts.receive_edges,
-                 "receive": berth.home.buffer, "receive_edges": counts.send_edges}  # fmt: skip
-        berth.homeward = self.carrier.start(
-            self.leg(flight, direction, **sides), self.device.compute.record_event(), berth.outward
+        sides = {"send": berth.away.buffer, "send_edges": counts.recv_edges,
+                 "recv": berth.home.buffer, "recv_edges": counts.send_edges}  # fmt: skip
+        berth.homeward = self.all_to_all.start(
+            self.make_transfer(flight, direction, **sides), self.device.compute_stream.record_event(), berth.outward
         )
         self.traffic.rows[direction] += counts.coming.sum(axis=1)
 
     def is_home(self, flight):
         """Whether a micro-batch's results are home for whatever the compute stream does next."""
         berth = self.berths[flight.berth]
-        if berth.homeward is None or not berth.homeward.landed:
+        if berth.homeward is None or not berth.homeward.recv_done:
             return False
-        self.device.compute.wait_event(berth.homeward.event)
+        self.device.compute_stream.wait_event(berth.homeward.event)
         return True
 
     def sum_home(self, flight, gates):
         """Sum the rows that came home by token, a copy's times its gate [T, K] -> fresh [T, H] float32."""
         berth = self.berths[flight.berth]
-        return self.device.mover.sum(berth.home.rows, flight.plan.copies.entries, gates)
+        return self.device.row_ops.sum(berth.home.rows, flight.plan.copies.row_of_assignment, gates)
 
     def numbers_home(self, flight):
         """Collect the numbers that came home with the copies' results -> [T, K] float32, 0 where there is no copy."""
         berth = self.berths[flight.berth]
         numbers = berth.home.numbers
-        rows = last_for_none(flight.plan.copies.entries, numbers)
+        rows = replace_none_by_last(flight.plan.copies.row_of_assignment, numbers)
         return numbers.index_select(0, rows.flatten()).view(rows.shape)

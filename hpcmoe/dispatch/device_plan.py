@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import torch
 
-from hpcmoe.comm.transport import Direction, Part, make_part_tag, make_tag
+from hpcmoe.comm.transport import Direction, MessageKind, make_message_tag, make_tag
 from hpcmoe.dispatch.plan import BELOW_ONE
 
 
@@ -18,8 +18,8 @@ class DevicePlan:
     def __init__(self, slots, kept, num_slots, device):
         """slots [T, K], kept [T, K] bool or None (all), tensors on the device; num_slots of all ranks."""
         self.top_k = slots.shape[1]
-        self.copies, ends = device.mover.arrange(slots, kept, num_slots)  # which copy lies where at home
-        self.counts = Counts(*device.fetch(ends))
+        self.copies, ends = device.row_ops.sort_by_slot(slots, kept, num_slots)  # which copy lies where at home
+        self.counts = Counts(*device.copy_to_host(ends))
 
 
 class Counts:
@@ -29,15 +29,15 @@ class Counts:
         """fetched: int64 tensor [P * s] on the host, where each slot's rows end, there when the event has happened."""
         self.fetched, self.event = fetched, event
         self.leaving = self.coming = None  # [P, s] int64, once they are known
-        self.tickets = None
+        self.requests = None
 
     def are_known(self, transport, tag):
         """Whether both are known, and go on asking: a message to each rank. Here, and nowhere else, the host waits."""
-        if self.tickets is None:
+        if self.requests is None:
             if not self.event.query():
                 return False
             self.ask(transport, tag)
-        return all(ticket.done for ticket in self.tickets)
+        return all(request.done for request in self.requests)
 
     def ask(self, transport, tag):
         """Tell each rank what goes to its slots, and begin to hear what comes from it."""
@@ -45,8 +45,8 @@ class Counts:
         self.coming = np.empty_like(self.leaving)
         self.coming[transport.rank] = self.leaving[transport.rank]
         others = [rank for rank in range(transport.size) if rank != transport.rank]
-        self.tickets = [transport.receive_words(self.coming[rank], rank, tag) for rank in others]
-        self.tickets += [transport.send_words(self.leaving[rank], rank, tag) for rank in others]
+        self.requests = [transport.recv_words(self.coming[rank], rank, tag) for rank in others]
+        self.requests += [transport.send_words(self.leaving[rank], rank, tag) for rank in others]
 
     @functools.cached_property
     def send_edges(self):
@@ -54,7 +54,7 @@ class Counts:
         return edges_of(self.leaving.sum(axis=1))
 
     @functools.cached_property
-    def receive_edges(self):
+    def recv_edges(self):
         """Which rows here come from each rank -> [P + 1]."""
         return edges_of(self.coming.sum(axis=1))
 
@@ -70,7 +70,7 @@ class DeviceBatch:
         if min(coming.shape) > 1:
             first, lengths = edges_of(coming.ravel())[:-1].reshape(coming.shape), coming.T.ravel()
             shifts = first.T.ravel() - edges_of(lengths)[:-1]
-            self.order = device.bring(np.repeat(shifts, lengths) + np.arange(self.num_rows))
+            self.order = device.copy_from_host(np.repeat(shifts, lengths) + np.arange(self.num_rows))
 
     def portions(self, about_rows, apart=False):
         """There is one portion: the GEMMs of all slots are one -> (slice, ((slot, rows), ...)), if there are rows.
@@ -111,10 +111,10 @@ def edges_of(counts):
 
 
 def tag_of(flight, direction, part):
-    """Number the messages of one leg, or of the counts before it."""
-    return make_part_tag(make_tag(flight.micro_batch, direction), part, 0, 1)
+    """Number the messages of one transfer, or of the counts before it."""
+    return make_message_tag(make_tag(flight.micro_batch, direction), part, 0, 1)
 
 
 def tag_of_counts(flight):
     """Number the messages that tell the counts of a flight."""
-    return tag_of(flight, Direction.DISPATCH, Part.HEADER)
+    return tag_of(flight, Direction.DISPATCH, MessageKind.HEADER)

@@ -10,7 +10,7 @@ lays results straight into it. Between nodes the same rows pass through a parcel
 import numpy as np
 import torch
 
-from hpcmoe.comm.transport import HOMEWARD, Direction, Part, make_part_tag, make_tag
+from hpcmoe.comm.transport import HOMEWARD, Direction, MessageKind, make_message_tag, make_tag
 from hpcmoe.dispatch.arrivals import Arrivals
 from hpcmoe.dispatch.inbound import Hall, Landing, see_trailer
 from hpcmoe.dispatch.plan import make_plan
@@ -33,7 +33,7 @@ class Berth:
         self.zero = self.tokens + sizes.home_window_rows - 1  # a row that nobody writes
         self.send = device.make_buffer(sizes.parcel_rows, sizes.row_bytes)
         self.exchange, self.direction = 0, None  # number of the one under way, from 1; which way it goes out
-        self.tickets, self.returns = [], []  # of messages from here, and of those that come back
+        self.requests, self.returns = [], []  # of messages from here, and of those that come back
         self.arrivals = None
 
 
@@ -70,10 +70,10 @@ class Exchange:
         """Count how often any mate has told anything."""
         return self.window.count_news()
 
-    def wait_for_news(self, patience, before):
+    def wait_for_news(self, backoff, before):
         """Pause, a few times at most, until a message has moved or a mate has told more than `before`."""
         for _ in range(PAUSES):
-            patience.pause()
+            backoff.pause()
             if self.transport.poke() or poke_all(self.errands) or self.window.count_news() != before:
                 return
 
@@ -86,7 +86,7 @@ class Exchange:
     def is_idle(self):
         """Whether this rank has nothing left to do for others."""
         under_way = self.landings or self.errands
-        return not under_way and all(ticket.done for berth in self.berths for ticket in berth.tickets)
+        return not under_way and all(request.done for berth in self.berths for request in berth.requests)
 
     def plan(self, routing, chooser):
         """Choose a replica for each copy of a Routing, and find its way -> Plan."""
@@ -103,7 +103,7 @@ class Exchange:
     def may_start(self, flight):
         """Whether the next exchange of a micro-batch can be announced: its mates have read what it would overwrite."""
         berth = self.berths[flight.berth]
-        return self.window.may_post(berth.number, berth.exchange + 1) and all(t.done for t in berth.tickets)
+        return self.window.may_post(berth.number, berth.exchange + 1) and all(t.done for t in berth.requests)
 
     def start_outward(self, flight, rows, gates, direction):
         """Offer the tokens' rows [T, H], and each copy's gate [T, K], to the experts that the flight's plan names."""
@@ -135,19 +135,19 @@ class Exchange:
         of_landing = [[] for _ in self.routes.landings]
         for parcel in plan.parcels:
             of_landing[parcel.landing].append(parcel)
-        berth.tickets, berth.returns = [], []
+        berth.requests, berth.returns = [], []
         for peer, parcels in zip(self.routes.landings.tolist(), of_landing, strict=True):
             header = [[len(parcels)], *([parcel.num_tokens, *parcel.counts.ravel()] for parcel in parcels)]
-            berth.tickets.append(transport.send_words(np.concatenate(header), peer, tag_of(Part.HEADER)))
+            berth.requests.append(transport.send_words(np.concatenate(header), peer, tag_of(MessageKind.HEADER)))
             for number, parcel in enumerate(parcels):
                 num_rows = parcel.num_rows(row_bytes)
                 home = berth.results + parcel.first
                 rows = window.rows[home : home + num_rows]
-                berth.returns.append(transport.receive_rows(rows, peer, tag_of(Part.RETURN, number)))
+                berth.returns.append(transport.recv_rows(rows, peer, tag_of(MessageKind.RETURN, number)))
                 first = parcel.first - len(plan.copies)
                 rows = berth.send[first : first + num_rows].numpy()
                 self.pack(rows, berth.tokens, parcel, gates)
-                berth.tickets.append(transport.send_rows(rows, peer, tag_of(Part.PARCEL, number)))
+                berth.requests.append(transport.send_rows(rows, peer, tag_of(MessageKind.PARCEL, number)))
 
     def pack(self, rows, first, parcel, gates):
         """Lay a parcel's tokens, of those from window row `first` on, and its copies' numbers into a message."""
@@ -235,13 +235,13 @@ class Exchange:
         window, num_rows = self.window, round_rows(len(results))
         sources, numbers = np.full(num_rows, self.berths[0].zero), np.zeros(num_rows, np.float32)
         sources[: len(results)], numbers[: len(results)] = window.sources[results], window.numbers[results]
-        rows = self.device.take(self.table, torch.from_numpy(sources))
+        rows = self.device.gather(self.table, torch.from_numpy(sources))
         return rows, torch.from_numpy(numbers).to(self.device.torch_device)
 
     def lay(self, rows, results, numbers=None):
         """Lay rows [m, H], and numbers [m] if any, down at these result rows [n]; those beyond n are dropped."""
         rows = rows[: len(results)].to(self.sizes.dtype)
-        self.device.lay(rows, self.table, results)
+        self.device.scatter(rows, self.table, results)
         if numbers is not None:
             self.window.numbers[results] = numbers[: len(results)].numpy(force=True)
 
@@ -257,7 +257,7 @@ class Exchange:
     def is_home(self, flight):
         """Whether all results of a micro-batch are home."""
         berth = self.berths[flight.berth]
-        if not all(ticket.done for ticket in berth.returns):
+        if not all(request.done for request in berth.returns):
             return False
         return self.window.is_done(berth.number, berth.exchange, 0, flight.plan.counts)
 
@@ -288,4 +288,4 @@ class Exchange:
         """Number the messages of a micro-batch's exchange -> tag_of(part, parcel=0)."""
         tag = make_tag(flight.micro_batch, direction)
         max_parcels = self.window.sizes.max_parcels
-        return lambda part, parcel=0: make_part_tag(tag, part, parcel, max_parcels)
+        return lambda part, parcel=0: make_message_tag(tag, part, parcel, max_parcels)

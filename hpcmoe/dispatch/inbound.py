@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from hpcmoe.comm.transport import HOMEWARD, Direction, Part
+from hpcmoe.comm.transport import HOMEWARD, Direction, MessageKind
 from hpcmoe.dispatch.plan import num_trailing_rows
 
 
@@ -26,7 +26,7 @@ class Guest:
     num_tokens: int  # U
     counts: np.ndarray  # [mates, s] copies for each slot
     first: int = -1  # its first row in the window: tokens, their copies' numbers, results of the copies
-    ticket: Any = None  # of what is under way
+    request: Any = None  # of what is under way
     numbers: np.ndarray | None = None  # [C] float32 that came with the copies
 
     @property
@@ -45,9 +45,9 @@ class Landing:
         self.waiting, self.landing, self.working, self.leaving = [], [], [], []  # guests by what they wait for
 
     def expect(self, number, sender):
-        """Begin to receive the header of a sender -> (its number, words, ticket)."""
+        """Begin to receive the header of a sender -> (its number, words, request)."""
         words = np.zeros(self.hall.header_words(number), np.int64)
-        return number, words, self.hall.transport.receive_words(words, sender, self.tag_of(Part.HEADER))
+        return number, words, self.hall.transport.recv_words(words, sender, self.tag_of(MessageKind.HEADER))
 
     @property
     def is_over(self):
@@ -105,7 +105,9 @@ class Landing:
                 break
             guest.first, moved = first, True
             rows = window.rows[first : first + message_rows]
-            guest.ticket = self.hall.transport.receive_rows(rows, guest.sender, self.tag_of(Part.PARCEL, guest.number))
+            guest.request = self.hall.transport.recv_rows(
+                rows, guest.sender, self.tag_of(MessageKind.PARCEL, guest.number)
+            )
             self.landing.append(self.waiting.pop(0))
         return moved
 
@@ -135,7 +137,9 @@ class Landing:
             self.hall.sum_up(guest, weigh=self.direction == Direction.DISPATCH)
             self.hall.tally(HOMEWARD[self.direction], guest.sender, guest.num_tokens)
             rows = window.rows[guest.first : guest.first + self.hall.message_rows(guest)]
-            guest.ticket = self.hall.transport.send_rows(rows, guest.sender, self.tag_of(Part.RETURN, guest.number))
+            guest.request = self.hall.transport.send_rows(
+                rows, guest.sender, self.tag_of(MessageKind.RETURN, guest.number)
+            )
             self.leaving.append(guest)
         return bool(done)
 
@@ -148,13 +152,13 @@ class Landing:
 
 
 def has_come(header):
-    """Whether a header (number, words, ticket) has come."""
+    """Whether a header (number, words, request) has come."""
     return header[2].done
 
 
 def is_done(guest):
     """Whether a guest's message, in or out, is done."""
-    return guest.ticket.done
+    return guest.request.done
 
 
 def part(things, test):

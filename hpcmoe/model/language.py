@@ -91,9 +91,9 @@ class LanguageModel(nn.Module):
 
         purpose is "train", "evaluate" (losses, no gradients) or "infer" (the stack alone, no head).
         """
-        self.batches = [self.device.bring(batch.astype(np.int64)) for batch in batches]
+        self.batches = [self.device.copy_from_host(batch.astype(np.int64)) for batch in batches]
         self.num_tokens, self.purpose, self.watched_layers = max(num_tokens, 1), purpose, watched_layers
-        self.load = self.device.bring(np.asarray(load, np.float32))
+        self.load = self.device.copy_from_host(np.asarray(load, np.float32))
         self.loss_sum = 0.0  # cross-entropy over this rank's tokens, nats
         self.counted = {}  # micro-batch: (its routing's sums, the event of their arrival on the host)
         self.census = {}  # micro-batch: (array, the request for its sum over all ranks, None when it is there)
@@ -108,7 +108,7 @@ class LanguageModel(nn.Module):
 
     def head(self, micro_batch, x, flights):
         """Take the last x [T, H]; start to add up the routing over all ranks -> its gradient, in training."""
-        self.counted[micro_batch] = self.device.fetch(count_routings([flight.routing for flight in flights]))
+        self.counted[micro_batch] = self.device.copy_to_host(count_routings([flight.routing for flight in flights]))
         self.start_sums()
         self.watch(x, flights)
         if self.purpose == "infer":
@@ -166,7 +166,9 @@ class LanguageModel(nn.Module):
     def routing_grads(self, layer, micro_batch):
         """Return the routing losses' gradients with respect to a layer's probability_sum [E] and z_sum []."""
         if micro_batch not in self.loss_grads:
-            self.loss_grads[micro_batch] = self.device.bring(self.compute_routing_grads(self.census_of(micro_batch)))
+            self.loss_grads[micro_batch] = self.device.copy_from_host(
+                self.compute_routing_grads(self.census_of(micro_batch))
+            )
         grads = self.loss_grads[micro_batch][layer]
         return grads[:-1], grads[-1]
 

@@ -8,7 +8,7 @@ import torch
 from hpcmoe.errors import HpcmoeError
 from hpcmoe.experts.layer import Flight
 from hpcmoe.pipeline.schedule import Op
-from hpcmoe.wait import Patience
+from hpcmoe.wait import Backoff
 
 
 class Network(Protocol):
@@ -96,7 +96,7 @@ class Engine:
 
     def go(self, lanes):
         """Take all lanes to their ends: first those that send and fetch, then one piece of an expert's work."""
-        patience = Patience()
+        backoff = Backoff()
         while lanes := [lane for lane in lanes if lane.op is not None]:
             news = self.exchange.count_news()  # before anything is looked at
             moved = self.exchange.poke() | self.network.poke()
@@ -107,10 +107,10 @@ class Engine:
                     if heavy:
                         break
             if moved:
-                patience.reset()
+                backoff.reset()
             else:
                 with self.clock.stage(WAITS[lanes[0].op.stage]):
-                    self.exchange.wait_for_news(patience, news)
+                    self.exchange.wait_for_news(backoff, news)
 
     def step(self, lane):
         """Do the next piece of a lane -> whether there was one."""
@@ -120,14 +120,14 @@ class Engine:
 
     def drain(self):
         """Wait until this rank has done all that others want of it."""
-        patience = Patience()
+        backoff = Backoff()
         with self.clock.stage("waiting"):
             while not self.exchange.is_idle:
                 news = self.exchange.count_news()
                 if self.exchange.poke():
-                    patience.reset()
+                    backoff.reset()
                 else:
-                    self.exchange.wait_for_news(patience, news)
+                    self.exchange.wait_for_news(backoff, news)
 
     def do(self, op, training, observe):
         """Do one op, piece by piece."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcmoe.cluster.names import match_names, tell_doubtful
+from hpcmoe.cluster.names import format_ambiguous, match_names
 from hpcmoe.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -72,9 +72,9 @@ def make_probability(loads, node_names):
     A node that the loads do not name, or name without a token, takes those of all their nodes together.
     """
     everywhere = loads.tokens.sum(axis=1, keepdims=True)  # [L, 1, E]
-    found, doubtful = match_names(node_names, loads.node_names)
-    if doubtful:
-        log.warning("loads of nodes by name: %s: the loads of all are taken for it", tell_doubtful(doubtful))
+    found, ambiguous = match_names(node_names, loads.node_names)
+    if ambiguous:
+        log.warning("loads of nodes by name: %s: the loads of all are taken for it", format_ambiguous(ambiguous))
     if not found:
         probability = everywhere / everywhere.sum(axis=2, keepdims=True)
         return np.broadcast_to(probability, (len(probability), len(node_names), probability.shape[2]))

@@ -10,8 +10,14 @@ import torch
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.mpi import open_mpi_transport
-from hpcmoe.comm.nccl import NcclCarrier, find_nccl, open_nccl
-from hpcmoe.comm.select import choose, choose_mpi, describe_movers, look, open_carrier
+from hpcmoe.comm.nccl import NcclAllToAll, find_nccl, open_nccl
+from hpcmoe.comm.select import (
+    describe_row_ops,
+    open_all_to_all,
+    read_transport_support,
+    select_backend,
+    select_mpi_backend,
+)
 from hpcmoe.dispatch.device import DeviceExchange, DeviceSizes
 from hpcmoe.errors import ClusterError, on_root
 from hpcmoe.wait import gather_to_all
@@ -21,36 +27,36 @@ log = logging.getLogger(__name__)
 ALL_ROWS = 2**62  # of a GEMM: a GPU's are not cut
 
 
-def choose_carrier(config, world, device):
-    """Choose who carries rows between the ranks' devices, and say it, and who moves them there, once -> Choice.
+def select_device_backend(config, world, device):
+    """Choose who carries rows between the ranks' devices, and say it, and who moves them there, once -> SelectedBackend.
 
     Collective over world. Raises ClusterError on all ranks when [comm] asks for what is not there.
     """
-    sights = gather_to_all(world, look(world, device))
-    choice = on_root(world, lambda: choose(config.comm, sights, config.pipeline.schedule))
-    if choice.kind == "nccl" and config.comm.transport == "auto":
-        choice = try_nccl(config, world, device, choice, sights)
-    movers = describe_movers(world, device)
+    support_of_rank = gather_to_all(world, read_transport_support(world, device))
+    selected = on_root(world, lambda: select_backend(config.comm, support_of_rank, config.pipeline.schedule))
+    if selected.kind == "nccl" and config.comm.transport == "auto":
+        selected = try_nccl(config, world, device, selected, support_of_rank)
+    row_ops_names = describe_row_ops(world, device)
     if world.rank == 0:
-        log.info("rows between devices: %s, for: %s", choice.kind, choice.reason)
-        for line in [*(f"rows on a device: {mover}" for mover in movers), *describe_shared(sights)]:
+        log.info("rows between devices: %s, for: %s", selected.kind, selected.reason)
+        for line in [*(f"rows on a device: {row_ops}" for row_ops in row_ops_names), *describe_shared(support_of_rank)]:
             log.info("%s", line)
-    return choice
+    return selected
 
 
-def try_nccl(config, world, device, choice, sights):
-    """Keep NCCL if it can be set up among all ranks, else take MPI -> Choice. Collective over world."""
+def try_nccl(config, world, device, selected, support_of_rank):
+    """Keep NCCL if it can be set up among all ranks, else take MPI -> SelectedBackend. Collective over world."""
     try:
         with open_nccl(world, {"world": world}, device, find_nccl()[0]):
-            return choice
+            return selected
     except ClusterError as fault:
         why = f"{fault}; "
-    return on_root(world, lambda: choose_mpi(config.comm.buffers, sights, why))
+    return on_root(world, lambda: select_mpi_backend(config.comm.buffers, support_of_rank, why))
 
 
-def describe_shared(sights):
+def describe_shared(support_of_rank):
     """Say which ranks share a GPU, as is meant for tests -> lines."""
-    gpus = [sight.gpu for sight in sights]
+    gpus = [support.gpu for support in support_of_rank]
     for gpu in sorted({gpu for gpu in gpus if gpu is not None and gpus.count(gpu) > 1}):
         ranks = ", ".join(str(rank) for rank, other in enumerate(gpus) if other == gpu)
         yield f"ranks {ranks} share one GPU: good for tests, and no faster than one rank"
@@ -82,24 +88,24 @@ def open_device_exchange(mesh, device, sizes, routes, kind, trains):
     Collective over mesh.world, both ends.
     """
     with (
-        open_mpi_transport(mesh.group, sizes.row_bytes, begin_thread=device.enter_thread) as transport,
-        open_carrier_and_sums(mesh, device, sizes, kind, transport, trains) as (carrier, sum_groups),
+        open_mpi_transport(mesh.group, sizes.row_bytes, bind_thread=device.bind_thread) as transport,
+        open_carrier_and_sums(mesh, device, sizes, kind, transport, trains) as (all_to_all, sum_groups),
     ):
-        yield DeviceExchange(carrier, transport, device, Clock(), (sizes, routes), sum_groups)
+        yield DeviceExchange(all_to_all, transport, device, Clock(), (sizes, routes), sum_groups)
 
 
 @contextlib.contextmanager
 def open_carrier_and_sums(mesh, device, sizes, kind, transport, trains):
-    """Open who carries rows, and NCCL where it sums what they train -> (Carrier, Groups by name or None).
+    """Open who carries rows, and NCCL where it sums what they train -> (AllToAll, Groups by name or None).
 
     Collective over mesh.world, both ends.
     """
     if kind != "nccl":
-        with open_carrier(kind, mesh.group, device, sizes.row_bytes, transport) as carrier:
-            yield carrier, None
+        with open_all_to_all(kind, mesh.group, device, sizes.row_bytes, transport) as all_to_all:
+            yield all_to_all, None
         return
     with open_nccl(mesh.world, find_communicators(mesh, kind, trains), device, find_nccl()[0]) as groups:
-        yield NcclCarrier(groups["rows"]), {name: group for name, group in groups.items() if name != "rows"}
+        yield NcclAllToAll(groups["rows"]), {name: group for name, group in groups.items() if name != "rows"}
 
 
 def find_communicators(mesh, kind, trains):

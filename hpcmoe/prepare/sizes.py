@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from hpcmoe.comm.mpi import read_last_tag
+from hpcmoe.comm.mpi import read_max_tag
 from hpcmoe.comm.transport import count_tags
 from hpcmoe.dispatch.device import DeviceSizes
 from hpcmoe.dispatch.routes import make_routes
@@ -101,20 +101,20 @@ def make_host_sizes(config, topology, mesh, routes):
 
 def check_tags(sizes, num_layers):
     """Raise ConfigError when this MPI has too few tags for a run's messages: rows between nodes, sums of gradients."""
-    last_tag = read_last_tag()
-    if num_layers > last_tag:  # 0 is of experts that move
+    max_tag = read_max_tag()
+    if num_layers > max_tag:  # 0 is of experts that move
         raise ConfigError(
             f"[model] num_layers = {num_layers}: sums of gradients need tags up to {num_layers}, this MPI's end at "
-            f"{last_tag} (MPI_TAG_UB)"
+            f"{max_tag} (MPI_TAG_UB)"
         )
     parcels = 1
     if isinstance(sizes, HostSizes):
         parcels = count_parcels(sizes.tokens, sizes.parcel_tokens) if sizes.parcels_sent else 0
     num_tags = count_tags(sizes.num_micro_batches, parcels)
-    if num_tags > last_tag + 1:
+    if num_tags > max_tag + 1:
         raise ConfigError(
             f"[pipeline] micro_batches = {sizes.num_micro_batches}, [comm] message_rows: {num_tags // parcels} tags x "
-            f"{parcels} messages from one rank to another = {num_tags}, and this MPI has {last_tag + 1} (MPI_TAG_UB)"
+            f"{parcels} messages from one rank to another = {num_tags}, and this MPI has {max_tag + 1} (MPI_TAG_UB)"
         )
 
 

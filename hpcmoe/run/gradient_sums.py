@@ -8,7 +8,7 @@ ranks under any schedule: head, last layer ... first layer, embedding. So all ra
 
 from hpcmoe.comm.reduce import HostReducer, NcclReducer
 from hpcmoe.prepare.budget import FLOAT32_BYTES
-from hpcmoe.wait import Patience
+from hpcmoe.wait import Backoff
 
 FIRST_TAG = 1  # of a layer's sums; MPI keeps the order of the experts in it. 0 is of experts that move
 GATHERED = 2**22  # numbers of others' gradients that a rank holds at once, 16 MB
@@ -30,7 +30,7 @@ class GradientSums:
             if groups is None
             else NcclReducer(self.mesh, network.device, groups)
         )
-        self.overlaps = bucket_bytes > 0 and self.reducer.overlaps
+        self.overlaps = bucket_bytes > 0 and self.reducer.can_overlap
         self.num_micro_batches = network.config.pipeline.micro_batches
         self.jobs = []
         self.begin()
@@ -73,20 +73,20 @@ class GradientSums:
             return
         for part in list(self.left):
             self.start(part)
-            if not self.reducer.overlaps:  # the host lends memory for one part, not for all
+            if not self.reducer.can_overlap:  # the host lends memory for one part, not for all
                 self.drain()
         self.drain()
         self.is_open = False
 
     def drain(self):
         """Wait for the sums under way."""
-        patience = Patience()
+        backoff = Backoff()
         while self.jobs:
             if not self.poke():
-                patience.pause()
-        for _ in self.reducer.join():
+                backoff.pause()
+        for _ in self.reducer.finish():
             self.reducer.poke()
-            patience.pause()
+            backoff.pause()
 
     def share_dense(self, counts):
         """Give all ranks what lies in the dense gradients' place in parts: rank r has the r-th, counts[r] numbers.
@@ -99,8 +99,8 @@ class GradientSums:
     def gather_dense(self, counts):
         """Gather what lies in the dense gradients' place."""
         if self.mesh.world.size > 1:
-            with self.reducer.lend(self.dense.flat) as lent:
-                yield from self.reducer.gather(lent, counts)
+            with self.reducer.open_for_sums(self.dense.flat) as numbers:
+                yield from self.reducer.all_gather(numbers, counts)
 
     def sum_dense(self, end):
         """Sum the dense gradients that are final, up to number `end`, in whole buckets but for the last."""
@@ -108,8 +108,8 @@ class GradientSums:
             end -= end % self.bucket
         pieces, self.num_started = self.dense.flat[self.num_started : end], max(end, self.num_started)
         if len(pieces) and self.mesh.world.size > 1:
-            with self.reducer.lend(pieces) as lent:
-                yield from self.reducer.sum_over("world", lent)
+            with self.reducer.open_for_sums(pieces) as numbers:
+                yield from self.reducer.all_reduce("world", numbers)
 
     def sum_experts(self, layer):
         """Give every copy of a layer's experts the same sum, bit for bit.
@@ -122,15 +122,15 @@ class GradientSums:
         if not copies and self.mesh.dp.size == 1:
             return
         first, end = (held[0].begin, held[-1].end) if held else (0, 0)
-        with self.reducer.lend(self.experts.flat[first:end]) as lent:
-            gradient_of = {copy: lent[copy.begin - first : copy.end - first] for copy in held}
+        with self.reducer.open_for_sums(self.experts.flat[first:end]) as numbers:
+            gradient_of = {copy: numbers[copy.begin - first : copy.end - first] for copy in held}
             for copy in copies:
                 yield from self.gather_copy(copy, gradient_of[copy])
-            yield from self.sum_groups(layer, lent[: sum(copy.size for copy in held if copy.owned)])
+            yield from self.sum_groups(layer, numbers[: sum(copy.size for copy in held if copy.owned)])
             tag = FIRST_TAG + layer
             to_others = [(tag, rank, gradient_of[c]) for c in copies if c.owned for rank in c.ranks[1:]]
             from_first = [(tag, c.ranks[0], gradient_of[c]) for c in copies if not c.owned]
-            yield from self.reducer.swap(outgoing=to_others, incoming=from_first)
+            yield from self.reducer.send_recv(outgoing=to_others, incoming=from_first)
 
     def gather_copy(self, copy, gradient):
         """Have the first rank that holds an expert add the others' gradients, piece by piece in little memory.
@@ -141,13 +141,13 @@ class GradientSums:
         pieces = gradient.split(max(GATHERED // len(others), 1))
         if not copy.owned:
             for piece in pieces:
-                yield from self.reducer.swap(outgoing=[(tag, copy.ranks[0], piece)], incoming=())
+                yield from self.reducer.send_recv(outgoing=[(tag, copy.ranks[0], piece)], incoming=())
             return
         gathered = gradient.new_empty(len(others), len(pieces[0]))
         for piece in pieces:
             rows = gathered[:, : len(piece)]
             incoming = [(tag, rank, row) for rank, row in zip(others, rows, strict=True)]
-            yield from self.reducer.swap(outgoing=(), incoming=incoming)
+            yield from self.reducer.send_recv(outgoing=(), incoming=incoming)
             for row in rows:
                 piece += row
 
@@ -157,4 +157,4 @@ class GradientSums:
             while self.next_layer != layer:
                 yield
             self.next_layer -= 1
-            yield from self.reducer.sum_over("dp", owned)
+            yield from self.reducer.all_reduce("dp", owned)

@@ -22,11 +22,11 @@ from hpcmoe.model.text import Text
 from hpcmoe.placement.problem import PlacementProblem, slots_for
 from hpcmoe.prepare.budget import MemoryBudget, make_budget, share_gpu_memory
 from hpcmoe.prepare.gpus import (
-    choose_carrier,
     find_communicators,
     keep_gpu_memory,
     make_device_sizes,
     open_device_exchange,
+    select_device_backend,
 )
 from hpcmoe.prepare.memory import Memory, estimate_memory
 from hpcmoe.prepare.placement import Layout, lay_out, make_problem, time_expert
@@ -126,7 +126,7 @@ def check_windows(world, topology, sizes, routes):
 
 
 def find_carrier(config, world, device):
-    """Find who carries the ranks' rows: "window" on the host, else what choose_carrier chooses. Collective over world.
+    """Find who carries the ranks' rows: "window" on the host, else what select_device_backend chooses. Collective over world.
 
     Raises ClusterError on all ranks when only some have a GPU, or none has and [comm] asks for what GPUs have.
     """
@@ -140,7 +140,7 @@ def find_carrier(config, world, device):
         return "window"
     if config.comm.once_per_node == "on":
         on_root(world, lambda: refuse('[comm] once_per_node = "on": between GPUs each copy is sent; use "auto"'))
-    return choose_carrier(config, world, device).kind
+    return select_device_backend(config, world, device).kind
 
 
 def refuse(text):

@@ -21,13 +21,13 @@ from tabulate import tabulate
 from torch.nn.functional import gelu
 
 from hpcmoe.clock import Clock
-from hpcmoe.comm.all_to_all import DirectCarrier
-from hpcmoe.comm.cuda import count_gpus, describe_gpu, find_missing, has_grouped_gemm
+from hpcmoe.comm.all_to_all import DirectAllToAll
+from hpcmoe.comm.cuda import count_gpus, describe_gpu, find_missing_cuda, has_grouped_gemm
 from hpcmoe.comm.device import open_device
 from hpcmoe.comm.mpi import open_mpi_transport
-from hpcmoe.comm.rows import TorchMover
-from hpcmoe.comm.select import look, why_not_each
-from hpcmoe.comm.self_test import try_carrier
+from hpcmoe.comm.rows import TorchRowOps
+from hpcmoe.comm.select import find_obstacles, read_transport_support
+from hpcmoe.comm.self_test import run_self_test
 from hpcmoe.dispatch.device import DeviceExchange, DeviceSizes
 from hpcmoe.dispatch.device_plan import DeviceBatch
 from hpcmoe.dispatch.routes import make_routes
@@ -44,8 +44,8 @@ RANKS = (2, 4)
 
 def measure(folder):
     """Measure on the first GPU, then between ranks -> figures. Skipped where there is none."""
-    if find_missing():
-        pytest.skip(find_missing())
+    if find_missing_cuda():
+        pytest.skip(find_missing_cuda())
     device = open_device("cuda", 0)
     figures = {
         "gpu": describe_gpu(0),
@@ -63,11 +63,11 @@ def time_calls(device, calls, times):
     seconds = {name: [] for name in calls}
     for turn in range(ROUNDS + 1):
         for name, call in calls.items():
-            device.settle()
+            device.synchronize()
             begun = time.perf_counter()
             for _ in range(times):
                 call()
-            device.settle()
+            device.synchronize()
             if turn > 0:  # the first warms up
                 seconds[name].append((time.perf_counter() - begun) / times)
     return {name: statistics.median(of_name) for name, of_name in seconds.items()}
@@ -105,23 +105,23 @@ def theirs(joined, groups, x):
 
 
 def time_kernels(device, hidden, tokens):
-    """Time what dispatch and combine do with rows, by the device's mover and by torch, against a copy -> figures."""
+    """Time what dispatch and combine do with rows, by the device's row_ops and by torch, against a copy -> figures."""
     sizes = DeviceSizes(
         hidden=hidden, dtype=torch.bfloat16, tokens=tokens, top_k=TOP_K, num_berths=1, num_micro_batches=1,
         expert_rows=tokens * TOP_K, buffer_factor=1.0, batch_rows=2**62,
     )  # fmt: skip
     comm, random = MPI.COMM_SELF, np.random.default_rng(0)
     routes = make_routes((0,), 0, 16, np.zeros((1, 1), bool))
-    with open_mpi_transport(comm, sizes.row_bytes, begin_thread=device.enter_thread) as transport:
-        exchange = DeviceExchange(DirectCarrier(transport, device), transport, device, Clock(), (sizes, routes))
+    with open_mpi_transport(comm, sizes.row_bytes, bind_thread=device.bind_thread) as transport:
+        exchange = DeviceExchange(DirectAllToAll(transport, device), transport, device, Clock(), (sizes, routes))
         slots = np.argsort(random.random((tokens, 16)), axis=1)[:, :TOP_K]
         source, target = (torch.empty_like(exchange.berths[0].home.buffer.tensor) for _ in range(2))
         calls, num_bytes = {"copy": lambda: target.copy_(source)}, {"copy": 2 * source.nbytes}
-        for mover in (device.mover, TorchMover()):
-            with moving_by(device, mover):
+        for row_ops in (device.row_ops, TorchRowOps()):
+            with moving_by(device, row_ops):
                 moves = make_moves(exchange, slots)
-            calls |= {(name, mover.name): moved_by(device, mover, move) for name, (_, move) in moves.items()}
-            num_bytes |= {(name, mover.name): moved for name, (moved, _) in moves.items()}
+            calls |= {(name, row_ops.name): moved_by(device, row_ops, move) for name, (_, move) in moves.items()}
+            num_bytes |= {(name, row_ops.name): moved for name, (moved, _) in moves.items()}
         rates = {name: num_bytes[name] / each for name, each in time_calls(device, calls, MOVE_TIMES).items()}
     copy_rate = rates.pop("copy")
     return [{"kernel": name, "by": by, "bytes_per_second": rate, "ratio": rate / copy_rate}
@@ -129,18 +129,18 @@ def time_kernels(device, hidden, tokens):
 
 
 @contextlib.contextmanager
-def moving_by(device, mover):
-    """Have a mover move the device's rows within the with-block."""
-    before, device.mover = device.mover, mover
+def moving_by(device, row_ops):
+    """Have a row_ops move the device's rows within the with-block."""
+    before, device.row_ops = device.row_ops, row_ops
     yield
-    device.mover = before
+    device.row_ops = before
 
 
-def moved_by(device, mover, move):
-    """Make a call that moves rows by a mover."""
+def moved_by(device, row_ops, move):
+    """Make a call that moves rows by a row_ops."""
 
     def call():
-        with moving_by(device, mover):
+        with moving_by(device, row_ops):
             move()
 
     return call
@@ -168,9 +168,9 @@ def make_moves(exchange, slots):
 def work(comm, folder):
     """Measure each way between these ranks, and profile a step by it -> figures. Collective over comm."""
     device = open_device("cuda", comm.rank)
-    sights = gather_to_all(comm, look(comm, device))
-    missing = why_not_each(sights)
-    rates = {kind: why or min(gather_to_all(comm, try_carrier(kind, comm, device))) for kind, why in missing.items()}
+    support_of_rank = gather_to_all(comm, read_transport_support(comm, device))
+    missing = find_obstacles(support_of_rank)
+    rates = {kind: why or min(gather_to_all(comm, run_self_test(kind, comm, device))) for kind, why in missing.items()}
     profiles = {kind: profile_step(comm, folder, kind) for kind, why in missing.items() if not why}
     return {"ranks": comm.size, "gpus": count_gpus(), "ways": rates, "profiles": profiles}
 

@@ -44,7 +44,7 @@ def repeat(call, device):
     """Call a few times, and wait for the device once."""
     for _ in range(IN_A_ROW):
         call()
-    device.compute.record_event().synchronize()
+    device.compute_stream.record_event().synchronize()
 
 
 class Floor:

@@ -18,7 +18,7 @@ SHAPE = {
 
 
 def profile_step(comm, folder, kind):
-    """Profile a forward pass whose rows a carrier takes -> figures of this rank; its trace goes to the folder."""
+    """Profile a forward pass whose rows a all_to_all takes -> figures of this rank; its trace goes to the folder."""
     text = np.random.default_rng(1).integers(0, 256, 100_000, dtype=np.uint8).tobytes()
     sizes = {"model__num_experts": comm.size, "data__batch_sequences": SEQUENCES * comm.size}
     with open_small_job(comm, pathlib.Path(folder), text=text, **SHAPE, **BY_CARRIER[kind], **sizes) as (job, _, _):
@@ -28,7 +28,7 @@ def profile_step(comm, folder, kind):
             job.stepper.run(job.training, starts, load, "infer")
         with torch.profiler.profile() as profile:
             job.stepper.run(job.training, starts, load, "infer")
-            job.stepper.network.device.settle()
+            job.stepper.network.device.synchronize()
     name = f"{kind}-{comm.size}-{comm.rank}"
     profile.export_chrome_trace(str(pathlib.Path(folder, f"trace-{name}.json.gz")))
     kernels = find_kernels(profile)

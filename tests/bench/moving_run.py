@@ -11,7 +11,7 @@ from bench.placement_run import CONFIG, SEED
 from bench.skew import DrawnRouter, count_choices, make_weights, shift_weights
 from mpi4py import MPI
 
-from hpcmoe.cluster.discover import host_name, read_topology
+from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.errors import exit_with, on_root
 from hpcmoe.model.balance import even_load
@@ -114,4 +114,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1], *map(int, sys.argv[2:]))
     except Exception as fault:
-        exit_with(MPI.COMM_WORLD, fault, host_name())
+        exit_with(MPI.COMM_WORLD, fault, read_host_name())

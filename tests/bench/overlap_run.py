@@ -13,7 +13,7 @@ from bench.overlap import LANES, WAYS
 from mpi4py import MPI
 from torch import nn
 
-from hpcmoe.cluster.discover import host_name, read_topology
+from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.mpi import all_reduce
@@ -158,4 +158,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
     except Exception as fault:
-        exit_with(MPI.COMM_WORLD, fault, host_name())
+        exit_with(MPI.COMM_WORLD, fault, read_host_name())

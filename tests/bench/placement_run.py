@@ -13,7 +13,7 @@ from bench.skew import DrawnRouter, count_choices, make_weights
 from bench.stages import carry
 from mpi4py import MPI
 
-from hpcmoe.cluster.discover import host_name, read_topology
+from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.config import Cluster, Config, Data, Model, Pipeline, Run
 from hpcmoe.errors import exit_with, on_root
@@ -179,4 +179,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1], *map(int, sys.argv[2:]))
     except Exception as fault:
-        exit_with(MPI.COMM_WORLD, fault, host_name())
+        exit_with(MPI.COMM_WORLD, fault, read_host_name())

@@ -9,7 +9,7 @@ from bench.shapes import write_shapes
 from launch import MPIRUN, ROOT, run
 from mpi4py import MPI
 
-from hpcmoe.cluster.discover import host_name
+from hpcmoe.cluster.discover import read_host_name
 from hpcmoe.errors import exit_with
 
 LIMIT_SECONDS = 1800.0
@@ -47,4 +47,4 @@ def main(work):
         if comm.rank == 0:
             pathlib.Path(path).write_text(json.dumps(figures))
     except Exception as fault:
-        exit_with(comm, fault, host_name())
+        exit_with(comm, fault, read_host_name())

@@ -1,17 +1,17 @@
 """A layer's stages done by hand, one after the other, as the engine does the one lane of a serial schedule."""
 
-from hpcmoe.wait import Patience
+from hpcmoe.wait import Backoff
 
 
 def finish(exchange, pieces):
     """Do a stage to its end, letting messages progress."""
-    patience = Patience()
+    backoff = Backoff()
     news = exchange.count_news()
     for worked in pieces:
         if exchange.poke() or worked:
-            patience.reset()
+            backoff.reset()
         else:
-            exchange.wait_for_news(patience, news)
+            exchange.wait_for_news(backoff, news)
         news = exchange.count_news()
 
 

@@ -6,11 +6,11 @@ from bench.gpu_profile import draw, merge, weigh
 from kernels import compiler_for_host
 
 from hpcmoe.comm.plain import PlainDevice
-from hpcmoe.comm.rows import KernelMover
+from hpcmoe.comm.rows import KernelRowOps
 
 
 def test_where_there_is_no_gpu_it_is_skipped(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "find_missing", lambda: "no CUDA device")
+    monkeypatch.setattr(gpu, "find_missing_cuda", lambda: "no CUDA device")
     with pytest.raises(pytest.skip.Exception, match="no CUDA device"):
         gpu.measure(tmp_path)
 
@@ -20,11 +20,11 @@ def test_its_figures_are_rates_and_their_ratios(tmp_path):
     assert experts["rows"] == 20 and set(experts["flops"]) == {"ours", "dense", "grouped", "turns"}
     assert all(rate > 0 for rate in experts["flops"].values())
     device = PlainDevice()
-    device.mover = KernelMover(compiler_for_host(tmp_path))
+    device.row_ops = KernelRowOps(compiler_for_host(tmp_path))
     kernels = gpu.time_kernels(device, 16, 50)
     moves = ["pack", "take", "lay", "sum"]
     assert [(k["kernel"], k["by"]) for k in kernels] == [
-        (move, by) for by in (device.mover.name, "torch") for move in moves
+        (move, by) for by in (device.row_ops.name, "torch") for move in moves
     ]
     assert all(kernel["bytes_per_second"] > 0 and kernel["ratio"] > 0 for kernel in kernels)
     shape = gpu_layer.MIDDLE.but(tokens=32, hidden=16, feed_forward=32, training=True)

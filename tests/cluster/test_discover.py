@@ -12,8 +12,8 @@ import pytest
 from launch import MPIRUN, run
 
 from hpcmoe.cluster import discover as chapter
-from hpcmoe.cluster.discover import Seat, make_site, make_topology, read_topology
-from hpcmoe.cluster.topology import Links, Topology
+from hpcmoe.cluster.discover import RankInfo, make_cluster_layout, make_topology, read_topology
+from hpcmoe.cluster.topology import ClusterLinks, Topology
 from hpcmoe.config import Cluster
 from hpcmoe.errors import ClusterError
 from hpcmoe.wait import gather_to_all
@@ -28,22 +28,22 @@ def alone(monkeypatch):
     return monkeypatch
 
 
-def seat(leader=0, **facts):
+def info(leader=0, **facts):
     """Make what a rank sees, on a plain node but for the facts given."""
     plain = {"name": "vm", "address": "", "memory_bytes": 10**9, "devices": frozenset(), "cores": frozenset({0})}
-    return Seat(leader=leader, **(plain | facts))
+    return RankInfo(leader=leader, **(plain | facts))
 
 
-def topology_of(seats, cluster=None):
-    """Make the topology of seats, with all links measured as 1."""
-    site = make_site(seats, cluster or Cluster())
-    nodes, racks = len(site.node_names), len(site.rack_names)
-    ones = Links(
+def topology_of(infos, cluster=None):
+    """Make the topology of infos, with all links measured as 1."""
+    layout = make_cluster_layout(infos, cluster or Cluster())
+    nodes, racks = len(layout.node_names), len(layout.rack_names)
+    ones = ClusterLinks(
         bytes_per_second=np.ones((nodes, nodes)), latency_seconds=np.ones((nodes, nodes)),
         egress_bytes_per_second=np.ones(nodes), ingress_bytes_per_second=np.ones(nodes),
         uplink_bytes_per_second=np.ones(racks),
     )  # fmt: skip
-    return make_topology(site, cluster or Cluster(), ones)
+    return make_topology(layout, cluster or Cluster(), ones)
 
 
 @pytest.fixture
@@ -63,15 +63,15 @@ def assert_same(a, b):
 
 def test_the_launcher_names_the_node_before_slurm_does(alone):
     alone.setattr(chapter.MPI, "Get_processor_name", lambda: "vm")
-    assert chapter.host_name() == "vm"
+    assert chapter.read_host_name() == "vm"
     alone.setenv("SLURMD_NODENAME", "node7")
-    assert chapter.host_name() == "node7"
+    assert chapter.read_host_name() == "node7"
     alone.setenv("PMI_HOSTNAME", "n0")
-    assert chapter.host_name() == "n0"
+    assert chapter.read_host_name() == "n0"
 
 
 def test_nodes_are_numbered_by_their_lowest_rank_and_named_apart():
-    made = topology_of([seat(0, name="b"), seat(1, name="a"), seat(0, name="b"), seat(3, name="a"), seat(1, name="a")])
+    made = topology_of([info(0, name="b"), info(1, name="a"), info(0, name="b"), info(3, name="a"), info(1, name="a")])
     assert made.node_of_rank.tolist() == [0, 1, 0, 2, 1]
     assert made.node_names == ("b", "a", "a.1")
     assert made.ranks_of_node(1).tolist() == [1, 4]
@@ -83,19 +83,19 @@ def test_names_stay_apart_when_a_number_is_taken():
 
 
 def test_memory_is_the_node_s_least_or_the_config_s():
-    seats = [seat(0, memory_bytes=5), seat(0, memory_bytes=4), seat(2, memory_bytes=7)]
-    assert topology_of(seats).memory_bytes.tolist() == [4, 7]
-    assert topology_of(seats).source["memory"] == "system"
-    made = topology_of(seats, Cluster(memory_bytes_per_node=3))
+    infos = [info(0, memory_bytes=5), info(0, memory_bytes=4), info(2, memory_bytes=7)]
+    assert topology_of(infos).memory_bytes.tolist() == [4, 7]
+    assert topology_of(infos).source["memory"] == "system"
+    made = topology_of(infos, Cluster(memory_bytes_per_node=3))
     assert (made.memory_bytes.tolist(), made.source["memory"]) == ([3, 3], "config")
 
 
 def test_cores_and_devices_are_those_that_a_node_s_ranks_see_together():
     made = topology_of(
         [
-            seat(0, cores=frozenset({0, 1}), devices=frozenset({"0"})),
-            seat(0, cores=frozenset({1, 2}), devices=frozenset({"1"})),
-            seat(2, cores=frozenset({0})),
+            info(0, cores=frozenset({0, 1}), devices=frozenset({"0"})),
+            info(0, cores=frozenset({1, 2}), devices=frozenset({"1"})),
+            info(2, cores=frozenset({0})),
         ]
     )
     assert made.cores_of_node.tolist() == [3, 1]
@@ -164,7 +164,7 @@ def test_slurm_s_memory_counts_where_it_is_less(alone, environ, usable):
 def test_a_variable_that_holds_nonsense_is_named(alone, key, value):
     alone.setenv(key, value)
     with pytest.raises(ClusterError, match=re.escape(f"the environment's {key} = '{value}': must be ")):
-        chapter.look_around(0)
+        chapter.make_rank_info(0)
 
 
 @pytest.mark.mpi
@@ -177,8 +177,8 @@ def test_nonsense_that_one_rank_sees_is_refused_by_all(comm, alone):
 
 
 def seats_with(*quotas, cores=8):
-    """Seat ranks on one node under these quotas, outermost first."""
-    return [seat(0, cores=frozenset(range(cores)), cpu_quotas=quota) for quota in quotas]
+    """RankInfo ranks on one node under these quotas, outermost first."""
+    return [info(0, cores=frozenset(range(cores)), cpu_quotas=quota) for quota in quotas]
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def test_quotas_of_processor_time_bound_the_cores_of_a_node(quotas, cores):
 
 def test_quotas_and_affinity_are_added_up_group_by_group():
     ranks = [
-        seat(0, cores=frozenset({0}), cpu_quotas=(("a", 4.0),)),  # bound to one core of its four
-        seat(0, cores=frozenset({1, 2, 3}), cpu_quotas=(("b", 2.0),)),
+        info(0, cores=frozenset({0}), cpu_quotas=(("a", 4.0),)),  # bound to one core of its four
+        info(0, cores=frozenset({1, 2, 3}), cpu_quotas=(("b", 2.0),)),
     ]
     assert topology_of(ranks).cores_of_node.tolist() == [3]
 
@@ -214,8 +214,8 @@ FOUR = ("s.r0.n0", "s.r0.n1", "s.r1.n2", "s.r1.n3")
 
 
 def seats_at(addresses):
-    """Seat one rank on each of the nodes n0, n1, ... under these addresses."""
-    return [seat(rank, name=f"n{rank}", address=address) for rank, address in enumerate(addresses)]
+    """RankInfo one rank on each of the nodes n0, n1, ... under these addresses."""
+    return [info(rank, name=f"n{rank}", address=address) for rank, address in enumerate(addresses)]
 
 
 def test_racks_of_the_config_come_first(alone):
@@ -242,22 +242,22 @@ def test_racks_that_nobody_tells_are_one():
 
 def test_links_that_are_given_are_taken_with_their_sources():
     keys = Cluster(links="config", bytes_per_second=((9.0, 2.0), (3.0, 9.0)), rack_of_node=("a", "b"))
-    made = topology_of([seat(0), seat(1)], keys)
+    made = topology_of([info(0), info(1)], keys)
     assert made.egress_bytes_per_second.tolist() == [2, 3]
     assert made.uplink_bytes_per_second.tolist() == [np.inf, np.inf]
     assert (made.source["racks"], made.source["links"]) == ("config", "config; latency not given, taken as 0")
 
 
 def test_slow_links_are_told_by_name_a_few_of_them(rank_0, caplog):
-    made = topology_of([seat(rank, name=f"n{rank}") for rank in range(6)])
+    made = topology_of([info(rank, name=f"n{rank}") for rank in range(6)])
     rates = np.full((6, 6), 100.0)
     rates[2, 3] = 20.0
     with caplog.at_level(logging.INFO):
-        chapter.tell_slow_links(rank_0, dataclasses.replace(made, bytes_per_second=rates))
+        chapter.log_slow_links(rank_0, dataclasses.replace(made, bytes_per_second=rates))
         rates[4, :4] = 10.0
         rates[5, :2] = 15.0
-        chapter.tell_slow_links(rank_0, dataclasses.replace(made, bytes_per_second=rates))
-        chapter.tell_slow_links(rank_0, made)
+        chapter.log_slow_links(rank_0, dataclasses.replace(made, bytes_per_second=rates))
+        chapter.log_slow_links(rank_0, made)
     kind = "links far slower than the median of their kind, in a rack or between: "
     few, many = (record.getMessage() for record in caplog.records)
     assert few == f"{kind}n2 to n3 (20%)"
@@ -289,10 +289,10 @@ def test_all_ranks_share_the_refusal_of_links_that_do_not_fit(comm):
 
 PRINT = """
 from mpi4py import MPI
-from hpcmoe.cluster.discover import host_name, read_topology
+from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.config import Cluster
 made = read_topology(MPI.COMM_WORLD, Cluster(measure_seconds=0.5))
-assert made.node_names[made.node_of_rank[MPI.COMM_WORLD.rank]] == host_name()
+assert made.node_names[made.node_of_rank[MPI.COMM_WORLD.rank]] == read_host_name()
 if MPI.COMM_WORLD.rank == 0:
     print(made.node_names, made.node_of_rank.tolist(), bool((made.bytes_per_second > 1e6).all()))
 """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpcmoe.cluster.names import is_same_node, match_names, tell_doubtful
+from hpcmoe.cluster.names import format_ambiguous, is_same_node, match_names
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_names_match_up_to_a_domain(wanted, known, found):
 def test_what_may_be_several_is_not_matched_and_told():
     assert match_names(["n1"], ["n1.a", "n1.b"]) == ({}, {"n1": ["n1.a", "n1.b"]})
     assert match_names(["n1.a", "n1.b"], ["n1"]) == ({}, {"n1.a": ["n1"], "n1.b": ["n1"]})
-    assert tell_doubtful({"n1": ["n1.a", "n1.b"], "m.x": ["m"]}) == "n1 may be n1.a or n1.b; m.x may be m"
+    assert format_ambiguous({"n1": ["n1.a", "n1.b"], "m.x": ["m"]}) == "n1 may be n1.a or n1.b; m.x may be m"
 
 
 def test_two_names_of_one_node():

@@ -28,14 +28,14 @@ def outside_slurm(monkeypatch):
         monkeypatch.delenv(key, raising=False)
 
 
-def seat(name, address="", pattern=""):
+def info(name, address="", pattern=""):
     return SimpleNamespace(name=name, address=address, address_pattern=pattern)
 
 
 def find(names, addresses=None, pattern=""):
     """Find the racks of nodes with one rank each."""
-    seats = [[seat(*pair, pattern)] for pair in zip(names, addresses or [""] * len(names), strict=True)]
-    return find_racks(seats, tuple(names), Cluster())
+    infos = [[info(*pair, pattern)] for pair in zip(names, addresses or [""] * len(names), strict=True)]
+    return find_racks(infos, tuple(names), Cluster())
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_racks_are_the_lowest_switches_of_the_addresses(monkeypatch):
     addresses = ["s.a.n1.x.y", "s.a.n2.x.y", "s.b.n3.x.y"]
     expected = (["a", "a", "b"], "SLURM_TOPOLOGY_ADDR")
     assert find(["n1", "n2", "n3"], addresses, "switch.switch.node") == expected
-    monkeypatch.setenv("SLURM_TOPOLOGY_ADDR_PATTERN", "switch.switch.node")  # rank 0's, where a seat has none
+    monkeypatch.setenv("SLURM_TOPOLOGY_ADDR_PATTERN", "switch.switch.node")  # rank 0's, where a info has none
     assert find(["n1", "n2", "n3"], addresses) == expected
 
 
@@ -113,8 +113,8 @@ def test_addresses_that_were_handed_on_or_are_missing_leave_it_to_scontrol(scont
 
 def test_ranks_of_one_node_that_disagree_leave_it_to_scontrol(scontrol):
     scontrol.write(TREE)
-    seats = [[seat("n1", "s.x.n1"), seat("n1", "s.y.n1")], [seat("n3", "s.z.n3")]]
-    assert find_racks(seats, ("n1", "n3"), Cluster()) == (["leafA", "leafB"], "scontrol show topology")
+    infos = [[info("n1", "s.x.n1"), info("n1", "s.y.n1")], [info("n3", "s.z.n3")]]
+    assert find_racks(infos, ("n1", "n3"), Cluster()) == (["leafA", "leafB"], "scontrol show topology")
 
 
 def test_addresses_that_contradict_each_other_are_told_where_nobody_else_can(caplog):
@@ -260,8 +260,8 @@ def test_the_first_of_two_switches_over_a_node_counts():
 
 def test_nodes_of_one_name_have_one_rack(scontrol):
     scontrol.write(TREE)
-    seats = [[seat("n1")], [seat("n1")], [seat("n4")]]
-    assert find_racks(seats, ("n1", "n1.1", "n4"), Cluster())[0] == ["leafA", "leafA", "leafB"]
+    infos = [[info("n1")], [info("n1")], [info("n4")]]
+    assert find_racks(infos, ("n1", "n1.1", "n4"), Cluster())[0] == ["leafA", "leafA", "leafB"]
 
 
 def test_many_nodes_are_named_in_part(scontrol, caplog):
@@ -294,4 +294,4 @@ def test_lists_of_hosts_are_expanded_as_far_as_they_are_whole(text, hosts, unrea
 
 def test_racks_of_the_config_must_fit():
     with pytest.raises(ClusterError, match="rack_of_node has 1 entries, the run has 2 nodes"):
-        find_racks([[seat("a")], [seat("b")]], ("a", "b"), Cluster(rack_of_node=("x",)))
+        find_racks([[info("a")], [info("b")]], ("a", "b"), Cluster(rack_of_node=("x",)))

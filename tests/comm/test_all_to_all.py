@@ -8,53 +8,57 @@ import pytest
 from mpi4py import MPI
 from standin import ASKED_BEFORE, Order, OrderedDevice, StandInNccl, Watching
 
-from hpcmoe.comm.all_to_all import DirectCarrier, Leg
+from hpcmoe.comm.all_to_all import DirectAllToAll, Transfer
 from hpcmoe.comm.mpi import open_mpi_transport
-from hpcmoe.comm.nccl import NcclCarrier, find_nccl, open_nccl
+from hpcmoe.comm.nccl import NcclAllToAll, find_nccl, open_nccl
 from hpcmoe.comm.plain import PlainDevice
-from hpcmoe.comm.self_test import try_carrier
-from hpcmoe.comm.staging import MOST_PIECES, StagedCarrier
+from hpcmoe.comm.self_test import run_self_test
+from hpcmoe.comm.staging import MOST_PIECES, StagedAllToAll
 from hpcmoe.errors import ClusterError
-from hpcmoe.wait import Patience
+from hpcmoe.wait import Backoff
 
 ROW_BYTES = 16
 
 
 def make_leg(comm, device, counts):
-    """A leg of counts[i][j] rows from rank i to j, filled with i, j and their number."""
+    """A transfer of counts[i][j] rows from rank i to j, filled with i, j and their number."""
     counts, buffers = np.asarray(counts), []
     for own in (counts[comm.rank], counts[:, comm.rank]):
         buffers += [device.make_buffer(max(int(own.sum()), 1), ROW_BYTES), np.concatenate(([0], np.cumsum(own)))]
-    send, send_edges, receive, receive_edges = buffers
+    send, send_edges, receive, recv_edges = buffers
     for peer in range(comm.size):
         rows = send.array[send_edges[peer] : send_edges[peer + 1]]
         rows[:] = 10 * comm.rank + peer
         rows[:, 0] = np.arange(len(rows)) % 251
-    return Leg(tag=3, name="dispatch of layer 2, micro-batch 1", send=send, send_edges=send_edges,
-               receive=receive, receive_edges=receive_edges)  # fmt: skip
+    return Transfer(tag=3, name="dispatch of layer 2, micro-batch 1", send=send, send_edges=send_edges,
+               recv=receive, recv_edges=recv_edges)  # fmt: skip
 
 
-def check_received(comm, leg):
+def check_received(comm, transfer):
     """Each rank's rows are there, in order."""
     for peer in range(comm.size):
-        rows = leg.receive.array[leg.received_from(peer)]
+        rows = transfer.recv.array[transfer.recv_slice(peer)]
         assert (rows[:, 1:] == 10 * peer + comm.rank).all()
         assert np.array_equal(rows[:, 0], np.arange(len(rows)) % 251)
 
 
-def carry(carrier, leg, after=None):
-    """Carry a leg to its end -> its Pending, and how many pieces were under way at most."""
-    pending, patience, most = carrier.start(leg, carrier.device.compute.record_event(), after), Patience(), 0
-    while not pending.is_over():
-        if not carrier.poke():
-            patience.pause()
-        most = max(most, len(getattr(pending, "sending", ())) + len(getattr(pending, "copied_out", ())))
-    return pending, most
+def carry(all_to_all, transfer, after=None):
+    """Carry a transfer to its end -> its Request, and how many pieces were in flight at most."""
+    request, backoff, most = (
+        all_to_all.start(transfer, all_to_all.device.compute_stream.record_event(), after),
+        Backoff(),
+        0,
+    )
+    while not request.is_over():
+        if not all_to_all.poke():
+            backoff.pause()
+        most = max(most, len(getattr(request, "sending", ())) + len(getattr(request, "copied_out", ())))
+    return request, most
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("shape", ["even", "one sends all", "nothing", "to itself"])
-@pytest.mark.parametrize("kind", [DirectCarrier, StagedCarrier])
+@pytest.mark.parametrize("kind", [DirectAllToAll, StagedAllToAll])
 def test_every_row_comes_where_it_belongs(comm, monkeypatch, kind, shape):
     size = comm.size
     counts = {
@@ -63,19 +67,19 @@ def test_every_row_comes_where_it_belongs(comm, monkeypatch, kind, shape):
         "nothing": np.zeros((size, size), int),
         "to itself": np.eye(size, dtype=int) * 9,
     }[shape]
-    monkeypatch.setattr("hpcmoe.comm.staging.PIECE_BYTES", 3 * ROW_BYTES)
+    monkeypatch.setattr("hpcmoe.comm.staging._PIECE_BYTES", 3 * ROW_BYTES)
     device = PlainDevice()
     with open_mpi_transport(comm, ROW_BYTES) as transport:
-        carrier = kind(transport, device, *([ROW_BYTES] if kind is StagedCarrier else []))
-        leg = make_leg(comm, device, counts)
-        pending, most = carry(carrier, leg)
-        check_received(comm, leg)
-        assert carrier.pending == [] or carrier.poke() in (True, False) and carrier.pending == []
-        if kind is StagedCarrier:
+        all_to_all = kind(transport, device, *([ROW_BYTES] if kind is StagedAllToAll else []))
+        transfer = make_leg(comm, device, counts)
+        request, most = carry(all_to_all, transfer)
+        check_received(comm, transfer)
+        assert all_to_all.requests == [] or all_to_all.poke() in (True, False) and all_to_all.requests == []
+        if kind is StagedAllToAll:
             sent = sum(-(-int(n) // 3) for peer, n in enumerate(counts[comm.rank]) if peer != comm.rank)
             received = sum(-(-int(n) // 3) for peer, n in enumerate(counts[:, comm.rank]) if peer != comm.rank)
             assert transport.num_sent == sent
-            assert most <= MOST_PIECES and len(carrier.free) <= min(sent, MOST_PIECES) + min(received, MOST_PIECES)
+            assert most <= MOST_PIECES and len(all_to_all.free) <= min(sent, MOST_PIECES) + min(received, MOST_PIECES)
 
 
 @pytest.mark.mpi
@@ -83,25 +87,25 @@ def test_staged_copies_and_messages_run_side_by_side(comm, monkeypatch):
     """While a piece is in MPI's hands, later ones leave the device; and none is sent before its copy has ended."""
     if comm.size == 1:
         pytest.skip("needs another rank")
-    monkeypatch.setattr("hpcmoe.comm.staging.PIECE_BYTES", ROW_BYTES)
+    monkeypatch.setattr("hpcmoe.comm.staging._PIECE_BYTES", ROW_BYTES)
     order = Order()
     device, seen = OrderedDevice(order), []
     slow = itertools.cycle([True] * 9 + [False])  # messages take as long as several looks at them
     with open_mpi_transport(comm, ROW_BYTES, lambda: next(slow)) as transport:
-        carrier, send_rows = StagedCarrier(transport, device, ROW_BYTES), transport.send_rows
+        all_to_all, send_rows = StagedAllToAll(transport, device, ROW_BYTES), transport.send_rows
 
         def watched(rows, peer, tag):
-            seen.append((len(pending.copied_out), len(pending.sending)))
+            seen.append((len(request.copied_out), len(request.sending)))
             return send_rows(rows, peer, tag)
 
         transport.send_rows = watched
-        leg = make_leg(comm, device, np.full((comm.size, comm.size), 3 * MOST_PIECES))
-        ready = device.compute.record_event()
-        pending = carrier.start(leg, ready, None)
-        assert not pending.begun and not seen  # the rows are not packed yet
-        while not pending.is_over():
-            carrier.poke()
-        check_received(comm, leg)
+        transfer = make_leg(comm, device, np.full((comm.size, comm.size), 3 * MOST_PIECES))
+        ready = device.compute_stream.record_event()
+        request = all_to_all.start(transfer, ready, None)
+        assert not request.begun and not seen  # the rows are not packed yet
+        while not request.is_over():
+            all_to_all.poke()
+        check_received(comm, transfer)
     assert ready.asked > ASKED_BEFORE
     assert any(copying and sending for copying, sending in seen)
 
@@ -110,20 +114,20 @@ def test_staged_copies_and_messages_run_side_by_side(comm, monkeypatch):
 def test_a_leg_waits_for_the_one_before(comm):
     device = PlainDevice()
     with open_mpi_transport(comm, ROW_BYTES) as transport:
-        carrier = DirectCarrier(transport, device)
-        leg = make_leg(comm, device, np.full((comm.size, comm.size), 2))
+        all_to_all = DirectAllToAll(transport, device)
+        transfer = make_leg(comm, device, np.full((comm.size, comm.size), 2))
 
         class Earlier:
-            gone = False
+            send_done = False
 
-        pending = carrier.start(leg, device.compute.record_event(), Earlier)
+        request = all_to_all.start(transfer, device.compute_stream.record_event(), Earlier)
         for _ in range(20):
-            carrier.poke()
-        assert pending.sends is None and not pending.landed
-        Earlier.gone = True
-        while not pending.is_over():
-            carrier.poke()
-        check_received(comm, leg)
+            all_to_all.poke()
+        assert request.sends is None and not request.recv_done
+        Earlier.send_done = True
+        while not request.is_over():
+            all_to_all.poke()
+        check_received(comm, transfer)
 
 
 @pytest.mark.mpi
@@ -132,13 +136,13 @@ def test_nccl_carries_in_groups(comm):
     device = OrderedDevice(order)
     nccl = StandInNccl(comm, device)
     with Watching(order), open_nccl(comm, {"rows": comm}, device, nccl) as groups:
-        carrier = NcclCarrier(groups["rows"])
-        leg = make_leg(comm, device, np.full((comm.size, comm.size), 5))
-        pending = carrier.start(leg, device.compute.record_event(), None)
-        assert pending.landed and pending.gone and not pending.is_over()
-        while carrier.pending:
-            carrier.poke()
-        check_received(comm, leg)
+        all_to_all = NcclAllToAll(groups["rows"])
+        transfer = make_leg(comm, device, np.full((comm.size, comm.size), 5))
+        request = all_to_all.start(transfer, device.compute_stream.record_event(), None)
+        assert request.recv_done and request.send_done and not request.is_over()
+        while all_to_all.requests:
+            all_to_all.poke()
+        check_received(comm, transfer)
     assert order.races == [] and nccl.num_groups == 1 and nccl.ended == ["destroyed"]
 
 
@@ -151,14 +155,14 @@ def test_an_error_of_nccl_names_the_ranks_it_may_come_from(comm):
     counts = np.zeros((comm.size, comm.size), int)
     counts[0, 1] = counts[1, 0] = 4
     with pytest.raises(ClusterError) as seen, open_nccl(comm, {"rows": comm, "world": comm}, device, nccl) as groups:
-        carrier = NcclCarrier(groups["rows"])
-        carrier.start(make_leg(comm, device, counts), device.compute.record_event(), None)
+        all_to_all = NcclAllToAll(groups["rows"])
+        all_to_all.start(make_leg(comm, device, counts), device.compute_stream.record_event(), None)
         nccl.fault = RuntimeError("NCCL_ERROR_SYSTEM_ERROR: unhandled system error")
-        carrier.poke()
+        all_to_all.poke()
     peer = {0: "1", 1: "0"}.get(comm.rank, "none")
     named = f"NCCL, dispatch of layer 2, micro-batch 1, with ranks {peer} of the group: NCCL_ERROR_SYSTEM_ERROR"
     assert str(seen.value).startswith(named) and nccl.ended == ["aborted"] * 2
-    assert nccl.num_groups == 2  # the leg, and the end of all at once
+    assert nccl.num_groups == 2  # the transfer, and the end of all at once
 
 
 @pytest.mark.mpi
@@ -180,22 +184,24 @@ def test_ranks_that_cannot_join_are_told_on_all(comm):
 @pytest.mark.parametrize("kind", ["direct", "staged"])
 def test_a_trial_tells_the_rate_and_finds_what_came_wrong(comm, monkeypatch, kind):
     device, entered = PlainDevice(), []
-    monkeypatch.setattr(device, "enter_thread", lambda: entered.append(threading.current_thread()))
-    assert try_carrier(kind, comm, device) > 0
+    monkeypatch.setattr(device, "bind_thread", lambda: entered.append(threading.current_thread()))
+    assert run_self_test(kind, comm, device) > 0
     assert threading.current_thread() not in entered and len(entered) == (MPI.Query_thread() == MPI.THREAD_MULTIPLE)
-    monkeypatch.setattr(DirectCarrier, "start", lambda self, leg, ready, after: start_wrong(self, leg, ready, after))
+    monkeypatch.setattr(
+        DirectAllToAll, "start", lambda self, transfer, ready, after: start_wrong(self, transfer, ready, after)
+    )
     if kind == "direct":
         with pytest.raises(ClusterError, match=r"rows of ranks 0.* came wrong"):
-            try_carrier(kind, comm, PlainDevice())
+            run_self_test(kind, comm, PlainDevice())
 
 
-real_start = DirectCarrier.start
+real_start = DirectAllToAll.start
 
 
-def start_wrong(carrier, leg, ready, after):
+def start_wrong(all_to_all, transfer, ready, after):
     """Send rows that have been written over."""
-    leg.send.array[:] = 255
-    return real_start(carrier, leg, ready, after)
+    transfer.send.array[:] = 255
+    return real_start(all_to_all, transfer, ready, after)
 
 
 def test_without_cupy_nccl_is_not_found():

@@ -26,10 +26,10 @@ def test_a_buffer_is_one_memory_for_cupy_and_torch(device, dtype):
     assert not buffer.tensor.any() and device.pool.used_bytes() >= 5 * ROW_BYTES
     rows = torch.randn(5, ROW_BYTES // dtype.itemsize, device=device.torch_device).to(dtype)
     buffer.tensor.view(dtype).copy_(rows)
-    device.settle()
+    device.synchronize()
     assert np.array_equal(buffer.array.get(), rows.view(torch.uint8).cpu().numpy())
     buffer.array[2] = 0
-    device.settle()
+    device.synchronize()
     assert not buffer.tensor[2].any()
 
 
@@ -47,35 +47,35 @@ def test_streams_follow_each_other_by_events(device):
     for _ in range(20):
         x = x @ x * side
     buffer.tensor.view(torch.float32).copy_(x + 1)
-    ready = device.compute.record_event()
-    device.send.wait_event(ready)
-    with device.use(device.send):
+    ready = device.compute_stream.record_event()
+    device.send_stream.wait_event(ready)
+    with device.use(device.send_stream):
         pinned.copy_(buffer.tensor, non_blocking=True)
-        out = device.send.record_event()
-    device.receive.wait_event(out)
-    with device.use(device.receive):
+        out = device.send_stream.record_event()
+    device.recv_stream.wait_event(out)
+    with device.use(device.recv_stream):
         back = device.make_buffer(side, 4 * side)
         back.tensor.copy_(pinned, non_blocking=True)
-        device.compute.wait_event(device.receive.record_event())
+        device.compute_stream.wait_event(device.recv_stream.record_event())
     assert torch.equal(back.tensor.view(torch.float32), x + 1)
 
 
 def test_what_is_fetched_is_there_with_its_event(device):
     counts = torch.arange(7, device=device.torch_device)
-    fetched, event = device.fetch(counts * 3)
+    fetched, event = device.copy_to_host(counts * 3)
     event.synchronize()
     assert fetched.device.type == "cpu" and fetched.tolist() == [0, 3, 6, 9, 12, 15, 18]
 
 
 def test_what_is_brought_is_there_for_what_follows(device):
     array = np.random.default_rng(0).integers(0, 9, (2, 20_000))
-    warm = device.bring(array)  # pinned memory is there from now on, and no allocation waits
+    warm = device.copy_from_host(array)  # pinned memory is there from now on, and no allocation waits
     side = torch.full((4096, 4096), 1 / 4096, device=device.torch_device)
     for _ in range(50):  # work before it, for which the host does not wait
         side = side @ side
-    busy = device.compute.record_event()
+    busy = device.compute_stream.record_event()
     del warm
-    brought = device.bring(array)
+    brought = device.copy_from_host(array)
     assert not busy.query()
     assert brought.device == device.torch_device and brought.tolist() == array.tolist()
 
@@ -85,7 +85,7 @@ def test_a_thread_has_the_gpu_once_it_has_entered(device):
 
     def look():
         found.append(device.cupy.cuda.driver.ctxGetCurrent())
-        device.enter_thread()
+        device.bind_thread()
         found.append(device.cupy.cuda.driver.ctxGetCurrent())
 
     thread = threading.Thread(target=look)

@@ -56,7 +56,7 @@ def test_what_was_put_stays_as_it_was(device):
 def test_take_gives_fresh_rows_in_order(device, dtype, order):
     table, sent = make_table(device, 5, dtype), draw_rows(5, dtype, HostDevice())
     table.copy_(sent)
-    rows = device.take(table, torch.tensor(order, dtype=torch.int64))
+    rows = device.gather(table, torch.tensor(order, dtype=torch.int64))
     table.zero_()
     assert rows.device.type == device.torch_device.type and rows.dtype == dtype
     assert torch.equal(rows.cpu(), sent[order])
@@ -66,7 +66,7 @@ def test_take_gives_fresh_rows_in_order(device, dtype, order):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lay_writes_only_the_named_rows(device, dtype, order):
     rows, table = draw_rows(len(order), dtype, device), make_table(device, 5, dtype)
-    device.lay(rows, table, np.array(order, np.int64))
+    device.scatter(rows, table, np.array(order, np.int64))
     assert torch.equal(table[order], rows.cpu())
     assert not table[[row for row in range(5) if row not in order]].any()
 

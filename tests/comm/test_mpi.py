@@ -9,7 +9,7 @@ import pytest
 from mpi4py import MPI
 
 from hpcmoe.comm.mpi import MpiTransport, all_reduce, open_mpi_transport, start_all_reduce
-from hpcmoe.wait import Patience, barrier
+from hpcmoe.wait import Backoff, barrier
 
 ROW_BYTES = 6
 
@@ -21,13 +21,13 @@ def transport(comm):
         yield transport
 
 
-def wait_for(transport, *tickets):
-    """Poke until all tickets are done."""
-    patience, deadline = Patience(), time.monotonic() + 300
-    while not all(ticket.done for ticket in tickets):
+def wait_for(transport, *requests):
+    """Poke until all requests are done."""
+    backoff, deadline = Backoff(), time.monotonic() + 300
+    while not all(request.done for request in requests):
         assert time.monotonic() < deadline, "stuck"
         if not transport.poke():
-            patience.pause()
+            backoff.pause()
 
 
 def make_rows(source, target, tag, count):
@@ -36,39 +36,39 @@ def make_rows(source, target, tag, count):
 
 
 def exchange_rows(transport, tags, counts):
-    """Begin to send every peer rows with each tag, and to receive them -> (tickets, check)."""
+    """Begin to send every peer rows with each tag, and to receive them -> (requests, check)."""
     peers = [peer for peer in range(transport.size) if peer != transport.rank]
-    received, tickets = {}, []
+    received, requests = {}, []
     for tag, count in zip(tags, counts, strict=True):
         for peer in peers:
             received[peer, tag] = np.zeros((count, ROW_BYTES), np.uint8)
-            tickets.append(transport.receive_rows(received[peer, tag], peer, tag))
-            tickets.append(transport.send_rows(make_rows(transport.rank, peer, tag, count), peer, tag))
+            requests.append(transport.recv_rows(received[peer, tag], peer, tag))
+            requests.append(transport.send_rows(make_rows(transport.rank, peer, tag, count), peer, tag))
 
     def check():
         for (peer, tag), rows in received.items():
             assert np.array_equal(rows, make_rows(peer, transport.rank, tag, len(rows)))
 
-    return tickets, check
+    return requests, check
 
 
 @pytest.mark.mpi
 def test_rows_reach_peer_and_tag_in_any_order(transport):
     way = 1 - 2 * (transport.rank % 2)  # half the ranks begin with the last
-    tickets, check = exchange_rows(transport, [5, 6, 7, 8][::way], [0, 1, 30, 4000][::way])
-    wait_for(transport, *tickets)
+    requests, check = exchange_rows(transport, [5, 6, 7, 8][::way], [0, 1, 30, 4000][::way])
+    wait_for(transport, *requests)
     check()
     assert transport.num_sent == 4 * (transport.size - 1) and not transport.poke()
-    assert transport.requests == transport.tickets == []
+    assert transport.requests == transport.requests == []
 
 
 @pytest.mark.mpi
 def test_words_reach_peer_and_tag(transport):
     peers = [peer for peer in range(transport.size) if peer != transport.rank]
     received = {peer: np.zeros(9, np.int64) for peer in peers}  # room for more than comes
-    tickets = [transport.receive_words(received[peer], peer, 3) for peer in peers]
-    tickets += [transport.send_words(np.array([transport.rank, peer, -(2**60)]), peer, 3) for peer in peers]
-    wait_for(transport, *tickets)
+    requests = [transport.recv_words(received[peer], peer, 3) for peer in peers]
+    requests += [transport.send_words(np.array([transport.rank, peer, -(2**60)]), peer, 3) for peer in peers]
+    wait_for(transport, *requests)
     for peer in peers:
         assert received[peer].tolist() == [peer, transport.rank, -(2**60), *[0] * 6]
 
@@ -82,24 +82,24 @@ def test_a_ticket_is_done_when_its_own_message_is(comm, transport):
     if comm.rank == late:
         barrier(comm)
     sends = [transport.send_rows(make_rows(comm.rank, p, 0, 2), p, 0) for p in buffers if p != comm.rank]
-    tickets = {peer: transport.receive_rows(buffers[peer], peer, 0) for peer in buffers if peer != comm.rank}
-    early = [ticket for peer, ticket in tickets.items() if peer != late]
+    requests = {peer: transport.recv_rows(buffers[peer], peer, 0) for peer in buffers if peer != comm.rank}
+    early = [request for peer, request in requests.items() if peer != late]
     if comm.rank != late:
         wait_for(transport, *early)
-        assert not tickets[late].done and not buffers[late].any()
+        assert not requests[late].done and not buffers[late].any()
         barrier(comm)
-    wait_for(transport, *sends, *tickets.values())
+    wait_for(transport, *sends, *requests.values())
 
 
 @pytest.mark.mpi
 def test_while_it_hesitates_nothing_progresses(comm):
     hesitates = [True]
     with open_mpi_transport(comm, ROW_BYTES, lambda: hesitates[0]) as transport:
-        tickets, check = exchange_rows(transport, [1], [3])
+        requests, check = exchange_rows(transport, [1], [3])
         for _ in range(50):
-            assert not transport.poke() and not any(ticket.done for ticket in tickets)
+            assert not transport.poke() and not any(request.done for request in requests)
         hesitates[0] = False
-        wait_for(transport, *tickets)
+        wait_for(transport, *requests)
         check()
 
 
@@ -108,8 +108,8 @@ def test_random_hesitation_changes_nothing(comm):
     dawdle = random.Random(comm.rank)
     with open_mpi_transport(comm, ROW_BYTES, lambda: dawdle.random() < 0.7) as transport:
         for seed in range(100):
-            tickets, check = exchange_rows(transport, [2 * seed, 2 * seed + 1], [seed, 7])
-            wait_for(transport, *tickets)
+            requests, check = exchange_rows(transport, [2 * seed, 2 * seed + 1], [seed, 7])
+            wait_for(transport, *requests)
             check()
 
 
@@ -130,18 +130,16 @@ def threads():
 @pytest.mark.mpi
 def test_a_thread_that_progresses_messages_begins_as_it_is_told(comm, threads):
     begun = []
-    with open_mpi_transport(
-        comm, ROW_BYTES, begin_thread=lambda: begun.append(threading.current_thread())
-    ) as transport:
-        tickets, check = exchange_rows(transport, [5], [4000])
-        wait_for(transport, *tickets)
+    with open_mpi_transport(comm, ROW_BYTES, bind_thread=lambda: begun.append(threading.current_thread())) as transport:
+        requests, check = exchange_rows(transport, [5], [4000])
+        wait_for(transport, *requests)
         check()
     assert len(begun) == 1 and begun[0] is not threading.current_thread() and not begun[0].is_alive()
 
 
 @pytest.mark.mpi
 def test_what_goes_wrong_at_the_threads_beginning_is_the_ranks_own_fault(comm, threads):
-    with pytest.raises(ZeroDivisionError), open_mpi_transport(comm, ROW_BYTES, begin_thread=lambda: 1 / 0):
+    with pytest.raises(ZeroDivisionError), open_mpi_transport(comm, ROW_BYTES, bind_thread=lambda: 1 / 0):
         pass
 
 

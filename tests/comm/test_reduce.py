@@ -60,10 +60,10 @@ def test_sums_reach_all_ranks_of_their_group(mesh, way, name):
     comm = getattr(mesh, name)
     with open_reducer(way, mesh) as (reducer, make):
         values = make([1.0 + comm.rank * number for number in range(8)])
-        with reducer.lend(values) as lent:
-            deque(reducer.sum_over(name, lent))
+        with reducer.open_for_sums(values) as numbers:
+            deque(reducer.all_reduce(name, numbers))
         reducer.poke()
-        deque(reducer.join())
+        deque(reducer.finish())
         total = comm.size * (comm.size - 1) / 2
         assert values.mul(2).tolist() == [2 * (comm.size + total * number) for number in range(8)]
 
@@ -74,12 +74,12 @@ def test_swapped_arrays_are_matched_by_tag(mesh, way):
     rank, size = mesh.ep.rank, mesh.ep.size
     with open_reducer(way, mesh) as (reducer, make):
         values = make([10.0 * rank, 10.0 * rank + 1, -1.0, -1.0])
-        with reducer.lend(values) as lent:
-            one, two, three, four = lent.split(1)
+        with reducer.open_for_sums(values) as numbers:
+            one, two, three, four = numbers.split(1)
             to, of = (rank + 1) % size, (rank - 1) % size
             sides = ([(2, to, two), (1, to, one)], [(1, of, three), (2, of, four)]) if size > 1 else ([], [])
-            deque(reducer.swap(*sides))
-        deque(reducer.join())
+            deque(reducer.send_recv(*sides))
+        deque(reducer.finish())
         got = [10.0 * of, 10.0 * of + 1] if size > 1 else [-1.0, -1.0]
         assert values.mul(1).tolist() == [10.0 * rank, 10.0 * rank + 1, *got]
 
@@ -92,9 +92,9 @@ def test_gathered_parts_are_those_of_their_ranks(mesh, way):
     with open_reducer(way, mesh) as (reducer, make):
         mine = [float(rank if rank == world.rank else -1) for rank in counts for _ in range(rank)] or [0.0]
         values = make(mine)
-        with reducer.lend(values) as lent:
-            deque(reducer.gather(lent, counts if world.size > 1 else [1]))
-        deque(reducer.join())
+        with reducer.open_for_sums(values) as numbers:
+            deque(reducer.all_gather(numbers, counts if world.size > 1 else [1]))
+        deque(reducer.finish())
         assert values.mul(1).tolist() == ([float(rank) for rank in counts for _ in range(rank)] or [0.0])
 
 
@@ -102,12 +102,12 @@ def test_a_sum_that_nobody_waits_for_is_caught(mesh):
     caught = pytest.raises(AssertionError, match="compute writes what receive has not been seen to write")
     with caught, open_reducer("nccl", mesh) as (reducer, make):
         values = make([1.0, 2.0])
-        with reducer.lend(values) as lent:
-            reducer.sum_over("world", lent)
+        with reducer.open_for_sums(values) as numbers:
+            reducer.all_reduce("world", numbers)
         values.mul_(2)
 
 
-@pytest.mark.parametrize(("version", "stream"), [(22602, "receive"), (22505, "send")])
+@pytest.mark.parametrize(("version", "stream"), [(22602, "recv_stream"), (22505, "send_stream")])
 def test_nccl_keeps_one_order_or_has_one_stream(mesh, monkeypatch, version, stream):
     monkeypatch.delenv(NCCL_ORDER, raising=False)
     device = OrderedDevice(Order())

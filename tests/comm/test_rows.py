@@ -6,7 +6,7 @@ from kernels import compiler_for_host
 
 from hpcmoe.comm import rows
 from hpcmoe.comm.device import open_device
-from hpcmoe.comm.rows import Copies, KernelMover, Rows, TorchMover, find_chunk, open_mover, shape_block
+from hpcmoe.comm.rows import Copies, KernelRowOps, RowView, TorchRowOps, find_chunk, open_row_ops, shape_block
 
 DTYPES = (torch.float32, torch.bfloat16)
 WIDTHS = (5, 8, 20, 4096)
@@ -27,14 +27,14 @@ def place(request):
 
 
 @pytest.fixture(params=["torch", "kernels"])
-def mover(request, place):
+def row_ops(request, place):
     """Who moves rows, and the device on which they lie."""
     if request.param == "torch":
-        return TorchMover(), place.torch_device
+        return TorchRowOps(), place.torch_device
     if place.name == "host":
-        return KernelMover(request.getfixturevalue("compile_on_host")), place.torch_device
-    assert isinstance(place.mover, KernelMover), place.mover.name
-    return place.mover, place.torch_device
+        return KernelRowOps(request.getfixturevalue("compile_on_host")), place.torch_device
+    assert isinstance(place.row_ops, KernelRowOps), place.row_ops.name
+    return place.row_ops, place.torch_device
 
 
 def draw(*shape, dtype=torch.float32, device="cpu"):
@@ -43,81 +43,83 @@ def draw(*shape, dtype=torch.float32, device="cpu"):
 
 
 def make_table(num_rows, width, dtype, device):
-    """Message rows, all zero, with a number at the end of each -> (Rows, bytes [n, row_bytes])."""
+    """Message rows, all zero, with a number at the end of each -> (RowView, bytes [n, row_bytes])."""
     row_bytes = -(-(width * dtype.itemsize + 4) // 16) * 16
     message = torch.zeros(num_rows, row_bytes, dtype=torch.uint8, device=device)
-    return Rows(values=message.view(dtype)[:, :width], beside=message.view(torch.float32)[:, -1]), message
+    return RowView(values=message.view(dtype)[:, :width], gate_values=message.view(torch.float32)[:, -1]), message
 
 
 def put_in(rows, order):
     """Mean only some rows, in an order."""
-    return Rows(values=rows.values, beside=rows.beside, order=torch.tensor(order, device=rows.values.device).long())
+    return RowView(
+        values=rows.values, gate_values=rows.gate_values, order=torch.tensor(order, device=rows.values.device).long()
+    )
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_copies_are_spread_with_their_gates(mover, dtype, source, width):
-    mover, device = mover
+def test_copies_are_spread_with_their_gates(row_ops, dtype, source, width):
+    row_ops, device = row_ops
     tokens, gates = draw(5, width, dtype=source, device=device), draw(5, 2, device=device)
     table, message = make_table(7, width, dtype, device)
     order = torch.tensor([9, 3, 2, 8, 0], device=device)  # a token goes twice, one once, one nowhere
     entries = torch.full((10,), -1, device=device).scatter(0, order, torch.arange(5, device=device)).view(5, 2)
-    mover.spread(tokens, gates, Copies(entries=entries, order=order), table)
+    row_ops.permute(tokens, gates, Copies(row_of_assignment=entries, order=order), table)
     assert torch.equal(table.values[:5], tokens[order // 2].to(dtype))
-    assert torch.equal(table.beside[:5], gates.flatten()[order])
+    assert torch.equal(table.gate_values[:5], gates.flatten()[order])
     assert not message[5:].any() and not message[:, width * dtype.itemsize : -4].any()
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_are_taken_and_laid_down_where_they_were(mover, dtype, width):
-    mover, device = mover
+def test_rows_are_taken_and_laid_down_where_they_were(row_ops, dtype, width):
+    row_ops, device = row_ops
     table, message = make_table(6, width, dtype, device)
     table.values.copy_(draw(6, width, dtype=dtype))
-    table.beside.copy_(draw(6))
+    table.gate_values.copy_(draw(6))
     before, order = message.clone(), [4, 0, 5]
-    taken = Rows(values=table.values.new_empty(3, width), beside=table.beside.new_empty(3))
-    mover.move(put_in(table, order), taken)
-    assert torch.equal(taken.values, table.values[order]) and torch.equal(taken.beside, table.beside[order])
+    taken = RowView(values=table.values.new_empty(3, width), gate_values=table.gate_values.new_empty(3))
+    row_ops.move(put_in(table, order), taken)
+    assert torch.equal(taken.values, table.values[order]) and torch.equal(taken.gate_values, table.gate_values[order])
 
     message.zero_()
-    mover.move(taken, put_in(table, order))
+    row_ops.move(taken, put_in(table, order))
     for row in range(6):
         assert torch.equal(message[row], before[row] if row in order else torch.zeros_like(before[row]))
 
     # Without numbers those of the table stay.
-    mover.move(Rows(values=-taken.values, beside=None), put_in(table, order))
-    assert torch.equal(table.values[order], -taken.values) and torch.equal(table.beside[order], taken.beside)
+    row_ops.move(RowView(values=-taken.values, gate_values=None), put_in(table, order))
+    assert torch.equal(table.values[order], -taken.values) and torch.equal(table.gate_values[order], taken.gate_values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_rows_are_no_work(mover, dtype):
-    mover, device = mover
+def test_no_rows_are_no_work(row_ops, dtype):
+    row_ops, device = row_ops
     table, message = make_table(2, 8, dtype, device)
-    nothing = Rows(values=table.values.new_empty(0, 8), beside=table.beside.new_empty(0))
-    mover.move(put_in(table, []), nothing)
-    mover.move(nothing, put_in(table, []))
+    nothing = RowView(values=table.values.new_empty(0, 8), gate_values=table.gate_values.new_empty(0))
+    row_ops.move(put_in(table, []), nothing)
+    row_ops.move(nothing, put_in(table, []))
     entries = torch.empty(0, 2, dtype=torch.int64, device=device)
-    copies = Copies(entries=entries, order=entries.flatten())
-    mover.spread(nothing.values, draw(0, 2, device=device), copies, table)
-    assert mover.sum(table.values, entries, draw(0, 2, device=device)).shape == (0, 8) and not message.any()
+    copies = Copies(row_of_assignment=entries, order=entries.flatten())
+    row_ops.permute(nothing.values, draw(0, 2, device=device), copies, table)
+    assert row_ops.sum(table.values, entries, draw(0, 2, device=device)).shape == (0, 8) and not message.any()
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_are_weighed_and_summed(mover, dtype, width):
+def test_rows_are_weighed_and_summed(row_ops, dtype, width):
     """Against float64: each term is rounded twice at most in float32, or in torch's bfloat16."""
-    mover, device = mover
+    row_ops, device = row_ops
     table, _ = make_table(300, width, dtype, device)
     table.values.copy_(draw(300, width, dtype=dtype))
     table.values[-1] = 0  # which torch takes for none
     entries = torch.randint(300, (290, 3), generator=torch.Generator().manual_seed(1)).to(device)
     entries[::7, 1] = -1
     weights = draw(290, 3, device=device).to(dtype).float()
-    sums = mover.sum(table.values, entries, weights)
+    sums = row_ops.sum(table.values, entries, weights)
     terms = table.values[entries].double() * weights[:, :, None]
-    unit = torch.finfo(dtype if isinstance(mover, TorchMover) else torch.float32).eps
+    unit = torch.finfo(dtype if isinstance(row_ops, TorchRowOps) else torch.float32).eps
     assert sums.dtype == torch.float32 and sums.is_contiguous()
     assert ((sums - terms.sum(dim=1)).abs() <= 2 * unit * terms.abs().sum(dim=1)).all()
 
@@ -125,30 +127,30 @@ def test_rows_are_weighed_and_summed(mover, dtype, width):
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("num_slots", [1, 7, 300])
 @pytest.mark.parametrize(("num_tokens", "many_threads"), [(0, 64), (1, 64), (500, 64), (500, rows.MANY_THREADS)])
-def test_copies_are_put_in_order_by_slot(monkeypatch, mover, num_tokens, many_threads, num_slots, drops):
+def test_copies_are_put_in_order_by_slot(monkeypatch, row_ops, num_tokens, many_threads, num_slots, drops):
     """As Python's sort has them, which keeps the order of equals; what is not kept has no row."""
     monkeypatch.setattr(rows, "MANY_THREADS", many_threads)  # with few a thread looks at many copies
-    mover, device = mover
+    row_ops, device = row_ops
     generator = torch.Generator().manual_seed(num_tokens)
     slots = torch.randint(num_slots, (num_tokens, 2), generator=generator)
     kept = torch.rand(num_tokens, 2, generator=generator) < (0.8 if drops else 2)
-    copies, ends = mover.arrange(slots.to(device), kept.to(device) if drops else None, num_slots)
+    copies, ends = row_ops.sort_by_slot(slots.to(device), kept.to(device) if drops else None, num_slots)
     order = sorted(kept.flatten().nonzero().flatten().tolist(), key=lambda copy: slots.flatten()[copy].item())
-    entries = copies.entries.flatten().cpu()
+    entries = copies.row_of_assignment.flatten().cpu()
     assert entries[order].tolist() == list(range(len(order))) and (entries < 0).sum() == (~kept).sum()
     assert ends.tolist() == slots[kept].bincount(minlength=num_slots).cumsum(0).tolist()
-    assert copies.order is None or copies.first(len(order)).order.tolist() == order
+    assert copies.order is None or copies.limit_to(len(order)).order.tolist() == order
 
 
-def test_kernels_round_as_torch_does(mover):
+def test_kernels_round_as_torch_does(row_ops):
     """To the nearest, of two as near the even one; what is not finite stays so."""
-    mover, device = mover
+    row_ops, device = row_ops
     edges = [1 + 2.0**-8, 1 + 3 * 2.0**-8, -(1 + 2.0**-8), 3.4e38, float("inf"), float("-inf"), 1e-40, -0.0]
     numbers = torch.cat([torch.tensor(edges), draw(4096)]).to(device)[None]
-    rounded = Rows(values=torch.empty_like(numbers, dtype=torch.bfloat16), beside=None)
-    mover.move(Rows(values=numbers, beside=None), rounded)
+    rounded = RowView(values=torch.empty_like(numbers, dtype=torch.bfloat16), gate_values=None)
+    row_ops.move(RowView(values=numbers, gate_values=None), rounded)
     assert torch.equal(rounded.values.view(torch.int16), numbers.bfloat16().view(torch.int16))
-    mover.move(Rows(values=torch.full_like(numbers, float("nan")), beside=None), rounded)
+    row_ops.move(RowView(values=torch.full_like(numbers, float("nan")), gate_values=None), rounded)
     assert rounded.values.isnan().all()
 
 
@@ -163,23 +165,26 @@ def test_rows_are_read_as_wide_as_they_are_aligned():
 
 
 def test_what_kernels_would_misread_is_refused(compile_on_host):
-    mover, rows = KernelMover(compile_on_host), Rows(values=draw(4, 8), beside=draw(4))
+    row_ops, rows = KernelRowOps(compile_on_host), RowView(values=draw(4, 8), gate_values=draw(4))
     wrong = [
-        Rows(values=draw(8, 4).T, beside=None),
-        Rows(values=draw(4, 8), beside=draw(4).double()),
-        Rows(values=draw(4, 8), beside=None, order=torch.arange(4, dtype=torch.int32)),
-        Rows(values=draw(4, 8), beside=None, order=torch.arange(8)[::2]),
+        RowView(values=draw(8, 4).T, gate_values=None),
+        RowView(values=draw(4, 8), gate_values=draw(4).double()),
+        RowView(values=draw(4, 8), gate_values=None, order=torch.arange(4, dtype=torch.int32)),
+        RowView(values=draw(4, 8), gate_values=None, order=torch.arange(8)[::2]),
     ]
     for source in wrong:
         with pytest.raises(ValueError, match="side by side|where kernels read"):
-            mover.move(source, rows)
-    three, short = Rows(values=draw(3, 8), beside=None, order=torch.arange(3)), Rows(values=draw(3, 8), beside=draw(3))
-    wide = Rows(values=draw(4, 9), beside=None)
+            row_ops.move(source, rows)
+    three, short = (
+        RowView(values=draw(3, 8), gate_values=None, order=torch.arange(3)),
+        RowView(values=draw(3, 8), gate_values=draw(3)),
+    )
+    wide = RowView(values=draw(4, 9), gate_values=None)
     for source, target in ((three, put_in(rows, [0, 1])), (rows, three), (rows, short), (wide, rows)):
         with pytest.raises(ValueError, match="as many rows|as wide on both sides"):
-            mover.move(source, target)
+            row_ops.move(source, target)
     with pytest.raises(ValueError, match="int32 where kernels read torch.int64"):
-        mover.sum(rows.values, torch.zeros(2, 2, dtype=torch.int32), draw(2, 2))
+        row_ops.sum(rows.values, torch.zeros(2, 2, dtype=torch.int32), draw(2, 2))
 
 
 @pytest.mark.parametrize(("chunks", "block"), [(1, (1, 256)), (3, (4, 64)), (256, (256, 1)), (5000, (256, 1))])
@@ -191,10 +196,10 @@ def test_where_kernels_cannot_be_compiled_torch_moves_rows_and_says_why(compile_
     def refuse(source, name, options):
         raise OSError("libnvrtc.so.13 is not there\nmore of it")
 
-    mover = open_mover(refuse)
-    assert mover.name == "torch, for our kernels cannot be compiled: libnvrtc.so.13 is not there"
-    rows = Rows(values=draw(3, 8), beside=None)
-    moved = Rows(values=torch.zeros(3, 8), beside=None)
-    mover.move(rows, moved)
+    row_ops = open_row_ops(refuse)
+    assert row_ops.name == "torch, for our kernels cannot be compiled: libnvrtc.so.13 is not there"
+    rows = RowView(values=draw(3, 8), gate_values=None)
+    moved = RowView(values=torch.zeros(3, 8), gate_values=None)
+    row_ops.move(rows, moved)
     assert torch.equal(moved.values, rows.values)
-    assert open_mover(compile_on_host).name == "kernels of our own"
+    assert open_row_ops(compile_on_host).name == "kernels of our own"

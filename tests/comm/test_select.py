@@ -6,12 +6,12 @@ import pytest
 from mpi4py import MPI
 
 from hpcmoe.comm.plain import PlainDevice
-from hpcmoe.comm.select import Sight, choose, look, name_version, open_carrier
+from hpcmoe.comm.select import TransportSupport, name_version, open_all_to_all, read_transport_support, select_backend
 from hpcmoe.config import Comm
 from hpcmoe.errors import ClusterError
 
 NO, YES = "MPI says no", "MPI says yes"
-FULL = Sight(gpu="a", nccl=23203, no_nccl="", shares=False, takes_pointers=True, ucx_takes=False, answer=YES)
+FULL = TransportSupport(gpu="a", nccl=23203, no_nccl="", shares=False, takes_pointers=True, ucx_takes=False, answer=YES)
 OTHER = dataclasses.replace(FULL, gpu="b")
 
 
@@ -50,28 +50,28 @@ REFUSALS = {
 
 @pytest.mark.parametrize("case", CHOICES)
 def test_the_choice_and_its_reason(case):
-    keys, sights, kind, reason = CHOICES[case]
-    choice = choose(Comm(**keys), sights, "overlap")
-    assert choice.kind == kind and reason in choice.reason and "\n" not in choice.reason
+    keys, support_of_rank, kind, reason = CHOICES[case]
+    selected = select_backend(Comm(**keys), support_of_rank, "overlap")
+    assert selected.kind == kind and reason in selected.reason and "\n" not in selected.reason
 
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_is_not_there_is_refused_in_one_line(case):
-    keys, sights, text = REFUSALS[case]
+    keys, support_of_rank, text = REFUSALS[case]
     with pytest.raises(ClusterError, match=text) as refused:
-        choose(Comm(**keys), sights, "overlap")
+        select_backend(Comm(**keys), support_of_rank, "overlap")
     assert "\n" not in str(refused.value) and str(refused.value).startswith("[comm] ")
 
 
 def test_nccl_wants_the_same_order_on_all_ranks():
-    assert choose(Comm(), having("a", "b"), "arrival").kind == "direct"
+    assert select_backend(Comm(), having("a", "b"), "arrival").kind == "direct"
     with pytest.raises(ClusterError, match="arrival"):
-        choose(Comm(transport="nccl"), having("a", "b"), "arrival")
+        select_backend(Comm(transport="nccl"), having("a", "b"), "arrival")
 
 
 def test_a_rank_without_a_gpu_sees_no_nccl():
-    sight = look(MPI.COMM_SELF, PlainDevice())
-    assert (sight.gpu, sight.nccl) == (None, None) and sight.no_nccl
+    support = read_transport_support(MPI.COMM_SELF, PlainDevice())
+    assert (support.gpu, support.nccl) == (None, None) and support.no_nccl
 
 
 def test_versions_are_written_as_people_do():
@@ -79,5 +79,5 @@ def test_versions_are_written_as_people_do():
 
 
 def test_an_unknown_carrier_is_refused():
-    with pytest.raises(ValueError, match="pigeon"), open_carrier("pigeon", None, None, 16, None):
+    with pytest.raises(ValueError, match="pigeon"), open_all_to_all("pigeon", None, None, 16, None):
         pass

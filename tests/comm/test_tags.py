@@ -36,7 +36,7 @@ def make_sizes(**changes):
     ],
 )
 def test_a_run_that_needs_more_tags_than_mpi_has_is_refused(monkeypatch, last_tag, changes, num_layers, fault):
-    monkeypatch.setattr(ways, "read_last_tag", lambda: last_tag)
+    monkeypatch.setattr(ways, "read_max_tag", lambda: last_tag)
     if fault is None:
         ways.check_tags(make_sizes(**changes), num_layers)
     else:
@@ -45,17 +45,17 @@ def test_a_run_that_needs_more_tags_than_mpi_has_is_refused(monkeypatch, last_ta
 
 
 def test_between_gpus_a_leg_is_one_message(monkeypatch):
-    monkeypatch.setattr(ways, "read_last_tag", lambda: 23)
+    monkeypatch.setattr(ways, "read_max_tag", lambda: 23)
     fields = {name: getattr(make_sizes(), name) for name in ("hidden", "dtype", "tokens", "top_k", "num_berths")}
     sizes = DeviceSizes(**fields, num_micro_batches=2, expert_rows=1, batch_rows=1, buffer_factor=1.0)
     ways.check_tags(sizes, 2)
-    monkeypatch.setattr(ways, "read_last_tag", lambda: 22)
+    monkeypatch.setattr(ways, "read_max_tag", lambda: 22)
     with pytest.raises(ConfigError, match="24 tags x 1 messages"):
         ways.check_tags(sizes, 2)
 
 
 def test_this_mpi_has_as_many_as_the_standard_asks_for():
-    assert mpi.read_last_tag() >= LEAST_TAG_UB
+    assert mpi.read_max_tag() >= LEAST_TAG_UB
 
 
 @pytest.mark.mpi
@@ -65,9 +65,9 @@ def test_tags_grow_neither_with_experts_nor_with_the_layers_of_an_exchange(comm,
     of_sums, of_rows = [], []
 
     class NotingReducer(sums.HostReducer):
-        def swap(self, outgoing, incoming):
+        def send_recv(self, outgoing, incoming):
             of_sums.extend(tag for tag, _, _ in [*outgoing, *incoming])
-            return super().swap(outgoing, incoming)
+            return super().send_recv(outgoing, incoming)
 
     class NotingTransport(mpi.MpiTransport):
         def send_rows(self, rows, peer, tag):

@@ -5,15 +5,15 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcmoe.comm.transport import Direction, Loopback, Part, count_tags, make_part_tag, make_tag
+from hpcmoe.comm.transport import Direction, Loopback, MessageKind, count_tags, make_message_tag, make_tag
 
 
 @given(st.integers(1, 4), st.integers(1, 5))
 def test_tags_of_different_messages_differ_and_none_is_left_out(num_micro_batches, max_parcels):
     tags = [
-        make_part_tag(make_tag(micro_batch, direction), part, parcel, max_parcels)
+        make_message_tag(make_tag(micro_batch, direction), part, parcel, max_parcels)
         for micro_batch, direction in itertools.product(range(num_micro_batches), Direction)
-        for part, parcel in itertools.product(Part, range(max_parcels))
+        for part, parcel in itertools.product(MessageKind, range(max_parcels))
     ]
     assert sorted(tags) == list(range(count_tags(num_micro_batches, max_parcels)))
 

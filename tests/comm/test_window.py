@@ -10,18 +10,18 @@ from small import open_small_job
 
 from hpcmoe.comm.window import SLIP_WORDS, WindowSizes, make_private_window, open_window
 from hpcmoe.errors import ClusterError
-from hpcmoe.wait import Patience, barrier
+from hpcmoe.wait import Backoff, barrier
 
 SIZES = WindowSizes(rows=10, row_bytes=24, num_berths=2, num_guests=3, max_parcels=2, num_slots=4)
 
 
 def wait_for(condition):
     """Spin politely, a second at most, until others have done something."""
-    patience = Patience()
+    backoff = Backoff()
     for _ in range(20_000):
         if condition():
             return
-        patience.pause()
+        backoff.pause()
     raise AssertionError("it never came")
 
 

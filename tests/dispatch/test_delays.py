@@ -8,7 +8,7 @@ import torch
 from journeys import check_all_is_given_back, check_backward, check_forward, go, make_journey, travel_both_ways
 from small import open_small_exchange
 
-from hpcmoe.comm.transport import Ticket
+from hpcmoe.comm.transport import MessageRequest
 from hpcmoe.dispatch.arrivals import Arrivals
 from hpcmoe.dispatch.sizes import fit_parcels
 
@@ -59,18 +59,18 @@ class LateSends:
 
     def send_rows(self, rows, peer, tag):
         """Note the message down."""
-        ticket = Ticket()
-        self.waiting.append((rows, peer, tag, ticket))
-        return ticket
+        request = MessageRequest()
+        self.waiting.append((rows, peer, tag, request))
+        return request
 
     def poke(self):
         """Send what was noted down, in order, when it is time."""
         while self.waiting and not self.dawdler.hesitate():
-            *message, ticket = self.waiting.pop(0)
-            self.under_way.append((self.send(*message), ticket))
+            *message, request = self.waiting.pop(0)
+            self.under_way.append((self.send(*message), request))
         moved = self.progress()
-        for sent, ticket in self.under_way:
-            ticket.done = sent.done
+        for sent, request in self.under_way:
+            request.done = sent.done
         self.under_way = [entry for entry in self.under_way if not entry[1].done]
         return moved
 

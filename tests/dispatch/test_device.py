@@ -19,8 +19,8 @@ from kernels import compiler_for_host
 from hpcmoe.clock import Clock
 from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.plain import PlainDevice
-from hpcmoe.comm.rows import KernelMover
-from hpcmoe.comm.select import open_carrier
+from hpcmoe.comm.rows import KernelRowOps
+from hpcmoe.comm.select import open_all_to_all
 from hpcmoe.comm.transport import HOMEWARD, Direction
 from hpcmoe.dispatch.device import DeviceExchange, DeviceSizes
 from hpcmoe.dispatch.routes import make_routes
@@ -30,7 +30,7 @@ HIDDEN, TOP_K, SLOTS = 4, 3, 2
 
 
 @contextlib.contextmanager
-def open_exchange(comm, kind="direct", mover=None, **changes):
+def open_exchange(comm, kind="direct", row_ops=None, **changes):
     """Open an exchange on the host in a GPU's place -> DeviceExchange. Collective over comm."""
     usual = {
         "hidden": HIDDEN, "dtype": torch.float32, "tokens": 20, "top_k": TOP_K, "num_berths": 2,
@@ -38,12 +38,12 @@ def open_exchange(comm, kind="direct", mover=None, **changes):
     } | changes  # fmt: skip
     sizes, one = DeviceSizes(**usual), np.zeros((1, 1), bool)
     routes, device = make_routes(np.zeros(comm.size, int), comm.rank, SLOTS, one), PlainDevice()
-    device.mover = mover or device.mover
+    device.row_ops = row_ops or device.row_ops
     with (
         open_mpi_transport(comm, sizes.row_bytes) as transport,
-        open_carrier(kind, comm, device, sizes.row_bytes, transport) as carrier,
+        open_all_to_all(kind, comm, device, sizes.row_bytes, transport) as all_to_all,
     ):
-        yield DeviceExchange(carrier, transport, device, Clock(), (sizes, routes))
+        yield DeviceExchange(all_to_all, transport, device, Clock(), (sizes, routes))
 
 
 @pytest.mark.mpi
@@ -60,20 +60,20 @@ def test_both_ways_are_what_their_definitions_say(comm, kind):
 @pytest.mark.mpi
 @pytest.mark.parametrize("hidden", [HIDDEN, pytest.param(24, marks=pytest.mark.full)])
 def test_kernels_of_our_own_do_both_ways_and_are_compiled_before(comm, tmp_path, hidden):
-    mover = KernelMover(compiler_for_host(tmp_path))
-    with open_exchange(comm, mover=mover, hidden=hidden) as exchange:
-        compiled = set(mover.kernels)
+    row_ops = KernelRowOps(compiler_for_host(tmp_path))
+    with open_exchange(comm, row_ops=row_ops, hidden=hidden) as exchange:
+        compiled = set(row_ops.kernels)
         journey = make_journey(exchange, 7 * comm.rank, 1)
         go(exchange, travel_both_ways(exchange, journey))
         check_forward(exchange, journey)
         check_backward(exchange, journey)
-    with open_exchange(comm, mover=mover, dtype=torch.bfloat16, hidden=hidden) as exchange:
-        compiled |= set(mover.kernels)
+    with open_exchange(comm, row_ops=row_ops, dtype=torch.bfloat16, hidden=hidden) as exchange:
+        compiled |= set(row_ops.kernels)
         journey = make_journey(exchange, 15, seed=3)
         journey.x = journey.x.float()  # as a model's tokens are
         go(exchange, travel_forward(exchange, journey))
         check_forward(exchange, journey)
-    assert set(mover.kernels) == compiled and len(compiled) == 8
+    assert set(row_ops.kernels) == compiled and len(compiled) == 8
 
 
 @pytest.mark.mpi

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hpcmoe.comm.pool import RowPool
-from hpcmoe.comm.transport import Direction, Part, Ticket, make_part_tag
+from hpcmoe.comm.transport import Direction, MessageKind, MessageRequest, make_message_tag
 from hpcmoe.comm.window import WindowSizes, make_private_window
 from hpcmoe.dispatch.inbound import Guest, Hall, Landing, see_trailer
 from hpcmoe.dispatch.routes import make_routes
@@ -21,23 +21,23 @@ class Post:
     def __init__(self):
         self.receives, self.sends = {}, {}
 
-    def receive_words(self, words, peer, tag):
-        return self.receives.setdefault((peer, tag), (words, Ticket()))[1]
+    def recv_words(self, words, peer, tag):
+        return self.receives.setdefault((peer, tag), (words, MessageRequest()))[1]
 
-    def receive_rows(self, rows, peer, tag):
-        return self.receives.setdefault((peer, tag), (rows, Ticket()))[1]
+    def recv_rows(self, rows, peer, tag):
+        return self.receives.setdefault((peer, tag), (rows, MessageRequest()))[1]
 
     def send_rows(self, rows, peer, tag):
-        return self.sends.setdefault((peer, tag), (rows, Ticket()))[1]
+        return self.sends.setdefault((peer, tag), (rows, MessageRequest()))[1]
 
     def bring(self, peer, tag, content):
-        array, ticket = self.receives[peer, tag]
+        array, request = self.receives[peer, tag]
         array.reshape(-1)[: content.size] = content.ravel()
-        ticket.done = True
+        request.done = True
 
 
 def tag_of(part, parcel=0):
-    return make_part_tag(0, part, parcel, MAX_PARCELS)
+    return make_message_tag(0, part, parcel, MAX_PARCELS)
 
 
 @pytest.fixture
@@ -75,11 +75,11 @@ def test_a_guest_goes_all_its_way(hall, weigh):
         hall.transport,
     )
     assert not landing.poke()
-    post.bring(1, tag_of(Part.HEADER), header((2, 2, 1)))
-    post.bring(2, tag_of(Part.HEADER), header())
+    post.bring(1, tag_of(MessageKind.HEADER), header((2, 2, 1)))
+    post.bring(2, tag_of(MessageKind.HEADER), header())
     assert landing.poke() and window.slips[0, 0, 1, 1 + MAX_PARCELS, :3].tolist() == [1, 0, 0]  # nothing from rank 2
     parcel = make_parcel([[1, 2, 3, 4], [5, 6, 7, 8]], [1, 0, 1], [0.5, 2.0, 3.0])
-    post.bring(1, tag_of(Part.PARCEL), parcel)
+    post.bring(1, tag_of(MessageKind.PARCEL), parcel)
     assert window.slips[0, 0, 1, 1, 0] == 0 and landing.poke()
 
     # The slip names three result rows, each of which knows its token and number.
@@ -93,12 +93,12 @@ def test_a_guest_goes_all_its_way(hall, weigh):
     window.numbers[4:7] = [7, 8, 9]
     window.mark_done(0, 1, 0, 1)
     assert landing.poke()
-    rows, ticket = post.sends[1, tag_of(Part.RETURN)]
+    rows, request = post.sends[1, tag_of(MessageKind.RETURN)]
     sums = rows[:2].view(np.float32)
     assert sums[:, 0].tolist() == ([20, 300.5] if weigh else [10, 101])
     assert [part.tolist() for part in see_trailer(rows[2:], 3)] == [[1, 0, 1], [7, 8, 9]]
     assert hall.pools[0].runs == [(7, 23)] and not landing.poke()
-    ticket.done = True
+    request.done = True
     assert landing.poke() and landing.is_over and hall.pools[0].runs == [(0, 30)]
 
 
@@ -106,18 +106,18 @@ def test_a_guest_goes_all_its_way(hall, weigh):
 def test_guests_wait_for_room_in_order(hall):
     """Ten rows of sixteen are taken: the next has no room, and the small one behind it waits its turn."""
     landing, post = Landing(hall, 0, 1, Direction.DISPATCH, tag_of), hall.transport
-    post.bring(1, tag_of(Part.HEADER), header((4, 4, 0), (4, 2, 2), (1, 1, 0)))
-    post.bring(2, tag_of(Part.HEADER), header())
+    post.bring(1, tag_of(MessageKind.HEADER), header((4, 4, 0), (4, 2, 2), (1, 1, 0)))
+    post.bring(2, tag_of(MessageKind.HEADER), header())
     landing.poke()
     assert [guest.number for guest in landing.landing] == [0] and [g.number for g in landing.waiting] == [1, 2]
     assert hall.pools[0].runs == [(10, 6)]
-    assert (1, tag_of(Part.PARCEL, 1)) not in post.receives
+    assert (1, tag_of(MessageKind.PARCEL, 1)) not in post.receives
     for number in range(3):
-        post.bring(1, tag_of(Part.PARCEL, number), make_parcel(np.ones((1, HIDDEN)), [0], [1.0]))
+        post.bring(1, tag_of(MessageKind.PARCEL, number), make_parcel(np.ones((1, HIDDEN)), [0], [1.0]))
         landing.poke()
         hall.window.mark_done(0, 1, 0, 1 + number)
         landing.poke()
-        post.sends[1, tag_of(Part.RETURN, number)][1].done = True
+        post.sends[1, tag_of(MessageKind.RETURN, number)][1].done = True
         landing.poke()
         landing.poke()
     assert landing.is_over and hall.pools[0].runs == [(0, 16)]
@@ -128,18 +128,18 @@ def test_headers_are_read_in_the_senders_order_where_it_is_fixed(hall, in_order)
     hall.in_order = in_order
     landing, post = Landing(hall, 0, 1, Direction.DISPATCH, tag_of), hall.transport
     assert hall.routes.senders == (1, 2)
-    post.bring(2, tag_of(Part.HEADER), header((1, 1, 0)))
+    post.bring(2, tag_of(MessageKind.HEADER), header((1, 1, 0)))
     landing.poke()
     assert [guest.sender for guest in landing.landing] == ([] if in_order else [2])
-    post.bring(1, tag_of(Part.HEADER), header((1, 0, 1)))
+    post.bring(1, tag_of(MessageKind.HEADER), header((1, 0, 1)))
     landing.poke()
     assert [guest.sender for guest in landing.landing] == ([1, 2] if in_order else [2, 1])
 
 
 def test_nothing_is_posted_over_what_a_mate_has_not_read(hall):
     landing, post = Landing(hall, 0, 3, Direction.DISPATCH, tag_of), hall.transport
-    post.bring(1, tag_of(Part.HEADER), header())
-    post.bring(2, tag_of(Part.HEADER), header())
+    post.bring(1, tag_of(MessageKind.HEADER), header())
+    post.bring(2, tag_of(MessageKind.HEADER), header())
     assert not landing.poke() and not hall.window.slips.any()
     hall.window.mark_taken(0, 1)
     assert landing.poke() and landing.is_over

@@ -163,8 +163,8 @@ FAULTS = {
     ),
     "a sum's parts are told apart by layer alone": plant(
         "comm/transport.py",
-        "(exchange_tag * len(Part) + part) * max_parcels + parcel",
-        "exchange_tag * len(Part) + part",
+        "(exchange_tag * len(MessageKind) + kind) * max_parcels + parcel",
+        "exchange_tag * len(MessageKind) + kind",
         "comm/test_transport.py",
     ),
     "rows of two directions match": plant(
@@ -205,7 +205,7 @@ FAULTS = {
     ),
     "home does not wait for messages": plant(
         "dispatch/host.py",
-        "        if not all(ticket.done for ticket in berth.returns):\n            return False\n",
+        "        if not all(request.done for request in berth.returns):\n            return False\n",
         "",
         "dispatch/test_delays.py",
         3,

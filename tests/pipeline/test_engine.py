@@ -24,7 +24,7 @@ class FakeExchange:
     def count_news(self):
         return 0
 
-    def wait_for_news(self, patience, before):
+    def wait_for_news(self, backoff, before):
         self.waits += 1
 
     @property

@@ -5,19 +5,19 @@ from types import SimpleNamespace
 import pytest
 from mpi4py import MPI
 
-from hpcmoe.comm.select import Choice, Sight
+from hpcmoe.comm.select import SelectedBackend, TransportSupport
 from hpcmoe.config import Comm
 from hpcmoe.errors import ClusterError
 from hpcmoe.prepare.gpus import try_nccl
 
-NCCL = Choice(kind="nccl", reason="each rank has a GPU")
+NCCL = SelectedBackend(kind="nccl", reason="each rank has a GPU")
 FAULT = "NCCL cannot be set up: no memory"
 
 
 def see(takes_pointers):
     """What the ranks see, one of them, with NCCL."""
     answer = "MPI says yes" if takes_pointers else "MPI says no"
-    return [Sight(gpu="a", nccl=23203, no_nccl="", shares=False, takes_pointers=takes_pointers, ucx_takes=False,
+    return [TransportSupport(gpu="a", nccl=23203, no_nccl="", shares=False, takes_pointers=takes_pointers, ucx_takes=False,
                   answer=answer)]  # fmt: skip
 
 
@@ -31,8 +31,8 @@ def broken(monkeypatch):
     monkeypatch.setattr("hpcmoe.prepare.gpus.open_nccl", refuse)
 
 
-def choose_by_trial(buffers, takes_pointers):
-    """Try NCCL -> Choice."""
+def try_nccl_or_mpi(buffers, takes_pointers):
+    """Try NCCL -> SelectedBackend."""
     return try_nccl(SimpleNamespace(comm=Comm(buffers=buffers)), MPI.COMM_SELF, None, NCCL, see(takes_pointers))
 
 
@@ -46,9 +46,9 @@ def choose_by_trial(buffers, takes_pointers):
     ],
 )
 def test_mpi_takes_its_place(broken, buffers, takes_pointers, kind, reason):
-    assert choose_by_trial(buffers, takes_pointers) == Choice(kind=kind, reason=f"{FAULT}; {reason}")
+    assert try_nccl_or_mpi(buffers, takes_pointers) == SelectedBackend(kind=kind, reason=f"{FAULT}; {reason}")
 
 
 def test_direct_buffers_that_are_asked_for_and_not_to_be_had_are_refused(broken):
     with pytest.raises(ClusterError, match=r'^\[comm\] buffers = "direct": rank 0: MPI says no; use'):
-        choose_by_trial("direct", False)
+        try_nccl_or_mpi("direct", False)

@@ -39,7 +39,7 @@ def others(comm):
 
 def step(comm, shared, monkeypatch, way, **changes):
     """One step on the stand-in against the oracle -> its Order. Staged messages have several small pieces."""
-    monkeypatch.setattr("hpcmoe.comm.staging.PIECE_BYTES", 200)
+    monkeypatch.setattr("hpcmoe.comm.staging._PIECE_BYTES", 200)
     with watch_way(comm, monkeypatch, way) as order:
         check_against_oracle(comm, shared, **BY_CARRIER[way] | changes)
     assert order.num_checked > 0
@@ -191,7 +191,7 @@ def test_a_stream_that_does_not_wait_is_caught(comm, shared, monkeypatch, way, d
 @pytest.mark.mpi
 @pytest.mark.parametrize("way", ["direct", "staged"])
 def test_who_begins_before_the_rows_are_packed_is_caught(comm, shared, monkeypatch, way):
-    for module in ("carrier", "staging"):
+    for module in ("all_to_all", "staging"):
         monkeypatch.setattr(f"hpcmoe.comm.{module}.may_begin", lambda pending: True)
     wait = Stream.wait_event
     monkeypatch.setattr(Stream, "wait_event", lambda self, event: self.name == "compute" and wait(self, event))
@@ -200,7 +200,7 @@ def test_who_begins_before_the_rows_are_packed_is_caught(comm, shared, monkeypat
 
 @pytest.mark.mpi
 def test_mpi_sums_in_the_hosts_memory_one_part_after_the_other(comm, shared, monkeypatch, others):
-    lend, lent = HostReducer.lend, []
+    lend, lent = HostReducer.open_for_sums, []
 
     @contextlib.contextmanager
     def count(reducer, flat):
@@ -209,6 +209,6 @@ def test_mpi_sums_in_the_hosts_memory_one_part_after_the_other(comm, shared, mon
             yield numbers
         lent.append(-1)
 
-    monkeypatch.setattr(HostReducer, "lend", count)
+    monkeypatch.setattr(HostReducer, "open_for_sums", count)
     step(comm, shared, monkeypatch, "staged", train__bucket_bytes=200, **CASES["replicas"])
     assert lent == [1, -1] * (len(lent) // 2) and len(lent) > 4

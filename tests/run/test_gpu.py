@@ -11,8 +11,8 @@ from moves import MOVES, assert_near, run_steps
 from small import BY_CARRIER, gather_logical, open_small_job
 
 from hpcmoe.comm.device import open_device
-from hpcmoe.comm.select import look, why_not_each
-from hpcmoe.comm.self_test import try_carrier
+from hpcmoe.comm.select import find_obstacles, read_transport_support
+from hpcmoe.comm.self_test import run_self_test
 from hpcmoe.wait import gather_to_all
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
@@ -36,8 +36,8 @@ def way(comm, request):
     """The keys of a way that these ranks have, and its name."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    sights = gather_to_all(comm, look(comm, open_device("cuda", comm.rank)))
-    why_not = why_not_each(sights)[request.param]
+    support_of_rank = gather_to_all(comm, read_transport_support(comm, open_device("cuda", comm.rank)))
+    why_not = find_obstacles(support_of_rank)[request.param]
     if why_not:
         pytest.skip(why_not)
     return request.param, {"comm__device": "cuda"} | BY_CARRIER[request.param]
@@ -45,7 +45,7 @@ def way(comm, request):
 
 def test_rows_come_whole(comm, way):
     kind, _ = way
-    assert try_carrier(kind, comm, open_device("cuda", comm.rank)) > 0
+    assert run_self_test(kind, comm, open_device("cuda", comm.rank)) > 0
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,7 +15,7 @@ from hpcmoe.cluster.measure.rounds import (
     split,
     uplinks_of,
 )
-from hpcmoe.cluster.topology import Links
+from hpcmoe.cluster.topology import ClusterLinks
 from hpcmoe.errors import ClusterError, on_root
 from hpcmoe.wait import broadcast
 
@@ -26,7 +26,7 @@ DOUBTFUL, SLOW = 0.85, 0.7  # of the median of its kind: a link below it is meas
 
 
 def measure_links(comm, node_of_rank, rack_of_node, cluster):
-    """Measure what joins the nodes, within [cluster] measure_seconds and measure_bytes -> Links. Collective over comm.
+    """Measure what joins the nodes, within [cluster] measure_seconds and measure_bytes -> ClusterLinks. Collective over comm.
 
     Raises ClusterError on all ranks when measure_bytes is too few for one message to each other node.
     """
@@ -54,7 +54,7 @@ def measure_links(comm, node_of_rank, rack_of_node, cluster):
     again = measure_pairs(comm, node_of_rank, rounds, seconds, num_bytes // max(len(rounds), 1))
     rates = np.maximum(rates, again[0])
     ports = infer_ports(rates, *through_ports)
-    return Links(
+    return ClusterLinks(
         bytes_per_second=rates,
         latency_seconds=np.where(again[1] > 0, np.minimum(latency, again[1]), latency),
         egress_bytes_per_second=ports[0],

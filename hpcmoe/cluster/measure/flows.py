@@ -7,7 +7,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.cluster.topology import port_maxima
-from hpcmoe.wait import Patience, barrier, wait_all
+from hpcmoe.wait import Backoff, barrier, wait_all
 
 CHANNELS = 2  # messages of a flow that are under way at once
 MESSAGES = 32  # of a flow in a round, were it alone
@@ -134,16 +134,16 @@ def open_connections(comm, senders, receivers):
 
 def keep_going(halves):
     """Let this rank's halves of channels go on until all have ended."""
-    patience, begin = Patience(), time.perf_counter()
+    backoff, begin = Backoff(), time.perf_counter()
     requests = [half.go_on(0.0) for half in halves]
     while (done := MPI.Request.Testsome(requests)) is not None:
         now = time.perf_counter() - begin
         for k in done:
             requests[k] = halves[k].go_on(now)
         if done:
-            patience.reset()
+            backoff.reset()
         else:
-            patience.pause()
+            backoff.pause()
 
 
 def rate_within(arrivals, size, begin, end):

@@ -29,13 +29,13 @@ def make_pair_rounds(rack_of_node, seconds):
 def make_circle(num_nodes):
     """Pair all nodes by the circle method: N - 1 rounds, N when N is odd and one node rests in each."""
     around = num_nodes - 1 + num_nodes % 2
-    seats = np.arange(around)
+    positions = np.arange(around)
     rounds = []
     for turn in range(around if num_nodes > 1 else 0):
-        facing = (turn - seats) % around
-        pairs = np.stack([seats, facing], axis=1)[seats < facing]
+        facing = (turn - positions) % around
+        pairs = np.stack([positions, facing], axis=1)[positions < facing]
         if num_nodes % 2 == 0:  # whoever faces itself meets the last node, who does not sit in the circle
-            pairs = np.append(pairs, [[int(np.flatnonzero(seats == facing)[0]), num_nodes - 1]], axis=0)
+            pairs = np.append(pairs, [[int(np.flatnonzero(positions == facing)[0]), num_nodes - 1]], axis=0)
         rounds.append(pairs)
     return rounds
 
