@@ -6,8 +6,8 @@ import sys
 from hpcmoe import __version__
 from hpcmoe.messages import show_value, suggest
 from hpcmoe.mpi_library import EXIT_USER, describe_missing, import_mpi
-from hpcmoe.output import say, show
-from hpcmoe.start import prepare
+from hpcmoe.output import print_to_stderr, print_to_stdout
+from hpcmoe.start import prepare_process
 
 COMMANDS = {  # name: (module, whether it starts MPI, what it does, an example)
     "run": ("hpcmoe.main", True, "train or run a model on MPI ranks", "mpirun -n 4 hpcmoe run inputs/run.toml"),
@@ -27,23 +27,23 @@ def main(words: list[str] | None = None) -> int | None:
     name, *rest = (sys.argv[1:] if words is None else words) or ["--help"]
     match name:
         case "-h" | "--help" | "help":
-            show(describe_commands())
+            print_to_stdout(describe_commands())
             return 0
         case "-V" | "--version":
-            show(f"hpcmoe {__version__}")
+            print_to_stdout(f"hpcmoe {__version__}")
             return 0
     if name not in COMMANDS:
-        say([f"hpcmoe: command line: {show_value(name)}: unknown command{suggest(name, COMMANDS)}"])
+        print_to_stderr([f"hpcmoe: command line: {show_value(name)}: unknown command{suggest(name, COMMANDS)}"])
         return EXIT_USER
     sys.argv = [f"hpcmoe {name}", *rest]
-    prepare()
+    prepare_process()
     module, needs_mpi, *_ = COMMANDS[name]
     if needs_mpi:
         import_mpi()
     try:
         program = importlib.import_module(module)
-    except ModuleNotFoundError as fault:
-        say([f"hpcmoe: {describe_missing(fault)}"])
+    except ModuleNotFoundError as error:
+        print_to_stderr([f"hpcmoe: {describe_missing(error)}"])
         return EXIT_USER
     return program.main()
 

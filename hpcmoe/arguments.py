@@ -1,11 +1,11 @@
-"""The command line of every program: its faults are raised, and it goes by the name that it was started by."""
+"""The command line of every program: its errors are raised, and it goes by the name that it was started by."""
 
 import argparse
 import sys
 
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import one_line
-from hpcmoe.output import show
+from hpcmoe.output import print_to_stdout
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
     def print_help(self, file=None):
         """Show the help; argparse leaves after it."""
-        show(self.format_help())
+        print_to_stdout(self.format_help())
 
 
 def name_program(module: str) -> str:

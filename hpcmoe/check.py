@@ -1,9 +1,9 @@
 """What there is to run on: `python -m hpcmoe.check`, alone or under mpirun or srun, tells and tries it."""
 
 if __name__ == "__main__":
-    from hpcmoe.start import prepare
+    from hpcmoe.start import prepare_process
 
-    prepare()
+    prepare_process()
     from hpcmoe.mpi_library import import_mpi
 
     import_mpi()
@@ -20,9 +20,9 @@ from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.cluster.launcher import check_launcher, find_launcher
 from hpcmoe.config import Cluster
 from hpcmoe.errors import HpcmoeError, exit_with, on_all, on_root
-from hpcmoe.interrupts import ending_at_once, insistent_interrupts
+from hpcmoe.interrupts import exit_on_signals, repeated_interrupts
 from hpcmoe.messages import one_line
-from hpcmoe.output import show
+from hpcmoe.output import print_to_stdout
 from hpcmoe.wait import barrier, gather_to_all
 
 LINK_SECONDS = 1.0  # for all links between nodes
@@ -43,15 +43,15 @@ def main():
     """Run the check; whatever goes wrong ends all ranks."""
     comm = MPI.COMM_WORLD
     try:
-        with insistent_interrupts():
+        with repeated_interrupts():
             check_launcher(comm)
             if on_root(comm, lambda: wants_help(sys.argv[1:])):
                 return
-            with ending_at_once(lambda ending: exit_with(comm, ending, read_host_name())):  # it imports torch
+            with exit_on_signals(lambda ending: exit_with(comm, ending, read_host_name())):  # it imports torch
                 check(comm)
             barrier(comm)
-    except (Exception, KeyboardInterrupt) as fault:
-        exit_with(comm, fault, read_host_name())
+    except (Exception, KeyboardInterrupt) as error:
+        exit_with(comm, error, read_host_name())
 
 
 def wants_help(words):
@@ -196,10 +196,10 @@ def format_self_test(run_self_test, kind, comm, device):
     """Try a all_to_all -> what came of it, in words, the same on all ranks. Collective over comm."""
     try:
         rate = run_self_test(kind, comm, device)
-    except HpcmoeError as fault:
-        if not fault.shared:
+    except HpcmoeError as error:
+        if not error.shared:
             raise
-        return f"FAILED: {fault}"
+        return f"FAILED: {error}"
     rates = gather_to_all(comm, rate)
     return f"works: 1 MB from each rank to each, {min(rates) / 1e9:.3g} GB/s a rank"
 
@@ -207,7 +207,7 @@ def format_self_test(run_self_test, kind, comm, device):
 def show_lines(lines):
     """Show (what, text) in two columns."""
     for what, text in lines:
-        show(f"{what:<{WIDTH}} {text}")
+        print_to_stdout(f"{what:<{WIDTH}} {text}")
 
 
 if __name__ == "__main__":

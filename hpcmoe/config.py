@@ -206,7 +206,7 @@ class Config:
 def read_config(path: str | PathLike, overrides: Sequence[str] = ()) -> tuple[Config, str]:
     """Read and check a TOML file and `section.key=value` overrides -> (Config, its text with the overrides).
 
-    Raises ConfigError with one line a fault: file, section, key, value, and what is allowed.
+    Raises ConfigError with one line per error: file, section, key, value, and what is allowed.
     """
     tree, text = read_toml(path)
 
@@ -237,7 +237,7 @@ def list_keys() -> tuple[tuple[str, str, object], ...]:
 
 
 def make_config(tree: dict, source_of: Callable[..., str]) -> Config:
-    """Check a parsed TOML tree whole -> Config; ConfigError lists every fault in it."""
+    """Check a parsed TOML tree whole -> Config; ConfigError lists every error in it."""
     config = validate(Config, tree, source_of)
     lines = [
         f"{source_of(name, key)}: [{name}] {key} = {show_value(getattr(getattr(config, name), key))}: {what}"

@@ -6,7 +6,7 @@ import platform
 from mpi4py import MPI
 
 from hpcmoe import __version__
-from hpcmoe.write.problem import describe_problem
+from hpcmoe.write.problem import record_problem
 
 NOT_INSTALLED = "not installed"  # a package that only lies on Python's path, or nowhere
 
@@ -28,7 +28,7 @@ def describe_run(records, job, text):
     records.describe("cluster", "source", dict(topology.source))
     describe_layout(records, job.layout)
     if job.problem is not None:
-        describe_problem(records, job.problem)
+        record_problem(records, job.problem)
 
 
 def describe_tokens(records, job):

@@ -67,7 +67,7 @@ def is_natural(text: str) -> bool:
 
 
 def wrong(name: str, text: str, allowed: str) -> ClusterError:
-    """Make the fault of a variable: its name, its value and what is allowed."""
+    """Make the error of a variable: its name, its value and what is allowed."""
     shown = text if len(text) <= 40 else f"{text[:40]}..."
     return ClusterError(f"the environment's {name} = {shown!r}: must be {allowed}; whoever starts the run sets it")
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 REPEAT_SECONDS = 0.5  # between two exceptions, until one has got out
-CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TERMINATION_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -31,7 +31,7 @@ def name_signal(number: int) -> str:
 
 
 @contextlib.contextmanager
-def insistent_interrupts():
+def repeated_interrupts():
     """Within, raise Interrupted at Ctrl-C or SIGTERM, again and again until it has got out: in the main thread alone.
 
     Numba loses one that comes while it looks at the types of a call's arguments, and an import may turn one into
@@ -40,21 +40,23 @@ def insistent_interrupts():
     received = []
 
     def interrupt(number, _):
-        if number in CAUGHT:
+        if number in TERMINATION_SIGNALS:
             received.append(number)
             ignore_signals()
         signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS)
         raise Interrupted(received[0])
 
     # A signal that whoever started the process had ignored, as nohup does, stays ignored; Ctrl-C is asked for by hand.
-    numbers = [n for n in (*CAUGHT, signal.SIGALRM) if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+    numbers = [
+        n for n in (*TERMINATION_SIGNALS, signal.SIGALRM) if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, interrupt) for number in numbers}
-    complain, sys.unraisablehook = sys.unraisablehook, complain_of_others(sys.unraisablehook)
+    complain, sys.unraisablehook = sys.unraisablehook, ignore_lost_interrupts(sys.unraisablehook)
     try:
         yield
-    except Exception as fault:
+    except Exception as error:
         if received:
-            raise Interrupted(received[0]) from fault
+            raise Interrupted(received[0]) from error
         raise
     finally:
         stop_repeating()
@@ -65,7 +67,7 @@ def insistent_interrupts():
 
 
 @contextlib.contextmanager
-def ending_at_once(end: Callable[[Interrupted], None]):
+def exit_on_signals(end: Callable[[Interrupted], None]):
     """Within, have a signal call end(Interrupted), which does not return: code in C++ may not bear an exception.
 
     So it is as torch is imported: its bindings import Python's modules, and abort the process where one raises.
@@ -75,7 +77,7 @@ def ending_at_once(end: Callable[[Interrupted], None]):
         ignore_signals()
         end(Interrupted(number))
 
-    before = {n: signal.signal(n, interrupt) for n in CAUGHT if signal.getsignal(n) != signal.SIG_IGN}
+    before = {n: signal.signal(n, interrupt) for n in TERMINATION_SIGNALS if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield
     finally:
@@ -83,14 +85,14 @@ def ending_at_once(end: Callable[[Interrupted], None]):
             signal.signal(number, handler)
 
 
-def complain_of_others(complain):
+def ignore_lost_interrupts(complain):
     """Return a hook that passes over interrupts lost in a destructor: the next one comes soon."""
     return lambda lost: None if issubclass(lost.exc_type, KeyboardInterrupt) else complain(lost)
 
 
 def ignore_signals() -> None:
     """Ignore Ctrl-C and termination from now on."""
-    for number in CAUGHT:
+    for number in TERMINATION_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -1,9 +1,9 @@
 """The program on one page: `mpirun -n 16 python -m hpcmoe.main inputs/run.toml [--set section.key=value]`."""
 
 if __name__ == "__main__":
-    from hpcmoe.start import prepare
+    from hpcmoe.start import prepare_process
 
-    prepare()
+    prepare_process()
     from hpcmoe.mpi_library import import_mpi
 
     import_mpi()
@@ -27,9 +27,9 @@ from hpcmoe.config import read_config
 from hpcmoe.description import describe_run, describe_tokens
 from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
 from hpcmoe.idle import find_notes
-from hpcmoe.interrupts import ending_at_once, insistent_interrupts
+from hpcmoe.interrupts import exit_on_signals, repeated_interrupts
 from hpcmoe.model.text import check_text, find_text
-from hpcmoe.output import Log, show
+from hpcmoe.output import StderrHandler, print_to_stdout
 from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.prepare.budget import check_budget, describe_budget
@@ -38,10 +38,17 @@ from hpcmoe.prepare.shards import settle_shards
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
-from hpcmoe.write.checkpoint import find_checkpoint, lies_in, load_checkpoint, newest_checkpoint, read_facts, step_of
+from hpcmoe.write.checkpoint import (
+    find_checkpoint,
+    is_in_folder,
+    load_checkpoint,
+    newest_checkpoint,
+    read_metadata,
+    step_of,
+)
 from hpcmoe.write.folder import open_folder
 from hpcmoe.write.loads import read_loads
-from hpcmoe.write.pieces import Part, Piece
+from hpcmoe.write.pieces import Piece, PieceSpec
 from hpcmoe.write.records import open_records
 from hpcmoe.write.writer import open_writer
 
@@ -52,7 +59,7 @@ def main():
     """Run the program; whatever goes wrong ends all ranks."""
     comm, host, watch = MPI.COMM_WORLD, read_host_name(), Watch(None)
     try:
-        with insistent_interrupts(), contextlib.ExitStack() as opened:
+        with repeated_interrupts(), contextlib.ExitStack() as opened:
             watch = start_watch(comm, host)
             check_launcher(comm)
             start_log(comm)
@@ -61,12 +68,12 @@ def main():
                 run(comm, arguments, opened)
             barrier(comm)  # nobody leaves while another may still fail
             watch.stop()
-    except (Exception, KeyboardInterrupt) as fault:
-        if getattr(fault, "shared", False) or isinstance(fault, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
+        if getattr(error, "shared", False) or isinstance(error, KeyboardInterrupt):
             watch.stop()
         else:
             watch.report()
-        exit_with(comm, fault, host)
+        exit_with(comm, error, host)
 
 
 def run(comm, arguments, opened):
@@ -76,7 +83,7 @@ def run(comm, arguments, opened):
     on_root(comm, lambda: [log.warning("%s", note) for note in find_notes(config)])
     folder = pathlib.Path(config.run.output, config.run.name)
     checkpoint = None if arguments.resume is None else find_checkpoint(comm, arguments.resume or folder)
-    goes_on = checkpoint is not None and lies_in(checkpoint, folder)
+    goes_on = checkpoint is not None and is_in_folder(checkpoint, folder)
     on_root(comm, lambda: check_checkpoint(checkpoint, folder, config))
     split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length, folder))
     split = on_all(comm, lambda: check_text(split))
@@ -93,7 +100,7 @@ def run(comm, arguments, opened):
     log.info("%s", topology)
     with open_mesh(comm, settle_shards(comm, config, topology)) as mesh:
         gc.disable()  # torch's import makes much that stays: a tenth of its time is looking through it for garbage
-        with ending_at_once(lambda ending: leave(comm, opened, ending)):
+        with exit_on_signals(lambda ending: leave(comm, opened, ending)):
             from hpcmoe.report.tables import make_table
             from hpcmoe.report.totals import describe_totals
             from hpcmoe.run.job import open_job  # seconds of CPU on a laptop
@@ -109,7 +116,7 @@ def run(comm, arguments, opened):
                 describe_totals(records, totals)
             if comm.rank == 0:
                 table, written = make_table(job, totals), list_written(config, folder)
-                show(f"\n{table}\n\nwritten: {', '.join(map(str, written))}")
+                print_to_stdout(f"\n{table}\n\nwritten: {', '.join(map(str, written))}")
 
 
 def leave(comm, opened, ending):
@@ -156,7 +163,7 @@ def train_or_infer(job, records, folder, start):
 
     def save(step, load, activations):
         """Keep what is due after a step. Collective over all ranks."""
-        writer.look()
+        writer.poll()
         if layers_to_write(config, step):
             write_activations(world, folder, step, activations)
         if training and is_due(step, write.checkpoint_every, config.run.steps):
@@ -173,14 +180,14 @@ def train_or_infer(job, records, folder, start):
             losses = train(job, records, start.optimizer, (start.step, start.load), save)
         else:
             losses = infer(job, records, start.load, save)
-    return sum_up(job, start.optimizer, losses, writer.copy_bytes)
+    return sum_up(job, start.optimizer, losses, writer.snapshot_bytes)
 
 
 def resume(job, state, checkpoint):
     """Take the state from a checkpoint of any number of ranks -> (its step, its load). Collective over all ranks."""
     from hpcmoe.run.state import LOAD
 
-    wanted = [Part(name=n, shape=s, start=at, extent=e, keys=keys) for n, s, at, e, keys in state.wanted()]
+    wanted = [PieceSpec(name=n, shape=s, start=at, extent=e, keys=keys) for n, s, at, e, keys in state.wanted()]
     arrays, facts = load_checkpoint(job.mesh.world, checkpoint, wanted)
     step = step_of(checkpoint)
     log.info("resumed %s, step %d, written by %d ranks", checkpoint, step, facts["num_ranks"])
@@ -219,13 +226,13 @@ def check_checkpoint(checkpoint, folder, config):
     """Refuse to resume what is at its end, what is another function, or to infer in the folder of the training."""
     if checkpoint is None:
         return
-    if config.run.mode == "infer" and lies_in(checkpoint, folder):
+    if config.run.mode == "infer" and is_in_folder(checkpoint, folder):
         raise ConfigError(f'[run] name = "{config.run.name}": inference of {checkpoint} needs a name of its own')
     if config.run.mode == "train" and step_of(checkpoint) >= config.run.steps:
         raise ConfigError(
             f"[run] steps = {config.run.steps}: must be more than the {step_of(checkpoint)} of {checkpoint}"
         )
-    check_facts(read_facts(checkpoint), config, checkpoint, step_of(checkpoint))
+    check_facts(read_metadata(checkpoint), config, checkpoint, step_of(checkpoint))
 
 
 def read_arguments(words):
@@ -254,7 +261,7 @@ def read_arguments(words):
 def start_log(comm):
     """Log to standard error: rank 0 what goes on, the others what goes wrong."""
     logging.basicConfig(
-        handlers=[Log()],
+        handlers=[StderrHandler()],
         level=logging.INFO if comm.rank == 0 else logging.WARNING,
         format=f"%(asctime)s [{comm.rank}/{comm.size} {read_host_name()}] %(name)s: %(message)s",
         datefmt="%H:%M:%S",

@@ -67,7 +67,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def join_lines(lines: Iterable[str], most: int = 40) -> str:
-    """Join the lines of faults; of very many the first."""
+    """Join the lines of errors; of very many the first."""
     lines = list(lines)
-    more = [f"and {len(lines) - most} more faults"] * (len(lines) > most)
+    more = [f"and {len(lines) - most} more errors"] * (len(lines) > most)
     return "\n".join(lines[:most] + more)

@@ -15,12 +15,12 @@ import sysconfig
 import time
 import warnings
 
-from hpcmoe.output import EXIT_USER, HAND_ON_SECONDS, say
-from hpcmoe.segments import clear_way
+from hpcmoe.output import DRAIN_SECONDS, EXIT_USER, print_to_stderr
+from hpcmoe.segments import clear_segments
 from hpcmoe.start import find_rank
 
 NUMBERS = ("PMI_RANK", "PMI_SIZE", "PMI_FD")  # that MPICH reads as it starts, and aborts where they are none
-TRIAL_SECONDS = 60.0  # for two ranks to start
+START_SECONDS = 60.0  # for two ranks to start
 TRIAL = "import os; from mpi4py import MPI; os.write(1, b'size %d\\n' % MPI.COMM_WORLD.size)"
 BUILD = ("--no-binary", "mpi4py", "--no-cache-dir", "--force-reinstall", "--no-deps", "mpi4py")
 CFLAGS = "-O1 -g0"  # thin wrappers, whose optimising takes minutes; what the user has set comes after it
@@ -28,26 +28,26 @@ CFLAGS = "-O1 -g0"  # thin wrappers, whose optimising takes minutes; what the us
 
 def import_mpi():
     """Clear MPI's way and import mpi4py's MPI, which starts it -> that; leave with one line where it cannot be."""
-    clear_way()
-    fault = find_bad_number(os.environ)
-    if fault is not None:
-        leave(fault, is_first=True)
+    clear_segments()
+    error = find_bad_variable(os.environ)
+    if error is not None:
+        exit_with_line(error, is_first=True)
     try:
         import mpi4py
 
         mpi4py.rc(initialize=False, finalize=True)
         from mpi4py import MPI
 
-        with hidden_pmix(MPI.Get_library_version(), os.environ), warnings.catch_warnings():
+        with hide_pmix(MPI.Get_library_version(), os.environ), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="suspicious MPI execution environment")  # check_launcher says it
             if not MPI.Is_initialized():  # python -m mpi4py has
                 MPI.Init_thread()
-    except (ImportError, RuntimeError, OSError) as fault:
-        leave(describe_fault(fault), find_rank(os.environ) == "0")
+    except (ImportError, RuntimeError, OSError) as error:
+        exit_with_line(describe_error(error), find_rank(os.environ) == "0")
     return MPI
 
 
-def find_bad_number(environ) -> str | None:
+def find_bad_variable(environ) -> str | None:
     """Find a variable of a launcher that is no number where an MPI wants one -> what is wrong, as one line, or None."""
     for name in NUMBERS:
         text = environ.get(name, "").strip()
@@ -57,7 +57,7 @@ def find_bad_number(environ) -> str | None:
 
 
 @contextlib.contextmanager
-def hidden_pmix(library: str, environ):
+def hide_pmix(library: str, environ):
     """Within, hide a PMIx launcher from an MPICH that does not speak PMIx, and would abort: it starts alone instead.
 
     Where a launcher within that one speaks PMI, as mpirun in a task of srun --mpi=pmix, it starts by that.
@@ -70,28 +70,28 @@ def hidden_pmix(library: str, environ):
         environ.update(hidden)
 
 
-def leave(line: str, is_first: bool):
+def exit_with_line(line: str, is_first: bool):
     """End this process with status 2; the first of the ranks writes the line, the others give it time to come out."""
     if is_first:
-        say([f"hpcmoe: {line}"])
+        print_to_stderr([f"hpcmoe: {line}"])
     else:
-        time.sleep(HAND_ON_SECONDS)
+        time.sleep(DRAIN_SECONDS)
     sys.exit(EXIT_USER)
 
 
-def describe_fault(fault: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Format why mpi4py's MPI cannot be imported, and the command that mends it, as one line."""
-    if isinstance(fault, ModuleNotFoundError):
-        return describe_missing(fault)
-    reason = "; ".join(line.strip() for line in str(fault).splitlines() if line.strip())
+    if isinstance(error, ModuleNotFoundError):
+        return describe_missing(error)
+    reason = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
     return f"mpi4py cannot load an MPI library: {reason}; {describe_cure()}"
 
 
-def describe_missing(fault: ModuleNotFoundError) -> str:
+def describe_missing(error: ModuleNotFoundError) -> str:
     """Format that a package is missing, which tells of an environment that is not active, and what mends it."""
-    packages = "mpi4py mpich" if fault.name == "mpi4py" else fault.name
+    packages = "mpi4py mpich" if error.name == "mpi4py" else error.name
     return (
-        f"{fault.name} is not installed in {sys.prefix}: activate hpcmoe's environment (source .venv/bin/activate), "
+        f"{error.name} is not installed in {sys.prefix}: activate hpcmoe's environment (source .venv/bin/activate), "
         f"or {sys.executable} -m pip install {packages}"
     )
 
@@ -111,12 +111,12 @@ def describe_cure() -> str:
     if mpirun is None:
         return f"no mpirun is on the PATH either: {pip} mpich, or load or install an MPI"
     build = f"{pip} {' '.join(BUILD)}"
-    missing = find_missing()
+    missing = find_missing_tools()
     needed = f"install {', '.join(missing)}, then " if missing else ""
     return f"build mpi4py for the MPI of {mpirun}: {needed}{build}"
 
 
-def find_missing() -> list[str]:
+def find_missing_tools() -> list[str]:
     """List what a build of mpi4py lacks, each with Debian's package."""
     header = pathlib.Path(sysconfig.get_path("include"), "Python.h")
     checks = (
@@ -138,20 +138,20 @@ def find_mpicc() -> str | None:
 
 def main(words=None) -> int:
     """Make mpi4py fit the mpirun on the PATH -> exit status."""
-    fault = try_ranks()
-    if fault is None:
+    error = check_ranks()
+    if error is None:
         return 0
-    missing = find_missing()
+    missing = find_missing_tools()
     if missing:
-        say([f"hpcmoe: {fault}; to build mpi4py for that MPI, install {', '.join(missing)}"])
+        print_to_stderr([f"hpcmoe: {error}; to build mpi4py for that MPI, install {', '.join(missing)}"])
         return EXIT_USER
-    say([f"hpcmoe: {fault}: building mpi4py from source with {find_mpicc()}, some minutes"])
+    print_to_stderr([f"hpcmoe: {error}: building mpi4py from source with {find_mpicc()}, some minutes"])
     if build(sys.argv[1:] if words is None else words) != 0:
-        say(["hpcmoe: mpi4py could not be built: see pip's lines above"])
+        print_to_stderr(["hpcmoe: mpi4py could not be built: see pip's lines above"])
         return EXIT_USER
-    fault = try_ranks()
-    if fault is not None:
-        say([f"hpcmoe: {fault}, though mpi4py was built with {find_mpicc()}: are they of one MPI?"])
+    error = check_ranks()
+    if error is not None:
+        print_to_stderr([f"hpcmoe: {error}, though mpi4py was built with {find_mpicc()}: are they of one MPI?"])
         return EXIT_USER
     return 0
 
@@ -163,16 +163,16 @@ def build(words) -> int:
     return subprocess.run(command, env=environment).returncode
 
 
-def try_ranks() -> str | None:
+def check_ranks() -> str | None:
     """Start two ranks by the mpirun on the PATH -> what is wrong, or None when each sees a world of two."""
     mpirun = shutil.which("mpirun")
     if mpirun is None:
         return "no mpirun is on the PATH"
     command = [mpirun, "-n", "2", sys.executable, "-c", TRIAL]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TRIAL_SECONDS)
+        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=START_SECONDS)
     except subprocess.TimeoutExpired:
-        return f"two ranks by {mpirun} have not ended after {TRIAL_SECONDS:.0f} s"
+        return f"two ranks by {mpirun} have not ended after {START_SECONDS:.0f} s"
     sizes = [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("size ")]
     if sizes == ["2", "2"]:
         return None

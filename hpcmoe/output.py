@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from typing import TextIO
 
 EXIT_USER = 2  # a program's status where the user can mend what is wrong: bad input, a machine that does not fit
-HAND_ON_SECONDS = 0.2  # for a launcher to hand on what was said: what it has not read when a rank aborts is lost
+DRAIN_SECONDS = 0.2  # for a launcher to hand on what was said: what it has not read when a rank aborts is lost
 
 
-def show(text: str) -> None:
+def print_to_stdout(text: str) -> None:
     """Write a text and a line's end to standard output."""
     write(sys.stdout, f"{text}\n")
 
 
-def say(lines: Iterable[str]) -> None:
+def print_to_stderr(lines: Iterable[str]) -> None:
     """Write lines to standard error at once, so that ranks do not cut into each other."""
     write(sys.stderr, "".join(f"{line}\n" for line in lines))
 
@@ -41,7 +41,7 @@ def discard_output(stream: TextIO | None) -> None:
         os.close(nowhere)
 
 
-class Log(logging.StreamHandler):
+class StderrHandler(logging.StreamHandler):
     """Log to standard error, or to nowhere once that is broken."""
 
     def handleError(self, record):  # noqa: N802

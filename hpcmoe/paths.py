@@ -22,21 +22,21 @@ def expand_paths(config: Any, source_of: Callable[..., str]) -> Any:
 
     source_of(section, key) names the file or option that a value comes from.
     """
-    faults = []
+    errors = []
     for name, key in PATHS:
         section = getattr(config, name)
-        path, fault = attempt(partial(expand_path, getattr(section, key), f"{source_of(name, key)}: [{name}] {key}"))
-        faults.append(fault)
+        path, error = attempt(partial(expand_path, getattr(section, key), f"{source_of(name, key)}: [{name}] {key}"))
+        errors.append(error)
         config = dataclasses.replace(config, **{name: dataclasses.replace(section, **{key: path})})
     for name, key in PATTERNS:
         for pattern in getattr(getattr(config, name), key):
-            _, fault = attempt(partial(expand_pattern, pattern, f"{source_of(name, key)}: [{name}] {key}"))
-            faults.append(fault)
+            _, error = attempt(partial(expand_pattern, pattern, f"{source_of(name, key)}: [{name}] {key}"))
+            errors.append(error)
     run_name = config.run.name
     what = f"{source_of('run', 'name')}: [run] name = {printable(repr(run_name))}"
-    faults.append(attempt(partial(check_name, run_name, what))[1])
-    if any(faults):
-        raise ConfigError("\n".join(str(fault) for fault in faults if fault is not None))
+    errors.append(attempt(partial(check_name, run_name, what))[1])
+    if any(errors):
+        raise ConfigError("\n".join(str(error) for error in errors if error is not None))
     return config
 
 

@@ -1,12 +1,12 @@
 """Place experts by themselves: `python -m hpcmoe.place CASE.json --objective links --budget 5 -o OUT.json`.
 
-CASE.json holds a placement problem, or a run's run.h5 the one it had. A fault ends it with one line and exit status 2.
+CASE.json holds a placement problem, or a run's run.h5 the one it had. An error ends it with one line and exit status 2.
 """
 
 if __name__ == "__main__":
-    from hpcmoe.start import prepare
+    from hpcmoe.start import prepare_process
 
-    prepare()
+    prepare_process()
 
 import contextlib
 import importlib.util
@@ -20,9 +20,9 @@ import time
 
 from hpcmoe.arguments import Parser, name_program
 from hpcmoe.errors import EXIT_USER, ConfigError, HpcmoeError
-from hpcmoe.interrupts import Interrupted, insistent_interrupts
+from hpcmoe.interrupts import Interrupted, repeated_interrupts
 from hpcmoe.messages import one_line
-from hpcmoe.output import Log, say, show
+from hpcmoe.output import StderrHandler, print_to_stderr, print_to_stdout
 from hpcmoe.placement.files.case import read_case
 from hpcmoe.placement.files.maps import check_map, read_map, write_map
 from hpcmoe.placement.problem import OBJECTIVES, check_problem
@@ -35,16 +35,16 @@ PICTURES = (".png", ".pdf", ".svg")
 def main(words=None):
     """Run the command -> its exit status."""
     try:
-        with insistent_interrupts():
+        with repeated_interrupts():
             arguments = read_arguments(sys.argv[1:] if words is None else words)
             check_outputs(arguments)
-            show(place(arguments))
-    except HpcmoeError as fault:
-        first, *more = str(fault).splitlines()
-        say([f"hpcmoe: {first}" + f"; and {len(more)} more fault{'s' * (len(more) > 1)}" * bool(more)])
+            print_to_stdout(place(arguments))
+    except HpcmoeError as error:
+        first, *more = str(error).splitlines()
+        print_to_stderr([f"hpcmoe: {first}" + f"; and {len(more)} more error{'s' * (len(more) > 1)}" * bool(more)])
         return EXIT_USER
     except Interrupted as ending:
-        say([f"hpcmoe: {ending}"])
+        print_to_stderr([f"hpcmoe: {ending}"])
         return ending.status
     return 0
 
@@ -158,8 +158,8 @@ def one_line_faults(path):
     """Turn the system's refusal inside the block into a ConfigError."""
     try:
         yield
-    except (OSError, RuntimeError) as fault:  # the latter of a link that leads to itself
-        why = getattr(fault, "strerror", None) or one_line(fault)
+    except (OSError, RuntimeError) as error:  # the latter of a link that leads to itself
+        why = getattr(error, "strerror", None) or one_line(error)
         raise ConfigError(f"{one_line(path)}: cannot be written: {why}") from None
 
 
@@ -169,9 +169,9 @@ def place(arguments):
     if arguments.layer >= problem.num_layers:
         raise ConfigError(f"--layer {arguments.layer}: must be below layers = {problem.num_layers}")
     if notes:
-        say(f"hpcmoe: note: {note}" for note in notes)
+        print_to_stderr(f"hpcmoe: note: {note}" for note in notes)
 
-    logging.basicConfig(level=logging.INFO, format="hpcmoe: note: %(message)s", handlers=[Log()])
+    logging.basicConfig(level=logging.INFO, format="hpcmoe: note: %(message)s", handlers=[StderrHandler()])
 
     # What compiles, or takes a second to import, waits until the input is known to be good.
     from hpcmoe.placement.resources import measure_usage
@@ -180,7 +180,7 @@ def place(arguments):
 
     placement = find_placement(problem, arguments)
     if arguments.moves != 0 and (uneven := describe_unevenness(problem, placement.expert_of_replica)):
-        say([f"hpcmoe: note: {uneven}"])
+        print_to_stderr([f"hpcmoe: note: {uneven}"])
     rivals = compare_methods(problem, ("contiguous", "eplb") if arguments.compare else ("contiguous",))
     usage = measure_usage(problem, placement)
 
@@ -210,7 +210,9 @@ def find_placement(problem, arguments):
     start = read_start(problem, arguments.start) if arguments.start else None
     if arguments.moves is None:
         if start is not None and not keeps_even(problem, start):
-            say(["hpcmoe: note: the search begins elsewhere, since what it finds is to be even; --moves begins there"])
+            print_to_stderr(
+                ["hpcmoe: note: the search begins elsewhere, since what it finds is to be even; --moves begins there"]
+            )
         return make_placement(problem, start=start, **orders)
     begun = time.perf_counter()
     layouts = resettle(problem, start, arguments.moves, Orders(**orders)) if arguments.moves else start
@@ -221,13 +223,13 @@ def find_placement(problem, arguments):
 def read_start(problem, path):
     """Read the placement to begin with -> [L, S]."""
     if pathlib.Path(path).suffix == ".h5":
-        from hpcmoe.write.problem import read_layouts
+        from hpcmoe.write.problem import read_last_placement
 
-        layouts, notes = check_map(path, "its placement", read_layouts(path), problem)
+        layouts, notes = check_map(path, "its placement", read_last_placement(path), problem)
     else:
         layouts, notes = read_map(path, problem)
     if notes:
-        say(f"hpcmoe: note: {one_line(path)}: {note}" for note in notes)
+        print_to_stderr(f"hpcmoe: note: {one_line(path)}: {note}" for note in notes)
     return layouts
 
 

@@ -1,4 +1,4 @@
-"""Text files of the input, whatever a path may name: a fault is one ConfigError, and nothing waits for ever."""
+"""Text files of the input, whatever a path may name: an error is one ConfigError, and nothing waits for ever."""
 
 import json
 import os
@@ -22,8 +22,8 @@ def read_text(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> str:
     content = read_bytes(path, most_bytes)
     try:
         text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as fault:
-        what = "UTF-16; save it as UTF-8" if content.startswith(UTF_16) else f"byte {fault.start} is not"
+    except UnicodeDecodeError as error:
+        what = "UTF-16; save it as UTF-8" if content.startswith(UTF_16) else f"byte {error.start} is not"
         raise ConfigError(f"{one_line(path)}: not a text file in UTF-8: {what}") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -38,10 +38,10 @@ def read_bytes(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> bytes:
             return b"".join(read_pieces(path, handle, most_bytes))
         finally:
             os.close(handle)
-    except OSError as fault:
-        raise ConfigError(f"{one_line(path)}: cannot be read: {fault.strerror}") from None
-    except ValueError as fault:  # a zero byte in the path, or half of a character
-        raise ConfigError(f"{one_line(path)}: cannot be read: {one_line(fault)}") from None
+    except OSError as error:
+        raise ConfigError(f"{one_line(path)}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a zero byte in the path, or half of a character
+        raise ConfigError(f"{one_line(path)}: cannot be read: {one_line(error)}") from None
 
 
 def read_pieces(path, handle, most_bytes):
@@ -60,11 +60,11 @@ def read_pieces(path, handle, most_bytes):
 
 
 def parse(path: str | os.PathLike, text: str, parser: Callable, language: str) -> object:
-    """Parse a text by a parser that tells its faults as ValueError or RecursionError; ConfigError in one line."""
+    """Parse a text by a parser that tells its errors as ValueError or RecursionError; ConfigError in one line."""
     try:
         return parser(text)
-    except (ValueError, RecursionError) as fault:
-        raise ConfigError(f"{one_line(path)}: not {language}: {explain(fault)}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{one_line(path)}: not {language}: {explain(error)}") from None
 
 
 def read_toml(path: str | os.PathLike) -> tuple[dict, str]:
@@ -91,10 +91,10 @@ def read_json(path: str | os.PathLike) -> object:
     return parse(path, read_text(path), lambda text: json.loads(text, object_pairs_hook=unique), "JSON")
 
 
-def explain(fault: Exception) -> str:
+def explain(error: Exception) -> str:
     """Say what a parser found wrong, in the user's terms."""
-    if isinstance(fault, RecursionError):
+    if isinstance(error, RecursionError):
         return "nested too deeply"
-    if "set_int_max_str_digits" in str(fault):
+    if "set_int_max_str_digits" in str(error):
         return "a whole number has thousands of digits"
-    return one_line(fault)
+    return one_line(error)

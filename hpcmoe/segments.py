@@ -1,6 +1,6 @@
 """Segments of shared memory that dead ranks have left in the way of MPI's start, swept or named.
 
-A program calls clear_way() before it imports mpi4py, which starts MPI. Segments are named mpich_shm_WORLD_NODE
+A program calls clear_segments() before it imports mpi4py, which starts MPI. Segments are named mpich_shm_WORLD_NODE
 (MPICH 5, src/mpid/ch4/shm/posix/posix_init.c), WORLD being a hash of the launcher's name of the job. Slurm's PMI-2
 names it JOB.STEP, and again so when the job is requeued; Hydra draws a name; a process alone takes its own number.
 """
@@ -12,24 +12,24 @@ import pathlib
 import sys
 import time
 
-from hpcmoe.output import EXIT_USER, HAND_ON_SECONDS, say
+from hpcmoe.output import DRAIN_SECONDS, EXIT_USER, print_to_stderr
 
-SHARED_MEMORY = pathlib.Path("/dev/shm")
+SHM_FOLDER = pathlib.Path("/dev/shm")
 PROCESSES = pathlib.Path("/proc")
 PATTERN = "mpich_*"
 FNV_BASIS, FNV_PRIME = 2166136261, 16777619  # FNV-1a of 32 bits
 LOCK_SECONDS = 5.0  # how long another process may sweep
 
 
-def clear_way() -> None:
+def clear_segments() -> None:
     """Sweep what is this user's; leave with one line where what is another's has the name that MPI will want."""
-    sweep_segments()
-    blocked = find_blocked()
+    remove_abandoned_segments()
+    blocked = find_foreign_segment()
     if blocked is not None:
-        refuse_blocked(blocked)
+        exit_blocked(blocked)
 
 
-def sweep_segments(folder=SHARED_MEMORY, processes=PROCESSES, before=None):
+def remove_abandoned_segments(folder=SHM_FOLDER, processes=PROCESSES, before=None):
     """Remove this user's segments of MPICH that no process holds any more -> their names.
 
     Only those from before a time, by default this process's start: what processes in other containers, which cannot be
@@ -116,9 +116,9 @@ def find_mapped(process):
                 yield int(line.split()[4])
 
 
-def find_blocked(folder=SHARED_MEMORY, environ=os.environ, process=None):
+def find_foreign_segment(folder=SHM_FOLDER, environ=os.environ, process=None):
     """Find another user's segment that has the name this process's MPI will want -> its path, or None."""
-    world = name_world(environ, os.getpid() if process is None else process)
+    world = compute_world_number(environ, os.getpid() if process is None else process)
     for path in [] if world is None else folder.glob(f"mpich_shm_{world:x}_*"):
         with contextlib.suppress(OSError):
             if path.lstat().st_uid != os.geteuid():
@@ -126,7 +126,7 @@ def find_blocked(folder=SHARED_MEMORY, environ=os.environ, process=None):
     return None
 
 
-def name_world(environ, process):
+def compute_world_number(environ, process):
     """Compute the number by which MPICH calls this process's world: its job's, its own if alone, None if drawn."""
     job = environ.get("PMI_JOBID", "")
     if not job:
@@ -137,10 +137,10 @@ def name_world(environ, process):
     return number
 
 
-def refuse_blocked(path):
+def exit_blocked(path):
     """Say on the node's first process what is in the way and what to do, and leave."""
     if os.environ.get("SLURM_LOCALID", "0") != "0":
-        time.sleep(HAND_ON_SECONDS)
+        time.sleep(DRAIN_SECONDS)
         sys.exit(EXIT_USER)
     job = os.environ.get("PMI_JOBID")
     again = f"submit the job anew, which gives it another name than {job}" if job else "start again"
@@ -149,7 +149,7 @@ def refuse_blocked(path):
         f"hpcmoe: {node}: {path} of user {read_owner(path)}, left by an MPI program that was killed, has the name that "
         f"MPI needs: have its owner or root remove it, or {again}"
     )
-    say([line])
+    print_to_stderr([line])
     sys.exit(EXIT_USER)
 
 

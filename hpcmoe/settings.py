@@ -4,9 +4,9 @@ Starts no ranks and imports neither MPI nor torch. Faults are listed, a line eac
 """
 
 if __name__ == "__main__":
-    from hpcmoe.start import prepare
+    from hpcmoe.start import prepare_process
 
-    prepare()
+    prepare_process()
 
 import argparse
 import importlib.resources
@@ -17,7 +17,7 @@ from hpcmoe.arguments import Parser, name_program
 from hpcmoe.config import Config, read_config
 from hpcmoe.errors import EXIT_USER, HpcmoeError
 from hpcmoe.idle import find_notes
-from hpcmoe.output import say, show
+from hpcmoe.output import print_to_stderr, print_to_stdout
 
 MANUAL = importlib.resources.files("hpcmoe") / "run.toml"
 
@@ -26,9 +26,9 @@ def main(words: list[str] | None = None) -> int:
     """Run the command -> exit status."""
     try:
         arguments = read_arguments(sys.argv[1:] if words is None else words)
-        show(make_text(arguments.config, arguments.set))
-    except HpcmoeError as fault:
-        say(f"hpcmoe: {line}" for line in str(fault).splitlines())
+        print_to_stdout(make_text(arguments.config, arguments.set))
+    except HpcmoeError as error:
+        print_to_stderr(f"hpcmoe: {line}" for line in str(error).splitlines())
         return EXIT_USER
     return 0
 
@@ -50,7 +50,7 @@ def make_text(path: str | None, overrides: list[str]) -> str:
     if path is None and not overrides:
         return MANUAL.read_text(encoding="utf-8").rstrip("\n")
     config, _ = read_config(MANUAL if path is None else path, overrides)
-    say(f"hpcmoe: note: {note}" for note in find_notes(config))
+    print_to_stderr(f"hpcmoe: note: {note}" for note in find_notes(config))
     return write_config(config)
 
 

@@ -6,23 +6,23 @@ import signal
 import sys
 import time
 
-from hpcmoe.interrupts import CAUGHT, Interrupted, ignore_signals
-from hpcmoe.output import HAND_ON_SECONDS, say
+from hpcmoe.interrupts import TERMINATION_SIGNALS, Interrupted, ignore_signals
+from hpcmoe.output import DRAIN_SECONDS, print_to_stderr
 
 HYDRA_KEY = "MPI_LOCALNRANKS"  # of MPICH's launcher and its kin alone
-HEED_SECONDS = 1.0  # for rank 0, which may have had the signal too, to speak for all
+_WAIT_FOR_ROOT_SECONDS = 1.0  # for rank 0, which may have had the signal too, to speak for all
 RANK_KEYS = (  # of launchers, those within others first; MPI has not begun
     *("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK"),
     *("FLUX_TASK_RANK", "PALS_RANKID", "SLURM_PROCID"),
 )
 
 
-def prepare() -> None:
+def prepare_process() -> None:
     """Prepare the process for the imports of a program. Call once, as the first thing."""
     open_standard_files()
-    for number in CAUGHT:
+    for number in TERMINATION_SIGNALS:
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, leave)
+            signal.signal(number, exit_on_signal)
 
 
 def open_standard_files() -> None:
@@ -41,17 +41,17 @@ def find_rank(environ) -> str:
     return next((environ[key].strip() for key in keys if key in environ), "0")
 
 
-def leave(number: int, _) -> None:
+def exit_on_signal(number: int, _) -> None:
     """End this process and its job at once: they have begun nothing yet."""
     ignore_signals()
     ending = Interrupted(number)
     rank = find_rank(os.environ)
     if rank == "0":
-        say([f"hpcmoe: {ending}"])
+        print_to_stderr([f"hpcmoe: {ending}"])
     else:
-        time.sleep(HEED_SECONDS)
-        say([f"[rank {rank}, {os.uname().nodename}] {ending}"])
-    time.sleep(HAND_ON_SECONDS)
+        time.sleep(_WAIT_FOR_ROOT_SECONDS)
+        print_to_stderr([f"[rank {rank}, {os.uname().nodename}] {ending}"])
+    time.sleep(DRAIN_SECONDS)
     abort_job(ending.status)
     os._exit(ending.status)
 
@@ -61,4 +61,4 @@ def abort_job(status: int) -> None:
     if HYDRA_KEY in os.environ and "PMI_FD" in os.environ:
         with contextlib.suppress(OSError, ValueError):
             os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=%d\n" % status)  # PMI-1
-            time.sleep(HAND_ON_SECONDS)
+            time.sleep(DRAIN_SECONDS)

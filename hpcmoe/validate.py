@@ -1,4 +1,4 @@
-"""A parsed tree of sections and keys becomes frozen dataclasses, by pydantic; each key's fault becomes one line."""
+"""A parsed tree of sections and keys becomes frozen dataclasses, by pydantic; each key's error becomes one line."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ OVERFLOWING = 10**400  # stands for any larger one: more than a float, too, can 
 
 
 def validate(cls: type, tree: dict, source_of: Callable[..., str]) -> object:
-    """Make a dataclass of a tree, its fields dataclasses too; ConfigError has one line for each key at fault.
+    """Make a dataclass of a tree, its fields dataclasses too; ConfigError has one line for each key in error.
 
     source_of(section, key) or source_of(section) names where a value came from.
     """
@@ -24,11 +24,11 @@ def validate(cls: type, tree: dict, source_of: Callable[..., str]) -> object:
     try:
         return make_reader(cls).validate_json(json.dumps(make_json(tree)))
     except ValidationError as invalid:
-        faults_of_key = {}
-        for fault in invalid.errors():
-            faults_of_key.setdefault(fault["loc"][:2], []).append(fault)
+        errors_of_key = {}
+        for error in invalid.errors():
+            errors_of_key.setdefault(error["loc"][:2], []).append(error)
     keys_of_section = {part.name: [key.name for key in fields(part.type)] for part in fields(cls)}
-    lines = (explain(faults, tree, source_of, keys_of_section) for faults in faults_of_key.values())
+    lines = (explain(errors, tree, source_of, keys_of_section) for errors in errors_of_key.values())
     raise ConfigError(join_lines(lines))
 
 
@@ -57,10 +57,10 @@ def make_json(value: object, depth: int = 0) -> object:
 
 
 def explain(
-    faults: list[dict], tree: dict, source_of: Callable[..., str], keys_of_section: dict[str, list[str]]
+    errors: list[dict], tree: dict, source_of: Callable[..., str], keys_of_section: dict[str, list[str]]
 ) -> str:
     """Make one line of pydantic's errors of a key or section: where it is, what stands there, what may stand there."""
-    first, *others = faults
+    first, *others = errors
     name, *inner = first["loc"]
     if not inner:
         what = f"{source_of(name)}: [{one_line(name)}]"

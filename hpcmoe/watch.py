@@ -27,7 +27,7 @@ class Watch:
         self.send(signal.SIGTERM)
 
     def report(self):
-        """End it, and have it name a rank that is dead or dying: this rank's fault may come of that."""
+        """End it, and have it name a rank that is dead or dying: this rank's error may come of that."""
         self.send(signal.SIGUSR1)
         time.sleep(ANSWER_SECONDS)
 

@@ -14,7 +14,7 @@ import traceback
 import pytest
 
 TEST_SECONDS = 600.0  # what an MPI test may take, on a busy machine, its waiting for slower ranks included
-FAREWELL_SECONDS = 5.0  # how long a rank that has failed waits for the others before it aborts them
+EXIT_BARRIER_SECONDS = 5.0  # how long a rank that has failed waits for the others before it aborts them
 OUTCOMES = ("passed", "skipped", "failed")  # the worst that a rank has counts for all
 
 gc.disable()  # until all is imported, which stays: a tenth of a rank's start is looking through it
@@ -36,9 +36,9 @@ def pytest_configure(config):
     settings.load_profile("hpcmoe")
     if config.getoption("--with-mpi") or "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
-    from hpcmoe.segments import sweep_segments
+    from hpcmoe.segments import remove_abandoned_segments
 
-    sweep_segments()  # what ranks killed by tests have left
+    remove_abandoned_segments()  # what ranks killed by tests have left
     from mpi4py import MPI
 
     if config.getoption("--with-mpi"):
@@ -114,14 +114,14 @@ class Ranks:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session):
-        """Stop all ranks unless they collected the same tests without a fault. Collective."""
+        """Stop all ranks unless they collected the same tests without an error. Collective."""
         from hpcmoe.wait import gather_to_all
 
         collected = [item.nodeid for item in session.items]
-        faults, collections = zip(*gather_to_all(self.comm, (session.testsfailed, collected)), strict=True)
-        if any(faults) and not session.testsfailed:
+        errors, collections = zip(*gather_to_all(self.comm, (session.testsfailed, collected)), strict=True)
+        if any(errors) and not session.testsfailed:
             pytest.exit("another rank could not collect the tests", returncode=2)
-        if not any(faults) and any(other != collected for other in collections):
+        if not any(errors) and any(other != collected for other in collections):
             pytest.exit("the ranks collected different tests", returncode=2)
 
     @pytest.hookimpl(wrapper=True)
@@ -132,7 +132,7 @@ class Ranks:
         watch = threading.Timer(seconds, self.give_up, [item.nodeid, seconds])
         watch.daemon = True
         watch.start()
-        faulthandler.dump_traceback_later(seconds + FAREWELL_SECONDS, exit=True, file=self.stderr)  # needs no GIL
+        faulthandler.dump_traceback_later(seconds + EXIT_BARRIER_SECONDS, exit=True, file=self.stderr)  # needs no GIL
         try:
             return (yield)
         finally:
@@ -140,7 +140,7 @@ class Ranks:
             faulthandler.cancel_dump_traceback_later()
 
     def give_up(self, test, seconds):
-        """Show where this rank is, and abort all."""
+        """Show where this rank is, and abort_ranks all."""
         stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
         own = [entry for entry in stack if "/_pytest/" not in entry and "/pluggy/" not in entry]
         self.say(f"{test} has not ended after {seconds:.0f} s; this rank is here:", *own)
@@ -157,7 +157,7 @@ class Ranks:
 
     def agree(self, report):
         """Make this rank's report as bad as the worst. Collective; aborts all when a failure cannot be shared."""
-        from hpcmoe.errors import abort
+        from hpcmoe.errors import abort_ranks
         from hpcmoe.wait import wait_all
 
         # Speak before waiting: the others may be in a collective call that this rank never joins.
@@ -169,9 +169,9 @@ class Ranks:
 
         outcomes = bytearray(self.comm.size)
         gathered = self.comm.Iallgather(bytes([own]), outcomes)
-        if not wait_all([gathered], FAREWELL_SECONDS if report.failed else None):
+        if not wait_all([gathered], EXIT_BARRIER_SECONDS if report.failed else None):
             self.say(*(account if self.comm.rank == 0 else ()), "the other ranks do not follow: all are aborted")
-            abort(self.comm, 1)
+            abort_ranks(self.comm, 1)
 
         worst = max(outcomes)
         if worst > own:
@@ -185,5 +185,5 @@ class Ranks:
         from hpcmoe.wait import barrier
 
         sys.stdout.flush()
-        if not barrier(self.comm, FAREWELL_SECONDS):
+        if not barrier(self.comm, EXIT_BARRIER_SECONDS):
             self.comm.Abort(1)

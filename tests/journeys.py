@@ -9,10 +9,10 @@ import torch
 from hpcmoe.comm.transport import Direction
 from hpcmoe.wait import Backoff
 
-DEADLINE_SECONDS = 300.0  # a journey that takes longer is stuck, however busy the machine is
+DEADLINE_SECONDS = 300.0  # a round_trip that takes longer is stuck, however busy the machine is
 
 
-def make_journey(exchange, num_tokens, seed, berth=0, kept_share=0.8, whole=True, favourite=None):
+def make_round_trip(exchange, num_tokens, seed, berth=0, kept_share=0.8, whole=True, favourite=None):
     """A micro-batch of this rank, with slots, gates and rows by seed; whole numbers have exact sums in any order.
 
     favourite: a slot to which all tokens go, and only there. As a router's, a token's slots all differ.
@@ -48,48 +48,48 @@ def map_of(slot, hidden):
     return torch.from_numpy(np.random.default_rng(slot).integers(-1, 2, (hidden, hidden))).float()
 
 
-def travel_forward(exchange, journey):
-    """Dispatch, compute and combine, leaving journey.output [T, H]; yields where it waits."""
+def run_forward(exchange, round_trip):
+    """Dispatch, compute and combine, leaving round_trip.output [T, H]; yields where it waits."""
     first_slot, hidden = exchange.routes.rank * exchange.routes.num_slots, exchange.sizes.hidden
-    while not exchange.may_start(journey):
+    while not exchange.may_start(round_trip):
         yield
-    exchange.start_outward(journey, journey.x, journey.gates, Direction.DISPATCH)
-    for batch in exchange.batches(journey):
+    exchange.start_outward(round_trip, round_trip.x, round_trip.gates, Direction.DISPATCH)
+    for batch in exchange.batches(round_trip):
         if batch is None:
             yield
             continue
-        places, seen = exchange.rows_of(journey, batch), []
+        places, seen = exchange.rows_of(round_trip, batch), []
         for part, slots in batch.portions(exchange.sizes.batch_rows):
             rows, _ = exchange.take(places[part])
             seen += zip([slot for slot, _ in slots], rows.split(spread(slots, rows)), strict=False)
             results = [own.float() @ map_of(first_slot + slot, hidden).T for slot, own in seen[-len(slots) :]]
             exchange.lay(torch.cat(results).to(rows.dtype), places[part])
             yield
-        exchange.finish(journey, batch)
-        journey.batches.append(batch)
-        journey.seen.append(seen)
-    while not exchange.is_home(journey):
+        exchange.finish(round_trip, batch)
+        round_trip.batches.append(batch)
+        round_trip.seen.append(seen)
+    while not exchange.is_home(round_trip):
         yield
-    journey.output = exchange.sum_home(journey, journey.gates)
+    round_trip.output = exchange.sum_home(round_trip, round_trip.gates)
 
 
-def travel_backward(exchange, journey):
+def run_backward(exchange, round_trip):
     """Go back from journey.grad, leaving grad_x [T, H] and grad_gate [T, K]; yields where it waits.
 
     Also weight_grads, a list in the order of the work, and backward_order, the batches' numbers in it.
     """
     first_slot, hidden = exchange.routes.rank * exchange.routes.num_slots, exchange.sizes.hidden
-    journey.weight_grads, journey.backward_order = [], []
-    while not exchange.may_start(journey):
+    round_trip.weight_grads, round_trip.backward_order = [], []
+    while not exchange.may_start(round_trip):
         yield
-    exchange.start_outward(journey, journey.grad, journey.gates, Direction.COMBINE_BACKWARD)
-    for number in exchange.batches_again(journey, journey.batches):
+    exchange.start_outward(round_trip, round_trip.grad, round_trip.gates, Direction.COMBINE_BACKWARD)
+    for number in exchange.batches_again(round_trip, round_trip.batches):
         if number is None:
             yield
             continue
-        batch = journey.batches[number]
-        journey.backward_order.append(number)
-        places, seen = exchange.rows_of(journey, batch), iter(journey.seen[number])
+        batch = round_trip.batches[number]
+        round_trip.backward_order.append(number)
+        places, seen = exchange.rows_of(round_trip, batch), iter(round_trip.seen[number])
         for part, slots in batch.portions(exchange.sizes.batch_rows):
             rows, gates = exchange.take(places[part])
             by_input, by_gate, lengths = [], [], spread(slots, rows)
@@ -100,15 +100,15 @@ def travel_backward(exchange, journey):
                 matrix, weighed = map_of(first_slot + slot, hidden), gates_of_slot * grads
                 by_input.append(weighed @ matrix)
                 by_gate.append((grads * (x.float() @ matrix.T)).sum(dim=1))
-                journey.weight_grads.append((slot, weighed.T @ x.float()))
+                round_trip.weight_grads.append((slot, weighed.T @ x.float()))
             exchange.lay(torch.cat(by_input), places[part], torch.cat(by_gate))
             yield
         assert next(seen, None) is None
-        exchange.finish(journey, batch)
-    while not exchange.is_home(journey):
+        exchange.finish(round_trip, batch)
+    while not exchange.is_home(round_trip):
         yield
-    journey.grad_x = exchange.sum_home(journey, torch.ones_like(journey.gates))
-    journey.grad_gate = exchange.numbers_home(journey)
+    round_trip.grad_x = exchange.sum_home(round_trip, torch.ones_like(round_trip.gates))
+    round_trip.grad_gate = exchange.numbers_home(round_trip)
 
 
 def spread(slots, rows):
@@ -118,10 +118,10 @@ def spread(slots, rows):
     return [*lengths, len(rows) - sum(lengths)]
 
 
-def travel_both_ways(exchange, journey):
+def run_both_ways(exchange, round_trip):
     """Go forward and back."""
-    yield from travel_forward(exchange, journey)
-    yield from travel_backward(exchange, journey)
+    yield from run_forward(exchange, round_trip)
+    yield from run_backward(exchange, round_trip)
 
 
 def go(exchange, *ways):
@@ -141,48 +141,50 @@ def go(exchange, *ways):
 
 def check_two_at_once(exchange, num_tokens, seed):
     """Take two micro-batches both ways at once, half the ranks beginning with the second, and check both."""
-    journeys = [make_journey(exchange, num_tokens, seed, berth) for berth in range(2)]
-    in_order = journeys if exchange.transport.rank % 2 == 0 else journeys[::-1]
-    go(exchange, *[travel_both_ways(exchange, journey) for journey in in_order])
-    for journey in journeys:
-        check_forward(exchange, journey)
-        check_backward(exchange, journey)
+    round_trips = [make_round_trip(exchange, num_tokens, seed, berth) for berth in range(2)]
+    in_order = round_trips if exchange.transport.rank % 2 == 0 else round_trips[::-1]
+    go(exchange, *[run_both_ways(exchange, round_trip) for round_trip in in_order])
+    for round_trip in round_trips:
+        check_forward(exchange, round_trip)
+        check_backward(exchange, round_trip)
 
 
-def check_forward(exchange, journey):
+def check_forward(exchange, round_trip):
     """The output is the sum of the kept copies' maps of their token, times their gates."""
-    assert torch.equal(journey.output.float(), expected_output(journey, exchange.sizes.hidden))
+    assert torch.equal(round_trip.output.float(), expected_output(round_trip, exchange.sizes.hidden))
 
 
-def check_backward(exchange, journey):
+def check_backward(exchange, round_trip):
     """The gradients of tokens and gates are those of <output, grad>."""
     hidden = exchange.sizes.hidden
-    assert torch.equal(journey.grad_x.float(), expected_grad_x(journey, hidden))
-    assert torch.equal(journey.grad_gate.float(), expected_grad_gate(journey, hidden))
+    assert torch.equal(round_trip.grad_x.float(), expected_grad_x(round_trip, hidden))
+    assert torch.equal(round_trip.grad_gate.float(), expected_grad_gate(round_trip, hidden))
 
 
-def maps_of_copies(journey, hidden):
+def maps_of_copies(round_trip, hidden):
     """The matrix of each copy [T, K, H, H], zero where it was dropped."""
-    maps = torch.stack([map_of(slot, hidden) for slot in range(journey.slots.max(initial=0) + 1)])
-    return maps[torch.from_numpy(journey.slots)] * torch.from_numpy(journey.kept)[:, :, None, None]
+    maps = torch.stack([map_of(slot, hidden) for slot in range(round_trip.slots.max(initial=0) + 1)])
+    return maps[torch.from_numpy(round_trip.slots)] * torch.from_numpy(round_trip.kept)[:, :, None, None]
 
 
-def expected_output(journey, hidden):
+def expected_output(round_trip, hidden):
     """sum over k of gate * M x."""
-    return torch.einsum("tk,tkij,tj->ti", journey.gates, maps_of_copies(journey, hidden), journey.x.float())
+    return torch.einsum("tk,tkij,tj->ti", round_trip.gates, maps_of_copies(round_trip, hidden), round_trip.x.float())
 
 
-def expected_grad_x(journey, hidden):
+def expected_grad_x(round_trip, hidden):
     """sum over k of gate * M^T grad."""
-    return torch.einsum("tk,tkij,ti->tj", journey.gates, maps_of_copies(journey, hidden), journey.grad.float())
+    return torch.einsum("tk,tkij,ti->tj", round_trip.gates, maps_of_copies(round_trip, hidden), round_trip.grad.float())
 
 
-def expected_grad_gate(journey, hidden):
+def expected_grad_gate(round_trip, hidden):
     """grad . M x of each copy."""
-    return torch.einsum("ti,tkij,tj->tk", journey.grad.float(), maps_of_copies(journey, hidden), journey.x.float())
+    return torch.einsum(
+        "ti,tkij,tj->tk", round_trip.grad.float(), maps_of_copies(round_trip, hidden), round_trip.x.float()
+    )
 
 
-def check_all_is_given_back(exchange):
+def check_pools_are_free(exchange):
     """No row of any pool is taken any more."""
     for berth, pool in enumerate(exchange.hall.pools):
         first = exchange.window.first_row + exchange.sizes.num_berths * exchange.sizes.home_window_rows

@@ -26,8 +26,8 @@ def main(runs):
             with contextlib.ExitStack() as opened:
                 run(comm, read_arguments(words), opened)
                 barrier(comm)
-    except Exception as fault:
-        exit_with(comm, fault, read_host_name())
+    except Exception as error:
+        exit_with(comm, error, read_host_name())
 
 
 if __name__ == "__main__":

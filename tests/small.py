@@ -171,5 +171,5 @@ class Notes:
         series[step] = value
         self.units[f"{chapter}/{name}"] = unit
 
-    def flush_when_due(self):
+    def flush_if_due(self):
         """Nothing is buffered."""

@@ -235,7 +235,7 @@ class StandInNccl:
     available, version = True, 23203
 
     def __init__(self, comm, device):
-        self.mpi, self.device, self.waiting, self.fault = comm, device, [], None
+        self.mpi, self.device, self.waiting, self.error = comm, device, [], None
         self.num_ids, self.num_groups, self.sums, self.ended = 0, 0, [], []
 
     def get_version(self):
@@ -302,8 +302,8 @@ class StandInCommunicator:
         self.nccl.waiting.append(lambda: self.comm.Ibcast(values, root))
 
     def check_async_error(self):
-        if self.nccl.fault is not None:
-            raise self.nccl.fault
+        if self.nccl.error is not None:
+            raise self.nccl.error
 
     def destroy(self):
         self.nccl.ended.append("destroyed")

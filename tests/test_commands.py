@@ -121,22 +121,22 @@ def test_inference_reports_its_throughput(two):
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_what_the_user_can_mend_is_one_line(settings, said, tmp_path):
-    check_fault(main_command(tmp_path, settings), said)
+    check_error(main_command(tmp_path, settings), said)
 
 
 def test_what_is_in_the_way_or_missing_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    check_fault(["-m", "hpcmoe.main", "inputs/none.toml"], "inputs/none.toml: cannot be read: No such file")
-    check_fault(main_command(tmp_path, {}, "--resume"), "resume")
+    check_error(["-m", "hpcmoe.main", "inputs/none.toml"], "inputs/none.toml: cannot be read: No such file")
+    check_error(main_command(tmp_path, {}, "--resume"), "resume")
     (tmp_path / "run").write_text("in the way")
-    check_fault(main_command(tmp_path), "[run] output")
+    check_error(main_command(tmp_path), "[run] output")
 
 
-def check_fault(command, said):
+def check_error(command, said):
     """Check that the program, on a rank of its own in this process, has one line to say."""
-    with pytest.raises(HpcmoeError) as fault, contextlib.ExitStack() as opened:
+    with pytest.raises(HpcmoeError) as error, contextlib.ExitStack() as opened:
         run(MPI.COMM_SELF, read_arguments([str(word) for word in command[2:]]), opened)
-    assert said in str(fault.value) and "\n" not in str(fault.value)
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a run.toml may say, and what is said of each fault in it: file, section, key, value, what is allowed."""
+"""What a run.toml may say, and what is said of each error in it: file, section, key, value, what is allowed."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def read(file, text, *overrides):
 
 
 def refusal(file, text, *overrides):
-    """Read a run.toml with faults -> the lines said of them."""
+    """Read a run.toml with errors -> the lines said of them."""
     with pytest.raises(ConfigError) as refused:
         read(file, text, *overrides)
     return str(refused.value).splitlines()
@@ -45,7 +45,7 @@ def test_a_config_cannot_be_changed(file):
         config.model.hidden = 33
 
 
-def test_every_fault_is_listed_at_once(file):
+def test_every_error_is_listed_at_once(file):
     text = """
         [model]
         top_k = 0
@@ -88,7 +88,7 @@ def test_every_fault_is_listed_at_once(file):
         ("[write]\nzzz = 3", "[write] zzz = 3: unknown key; allowed: checkpoint_every, checkpoints_kept, "),
     ],
 )  # fmt: skip
-def test_a_fault_shows_file_section_key_value_and_what_is_allowed(file, text, said):
+def test_an_error_shows_file_section_key_value_and_what_is_allowed(file, text, said):
     (line,) = refusal(file, text)
     assert line.startswith("run.toml: ") and said in line
 
@@ -167,7 +167,7 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(file):
     assert (config.model.hidden, config.model.top_k, config.run.name) == (128, 1, "x")
 
 
-def test_an_override_mends_a_fault_of_the_file_or_brings_its_own(file):
+def test_an_override_mends_an_error_of_the_file_or_brings_its_own(file):
     assert read(file, "[model]\ntop_k = 0", "model.top_k=1").model.top_k == 1
     assert refusal(file, "[model]\ntop_k = 0", "model.top_k=-1") == [
         "--set model.top_k=-1: [model] top_k = -1: must be greater than or equal to 1"

@@ -8,8 +8,8 @@ import pytest
 from launch import mpirun
 
 from hpcmoe.errors import (
-    HAND_ON_SECONDS,
-    HEED_SECONDS,
+    DRAIN_SECONDS,
+    WAIT_FOR_ROOT_SECONDS,
     CheckpointError,
     ClusterError,
     ConfigError,
@@ -19,7 +19,7 @@ from hpcmoe.errors import (
     on_all,
     on_root,
 )
-from hpcmoe.interrupts import CAUGHT, Interrupted
+from hpcmoe.interrupts import TERMINATION_SIGNALS, Interrupted
 
 PROGRAM = """
 import time
@@ -31,10 +31,10 @@ from hpcmoe.errors import ClusterError, ConfigError, exit_with, on_all, on_root
 from hpcmoe.wait import barrier
 
 comm = MPI.COMM_WORLD
-errors.FAREWELL_SECONDS = {farewell_seconds}
+errors.EXIT_BARRIER_SECONDS = {exit_barrier_seconds}
 
 def refuse():
-    raise ConfigError("first fault\\nsecond fault")
+    raise ConfigError("first error\\nsecond error")
 
 def body():
 {body}
@@ -42,27 +42,29 @@ def body():
 try:
     body()
     barrier(comm)
-except Exception as fault:
-    exit_with(comm, fault, "node07")
+except Exception as error:
+    exit_with(comm, error, "node07")
 """
 
 
 @pytest.fixture
 def own_signals():
     """Give the signals that end a program back to pytest after the test."""
-    before = {number: signal.getsignal(number) for number in CAUGHT}
+    before = {number: signal.getsignal(number) for number in TERMINATION_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def fail(fault):
-    raise fault
+def fail(error):
+    raise error
 
 
-def run_failing(body, farewell_seconds=5.0):
+def run_failing(body, exit_barrier_seconds=5.0):
     """Run a program on three ranks that fails in body."""
-    program = PROGRAM.format(body=textwrap.indent(textwrap.dedent(body), "    "), farewell_seconds=farewell_seconds)
+    program = PROGRAM.format(
+        body=textwrap.indent(textwrap.dedent(body), "    "), exit_barrier_seconds=exit_barrier_seconds
+    )
     return mpirun(3, "-c", program)
 
 
@@ -74,7 +76,7 @@ def test_on_root_runs_on_rank_0_alone_and_tells_all(comm):
 
 
 @pytest.mark.mpi
-def test_what_is_kept_on_root_is_there_alone_and_its_fault_is_everywhere(comm):
+def test_what_is_kept_on_root_is_there_alone_and_its_error_is_everywhere(comm):
     assert keep_on_root(comm, lambda: f"of {comm.rank}") == ("of 0" if comm.rank == 0 else None)
     with pytest.raises(ConfigError, match="^no such file$") as failed:
         keep_on_root(comm, lambda: fail(ConfigError("no such file")))
@@ -115,14 +117,14 @@ def test_other_exceptions_pass_through_and_are_not_shared(comm):
 def test_a_shared_error_is_said_once_and_ends_all_with_2():
     ended = run_failing("on_root(comm, refuse)")
     assert ended.status == 2, ended
-    assert ended.lines("hpcmoe:") == ["hpcmoe: first fault", "hpcmoe: second fault"], ended
+    assert ended.lines("hpcmoe:") == ["hpcmoe: first error", "hpcmoe: second error"], ended
     assert ended.lines("[rank") == [] and "Traceback" not in ended.errors, ended
 
 
 def test_an_error_of_one_rank_that_all_were_told_is_said_once_too():
     ended = run_failing("on_all(comm, lambda: comm.rank == 1 and refuse())")
     assert ended.status == 2, ended
-    assert ended.lines("hpcmoe:") == ["hpcmoe: [rank 1 of 3] first fault", "hpcmoe: second fault"], ended
+    assert ended.lines("hpcmoe:") == ["hpcmoe: [rank 1 of 3] first error", "hpcmoe: second error"], ended
     assert ended.lines("[rank") == [] and "Traceback" not in ended.errors, ended
 
 
@@ -132,7 +134,7 @@ def test_a_rank_that_does_not_follow_a_shared_error_is_aborted():
             time.sleep(1000)
         errors.raise_or_return(None, ConfigError("gone"))
     """
-    ended = run_failing(body, farewell_seconds=0.5)
+    ended = run_failing(body, exit_barrier_seconds=0.5)
     assert ended.status == 2, ended
     assert ended.lines("hpcmoe:") == ["hpcmoe: gone"], ended
 
@@ -140,7 +142,7 @@ def test_a_rank_that_does_not_follow_a_shared_error_is_aborted():
 def test_an_error_of_one_rank_names_it_on_each_line_and_aborts_the_others():
     ended = run_failing("comm.rank == 1 and refuse()")
     assert ended.status == 2, ended
-    assert ended.lines("[rank") == [f"[rank 1 of 3, node07] {nth} fault" for nth in ("first", "second")], ended
+    assert ended.lines("[rank") == [f"[rank 1 of 3, node07] {nth} error" for nth in ("first", "second")], ended
     assert "Traceback" not in ended.errors, ended
 
 
@@ -154,7 +156,7 @@ def test_a_bug_shows_its_traceback_with_its_rank_on_each_line():
 
 
 @pytest.mark.parametrize(
-    "fault, status",
+    "error, status",
     [
         (ConfigError("bad"), 2),
         (ZeroDivisionError(), 1),
@@ -163,7 +165,7 @@ def test_a_bug_shows_its_traceback_with_its_rank_on_each_line():
         (Interrupted(signal.SIGTERM), 143),
     ],
 )
-def test_what_was_said_has_time_to_come_out_before_all_are_aborted(monkeypatch, capsys, own_signals, fault, status):
+def test_what_was_said_has_time_to_come_out_before_all_are_aborted(monkeypatch, capsys, own_signals, error, status):
     """Of 150 runs whose ranks aborted at once, two lost every line."""
     heard = []
 
@@ -172,9 +174,9 @@ def test_what_was_said_has_time_to_come_out_before_all_are_aborted(monkeypatch, 
 
     monkeypatch.setattr("hpcmoe.errors.time.sleep", lambda seconds: heard.append((seconds, capsys.readouterr().err)))
     with pytest.raises(SystemExit) as ended:
-        exit_with(SimpleNamespace(rank=0, size=2, Abort=end), fault, "node07")
+        exit_with(SimpleNamespace(rank=0, size=2, Abort=end), error, "node07")
     (seconds, said), *rest = heard
-    assert seconds == HAND_ON_SECONDS and said.endswith("\n") and not rest and ended.value.code == status
+    assert seconds == DRAIN_SECONDS and said.endswith("\n") and not rest and ended.value.code == status
 
 
 @pytest.mark.parametrize(
@@ -195,4 +197,4 @@ def test_an_interrupt_is_rank_0s_to_tell_and_another_rank_speaks_when_it_does_no
             exit_with(SimpleNamespace(rank=rank, size=2, Abort=end), Interrupted(number), "node07")
         assert capsys.readouterr().err == said
         assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-    assert waited == [HAND_ON_SECONDS, 128 + number, HEED_SECONDS, HAND_ON_SECONDS, 128 + number]
+    assert waited == [DRAIN_SECONDS, 128 + number, WAIT_FOR_ROOT_SECONDS, DRAIN_SECONDS, 128 + number]

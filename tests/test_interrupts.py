@@ -9,14 +9,14 @@ import pytest
 from launch import run
 
 from hpcmoe import interrupts, start
-from hpcmoe.interrupts import CAUGHT, Interrupted, ending_at_once, insistent_interrupts
+from hpcmoe.interrupts import TERMINATION_SIGNALS, Interrupted, exit_on_signals, repeated_interrupts
 
 
 @pytest.fixture(autouse=True)
 def own_signals(monkeypatch):
     """Repeat soon, and give the signals back to pytest after the test."""
     monkeypatch.setattr(interrupts, "REPEAT_SECONDS", 0.02)
-    before = {number: signal.getsignal(number) for number in (*CAUGHT, signal.SIGALRM)}
+    before = {number: signal.getsignal(number) for number in (*TERMINATION_SIGNALS, signal.SIGALRM)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -33,7 +33,7 @@ def stay():
     (signal.SIGHUP, 129, "ended by signal 1 (SIGHUP)"),
 ])  # fmt: skip
 def test_a_signal_is_one_exception_that_knows_its_status(number, status, words):
-    with pytest.raises(Interrupted) as ended, insistent_interrupts():
+    with pytest.raises(Interrupted) as ended, repeated_interrupts():
         os.kill(os.getpid(), number)
         stay()
     assert ended.value.status == status and str(ended.value) == words
@@ -41,7 +41,7 @@ def test_a_signal_is_one_exception_that_knows_its_status(number, status, words):
 
 def test_one_that_is_swallowed_comes_again():
     swallowed = []
-    with pytest.raises(Interrupted), insistent_interrupts():
+    with pytest.raises(Interrupted), repeated_interrupts():
         for _ in range(3):
             try:
                 os.kill(os.getpid(), signal.SIGINT) if not swallowed else stay()
@@ -53,7 +53,7 @@ def test_one_that_is_swallowed_comes_again():
 
 
 def test_one_that_was_turned_into_another_exception_is_an_interrupt_still():
-    with pytest.raises(Interrupted), insistent_interrupts():
+    with pytest.raises(Interrupted), repeated_interrupts():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             stay()
@@ -68,14 +68,14 @@ def test_one_that_is_lost_in_a_destructor_comes_again_and_is_not_complained_of(c
             stay()
 
     hook = sys.unraisablehook
-    with pytest.raises(Interrupted), insistent_interrupts():
+    with pytest.raises(Interrupted), repeated_interrupts():
         Doomed()
         stay()
     assert capsys.readouterr().err == "" and sys.unraisablehook is hook
 
 
 def test_what_tidies_up_is_left_alone():
-    with pytest.raises(Interrupted), insistent_interrupts():
+    with pytest.raises(Interrupted), repeated_interrupts():
         try:
             os.kill(os.getpid(), signal.SIGINT)
             stay()
@@ -89,15 +89,15 @@ def test_what_tidies_up_is_left_alone():
 
 
 def test_without_a_signal_all_is_as_before():
-    before = [signal.getsignal(number) for number in CAUGHT]
-    with pytest.raises(ZeroDivisionError), insistent_interrupts():
+    before = [signal.getsignal(number) for number in TERMINATION_SIGNALS]
+    with pytest.raises(ZeroDivisionError), repeated_interrupts():
         _ = 1 / 0
-    assert [signal.getsignal(number) for number in CAUGHT] == before
+    assert [signal.getsignal(number) for number in TERMINATION_SIGNALS] == before
 
 
 def test_what_nohup_ignores_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with insistent_interrupts():
+    with repeated_interrupts():
         os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -131,7 +131,7 @@ runpy.run_module("hpcmoe.{module}", run_name="__main__")
     ],
 )
 def test_a_signal_before_the_first_import_is_one_line_too(monkeypatch, capsys, number, rank, status, said):
-    for seconds in ("HEED_SECONDS", "HAND_ON_SECONDS"):
+    for seconds in ("_WAIT_FOR_ROOT_SECONDS", "DRAIN_SECONDS"):
         monkeypatch.setattr(start, seconds, 0.0)
     for key in start.RANK_KEYS:
         monkeypatch.delenv(key, raising=False)
@@ -139,7 +139,7 @@ def test_a_signal_before_the_first_import_is_one_line_too(monkeypatch, capsys, n
     for key, value in {"PMI_RANK": rank, "PMI_FD": str(told), start.HYDRA_KEY: "2"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(os, "_exit", sys.exit)
-    start.prepare()
+    start.prepare_process()
     with pytest.raises(SystemExit) as ended:
         os.kill(os.getpid(), number)
         stay()
@@ -152,8 +152,8 @@ def test_a_signal_before_the_first_import_is_one_line_too(monkeypatch, capsys, n
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_where_nothing_may_raise_the_end_is_called(number):
     ends = []
-    with insistent_interrupts():
-        with ending_at_once(ends.append):
+    with repeated_interrupts():
+        with exit_on_signals(ends.append):
             os.kill(os.getpid(), number)
             time.sleep(0.1)
         assert [end.number for end in ends] == [number]
@@ -162,5 +162,7 @@ def test_where_nothing_may_raise_the_end_is_called(number):
 
 def test_what_whoever_started_it_ignores_stays_ignored(monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    start.prepare()
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == start.leave
+    start.prepare_process()
+    assert (
+        signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == start.exit_on_signal
+    )

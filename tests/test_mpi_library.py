@@ -7,19 +7,19 @@ import pytest
 from hpcmoe import mpi_library
 from hpcmoe.mpi_library import (
     BUILD,
-    describe_fault,
-    find_bad_number,
-    find_missing,
+    check_ranks,
+    describe_error,
+    exit_with_line,
+    find_bad_variable,
+    find_missing_tools,
     find_mpicc,
-    hidden_pmix,
+    hide_pmix,
     import_mpi,
-    leave,
     main,
-    try_ranks,
 )  # fmt: skip
 from hpcmoe.start import find_rank
 
-WHEEL_FAULT = RuntimeError("cannot load MPI library\nlibmpi.so.12: cannot open shared object file: No such file")
+WHEEL_ERROR = RuntimeError("cannot load MPI library\nlibmpi.so.12: cannot open shared object file: No such file")
 
 
 @pytest.fixture
@@ -38,25 +38,25 @@ def tools(tmp_path, monkeypatch):
 
 def test_a_library_that_is_not_there_is_one_line_with_the_command_that_mends_it(tools):
     mpirun, _, _ = tools("mpirun"), tools("mpicc"), tools("cc")
-    line = describe_fault(WHEEL_FAULT)
+    line = describe_error(WHEEL_ERROR)
     assert "\n" not in line and "libmpi.so.12" in line and f"for the MPI of {mpirun}" in line
     assert f"{sys.executable} -m pip install {' '.join(BUILD)}" in line
 
 
 def test_without_an_mpirun_pypis_mpich_is_offered(tools):
-    assert f"no mpirun is on the PATH either: {sys.executable} -m pip install mpich" in describe_fault(WHEEL_FAULT)
+    assert f"no mpirun is on the PATH either: {sys.executable} -m pip install mpich" in describe_error(WHEEL_ERROR)
 
 
 def test_without_mpi4py_it_is_to_be_installed(tools):
-    line = describe_fault(ModuleNotFoundError("No module named 'mpi4py'", name="mpi4py"))
+    line = describe_error(ModuleNotFoundError("No module named 'mpi4py'", name="mpi4py"))
     assert "mpi4py is not installed in" in line and "activate" in line and "pip install mpi4py mpich" in line
 
 
 def test_what_a_build_lacks_is_named(tools, monkeypatch, tmp_path):
     monkeypatch.setattr(mpi_library.sysconfig, "get_path", lambda _: str(tmp_path))
     tools("mpirun")
-    assert [name.split()[0] for name in find_missing()] == ["mpicc", "Python.h", "a"]
-    assert "install mpicc (Debian: libmpich-dev or libopenmpi-dev), Python.h" in describe_fault(WHEEL_FAULT)
+    assert [name.split()[0] for name in find_missing_tools()] == ["mpicc", "Python.h", "a"]
+    assert "install mpicc (Debian: libmpich-dev or libopenmpi-dev), Python.h" in describe_error(WHEEL_ERROR)
 
 
 def test_the_mpicc_beside_the_mpirun_is_taken_unless_one_is_named(tools, monkeypatch, tmp_path):
@@ -84,24 +84,24 @@ def test_the_mpicc_beside_the_mpirun_is_taken_unless_one_is_named(tools, monkeyp
     ],
 )
 def test_one_rank_speaks(environ, first, monkeypatch, capsys):
-    monkeypatch.setattr(mpi_library, "HAND_ON_SECONDS", 0)
+    monkeypatch.setattr(mpi_library, "DRAIN_SECONDS", 0)
     assert (find_rank(environ) == "0") is first
     with pytest.raises(SystemExit) as ended:
-        leave("why", first)
+        exit_with_line("why", first)
     assert ended.value.code == 2 and capsys.readouterr().err == "hpcmoe: why\n" * first
 
 
 @pytest.mark.parametrize("name", ["PMI_SIZE", "PMI_RANK", "PMI_FD"])
 @pytest.mark.parametrize("text", ["abc", "-1", "1.5", "\u0663", "9x" * 4000])
 def test_a_number_that_mpi_would_choke_on_is_one_line_before_it_starts(monkeypatch, capsys, name, text):
-    monkeypatch.setattr(mpi_library, "clear_way", lambda: None)
+    monkeypatch.setattr(mpi_library, "clear_segments", lambda: None)
     monkeypatch.setenv(name, text)
     with pytest.raises(SystemExit) as ended:
         import_mpi()
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.count("\n") == 1
     assert said.startswith(f"hpcmoe: the environment's {name} = {text[:40]!r}: must be a whole number")
-    assert find_bad_number({name: ""}) is find_bad_number({name: " 3 "}) is None
+    assert find_bad_variable({name: ""}) is find_bad_variable({name: " 3 "}) is None
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_number_that_mpi_would_choke_on_is_one_line_before_it_starts(monkeypat
 )
 def test_an_mpich_without_pmix_does_not_see_a_launcher_that_speaks_it(library, hides):
     environ = {"PMIX_RANK": "1", "PMIX_NAMESPACE": "a", "PMI_RANK": "0"}
-    with hidden_pmix(library, environ):
+    with hide_pmix(library, environ):
         assert ("PMIX_RANK" in environ, "PMIX_NAMESPACE" in environ, "PMI_RANK" in environ) == (
             not hides,
             not hides,
@@ -137,7 +137,7 @@ def test_an_mpich_without_pmix_does_not_see_a_launcher_that_speaks_it(library, h
 )
 def test_two_ranks_tell_whether_mpi4py_fits(tools, script, said):
     tools("mpirun", script)
-    found = try_ranks()
+    found = check_ranks()
     assert found is None if said is None else said in found
 
 
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_built_with_pips_arguments(tools, tmp_path, monkeyp
     tools("mpicc"), tools("cc")
     mark = tmp_path / "built"
     tools("mpirun", f"if [ -e {mark} ]; then echo size 2; echo size 2; else echo size 1; fi")
-    monkeypatch.setattr(mpi_library, "find_missing", list)
+    monkeypatch.setattr(mpi_library, "find_missing_tools", list)
     calls = []
     monkeypatch.setattr(mpi_library, "build", lambda words: calls.append(words) or mark.touch() or 0)
     assert main(["--constraint", "constraints.txt"]) == 0
@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_built_with_pips_arguments(tools, tmp_path, monkeyp
 @pytest.mark.parametrize(("status", "said"), [(1, "could not be built"), (0, "are they of one MPI?")])
 def test_a_build_that_does_not_help_is_a_line_and_status_2(tools, monkeypatch, capsys, status, said):
     tools("mpirun", "echo size 1"), tools("mpicc"), tools("cc")
-    monkeypatch.setattr(mpi_library, "find_missing", list)
+    monkeypatch.setattr(mpi_library, "find_missing_tools", list)
     monkeypatch.setattr(mpi_library, "build", lambda words: status)
     assert main([]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]

@@ -133,7 +133,7 @@ def test_a_whole_config_is_shown_with_its_overrides(tmp_path, capsys):
     assert shown == whole | {"model": whole["model"] | {"num_experts": 8, "top_k": 1}}
 
 
-def test_every_fault_of_a_config_is_a_line_and_the_status_is_2(tmp_path, capsys):
+def test_every_error_of_a_config_is_a_line_and_the_status_is_2(tmp_path, capsys):
     file = tmp_path / "my.toml"
     file.write_text("[model]\nhiden = 8\n[moddel]\n")
     assert main([str(file), "--set", "model.top_k=0"]) == 2
@@ -144,7 +144,7 @@ def test_every_fault_of_a_config_is_a_line_and_the_status_is_2(tmp_path, capsys)
     assert all(line.startswith("hpcmoe: ") for line in capsys.readouterr().err.splitlines())
 
 
-def test_a_reader_that_leaves_early_is_no_fault():
+def test_a_reader_that_leaves_early_is_no_error():
     for words in ("hpcmoe config", "hpcmoe.place --help"):
         ended = run("bash", "-o", "pipefail", "-c", f"{sys.executable} -m {words} | true")
         assert ended.status == 0 and ended.errors == "", ended

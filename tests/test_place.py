@@ -23,8 +23,8 @@ from launch import ROOT, Running, run
 from hpcmoe.place import main
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.files.case import Case, read_case
-from hpcmoe.write.hdf5 import write_fact
-from hpcmoe.write.problem import describe_problem
+from hpcmoe.write.hdf5 import write_value
+from hpcmoe.write.problem import record_problem
 
 FEW = ("--iterations", "200", "--budget", "1")
 ERROR_SECONDS = 2.0  # of a core, in which a broken case must be refused
@@ -140,9 +140,9 @@ def test_a_run_can_be_placed_again(tmp_path):
 
             def describe(self, chapter, name, value, unit=""):
                 """Write a fact."""
-                write_fact(file.require_group(chapter), name, value, unit)
+                write_value(file.require_group(chapter), name, value, unit)
 
-        describe_problem(Records(), problem)
+        record_problem(Records(), problem)
     status, _, errors = place(tmp_path / "run.h5", "-o", tmp_path / "out.json")
     assert status == 0 and errors == ["hpcmoe: note: the run took no step: probabilities are those that it began with"]
     check_answer(case, tmp_path / "out.json", "ports")

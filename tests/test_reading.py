@@ -57,12 +57,12 @@ def test_a_config_is_refused_in_one_line(tmp_path, content, said):
     assert said in refusal(tmp_path / "run.toml", read_config)
 
 
-def test_of_very_many_faults_the_first_are_told(tmp_path):
+def test_of_very_many_errors_the_first_are_told(tmp_path):
     (tmp_path / "run.toml").write_text("[run]\n" + "".join(f"key{number} = 1\n" for number in range(1000)))
     with pytest.raises(ConfigError) as refused:
         read_config(tmp_path / "run.toml")
     *lines, last = str(refused.value).split("\n")
-    assert len(lines) == 40 and last == "and 960 more faults"
+    assert len(lines) == 40 and last == "and 960 more errors"
 
 
 def test_folders_devices_and_names_that_cannot_be(tmp_path):

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from launch import MPIRUN, Running, mpirun, mpirun_several
 from mpi4py import MPI
-from test_commands import check_fault, main_command, rank_of, series, wait_for
+from test_commands import check_error, main_command, rank_of, series, wait_for
 
 from hpcmoe.write.checkpoint import find_checkpoint, list_checkpoints
 
@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(tmp_path):
     longer = settings | {"run.steps": 6}
     option = f"--resume {tmp_path}/run/checkpoint-2"
     altered = f"{path} is altered: it does not match its checksum in SHA256SUMS; the one before it is there: {option}"
-    check_fault(main_command(tmp_path, longer, "--resume"), altered)
+    check_error(main_command(tmp_path, longer, "--resume"), altered)
     ended = mpirun(2, *main_command(tmp_path, longer, *option.split()))
     assert ended.status == 0, ended
     assert list(series(tmp_path, "/train/loss")) == [1, 2, 3, 4, 5, 6]

@@ -26,20 +26,20 @@ def leave(folder, name, age=LONG_AGO):
 def test_what_nobody_holds_is_swept(tmp_path):
     for name in ("mpich_shm_eb421bf2_0", "mpich_vci_eb421bf2_0", "another"):
         leave(tmp_path, name)
-    assert sorted(segments.sweep_segments(tmp_path)) == ["mpich_shm_eb421bf2_0", "mpich_vci_eb421bf2_0"]
+    assert sorted(segments.remove_abandoned_segments(tmp_path)) == ["mpich_shm_eb421bf2_0", "mpich_vci_eb421bf2_0"]
     assert [path.name for path in tmp_path.iterdir()] == ["another"]
 
 
 def test_what_is_open_is_spared(tmp_path):
     path = leave(tmp_path, "mpich_shm_1_0")
     with path.open():
-        assert segments.sweep_segments(tmp_path) == []
-    assert segments.sweep_segments(tmp_path) == ["mpich_shm_1_0"]
+        assert segments.remove_abandoned_segments(tmp_path) == []
+    assert segments.remove_abandoned_segments(tmp_path) == ["mpich_shm_1_0"]
 
 
 def test_what_is_mapped_is_spared_as_mpi_s_own_segment_is():
-    own = [name for name in segments.list_segments(segments.SHARED_MEMORY) if f"_{os.getpid():x}_" in name.name]
-    segments.sweep_segments()
+    own = [name for name in segments.list_segments(segments.SHM_FOLDER) if f"_{os.getpid():x}_" in name.name]
+    segments.remove_abandoned_segments()
     assert all(path.exists() for path in own)
 
 
@@ -50,28 +50,28 @@ def test_maps_are_read_by_inode(tmp_path):
     line = f"7fec21391000-7fec21597000 rw-s 00000000 00:1b {{}}       {path}{{}}\n"
     maps = process / "maps"
     maps.write_text("7f00-7f01 r--p 00000000 00:1b 9 /usr/lib/x.so\n" + line.format(path.stat().st_ino, ""))
-    assert segments.sweep_segments(tmp_path, tmp_path / "processes") == []
+    assert segments.remove_abandoned_segments(tmp_path, tmp_path / "processes") == []
     maps.write_text(line.format(path.stat().st_ino + 1, " (deleted)"))  # one of the same name, unlinked before
-    assert segments.sweep_segments(tmp_path, tmp_path / "processes") == ["mpich_shm_1_0"]
+    assert segments.remove_abandoned_segments(tmp_path, tmp_path / "processes") == ["mpich_shm_1_0"]
 
 
 def test_a_process_that_ends_or_is_closed_to_us_is_passed_over(tmp_path):
     leave(tmp_path, "mpich_shm_1_0")
     (tmp_path / "processes" / "7").mkdir(parents=True)  # neither descriptors nor maps
-    assert segments.sweep_segments(tmp_path, tmp_path / "processes") == ["mpich_shm_1_0"]
+    assert segments.remove_abandoned_segments(tmp_path, tmp_path / "processes") == ["mpich_shm_1_0"]
 
 
 def test_what_appeared_since_this_process_began_is_spared(tmp_path):
     path = leave(tmp_path, "mpich_shm_1_0", age=0.0)
-    assert segments.sweep_segments(tmp_path) == [] and path.exists()
-    assert segments.sweep_segments(tmp_path, before=time.time() + 1) == ["mpich_shm_1_0"]
+    assert segments.remove_abandoned_segments(tmp_path) == [] and path.exists()
+    assert segments.remove_abandoned_segments(tmp_path, before=time.time() + 1) == ["mpich_shm_1_0"]
     assert 0 < segments.read_age(REAL) < time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def test_another_user_s_are_spared(tmp_path, monkeypatch):
     path = leave(tmp_path, "mpich_shm_1_0")
     monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
-    assert segments.sweep_segments(tmp_path) == [] and path.exists()
+    assert segments.remove_abandoned_segments(tmp_path) == [] and path.exists()
 
 
 def test_without_the_lock_nothing_is_swept(tmp_path, monkeypatch):
@@ -79,13 +79,13 @@ def test_without_the_lock_nothing_is_swept(tmp_path, monkeypatch):
     monkeypatch.setattr(segments, "LOCK_SECONDS", 0.05)
     holder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
-    assert segments.sweep_segments(tmp_path) == [] and path.exists()
+    assert segments.remove_abandoned_segments(tmp_path) == [] and path.exists()
     os.close(holder)
 
 
 def test_where_there_is_no_shared_memory_nothing_is_done(tmp_path):
-    assert segments.sweep_segments(tmp_path / "none") == []
-    assert segments.find_blocked(tmp_path / "none", {}) is None
+    assert segments.remove_abandoned_segments(tmp_path / "none") == []
+    assert segments.find_foreign_segment(tmp_path / "none", {}) is None
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_where_there_is_no_shared_memory_nothing_is_done(tmp_path):
     ],
 )
 def test_a_world_s_number_is_estimated_as_mpich_does(environ, world):
-    assert segments.name_world(environ, 7000) == world
+    assert segments.compute_world_number(environ, 7000) == world
 
 
 def test_mpich_s_own_name_of_a_process_alone_is_as_estimated():
@@ -113,20 +113,20 @@ def test_mpich_s_own_name_of_a_process_alone_is_as_estimated():
 def test_another_user_s_segment_of_our_name_is_found(tmp_path, monkeypatch):
     path = leave(tmp_path, "mpich_shm_eb421bf2_1")
     environ = {"PMI_JOBID": "1.0"}
-    assert segments.find_blocked(tmp_path, environ) is None  # it is our own: swept, or held by a mate
+    assert segments.find_foreign_segment(tmp_path, environ) is None  # it is our own: swept, or held by a mate
     monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
-    assert segments.find_blocked(tmp_path, environ) == path
-    assert segments.find_blocked(tmp_path, {"PMI_JOBID": "2.0"}) is None
+    assert segments.find_foreign_segment(tmp_path, environ) == path
+    assert segments.find_foreign_segment(tmp_path, {"PMI_JOBID": "2.0"}) is None
 
 
 @pytest.mark.parametrize(("place", "speaks"), [("0", True), ("3", False)])
 def test_what_blocks_is_named_once_with_the_cure(tmp_path, monkeypatch, capsys, place, speaks):
     path = leave(tmp_path, "mpich_shm_eb421bf2_1")
-    monkeypatch.setattr(segments, "HAND_ON_SECONDS", 0.0)
+    monkeypatch.setattr(segments, "DRAIN_SECONDS", 0.0)
     for key, value in {"SLURM_LOCALID": place, "PMI_JOBID": "1.0", "SLURMD_NODENAME": "node7"}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(SystemExit) as left:
-        segments.refuse_blocked(path)
+        segments.exit_blocked(path)
     assert left.value.code == segments.EXIT_USER == errors.EXIT_USER
     said = capsys.readouterr().err
     assert said.count("\n") == said.count(f"hpcmoe: node7: {path} of user {path.stat().st_uid}, left by") == int(speaks)

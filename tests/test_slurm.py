@@ -13,7 +13,7 @@ from launch import HANG_SECONDS, MPIRUN, ROOT, Running, run
 from test_commands import wait_for
 
 from hpcmoe.cluster.topology import Topology, load_topology
-from hpcmoe.segments import SHARED_MEMORY, name_world
+from hpcmoe.segments import SHM_FOLDER, compute_world_number
 
 SHORT = ["--set", "run.steps=2", "--set", "data.batch_sequences=16", "--set", "data.validation_sequences=16"]
 INSIDE_RACK, BETWEEN_RACKS = 500e6 / 8, 50e6 / 8  # bytes a second: what a busy machine carries too
@@ -23,8 +23,8 @@ TRIES = 3  # to start a requeued job
 REQUEUED = "; ".join(
     [
         "import sys, time",
-        "from hpcmoe.segments import clear_way",
-        "clear_way()",
+        "from hpcmoe.segments import clear_segments",
+        "clear_segments()",
         "from mpi4py import MPI",
         "print(MPI.COMM_WORLD.size, flush=True)",
         "time.sleep(int(sys.argv[1]))",
@@ -71,7 +71,7 @@ def test_a_job_whose_ranks_were_killed_may_be_requeued(slurm_conf, tmp_path):
     log, script = tmp_path / "log", tmp_path / "job.sh"
     script.write_text(REQUEUED_JOB.format(root=ROOT, python=sys.executable, start=REQUEUED))
     number = run("sbatch", "--parsable", f"--output={log}", script, SLURM_CONF=slurm_conf).output.strip()
-    world = name_world({"PMI_JOBID": f"{number}.0"}, 0)
+    world = compute_world_number({"PMI_JOBID": f"{number}.0"}, 0)
 
     def control(*words):
         return run("scontrol", *words, SLURM_CONF=slurm_conf).output
@@ -88,7 +88,7 @@ def test_a_job_whose_ranks_were_killed_may_be_requeued(slurm_conf, tmp_path):
     # two minutes unless it is told otherwise, and its PMI-2 loses a start at times.
     for _ in range(TRIES):
         for node in range(2):
-            (SHARED_MEMORY / f"mpich_shm_{world:x}_{node}").touch()
+            (SHM_FOLDER / f"mpich_shm_{world:x}_{node}").touch()
         control("requeue", number)
         wait_for(lambda: (control("update", f"jobid={number}", "starttime=now"), is_over())[1])
         if count_started(log) > REQUEUED_RANKS or "failed to send temp kvs" not in log.read_text():

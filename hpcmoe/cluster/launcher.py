@@ -8,7 +8,7 @@ from mpi4py import MPI
 from hpcmoe.environment import is_set, read_environment, read_number, read_setting
 from hpcmoe.errors import ClusterError, on_root
 from hpcmoe.mpi_library import describe_start
-from hpcmoe.output import HAND_ON_SECONDS
+from hpcmoe.output import DRAIN_SECONDS
 from hpcmoe.start import find_rank
 
 
@@ -65,7 +65,7 @@ def speak_for_all(environ, size):
     except ClusterError:
         if find_rank(environ) == "0":
             raise
-        time.sleep(HAND_ON_SECONDS)  # mpirun ends the others at the first exit
+        time.sleep(DRAIN_SECONDS)  # mpirun ends the others at the first exit
         raise ClusterError from None
 
 

@@ -79,7 +79,7 @@ def open_mesh(comm, cluster):
     )
     yield mesh
 
-    # Freeing is collective: after a fault, which not all ranks may share, leave it to the end of the process.
+    # Freeing is collective: after an error, which not all ranks may share, leave it to the end of the process.
     barrier(mesh.world)
     for group in (mesh.dp, mesh.ep, mesh.group, mesh.world):
         group.Free()

@@ -43,20 +43,20 @@ def find_racks(infos_of_node, names, cluster):
         return [ONE] * len(names), "SLURM_TOPOLOGY_ADDR_PATTERN: no switches"
     if None not in told:
         return told, "SLURM_TOPOLOGY_ADDR"
-    asked, faults = ask_slurm(infos_of_node, names)
-    faults = [doubt, *faults] if doubt else faults
+    asked, errors = ask_slurm(infos_of_node, names)
+    errors = [doubt, *errors] if doubt else errors
     racks = [asked.get(name, rack) for name, rack in zip(names, told, strict=True)]
 
     # Use what is known, and say of which nodes nothing is.
     missing = [name for name, rack in zip(names, racks, strict=True) if rack is None]
-    why = f" ({'; '.join(faults)})" if faults else ""
+    why = f" ({'; '.join(errors)})" if errors else ""
     if len(missing) == len(names):
-        if faults:
+        if errors:
             log.warning("Slurm tells no rack of %s%s: all are taken as one", list_some(missing), why)
         return [ONE] * len(names), NO_WORD
     if missing:
         log.warning('Slurm tells no rack of %s%s: "%s" stands for it', list_some(missing), why, UNKNOWN)
-    elif faults:
+    elif errors:
         log.info("racks%s: scontrol tells all of this run's nodes", why)
     by_address = any(rack is not None and name not in asked for name, rack in zip(names, told, strict=True))
     sources = ["scontrol show topology"] * bool(asked) + ["SLURM_TOPOLOGY_ADDR"] * by_address
@@ -136,18 +136,18 @@ def ask_slurm(infos_of_node, names):
         return {}, []
     try:
         lines = show_topology()
-        rack_of_host, faults = read_switches(lines)
-    except ClusterError as fault:
-        return {}, [str(fault)]
+        rack_of_host, errors = read_switches(lines)
+    except ClusterError as error:
+        return {}, [str(error)]
     found, ambiguous = match_names((group[0].name for group in infos_of_node), rack_of_host)
     if ambiguous:
-        faults.append(format_ambiguous(ambiguous))
+        errors.append(format_ambiguous(ambiguous))
     own = {name: group[0].name for name, group in zip(names, infos_of_node, strict=True)}
     racks = {name: rack_of_host[found[host]] for name, host in own.items() if host in found}
     absent = [name for name, host in own.items() if host not in found | ambiguous]
     if absent and any(line.strip() not in NO_SWITCHES for line in lines):
-        faults.append(f"scontrol show topology has no switch over {list_some(absent)}")
-    return racks, faults
+        errors.append(f"scontrol show topology has no switch over {list_some(absent)}")
+    return racks, errors
 
 
 def show_topology():
@@ -158,8 +158,8 @@ def show_topology():
         ended = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=SCONTROL_SECONDS, **options)
     except subprocess.TimeoutExpired:
         raise ClusterError(f"{' '.join(command)} has not answered in {SCONTROL_SECONDS} s") from None
-    except OSError as fault:
-        raise ClusterError(f"{' '.join(command)} cannot be run: {fault.strerror}") from None
+    except OSError as error:
+        raise ClusterError(f"{' '.join(command)} cannot be run: {error.strerror}") from None
     if ended.returncode != 0:
         said = (ended.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise ClusterError(f"{' '.join(command)} ends with status {ended.returncode}: {said}")
@@ -171,7 +171,7 @@ def read_switches(lines):
 
     Switches of a higher level, and blocks of blocks, list again what is below them.
     """
-    rack_of_host, faults = {}, []
+    rack_of_host, errors = {}, []
     for line in lines:
         fields = dict(word.partition("=")[::2] for word in line.split())
         name = next((fields[unit] for unit in UNITS if fields.get(unit)), "")
@@ -183,8 +183,8 @@ def read_switches(lines):
         for host in hosts:
             rack_of_host.setdefault(host, name)
         if unread:
-            faults.append(f"scontrol show topology: {name} has Nodes={nodes[:60]}, of which {unread[:60]} is no list")
-    return rack_of_host, faults
+            errors.append(f"scontrol show topology: {name} has Nodes={nodes[:60]}, of which {unread[:60]} is no list")
+    return rack_of_host, errors
 
 
 def expand_hosts(text):

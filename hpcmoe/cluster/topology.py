@@ -106,8 +106,8 @@ def save_topology(topology, path):
         part = pathlib.Path(f"{path}.part")
         part.write_text(lay_out(tree), encoding="utf-8")
         part.replace(path)
-    except OSError as fault:
-        raise ClusterError(f"{path}: cannot be written: {fault.strerror}") from None
+    except OSError as error:
+        raise ClusterError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def lay_out(tree):
@@ -127,10 +127,10 @@ def load_topology(path):
     try:
         tree = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         return make_saved_topology(tree)
-    except OSError as fault:
-        raise ClusterError(f"{path}: cannot be read: {fault.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as fault:
-        raise ClusterError(f"{path}: not a topology file: {type(fault).__name__} {fault}") from None
+    except OSError as error:
+        raise ClusterError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ClusterError(f"{path}: not a topology file: {type(error).__name__} {error}") from None
 
 
 def make_saved_topology(tree):

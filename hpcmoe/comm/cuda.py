@@ -94,10 +94,10 @@ def import_cupy():
     """Import CuPy -> its module; ClusterError where its libraries, or a place for its cache, are not to be had."""
     try:
         import cupy
-    except ImportError as fault:
-        raise ClusterError(f'[comm] device: CuPy cannot be imported: {fault}; "host" needs none') from fault
-    except OSError as fault:  # it makes a folder for what it compiles
-        raise ClusterError(f"[comm] device: CuPy cannot begin: {fault}; CUPY_CACHE_DIR may name a folder") from fault
+    except ImportError as error:
+        raise ClusterError(f'[comm] device: CuPy cannot be imported: {error}; "host" needs none') from error
+    except OSError as error:  # it makes a folder for what it compiles
+        raise ClusterError(f"[comm] device: CuPy cannot begin: {error}; CUPY_CACHE_DIR may name a folder") from error
     return cupy
 
 

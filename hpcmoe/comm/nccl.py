@@ -20,8 +20,8 @@ def find_nccl():
     try:
         with warnings.catch_warnings(action="ignore"):  # CuPy's, of eight lines a rank, where there is no library
             from cupy.cuda import nccl
-    except (ImportError, OSError) as fault:
-        return None, f"CuPy cannot be imported: {fault}"
+    except (ImportError, OSError) as error:
+        return None, f"CuPy cannot be imported: {error}"
     if not getattr(nccl, "available", False):
         return None, "libnccl.so.2 is not found: pip install nvidia-nccl-cu13 (cu12 with CUDA 12)"
     return nccl, None
@@ -57,8 +57,8 @@ def call(function, *arguments):
     """Call NCCL -> what it gives; ClusterError where it does not."""
     try:
         return function(*arguments)
-    except (RuntimeError, KeyError) as fault:  # CuPy has no name for NCCL's newest errors
-        raise ClusterError(f"NCCL cannot be set up: {fault}; NCCL_DEBUG=WARN tells more") from fault
+    except (RuntimeError, KeyError) as error:  # CuPy has no name for NCCL's newest errors
+        raise ClusterError(f"NCCL cannot be set up: {error}; NCCL_DEBUG=WARN tells more") from error
 
 
 def abort(nccl, groups):
@@ -84,9 +84,9 @@ class NcclGroup:
         """Within, turn what NCCL says into a ClusterError that names what was done, and with whom."""
         try:
             yield
-        except (RuntimeError, KeyError) as fault:
+        except (RuntimeError, KeyError) as error:
             ranks = ", ".join(map(str, peers)) or "none"
-            raise ClusterError(f"NCCL, {name}, with ranks {ranks} of the group: {fault}") from fault
+            raise ClusterError(f"NCCL, {name}, with ranks {ranks} of the group: {error}") from error
 
     def check(self, name, peers):
         """Raise ClusterError when something has send_done wrong in what was begun with these ranks."""

@@ -30,8 +30,8 @@ def open_progress_thread(transport, begin):
         """Ask for some message: what MPI does on the way is the point."""
         try:
             begun.set_result(begin())
-        except Exception as fault:
-            begun.set_exception(fault)
+        except Exception as error:
+            begun.set_exception(error)
             return
         pause, seen = SHORTEST_SECONDS, 0
         while not over.wait(pause):

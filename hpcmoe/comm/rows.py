@@ -51,8 +51,8 @@ def open_row_ops(compile_kernel):
     row_ops = KernelRowOps(compile_kernel)
     try:
         row_ops.find_kernel("spread_rows", torch.float32, torch.bfloat16, 8)
-    except Exception as fault:  # of CuPy, of its compiler, or of the system that looks for this
-        first_line = (str(fault).splitlines() or [type(fault).__name__])[0]
+    except Exception as error:  # of CuPy, of its compiler, or of the system that looks for this
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         return TorchRowOps(f"torch, for our kernels cannot be compiled: {first_line}")
     return row_ops
 

@@ -146,7 +146,7 @@ def open_window(comm, sizes):
     barrier(comm)
     yield window
 
-    # Freeing is collective: after a fault, which not all ranks may share, leave it to the end of the process.
+    # Freeing is collective: after an error, which not all ranks may share, leave it to the end of the process.
     barrier(comm)
     shared.Unlock_all()
     shared.Free()

@@ -186,7 +186,7 @@ class DeviceExchange:
             berth.away = Table(self.sizes, self.device, round_rows(num_rows))
 
     def settle(self):
-        """Wait until the device has done what it was given, while messages go on and faults are noticed."""
+        """Wait until the device has done what it was given, while messages go on and errors are noticed."""
         streams, backoff = (self.device.compute_stream, self.device.send_stream, self.device.recv_stream), Backoff()
         events = [stream.record_event() for stream in streams]
         while not all(event.query() for event in events):

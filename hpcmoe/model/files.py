@@ -113,8 +113,8 @@ def take_named(path, is_own):
         info = os.stat(path)
     except FileNotFoundError:
         raise ConfigError(f"{what}: {'a link to nothing' if os.path.lexists(path) else 'no such file'}") from None
-    except OSError as fault:
-        raise ConfigError(f"{what}: {fault.strerror}") from None
+    except OSError as error:
+        raise ConfigError(f"{what}: {error.strerror}") from None
     why = why_no_text(path, info, is_own)
     if why == FOLDER:
         raise ConfigError(f"{what}: is a folder; its files are {printable(os.path.join(path, '*'))}")

@@ -80,8 +80,8 @@ def check_file(span: Span) -> Stamp:
             os.close(descriptor)
     except FileNotFoundError:
         raise ConfigError(f"{what}: rank 0 found it, this rank does not see it") from None
-    except OSError as fault:
-        raise ConfigError(f"{what}: cannot be read: {fault.strerror}") from None
+    except OSError as error:
+        raise ConfigError(f"{what}: cannot be read: {error.strerror}") from None
     needed = span.first + span.length if span.stamp is None else span.stamp.size
     if not stat.S_ISREG(info.st_mode) or info.st_size < needed or (span.stamp is not None and info.st_size != needed):
         raise ConfigError(f"{what}: rank 0 found {needed} bytes, this rank does not see it whole: {info.st_size} bytes")
@@ -134,8 +134,8 @@ class Text:
             while length > 0 and (piece := os.pread(descriptor, length, first)):
                 pieces.append(piece)
                 first, length = first + len(piece), length - len(piece)
-        except OSError as fault:
-            raise ConfigError(f"[data] files: {printable(span.path)}: {describe_loss(fault)}") from None
+        except OSError as error:
+            raise ConfigError(f"[data] files: {printable(span.path)}: {describe_loss(error)}") from None
         if length > 0:
             check_span(span)
             raise ConfigError(f"[data] files: {printable(span.path)}: ends before byte {first + length}")
@@ -170,8 +170,8 @@ def check_span(span: Span) -> None:
     """See that a file, by its name, is as it was when it was found; ConfigError says how it differs."""
     try:
         now = make_stamp(os.stat(span.path))
-    except OSError as fault:
-        raise ConfigError(f"[data] files: {printable(span.path)}: {describe_loss(fault)}") from None
+    except OSError as error:
+        raise ConfigError(f"[data] files: {printable(span.path)}: {describe_loss(error)}") from None
     if span.stamp is None or span.stamp.holds(now):
         return
     sizes = f"has {now.size} bytes, had {span.stamp.size} when the run began"
@@ -179,10 +179,10 @@ def check_span(span: Span) -> None:
     raise ConfigError(f"[data] files: {printable(span.path)}: {written if now.size == span.stamp.size else sizes}")
 
 
-def describe_loss(fault: OSError) -> str:
+def describe_loss(error: OSError) -> str:
     """Say what has become of a file that was there when the run began."""
-    gone = isinstance(fault, FileNotFoundError)
-    return "is gone since the run began" if gone else f"cannot be read: {fault.strerror}"
+    gone = isinstance(error, FileNotFoundError)
+    return "is gone since the run began" if gone else f"cannot be read: {error.strerror}"
 
 
 def draw_starts(text_length, num_sequences, sequence_length, seed, step):

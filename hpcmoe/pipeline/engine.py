@@ -74,7 +74,7 @@ class Engine:
     def run(self, schedule, training, observe=None):
         """Do all ops of the schedule; show observe() the flights after each. Collective over ep and tp."""
         self.num_heads = 0
-        with torch.set_grad_enabled(training), self.place_of_faults():
+        with torch.set_grad_enabled(training), self.located_errors():
             lanes = [Lane(ops, lambda op: self.do(op, training, observe)) for ops in schedule]
             self.go(lanes)
             self.drain()
@@ -82,16 +82,16 @@ class Engine:
         self.flights.clear()
 
     @contextlib.contextmanager
-    def place_of_faults(self):
+    def located_errors(self):
         """Add to whatever goes wrong which stage saw it; a device tells of it some time after its cause."""
         try:
             yield
-        except Exception as fault:
+        except Exception as error:
             stage, layer, micro_batch = self.at
             place = f"in stage {stage} of layer {layer}, micro-batch {micro_batch}"
-            if isinstance(fault, HpcmoeError):
-                raise type(fault)(f"{place}: {fault}") from fault
-            fault.add_note(place)
+            if isinstance(error, HpcmoeError):
+                raise type(error)(f"{place}: {error}") from error
+            error.add_note(place)
             raise
 
     def go(self, lanes):

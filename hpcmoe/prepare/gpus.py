@@ -49,8 +49,8 @@ def try_nccl(config, world, device, selected, support_of_rank):
     try:
         with open_nccl(world, {"world": world}, device, find_nccl()[0]):
             return selected
-    except ClusterError as fault:
-        why = f"{fault}; "
+    except ClusterError as error:
+        why = f"{error}; "
     return on_root(world, lambda: select_mpi_backend(config.comm.buffers, support_of_rank, why))
 
 

@@ -91,8 +91,8 @@ def lay_out(problem, config, budget):
         )  # fmt: skip
     try:
         placement = search(problem, config)
-    except PlacementError as fault:
-        raise PlacementError(f"{fault}; {budget}") from None
+    except PlacementError as error:
+        raise PlacementError(f"{error}; {budget}") from None
     return compare(problem, config, placement)
 
 
@@ -135,8 +135,8 @@ def read_layouts(problem, path):
     """Read where [cluster] placement_file has the experts -> [L, S], or ConfigError."""
     try:
         layouts, notes = read_map(path, problem)
-    except ConfigError as fault:
-        raise ConfigError(f"[cluster] placement_file = {fault}") from None
+    except ConfigError as error:
+        raise ConfigError(f"[cluster] placement_file = {error}") from None
     for note in notes:
         log.warning("[cluster] placement_file = %s: %s", path, note)
     return layouts

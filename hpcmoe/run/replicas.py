@@ -9,7 +9,7 @@ from hpcmoe.errors import TrainingError, raise_or_return
 from hpcmoe.wait import gather_to_all, wait_all
 
 NOTHING = np.iinfo(np.int64).min  # of what a rank does not hold
-MOST_FAULTS = 8  # of which the error tells
+MOST_ERRORS = 8  # of which the error tells
 
 
 def check_replicas(network, shared, mesh, step):
@@ -29,12 +29,12 @@ def check_replicas(network, shared, mesh, step):
         return
     of_ranks = np.array(gather_to_all(mesh.world, digests[differ]))  # [ranks, parts]
     names = name_parts(network, mesh)
-    faults = [
+    errors = [
         f"step {step}: copies of {names[part]} differ: {describe_ranks(of_ranks[:, number])}"
-        for number, part in enumerate(differ[:MOST_FAULTS].tolist())
+        for number, part in enumerate(differ[:MOST_ERRORS].tolist())
     ]
-    more = [f"step {step}: and {len(differ) - MOST_FAULTS} others"] * (len(differ) > MOST_FAULTS)
-    raise_or_return(None, TrainingError("\n".join(faults + more)))
+    more = [f"step {step}: and {len(differ) - MOST_ERRORS} others"] * (len(differ) > MOST_ERRORS)
+    raise_or_return(None, TrainingError("\n".join(errors + more)))
 
 
 def hash_parts(network, shared, mesh):
@@ -83,5 +83,5 @@ def describe_ranks(digests):
 
 def list_ranks(ranks):
     """Name ranks, some of many."""
-    few = ", ".join(map(str, ranks[:MOST_FAULTS]))
-    return f"rank{'s' * (len(ranks) > 1)} {few}" + f" and {len(ranks) - MOST_FAULTS} more" * (len(ranks) > MOST_FAULTS)
+    few = ", ".join(map(str, ranks[:MOST_ERRORS]))
+    return f"rank{'s' * (len(ranks) > 1)} {few}" + f" and {len(ranks) - MOST_ERRORS} more" * (len(ranks) > MOST_ERRORS)

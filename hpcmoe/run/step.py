@@ -46,16 +46,16 @@ class Stepper:
         """
         length = self.config.model.sequence_length
         with self.clock.stage("data"):
-            batches, fault = self.read(text, starts)
+            batches, error = self.read(text, starts)
         num_tokens = len(starts) * length
         self.network.begin(batches, num_tokens, load, purpose, watched_layers)
         self.run_engine(purpose == "train")
         with self.clock.stage("waiting"):
             census = self.network.take_census()
-            sums = all_reduce(self.mesh.world, np.array([float(self.network.loss_sum), fault is not None]))
+            sums = all_reduce(self.mesh.world, np.array([float(self.network.loss_sum), error is not None]))
             loss_sum, num_faults = sums.tolist()
         if num_faults > 0:
-            on_all(self.mesh.world, lambda: raise_or_return(None, fault))
+            on_all(self.mesh.world, lambda: raise_or_return(None, error))
         loss = None if purpose == "infer" else loss_sum / num_tokens
         return Outcome(loss=loss, num_tokens=num_tokens, census=census)
 
@@ -65,8 +65,8 @@ class Stepper:
         So a step that some ranks cannot read ends on all, which then refuse it together.
         """
         rest = starts, self.config.model.sequence_length, self.config.pipeline.micro_batches, self.mesh
-        batches, fault = attempt(lambda: read_micro_batches(text, *rest))
-        return (batches, None) if fault is None else (read_micro_batches(Blank(), *rest), fault)
+        batches, error = attempt(lambda: read_micro_batches(text, *rest))
+        return (batches, None) if error is None else (read_micro_batches(Blank(), *rest), error)
 
     def run_engine(self, training):
         """Run the schedule, and measure the activations in flight of the first step of the run's kind."""

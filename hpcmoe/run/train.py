@@ -104,5 +104,5 @@ def report_step(records, progress, step, outcome, reading):
     figures += [("run", f"seconds_{stage}", seconds, "s") for stage, seconds in reading.seconds_of_stage.items()]
     for chapter, name, value, unit in figures:
         records.append(step, chapter, name, value, unit)
-    records.flush_when_due()
+    records.flush_if_due()
     progress.show(step, outcome, reading)

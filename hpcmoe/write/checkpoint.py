@@ -9,8 +9,8 @@ import shutil
 import time
 
 from hpcmoe.errors import CheckpointError, on_all, on_root, raise_or_return
-from hpcmoe.write.hdf5 import one_line_faults
-from hpcmoe.write.pieces import check_files, discard, do_at_once, read_pieces, write_by_turns
+from hpcmoe.write.hdf5 import raise_as_checkpoint_error
+from hpcmoe.write.pieces import check_files, discard, read_pieces, run_tasks, write_in_tasks
 from hpcmoe.write.verify import verify_master, verify_pieces
 
 log = logging.getLogger(__name__)
@@ -24,13 +24,13 @@ def save_checkpoint(comm, folder, step, pieces, facts, keep):
     pieces: this rank's, which with the other ranks' tile each logical array; facts: a flat dict of strings, numbers
     and small arrays, as rank 0 has them. Raises CheckpointError on all ranks; earlier checkpoints then stay.
     """
-    do_at_once(save_by_turns(comm, folder, step, pieces, facts, keep))
+    run_tasks(save_in_tasks(comm, folder, step, pieces, facts, keep))
 
 
-def save_by_turns(comm, folder, step, pieces, facts, keep):
-    """Save as save_checkpoint does, by turns as write_by_turns. Collective over comm."""
+def save_in_tasks(comm, folder, step, pieces, facts, keep):
+    """Save as save_checkpoint does, by turns as write_in_tasks. Collective over comm."""
     started = time.monotonic()
-    yield from write_by_turns(comm, folder / f"checkpoint-{step}", pieces, facts)
+    yield from write_in_tasks(comm, folder / f"checkpoint-{step}", pieces, facts)
     pruned = yield lambda: prune(folder, step, keep) if comm.rank == 0 else None
     on_all(comm, pruned)
     log.info("step %d: checkpoint written in %.2f s", step, time.monotonic() - started)
@@ -44,7 +44,7 @@ def load_checkpoint(comm, folder, wanted):
     return read_pieces(comm, folder, wanted)
 
 
-def read_facts(folder: pathlib.Path) -> dict:
+def read_metadata(folder: pathlib.Path) -> dict:
     """Read a checkpoint's facts alone, before anything is built or moved for it. Raises CheckpointError."""
     facts, _ = check_files(folder)
     return facts
@@ -58,19 +58,19 @@ def find_checkpoint(comm, where):
     """
 
     def choose():
-        with one_line_faults(where, "read"):
+        with raise_as_checkpoint_error(where, "read"):
             return choose_checkpoint(pathlib.Path(where))
 
     found = on_root(comm, choose)
     try:
         verify_pieces(comm, found)
-    except CheckpointError as fault:
-        offer = on_root(comm, lambda: offer_another(found))
-        raise_or_return(None, CheckpointError(f"{fault}; {offer}"))
+    except CheckpointError as error:
+        offer = on_root(comm, lambda: suggest_another(found))
+        raise_or_return(None, CheckpointError(f"{error}; {offer}"))
     return found
 
 
-def offer_another(path):
+def suggest_another(path):
     """Say which checkpoint to resume in place of a damaged one: the last before it, else the first after it."""
     own = step_of(path)
     folder = path.parent if NAME.fullmatch(path.name) else path.resolve().parent
@@ -88,7 +88,7 @@ def step_of(checkpoint):
     return int(NAME.fullmatch(checkpoint.resolve().name)[1])
 
 
-def lies_in(checkpoint, folder):
+def is_in_folder(checkpoint, folder):
     """Return True if a checkpoint is one of this folder's, whatever the links on the way."""
     with contextlib.suppress(ValueError):  # a name that no file can have
         return os.path.dirname(os.path.realpath(checkpoint)) == os.path.realpath(folder)
@@ -122,7 +122,7 @@ def prune(folder, step, keep):
     found = list_checkpoints(folder)
     earlier = sorted(other for other in found if other <= step)
     later = [other for other in found if other > step]  # the run resumed from before them
-    with one_line_faults(folder, "written"):
+    with raise_as_checkpoint_error(folder, "written"):
         for old in earlier[:-keep] + later:
             discard(found[old])
         for stale in folder.glob("checkpoint-*.partial"):

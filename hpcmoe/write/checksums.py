@@ -7,32 +7,32 @@ import hashlib
 import re
 
 from hpcmoe.errors import CheckpointError
-from hpcmoe.write.hdf5 import one_line_faults, sync
+from hpcmoe.write.hdf5 import raise_as_checkpoint_error, sync
 
-SUMS = "SHA256SUMS"
+CHECKSUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)")
 
 
-def digest_of(path):
+def compute_digest(path):
     """Compute a file's SHA-256 -> hexadecimal."""
-    with one_line_faults(path, "read"), path.open("rb") as file:
+    with raise_as_checkpoint_error(path, "read"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_sums(folder, digest_of_name):
+def write_checksums(folder, digest_of_name):
     """Write a folder's list {name: digest}."""
-    path = folder / SUMS
-    with one_line_faults(path, "written"):
+    path = folder / CHECKSUMS
+    with raise_as_checkpoint_error(path, "written"):
         path.write_text("".join(f"{digest}  {name}\n" for name, digest in digest_of_name.items()))
         sync(path)
 
 
-def read_sums(folder):
+def read_checksums(folder):
     """Read a folder's list -> {name: digest}. Raises CheckpointError where it is missing or damaged."""
-    path = folder / SUMS
+    path = folder / CHECKSUMS
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
-    with one_line_faults(path, "read"):
+    with raise_as_checkpoint_error(path, "read"):
         lines = path.read_text(errors="replace").splitlines()
     found = [LINE.fullmatch(line) for line in lines]
     if None in found:
@@ -40,11 +40,11 @@ def read_sums(folder):
     return {match[2]: match[1] for match in found}
 
 
-def check_sum(path, sums):
+def check_checksum(path, sums):
     """Check that a file is there with the bytes that its folder's list knows."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     if path.name not in sums:
-        raise CheckpointError(f"{path.parent / SUMS} has no checksum of {path.name}")
-    if digest_of(path) != sums[path.name]:
-        raise CheckpointError(f"{path} is altered: it does not match its checksum in {SUMS}")
+        raise CheckpointError(f"{path.parent / CHECKSUMS} has no checksum of {path.name}")
+    if compute_digest(path) != sums[path.name]:
+        raise CheckpointError(f"{path} is altered: it does not match its checksum in {CHECKSUMS}")

@@ -16,10 +16,10 @@ import time
 
 import h5py
 
-from hpcmoe.errors import HEED_SECONDS, CheckpointError, ConfigError, on_all, on_root
+from hpcmoe.errors import WAIT_FOR_ROOT_SECONDS, CheckpointError, ConfigError, on_all, on_root
 from hpcmoe.interrupts import stop_repeating
-from hpcmoe.write.hdf5 import FAULTS, reason
-from hpcmoe.write.lock import holds_lock, make_holder, release_lock, signs_of_life, take_lock
+from hpcmoe.write.hdf5 import HDF5_ERRORS, describe_os_error
+from hpcmoe.write.lock import acquire_lock, heartbeat, holds_lock, make_holder, release_lock
 from hpcmoe.write.pieces import FILES, MASTER
 
 MARK = "hpcmoe.json"
@@ -41,17 +41,19 @@ def open_folder(comm, output: str, name: str, resume: bool):
     folder = pathlib.Path(output) / name
     own = on_root(comm, make_holder)
     try:
-        on_root(comm, lambda: hold_folder(folder, output, name, resume, own))
-        with signs_of_life(folder, own) if comm.rank == 0 else contextlib.nullcontext():
-            on_root(comm, lambda: make_ready(folder, output, name, resume))
-            on_all(comm, lambda: see_folder(folder, output))
+        on_root(comm, lambda: lock_folder(folder, output, name, resume, own))
+        with heartbeat(folder, own) if comm.rank == 0 else contextlib.nullcontext():
+            on_root(comm, lambda: prepare_folder(folder, output, name, resume))
+            on_all(comm, lambda: check_shared_folder(folder, output))
             yield folder
-    except BaseException as fault:
-        # A fault of all ranks is rank 0's to tidy up after; one of this rank alone is about to take the others down.
+    except BaseException as error:
+        # An error of all ranks is rank 0's to tidy up after; one of this rank alone is about to take the others down.
         stop_repeating()
-        if comm.rank > 0 and isinstance(fault, KeyboardInterrupt):
-            time.sleep(HEED_SECONDS)  # rank 0 may have had the signal too; else the others now wait, and write no more
-        if (comm.rank == 0 or not getattr(fault, "shared", False)) and holds_lock(folder, own):
+        if comm.rank > 0 and isinstance(error, KeyboardInterrupt):
+            time.sleep(
+                WAIT_FOR_ROOT_SECONDS
+            )  # rank 0 may have had the signal too; else the others now wait, and write no more
+        if (comm.rank == 0 or not getattr(error, "shared", False)) and holds_lock(folder, own):
             if (folder / MARK).exists():
                 sweep(folder)
             release_lock(folder, own)
@@ -60,11 +62,11 @@ def open_folder(comm, output: str, name: str, resume: bool):
         release_lock(folder, own)
 
 
-def hold_folder(folder, output, name, resume, own):
+def lock_folder(folder, output, name, resume, own):
     """Make the folder, try to write there, and take its lock."""
     if name in ("", ".", "..") or "\0" in name or name != pathlib.PurePath(name).name:
         raise ConfigError(f"[run] name = {name!r}: must be the plain name of a folder")
-    with refused_output(folder, output):
+    with raise_as_config_error(folder, output):
         if resume and not folder.is_dir():
             raise CheckpointError(f"{folder}: no run to resume")
         for path in (folder, *folder.parents):
@@ -77,29 +79,31 @@ def hold_folder(folder, output, name, resume, own):
         # Try it: root is let in by permissions that a read-only or full disk then belies.
         with tempfile.NamedTemporaryFile(dir=folder, buffering=0) as probe:
             probe.write(bytes(4096))
-        take_lock(folder, own)
+        acquire_lock(folder, own)
 
 
-def make_ready(folder, output, name, resume):
+def prepare_folder(folder, output, name, resume):
     """Make room for a fresh run, and mark the folder."""
-    with refused_output(folder, output):
+    with raise_as_config_error(folder, output):
         if not resume:
-            set_aside(folder, name)
+            move_earlier_results(folder, name)
         if not resume or not (folder / MARK).exists():
             mark = {"program": "hpcmoe", "run": name, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
             (folder / MARK).write_text(json.dumps(mark) + "\n")
 
 
 @contextlib.contextmanager
-def refused_output(folder, output):
+def raise_as_config_error(folder, output):
     """Turn the system's refusal inside the block into a ConfigError."""
     try:
         yield
-    except OSError as fault:
-        raise ConfigError(f"[run] output = {output!r}: {folder} cannot be written: {reason(fault)}") from None
+    except OSError as error:
+        raise ConfigError(
+            f"[run] output = {output!r}: {folder} cannot be written: {describe_os_error(error)}"
+        ) from None
 
 
-def set_aside(folder, name):
+def move_earlier_results(folder, name):
     """Move the results of an earlier run to NAME.1, or the next free number; leave what is not a run's."""
     left = [path for path in folder.iterdir() if is_named_as_ours(path.name)]
     results = [path for path in left if RESULTS.fullmatch(path.name)]
@@ -164,7 +168,7 @@ def is_named_as_ours(name):
 
 def is_ours(path):
     """Return True if a file or folder shows that a run wrote it: the mark, or as runs without one left them."""
-    with contextlib.suppress(*FAULTS, ValueError, TypeError, RecursionError):  # whatever another program wrote
+    with contextlib.suppress(*HDF5_ERRORS, ValueError, TypeError, RecursionError):  # whatever another program wrote
         match path.name:
             case _ if not (path.is_file() or path.is_dir()):
                 return False  # a pipe would be waited for
@@ -194,7 +198,7 @@ def sweep(folder):
             time.sleep(1 / SWEEPS)
 
 
-def see_folder(folder, output):
+def check_shared_folder(folder, output):
     """Check that the folder rank 0 made is here too."""
     if not folder.is_dir():
         raise ConfigError(f"[run] output = {output!r}: {folder} is not on a file system that all nodes share")

@@ -12,41 +12,45 @@ import numpy as np
 
 from hpcmoe.errors import CheckpointError
 
-FAULTS = (OSError, RuntimeError, KeyError)  # h5py: RuntimeError where closing fails, KeyError where an entry is damaged
+HDF5_ERRORS = (
+    OSError,
+    RuntimeError,
+    KeyError,
+)  # h5py: RuntimeError where closing fails, KeyError where an entry is damaged
 
 LOCKED = "another process, a viewer or another run, has it open"
 
 
 @contextlib.contextmanager
-def one_line_faults(path, verb):
+def raise_as_checkpoint_error(path, verb):
     """Turn the system's refusal inside the block into a CheckpointError: `path: cannot be {verb}: reason`."""
     try:
         yield
-    except FAULTS as fault:
-        raise CheckpointError(f"{path}: cannot be {verb}: {reason(fault)}") from fault
+    except HDF5_ERRORS as error:
+        raise CheckpointError(f"{path}: cannot be {verb}: {describe_os_error(error)}") from error
 
 
-def reason(fault):
-    """Name the system's reason for a fault in a few words, and the cure where it is HDF5's lock on a file."""
-    number = errno_of(fault)
+def describe_os_error(error):
+    """Name the system's reason for an error in a few words, and the cure where it is HDF5's lock on a file."""
+    number = find_errno(error)
     if number is None:
-        return str(fault).partition("\n")[0]
-    if "unable to lock file" not in str(fault):
+        return str(error).partition("\n")[0]
+    if "unable to lock file" not in str(error):
         return os.strerror(number)
     if number == errno.EAGAIN:
         return f"{LOCKED}: close it, or start with HDF5_USE_FILE_LOCKING=FALSE where nobody has it open"
     return f"{os.strerror(number)}: the file system refuses HDF5's lock; start with HDF5_USE_FILE_LOCKING=FALSE"
 
 
-def is_refusal(fault):
+def is_system_error(error):
     """Return True if the system refused, not the file's content."""
-    return errno_of(fault) is not None
+    return find_errno(error) is not None
 
 
-def errno_of(fault):
-    """Return the system's number of a fault, or None; HDF5 hides it in its text."""
-    hidden = re.search(r"errno = (\d+)", str(fault))
-    return getattr(fault, "errno", None) or (int(hidden[1]) if hidden else None)
+def find_errno(error):
+    """Return the system's number of an error, or None; HDF5 hides it in its text."""
+    hidden = re.search(r"errno = (\d+)", str(error))
+    return getattr(error, "errno", None) or (int(hidden[1]) if hidden else None)
 
 
 def open_unbuffered(path, create):
@@ -66,13 +70,13 @@ def open_unbuffered(path, create):
 
 
 @contextlib.contextmanager
-def replaced(path):
+def open_replacement(path):
     """Open a copy of an HDF5 file, or a new one; it takes the file's place when the block ends well.
 
     Whoever reads meanwhile, and whoever comes after a crash or on a full disk, finds the file as it was.
     """
     partial = path.with_name(f"{path.name}.partial")
-    with one_line_faults(path, "written"):
+    with raise_as_checkpoint_error(path, "written"):
         try:
             create = not path.exists()
             if not create:
@@ -91,7 +95,7 @@ def free_name(path):
     return next(name for name in numbered if not name.exists())
 
 
-def write_fact(group, name, value, unit=None):
+def write_value(group, name, value, unit=None):
     """Store an array, number, string, list of strings or dict of strings (as rows of key and value)."""
     rows = np.array([*value.items()], dtype=str).reshape(-1, 2) if isinstance(value, dict) else np.asarray(value)
     dtype = h5py.string_dtype() if rows.dtype.kind == "U" else rows.dtype
@@ -100,7 +104,7 @@ def write_fact(group, name, value, unit=None):
         dataset.attrs["unit"] = unit
 
 
-def read_fact(dataset):
+def read_value(dataset):
     """Read back a fact -> str, int, float or bool where it is one value, else an array."""
     value = dataset.asstr()[()] if h5py.check_string_dtype(dataset.dtype) else dataset[()]
     return value.item() if isinstance(value, np.generic) else value

@@ -24,7 +24,7 @@ from hpcmoe.environment import find_job
 from hpcmoe.errors import ConfigError
 
 LOCK = "run.lock"
-BEAT_SECONDS = 20.0  # between two signs of life
+HEARTBEAT_SECONDS = 20.0  # between two signs of life
 STALE_SECONDS = 180.0  # without one
 CLEAR_SECONDS = 0.05  # for another process to clear a lock
 READ_SECONDS = 1.0  # until a lock just made has its text
@@ -58,7 +58,7 @@ def make_holder() -> Holder:
         host=socket.gethostname(),
         machine=name_machine(),
         process=os.getpid(),
-        started=read_start(os.getpid()),
+        started=read_process_start(os.getpid()),
         user=name_user(),
         job=job,
         restarts=restarts,
@@ -82,7 +82,7 @@ def name_user() -> str:
         return str(os.getuid())
 
 
-def read_start(process: int) -> int:
+def read_process_start(process: int) -> int:
     """Read when a process of this machine began, in ticks -> 0 where it is gone, or dead and not yet buried."""
     try:
         state, *fields = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -91,7 +91,7 @@ def read_start(process: int) -> int:
     return 0 if state in "ZX" else int(fields[18])
 
 
-def take_lock(folder: pathlib.Path, own: Holder) -> None:
+def acquire_lock(folder: pathlib.Path, own: Holder) -> None:
     """Take the lock of a folder, clearing one that is stale. Not collective: rank 0 alone.
 
     Raises ConfigError that names who holds it; OSError where it cannot be written.
@@ -131,7 +131,7 @@ def clear_stale(path: pathlib.Path, own: Holder) -> None:
     except FileExistsError:
         time.sleep(CLEAR_SECONDS)
         with contextlib.suppress(FileNotFoundError):
-            if measure_silence(clearing) > STALE_SECONDS:  # killed midway
+            if measure_heartbeat_age(clearing) > STALE_SECONDS:  # killed midway
                 clearing.unlink()
         return
     try:
@@ -147,7 +147,7 @@ def clear_stale(path: pathlib.Path, own: Holder) -> None:
 def explain_stale(path: pathlib.Path, held: Holder | None, own: Holder) -> str | None:
     """Say why a lock no longer counts -> None where it has gone meanwhile; ConfigError where it counts."""
     try:
-        silent_seconds, is_empty = measure_silence(path), path.stat().st_size == 0
+        silent_seconds, is_empty = measure_heartbeat_age(path), path.stat().st_size == 0
     except FileNotFoundError:
         return None
     cure = f"wait for it or take another [run] name; if it is gone, remove {path}"
@@ -157,7 +157,7 @@ def explain_stale(path: pathlib.Path, held: Holder | None, own: Holder) -> str |
         raise ConfigError(f"{path.parent} is in use by another run, which its lock does not name: {cure}")
 
     if held.machine and held.machine == own.machine:
-        if read_start(held.process) != held.started:
+        if read_process_start(held.process) != held.started:
             return "that process is gone"
     elif held.job and held.job == own.job and held.restarts != own.restarts:
         return "the job was requeued"
@@ -168,7 +168,7 @@ def explain_stale(path: pathlib.Path, held: Holder | None, own: Holder) -> str |
     raise ConfigError(f"{path.parent} is in use by {held}: {cure}")
 
 
-def measure_silence(path: pathlib.Path) -> float:
+def measure_heartbeat_age(path: pathlib.Path) -> float:
     """Measure how long ago a lock's holder gave a sign of life, both times by the file server's clock."""
     with path.open("rb") as lock, tempfile.NamedTemporaryFile(dir=path.parent) as now:  # opening asks the server anew
         return os.fstat(now.fileno()).st_mtime - os.fstat(lock.fileno()).st_mtime
@@ -200,12 +200,12 @@ def release_lock(folder: pathlib.Path, own: Holder) -> None:
 
 
 @contextlib.contextmanager
-def signs_of_life(folder: pathlib.Path, own: Holder):
+def heartbeat(folder: pathlib.Path, own: Holder):
     """Within, show that the holder lives, by a thread; end this process should another have taken the lock."""
     over = threading.Event()
 
     def beat():
-        while not over.wait(BEAT_SECONDS):
+        while not over.wait(HEARTBEAT_SECONDS):
             held = read_lock(folder / LOCK)
             if held is not None and held != own:
                 log.error("%s: taken by %s while this run stood still; it ends", folder / LOCK, held)

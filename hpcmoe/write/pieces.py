@@ -11,8 +11,8 @@ import numpy as np
 
 from hpcmoe.errors import CheckpointError, on_all, on_root
 from hpcmoe.wait import barrier
-from hpcmoe.write.checksums import digest_of, write_sums
-from hpcmoe.write.hdf5 import one_line_faults, open_unbuffered, read_fact, sync, write_fact
+from hpcmoe.write.checksums import compute_digest, write_checksums
+from hpcmoe.write.hdf5 import open_unbuffered, raise_as_checkpoint_error, read_value, sync, write_value
 
 MASTER = "master.h5"  # holds a virtual dataset for each array, and besides them:
 FACTS = "facts"  # one value each
@@ -20,7 +20,7 @@ FILES = "files"  # name and bytes of each rank's file: a lost one would read as 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class PieceSpec:
     """A box of a logical array, which a rank holds or wants."""
 
     name: str  # HDF5 path of the array, at least one axis; not under facts/ or files/
@@ -54,7 +54,7 @@ class Piece:
     def part(self):
         """Where the piece lies, without its data."""
         extent = self.array.shape
-        return Part(name=self.name, shape=self.shape, start=self.start, extent=extent, dtype=self.array.dtype.name)
+        return PieceSpec(name=self.name, shape=self.shape, start=self.start, extent=extent, dtype=self.array.dtype.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class RankFile:
 
     num_bytes: int  # 0 where it has no piece and needs no file
     digest: str
-    parts: list[Part]
+    parts: list[PieceSpec]
 
 
 def write_pieces(comm, folder, pieces, facts):
@@ -72,10 +72,10 @@ def write_pieces(comm, folder, pieces, facts):
     The pieces of all ranks must tile each array. facts is a flat dict of strings, numbers and small arrays, as
     rank 0 has them. Where one rank fails all raise its CheckpointError, and no folder appears.
     """
-    do_at_once(write_by_turns(comm, folder, pieces, facts))
+    run_tasks(write_in_tasks(comm, folder, pieces, facts))
 
 
-def do_at_once(turns):
+def run_tasks(turns):
     """Go through the turns of some writing on the spot. Collective as they are."""
     work = None
     with contextlib.suppress(StopIteration):
@@ -83,7 +83,7 @@ def do_at_once(turns):
             work = turns.send(work)
 
 
-def write_by_turns(comm, folder, pieces, facts):
+def write_in_tasks(comm, folder, pieces, facts):
     """Write as write_pieces does, and yield as functions what needs no MPI: a thread may do it. Collective over comm.
 
     What tells how a function ended is to be sent back: the function itself, which then does its work, or its future's
@@ -112,7 +112,7 @@ def read_pieces(comm, folder, wanted):
     verify_pieces finds what is altered.
     """
     facts, _ = on_root(comm, lambda: check_files(folder))
-    return on_all(comm, lambda: read_parts(folder, wanted)), facts
+    return on_all(comm, lambda: read_specs(folder, wanted)), facts
 
 
 def name_file(rank):
@@ -122,7 +122,7 @@ def name_file(rank):
 
 def make_empty(folder):
     """Make an empty folder, in place of what a killed run may have left."""
-    with one_line_faults(folder, "written"):
+    with raise_as_checkpoint_error(folder, "written"):
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
@@ -132,12 +132,12 @@ def write_rank_file(path, pieces):
     """Write one rank's pieces -> (bytes, digest) of its file; without pieces it writes none."""
     if not pieces:
         return 0, ""
-    with one_line_faults(path, "written"):
+    with raise_as_checkpoint_error(path, "written"):
         with open_unbuffered(path, create=True) as file:
             for piece in pieces:
                 file.create_dataset(piece.part.source, data=piece.array)
         sync(path)
-        return path.stat().st_size, digest_of(path)
+        return path.stat().st_size, compute_digest(path)
 
 
 def finish(folder, partial, files, facts):
@@ -146,19 +146,19 @@ def finish(folder, partial, files, facts):
     for name, parts in parts_of_name.items():
         check_tiling(name, [part for _, part in parts])
 
-    with one_line_faults(partial / MASTER, "written"):
+    with raise_as_checkpoint_error(partial / MASTER, "written"):
         with open_unbuffered(partial / MASTER, create=True) as master:
             for name, parts in parts_of_name.items():
                 write_virtual(master, name, parts)
             for name, value in facts.items():
-                write_fact(master.require_group(FACTS), name, value)
+                write_value(master.require_group(FACTS), name, value)
             write_files(master.create_group(FILES), files)
         sync(partial / MASTER)
     digests = {name_file(rank): file.digest for rank, file in enumerate(files) if file.num_bytes > 0}
-    write_sums(partial, {MASTER: digest_of(partial / MASTER)} | digests)
+    write_checksums(partial, {MASTER: compute_digest(partial / MASTER)} | digests)
 
     # A folder of that name is of an earlier course of the run: it goes at the last moment.
-    with one_line_faults(folder, "written"):
+    with raise_as_checkpoint_error(folder, "written"):
         sync(partial)
         discard(folder)
         partial.rename(folder)
@@ -217,8 +217,8 @@ def write_virtual(master, name, parts):
 def write_files(group, files):
     """Record each rank's file and its size."""
     bytes_of_file = {name_file(rank): file.num_bytes for rank, file in enumerate(files) if file.num_bytes > 0}
-    write_fact(group, "name", np.array([*bytes_of_file], dtype=str))
-    write_fact(group, "bytes", np.array([*bytes_of_file.values()], dtype=np.int64))
+    write_value(group, "name", np.array([*bytes_of_file], dtype=str))
+    write_value(group, "bytes", np.array([*bytes_of_file.values()], dtype=np.int64))
 
 
 def check_files(folder):
@@ -226,13 +226,13 @@ def check_files(folder):
     path = folder / MASTER
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
-    with one_line_faults(path, "read"), h5py.File(path) as master:
+    with raise_as_checkpoint_error(path, "read"), h5py.File(path) as master:
         if FILES not in master:
             raise CheckpointError(f"{path} is not one of this program's masters")
-        names, sizes = (read_fact(master[FILES][what]).tolist() for what in ("name", "bytes"))
+        names, sizes = (read_value(master[FILES][what]).tolist() for what in ("name", "bytes"))
         for name, num_bytes in zip(names, sizes, strict=True):
             check_size(folder / name, num_bytes)
-        facts = {name: read_fact(dataset) for name, dataset in master.get(FACTS, {}).items()}
+        facts = {name: read_value(dataset) for name, dataset in master.get(FACTS, {}).items()}
         return facts, dict(zip(names, sizes, strict=True))
 
 
@@ -244,16 +244,16 @@ def check_size(path, num_bytes):
         raise CheckpointError(f"{path} is {os.path.getsize(path)} bytes, {num_bytes} were written")
 
 
-def read_parts(folder, wanted):
+def read_specs(folder, wanted):
     """Read parts from the master -> {(name, start): array}."""
     path = folder / MASTER
-    with one_line_faults(path, "read"), h5py.File(path) as master:
+    with raise_as_checkpoint_error(path, "read"), h5py.File(path) as master:
         for part in wanted:
-            check_part(master, path, part)
+            check_spec(master, path, part)
         return {(part.name, part.start): master[part.name][part.box] for part in wanted}
 
 
-def check_part(master, path, part):
+def check_spec(master, path, part):
     """Check that the master's array is the one wanted."""
     if not isinstance(master.get(part.name), h5py.Dataset):
         raise CheckpointError(f"{path}: checkpoint has no {part.name}, this model wants it {list(part.shape)}")

@@ -8,14 +8,14 @@ import numpy as np
 from hpcmoe.errors import CheckpointError
 from hpcmoe.placement.demand import make_probability
 from hpcmoe.placement.problem import PlacementProblem
-from hpcmoe.write.hdf5 import one_line_faults, read_fact
+from hpcmoe.write.hdf5 import raise_as_checkpoint_error, read_value
 from hpcmoe.write.loads import read_loads
 
 CHAPTER = "problem"
 FIELDS = [field.name for field in dataclasses.fields(PlacementProblem) if field.name != "even"]  # every run's is
 
 
-def describe_problem(records, problem):
+def record_problem(records, problem):
     """Keep a problem, field by field; where all nodes' probabilities are equal, one row for them all."""
     for name in FIELDS:
         value = getattr(problem, name)
@@ -24,16 +24,16 @@ def describe_problem(records, problem):
         records.describe(CHAPTER, name, list(value) if isinstance(value, tuple) else value)
 
 
-def read_problem(path, **changes):
+def read_run_problem(path, **changes):
     """Read a run.h5 -> (PlacementProblem with the loads that the run saw, notes); changes replace its other fields.
 
     Raises CheckpointError in one line where the file cannot be read or holds no problem.
     """
-    with one_line_faults(path, "read"), h5py.File(path) as file:
+    with raise_as_checkpoint_error(path, "read"), h5py.File(path) as file:
         group = file.get(CHAPTER, {})
         if missing := [name for name in FIELDS if name not in group]:
             raise CheckpointError(f"{path}: holds no {CHAPTER}/{missing[0]}; must be the run.h5 of a finished start")
-        facts = {name: read_fact(group[name]) for name in FIELDS}
+        facts = {name: read_value(group[name]) for name in FIELDS}
 
     facts["node_names"] = tuple(np.atleast_1d(facts["node_names"]))
     try:
@@ -46,9 +46,9 @@ def read_problem(path, **changes):
     return PlacementProblem(**facts | changes), notes
 
 
-def read_layouts(path):
+def read_last_placement(path):
     """Read where the experts of a run were at last -> [L, S] int64; CheckpointError in one line."""
-    with one_line_faults(path, "read"), h5py.File(path) as file:
+    with raise_as_checkpoint_error(path, "read"), h5py.File(path) as file:
         adopted = file.get("cluster/adopted/value", ())
         if len(adopted):
             return adopted[-1]

@@ -7,7 +7,15 @@ import h5py
 import numpy as np
 
 from hpcmoe.errors import CheckpointError, on_root
-from hpcmoe.write.hdf5 import FAULTS, free_name, is_refusal, one_line_faults, reason, replaced, write_fact
+from hpcmoe.write.hdf5 import (
+    HDF5_ERRORS,
+    describe_os_error,
+    free_name,
+    is_system_error,
+    open_replacement,
+    raise_as_checkpoint_error,
+    write_value,
+)
 
 CHUNK_ROWS = 256  # of a metric that is one number
 CHUNK_BYTES = 65536  # of a metric that is an array
@@ -24,7 +32,7 @@ def open_records(comm, folder, keep_until_step=None):
     """
     path = folder / "run.h5"
     on_root(comm, lambda: begin(path, keep_until_step))
-    records = Records(path) if comm.rank == 0 else NoRecords()
+    records = Records(path) if comm.rank == 0 else NullRecords()
     try:
         yield records
     except BaseException:
@@ -36,17 +44,17 @@ def open_records(comm, folder, keep_until_step=None):
 
 def begin(path, keep_until_step):
     """Start a new file, or cut the old one back to a step; one that cannot be read is kept beside."""
-    cuts = None if keep_until_step is None else find_cuts(path, keep_until_step)
-    with one_line_faults(path, "written"):
+    cuts = None if keep_until_step is None else count_rows_until(path, keep_until_step)
+    with raise_as_checkpoint_error(path, "written"):
         if cuts is None and path.exists():
             path.rename(free_name(path))
-    with replaced(path) as file:
+    with open_replacement(path) as file:
         for name, num_rows in (cuts or {}).items():
             file[name]["step"].resize(num_rows, axis=0)
             file[name]["value"].resize(num_rows, axis=0)
 
 
-def find_cuts(path, step):
+def count_rows_until(path, step):
     """Count the entries up to a step -> {metric: its number of rows}, or None where the file is missing or damaged.
 
     Raises CheckpointError where the system keeps it from being read.
@@ -62,9 +70,9 @@ def find_cuts(path, step):
     try:
         with h5py.File(path) as file:
             file.visititems(visit)
-    except FAULTS as fault:
-        if is_refusal(fault):
-            raise CheckpointError(f"{path}: cannot be read: {reason(fault)}") from fault
+    except HDF5_ERRORS as error:
+        if is_system_error(error):
+            raise CheckpointError(f"{path}: cannot be read: {describe_os_error(error)}") from error
         return None
     return cuts
 
@@ -97,7 +105,7 @@ class Records:
         """Write what is buffered; raises CheckpointError, and keeps the file as it was, where that fails."""
         started = time.monotonic()
         if self.metrics or self.facts:
-            with replaced(self.path) as file:
+            with open_replacement(self.path) as file:
                 for (chapter, name), (value, unit) in self.facts.items():
                     replace_fact(file.require_group(chapter), name, value, unit)
                 for (chapter, name, unit), (steps, values) in self.metrics.items():
@@ -107,13 +115,13 @@ class Records:
         ended = time.monotonic()
         self.due = ended + max(FLUSH_SECONDS, (ended - started) / FLUSH_SHARE)
 
-    def flush_when_due(self):
+    def flush_if_due(self):
         """Flush about once a second, less often once that would take more than its share of the run."""
         if time.monotonic() >= self.due:
             self.flush()
 
 
-class NoRecords:
+class NullRecords:
     """The record as the other ranks see it: nothing to keep."""
 
     def append(self, step, chapter, name, value, unit=""):
@@ -125,7 +133,7 @@ class NoRecords:
     def flush(self):
         """Write nothing."""
 
-    def flush_when_due(self):
+    def flush_if_due(self):
         """Write nothing."""
 
 
@@ -133,7 +141,7 @@ def replace_fact(group, name, value, unit):
     """Write a fact in place of the one of that name."""
     if name in group:
         del group[name]
-    write_fact(group, name, value, unit)
+    write_value(group, name, value, unit)
 
 
 def append_rows(group, name, unit, steps, values):

@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, HpcmoeError, raise_or_return
 from hpcmoe.wait import barrier, wait_all
-from hpcmoe.write.checkpoint import save_by_turns, save_checkpoint
+from hpcmoe.write.checkpoint import save_checkpoint, save_in_tasks
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def open_writer(comm, folder, keep, asynchronous):
     """Open what saves the checkpoints of a run's folder and keeps the last `keep` -> Writer. Collective, both ends.
 
-    The end waits for the checkpoint that is being written, also where a fault that all ranks share ends the run.
+    The end waits for the checkpoint that is being written, also where an error that all ranks share ends the run.
     """
     barrier(comm)
     own = comm.Dup()
@@ -29,12 +29,12 @@ def open_writer(comm, folder, keep, asynchronous):
     writer = Writer(own, folder, keep, pool)
     try:
         yield writer
-    except HpcmoeError as fault:
-        if fault.shared:
+    except HpcmoeError as error:
+        if error.shared:
             try:
                 writer.finish()
             except CheckpointError as another:
-                raise_or_return(None, type(fault)(f"{fault}\n{another}"))
+                raise_or_return(None, type(error)(f"{error}\n{another}"))
         raise
     writer.finish()
     if pool is not None:
@@ -55,14 +55,14 @@ class Writer:
         self.question = None  # whether all ranks' threads are done: (request, array)
 
     @property
-    def copy_bytes(self):
+    def snapshot_bytes(self):
         """What the copies take, for the thread to write from."""
         return sum(array.nbytes for array in self.copies)
 
     def save(self, step, pieces, facts):
         """Save as save_checkpoint does; where a thread writes, return once the pieces are copied. Collective over comm.
 
-        A checkpoint that is still being written is waited for. Raises its fault, or this one's, on all ranks.
+        A checkpoint that is still being written is waited for. Raises its error, or this one's, on all ranks.
         """
         if self.pool is None:
             save_checkpoint(self.comm, self.folder, step, list(pieces), facts, self.keep)
@@ -72,11 +72,11 @@ class Writer:
             self.finish()
             log.info("step %d: waited %.2f s for the last checkpoint's writing", step, time.monotonic() - started)
         copied = self.copy(pieces)
-        self.turns = save_by_turns(self.comm, self.folder, step, copied, facts, self.keep)
+        self.turns = save_in_tasks(self.comm, self.folder, step, copied, facts, self.keep)
         self.go_on(None)
         log.info("step %d: the checkpoint held the steps up for %.3f s", step, time.monotonic() - started)
 
-    def look(self):
+    def poll(self):
         """Go on with what the threads of all ranks have done. Collective over comm, once a step.
 
         Whether all have is asked at one step and answered by the next: nobody waits.
@@ -122,7 +122,7 @@ class Writer:
 
     def go_on(self, ended):
         """Tell the turns how their last work ended, and give the thread its next. Collective over comm."""
-        turns, self.turns = self.turns, None  # a fault leaves nothing to wait for
+        turns, self.turns = self.turns, None  # an error leaves nothing to wait for
         with contextlib.suppress(StopIteration):
             self.work = self.pool.submit(turns.send(ended))
             self.turns = turns

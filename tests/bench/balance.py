@@ -89,7 +89,7 @@ class Notes:
         """Keep a value as JSON can hold it."""
         self.series.setdefault(f"{chapter}/{name}", []).append(np.asarray(value).tolist())
 
-    def flush_when_due(self):
+    def flush_if_due(self):
         """Nothing waits."""
 
 

@@ -113,5 +113,5 @@ def draw_routers(job, weights):
 if __name__ == "__main__":
     try:
         main(sys.argv[1], *map(int, sys.argv[2:]))
-    except Exception as fault:
-        exit_with(MPI.COMM_WORLD, fault, read_host_name())
+    except Exception as error:
+        exit_with(MPI.COMM_WORLD, error, read_host_name())

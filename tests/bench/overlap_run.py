@@ -157,5 +157,5 @@ def clock(comm, call):
 if __name__ == "__main__":
     try:
         main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
-    except Exception as fault:
-        exit_with(MPI.COMM_WORLD, fault, read_host_name())
+    except Exception as error:
+        exit_with(MPI.COMM_WORLD, error, read_host_name())

@@ -101,9 +101,9 @@ def make_step(group, shape, layer, kind, router_weight):
         if kind.alone and group.rank > 0:
             return None, None
         mine = range(group.size) if kind.alone else mine
-        layer, fault = attempt(lambda: kind(shape, router_weight, lambda expert: draw_expert(shape, expert)))
-        if fault:
-            return None, fault
+        layer, error = attempt(lambda: kind(shape, router_weight, lambda expert: draw_expert(shape, expert)))
+        if error:
+            return None, error
     x, grad = draw_tokens(shape, mine)
     return (lambda: layer.train(x, grad) if shape.training else layer.forward(x)), None
 
@@ -112,8 +112,8 @@ def attempt(call):
     """Call -> (result, None), or (None, what it raised, in a line): a peer that fails is left out, whatever ails it."""
     try:
         return call(), None
-    except Exception as fault:
-        return None, f"{type(fault).__name__}: {fault}".splitlines()[0]
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def draw_tokens(shape, ranks_of_tokens):
@@ -127,12 +127,12 @@ def draw_tokens(shape, ranks_of_tokens):
 
 def check(comm, side, shape, router_weight, made):
     """Compare what the sides' first steps give -> case: their difference, or why the peer is skipped. Collective."""
-    (step, fault), output = made, None
-    if not any(gather_to_all(comm, fault)) and step:
-        output, fault = (step(), None) if side == "ours" else attempt(step)  # we have no excuse
-    faults = [each for each in gather_to_all(comm, fault) if each]
-    if faults:
-        return {"skipped": faults[0]}
+    (step, error), output = made, None
+    if not any(gather_to_all(comm, error)) and step:
+        output, error = (step(), None) if side == "ours" else attempt(step)  # we have no excuse
+    errors = [each for each in gather_to_all(comm, error) if each]
+    if errors:
+        return {"skipped": errors[0]}
 
     # Rank 0 looks at all of it.
     outputs = gather_to_all(comm, output)

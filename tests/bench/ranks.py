@@ -46,5 +46,5 @@ def main(work):
         figures = work(comm, *arguments)
         if comm.rank == 0:
             pathlib.Path(path).write_text(json.dumps(figures))
-    except Exception as fault:
-        exit_with(comm, fault, read_host_name())
+    except Exception as error:
+        exit_with(comm, error, read_host_name())

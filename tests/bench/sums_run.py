@@ -56,5 +56,5 @@ def main(path, budget_seconds):
 if __name__ == "__main__":
     try:
         main(sys.argv[1], float(sys.argv[2]))
-    except Exception as fault:
-        exit_with(MPI.COMM_WORLD, fault, read_host_name())
+    except Exception as error:
+        exit_with(MPI.COMM_WORLD, error, read_host_name())

@@ -140,7 +140,7 @@ def test_the_launcher_is_told(monkeypatch):
 )
 def test_one_rank_tells_that_mpis_are_mixed(first, second, monkeypatch):
     """Each is alone in its world, and would say it."""
-    monkeypatch.setattr(launcher, "HAND_ON_SECONDS", 0)
+    monkeypatch.setattr(launcher, "DRAIN_SECONDS", 0)
     size = {"OMPI_COMM_WORLD_SIZE": "16"}
     with pytest.raises(ClusterError, match="two MPIs are mixed"):
         speak_for_all(first | size, 1)
@@ -166,8 +166,8 @@ from hpcmoe.cluster.launcher import check_launcher
 from hpcmoe.errors import HpcmoeError, exit_with
 try:
     check_launcher(MPI.COMM_WORLD)
-except HpcmoeError as fault:
-    exit_with(MPI.COMM_WORLD, fault, "here")
+except HpcmoeError as error:
+    exit_with(MPI.COMM_WORLD, error, "here")
 print("started")
 """
 

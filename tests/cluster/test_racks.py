@@ -254,8 +254,8 @@ def test_scontrol_is_not_told_to_cut_its_lines(scontrol, monkeypatch):
 
 
 def test_the_first_of_two_switches_over_a_node_counts():
-    read, faults = read_switches(["SwitchName=a Level=0 Nodes=n1", "SwitchName=b Level=0 Nodes=n[1-2]"])
-    assert (read, faults) == ({"n1": "a", "n2": "b"}, [])
+    read, errors = read_switches(["SwitchName=a Level=0 Nodes=n1", "SwitchName=b Level=0 Nodes=n[1-2]"])
+    assert (read, errors) == ({"n1": "a", "n2": "b"}, [])
 
 
 def test_nodes_of_one_name_have_one_rack(scontrol):

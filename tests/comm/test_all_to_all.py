@@ -157,7 +157,7 @@ def test_an_error_of_nccl_names_the_ranks_it_may_come_from(comm):
     with pytest.raises(ClusterError) as seen, open_nccl(comm, {"rows": comm, "world": comm}, device, nccl) as groups:
         all_to_all = NcclAllToAll(groups["rows"])
         all_to_all.start(make_leg(comm, device, counts), device.compute_stream.record_event(), None)
-        nccl.fault = RuntimeError("NCCL_ERROR_SYSTEM_ERROR: unhandled system error")
+        nccl.error = RuntimeError("NCCL_ERROR_SYSTEM_ERROR: unhandled system error")
         all_to_all.poke()
     peer = {0: "1", 1: "0"}.get(comm.rank, "none")
     named = f"NCCL, dispatch of layer 2, micro-batch 1, with ranks {peer} of the group: NCCL_ERROR_SYSTEM_ERROR"

@@ -138,7 +138,7 @@ def test_a_thread_that_progresses_messages_begins_as_it_is_told(comm, threads):
 
 
 @pytest.mark.mpi
-def test_what_goes_wrong_at_the_threads_beginning_is_the_ranks_own_fault(comm, threads):
+def test_what_goes_wrong_at_the_threads_beginning_is_the_ranks_own_error(comm, threads):
     with pytest.raises(ZeroDivisionError), open_mpi_transport(comm, ROW_BYTES, bind_thread=lambda: 1 / 0):
         pass
 

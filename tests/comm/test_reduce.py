@@ -124,7 +124,7 @@ def test_what_nccl_says_of_a_sum_names_it_and_the_ranks(mesh):
     with pytest.raises(ClusterError) as seen, open_nccl(mesh.world, {"world": mesh.world}, device, nccl) as groups:
         reducer = NcclReducer(mesh, device, groups)
         reducer.poke()
-        nccl.fault = KeyError(6)
+        nccl.error = KeyError(6)
         reducer.poke()
     others = ", ".join(str(rank) for rank in range(mesh.world.size) if rank != mesh.world.rank) or "none"
     assert str(seen.value) == f"NCCL, sum of gradients over world, with ranks {others} of the group: 6"

@@ -10,9 +10,9 @@ from journeys import (
     check_forward,
     check_two_at_once,
     go,
-    make_journey,
-    travel_both_ways,
-    travel_forward,
+    make_round_trip,
+    run_both_ways,
+    run_forward,
 )
 from kernels import compiler_for_host
 
@@ -51,10 +51,10 @@ def open_exchange(comm, kind="direct", row_ops=None, **changes):
 def test_both_ways_are_what_their_definitions_say(comm, kind):
     with open_exchange(comm, kind) as exchange:
         for seed in range(4):
-            journey = make_journey(exchange, (7 * comm.rank + 5 * seed) % 21, seed, kept_share=seed / 3)
-            go(exchange, travel_both_ways(exchange, journey))
-            check_forward(exchange, journey)
-            check_backward(exchange, journey)
+            round_trip = make_round_trip(exchange, (7 * comm.rank + 5 * seed) % 21, seed, kept_share=seed / 3)
+            go(exchange, run_both_ways(exchange, round_trip))
+            check_forward(exchange, round_trip)
+            check_backward(exchange, round_trip)
 
 
 @pytest.mark.mpi
@@ -63,16 +63,16 @@ def test_kernels_of_our_own_do_both_ways_and_are_compiled_before(comm, tmp_path,
     row_ops = KernelRowOps(compiler_for_host(tmp_path))
     with open_exchange(comm, row_ops=row_ops, hidden=hidden) as exchange:
         compiled = set(row_ops.kernels)
-        journey = make_journey(exchange, 7 * comm.rank, 1)
-        go(exchange, travel_both_ways(exchange, journey))
-        check_forward(exchange, journey)
-        check_backward(exchange, journey)
+        round_trip = make_round_trip(exchange, 7 * comm.rank, 1)
+        go(exchange, run_both_ways(exchange, round_trip))
+        check_forward(exchange, round_trip)
+        check_backward(exchange, round_trip)
     with open_exchange(comm, row_ops=row_ops, dtype=torch.bfloat16, hidden=hidden) as exchange:
         compiled |= set(row_ops.kernels)
-        journey = make_journey(exchange, 15, seed=3)
-        journey.x = journey.x.float()  # as a model's tokens are
-        go(exchange, travel_forward(exchange, journey))
-        check_forward(exchange, journey)
+        round_trip = make_round_trip(exchange, 15, seed=3)
+        round_trip.x = round_trip.x.float()  # as a model's tokens are
+        go(exchange, run_forward(exchange, round_trip))
+        check_forward(exchange, round_trip)
     assert set(row_ops.kernels) == compiled and len(compiled) == 8
 
 
@@ -89,10 +89,10 @@ def test_a_buffer_grows_when_all_go_to_one_slot_and_stays_so(comm):
         announced = exchange.sizes.buffer_bytes(exchange.routes)
         assert exchange.buffer_bytes == announced
         for _ in range(2):
-            journey = make_journey(exchange, 20, seed=2, favourite=0)
-            go(exchange, travel_both_ways(exchange, journey))
-            check_forward(exchange, journey)
-            check_backward(exchange, journey)
+            round_trip = make_round_trip(exchange, 20, seed=2, favourite=0)
+            go(exchange, run_both_ways(exchange, round_trip))
+            check_forward(exchange, round_trip)
+            check_backward(exchange, round_trip)
         grown = exchange.buffer_bytes - announced
         assert (grown > 0) == (comm.rank == 0) and grown <= 1.04 * 20 * comm.size * exchange.sizes.row_bytes
 
@@ -100,19 +100,19 @@ def test_a_buffer_grows_when_all_go_to_one_slot_and_stays_so(comm):
 @pytest.mark.mpi
 def test_bfloat16_goes_as_bytes(comm):
     with open_exchange(comm, dtype=torch.bfloat16) as exchange:
-        journey = make_journey(exchange, 15, seed=3)
-        go(exchange, travel_forward(exchange, journey))
-        check_forward(exchange, journey)
-        assert journey.output.dtype == torch.float32 and exchange.sizes.row_bytes == 16
+        round_trip = make_round_trip(exchange, 15, seed=3)
+        go(exchange, run_forward(exchange, round_trip))
+        check_forward(exchange, round_trip)
+        assert round_trip.output.dtype == torch.float32 and exchange.sizes.row_bytes == 16
 
 
 @pytest.mark.mpi
 def test_traffic_is_counted_by_direction_and_peer(comm):
     with open_exchange(comm) as exchange:
-        journey = make_journey(exchange, 18, seed=5)
-        go(exchange, travel_both_ways(exchange, journey))
+        round_trip = make_round_trip(exchange, 18, seed=5)
+        go(exchange, run_both_ways(exchange, round_trip))
         traffic = exchange.take_traffic()
-        to_rank = np.bincount((journey.slots // SLOTS)[journey.kept], minlength=comm.size)
+        to_rank = np.bincount((round_trip.slots // SLOTS)[round_trip.kept], minlength=comm.size)
         assert {layer: copies.tolist() for layer, copies in traffic.copies.items()} == {0: to_rank.tolist()}
         of_all = np.stack(gather_to_all(comm, traffic.rows), axis=1)  # [4, P, P]
         for direction in (Direction.DISPATCH, Direction.COMBINE_BACKWARD):

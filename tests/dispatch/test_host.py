@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 from journeys import (
-    check_all_is_given_back,
     check_backward,
     check_forward,
+    check_pools_are_free,
     check_two_at_once,
     go,
-    make_journey,
-    travel_backward,
-    travel_both_ways,
-    travel_forward,
+    make_round_trip,
+    run_backward,
+    run_both_ways,
+    run_forward,
 )
 from small import make_exchange, open_small_exchange
 
@@ -41,24 +41,24 @@ def shape(comm, request):
 @pytest.mark.parametrize(("in_order", "deterministic"), [(True, True), (True, False), (False, False)])
 def test_experts_alone_on_a_rank_map_every_kept_copy(dtype, in_order, deterministic):
     exchange = make_exchange(HIDDEN, slots=4, top_k=TOP_K, dtype=dtype, in_order=in_order, deterministic=deterministic)
-    journey = make_journey(exchange, 9, seed=1)
-    assert 0 < journey.kept.sum() < 9 * TOP_K
-    go(exchange, travel_forward(exchange, journey))
-    check_forward(exchange, journey)
-    assert journey.output.dtype == dtype
+    round_trip = make_round_trip(exchange, 9, seed=1)
+    assert 0 < round_trip.kept.sum() < 9 * TOP_K
+    go(exchange, run_forward(exchange, round_trip))
+    check_forward(exchange, round_trip)
+    assert round_trip.output.dtype == dtype
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize(("in_order", "deterministic"), [(True, True), (True, False), (False, False)])
 def test_identity_experts_give_every_kept_copy_back(comm, shape, monkeypatch, in_order, deterministic):
-    monkeypatch.setattr("journeys.map_of", lambda slot, hidden: torch.eye(hidden))
+    monkeypatch.setattr("round_trips.map_of", lambda slot, hidden: torch.eye(hidden))
     order = {"in_order": in_order, "deterministic": deterministic}
     with open_small_exchange(comm, HIDDEN, **shape, **SIZES, **order) as exchange:
         for num_tokens in (20, (7 * comm.rank) % 13, 1):  # some ranks have none
-            journey = make_journey(exchange, num_tokens, seed=num_tokens)
-            go(exchange, travel_forward(exchange, journey))
-            assert torch.equal(journey.output, journey.x * journey.gates.sum(dim=1, keepdim=True))
-        check_all_is_given_back(exchange)
+            round_trip = make_round_trip(exchange, num_tokens, seed=num_tokens)
+            go(exchange, run_forward(exchange, round_trip))
+            assert torch.equal(round_trip.output, round_trip.x * round_trip.gates.sum(dim=1, keepdim=True))
+        check_pools_are_free(exchange)
 
 
 def dot(comm, a, b):
@@ -73,14 +73,16 @@ def test_each_way_is_the_others_adjoint(comm, shape, deterministic):
     with open_small_exchange(comm, HIDDEN, **shape, **SIZES, deterministic=deterministic) as exchange:
         for seed in range(6):
             num_tokens = (7 * comm.rank + 5 * seed) % 21
-            journey = make_journey(exchange, num_tokens, seed, kept_share=seed / 5)
-            go(exchange, travel_both_ways(exchange, journey))
-            check_forward(exchange, journey)
-            check_backward(exchange, journey)
-            whole = dot(comm, journey.output, journey.grad)
-            assert whole == dot(comm, journey.x, journey.grad_x) == dot(comm, journey.gates, journey.grad_gate)
+            round_trip = make_round_trip(exchange, num_tokens, seed, kept_share=seed / 5)
+            go(exchange, run_both_ways(exchange, round_trip))
+            check_forward(exchange, round_trip)
+            check_backward(exchange, round_trip)
+            whole = dot(comm, round_trip.output, round_trip.grad)
+            assert (
+                whole == dot(comm, round_trip.x, round_trip.grad_x) == dot(comm, round_trip.gates, round_trip.grad_gate)
+            )
             assert (whole != 0) == (seed > 0)
-        check_all_is_given_back(exchange)
+        check_pools_are_free(exchange)
 
 
 @pytest.mark.mpi
@@ -89,12 +91,12 @@ def test_all_copies_may_go_to_one_slot(comm, shape, favourite):
     """Nine of ten ranks' experts get nothing, and one all: in pieces, through a pool that holds a parcel or two."""
     with open_small_exchange(comm, HIDDEN, **shape, **SIZES) as exchange:
         favourite %= SLOTS * comm.size
-        journey = make_journey(exchange, 20, seed=2, favourite=favourite)
-        go(exchange, travel_both_ways(exchange, journey))
-        check_forward(exchange, journey)
-        check_backward(exchange, journey)
-        rows = sum(len(x) for seen in journey.seen for _, x in seen)
-        everyone = sum(gather_to_all(comm, int(journey.kept.sum())))
+        round_trip = make_round_trip(exchange, 20, seed=2, favourite=favourite)
+        go(exchange, run_both_ways(exchange, round_trip))
+        check_forward(exchange, round_trip)
+        check_backward(exchange, round_trip)
+        rows = sum(len(x) for seen in round_trip.seen for _, x in seen)
+        everyone = sum(gather_to_all(comm, int(round_trip.kept.sum())))
         assert rows == (everyone if favourite // SLOTS == comm.rank else 0)
 
 
@@ -102,15 +104,15 @@ def test_all_copies_may_go_to_one_slot(comm, shape, favourite):
 def test_experts_get_the_rows_of_their_slots_and_no_others(comm, shape):
     """Each token says where its copies go; what a batch calls a slot's rows are those."""
     with open_small_exchange(comm, HIDDEN, **shape, **SIZES | {"top_k": 1}) as exchange:
-        journey = make_journey(exchange, 17, seed=3)
-        journey.x = torch.from_numpy(journey.slots).float().expand(-1, HIDDEN).contiguous()
-        go(exchange, travel_forward(exchange, journey))
+        round_trip = make_round_trip(exchange, 17, seed=3)
+        round_trip.x = torch.from_numpy(round_trip.slots).float().expand(-1, HIDDEN).contiguous()
+        go(exchange, run_forward(exchange, round_trip))
         taken = np.zeros(comm.size * SLOTS, int)
-        for slot, rows in itertools.chain(*journey.seen):
+        for slot, rows in itertools.chain(*round_trip.seen):
             number = comm.rank * SLOTS + slot
             assert (rows == number).all() and len(rows) <= 1.5 * exchange.sizes.batch_rows
             taken[number] += len(rows)
-        meant = np.bincount(journey.slots[journey.kept], minlength=len(taken))
+        meant = np.bincount(round_trip.slots[round_trip.kept], minlength=len(taken))
         assert np.array_equal(sum(gather_to_all(comm, taken)), sum(gather_to_all(comm, meant)))
 
 
@@ -124,27 +126,27 @@ def test_two_micro_batches_under_way_do_not_mix(comm, shape):
 @pytest.mark.mpi
 def test_the_way_back_meets_the_same_batches(comm, shape):
     with open_small_exchange(comm, HIDDEN, **shape, **SIZES) as exchange:
-        journey = make_journey(exchange, 20, seed=4)
-        go(exchange, travel_forward(exchange, journey))
-        go(exchange, travel_backward(exchange, journey))
-        assert journey.backward_order == list(range(len(journey.batches)))
+        round_trip = make_round_trip(exchange, 20, seed=4)
+        go(exchange, run_forward(exchange, round_trip))
+        go(exchange, run_backward(exchange, round_trip))
+        assert round_trip.backward_order == list(range(len(round_trip.batches)))
 
 
 @pytest.mark.mpi
 def test_traffic_is_counted_by_direction_and_peer(comm, shape):
     with open_small_exchange(comm, HIDDEN, **shape, **SIZES) as exchange:
-        journey = make_journey(exchange, 18, seed=5)
-        go(exchange, travel_both_ways(exchange, journey))
+        round_trip = make_round_trip(exchange, 18, seed=5)
+        go(exchange, run_both_ways(exchange, round_trip))
         traffic, routes = exchange.take_traffic(), exchange.routes
 
         # Every copy is counted where it goes; rows where they land: a token once in each parcel, a mate's copies each.
-        rank_of_copy = journey.slots // SLOTS
-        assert traffic.copies[0].tolist() == np.bincount(rank_of_copy[journey.kept], minlength=comm.size).tolist()
+        rank_of_copy = round_trip.slots // SLOTS
+        assert traffic.copies[0].tolist() == np.bincount(rank_of_copy[round_trip.kept], minlength=comm.size).tolist()
         rows = np.zeros(comm.size, int)
         rows[routes.mates] = traffic.copies[0][routes.mates]
         node_of_rank = np.arange(comm.size) * shape["num_nodes"] // comm.size
         for t in range(18):
-            away = [r for r in rank_of_copy[t][journey.kept[t]] if r not in routes.mates]
+            away = [r for r in rank_of_copy[t][round_trip.kept[t]] if r not in routes.mates]
             if shape["once"]:
                 for node in {node_of_rank[r] for r in away}:
                     rows[next(r for r in routes.landings if node_of_rank[r] == node)] += 1
@@ -166,11 +168,11 @@ def test_traffic_is_counted_by_direction_and_peer(comm, shape):
 @pytest.mark.mpi
 def test_messages_are_a_header_and_parcels_to_each_landing(comm, shape):
     with open_small_exchange(comm, HIDDEN, **shape, **SIZES | {"parcel_tokens": 20, "pool_rows": 200}) as exchange:
-        journey = make_journey(exchange, 20, seed=6)
-        go(exchange, travel_forward(exchange, journey))
+        round_trip = make_round_trip(exchange, 20, seed=6)
+        go(exchange, run_forward(exchange, round_trip))
         others = len(exchange.routes.landings)
-        sent = len(journey.plan.parcels)
-        everyone = gather_to_all(comm, [exchange.routes.landings[p.landing] for p in journey.plan.parcels])
+        sent = len(round_trip.plan.parcels)
+        everyone = gather_to_all(comm, [exchange.routes.landings[p.landing] for p in round_trip.plan.parcels])
         returned = sum(list(landings).count(comm.rank) for landings in everyone)
         assert exchange.transport.num_sent == others + sent + returned
         assert sent <= others
@@ -180,31 +182,31 @@ def test_messages_are_a_header_and_parcels_to_each_landing(comm, shape):
 def test_nothing_is_announced_before_it_has_been_read(comm):
     """A rank that is far ahead waits with its next exchange until its mates have seen the last but one."""
     with open_small_exchange(comm, HIDDEN, **SIZES) as exchange:
-        journey = make_journey(exchange, 5, seed=7, kept_share=0.0)
+        round_trip = make_round_trip(exchange, 5, seed=7, kept_share=0.0)
         for number in range(1, 4):
-            assert exchange.may_start(journey) == (number < 3)
+            assert exchange.may_start(round_trip) == (number < 3)
             if number < 3:
-                exchange.start_outward(journey, journey.x, journey.gates, Direction.DISPATCH)
-            assert exchange.is_home(journey)  # it has no copies
+                exchange.start_outward(round_trip, round_trip.x, round_trip.gates, Direction.DISPATCH)
+            assert exchange.is_home(round_trip)  # it has no copies
         comm.Barrier()
         for number in (1, 2):  # nobody has looked so far: see both now, the second with the berth's own eyes
             arrivals = exchange.berths[0].arrivals
             arrivals.exchange, arrivals.expected = number, np.array([(mate, 0) for mate in range(comm.size)])
             arrivals.look()
         comm.Barrier()
-        assert exchange.may_start(journey)
+        assert exchange.may_start(round_trip)
 
 
 def test_what_the_experts_take_is_padded_to_a_few_sizes_and_the_rest_counts_for_nothing():
     exchange = make_exchange(HIDDEN, top_k=1, slots=1, tokens=300)
-    journey = make_journey(exchange, 300, seed=8, kept_share=1.0)
-    exchange.start_outward(journey, journey.x, journey.gates, Direction.DISPATCH)
-    batch = next(exchange.batches(journey))
-    places = exchange.rows_of(journey, batch)
+    round_trip = make_round_trip(exchange, 300, seed=8, kept_share=1.0)
+    exchange.start_outward(round_trip, round_trip.x, round_trip.gates, Direction.DISPATCH)
+    batch = next(exchange.batches(round_trip))
+    places = exchange.rows_of(round_trip, batch)
     for count in (1, 63, 65, 200, 297):
         rows, numbers = exchange.take(places[:count])
         assert count <= len(rows) == len(numbers) <= 1.04 * count
-        assert torch.equal(rows[:count], journey.x[:count]) and not numbers[count:].any()
+        assert torch.equal(rows[:count], round_trip.x[:count]) and not numbers[count:].any()
         before = exchange.window.rows.copy()
         exchange.lay(rows * 0 + 5, places[:count], numbers)
         changed = np.flatnonzero((before != exchange.window.rows).any(axis=1))

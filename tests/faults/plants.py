@@ -298,8 +298,8 @@ FAULTS = {
     ),
     "an altered file passes": plant(
         "write/checksums.py",
-        "if digest_of(path) != sums[path.name]:",
-        "if len(digest_of(path)) != 64:",
+        "if compute_digest(path) != sums[path.name]:",
+        "if len(compute_digest(path)) != 64:",
         "write/test_checksums.py write/test_verify.py",
     ),
     "what is saved is not a copy": plant(
@@ -328,7 +328,7 @@ FAULTS = {
         "output.py", "EXIT_USER = 2 ", "EXIT_USER = 1 ", "test_errors.py -k 'shared_error or names_it'"
     ),
     "the last failing rank is told in place of the first": plant(
-        "errors.py", "rank, fault = faults[0]", "rank, fault = faults[-1]", "test_errors.py", 3
+        "errors.py", "rank, error = errors[0]", "rank, error = errors[-1]", "test_errors.py", 3
     ),
     "a wait that ran out of time says all is there": plant(
         "wait.py",

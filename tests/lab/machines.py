@@ -13,7 +13,7 @@ import time
 import pytest
 from launch import HANG_SECONDS, MPIRUN
 
-from hpcmoe.segments import sweep_segments
+from hpcmoe.segments import remove_abandoned_segments
 
 LAB = pathlib.Path(__file__).parent
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where daemons lie; an ordinary PATH may lack it
@@ -49,7 +49,7 @@ def slurm():
     """Start a Slurm of four nodes in two racks -> path of its slurm.conf. Waits for another that is there."""
     require("slurmctld", "slurmd", "munged", "sbatch")
     with alone("slurm"):  # every Slurm numbers its jobs from 1, by which MPICH names its segments
-        sweep_segments(before=time.time())
+        remove_abandoned_segments(before=time.time())
         folder = tempfile.mkdtemp(prefix="hpcmoe-slurm-")
         try:
             script("slurm.sh", "up", folder, free_ports(5))

@@ -217,7 +217,7 @@ def test_every_stage_has_a_name_to_be_booked_under():
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ClusterError])
-def test_a_fault_tells_its_stage_layer_and_micro_batch(kind):
+def test_an_error_tells_its_stage_layer_and_micro_batch(kind):
     """As CUDA's errors, which the device tells of when it likes, and NCCL's; the rank is told by whoever ends it."""
     network = FakeNetwork()
     network.layers[1].compute = lambda flight: fail(kind, flight)

@@ -23,7 +23,7 @@ from hpcmoe.prepare.metadata import (
     describe_training,
     tell_changes,
 )
-from hpcmoe.write.checkpoint import read_facts, save_checkpoint
+from hpcmoe.write.checkpoint import read_metadata, save_checkpoint
 from hpcmoe.write.pieces import Piece
 
 OLD = pathlib.Path(__file__).with_name("checkpoint_without_gate.tar.xz")  # as written before gates were recorded
@@ -150,7 +150,7 @@ def test_facts_come_back_from_a_checkpoint_as_they_were(tmp_path):
     config = make_config(dispatch__load_feedback=0.3, experts__kind="swiglu", model__top_k=1)
     piece = Piece(name="x", shape=(1,), start=(0,), array=np.ones(1))
     save_checkpoint(MPI.COMM_SELF, tmp_path, 3, [piece], make_facts(config), 1)
-    facts = read_facts(tmp_path / "checkpoint-3")
+    facts = read_metadata(tmp_path / "checkpoint-3")
     assert facts == make_facts(config)
     check_facts(facts, config, tmp_path, 3)
 
@@ -164,7 +164,7 @@ def old(tmp_path):
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_an_old_checkpoint_still_loads_and_says_what_it_does_not_know(comm, tmp_path, old, mode, caplog):
-    assert not [key for key in read_facts(old) if "[dispatch]" in key]
+    assert not [key for key in read_metadata(old) if "[dispatch]" in key]
     with open_small_job(comm, tmp_path, run__mode=mode, **OF_OLD) as (job, *_):
         check_checkpoint(old, tmp_path / "run", job.config)
         with caplog.at_level(logging.INFO):

@@ -24,11 +24,11 @@ def refusal(check, *arguments, **figures):
 @pytest.mark.parametrize(("loss", "norm"), [(NAN, 1.0), (2.0, INF), (INF, NAN), (-INF, 1.0)])
 def test_a_figure_that_is_not_finite_ends_training_on_all_ranks_alike(loss, norm):
     config = make_config(train__learning_rate=3.0)
-    fault = refusal(check_finite, 7, config, loss=loss, norm_of_the_gradients=norm)
-    assert fault.shared and str(fault).startswith(
+    error = refusal(check_finite, 7, config, loss=loss, norm_of_the_gradients=norm)
+    assert error.shared and str(error).startswith(
         f"step 7: loss {loss:g}, norm of the gradients {norm:g}: likely causes"
     )
-    assert "try less than [train] learning_rate = 3.0" in str(fault)
+    assert "try less than [train] learning_rate = 3.0" in str(error)
     check_finite(7, config, loss=2.0, norm_of_the_gradients=1.0)
 
 
@@ -108,9 +108,9 @@ def test_no_state_that_is_not_finite_is_saved_whichever_rank_holds_it(comm, shar
         ]
         if comm.rank == where[-1]:
             assert spoil(state, name, value)
-        fault = refusal(check_state, comm, state, 3, load)
-    assert fault.shared and f"[rank {where[-1]} of {comm.size}] step 3: {name}" in str(fault)
-    assert ("of expert" in str(fault)) == name.startswith("experts/")
+        error = refusal(check_state, comm, state, 3, load)
+    assert error.shared and f"[rank {where[-1]} of {comm.size}] step 3: {name}" in str(error)
+    assert ("of expert" in str(error)) == name.startswith("experts/")
 
 
 @pytest.mark.mpi

@@ -27,10 +27,10 @@ MODES = {
 
 def run_steps(comm, folder, seed, monkeypatch, **changes):
     """Three steps, each rank late in its own way -> losses, and all gradients and parameters of this rank."""
-    dawdle, look, values = random.Random(f"{comm.rank} {seed}"), Arrivals.look, []
+    delay, look, values = random.Random(f"{comm.rank} {seed}"), Arrivals.look, []
 
     def look_late(arrivals):
-        if dawdle.random() < 0.1:
+        if delay.random() < 0.1:
             time.sleep(2e-4)
         return look(arrivals)
 

@@ -36,7 +36,7 @@ def save_forever(comm, folder, asynchronous):
             array[:] = -1  # what a thread writes is a copy
             for _ in range(LOOKS):
                 time.sleep(1e-3)
-                writer.look()
+                writer.poll()
 
 
 def kill_one(folder, number, moment):

@@ -6,7 +6,7 @@ from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError
 from hpcmoe.write.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from hpcmoe.write.pieces import Part, Piece
+from hpcmoe.write.pieces import Piece, PieceSpec
 
 # Save step 1 and 2, then be killed at the named point of saving step 3 with one kept.
 KILLED = """
@@ -38,7 +38,7 @@ def save(comm, folder, step, keep=2):
 
 
 def load(comm, path, num_rows):
-    part = Part(name="w", shape=(num_rows, 3), start=(0, 0), extent=(num_rows, 3))
+    part = PieceSpec(name="w", shape=(num_rows, 3), start=(0, 0), extent=(num_rows, 3))
     arrays, facts = load_checkpoint(comm, path, [part])
     assert (arrays["w", (0, 0)] == facts["step"]).all()
     return facts["step"]
@@ -127,7 +127,7 @@ def test_failed_save_leaves_the_earlier_ones(comm, tmp_path, file_size_limit):
 def test_kill_leaves_a_checkpoint_and_the_next_save_cleans_up(tmp_path, run_until_killed, module, name, when, newest):
     run_until_killed(KILLED, tmp_path, module, name, when)
     found = find_checkpoint(MPI.COMM_SELF, tmp_path)
-    wanted = [Part(name="w", shape=(4,), start=(0,), extent=(4,))]
+    wanted = [PieceSpec(name="w", shape=(4,), start=(0,), extent=(4,))]
     for step in range(2, newest + 1):
         path = tmp_path / f"checkpoint-{step}"
         if path.exists():
@@ -155,13 +155,13 @@ def test_all_ranks_learn_which_file_is_missing(comm, shared):
     path = shared / "checkpoint-1" / f"rank{comm.size - 1:04d}.h5"
     if comm.rank == 0:
         path.unlink()
-    with pytest.raises(CheckpointError) as fault:
+    with pytest.raises(CheckpointError) as error:
         load(comm, shared / "checkpoint-1", comm.size)
-    assert fault.value.shared and str(fault.value) == f"{path} is missing"
+    assert error.value.shared and str(error.value) == f"{path} is missing"
 
 
 @pytest.mark.mpi
 def test_all_ranks_learn_that_there_is_none(comm, shared):
-    with pytest.raises(CheckpointError) as fault:
+    with pytest.raises(CheckpointError) as error:
         find_checkpoint(comm, shared)
-    assert fault.value.shared
+    assert error.value.shared

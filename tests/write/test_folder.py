@@ -41,10 +41,10 @@ def read_all(output):
 
 def refuse(comm, output, name="a"):
     """Open a folder that is refused -> the line."""
-    with pytest.raises(ConfigError) as fault, open_folder(comm, str(output), name, resume=False):
+    with pytest.raises(ConfigError) as error, open_folder(comm, str(output), name, resume=False):
         pass
-    assert fault.value.shared and "\n" not in str(fault.value)
-    return str(fault.value)
+    assert error.value.shared and "\n" not in str(error.value)
+    return str(error.value)
 
 
 def test_a_folder_is_made_with_its_parents_and_marked(comm, tmp_path):
@@ -201,15 +201,15 @@ def test_resume_of_nothing(comm, tmp_path):
     assert names(tmp_path) == set()
 
 
-@pytest.mark.parametrize("fault", [Interrupted(2), SystemExit(), ZeroDivisionError()])
-def test_whatever_ends_a_run_leaves_nothing_half_done_and_no_lock(comm, tmp_path, fault):
-    with pytest.raises(type(fault)), open_folder(comm, str(tmp_path), "a", resume=False) as folder:
+@pytest.mark.parametrize("error", [Interrupted(2), SystemExit(), ZeroDivisionError()])
+def test_whatever_ends_a_run_leaves_nothing_half_done_and_no_lock(comm, tmp_path, error):
+    with pytest.raises(type(error)), open_folder(comm, str(tmp_path), "a", resume=False) as folder:
         for name in ("checkpoint-4.partial", "checkpoint-2.old.partial", "activations-4.partial"):
             (folder / name).mkdir()
             (folder / name / "rank0000.h5").write_text("half")
         for name in ("run.h5.partial", "topology.json.part", "run.h5"):
             (folder / name).write_text("half")
-        raise fault
+        raise error
     assert names(folder) == {MARK, "run.h5"}
 
 
@@ -315,11 +315,11 @@ def test_name_that_is_no_plain_name(comm, tmp_path, name):
 def test_one_run_of_all_ranks_holds_the_folder_until_its_end(comm, shared):
     with open_folder(comm, str(shared), "a", resume=False) as folder:
         with (
-            pytest.raises(ConfigError, match="is in use by process") as fault,
+            pytest.raises(ConfigError, match="is in use by process") as error,
             open_folder(comm, str(shared), "a", resume=True),
         ):
             pass
-        assert fault.value.shared and (folder / LOCK).exists()
+        assert error.value.shared and (folder / LOCK).exists()
         comm.Barrier()
     comm.Barrier()
     assert names(folder) == {MARK}
@@ -348,7 +348,9 @@ def test_all_ranks_learn_that_the_folder_cannot_be_written(comm):
 @pytest.mark.mpi
 def test_folder_that_one_rank_does_not_see(comm, shared, monkeypatch):
     if comm.rank == comm.size - 1:
-        monkeypatch.setattr("hpcmoe.write.folder.see_folder", lambda *_: (_ for _ in ()).throw(ConfigError("gone")))
+        monkeypatch.setattr(
+            "hpcmoe.write.folder.check_shared_folder", lambda *_: (_ for _ in ()).throw(ConfigError("gone"))
+        )
     said = refuse(comm, shared)
     assert said == f"[rank {comm.size - 1} of {comm.size}] gone"
     comm.Barrier()

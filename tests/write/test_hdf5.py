@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hpcmoe.errors import CheckpointError
-from hpcmoe.write.hdf5 import one_line_faults, read_fact, reason, replaced, write_fact
+from hpcmoe.write.hdf5 import describe_os_error, open_replacement, raise_as_checkpoint_error, read_value, write_value
 
 
 @pytest.mark.parametrize(
@@ -17,8 +17,8 @@ from hpcmoe.write.hdf5 import one_line_faults, read_fact, reason, replaced, writ
 )
 def test_fact_comes_back_as_it_was(tmp_path, value):
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        write_fact(file, "fact", value)
-        back = read_fact(file["fact"])
+        write_value(file, "fact", value)
+        back = read_value(file["fact"])
     assert type(back) is type(value)
     np.testing.assert_array_equal(back, value)
     if isinstance(value, np.ndarray):
@@ -28,23 +28,23 @@ def test_fact_comes_back_as_it_was(tmp_path, value):
 @pytest.mark.parametrize("value", [{"numpy": "2.4", "mpi": "mpich\n5"}, {}])
 def test_dict_of_strings_is_rows_of_key_and_value(tmp_path, value):
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        write_fact(file, "versions", value, unit="version")
-        assert dict(read_fact(file["versions"])) == value
+        write_value(file, "versions", value, unit="version")
+        assert dict(read_value(file["versions"])) == value
         assert file["versions"].attrs["unit"] == "version"
 
 
 def test_list_of_strings(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        write_fact(file, "nodes", ["node0", "node11"])
-        assert list(read_fact(file["nodes"])) == ["node0", "node11"]
+        write_value(file, "nodes", ["node0", "node11"])
+        assert list(read_value(file["nodes"])) == ["node0", "node11"]
 
 
 def test_file_stays_as_it_was_when_the_block_fails(tmp_path):
     path = tmp_path / "a.h5"
-    with replaced(path) as file:
+    with open_replacement(path) as file:
         file["x"] = 1
     before = path.read_bytes()
-    with pytest.raises(ZeroDivisionError), replaced(path) as file:
+    with pytest.raises(ZeroDivisionError), open_replacement(path) as file:
         file["x"][...] = 2
         file["y"] = 1 / 0
     assert path.read_bytes() == before
@@ -53,9 +53,9 @@ def test_file_stays_as_it_was_when_the_block_fails(tmp_path):
 
 def test_file_can_be_read_while_it_is_replaced(tmp_path):
     path = tmp_path / "a.h5"
-    with replaced(path) as file:
+    with open_replacement(path) as file:
         file["x"] = 1
-    with h5py.File(path) as reader, replaced(path) as file:
+    with h5py.File(path) as reader, open_replacement(path) as file:
         file["x"][...] = 2
         assert reader["x"][()] == 1
     with h5py.File(path) as reader:
@@ -65,7 +65,7 @@ def test_file_can_be_read_while_it_is_replaced(tmp_path):
 def test_what_a_killed_run_left_is_not_taken_up(tmp_path):
     path = tmp_path / "a.h5"
     (tmp_path / "a.h5.partial").write_bytes(b"half a file")
-    with replaced(path) as file:
+    with open_replacement(path) as file:
         file["x"] = 1
     assert list(tmp_path.iterdir()) == [path]
 
@@ -73,39 +73,41 @@ def test_what_a_killed_run_left_is_not_taken_up(tmp_path):
 def test_reason_of_a_full_disk(tmp_path, small_disk):
     with pytest.raises(OSError) as full, h5py.File(small_disk / "a.h5", "w") as file:
         file["x"] = np.zeros(1 << 20)
-    assert reason(full.value) == "No space left on device"
+    assert describe_os_error(full.value) == "No space left on device"
 
 
-def test_fault_is_one_line_with_path_and_reason(tmp_path):
+def test_error_is_one_line_with_path_and_reason(tmp_path):
     path = tmp_path / "none" / "a.h5"
-    with pytest.raises(CheckpointError) as fault, one_line_faults(path, "read"):
+    with pytest.raises(CheckpointError) as error, raise_as_checkpoint_error(path, "read"):
         h5py.File(path)
-    assert str(fault.value) == f"{path}: cannot be read: No such file or directory"
+    assert str(error.value) == f"{path}: cannot be read: No such file or directory"
 
 
-def test_fault_of_a_damaged_file_is_one_line(tmp_path):
+def test_error_of_a_damaged_file_is_one_line(tmp_path):
     path = tmp_path / "a.h5"
     path.write_bytes(b"not HDF5 at all" * 100)
-    with pytest.raises(CheckpointError, match=r"a\.h5: cannot be read: .*signature") as fault:  # noqa: SIM117
-        with one_line_faults(path, "read"):
+    with pytest.raises(CheckpointError, match=r"a\.h5: cannot be read: .*signature") as error:  # noqa: SIM117
+        with raise_as_checkpoint_error(path, "read"):
             h5py.File(path)
-    assert "\n" not in str(fault.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES])
 def test_a_file_system_without_locks_is_named_with_the_cure(number):
-    fault = OSError(number, f"Unable to synchronously open file (unable to lock file, errno = {number}, error ...")
-    assert reason(fault).startswith(os.strerror(number)) and "HDF5_USE_FILE_LOCKING=FALSE" in reason(fault)
+    error = OSError(number, f"Unable to synchronously open file (unable to lock file, errno = {number}, error ...")
+    assert describe_os_error(error).startswith(
+        os.strerror(number)
+    ) and "HDF5_USE_FILE_LOCKING=FALSE" in describe_os_error(error)
 
 
 def test_a_file_that_another_process_holds_is_said_to_be_open(tmp_path):
     path = tmp_path / "a.h5"
-    with replaced(path) as file:
+    with open_replacement(path) as file:
         file["x"] = 1
     with path.open() as viewer:
         fcntl.flock(viewer, fcntl.LOCK_EX)
         with pytest.raises(CheckpointError, match=r"cannot be read: another process.*HDF5_USE_FILE_LOCKING=FALSE"):  # noqa: SIM117
-            with one_line_faults(path, "read"):
+            with raise_as_checkpoint_error(path, "read"):
                 h5py.File(path)
 
 
@@ -118,5 +120,8 @@ def test_a_part_of_a_virtual_dataset_that_another_process_holds_is_no_zeros(tmp_
         file.create_virtual_dataset("x", layout)
     with (tmp_path / "part.h5").open() as viewer, h5py.File(tmp_path / "whole.h5") as whole:
         fcntl.flock(viewer, fcntl.LOCK_EX)
-        with pytest.raises(CheckpointError, match="another process"), one_line_faults(tmp_path / "whole.h5", "read"):
+        with (
+            pytest.raises(CheckpointError, match="another process"),
+            raise_as_checkpoint_error(tmp_path / "whole.h5", "read"),
+        ):
             whole["x"][:]

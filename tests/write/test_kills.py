@@ -11,7 +11,7 @@ from launch import HANG_SECONDS, MPIRUN, ROOT, Running, run
 from mpi4py import MPI
 
 from hpcmoe.write.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
-from hpcmoe.write.pieces import Part
+from hpcmoe.write.pieces import PieceSpec
 
 SAVER = ROOT / "tests" / "write" / "saver.py"
 SOURCE = {"PYTHONPATH": str(ROOT)}
@@ -21,7 +21,7 @@ NUMBERS = 200_000  # as saver.py has them
 
 def check_what_is_left(folder, num_ranks):
     """Each checkpoint has its checksums and its step's number all over -> (newest step, was one under way?)."""
-    part = Part(name="w", shape=(num_ranks, NUMBERS), start=(0, 0), extent=(num_ranks, NUMBERS))
+    part = PieceSpec(name="w", shape=(num_ranks, NUMBERS), start=(0, 0), extent=(num_ranks, NUMBERS))
     found = list_checkpoints(folder)
     assert found, "there is none"
     for step, path in found.items():

@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, on_all
 from hpcmoe.write import checksums, pieces
-from hpcmoe.write.pieces import Part, Piece, check_tiling, read_pieces, write_pieces
+from hpcmoe.write.pieces import Piece, PieceSpec, check_tiling, read_pieces, write_pieces
 
 SHAPE = (7, 6, 10)  # no axis divides by 2, 3 and 4 alike
 WHOLE = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
@@ -38,7 +38,7 @@ def make_piece(index, whole=WHOLE, name="experts/layer0/w1"):
 
 def make_part(index, name="experts/layer0/w1", shape=SHAPE, **more):
     extent = tuple(side.stop - side.start for side in index)
-    return Part(name=name, shape=shape, start=tuple(side.start for side in index), extent=extent, **more)
+    return PieceSpec(name=name, shape=shape, start=tuple(side.start for side in index), extent=extent, **more)
 
 
 def everything(array):
@@ -50,11 +50,11 @@ def write_whole(comm, folder, **facts):
     write_pieces(comm, folder, [make_piece(split(0, comm.rank, comm.size))], facts)
 
 
-def fault_of(call):
-    with pytest.raises(CheckpointError) as fault:
+def error_of(call):
+    with pytest.raises(CheckpointError) as error:
         call()
-    assert fault.value.shared and "\n" not in str(fault.value)
-    return str(fault.value)
+    assert error.value.shared and "\n" not in str(error.value)
+    return str(error.value)
 
 
 def test_facts_come_back(comm, tmp_path):
@@ -142,7 +142,7 @@ def test_a_folder_loses_its_name_before_its_files(tmp_path, monkeypatch):
 def test_missing_file(comm, tmp_path):
     write_whole(comm, tmp_path / "a")
     (tmp_path / "a" / "rank0000.h5").unlink()
-    assert fault_of(lambda: read_pieces(comm, tmp_path / "a", [])) == f"{tmp_path}/a/rank0000.h5 is missing"
+    assert error_of(lambda: read_pieces(comm, tmp_path / "a", [])) == f"{tmp_path}/a/rank0000.h5 is missing"
 
 
 def test_torn_file(comm, tmp_path):
@@ -151,25 +151,25 @@ def test_torn_file(comm, tmp_path):
     size = path.stat().st_size
     os.truncate(path, 1000)
     message = f"{path} is 1000 bytes, {size} were written"
-    assert fault_of(lambda: read_pieces(comm, tmp_path / "a", [])) == message
+    assert error_of(lambda: read_pieces(comm, tmp_path / "a", [])) == message
 
 
 def test_missing_or_damaged_master(comm, tmp_path):
-    assert fault_of(lambda: read_pieces(comm, tmp_path / "none", [])) == f"{tmp_path}/none/master.h5 is missing"
+    assert error_of(lambda: read_pieces(comm, tmp_path / "none", [])) == f"{tmp_path}/none/master.h5 is missing"
     write_whole(comm, tmp_path / "a")
     master = tmp_path / "a" / "master.h5"
     os.truncate(master, master.stat().st_size // 2)
-    assert fault_of(lambda: read_pieces(comm, tmp_path / "a", [])).startswith(f"{master}: cannot be read: ")
+    assert error_of(lambda: read_pieces(comm, tmp_path / "a", [])).startswith(f"{master}: cannot be read: ")
     with h5py.File(master, "w") as other:
         other["x"] = 1
-    assert "not one of this program's" in fault_of(lambda: read_pieces(comm, tmp_path / "a", []))
+    assert "not one of this program's" in error_of(lambda: read_pieces(comm, tmp_path / "a", []))
 
 
 def test_unknown_name(comm, tmp_path):
     write_whole(comm, tmp_path / "a")
     for name in ("experts/layer9/w1", "experts/layer0"):
         wanted = [make_part(everything(WHOLE), name)]
-        message = fault_of(lambda wanted=wanted: read_pieces(comm, tmp_path / "a", wanted))
+        message = error_of(lambda wanted=wanted: read_pieces(comm, tmp_path / "a", wanted))
         assert f"checkpoint has no {name}, this model wants it [7, 6, 10]" in message
 
 
@@ -181,15 +181,15 @@ def test_other_shape_names_both_and_the_keys(comm, tmp_path):
         ((7, 8, 12), ": [model] hidden, [model] feed_forward"),
         ((7, 6), ""),
     ):
-        part = Part(name="experts/layer0/w1", shape=shape, start=(0,) * len(shape), extent=shape, keys=keys)
-        message = fault_of(lambda part=part: read_pieces(comm, tmp_path / "a", [part]))
+        part = PieceSpec(name="experts/layer0/w1", shape=shape, start=(0,) * len(shape), extent=shape, keys=keys)
+        message = error_of(lambda part=part: read_pieces(comm, tmp_path / "a", [part]))
         assert message.endswith(f"has experts/layer0/w1 [7, 6, 10], this model wants {list(shape)}{named}")
 
 
 def test_other_dtype(comm, tmp_path):
     write_whole(comm, tmp_path / "a")
     wanted = [make_part(everything(WHOLE), dtype="uint16")]
-    message = fault_of(lambda: read_pieces(comm, tmp_path / "a", wanted))
+    message = error_of(lambda: read_pieces(comm, tmp_path / "a", wanted))
     assert message.endswith("has experts/layer0/w1 as float32, this model wants uint16")
     read_pieces(comm, tmp_path / "a", [make_part(everything(WHOLE), dtype="float32")])
 
@@ -232,7 +232,7 @@ def test_full_disk_wherever_it_strikes(comm, tmp_path, file_size_limit, num_byte
     rows = [np.full(count, count, np.float32) for count in (3, 500, 7000, 16000, 30_000)]
     pieces = [make_piece(everything(array), array, f"x{index}") for index, array in enumerate(rows)]
     with file_size_limit(num_bytes):
-        message = fault_of(lambda: write_pieces(comm, tmp_path / "a", pieces, {}))
+        message = error_of(lambda: write_pieces(comm, tmp_path / "a", pieces, {}))
     path = tmp_path / "a.partial" / "rank0000.h5"
     assert message == f"[rank 0 of {comm.size}] {path}: cannot be written: File too large"
     assert not any(tmp_path.iterdir())
@@ -240,7 +240,7 @@ def test_full_disk_wherever_it_strikes(comm, tmp_path, file_size_limit, num_byte
 
 def test_full_disk_as_the_master_is_written(comm, tmp_path, file_size_limit):
     with file_size_limit(100_000):
-        message = fault_of(lambda: write_pieces(comm, tmp_path / "a", [], {"table": np.ones(1 << 16)}))
+        message = error_of(lambda: write_pieces(comm, tmp_path / "a", [], {"table": np.ones(1 << 16)}))
     path = tmp_path / "a.partial" / "master.h5"
     assert message == f"[rank 0 of {comm.size}] {path}: cannot be written: File too large"
     assert not any(tmp_path.iterdir())
@@ -249,7 +249,7 @@ def test_full_disk_as_the_master_is_written(comm, tmp_path, file_size_limit):
 def test_disk_really_full(comm, small_disk):
     write_whole(comm, small_disk / "a", course=1)
     large = np.ones(1 << 18, np.float64)
-    message = fault_of(lambda: write_pieces(comm, small_disk / "a", [make_piece(everything(large), large)], {}))
+    message = error_of(lambda: write_pieces(comm, small_disk / "a", [make_piece(everything(large), large)], {}))
     assert message.endswith("a.partial/rank0000.h5: cannot be written: No space left on device")
     assert read_pieces(comm, small_disk / "a", [])[1] == {"course": 1}
     assert [path.name for path in small_disk.iterdir()] == ["a"]
@@ -300,7 +300,7 @@ def test_all_ranks_learn_which_rank_failed(comm, shared, file_size_limit):
     failing = comm.size - 1
     piece = make_piece((slice(comm.rank, comm.rank + 1), slice(0, 1 << 18)), large, "x")
     with file_size_limit(1 << 18 if comm.rank == failing else -1):
-        message = fault_of(lambda: write_pieces(comm, shared / "a", [piece], {}))
+        message = error_of(lambda: write_pieces(comm, shared / "a", [piece], {}))
     path = shared / "a.partial" / f"rank{failing:04d}.h5"
     assert message == f"[rank {failing} of {comm.size}] {path}: cannot be written: File too large"
     assert [path.name for path in shared.iterdir()] == ["a"]
@@ -310,7 +310,7 @@ def test_all_ranks_learn_which_rank_failed(comm, shared, file_size_limit):
 @pytest.mark.mpi
 def test_all_ranks_learn_that_a_piece_is_missing(comm, shared):
     pieces = [make_piece(split(0, comm.rank, comm.size + 1))]
-    message = fault_of(lambda: write_pieces(comm, shared / "a", pieces, {}))
+    message = error_of(lambda: write_pieces(comm, shared / "a", pieces, {}))
     held = 60 * span(SHAPE[0], comm.size - 1, comm.size + 1)[1]
     rank = f"[rank 0 of {comm.size}]"
     assert message == f"{rank} pieces of experts/layer0/w1 [7, 6, 10] hold {held} of 420 elements, 0 pieces twice"
@@ -323,5 +323,5 @@ def test_all_ranks_learn_that_one_wants_another_shape(comm, shared):
     write_whole(comm, shared / "a")
     last = comm.size - 1
     part = make_part(split(0, comm.rank, comm.size), shape=(9, 6, 10) if comm.rank == last else SHAPE)
-    message = fault_of(lambda: read_pieces(comm, shared / "a", [part]))
+    message = error_of(lambda: read_pieces(comm, shared / "a", [part]))
     assert message.startswith(f"[rank {last} of {comm.size}] ") and message.endswith("this model wants [9, 6, 10]")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcmoe.errors import CheckpointError
-from hpcmoe.write.records import NoRecords, Records, open_records
+from hpcmoe.write.records import NullRecords, Records, open_records
 
 # Write steps for ever, saying which are flushed.
 WRITER = """
@@ -164,10 +164,10 @@ def test_buffer_is_written_when_the_run_fails(comm, tmp_path):
 def test_flush_when_due_waits_its_second(tmp_path):
     records = Records(tmp_path / "run.h5")
     records.append(0, "train", "loss", 1.0)
-    records.flush_when_due()
+    records.flush_if_due()
     assert not records.path.exists()
     records.due = time.monotonic()
-    records.flush_when_due()
+    records.flush_if_due()
     assert records.path.exists() and records.due > time.monotonic() + 0.5
 
 
@@ -221,18 +221,18 @@ def test_full_disk_is_one_line_and_loses_nothing(small_disk):
     records.append(0, "train", "loss", 1.0)
     records.flush()
     records.append(1, "train", "load", np.zeros(1 << 18))
-    with pytest.raises(CheckpointError) as fault:
+    with pytest.raises(CheckpointError) as error:
         records.flush()
-    assert str(fault.value) == f"{small_disk}/run.h5: cannot be written: No space left on device"
+    assert str(error.value) == f"{small_disk}/run.h5: cannot be written: No space left on device"
     assert read(small_disk / "run.h5", "train", "loss")[0].tolist() == [0]
     assert [path.name for path in small_disk.iterdir()] == ["run.h5"]
 
 
 def test_file_size_limit_at_the_end_is_one_line(comm, tmp_path, file_size_limit):
-    with pytest.raises(CheckpointError, match=r"run\.h5: cannot be written: File too large") as fault:  # noqa: SIM117
+    with pytest.raises(CheckpointError, match=r"run\.h5: cannot be written: File too large") as error:  # noqa: SIM117
         with file_size_limit(1 << 16), open_records(comm, tmp_path) as records:
             records.append(0, "train", "load", np.ones(1 << 16))
-    assert "\n" not in str(fault.value)
+    assert "\n" not in str(error.value)
 
 
 def test_what_ended_the_run_outweighs_a_full_disk(comm, tmp_path, file_size_limit):
@@ -244,10 +244,10 @@ def test_what_ended_the_run_outweighs_a_full_disk(comm, tmp_path, file_size_limi
 @pytest.mark.mpi
 def test_only_rank_0_writes(comm, shared):
     with open_records(comm, shared) as records:
-        assert isinstance(records, Records if comm.rank == 0 else NoRecords)
+        assert isinstance(records, Records if comm.rank == 0 else NullRecords)
         records.append(0, "train", "rank", comm.rank)
         records.describe("cluster", "rank", comm.rank)
-        records.flush_when_due()
+        records.flush_if_due()
         records.flush()
     steps, ranks = read(shared / "run.h5", "train", "rank")
     assert steps.tolist() == [0] and ranks.tolist() == [0]
@@ -256,9 +256,9 @@ def test_only_rank_0_writes(comm, shared):
 
 @pytest.mark.mpi
 def test_all_ranks_learn_that_the_record_cannot_be_written(comm, shared, file_size_limit):
-    with pytest.raises(CheckpointError) as fault, file_size_limit(1 << 16), open_records(comm, shared) as records:
+    with pytest.raises(CheckpointError) as error, file_size_limit(1 << 16), open_records(comm, shared) as records:
         records.append(0, "train", "load", np.ones(1 << 16))
-    assert fault.value.shared and "File too large" in str(fault.value)
+    assert error.value.shared and "File too large" in str(error.value)
 
 
 @pytest.mark.mpi

@@ -31,11 +31,11 @@ def change_digit(path):
     path.write_text(("1" if content[0] == "0" else "0") + content[1:])
 
 
-def fault_of(comm, where):
-    with pytest.raises(CheckpointError) as fault:
+def error_of(comm, where):
+    with pytest.raises(CheckpointError) as error:
         find_checkpoint(comm, where)
-    assert fault.value.shared and "\n" not in str(fault.value)
-    return str(fault.value)
+    assert error.value.shared and "\n" not in str(error.value)
+    return str(error.value)
 
 
 DAMAGE = {
@@ -53,7 +53,7 @@ def test_damaged_file_of_a_rank(comm, tmp_path, damage):
     path = tmp_path / "checkpoint-120" / "rank0000.h5"
     spoil, said = DAMAGE[damage]
     spoil(path)
-    message = fault_of(comm, tmp_path)
+    message = error_of(comm, tmp_path)
     assert f"{path} " in message and said in message
     assert message.endswith(f"; the one before it is there: --resume {tmp_path}/checkpoint-60")
     assert find_checkpoint(comm, tmp_path / "checkpoint-60") == tmp_path / "checkpoint-60"
@@ -70,7 +70,7 @@ def test_damaged_master_or_list(comm, tmp_path, name, damage):
         os.truncate(path, 100)
     else:
         DAMAGE[damage][0](path)
-    message = fault_of(comm, tmp_path)
+    message = error_of(comm, tmp_path)
     named = path.with_name("master.h5") if (name, damage) == ("SHA256SUMS", "altered") else path
     assert str(named) in message and message.endswith(f"--resume {tmp_path}/checkpoint-60"), message
 
@@ -79,7 +79,7 @@ def test_damaged_master_or_list(comm, tmp_path, name, damage):
 def test_no_byte_of_a_master_goes_unnoticed(comm, tmp_path, at):
     save(comm, tmp_path, 1)
     alter(tmp_path / "checkpoint-1" / "master.h5", at)
-    assert fault_of(comm, tmp_path).endswith("is altered: it does not match its checksum in SHA256SUMS; "
+    assert error_of(comm, tmp_path).endswith("is altered: it does not match its checksum in SHA256SUMS; "
                                              "there is no other that can be read")  # fmt: skip
 
 
@@ -87,18 +87,18 @@ def test_the_last_whole_one_before_is_offered_else_the_first_after(comm, tmp_pat
     save(comm, tmp_path, 10, 20, 30, 40)
     alter(tmp_path / "checkpoint-30" / "rank0000.h5")
     os.truncate(tmp_path / "checkpoint-20" / "rank0000.h5", 100)
-    assert fault_of(comm, tmp_path / "checkpoint-30").endswith(f"before it is there: --resume {tmp_path}/checkpoint-10")
+    assert error_of(comm, tmp_path / "checkpoint-30").endswith(f"before it is there: --resume {tmp_path}/checkpoint-10")
     (tmp_path / "checkpoint-10" / "master.h5").unlink()
-    assert fault_of(comm, tmp_path / "checkpoint-30").endswith(f"after it is there: --resume {tmp_path}/checkpoint-40")
+    assert error_of(comm, tmp_path / "checkpoint-30").endswith(f"after it is there: --resume {tmp_path}/checkpoint-40")
 
 
 def test_the_offer_is_a_path_from_here(comm, tmp_path, monkeypatch):
     save(comm, tmp_path / "out" / "run", 1, 2)
     alter(tmp_path / "out" / "run" / "checkpoint-2" / "rank0000.h5")
     monkeypatch.chdir(tmp_path)
-    assert fault_of(comm, "out/run").endswith("--resume out/run/checkpoint-1")
+    assert error_of(comm, "out/run").endswith("--resume out/run/checkpoint-1")
     monkeypatch.chdir(tmp_path / "out" / "run" / "checkpoint-2")
-    assert fault_of(comm, ".").endswith(f"--resume {tmp_path}/out/run/checkpoint-1")
+    assert error_of(comm, ".").endswith(f"--resume {tmp_path}/out/run/checkpoint-1")
 
 
 @pytest.mark.mpi
@@ -111,7 +111,7 @@ def test_every_rank_learns_which_file_another_found_altered(comm, shared):
         if comm.rank == 0:
             alter(path)
         barrier(comm)
-        message = fault_of(comm, shared)
+        message = error_of(comm, shared)
         assert message.startswith("[rank ") and f"] {path} is altered" in message
         assert message.endswith(f"--resume {shared}/checkpoint-60")
         barrier(comm)

@@ -64,7 +64,7 @@ class Case(BaseModel, strict=True, frozen=True, extra="ignore"):
 def read_case(path, objective="step", count_latency=False):
     """Read and check a case file -> (PlacementProblem, notes on what was ignored or assumed).
 
-    Raises ConfigError or PlacementError with one line a fault: file, key, index, arithmetic.
+    Raises ConfigError or PlacementError with one line per error: file, key, index, arithmetic.
     """
     tree = read_tree(path)
     notes = make_notes(tree, objective)

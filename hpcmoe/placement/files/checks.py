@@ -18,16 +18,16 @@ def shorten(value):
     return text if len(text) <= 40 else f"{text[:36]} ..."
 
 
-def explain(faults):
+def explain(errors):
     """Make one line a key of pydantic's errors: the first of them, where it is, what stands there and may stand."""
-    for key, group in groupby(faults, key=lambda fault: fault["loc"][0]):
+    for key, group in groupby(errors, key=lambda error: error["loc"][0]):
         first, *others = group
         if first["type"] == "missing":
             yield f"{key}: missing"
             continue
         # A key of several types has an error for each, with the type's name in its path.
         index = [part for part in first["loc"][1:] if isinstance(part, int)]
-        places = {tuple(part for part in fault["loc"] if not isinstance(part, str)) for fault in (first, *others)}
+        places = {tuple(part for part in error["loc"] if not isinstance(part, str)) for error in (first, *others)}
         what = first["msg"].replace("Input should", "must")
         yield f"{key}{subscript(index)} = {shorten(first['input'])}: {what}{and_more(len(places) - 1)}"
 

@@ -89,8 +89,8 @@ def read_npy(path, content):
     try:
         with warnings.catch_warnings(action="ignore"):  # on headers of Python 2
             array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except Exception as fault:  # whatever its header makes of Python's parser
-        broken = "its header is broken" if "malformed" in str(fault) else one_line(fault)
+    except Exception as error:  # whatever its header makes of Python's parser
+        broken = "its header is broken" if "malformed" in str(error) else one_line(error)
         what = "it holds Python objects: save the map alone" if "pickle" in broken else broken
         raise ConfigError(f"{one_line(path)}: cannot be read: {what}") from None
     if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:

@@ -175,7 +175,7 @@ def test_a_broken_case_is_one_line(tmp_path, line):
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 400
 
 
-def test_several_faults_are_a_line_each(tmp_path):
+def test_several_errors_are_a_line_each(tmp_path):
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, put(put(CASE, "B", 1, 2, value=0), "M", 0, value=NAN))
     assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == ["B[1][2] = 0", "M[0] = nan"]

@@ -233,7 +233,7 @@ def test_no_mutation_escapes(tmp_path):
         path.write_bytes(content)
         try:
             layouts, _ = read_map(path, PROBLEM)
-        except ConfigError as fault:
-            assert str(fault).isprintable() and len(str(fault)) < 600
+        except ConfigError as error:
+            assert str(error).isprintable() and len(str(error)) < 600
         else:
             assert layouts.shape == (2, 15) and (np.sort(np.unique(layouts[0]))[-6:] == np.arange(6)).all()

@@ -1,4 +1,4 @@
-"""Placements as files: what is written comes back, EPLB's maps are read, and each fault is one line."""
+"""Placements as files: what is written comes back, EPLB's maps are read, and each error is one line."""
 
 import dataclasses
 import json
@@ -79,7 +79,7 @@ def test_fewer_slots_leave_the_others_empty_and_second_copies_on_a_rank_are_left
         ("[[0, 1", {}, "not JSON: "),
     ],
 )  # fmt: skip
-def test_a_fault_is_one_line(tmp_path, tree, changes, said):
+def test_an_error_is_one_line(tmp_path, tree, changes, said):
     path = write(tmp_path, tree)
     with pytest.raises(ConfigError) as refused:
         read_map(path, dataclasses.replace(PROBLEM, **changes))
