@@ -17,8 +17,8 @@ from hpcmoe.paths import expand_paths
 from hpcmoe.reading import read_toml
 from hpcmoe.validate import STRICT, validate
 
-Count = Annotated[int, Interval(ge=1, lt=2**31)]
-CountOrNone = Annotated[int, Interval(ge=0, lt=2**31)]  # 0 turns the thing off, or lets the program choose
+_Count = Annotated[int, Interval(ge=1, lt=2**31)]
+_CountOrZero = Annotated[int, Interval(ge=0, lt=2**31)]  # 0 turns the thing off, or lets the program choose
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Positive32 = Annotated[float, Gt(0), InFloat32()]
@@ -42,8 +42,8 @@ class Run:
 
     name: Annotated[str, MinLen(1), MaxLen(255)] = "run"
     mode: Literal["train", "infer"] = "train"
-    steps: Count = 120
-    warmup_steps: CountOrNone = 10
+    steps: _Count = 120
+    warmup_steps: _CountOrZero = 10
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     output: Annotated[str, MinLen(1), MaxLen(4095)] = "out"
     threads_per_rank: Annotated[int, Interval(ge=0, le=4096)] = 0
@@ -53,14 +53,14 @@ class Run:
 class Model:
     """The sizes that all chapters share."""
 
-    hidden: Count = 64
-    feed_forward: Count = 128
-    num_layers: Count = 2
-    num_experts: Count = 16
-    top_k: Count = 2
+    hidden: _Count = 64
+    feed_forward: _Count = 128
+    num_layers: _Count = 2
+    num_experts: _Count = 16
+    top_k: _Count = 2
     attention: bool = True
-    num_heads: Count = 4
-    sequence_length: Count = 64
+    num_heads: _Count = 4
+    sequence_length: _Count = 64
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -68,9 +68,9 @@ class Model:
 class Cluster:
     """Where the run's ranks are, what joins them, and how experts are laid on them."""
 
-    data_parallel: Count = 1
-    expert_parallel: CountOrNone = 0
-    tensor_parallel: CountOrNone = 0
+    data_parallel: _Count = 1
+    expert_parallel: _CountOrZero = 0
+    tensor_parallel: _CountOrZero = 0
     links: Literal["measure", "config", "file"] = "measure"
     measure_seconds: Positive = 2.0
     measure_bytes: Annotated[int, Interval(ge=1, lt=2**63)] = 2_000_000_000
@@ -87,7 +87,7 @@ class Cluster:
     objective: Literal["links", "ports", "step"] = "step"
     count_latency: bool = False
     search_seconds: Positive = 1.0
-    search_iterations: Count = 20000
+    search_iterations: _Count = 20000
     compare_eplb: bool = False
     probability: Literal["uniform", "config", "file"] = "uniform"
     expert_probability: Matrix = ()
@@ -95,10 +95,10 @@ class Cluster:
     seconds_per_token: NotNegative = 0.0
     replicate: bool = False
     spare_slots_per_rank: Annotated[int, Interval(ge=0, le=1024)] = 0
-    rebalance_every: CountOrNone = 0
-    rebalance_horizon: CountOrNone = 0
+    rebalance_every: _CountOrZero = 0
+    rebalance_horizon: _CountOrZero = 0
     rebalance_margin: NotNegative = 0.3
-    rebalance_moves: Count = 8
+    rebalance_moves: _Count = 8
 
 
 @section
@@ -110,7 +110,7 @@ class Comm:
     buffers: Literal["auto", "direct", "staged"] = "auto"
     shared_memory: bool = True
     once_per_node: Literal["auto", "on", "racks", "off"] = "auto"
-    message_rows: CountOrNone = 0
+    message_rows: _CountOrZero = 0
     buffer_factor: Annotated[float, Interval(ge=1, le=1000)] = 1.5
     pool_bytes: Annotated[int, Interval(ge=1, lt=2**63)] = 1_000_000_000
 
@@ -124,7 +124,7 @@ class Dispatch:
     z_loss_weight: NotNegative32 = 0.001
     load_feedback: UpToOne32 = 0.2
     load_feedback_on: Literal["selection", "both"] = "selection"
-    load_window_steps: Count = 10
+    load_window_steps: _Count = 10
     bias_update_speed: UpToOne32 = 0.0
     capacity_factor: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
 
@@ -135,16 +135,16 @@ class Experts:
 
     kind: Literal["gelu", "relu", "swiglu"] = "gelu"
     bias: bool = False
-    gemm_rows: CountOrNone = 0
+    gemm_rows: _CountOrZero = 0
 
 
 @section
 class Pipeline:
     """How micro-batches follow each other."""
 
-    micro_batches: Count = 2
+    micro_batches: _Count = 2
     schedule: Literal["serial", "overlap", "arrival"] = "overlap"
-    in_flight: Count = 2
+    in_flight: _Count = 2
     deterministic: bool = True
 
 
@@ -155,8 +155,8 @@ class Data:
     files: Annotated[tuple[str, ...], MinLen(1)] = ("{stdlib}/*.py", "{stdlib}/*/*.py")
     exclude: tuple[str, ...] = ("*/site-packages/*", "*/dist-packages/*", "*/test/*")
     validation_share: Share = 0.1
-    batch_sequences: Count = 64
-    validation_sequences: Count = 128
+    batch_sequences: _Count = 64
+    validation_sequences: _Count = 128
 
 
 @section
@@ -164,7 +164,7 @@ class Train:
     """The optimizer."""
 
     learning_rate: Positive32 = 0.01
-    learning_rate_warmup_steps: CountOrNone = 20
+    learning_rate_warmup_steps: _CountOrZero = 20
     weight_decay: NotNegative32 = 0.01
     beta1: BelowOne32 = 0.9
     beta2: BelowOne32 = 0.99
@@ -172,19 +172,19 @@ class Train:
     clip_norm: NotNegative32 = 1.0
     bucket_bytes: Annotated[int, Interval(ge=0, lt=2**31)] = 4_000_000
     shard_optimizer: bool = False
-    check_every: CountOrNone = 100
-    validate_every: CountOrNone = 40
+    check_every: _CountOrZero = 100
+    validate_every: _CountOrZero = 40
 
 
 @section
 class Write:
     """What is kept."""
 
-    checkpoint_every: CountOrNone = 60
-    checkpoints_kept: Count = 2
+    checkpoint_every: _CountOrZero = 60
+    checkpoints_kept: _Count = 2
     asynchronous: bool = False
-    activations_of_layers: tuple[CountOrNone, ...] = ()
-    activations_every: Count = 100
+    activations_of_layers: tuple[_CountOrZero, ...] = ()
+    activations_every: _Count = 100
 
 
 @section
@@ -241,14 +241,14 @@ def make_config(tree: dict, source_of: Callable[..., str]) -> Config:
     config = validate(Config, tree, source_of)
     lines = [
         f"{source_of(name, key)}: [{name}] {key} = {show_value(getattr(getattr(config, name), key))}: {what}"
-        for (name, key), what in [*find_misfits(config), *contradictions(config)]
+        for (name, key), what in [*find_invalid_values(config), *contradictions(config)]
     ]
     if lines:
         raise ConfigError(join_lines(lines))
     return config
 
 
-def find_misfits(config: Config) -> Iterator[tuple[tuple[str, str], str]]:
+def find_invalid_values(config: Config) -> Iterator[tuple[tuple[str, str], str]]:
     """Yield ((section, key), text) for numbers that float32 does not have, and texts that are not one line."""
     for name, key, annotation in list_keys():
         value = getattr(getattr(config, name), key)

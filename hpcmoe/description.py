@@ -13,7 +13,7 @@ NOT_INSTALLED = "not installed"  # a package that only lies on Python's path, or
 
 def describe_run(records, job, text):
     """Keep what the run is: input, versions, cluster, placement."""
-    from hpcmoe.prepare.placement import describe_layout  # torch: seconds of CPU on a laptop
+    from hpcmoe.prepare.placement import describe_placement  # torch: seconds of CPU on a laptop
 
     topology = job.topology
     records.describe("run", "config", text)
@@ -26,7 +26,7 @@ def describe_run(records, job, text):
     records.describe("cluster", "node_names", list(topology.node_names))
     records.describe("cluster", "rack_names", list(topology.rack_names))
     records.describe("cluster", "source", dict(topology.source))
-    describe_layout(records, job.layout)
+    describe_placement(records, job.run_placement)
     if job.problem is not None:
         record_problem(records, job.problem)
 

@@ -34,7 +34,7 @@ from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.prepare.budget import check_budget, describe_budget
 from hpcmoe.prepare.metadata import check_facts, describe_state, tell_changes
-from hpcmoe.prepare.shards import settle_shards
+from hpcmoe.prepare.shards import resolve_tensor_parallel
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
@@ -63,7 +63,7 @@ def main():
             watch = start_watch(comm, host)
             check_launcher(comm)
             start_log(comm)
-            arguments = on_root(comm, lambda: read_arguments(sys.argv[1:]))
+            arguments = on_root(comm, lambda: read_run_arguments(sys.argv[1:]))
             if arguments is not None:
                 run(comm, arguments, opened)
             barrier(comm)  # nobody leaves while another may still fail
@@ -98,9 +98,9 @@ def run(comm, arguments, opened):
     on_root(comm, lambda: check_budget(config, topology))
     on_root(comm, lambda: save_topology(topology, folder / "topology.json"))
     log.info("%s", topology)
-    with open_mesh(comm, settle_shards(comm, config, topology)) as mesh:
+    with open_mesh(comm, resolve_tensor_parallel(comm, config, topology)) as mesh:
         gc.disable()  # torch's import makes much that stays: a tenth of its time is looking through it for garbage
-        with exit_on_signals(lambda ending: leave(comm, opened, ending)):
+        with exit_on_signals(lambda ending: end_all_ranks(comm, opened, ending)):
             from hpcmoe.report.tables import make_table
             from hpcmoe.report.totals import describe_totals
             from hpcmoe.run.job import open_job  # seconds of CPU on a laptop
@@ -119,7 +119,7 @@ def run(comm, arguments, opened):
                 print_to_stdout(f"\n{table}\n\nwritten: {', '.join(map(str, written))}")
 
 
-def leave(comm, opened, ending):
+def end_all_ranks(comm, opened, ending):
     """Let go of the run's folder as if an exception had come, and end all ranks. Not collective."""
     opened.__exit__(type(ending), ending, None)
     exit_with(comm, ending, read_host_name())
@@ -174,7 +174,7 @@ def train_or_infer(job, records, folder, start):
             pieces = (Piece(name=name, shape=shape, start=at, array=array) for name, shape, at, array in held)
             writer.save(step, pieces, describe_state(job, step))
 
-    announce(job)
+    log_plan(job)
     with open_writer(world, folder, write.checkpoints_kept, write.asynchronous) as writer:
         if training:
             losses = train(job, records, start.optimizer, (start.step, start.load), save)
@@ -201,9 +201,9 @@ def list_written(config, folder):
     return [folder / "run.h5", *([newest] if newest else [])]
 
 
-def announce(job):
+def log_plan(job):
     """Say what is about to run and how much memory it will take."""
-    from hpcmoe.prepare.placement import tell
+    from hpcmoe.prepare.placement import format_placement
     from hpcmoe.prepare.sizes import describe_sizes
     from hpcmoe.report.totals import tell_floors
 
@@ -214,7 +214,12 @@ def announce(job):
     )  # fmt: skip
     budget_lines = describe_budget(job.budget, job.topology, memory.per_expert, model.num_layers)
     size_lines = describe_sizes(job.stepper.exchange.sizes, job.stepper.exchange.routes)
-    for line in [*budget_lines, *tell(job.layout, job.config.cluster), *size_lines, tell_floors(job)]:
+    for line in [
+        *budget_lines,
+        *format_placement(job.run_placement, job.config.cluster),
+        *size_lines,
+        tell_floors(job),
+    ]:
         log.info("%s", line)
     log.info(
         "memory of a rank, as computed: %.1f MB, of these %.1f MB message buffers and %.1f MB activations",
@@ -223,7 +228,7 @@ def announce(job):
 
 
 def check_checkpoint(checkpoint, folder, config):
-    """Refuse to resume what is at its end, what is another function, or to infer in the folder of the training."""
+    """Reject a checkpoint at its last step, of another function, or, to infer, in the folder of its training."""
     if checkpoint is None:
         return
     if config.run.mode == "infer" and is_in_folder(checkpoint, folder):
@@ -235,7 +240,7 @@ def check_checkpoint(checkpoint, folder, config):
     check_facts(read_metadata(checkpoint), config, checkpoint, step_of(checkpoint))
 
 
-def read_arguments(words):
+def read_run_arguments(words):
     """Parse the command line -> arguments, or None when only help was asked for. Raises ConfigError."""
     parser = Parser(
         prog=name_program("hpcmoe.main"),

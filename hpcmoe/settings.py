@@ -25,7 +25,7 @@ MANUAL = importlib.resources.files("hpcmoe") / "run.toml"
 def main(words: list[str] | None = None) -> int:
     """Run the command -> exit status."""
     try:
-        arguments = read_arguments(sys.argv[1:] if words is None else words)
+        arguments = read_config_arguments(sys.argv[1:] if words is None else words)
         print_to_stdout(make_text(arguments.config, arguments.set))
     except HpcmoeError as error:
         print_to_stderr(f"hpcmoe: {line}" for line in str(error).splitlines())
@@ -33,7 +33,7 @@ def main(words: list[str] | None = None) -> int:
     return 0
 
 
-def read_arguments(words: list[str]) -> argparse.Namespace:
+def read_config_arguments(words: list[str]) -> argparse.Namespace:
     """Parse the command line. Raises ConfigError; leaves after --help."""
     parser = Parser(
         prog=name_program("hpcmoe.settings"),
@@ -72,14 +72,14 @@ def write_value(value: bool | int | float | str | tuple) -> str:
         case int() | float():
             return repr(value)
         case str():
-            return f'"{"".join(map(escape, value))}"'
+            return f'"{"".join(map(escape_toml, value))}"'
         case tuple():
             return f"[{', '.join(map(write_value, value))}]"
         case _:
             raise TypeError(value)
 
 
-def escape(character: str) -> str:
+def escape_toml(character: str) -> str:
     """Write one character of a TOML string so that any terminal takes it: all but ASCII by number."""
     code = ord(character)
     if character in '\\"':

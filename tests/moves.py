@@ -7,7 +7,7 @@ from small import gather_logical, gather_pieces, open_small_job
 from hpcmoe.model.balance import even_load
 from hpcmoe.placement.migrate import keep_slots, list_moves
 from hpcmoe.placement.result import Spent, weigh
-from hpcmoe.prepare.placement import Layout
+from hpcmoe.prepare.placement import RunPlacement
 from hpcmoe.run.migrate import begin_move
 from hpcmoe.run.state import LOAD
 from hpcmoe.run.train import train_step
@@ -37,7 +37,7 @@ def force(job, optimizer, seed, step):
         layouts = shuffle(job.problem, job.placement.expert_of_replica, seed)
         placement = weigh(job.problem, layouts, [0.0] * len(layouts), "packed", Spent())
         moves = list_moves(job.problem, job.placement.expert_of_replica, layouts)
-        mine = Layout(placement=placement, seconds_of_method={}), moves
+        mine = RunPlacement(placement=placement, seconds_of_method={}), moves
     layout, moves = broadcast(job.mesh.world, mine)
     job.stepper.exchange.carry(begin_move(job, optimizer, layout, moves, step))
     return len(moves)

@@ -24,7 +24,7 @@ from hpcmoe.wait import gather_to_all
 
 log = logging.getLogger(__name__)
 
-ALL_ROWS = 2**62  # of a GEMM: a GPU's are not cut
+_ALL_ROWS = 2**62  # of a GEMM: a GPU's are not cut
 
 
 def select_device_backend(config, world, device):
@@ -39,7 +39,10 @@ def select_device_backend(config, world, device):
     row_ops_names = describe_row_ops(world, device)
     if world.rank == 0:
         log.info("rows between devices: %s, for: %s", selected.kind, selected.reason)
-        for line in [*(f"rows on a device: {row_ops}" for row_ops in row_ops_names), *describe_shared(support_of_rank)]:
+        for line in [
+            *(f"rows on a device: {row_ops}" for row_ops in row_ops_names),
+            *format_shared_gpus(support_of_rank),
+        ]:
             log.info("%s", line)
     return selected
 
@@ -54,7 +57,7 @@ def try_nccl(config, world, device, selected, support_of_rank):
     return on_root(world, lambda: select_mpi_backend(config.comm.buffers, support_of_rank, why))
 
 
-def describe_shared(support_of_rank):
+def format_shared_gpus(support_of_rank):
     """Say which ranks share a GPU, as is meant for tests -> lines."""
     gpus = [support.gpu for support in support_of_rank]
     for gpu in sorted({gpu for gpu in gpus if gpu is not None and gpus.count(gpu) > 1}):
@@ -77,25 +80,25 @@ def make_device_sizes(config, mesh):
         num_micro_batches=pipeline.micro_batches,
         expert_rows=math.ceil(tokens * copies * mesh.expert_parallel / busy),
         buffer_factor=config.comm.buffer_factor,
-        batch_rows=ALL_ROWS,
+        batch_rows=_ALL_ROWS,
     )
 
 
 @contextlib.contextmanager
-def open_device_exchange(mesh, device, sizes, routes, kind, trains):
+def open_device_dispatcher(mesh, device, sizes, routes, kind, trains):
     """Open what carries the rows of the ranks of mesh.group between its devices -> DeviceExchange.
 
     Collective over mesh.world, both ends.
     """
     with (
         open_mpi_transport(mesh.group, sizes.row_bytes, bind_thread=device.bind_thread) as transport,
-        open_carrier_and_sums(mesh, device, sizes, kind, transport, trains) as (all_to_all, sum_groups),
+        open_backend_and_sums(mesh, device, sizes, kind, transport, trains) as (all_to_all, sum_groups),
     ):
         yield DeviceExchange(all_to_all, transport, device, Clock(), (sizes, routes), sum_groups)
 
 
 @contextlib.contextmanager
-def open_carrier_and_sums(mesh, device, sizes, kind, transport, trains):
+def open_backend_and_sums(mesh, device, sizes, kind, transport, trains):
     """Open who carries rows, and NCCL where it sums what they train -> (AllToAll, Groups by name or None).
 
     Collective over mesh.world, both ends.
@@ -127,7 +130,7 @@ def describe_device_sizes(sizes):
     ]
 
 
-def keep_gpu_memory(topology, share_of_gpu):
+def record_gpu_memory(topology, share_of_gpu):
     """Keep in the topology what each node's GPUs have free for its ranks, share_of_gpu [ranks] or None -> Topology."""
     if share_of_gpu is None:
         return topology

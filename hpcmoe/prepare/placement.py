@@ -21,22 +21,22 @@ from hpcmoe.wait import barrier, gather_to_all
 
 log = logging.getLogger(__name__)
 
-RATES = {"B": "bytes", "nic_out": "egress_bytes", "nic_in": "ingress_bytes", "uplink": "uplink_bytes"}
-KEYS = {part: f"{rate}_per_second" for part, rate in RATES.items()} | {  # what the parts of a problem are in a run
+_RATES = {"B": "bytes", "nic_out": "egress_bytes", "nic_in": "ingress_bytes", "uplink": "uplink_bytes"}
+_KEYS = {part: f"{rate}_per_second" for part, rate in _RATES.items()} | {  # what the parts of a problem are in a run
     "seconds_per_token": "[cluster] seconds_per_token", "L": "latency_seconds",
     "tokens": "a step", "layers": "[model] num_layers",
 }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class RunPlacement:
     """The placement that a run has, and what other methods would have given it."""
 
     placement: Placement
     seconds_of_method: dict[str, float | None]  # objective by method; None where it finds no layout that fits
 
 
-def make_problem(config, topology, mesh, budget, bytes_of_expert, demand):
+def make_run_problem(config, topology, mesh, budget, bytes_of_expert, demand):
     """State the placement problem that all expert-parallel groups share -> PlacementProblem.
 
     An expert takes bytes_of_expert with all its state; demand is (Loads, seconds an expert takes for a token's copy).
@@ -76,12 +76,12 @@ def time_expert(config, mesh, rows, device):
     return statistics.median(gather_to_all(mesh.world, taken))
 
 
-def lay_out(problem, config, budget):
-    """Solve the placement problem, and weigh what else could have been -> Layout; PlacementError tells the memory.
+def place_experts(problem, config, budget):
+    """Solve the placement problem, and weigh what else could have been -> RunPlacement; PlacementError tells the memory.
 
     Raises ConfigError where rates and seconds are such that no time can be computed from them.
     """
-    for line in find_overflow(problem, KEYS):
+    for line in find_overflow(problem, _KEYS):
         raise ConfigError(line)
     if problem.replicate and problem.num_ranks * problem.slots_per_rank == problem.num_experts:
         log.warning(
@@ -90,25 +90,25 @@ def lay_out(problem, config, budget):
             problem.num_ranks, problem.slots_per_rank, problem.num_experts,
         )  # fmt: skip
     try:
-        placement = search(problem, config)
+        placement = find_placement(problem, config)
     except PlacementError as error:
         raise PlacementError(f"{error}; {budget}") from None
-    return compare(problem, config, placement)
+    return compare_with_methods(problem, config, placement)
 
 
-def compare(problem, config, placement):
-    """Weigh what other methods would have given beside a placement -> Layout."""
+def compare_with_methods(problem, config, placement):
+    """Weigh what other methods would have given beside a placement -> RunPlacement."""
     from hpcmoe.placement.solve import compare_methods  # imports numba and scipy: rank 0 alone pays for it
 
     cluster = config.cluster
     others = [method for method in ("contiguous", "eplb") if method == "contiguous" or cluster.compare_eplb]
-    return Layout(
+    return RunPlacement(
         placement=placement,
         seconds_of_method=compare_methods(problem, [method for method in others if method != cluster.placement]),
     )
 
 
-def search(problem, config):
+def find_placement(problem, config):
     """Place by the config's method, within its time, and for the step tune the copies' shares -> Placement."""
     from hpcmoe.placement.search.warm import compile_all
     from hpcmoe.placement.solve import make_placement
@@ -117,8 +117,8 @@ def search(problem, config):
         compile_all()
     cluster, begun = config.cluster, time.perf_counter()
     if cluster.placement == "file":
-        layouts = read_layouts(problem, cluster.placement_file)
-        return weigh_layouts(problem, config, layouts, "file", cluster.search_seconds / 2)
+        layouts = read_placement_file(problem, cluster.placement_file)
+        return evaluate_layouts(problem, config, layouts, "file", cluster.search_seconds / 2)
     placement = make_placement(
         problem,
         cluster.placement,
@@ -128,10 +128,10 @@ def search(problem, config):
     )
     if uneven := describe_unevenness(problem, placement.expert_of_replica):
         log.warning("placement %s: %s", placement.method, uneven)
-    return tune(problem, config, placement, begun)
+    return tune_placement(problem, config, placement, begun)
 
 
-def read_layouts(problem, path):
+def read_placement_file(problem, path):
     """Read where [cluster] placement_file has the experts -> [L, S], or ConfigError."""
     try:
         layouts, notes = read_map(path, problem)
@@ -142,15 +142,15 @@ def read_layouts(problem, path):
     return layouts
 
 
-def weigh_layouts(problem, config, layouts, method, seconds):
+def evaluate_layouts(problem, config, layouts, method, seconds):
     """Weigh layouts [L, S] that are there already, bounding them in so many seconds -> Placement."""
     from hpcmoe.placement.solve import bound_layers
 
     begun, bounds = time.perf_counter(), bound_layers(problem, layouts, [None] * problem.num_layers, seconds)
-    return tune(problem, config, weigh(problem, layouts, bounds, method, Spent()), begun)
+    return tune_placement(problem, config, weigh(problem, layouts, bounds, method, Spent()), begun)
 
 
-def tune(problem, config, placement, begun):
+def tune_placement(problem, config, placement, begun):
     """For the step, share the copies' tokens out anew where that gains -> Placement, its search begun at that time."""
     from hpcmoe.placement.shares import tune_shares
 
@@ -168,13 +168,13 @@ def tune(problem, config, placement, begun):
     return weigh(problem, placement.expert_of_replica, bounds, placement.method, spent, split)
 
 
-def tell(layout, cluster):
+def format_placement(layout, cluster):
     """Say what the search found, within what, and what else could have been -> lines for the log."""
     placement = layout.placement
     yield (
         f"placement {placement.method}: objective {placement.objective} {1e3 * placement.objective_seconds:.4g} ms a "
         f"step, lower bound {1e3 * placement.lower_bound_seconds:.4g} ms{', optimal' * placement.optimal}"
-        + "".join(f"; {method} {in_milliseconds(seconds)}" for method, seconds in layout.seconds_of_method.items())
+        + "".join(f"; {method} {format_milliseconds(seconds)}" for method, seconds in layout.seconds_of_method.items())
     )
     if placement.spent.cut_short:
         yield (
@@ -184,12 +184,12 @@ def tell(layout, cluster):
         )
 
 
-def in_milliseconds(seconds):
+def format_milliseconds(seconds):
     """Show an objective, or that there is none."""
     return "finds no layout that fits" if seconds is None else f"{1e3 * seconds:.4g} ms"
 
 
-def describe_layout(records, layout):
+def describe_placement(records, layout):
     """Keep the placement and the figures of its search."""
     placement = layout.placement
     for name in ("expert_of_replica", "rank_of_replica", "replica_count"):

@@ -14,7 +14,7 @@ from hpcmoe.wait import gather_to_all
 log = logging.getLogger(__name__)
 
 
-def settle_shards(comm, config, topology):
+def resolve_tensor_parallel(comm, config, topology):
     """Choose [cluster] tensor_parallel where it is 0 -> the section with its number. Collective over comm."""
     if config.cluster.tensor_parallel:
         return config.cluster

@@ -128,7 +128,7 @@ def rows_of_placement(job):
     }
     others = [
         (f"  {method} would give", "-" if seconds is None else f"{1e3 * seconds:.4f}", "ms a step")
-        for method, seconds in job.layout.seconds_of_method.items()
+        for method, seconds in job.run_placement.seconds_of_method.items()
     ]
     return [
         ("cluster", f"{topology}", ""),

@@ -23,13 +23,13 @@ from hpcmoe.placement.problem import PlacementProblem, slots_for
 from hpcmoe.prepare.budget import MemoryBudget, make_budget, share_gpu_memory
 from hpcmoe.prepare.gpus import (
     find_communicators,
-    keep_gpu_memory,
     make_device_sizes,
-    open_device_exchange,
+    open_device_dispatcher,
+    record_gpu_memory,
     select_device_backend,
 )
 from hpcmoe.prepare.memory import Memory, estimate_memory
-from hpcmoe.prepare.placement import Layout, lay_out, make_problem, time_expert
+from hpcmoe.prepare.placement import RunPlacement, make_run_problem, place_experts, time_expert
 from hpcmoe.prepare.process import estimate_process
 from hpcmoe.prepare.sizes import check_tags, find_routes, make_host_sizes
 from hpcmoe.report.meter import Meter
@@ -44,7 +44,7 @@ class Job:
     config: Config
     topology: Topology
     mesh: Mesh
-    layout: Layout
+    run_placement: RunPlacement
     problem: PlacementProblem | None  # that the first placement solves, on rank 0 alone
     budget: MemoryBudget
     memory: Memory  # of a rank, as estimated
@@ -57,7 +57,7 @@ class Job:
     @property
     def placement(self):
         """Where the experts are now -> Placement."""
-        return self.layout.placement
+        return self.run_placement.placement
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def open_job(config, topology, mesh, split, loads):
     torch.set_num_threads(config.run.threads_per_rank or min(choose_threads(topology, world.rank), count_own_cores()))
     keep_heap()
     device = on_all(world, lambda: open_device(config.comm.device, list(here).index(world.rank)))
-    kind, trains = find_carrier(config, world, device), config.run.mode == "train"
+    kind, trains = select_backend(config, world, device), config.run.mode == "train"
 
     # Estimate what a rank needs besides experts, and place these in the rest of the memory.
     slots = slots_for(config.model.num_experts, mesh.expert_parallel, config.cluster.spare_slots_per_rank)
@@ -84,20 +84,20 @@ def open_job(config, topology, mesh, split, loads):
     buffer_bytes = max(gather_to_all(world, sizes.buffer_bytes(routes)))
     memory = estimate_memory(config, mesh, slots, sizes, buffer_bytes)
     gpus = share_gpu_memory(gather_to_all(world, device.read_memory()))  # asked when every rank has opened its device
-    topology = keep_gpu_memory(topology, gpus)
+    topology = record_gpu_memory(topology, gpus)
     communicators = find_communicators(mesh, kind, trains).values()
     share_of_gpu = None if config.cluster.memory_bytes_per_node else gpus
     budget = find_budget(topology, world, memory, share_of_gpu, sum(comm.size > 1 for comm in communicators), trains)
     seconds = time_expert(config, mesh, sizes.expert_rows // slots, device)
     problem = keep_on_root(
-        world, lambda: make_problem(config, topology, mesh, budget, memory.per_expert, (loads, seconds))
+        world, lambda: make_run_problem(config, topology, mesh, budget, memory.per_expert, (loads, seconds))
     )
-    layout = on_root(world, lambda: lay_out(problem, config, budget))
+    layout = on_root(world, lambda: place_experts(problem, config, budget))
 
     opened = (
-        open_exchange(mesh.group, device, sizes, routes)
+        open_host_dispatcher(mesh.group, device, sizes, routes)
         if kind == "window"
-        else open_device_exchange(mesh, device, sizes, routes, kind, trains)
+        else open_device_dispatcher(mesh, device, sizes, routes, kind, trains)
     )
     with opened as exchange:
         network = make_model(config, mesh, layout.placement, exchange, device)
@@ -105,7 +105,7 @@ def open_job(config, topology, mesh, split, loads):
             config=config,
             topology=topology,
             mesh=mesh,
-            layout=layout,
+            run_placement=layout,
             problem=problem,
             budget=budget,
             memory=memory,
@@ -125,7 +125,7 @@ def check_windows(world, topology, sizes, routes):
     on_all(world, lambda: check_shared_memory(sum(num_bytes for other, num_bytes in everyone if other == node)))
 
 
-def find_carrier(config, world, device):
+def select_backend(config, world, device):
     """Find who carries the ranks' rows: "window" on the host, else what select_device_backend chooses. Collective over world.
 
     Raises ClusterError on all ranks when only some have a GPU, or none has and [comm] asks for what GPUs have.
@@ -133,17 +133,17 @@ def find_carrier(config, world, device):
     names = gather_to_all(world, device.name)
     if len(set(names)) > 1:
         ranks = ", ".join(str(rank) for rank, name in enumerate(names) if name == "host")
-        on_root(world, lambda: refuse(f'[comm] device = "{config.comm.device}": ranks {ranks} have no GPU, others do'))
+        on_root(world, lambda: _reject(f'[comm] device = "{config.comm.device}": ranks {ranks} have no GPU, others do'))
     if device.name == "host":
         if config.comm.transport == "nccl":
-            on_root(world, lambda: refuse('[comm] transport = "nccl": the ranks have no GPU; use "auto", or "mpi"'))
+            on_root(world, lambda: _reject('[comm] transport = "nccl": the ranks have no GPU; use "auto", or "mpi"'))
         return "window"
     if config.comm.once_per_node == "on":
-        on_root(world, lambda: refuse('[comm] once_per_node = "on": between GPUs each copy is sent; use "auto"'))
+        on_root(world, lambda: _reject('[comm] once_per_node = "on": between GPUs each copy is sent; use "auto"'))
     return select_device_backend(config, world, device).kind
 
 
-def refuse(text):
+def _reject(text):
     """Raise ClusterError."""
     raise ClusterError(text)
 
@@ -161,7 +161,7 @@ def choose_threads(topology, rank):
 
 
 @contextlib.contextmanager
-def open_exchange(comm, device, sizes, routes):
+def open_host_dispatcher(comm, device, sizes, routes):
     """Open what carries the rows among the ranks of comm -> Exchange. Collective over comm, both ends."""
     barrier(comm)
     mates = comm.Split(int(routes.mates[0]), comm.rank)

@@ -90,7 +90,7 @@ def begin_move(job, optimizer, layout, moves, step):
     sends = find_ends(network, optimizer, moves, (moves.source, moves.source_slot, moves.target), rank)
     for layer in range(len(network.layers)):
         seat(job, layer, layout.placement)
-    job.layout = layout
+    job.run_placement = layout
     if optimizer is not None:
         optimizer.follow(layout.placement, step)
     receives = find_ends(network, optimizer, moves, (moves.target, moves.target_slot, moves.source), rank)

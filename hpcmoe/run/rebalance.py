@@ -9,7 +9,7 @@ from hpcmoe.experts.shapes import estimate_expert
 from hpcmoe.placement.demand import Loads, make_probability
 from hpcmoe.placement.groups import fold_groups, fold_probability, list_groups
 from hpcmoe.placement.migrate import Verdict, judge, layers_seconds, list_moves, move_seconds, standard_error
-from hpcmoe.prepare.placement import compare, weigh_layouts
+from hpcmoe.prepare.placement import compare_with_methods, evaluate_layouts
 from hpcmoe.report.meter import sum_by_node
 from hpcmoe.run.migrate import begin_move
 from hpcmoe.wait import broadcast, gather_to_all
@@ -95,7 +95,7 @@ class Rebalancer:
 
 
 def propose(job, tokens, step):
-    """Solve anew for the tokens [parts, L, nodes, E] of the last interval -> (Verdict, the Layout to adopt or None).
+    """Solve anew for the tokens [parts, L, nodes, E] of the last interval -> (Verdict, the RunPlacement to adopt or None).
 
     Every other part is solved for, and the rest, of which the search knows nothing, tell what it gains.
     """
@@ -124,14 +124,14 @@ def propose(job, tokens, step):
 
 
 def search_nearby(job, problem):
-    """Search on from where the experts are -> (Layout, Moves)."""
+    """Search on from where the experts are -> (RunPlacement, Moves)."""
     from hpcmoe.placement.refine import resettle  # imports numba and scipy: rank 0 alone pays for it
     from hpcmoe.placement.solve import Orders
 
     cluster, present = job.config.cluster, job.placement.expert_of_replica
     orders = Orders(seconds=cluster.search_seconds, iterations=cluster.search_iterations, seed=job.config.run.seed)
     layouts = resettle(problem, present, cluster.rebalance_moves, orders)
-    layout = compare(problem, job.config, weigh_layouts(problem, job.config, layouts, "packed", 0.0))
+    layout = compare_with_methods(problem, job.config, evaluate_layouts(problem, job.config, layouts, "packed", 0.0))
     return layout, list_moves(problem, present, layouts)
 
 

@@ -13,7 +13,7 @@ from hpcmoe.placement.demand import Loads
 from hpcmoe.placement.result import Spent
 from hpcmoe.placement.solve import compare_methods
 from hpcmoe.prepare.budget import MemoryBudget
-from hpcmoe.prepare.placement import describe_layout, lay_out, make_problem, tell, time_expert
+from hpcmoe.prepare.placement import describe_placement, make_run_problem, place_experts, time_expert
 
 ONES = Loads(tokens=np.ones((2, 1, 4)), node_names=())
 
@@ -33,7 +33,9 @@ def make_test_budget(topology, bytes_a_node=10**9, needs=0):
 
 
 def state(config, topology, mesh, loads=ONES, seconds_per_token=1e-6, **budget):
-    return make_problem(config, topology, mesh, make_test_budget(topology, **budget), 100, (loads, seconds_per_token))
+    return make_run_problem(
+        config, topology, mesh, make_test_budget(topology, **budget), 100, (loads, seconds_per_token)
+    )
 
 
 def test_the_problem_is_that_of_config_and_topology():
@@ -73,20 +75,20 @@ def test_a_placement_is_taken_from_a_file(tmp_path):
     path.write_text("[[2, 0, 3, 1], [3, 2, 1, 0]]")
     config = make_config(cluster__placement="file", cluster__placement_file=str(path))
     problem = state(config, make_topology(4, 2), make_mesh(4))
-    layout = lay_out(problem, config, make_test_budget(make_topology(4, 2)))
+    layout = place_experts(problem, config, make_test_budget(make_topology(4, 2)))
     assert layout.placement.expert_of_replica.tolist() == [[2, 0, 3, 1], [3, 2, 1, 0]]
     assert layout.placement.method == "file" and set(layout.seconds_of_method) == {"contiguous"}
-    assert "placement file: objective step" in next(tell(layout, config.cluster))
+    assert "placement file: objective step" in next(format_placement(layout, config.cluster))
     path.write_text("[[2, 0, 3, 1], [2, 0, 3, 1], [2, 0, 3, 1]]")
     with pytest.raises(ConfigError) as refused:
-        lay_out(problem, config, make_test_budget(make_topology(4, 2)))
+        place_experts(problem, config, make_test_budget(make_topology(4, 2)))
     assert str(refused.value) == f"[cluster] placement_file = {path}: the list has 3 layers, layers = 2"
 
 
 def test_replicas_without_a_slot_for_them_are_told(caplog):
     for spare, told in ((0, 1), (1, 0)):
         config = make_config(cluster__replicate=True, cluster__spare_slots_per_rank=spare, cluster__placement="eplb")
-        lay_out(state(config, make_topology(4, 2), make_mesh(4)), config, make_test_budget(make_topology(4, 2)))
+        place_experts(state(config, make_topology(4, 2), make_mesh(4)), config, make_test_budget(make_topology(4, 2)))
         assert sum("no effect: [cluster] replicate = true" in line for line in caplog.messages) == told
         caplog.clear()
 
@@ -102,7 +104,7 @@ def test_replicas_without_a_slot_for_them_are_told(caplog):
 def test_times_that_no_number_holds_are_one_line(part, value, said):
     problem = dataclasses.replace(state(make_config(), make_topology(4, 2), make_mesh(4)), **{part: value})
     with pytest.raises(ConfigError) as refused:
-        lay_out(problem, make_config(), None)
+        place_experts(problem, make_config(), None)
     assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
     assert f"[model] num_layers = {problem.num_layers}" in str(refused.value)
 
@@ -111,7 +113,7 @@ def test_what_does_not_fit_is_told_with_what_else_takes_the_memory():
     problem = state(make_config(), make_topology(4, 2), make_mesh(4), bytes_a_node=1000, needs=450)
     budget = make_test_budget(make_topology(4, 2), 1000, 450)
     with pytest.raises(PlacementError) as refused:
-        lay_out(problem, make_config(), budget)
+        place_experts(problem, make_config(), budget)
     said = str(refused.value)
     assert "4 experts x 2 layers x 100 B = 800 B do not fit" in said and "\n" not in said
     assert "of its node's memory each rank needs 450 B besides: process 450 B" in said
@@ -127,7 +129,7 @@ def make_layout(**changes):
     config = make_config(cluster__search_iterations=5000, cluster__search_seconds=60.0, **changes)
     topology = make_topology(4, 4)
     problem = state(config, topology, make_mesh(4), skewed(), 1e-9)
-    return problem, config, lay_out(problem, config, make_test_budget(topology))
+    return problem, config, place_experts(problem, config, make_test_budget(topology))
 
 
 def test_the_layout_beats_what_it_is_held_against():
@@ -154,7 +156,7 @@ def test_shares_are_tuned_for_the_step_alone_and_its_objective_is_of_them(object
     problem = dataclasses.replace(problem, tokens_of_rank=np.array([100.0, 2.0]))
     if objective == "ports":
         monkeypatch.setattr("hpcmoe.placement.shares.tune_shares", None)  # whoever calls it fails
-    placement = lay_out(problem, config, make_test_budget(make_topology(2, 2))).placement
+    placement = place_experts(problem, config, make_test_budget(make_topology(2, 2))).placement
     assert (placement.split is not None) == (objective == "step")
     if objective == "step":
         assert placement.objective_seconds == pytest.approx(2 * 51e-3, rel=1e-3)
@@ -166,16 +168,16 @@ def test_shares_are_tuned_for_the_step_alone_and_its_objective_is_of_them(object
 
 def test_the_log_tells_what_was_found_and_whether_the_clock_ended_it():
     problem, config, layout = make_layout(cluster__compare_eplb=True)
-    [line] = tell(layout, config.cluster)
+    [line] = format_placement(layout, config.cluster)
     found, bound = (1e3 * getattr(layout.placement, f"{name}_seconds") for name in ("objective", "lower_bound"))
     assert line.startswith(f"placement packed: objective step {found:.4g} ms a step, lower bound {bound:.4g} ms")
     assert f"; contiguous {1e3 * layout.seconds_of_method['contiguous']:.4g} ms; eplb" in line
     assert ("optimal" in line) == layout.placement.optimal
     nothing = dataclasses.replace(layout, seconds_of_method={"eplb": None})
-    assert next(tell(nothing, config.cluster)).endswith("; eplb finds no layout that fits")
+    assert next(format_placement(nothing, config.cluster)).endswith("; eplb finds no layout that fits")
 
     late = dataclasses.replace(layout.placement, spent=Spent(seconds=61.0, num_proposals=9, cut_short=True))
-    _, warning = tell(dataclasses.replace(layout, placement=late), config.cluster)
+    _, warning = format_placement(dataclasses.replace(layout, placement=late), config.cluster)
     assert "the clock ended the search after 61.00 s" in warning and "search_iterations = 5000" in warning
 
 
@@ -183,7 +185,7 @@ def test_the_record_keeps_placement_and_figures():
     kept = {}
     records = SimpleNamespace(describe=lambda chapter, name, value, unit="": kept.update({(chapter, name): value}))
     layout = make_layout(cluster__compare_eplb=True)[2]
-    describe_layout(records, dataclasses.replace(layout, seconds_of_method={"contiguous": 2.0, "eplb": None}))
+    describe_placement(records, dataclasses.replace(layout, seconds_of_method={"contiguous": 2.0, "eplb": None}))
     assert {chapter for chapter, _ in kept} == {"cluster"}
     assert np.array_equal(kept["cluster", "expert_of_replica"], layout.placement.expert_of_replica)
     assert (kept["cluster", "placement"], kept["cluster", "objective"]) == ("packed", "step")

@@ -9,7 +9,7 @@ from small import make_config, make_topology
 
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.prepare.budget import count_dense_parameters
-from hpcmoe.prepare.shards import choose_tensor_parallel, settle_shards
+from hpcmoe.prepare.shards import choose_tensor_parallel, resolve_tensor_parallel
 
 EXPERT = 2 * 8 * 12 * 4 * 4  # bytes of an expert with gradients and moments: two matrices 8 x 12 in float32
 DENSE = count_dense_parameters(make_config().model) * 4 * 4
@@ -47,10 +47,10 @@ def test_the_mesh_takes_what_was_chosen_and_the_log_tells_why(comm, caplog):
     topology = dataclasses.replace(make_topology(comm.size), memory_bytes=memory_bytes)
     fitting = [number for number in range(2, comm.size + 1) if comm.size % number == 0 and 12 % number == 0]
     with caplog.at_level(logging.INFO):
-        cluster = settle_shards(comm, make_config(comm__device="host"), topology)
+        cluster = resolve_tensor_parallel(comm, make_config(comm__device="host"), topology)
     assert cluster.tensor_parallel == min(fitting, default=1)
     assert caplog.messages[0].endswith(f": tensor_parallel {fitting[0]}" if fitting else "does not suffice")
     with open_mesh(comm, cluster) as mesh:
         assert mesh.tensor_parallel * mesh.expert_parallel == comm.size
     given = make_config(cluster__tensor_parallel=7)
-    assert settle_shards(comm, given, topology) is given.cluster
+    assert resolve_tensor_parallel(comm, given, topology) is given.cluster
