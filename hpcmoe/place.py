@@ -26,7 +26,7 @@ from hpcmoe.output import StderrHandler, print_to_stderr, print_to_stdout
 from hpcmoe.placement.files.case import read_case
 from hpcmoe.placement.files.maps import check_map, read_map, write_map
 from hpcmoe.placement.problem import OBJECTIVES, check_problem
-from hpcmoe.placement.quotas import describe_unevenness, keeps_even
+from hpcmoe.placement.quotas import describe_unevenness, has_even_ranks
 
 SECONDS_A_LAYER = 0.1  # of search where no budget is given
 PICTURES = (".png", ".pdf", ".svg")
@@ -174,7 +174,7 @@ def place(arguments):
     logging.basicConfig(level=logging.INFO, format="hpcmoe: note: %(message)s", handlers=[StderrHandler()])
 
     # What compiles, or takes a second to import, waits until the input is known to be good.
-    from hpcmoe.placement.resources import measure_usage
+    from hpcmoe.placement.resources import compute_usage
     from hpcmoe.placement.solve import compare_methods
     from hpcmoe.report.placement_tables import make_tables
 
@@ -182,7 +182,7 @@ def place(arguments):
     if arguments.moves != 0 and (uneven := describe_unevenness(problem, placement.expert_of_replica)):
         print_to_stderr([f"hpcmoe: note: {uneven}"])
     rivals = compare_methods(problem, ("contiguous", "eplb") if arguments.compare else ("contiguous",))
-    usage = measure_usage(problem, placement)
+    usage = compute_usage(problem, placement)
 
     written = [path for path in (arguments.output, arguments.eplb_out, arguments.plot) if path]
     if arguments.output:
@@ -202,22 +202,24 @@ def place(arguments):
 def find_placement(problem, arguments):
     """Search for a placement, from the one that --start names if any -> Placement."""
     from hpcmoe.placement.refine import resettle
-    from hpcmoe.placement.result import Spent, weigh
-    from hpcmoe.placement.solve import Orders, bound_layers, make_placement
+    from hpcmoe.placement.result import SearchStats, evaluate
+    from hpcmoe.placement.solve import SearchOptions, bound_layers, make_placement
 
     seconds = arguments.budget or SECONDS_A_LAYER * problem.num_layers
-    orders = {"seconds": seconds, "iterations": arguments.iterations, "seed": arguments.seed}
+    options = {"seconds": seconds, "iterations": arguments.iterations, "seed": arguments.seed}
     start = read_start(problem, arguments.start) if arguments.start else None
     if arguments.moves is None:
-        if start is not None and not keeps_even(problem, start):
+        if start is not None and not has_even_ranks(problem, start):
             print_to_stderr(
                 ["hpcmoe: note: the search begins elsewhere, since what it finds is to be even; --moves begins there"]
             )
-        return make_placement(problem, start=start, **orders)
+        return make_placement(problem, start=start, **options)
     begun = time.perf_counter()
-    layouts = resettle(problem, start, arguments.moves, Orders(**orders)) if arguments.moves else start
-    spent = Spent(seconds=time.perf_counter() - begun)
-    return weigh(problem, layouts, bound_layers(problem, layouts, [None] * len(layouts), seconds / 2), "packed", spent)
+    layouts = resettle(problem, start, arguments.moves, SearchOptions(**options)) if arguments.moves else start
+    search_stats = SearchStats(seconds=time.perf_counter() - begun)
+    return evaluate(
+        problem, layouts, bound_layers(problem, layouts, [None] * len(layouts), seconds / 2), "packed", search_stats
+    )
 
 
 def read_start(problem, path):
@@ -253,11 +255,11 @@ def make_answer(problem, placement, rivals, seed):
         "objective": problem.objective,
         "objective_seconds": placement.objective_seconds,
         "lower_bound_seconds": placement.lower_bound_seconds,
-        "optimal": placement.optimal,
+        "optimal": placement.is_optimal,
         "cross_node_share": placement.cross_node_share,
         "sigma_links": placement.link_sigma,
-        "seconds": placement.spent.seconds,
-        "iterations": placement.spent.num_proposals,
+        "seconds": placement.search_stats.seconds,
+        "iterations": placement.search_stats.num_proposals,
         "seed": seed,
         **{f"{method}_seconds": seconds for method, seconds in rivals.items()},
         "expert_of_slot": placement.expert_of_replica.reshape(shape).tolist(),  # [layers][G][slots], -1 empty

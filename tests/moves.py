@@ -6,7 +6,7 @@ from small import gather_logical, gather_pieces, open_small_job
 
 from hpcmoe.model.balance import even_load
 from hpcmoe.placement.migrate import keep_slots, list_moves
-from hpcmoe.placement.result import Spent, weigh
+from hpcmoe.placement.result import SearchStats, evaluate
 from hpcmoe.prepare.placement import RunPlacement
 from hpcmoe.run.migrate import begin_move
 from hpcmoe.run.state import LOAD
@@ -35,7 +35,7 @@ def force(job, optimizer, seed, step):
     mine = None
     if job.mesh.world.rank == 0:
         layouts = shuffle(job.problem, job.placement.expert_of_replica, seed)
-        placement = weigh(job.problem, layouts, [0.0] * len(layouts), "packed", Spent())
+        placement = evaluate(job.problem, layouts, [0.0] * len(layouts), "packed", SearchStats())
         moves = list_moves(job.problem, job.placement.expert_of_replica, layouts)
         mine = RunPlacement(placement=placement, seconds_of_method={}), moves
     layout, moves = broadcast(job.mesh.world, mine)

@@ -1,1 +1,1 @@
-"""Where experts live: copies packed onto ranks so that the busiest link, port or rank is least busy."""
+"""Where experts live: replicas packed onto ranks so that the busiest link, port or rank is least busy."""

@@ -9,7 +9,7 @@ from hpcmoe.cluster.names import format_ambiguous, match_names
 from hpcmoe.errors import ConfigError
 
 log = logging.getLogger(__name__)
-TOLERANCE = 1e-6  # by which a row of probabilities may miss 1
+_SUM_TOLERANCE = 1e-6  # by which a row of probabilities may miss 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ def check_rows(rows, model):
             raise ConfigError(f"{what}: row [{number}] has {len(row)} entries, [model] num_experts = {num_experts}")
         if min(row) < 0:
             raise ConfigError(f"{what}: entry [{number}][{row.index(min(row))}] = {min(row):g}, must be 0 or above")
-        if abs(sum(row) - 1) > TOLERANCE:
+        if abs(sum(row) - 1) > _SUM_TOLERANCE:
             raise ConfigError(f"{what}: row [{number}] sums to {sum(row):.8g}, must sum to 1")
     return np.broadcast_to(np.array(rows, np.float64)[:, None], (num_layers, 1, num_experts))
 

@@ -6,7 +6,7 @@ together on one node of the placement; what groups share of a link, port or upli
 
 import numpy as np
 
-MOST_NAMES = 3  # of the nodes, one a group, that a name is made of
+_MOST_NAMES = 3  # of the nodes, one a group, that a name is made of
 
 
 def list_groups(mesh):
@@ -49,7 +49,7 @@ def part_of_links(nodes, num_ranks):
 def join_names(names):
     """Name a folded node after the nodes that it is in the groups."""
     different = tuple(dict.fromkeys(names))
-    return "+".join(different[:MOST_NAMES]) + "+..." * (len(different) > MOST_NAMES)
+    return "+".join(different[:_MOST_NAMES]) + "+..." * (len(different) > _MOST_NAMES)
 
 
 def fold_memory(rank_bytes, ranks_of_group, node_of_rank, tensor_parallel):

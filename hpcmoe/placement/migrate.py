@@ -1,16 +1,16 @@
-"""Whether experts should move: the copies that would, what that costs, what it gains, and the rule that weighs both."""
+"""Whether experts should move: the replicas that would, what that costs, what it gains, and the rule that weighs both."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from hpcmoe.placement.cost import counted, resource_seconds
-from hpcmoe.placement.search.layer_data import HOLE
+from hpcmoe.placement.cost import list_resources, resource_seconds
+from hpcmoe.placement.search.layer_data import EMPTY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moves:
-    """Copies that come to ranks which lack them, [n] each, layer by layer; each is fetched from one holder."""
+    """Replicas that come to ranks which lack them, [n] each, layer by layer; each is fetched from one holder."""
 
     layer: np.ndarray
     expert: np.ndarray
@@ -39,13 +39,13 @@ class Verdict:
 
 def keep_slots(old, new, slots_per_rank):
     """Order each rank's slots of a layout so that what stays on a rank stays in its slot: old, new [S] -> [S]."""
-    kept = np.full_like(new, HOLE)
+    kept = np.full_like(new, EMPTY)
     for rank in range(len(new) // slots_per_rank):
         slots = np.arange(rank * slots_per_rank, (rank + 1) * slots_per_rank)
-        stays = np.isin(old[slots], new[slots]) & (old[slots] != HOLE)
+        stays = np.isin(old[slots], new[slots]) & (old[slots] != EMPTY)
         kept[slots[stays]] = old[slots[stays]]
-        comes = new[slots][~np.isin(new[slots], old[slots]) & (new[slots] != HOLE)]
-        empty_before = old[slots] == HOLE
+        comes = new[slots][~np.isin(new[slots], old[slots]) & (new[slots] != EMPTY)]
+        empty_before = old[slots] == EMPTY
         free = np.concatenate([slots[~stays & ~empty_before], slots[~stays & empty_before]])
         kept[free[: len(comes)]] = comes
     return kept
@@ -54,10 +54,10 @@ def keep_slots(old, new, slots_per_rank):
 def list_moves(problem, old, new):
     """List what must travel from layouts [L, S] to layouts whose slots are kept -> Moves.
 
-    Each copy comes from the nearest rank that holds it; of several, from the one that has least to send so far.
+    Each replica comes from the nearest rank that holds it; of several, from the one that has least to send so far.
     """
     size, rows, sends = problem.slots_per_rank, [], np.zeros(problem.num_ranks, np.int64)
-    for layer, slot in np.argwhere((new != old) & (new != HOLE)).tolist():
+    for layer, slot in np.argwhere((new != old) & (new != EMPTY)).tolist():
         expert, target = int(new[layer, slot]), slot // size
         holders = np.flatnonzero(old[layer] == expert)
         distance = problem.distance[problem.node_of_rank[holders // size], problem.node_of_rank[target]]
@@ -98,7 +98,7 @@ def layers_seconds(problem, expert_of_replica, split, ways):
         seconds = resource_seconds(problem, layer, experts, None if split is None else split[layer])
         taken[layer] = max(
             (passes if name == "rank" else crossings) * float(seconds[name].max(initial=0.0))
-            for name in counted(problem.objective)
+            for name in list_resources(problem.objective)
         )
     return taken
 

@@ -19,7 +19,7 @@ class PlacementProblem:
     num_layers: int
     num_experts: int
     slots_per_rank: int  # experts of one layer that a rank has room for
-    replicate: bool  # may spare slots hold second copies?
+    replicate: bool  # may spare slots hold second replicas?
     even: bool = True  # without replicas: all ranks hold as many experts as any other, to within one, if memory allows
     node_of_rank: np.ndarray  # [P] int64
     rack_of_node: np.ndarray  # [nodes] int64
@@ -31,8 +31,8 @@ class PlacementProblem:
     memory_bytes: np.ndarray  # [nodes] int64, what is there for experts of all layers
     expert_bytes: int  # one expert of one layer
     bytes_per_token: int
-    seconds_per_token: float = 0.0  # that a rank computes on one token's copy
-    tokens_of_rank: np.ndarray  # [P] token copies of a layer and step whose home is that rank
+    seconds_per_token: float = 0.0  # that a rank computes on one assignment
+    tokens_of_rank: np.ndarray  # [P] assignments of a layer and step whose home is that rank
     probability: np.ndarray  # [L, nodes, E] of each expert for tokens of that node; sums to 1 over E
     objective: str = "links"  # one of OBJECTIVES
     count_latency: bool = False  # does a link in use cost its latency too?
@@ -64,8 +64,8 @@ class PlacementProblem:
         return np.repeat(self.node_of_rank, self.slots_per_rank)
 
     @property
-    def memory_copies(self):
-        """Count the copies, of all layers together, that fit into each node's memory -> [nodes] int64."""
+    def memory_replicas(self):
+        """Count the replicas, of all layers together, that fit into each node's memory -> [nodes] int64."""
         return self.memory_bytes // max(self.expert_bytes, 1)
 
     @property
@@ -87,7 +87,7 @@ class PlacementProblem:
 
     @property
     def tokens_of_node(self):
-        """Count the token copies whose home is on each node -> [nodes]."""
+        """Count the assignments whose home is on each node -> [nodes]."""
         return np.bincount(self.node_of_rank, self.tokens_of_rank, minlength=self.num_nodes)
 
     def demand(self, layer):
@@ -95,7 +95,7 @@ class PlacementProblem:
         return self.tokens_of_node[:, None] * self.probability[layer]
 
 
-def slots_for(num_experts, num_ranks, spare):
+def count_slots_per_rank(num_experts, num_ranks, spare):
     """Count the slots a rank needs: one where every expert can have a rank, else enough for all, and the spare ones."""
     return -(-num_experts // num_ranks) + spare
 
@@ -111,20 +111,20 @@ def check_problem(problem):
 
     # A node's memory beyond what its slots of all layers can hold is of no use.
     by_slots = problem.slots_of_node * layers
-    holds = np.minimum(by_slots, problem.memory_copies)
+    holds = np.minimum(by_slots, problem.memory_replicas)
     if experts * layers > holds.sum():
         tightest = np.argmax(by_slots - holds)
         name = problem.node_names[tightest] if problem.node_names else tightest
         raise PlacementError(
-            f"{experts} experts x {layers} layers x {in_units(problem.expert_bytes)} = "
-            f"{in_units(experts * layers * problem.expert_bytes)} do not fit: "
-            f"node {name} with {in_units(problem.memory_bytes[tightest])} and {by_slots[tightest]} slots holds "
+            f"{experts} experts x {layers} layers x {format_size(problem.expert_bytes)} = "
+            f"{format_size(experts * layers * problem.expert_bytes)} do not fit: "
+            f"node {name} with {format_size(problem.memory_bytes[tightest])} and {by_slots[tightest]} slots holds "
             f"{holds[tightest]} of {experts * layers}, all {len(holds)} nodes {holds.sum()}; "
             "[model] num_experts, [cluster] memory_bytes_per_node"
         )
 
 
-def in_units(num_bytes):
+def format_size(num_bytes):
     """Write a number of bytes with the unit that suits it."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= size:

@@ -1,17 +1,17 @@
-"""How many experts of each layer a rank and a node may and must hold: single copies evenly, where memory allows it."""
+"""How many experts of each layer a rank and a node may and must hold: single replicas evenly, where memory allows it."""
 
 import dataclasses
 
 import numpy as np
 
 
-def spread_memory(problem):
+def divide_memory(problem):
     """Spread each node's memory evenly over the layers, remainders staggered -> most_of_node [L, nodes].
 
     Every layer's sum is enough for all experts wherever the memory of all layers is.
     """
     layers = problem.num_layers
-    base, rest = np.divmod(np.minimum(usable_of_node(problem) * layers, problem.memory_copies), layers)
+    base, rest = np.divmod(np.minimum(usable_of_node(problem) * layers, problem.memory_replicas), layers)
     most = np.tile(base, (layers, 1))
     first = 0
     for node, number in enumerate(rest):
@@ -25,8 +25,8 @@ def usable_of_node(problem) -> np.ndarray:
     return problem.ranks_of_node * most_of_rank(problem)
 
 
-def is_even(problem) -> bool:
-    """Return True if all ranks must hold as many experts of a layer as any other, to within one: for single copies."""
+def requires_even_ranks(problem) -> bool:
+    """Return True if all ranks must hold as many experts of a layer as any other, to within one: for single replicas."""
     return problem.even and not problem.replicate
 
 
@@ -36,10 +36,10 @@ def most_of_rank(problem) -> int:
     That is ceil(E / P) unless nodes lack the memory for it, whose experts the others then hold.
     """
     slots, ranks, layers = problem.slots_per_rank, problem.ranks_of_node, problem.num_layers
-    if not is_even(problem):
+    if not requires_even_ranks(problem):
         return slots
     for level in range(-(-problem.num_experts // problem.num_ranks), slots):
-        if np.minimum(level * ranks * layers, problem.memory_copies).sum() >= problem.num_experts * layers:
+        if np.minimum(level * ranks * layers, problem.memory_replicas).sum() >= problem.num_experts * layers:
             return level
     return slots
 
@@ -49,33 +49,33 @@ def fewest_of_node(problem) -> np.ndarray:
 
     On a node whose memory does not hold that many in every layer: as many as it holds.
     """
-    if not is_even(problem):
+    if not requires_even_ranks(problem):
         return np.zeros(problem.num_nodes, np.int64)
-    holds = problem.memory_copies // problem.num_layers // np.maximum(problem.ranks_of_node, 1)
+    holds = problem.memory_replicas // problem.num_layers // np.maximum(problem.ranks_of_node, 1)
     return np.minimum(most_of_rank(problem) - 1, holds)
 
 
-def limit_ranks(problem, most_of_node):
+def make_limits(problem, most_of_node):
     """Find the fewest and most experts of a layer on each rank, and on each node -> ([P], [P], [nodes])."""
     most = most_of_rank(problem)
     fewest = fewest_of_node(problem)[problem.node_of_rank]
     return fewest, np.full(problem.num_ranks, most), np.minimum(most * problem.ranks_of_node, most_of_node)
 
 
-def stretch_limits(problem, most_of_node, layout):
-    """Find a layer's limits as limit_ranks does, stretched to a layout [S] that is there already, but for memory.
+def widen_limits(problem, most_of_node, layout):
+    """Find a layer's limits as make_limits does, stretched to a layout [S] that is there already, but for memory.
 
     No rank need leave it, nor stray further.
     """
-    fewest, most, of_node = limit_ranks(problem, most_of_node)
+    fewest, most, of_node = make_limits(problem, most_of_node)
     count = count_of_rank(problem, [layout])[0]
     used = np.bincount(problem.node_of_rank, count, problem.num_nodes).astype(np.int64)
     return np.minimum(fewest, count), np.maximum(most, count), np.minimum(np.maximum(of_node, used), most_of_node)
 
 
-def room_of_node(problem) -> np.ndarray:
-    """Count the copies of a layer's experts that each node can hold at most, beside what others must -> [nodes]."""
-    room = np.minimum(usable_of_node(problem), problem.memory_copies)
+def max_replicas_of_node(problem) -> np.ndarray:
+    """Count the replicas of a layer's experts that each node can hold at most, beside what others must -> [nodes]."""
+    room = np.minimum(usable_of_node(problem), problem.memory_replicas)
     if problem.replicate:
         return room
     must = fewest_of_node(problem) * problem.ranks_of_node
@@ -87,20 +87,20 @@ def count_of_rank(problem, layouts) -> np.ndarray:
     return (np.reshape(layouts, (len(layouts), problem.num_ranks, -1)) >= 0).sum(axis=2)
 
 
-def keeps_even(problem, layouts) -> bool:
+def has_even_ranks(problem, layouts) -> bool:
     """Return True if layouts [L, S] are as even as they must be."""
     count = count_of_rank(problem, layouts)
     fewest = fewest_of_node(problem)[problem.node_of_rank]
     return bool((count >= fewest).all() and (count <= most_of_rank(problem)).all())
 
 
-def loosen(problem, layouts):
+def relax_evenness(problem, layouts):
     """State the problem that layouts [L, S] are an answer to -> it, or one whose ranks need not be even."""
-    return problem if keeps_even(problem, layouts) else dataclasses.replace(problem, even=False)
+    return problem if has_even_ranks(problem, layouts) else dataclasses.replace(problem, even=False)
 
 
 def describe_unevenness(problem, layouts) -> str:
-    """Write how far layouts [L, S] of single copies are from floor and ceil of E / P on every rank, '' if they are not.
+    """Write how far layouts [L, S] of single replicas are from floor and ceil of E / P on every rank, '' if they are not.
 
     Where the memory of some nodes is why, it says so.
     """
@@ -112,8 +112,8 @@ def describe_unevenness(problem, layouts) -> str:
         f"ranks hold {count.min()} to {count.max()} experts of a layer; E / ranks = {problem.num_experts} / "
         f"{problem.num_ranks} would be {floor}" + f" to {ceil}" * (ceil > floor)
     )
-    wanted, holds = ceil * problem.ranks_of_node * problem.num_layers, problem.memory_copies
-    if keeps_even(problem, layouts) and (holds < wanted).any():
+    wanted, holds = ceil * problem.ranks_of_node * problem.num_layers, problem.memory_replicas
+    if has_even_ranks(problem, layouts) and (holds < wanted).any():
         node = int(np.argmin(holds / np.maximum(wanted, 1) + (wanted == 0)))
         name = problem.node_names[node] if problem.node_names else node
         text += (

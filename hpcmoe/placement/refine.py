@@ -7,41 +7,43 @@ import numpy as np
 from hpcmoe.placement.bounds.bounds import bound_layer
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.migrate import keep_slots
-from hpcmoe.placement.quotas import loosen, spread_memory, stretch_limits
+from hpcmoe.placement.quotas import divide_memory, relax_evenness, widen_limits
 from hpcmoe.placement.search.anneal import EQUAL, Budget, clear_up, improve
-from hpcmoe.placement.search.layer_data import HOLE, make_terms
+from hpcmoe.placement.search.layer_data import EMPTY, make_layer_data
 from hpcmoe.placement.search.warm import compile_all
-from hpcmoe.placement.solve import LEAST_SECONDS, PROPOSALS_TO_TIDY, adopt_memory, fits, narrow, widen
+from hpcmoe.placement.solve import LEAST_SECONDS, PROPOSALS_TO_TIDY, fits, match_memory, pad_slots, trim_slots
 
 LEAST_GAIN = 0.005  # of a layer's cost; for less nothing moves
 
 
-def resettle(problem, present, most_moves, orders):
-    """Search on from layouts [L, S] by solve's Orders -> layouts [L, S] that cost no more, what stays in its slot.
+def resettle(problem, present, most_moves, options):
+    """Search on from layouts [L, S] by solve's SearchOptions -> layouts [L, S] that cost no more, what stays in its slot.
 
-    In each layer at most most_moves copies come to ranks that lack them; those that do not help stay. Where present is
+    In each layer at most most_moves replicas come to ranks that lack them; those that do not help stay. Where present is
     less even than it must be, no rank strays further.
     """
     compile_all()
-    begun, most_of_node = time.perf_counter(), spread_memory(problem)
-    adopt_memory(problem, most_of_node, present)
-    settled, bounded = present.copy(), loosen(problem, present)
+    begun, most_of_node = time.perf_counter(), divide_memory(problem)
+    match_memory(problem, most_of_node, present)
+    settled, bounded = present.copy(), relax_evenness(problem, present)
     for layer in range(problem.num_layers):
-        terms = make_terms(problem, layer, stretch_limits(problem, most_of_node[layer], present[layer]))
-        start = narrow(problem, terms, present[layer])
-        if start is None or not fits(terms, start):  # it was laid by other limits: leave it
+        layer_data = make_layer_data(problem, layer, widen_limits(problem, most_of_node[layer], present[layer]))
+        start = trim_slots(problem, layer_data, present[layer])
+        if start is None or not fits(layer_data, start):  # it was laid by other limits: leave it
             continue
-        terms = terms._replace(stays=list_held(start, problem.num_experts), most_moves=np.int64(most_moves))
-        left = (begun + orders.seconds - time.perf_counter()) / (problem.num_layers - layer)
+        layer_data = layer_data._replace(
+            already_held=list_held(start, problem.num_experts), most_moves=np.int64(most_moves)
+        )
+        left = (begun + options.seconds - time.perf_counter()) / (problem.num_layers - layer)
         budget = Budget(
             seconds=max(left, LEAST_SECONDS),
-            proposals=orders.iterations,
+            proposals=options.iterations,
             goal=bound_layer(bounded, layer, most_of_node[layer]),
         )
-        found = improve(terms, start, (orders.seed, layer), budget).expert_at
-        found = clear_up(terms, found, (orders.seed, layer), PROPOSALS_TO_TIDY)
-        new = keep_slots(present[layer], widen(problem, found), problem.slots_per_rank)
-        new = spare_moves(problem, layer, present[layer], new, terms)
+        found = improve(layer_data, start, (options.seed, layer), budget).expert_at
+        found = clear_up(layer_data, found, (options.seed, layer), PROPOSALS_TO_TIDY)
+        new = keep_slots(present[layer], pad_slots(problem, found), problem.slots_per_rank)
+        new = spare_moves(problem, layer, present[layer], new, layer_data)
         new = keep_slots(present[layer], new, problem.slots_per_rank)
         before, after = (layer_seconds(problem, layer, experts) for experts in (present[layer], new))
         if after < before * (1 - LEAST_GAIN):
@@ -52,18 +54,18 @@ def resettle(problem, present, most_moves, orders):
 def list_held(expert_at, num_experts):
     """Tell which rank holds which expert: [P, s] -> bool [P, E]."""
     held = np.zeros((len(expert_at), num_experts), bool)
-    rank, slot = np.nonzero(expert_at != HOLE)
+    rank, slot = np.nonzero(expert_at != EMPTY)
     held[rank, expert_at[rank, slot]] = True
     return held
 
 
-def spare_moves(problem, layer, old, new, terms):
+def spare_moves(problem, layer, old, new, layer_data):
     """Take back what moved without need: slot by slot, as long as the layer costs no more; old, new [S] -> [S]."""
     limit = layer_seconds(problem, layer, new) * EQUAL
     for slot in np.flatnonzero(old != new):
         back = take_back(old, new, slot)
-        at = narrow(problem, terms, back)
-        if at is not None and fits(terms, at) and layer_seconds(problem, layer, back) <= limit:
+        at = trim_slots(problem, layer_data, back)
+        if at is not None and fits(layer_data, at) and layer_seconds(problem, layer, back) <= limit:
             new = back
     return new
 
@@ -71,7 +73,7 @@ def spare_moves(problem, layer, old, new, terms):
 def take_back(old, new, slot):
     """Give one slot what it had, and what it has to the slot where that went, or that it came from: [S] -> [S]."""
     had, has, back = old[slot], new[slot], new.copy()
-    went = (new == had) & (old != had) if had != HOLE else (new == HOLE) & (old == has)
+    went = (new == had) & (old != had) if had != EMPTY else (new == EMPTY) & (old == has)
     back[slot] = had
     back[np.flatnonzero(went & (new != has))[:1]] = has
     return back

@@ -4,9 +4,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcmoe.placement.cost import count_copies, counted, resource_seconds, share_out, tokens_on_links, tokens_on_ranks
+from hpcmoe.placement.cost import (
+    count_replicas,
+    list_resources,
+    make_nearest_shares,
+    resource_seconds,
+    tokens_on_links,
+    tokens_on_ranks,
+)
 
-EQUAL = 1 - 1e-9  # a resource this near to the busiest binds too
+_BINDING_RATIO = 1 - 1e-9  # a resource this near to the busiest binds too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +23,7 @@ class Usage:
     seconds: dict  # of each resource that the objective counts: its name -> [L, ...], as resource_seconds shapes it
     tokens: np.ndarray  # [L, nodes, nodes] from node to node; those that stay are on the diagonal
     served: np.ndarray  # [L, P] tokens that each rank's replicas compute on
-    copies: np.ndarray  # [L, nodes, E] replicas
+    replicas: np.ndarray  # [L, nodes, E] replicas
     tokens_of_expert: np.ndarray  # [L, nodes, E] that these replicas serve together
 
     @property
@@ -24,10 +31,10 @@ class Usage:
         """Find what each layer costs: its busiest resource -> seconds [L]."""
         return np.max([of_layers(array).max(axis=1, initial=0.0) for array in self.seconds.values()], axis=0)
 
-    def binding(self, layer):
+    def list_binding(self, layer):
         """List the resources as busy as a layer's busiest -> list of (name, index); none in an idle layer."""
         longest = self.layer_seconds[layer]
-        busy = [(name, np.argwhere(array[layer] >= longest * EQUAL)) for name, array in self.seconds.items()]
+        busy = [(name, np.argwhere(array[layer] >= longest * _BINDING_RATIO)) for name, array in self.seconds.items()]
         return [(name, tuple(index.tolist())) for name, rows in busy for index in rows] if longest > 0 else []
 
 
@@ -36,21 +43,21 @@ def of_layers(array):
     return array.reshape(len(array), -1)
 
 
-def measure_usage(problem, placement):
+def compute_usage(problem, placement):
     """Compute what a placement asks of every resource -> Usage."""
-    seconds, tokens, served, copies, tokens_of_expert = [], [], [], [], []
+    seconds, tokens, served, replicas, tokens_of_expert = [], [], [], [], []
     for layer, expert_of_replica in enumerate(placement.expert_of_replica):
-        share = share_out(problem, expert_of_replica) if placement.split is None else placement.split[layer]
+        share = make_nearest_shares(problem, expert_of_replica) if placement.split is None else placement.split[layer]
         seconds.append(resource_seconds(problem, layer, expert_of_replica, share))
         tokens.append(tokens_on_links(problem, layer, expert_of_replica, share))
         served.append(tokens_on_ranks(problem, layer, expert_of_replica, share))
-        copies.append(count_copies(problem, expert_of_replica))
+        replicas.append(count_replicas(problem, expert_of_replica))
         tokens_of_expert.append(tokens_on_experts(problem, layer, expert_of_replica, share))
     return Usage(
-        seconds={name: np.stack([of[name] for of in seconds]) for name in counted(problem.objective)},
+        seconds={name: np.stack([of[name] for of in seconds]) for name in list_resources(problem.objective)},
         tokens=np.stack(tokens),
         served=np.stack(served),
-        copies=np.stack(copies),
+        replicas=np.stack(replicas),
         tokens_of_expert=np.stack(tokens_of_expert),
     )
 

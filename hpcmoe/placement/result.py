@@ -1,14 +1,14 @@
-"""A placement: where every copy of every expert is, who sends it what, and what that costs."""
+"""A placement: where every replica of every expert is, who sends it what, and what that costs."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from hpcmoe.placement.cost import is_optimal, layer_seconds, share_out, tokens_on_links
+from hpcmoe.placement.cost import layer_seconds, make_nearest_shares, meets_bound, tokens_on_links
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spent:
+class SearchStats:
     """What a search took."""
 
     seconds: float = 0.0
@@ -31,10 +31,10 @@ class Placement:
     objective: str  # links, ports or step
     objective_seconds: float  # sum over layers of the busiest resource's seconds, one way
     lower_bound_seconds: float  # no placement costs less
-    cross_node_share: float  # of all token copies
+    cross_node_share: float  # of all assignments
     link_sigma: float  # std / mean of tokens per link between nodes, all layers together
     method: str  # packed, contiguous or eplb
-    spent: Spent
+    search_stats: SearchStats
 
     @property
     def num_ranks(self):
@@ -47,9 +47,9 @@ class Placement:
         return len(self.rank_of_replica) // self.num_ranks
 
     @property
-    def optimal(self):
+    def is_optimal(self):
         """Whether no placement costs less."""
-        return is_optimal(self.objective_seconds, self.lower_bound_seconds)
+        return meets_bound(self.objective_seconds, self.lower_bound_seconds)
 
     def experts_of_rank(self, layer, rank):
         """Find what is in a rank's slots -> [s] int64, -1 where empty."""
@@ -70,10 +70,10 @@ class Placement:
         return share
 
 
-def weigh(problem, expert_of_replica, bounds, method, spent, split=None):
+def evaluate(problem, expert_of_replica, bounds, method, search_stats, split=None):
     """Find what a layout [L, S] costs -> Placement; bounds [L] are seconds below which no layer can come."""
     layers = range(problem.num_layers)
-    shares = [share_out(problem, experts) for experts in expert_of_replica] if split is None else split
+    shares = [make_nearest_shares(problem, experts) for experts in expert_of_replica] if split is None else split
     tokens = sum(tokens_on_links(problem, layer, expert_of_replica[layer], shares[layer]) for layer in layers)
     crossing = tokens[~np.eye(len(tokens), dtype=bool)]
     return Placement(
@@ -93,5 +93,5 @@ def weigh(problem, expert_of_replica, bounds, method, spent, split=None):
         cross_node_share=float(crossing.sum() / tokens.sum()) if tokens.any() else 0.0,
         link_sigma=float(crossing.std() / crossing.mean()) if crossing.any() else 0.0,
         method=method,
-        spent=spent,
+        search_stats=search_stats,
     )

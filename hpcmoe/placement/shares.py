@@ -1,6 +1,6 @@
-"""How much of each node's tokens every copy of an expert takes: where "nearest first" leaves one part too busy.
+"""How much of each node's tokens every replica of an expert takes: where "nearest first" leaves one part too busy.
 
-The shares that make a layer's busiest resource least busy, for copies that stay where they are, are a linear program;
+The shares that make a layer's busiest resource least busy, for replicas that stay where they are, are a linear program;
 HiGHS solves it (Huangfu and Hall 2018, doi:10.1007/s12532-017-0130-5).
 """
 
@@ -10,30 +10,30 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import coo_array, hstack
 
-from hpcmoe.placement.cost import counted, layer_seconds, resource_seconds, share_out
+from hpcmoe.placement.cost import layer_seconds, list_resources, make_nearest_shares, resource_seconds
 
 MOST_VARIABLES = 20000  # of one layer's program; a larger one takes seconds
-LEAST_GAIN = 0.005  # of the objective; less is not worth leaving the nearest copy for
+_LEAST_GAIN = 0.005  # of the objective; less is not worth leaving the nearest replica for
 HOME_WEIGHT = 1e-4  # among shares that are as good, those with fewer tokens between nodes
 LEAST_SHARE = 1e-6
 
 
 def tune_shares(problem, expert_of_replica, seconds):
-    """Share out the tokens of copies [L, S] anew within the seconds -> split [L, nodes, S], or None without gain.
+    """Share out the tokens of replicas [L, S] anew within the seconds -> split [L, nodes, S], or None without gain.
 
-    A split sums to 1 over the copies of each expert, and is "nearest first" in layers that gain nothing.
+    A split sums to 1 over the replicas of each expert, and is "nearest first" in layers that gain nothing.
     """
     deadline, split, costs = time.perf_counter() + seconds, [], np.zeros((2, problem.num_layers))
     for layer, experts in enumerate(expert_of_replica):
-        nearest = share_out(problem, experts)
+        nearest = make_nearest_shares(problem, experts)
         if layer > 0 and same_layer(problem, layer, expert_of_replica):
             best = split[-1]
         else:
-            best = improve(problem, layer, experts, nearest, deadline - time.perf_counter())
+            best = improve_shares(problem, layer, experts, nearest, deadline - time.perf_counter())
         split.append(best)
         costs[:, layer] = [layer_seconds(problem, layer, experts, share) for share in (nearest, best)]
     before, after = costs.sum(axis=1)
-    return np.stack(split) if after < before * (1 - LEAST_GAIN) else None
+    return np.stack(split) if after < before * (1 - _LEAST_GAIN) else None
 
 
 def same_layer(problem, layer, expert_of_replica):
@@ -42,23 +42,23 @@ def same_layer(problem, layer, expert_of_replica):
     return all(np.array_equal(array[layer], array[layer - 1]) for array in of_layers)
 
 
-def improve(problem, layer, experts, nearest, seconds):
+def improve_shares(problem, layer, experts, nearest, seconds):
     """Find better shares [nodes, S] of a layer than the nearest ones, or hand these back."""
     used = experts >= 0
-    copies = np.bincount(experts[used], minlength=problem.num_experts)
-    open_slots = np.flatnonzero(used & (copies[experts] > 1))
+    replicas = np.bincount(experts[used], minlength=problem.num_experts)
+    open_slots = np.flatnonzero(used & (replicas[experts] > 1))
     asked = problem.demand(layer)[:, experts[open_slots]]  # [nodes, open slots] tokens
     sender, column = np.nonzero(asked)
     if not 0 < len(sender) <= MOST_VARIABLES or seconds <= 0:
         return nearest
 
-    found = solve(problem, layer, experts, nearest, (sender, open_slots[column], asked[sender, column]), seconds)
+    found = solve_shares(problem, layer, experts, nearest, (sender, open_slots[column], asked[sender, column]), seconds)
     if found is None:
         return nearest
     return min(nearest, found, key=lambda share: layer_seconds(problem, layer, experts, share))
 
 
-def solve(problem, layer, experts, nearest, choices, seconds):
+def solve_shares(problem, layer, experts, nearest, choices, seconds):
     """Solve a layer's linear program -> shares [nodes, S], or None when it ends without an answer.
 
     choices: sending node, slot, and that node's tokens for the slot's expert, [n] each. A variable a choice, its share;
@@ -73,7 +73,7 @@ def solve(problem, layer, experts, nearest, choices, seconds):
     fixed = nearest.copy()
     fixed[sender, slot] = 0.0
     busy = resource_seconds(problem, layer, experts, fixed)
-    base = np.concatenate([busy[name].ravel() for name in counted(problem.objective)])
+    base = np.concatenate([busy[name].ravel() for name in list_resources(problem.objective)])
     cost = cost_of_choices(problem, sender, slot, len(base)) * tokens
     within = hstack([cost / unit, coo_array(-np.ones((len(base), 1)))])
 
@@ -114,7 +114,7 @@ def cost_of_choices(problem, sender, slot, num_resources):
         "uplink_in": (racks[receiver], num_racks, between / problem.uplink_bytes_per_second[racks[receiver]]),
         "rank": (rank, problem.num_ranks, np.full(len(slot), problem.seconds_per_token)),
     }
-    places, sizes, costs = zip(*(cost_of[name] for name in counted(problem.objective)), strict=True)
+    places, sizes, costs = zip(*(cost_of[name] for name in list_resources(problem.objective)), strict=True)
     rows = np.concatenate([place + start for place, start in zip(places, np.cumsum((0, *sizes[:-1])), strict=True)])
     columns = np.tile(np.arange(len(slot)), len(sizes))
     costs = np.concatenate(costs)

@@ -13,24 +13,31 @@ from hpcmoe.errors import PlacementError
 from hpcmoe.placement.bounds.bounds import bound_layer
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.problem import check_problem
-from hpcmoe.placement.quotas import keeps_even, limit_ranks, loosen, room_of_node, spread_memory, usable_of_node
-from hpcmoe.placement.result import Spent, weigh
+from hpcmoe.placement.quotas import (
+    divide_memory,
+    has_even_ranks,
+    make_limits,
+    max_replicas_of_node,
+    relax_evenness,
+    usable_of_node,
+)
+from hpcmoe.placement.result import SearchStats, evaluate
 from hpcmoe.placement.search.anneal import EQUAL, Budget, clear_up, improve
 from hpcmoe.placement.search.balance_node import seat_evenly
-from hpcmoe.placement.search.layer_data import HOLE, Measure, make_layout, make_terms
+from hpcmoe.placement.search.layer_data import EMPTY, SmoothMax, make_layer_data, make_state
 from hpcmoe.placement.search.memory_trades import MOST_NODES, shift_memory
-from hpcmoe.placement.search.moves import most_seconds, rebuild
+from hpcmoe.placement.search.moves import max_seconds, rebuild
 from hpcmoe.placement.search.seeds import Kept, lay_as_eplb, lay_contiguous, lay_packed
 from hpcmoe.placement.search.warm import compile_all
 
-LARGE = 2**20  # nodes x nodes x experts: from here on a seed takes tens of milliseconds
+_LARGE = 2**20  # nodes x nodes x experts: from here on a seed takes tens of milliseconds
 LEAST_SECONDS = 1e-3  # of a layer's search, however late
-PART_FOR_SHIFTS = 0.3  # of the time, where the layers compete for memory
+_PART_FOR_TRADES = 0.3  # of the time, where the layers compete for memory
 PROPOSALS_TO_TIDY = 10_000  # to break ties in a layer
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Orders:
+class SearchOptions:
     """How to search."""
 
     seconds: float = 1.0  # for all layers
@@ -39,65 +46,68 @@ class Orders:
     start: np.ndarray | None = None  # [L, S], a placement that the answer must not be worse than, if it is as even
 
 
-def make_placement(problem, method="packed", **orders):
+def make_placement(problem, method="packed", **options):
     """Lay all layers' experts on the ranks -> Placement; PlacementError when they do not fit.
 
-    method: "packed" searches, by Orders, and may then take half as long again to prove how good the answer is;
+    method: "packed" searches, by SearchOptions, and may then take half as long again to prove how good the answer is;
     "contiguous" and "eplb" do as they do, and raise where that breaks a limit of memory.
     """
     # 1 Check that there is a placement. 2 Spread the memory over the layers.
     check_problem(problem)
-    orders, most_of_node = Orders(**orders), spread_memory(problem)
-    if orders.start is not None and not keeps_even(problem, orders.start):
-        orders = dataclasses.replace(orders, start=None)
+    options, most_of_node = SearchOptions(**options), divide_memory(problem)
+    if options.start is not None and not has_even_ranks(problem, options.start):
+        options = dataclasses.replace(options, start=None)
     lower = [None] * problem.num_layers
     match method:
-        case "packed" if (plain := lay_for_nothing(problem, most_of_node, orders)) is not None:
-            layouts, spent, seconds = plain, Spent(), 0.0
+        case "packed" if (plain := place_without_search(problem, most_of_node, options)) is not None:
+            layouts, search_stats, seconds = plain, SearchStats(), 0.0
         case "packed":
             compile_all()
-            adopt_memory(problem, most_of_node, orders.start)
-            layouts, spent, counted = search_layers(problem, most_of_node, orders)
-            if is_free(problem):  # else a layer may get more memory than what was counted with
+            match_memory(problem, most_of_node, options.start)
+            layouts, search_stats, counted = search_layers(problem, most_of_node, options)
+            if has_ample_memory(problem):  # else a layer may get more memory than what was counted with
                 lower = counted
-            seconds = orders.seconds / 2
+            seconds = options.seconds / 2
         case "contiguous" | "eplb":
-            layouts = [lay_plainly(problem, most_of_node, k, method) for k in layers_of(problem)]
-            spent, seconds = Spent(), 0.0
+            layouts = [place_by_rule(problem, most_of_node, k, method) for k in layers_of(problem)]
+            search_stats, seconds = SearchStats(), 0.0
         case _:
             raise ValueError(method)
 
     # 7 Bound every layer from below. 8 Weigh it all.
-    expert_of_replica = np.stack([widen(problem, expert_at) for expert_at in layouts])
-    used = np.bincount(problem.node_of_slot, (expert_of_replica != HOLE).sum(axis=0), problem.num_nodes)
-    assert (used <= problem.memory_copies).all(), "a node holds more than its memory"
+    expert_of_replica = np.stack([pad_slots(problem, expert_at) for expert_at in layouts])
+    used = np.bincount(problem.node_of_slot, (expert_of_replica != EMPTY).sum(axis=0), problem.num_nodes)
+    assert (used <= problem.memory_replicas).all(), "a node holds more than its memory"
     bounds = bound_layers(problem, expert_of_replica, lower, seconds)
-    return weigh(problem, expert_of_replica, bounds, method, spent)
+    return evaluate(problem, expert_of_replica, bounds, method, search_stats)
 
 
-def lay_for_nothing(problem, most_of_node, orders):
+def place_without_search(problem, most_of_node, options):
     """Lay contiguously where no search can gain: on one node, at the bound in every layer -> layouts, else None.
 
     Within a node nothing travels that another layout would spare; a placement to start from is searched on from.
     """
-    if problem.num_nodes > 1 or orders.start is not None:
+    if problem.num_nodes > 1 or options.start is not None:
         return None
     layouts = []
     for layer in layers_of(problem):
-        terms = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer]))
-        expert_at, bound = lay_contiguous(terms), bound_layer(problem, layer, most_of_node[layer])
-        if not fits(terms, expert_at) or layer_seconds(problem, layer, widen(problem, expert_at)) > bound * EQUAL:
+        layer_data = make_layer_data(problem, layer, make_limits(problem, most_of_node[layer]))
+        expert_at, bound = lay_contiguous(layer_data), bound_layer(problem, layer, most_of_node[layer])
+        if (
+            not fits(layer_data, expert_at)
+            or layer_seconds(problem, layer, pad_slots(problem, expert_at)) > bound * EQUAL
+        ):
             return None
-        layouts.append(expert_at if terms.rank_cost > 0 else seat_evenly(terms, expert_at))
+        layouts.append(expert_at if layer_data.rank_cost > 0 else seat_evenly(layer_data, expert_at))
     return layouts
 
 
 def compare_methods(problem, methods):
     """Find what placements by these methods would cost -> dict method: seconds, None where it does not fit."""
-    seconds_of_method, most_of_node = {}, spread_memory(problem)
+    seconds_of_method, most_of_node = {}, divide_memory(problem)
     for method in methods:
         try:
-            layouts = [widen(problem, lay_plainly(problem, most_of_node, k, method)) for k in layers_of(problem)]
+            layouts = [pad_slots(problem, place_by_rule(problem, most_of_node, k, method)) for k in layers_of(problem)]
         except PlacementError:
             seconds_of_method[method] = None
         else:
@@ -105,9 +115,9 @@ def compare_methods(problem, methods):
     return seconds_of_method
 
 
-def is_free(problem):
+def has_ample_memory(problem):
     """Tell whether the experts of all slots that may be filled fit the memory, so that layers do not compete for it."""
-    return bool((problem.memory_copies >= usable_of_node(problem) * problem.num_layers).all())
+    return bool((problem.memory_replicas >= usable_of_node(problem) * problem.num_layers).all())
 
 
 def layers_of(problem):
@@ -115,52 +125,52 @@ def layers_of(problem):
     return range(problem.num_layers)
 
 
-def lay_plainly(problem, most_of_node, layer, method):
+def place_by_rule(problem, most_of_node, layer, method):
     """Lay one layer by a method that does not search -> [P, s]; PlacementError where it does not fit the memory."""
-    terms = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer]))
-    expert_at = lay_contiguous(terms) if method == "contiguous" else lay_as_eplb(terms)
-    if not fits(terms, expert_at):
+    layer_data = make_layer_data(problem, layer, make_limits(problem, most_of_node[layer]))
+    expert_at = lay_contiguous(layer_data) if method == "contiguous" else lay_as_eplb(layer_data)
+    if not fits(layer_data, expert_at):
         raise PlacementError(f"{method} placement: layer {layer} does not fit the memory of every node")
     return expert_at
 
 
-def fits(terms, expert_at):
+def fits(layer_data, expert_at):
     """Tell whether a layout [P, s] keeps to the limits and has every expert, on no rank twice."""
-    held = expert_at != HOLE
+    held = expert_at != EMPTY
     count, ordered = held.sum(axis=1), np.sort(expert_at, axis=1)
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != HOLE)
-    of_node = np.bincount(terms.node_of_rank, count, len(terms.most_of_node))
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY)
+    of_node = np.bincount(layer_data.node_of_rank, count, len(layer_data.most_of_node))
     return (
-        len(np.unique(expert_at[held])) == len(terms.tokens)
+        len(np.unique(expert_at[held])) == len(layer_data.tokens)
         and not twice.any()
-        and (count <= terms.most_of_rank).all()
-        and (count >= terms.fewest_of_rank).all()
-        and (of_node <= terms.most_of_node).all()
+        and (count <= layer_data.most_of_rank).all()
+        and (count >= layer_data.fewest_of_rank).all()
+        and (of_node <= layer_data.most_of_node).all()
     )
 
 
-def search_layers(problem, most_of_node, orders):
-    """Search every layer -> (layouts [P, s] of the layers, Spent, a bound of each from counting: seconds [L]).
+def search_layers(problem, most_of_node, options):
+    """Search every layer -> (layouts [P, s] of the layers, SearchStats, a bound of each from counting: seconds [L]).
 
     most_of_node [L, nodes] is what each layer may hold; it may change.
     """
-    begun, first_alike = time.perf_counter(), find_alike(problem, most_of_node)
-    competing = not is_free(problem) and problem.num_layers > 1 and problem.num_nodes <= MOST_NODES
-    until = begun + orders.seconds * (1 - PART_FOR_SHIFTS * competing)
-    found, lower = search_each(problem, most_of_node, orders, sorted(set(first_alike)), until)
-    layouts, cut_short = [found[layer].expert_at for layer in first_alike], any(f.cut_short for f in found.values())
+    begun, first_equal = time.perf_counter(), find_equal_layers(problem, most_of_node)
+    competing = not has_ample_memory(problem) and problem.num_layers > 1 and problem.num_nodes <= MOST_NODES
+    until = begun + options.seconds * (1 - _PART_FOR_TRADES * competing)
+    found, lower = search_each(problem, most_of_node, options, sorted(set(first_equal)), until)
+    layouts, cut_short = [found[layer].expert_at for layer in first_equal], any(f.cut_short for f in found.values())
 
     # 5 Shift memory between the layers, where they compete for it.
     if competing:
-        layouts = shift_memory(problem, most_of_node, layouts, begun + orders.seconds, orders.seed)
-        cut_short |= time.perf_counter() >= begun + orders.seconds
-        layouts = search_on(problem, most_of_node, layouts, orders, begun + orders.seconds)
+        layouts = shift_memory(problem, most_of_node, layouts, begun + options.seconds, options.seed)
+        cut_short |= time.perf_counter() >= begun + options.seconds
+        layouts = search_on(problem, most_of_node, layouts, options, begun + options.seconds)
     num_proposals = sum(of_layer.num_proposals for of_layer in found.values())
-    spent = Spent(seconds=time.perf_counter() - begun, num_proposals=num_proposals, cut_short=cut_short)
-    return layouts, spent, [lower[layer] for layer in first_alike]
+    search_stats = SearchStats(seconds=time.perf_counter() - begun, num_proposals=num_proposals, cut_short=cut_short)
+    return layouts, search_stats, [lower[layer] for layer in first_equal]
 
 
-def search_each(problem, most_of_node, orders, layers, until):
+def search_each(problem, most_of_node, options, layers, until):
     """Search some layers one after the other until a time -> (Found by layer, bound by layer)."""
     found, lower, kept = {}, {}, None
     for done, layer in enumerate(layers):
@@ -168,32 +178,35 @@ def search_each(problem, most_of_node, orders, layers, until):
         share = max(until - begun, 0.0) / (len(layers) - done)
 
         # 3 Lay seeds, and take the best. 4 Search on from it. 6 Break ties.
-        terms = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer]))
-        start = None if orders.start is None else narrow(problem, terms, orders.start[layer])
-        expert_at, kept = best_seed(terms, start, kept)
-        lower[layer] = bound_layer(problem, layer, np.minimum(room_of_node(problem), most_of_node[layer]))
+        layer_data = make_layer_data(problem, layer, make_limits(problem, most_of_node[layer]))
+        start = None if options.start is None else trim_slots(problem, layer_data, options.start[layer])
+        expert_at, kept = find_best_seed(layer_data, start, kept)
+        lower[layer] = bound_layer(problem, layer, np.minimum(max_replicas_of_node(problem), most_of_node[layer]))
         left = max(begun + share - time.perf_counter(), LEAST_SECONDS)
-        budget = Budget(seconds=left, proposals=orders.iterations, goal=lower[layer])
-        best = improve(terms, expert_at, (orders.seed, layer), budget)
-        tidied = break_ties(terms, best.expert_at, (orders.seed, layer))
+        budget = Budget(seconds=left, proposals=options.iterations, goal=lower[layer])
+        best = improve(layer_data, expert_at, (options.seed, layer), budget)
+        tidied = break_ties(layer_data, best.expert_at, (options.seed, layer))
         found[layer] = dataclasses.replace(best, expert_at=tidied)
     return found, lower
 
 
-def search_on(problem, most_of_node, layouts, orders, until):
+def search_on(problem, most_of_node, layouts, options, until):
     """Spend what the trades have left on every layer again, where time is what counts, and break ties -> layouts."""
     searched = []
     for layer, expert_at in enumerate(layouts):
-        terms, seed = make_terms(problem, layer, limit_ranks(problem, most_of_node[layer])), (orders.seed, layer, 1)
+        layer_data, seed = (
+            make_layer_data(problem, layer, make_limits(problem, most_of_node[layer])),
+            (options.seed, layer, 1),
+        )
         share = (until - time.perf_counter()) / (len(layouts) - layer)
-        if share > LEAST_SECONDS and not orders.iterations:
-            goal = bound_layer(problem, layer, np.minimum(room_of_node(problem), most_of_node[layer]))
-            expert_at = improve(terms, expert_at, seed, Budget(seconds=share, goal=goal)).expert_at
-        searched.append(break_ties(terms, expert_at, seed))
+        if share > LEAST_SECONDS and not options.iterations:
+            goal = bound_layer(problem, layer, np.minimum(max_replicas_of_node(problem), most_of_node[layer]))
+            expert_at = improve(layer_data, expert_at, seed, Budget(seconds=share, goal=goal)).expert_at
+        searched.append(break_ties(layer_data, expert_at, seed))
     return searched
 
 
-def find_alike(problem, most_of_node):
+def find_equal_layers(problem, most_of_node):
     """Find the first layer that asks for the same and may hold the same as each layer -> list [L]."""
     first_of_content = {}
     return [
@@ -202,31 +215,31 @@ def find_alike(problem, most_of_node):
     ]
 
 
-def best_seed(terms, start, kept):
+def find_best_seed(layer_data, start, kept):
     """Lay all seeds -> (the best [P, s], the Kept that those of its kind are best with).
 
     start [P, s] or None is one more seed. kept is what was best in an earlier layer; on a large cluster no other is
     tried again.
     """
-    ways = choose_kept(terms, kept)
-    packed = [lay_packed(terms, way) for way in ways]
-    others = [lay_contiguous(terms), lay_contiguous(terms, spread=False), lay_as_eplb(terms), start]
-    layouts = packed + [expert_at for expert_at in others if expert_at is not None and fits(terms, expert_at)]
-    costs = [cost_of(terms, expert_at) for expert_at in layouts]
+    ways = choose_kept(layer_data, kept)
+    packed = [lay_packed(layer_data, way) for way in ways]
+    others = [lay_contiguous(layer_data), lay_contiguous(layer_data, spread=False), lay_as_eplb(layer_data), start]
+    layouts = packed + [expert_at for expert_at in others if expert_at is not None and fits(layer_data, expert_at)]
+    costs = [evaluate_seconds(layer_data, expert_at) for expert_at in layouts]
     return layouts[np.argmin(costs)], ways[np.argmin(costs[: len(ways)])]
 
 
-def choose_kept(terms, kept):
+def choose_kept(layer_data, kept):
     """List what nodes and racks may keep of their own hottest experts, to try it -> list of Kept."""
-    if not terms.replicate:
+    if not layer_data.replicate:
         return [Kept()]
-    (num_nodes, num_experts), num_racks = terms.demand.shape, len(terms.uplink_cost)
-    is_large = num_nodes**2 * num_experts > LARGE
+    (num_nodes, num_experts), num_racks = layer_data.demand.shape, len(layer_data.uplink_cost)
+    is_large = num_nodes**2 * num_experts > _LARGE
     if is_large and kept is not None:
         return [kept]
-    ways = [Kept(of_node=n) for n in choose_numbers(terms.most_of_node.max(), num_experts, 4 if is_large else 8)]
+    ways = [Kept(of_node=n) for n in choose_numbers(layer_data.most_of_node.max(), num_experts, 4 if is_large else 8)]
     if num_racks > 1:
-        of_rack = np.bincount(terms.rack_of_node, terms.most_of_node).max()
+        of_rack = np.bincount(layer_data.rack_of_node, layer_data.most_of_node).max()
         ways += [Kept(of_rack=n) for n in choose_numbers(of_rack, num_experts, 4)[1:]]
         ways += [
             Kept(of_node=1, of_rack=n) for n in choose_numbers(of_rack - num_nodes / num_racks, num_experts, 3)[1:]
@@ -239,43 +252,43 @@ def choose_numbers(most, num_experts, count):
     return np.unique(np.linspace(0, max(min(most, num_experts), 0), count).astype(int)).tolist()
 
 
-def cost_of(terms, expert_at):
+def evaluate_seconds(layer_data, expert_at):
     """Find how long a layout's busiest resource is busy -> seconds."""
-    layout, log = make_layout(terms, expert_at)
-    rebuild(terms, layout, log, Measure(1.0, 0))
-    return most_seconds(terms, layout, log, False)
+    state, log = make_state(layer_data, expert_at)
+    rebuild(layer_data, state, log, SmoothMax(1.0, 0))
+    return max_seconds(layer_data, state, log, False)
 
 
-def break_ties(terms, expert_at, seed):
+def break_ties(layer_data, expert_at, seed):
     """Let fewer tokens leave their nodes, and the ranks of a node be as busy as each other: at no cost -> [P, s]."""
-    expert_at = clear_up(terms, expert_at, seed, PROPOSALS_TO_TIDY)
-    return expert_at if terms.rank_cost > 0 else seat_evenly(terms, expert_at)
+    expert_at = clear_up(layer_data, expert_at, seed, PROPOSALS_TO_TIDY)
+    return expert_at if layer_data.rank_cost > 0 else seat_evenly(layer_data, expert_at)
 
 
-def adopt_memory(problem, most_of_node, start):
+def match_memory(problem, most_of_node, start):
     """Spread the memory over the layers as a placement [L, S] to start from does, where it fits; in place."""
     if start is None:
         return
     nodes = problem.node_of_slot
-    used = np.stack([np.bincount(nodes[row != HOLE], minlength=problem.num_nodes) for row in start])
-    if (used.sum(axis=0) <= np.minimum(problem.memory_copies, problem.slots_of_node * problem.num_layers)).all():
+    used = np.stack([np.bincount(nodes[row != EMPTY], minlength=problem.num_nodes) for row in start])
+    if (used.sum(axis=0) <= np.minimum(problem.memory_replicas, problem.slots_of_node * problem.num_layers)).all():
         for node in np.flatnonzero((most_of_node < used).any(axis=0)):
             rest = max(most_of_node[:, node].sum() - used[:, node].sum(), 0)
             room = np.cumsum(np.maximum(usable_of_node(problem)[node] - used[:, node], 0))
             most_of_node[:, node] = used[:, node] + np.diff(np.minimum(room, rest), prepend=0)
 
 
-def narrow(problem, terms, experts):
+def trim_slots(problem, layer_data, experts):
     """Lay a layer's slots [S] out by ranks, without the slots that no rank may use -> [P, s'], or None."""
     expert_at = -np.sort(-experts.reshape(problem.num_ranks, -1), axis=1)  # the empty slots last
-    most = terms.most_of_rank.max()
-    return expert_at[:, :most].copy() if (expert_at[:, most:] == HOLE).all() else None
+    most = layer_data.most_of_rank.max()
+    return expert_at[:, :most].copy() if (expert_at[:, most:] == EMPTY).all() else None
 
 
-def widen(problem, expert_at):
+def pad_slots(problem, expert_at):
     """Give every rank all its slots, the unused ones empty: [P, s'] -> [S]."""
     missing = problem.slots_per_rank - expert_at.shape[1]
-    return np.pad(expert_at, ((0, 0), (0, missing)), constant_values=HOLE).ravel()
+    return np.pad(expert_at, ((0, 0), (0, missing)), constant_values=EMPTY).ravel()
 
 
 def bound_layers(problem, expert_of_replica, lower, seconds):
@@ -283,13 +296,13 @@ def bound_layers(problem, expert_of_replica, lower, seconds):
 
     lower [L]: what is known already; None where nothing is.
     """
-    problem = loosen(problem, expert_of_replica)
-    room = room_of_node(problem)
-    first_alike = find_alike(problem, np.broadcast_to(room, (problem.num_layers, len(room))))
-    deadline, left, bounds = time.perf_counter() + seconds, len(set(first_alike)), []
+    problem = relax_evenness(problem, expert_of_replica)
+    room = max_replicas_of_node(problem)
+    first_equal = find_equal_layers(problem, np.broadcast_to(room, (problem.num_layers, len(room))))
+    deadline, left, bounds = time.perf_counter() + seconds, len(set(first_equal)), []
     for layer in layers_of(problem):
-        if first_alike[layer] < layer:
-            bounds.append(bounds[first_alike[layer]])
+        if first_equal[layer] < layer:
+            bounds.append(bounds[first_equal[layer]])
             continue
         share = max(deadline - time.perf_counter(), 0.0) / left
         incumbent = layer_seconds(problem, layer, expert_of_replica[layer])

@@ -7,7 +7,7 @@ import numpy as np
 from hpcmoe.errors import ClusterError, PlacementError
 from hpcmoe.experts.shapes import estimate_expert
 from hpcmoe.model.text import NUM_BYTES
-from hpcmoe.placement.problem import in_units
+from hpcmoe.placement.problem import format_size
 
 FLOAT32_BYTES = 4  # bytes
 GPU_LIBRARY_BYTES = 10**9  # of a rank's GPU for CUDA's kernels and cuBLAS, 0.2 GB on an H200, and holes in torch's pool
@@ -63,7 +63,7 @@ class MemoryBudget:
     def __str__(self):
         """Say what each rank needs besides experts."""
         parts = join_needs(self.needs, ", ")
-        return f"of its node's {self.what} each rank needs {in_units(sum(self.needs.values()))} besides: {parts}"
+        return f"of its node's {self.what} each rank needs {format_size(sum(self.needs.values()))} besides: {parts}"
 
 
 def make_budget(topology, memory, process_bytes, share_of_gpu, num_communicators=0):
@@ -110,8 +110,8 @@ def check_host(topology, num_ranks, needs):
         if needed > there:
             parts = join_needs(needs, " + ")
             raise ClusterError(
-                f"{list_names([topology.node_names[node]])}: {ranks} ranks x ({parts}) = {in_units(needed)} do not fit "
-                f"into the {in_units(there)} of its memory; fewer ranks a node, or [write] asynchronous = false"
+                f"{list_names([topology.node_names[node]])}: {ranks} ranks x ({parts}) = {format_size(needed)} do not fit "
+                f"into the {format_size(there)} of its memory; fewer ranks a node, or [write] asynchronous = false"
             )
 
 
@@ -131,8 +131,8 @@ def describe_budget(budget, topology, expert_bytes, num_layers):
     for node, name in enumerate(topology.node_names):
         left = int(budget.bytes_for_experts[node])
         line = (
-            f"{in_units(int(budget.node_bytes[node]))} - {budget.num_ranks[node]} ranks x ({besides}) = {in_units(left)} "
-            f"for experts of {in_units(expert_bytes)}, holds {left // (expert_bytes * num_layers)} a layer"
+            f"{format_size(int(budget.node_bytes[node]))} - {budget.num_ranks[node]} ranks x ({besides}) = {format_size(left)} "
+            f"for experts of {format_size(expert_bytes)}, holds {left // (expert_bytes * num_layers)} a layer"
         )
         names_of_line.setdefault(line, []).append(name)
     return [f"{budget.what} of {list_names(names)}: {line}" for line, names in names_of_line.items()]
@@ -140,7 +140,7 @@ def describe_budget(budget, topology, expert_bytes, num_layers):
 
 def join_needs(needs, between):
     """Write out what needs how many bytes, but for what needs none."""
-    return between.join(f"{name} {in_units(num_bytes)}" for name, num_bytes in needs.items() if num_bytes)
+    return between.join(f"{name} {format_size(num_bytes)}" for name, num_bytes in needs.items() if num_bytes)
 
 
 def list_names(names):

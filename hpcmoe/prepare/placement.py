@@ -14,9 +14,9 @@ from hpcmoe.placement.demand import make_probability
 from hpcmoe.placement.files.checks import find_overflow
 from hpcmoe.placement.files.maps import read_map
 from hpcmoe.placement.groups import fold_groups, fold_memory, fold_probability, list_groups
-from hpcmoe.placement.problem import PlacementProblem, slots_for
+from hpcmoe.placement.problem import PlacementProblem, count_slots_per_rank
 from hpcmoe.placement.quotas import describe_unevenness
-from hpcmoe.placement.result import Placement, Spent, weigh
+from hpcmoe.placement.result import Placement, SearchStats, evaluate
 from hpcmoe.wait import barrier, gather_to_all
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def make_run_problem(config, topology, mesh, budget, bytes_of_expert, demand):
     return PlacementProblem(
         num_layers=model.num_layers,
         num_experts=model.num_experts,
-        slots_per_rank=slots_for(model.num_experts, mesh.expert_parallel, cluster.spare_slots_per_rank),
+        slots_per_rank=count_slots_per_rank(model.num_experts, mesh.expert_parallel, cluster.spare_slots_per_rank),
         replicate=cluster.replicate,
         memory_bytes=fold_memory(rank_bytes, groups, network["node_of_rank"], mesh.tensor_parallel),
         expert_bytes=bytes_of_expert,
@@ -77,7 +77,7 @@ def time_expert(config, mesh, rows, device):
 
 
 def place_experts(problem, config, budget):
-    """Solve the placement problem, and weigh what else could have been -> RunPlacement; PlacementError tells the memory.
+    """Solve the placement problem, and evaluate what else could have been -> RunPlacement; PlacementError tells the memory.
 
     Raises ConfigError where rates and seconds are such that no time can be computed from them.
     """
@@ -147,7 +147,7 @@ def evaluate_layouts(problem, config, layouts, method, seconds):
     from hpcmoe.placement.solve import bound_layers
 
     begun, bounds = time.perf_counter(), bound_layers(problem, layouts, [None] * problem.num_layers, seconds)
-    return tune_placement(problem, config, weigh(problem, layouts, bounds, method, Spent()), begun)
+    return tune_placement(problem, config, evaluate(problem, layouts, bounds, method, SearchStats()), begun)
 
 
 def tune_placement(problem, config, placement, begun):
@@ -163,9 +163,9 @@ def tune_placement(problem, config, placement, begun):
 
     # The search's bound is that of nearest copies; whatever the shares, no layer is done before all ranks have worked.
     even = problem.num_layers * problem.tokens_of_rank.sum() * problem.seconds_per_token / problem.num_ranks
-    spent = dataclasses.replace(placement.spent, seconds=time.perf_counter() - begun)
+    search_stats = dataclasses.replace(placement.search_stats, seconds=time.perf_counter() - begun)
     bounds = [min(placement.lower_bound_seconds, even)]
-    return weigh(problem, placement.expert_of_replica, bounds, placement.method, spent, split)
+    return evaluate(problem, placement.expert_of_replica, bounds, placement.method, search_stats, split)
 
 
 def format_placement(layout, cluster):
@@ -173,12 +173,12 @@ def format_placement(layout, cluster):
     placement = layout.placement
     yield (
         f"placement {placement.method}: objective {placement.objective} {1e3 * placement.objective_seconds:.4g} ms a "
-        f"step, lower bound {1e3 * placement.lower_bound_seconds:.4g} ms{', optimal' * placement.optimal}"
+        f"step, lower bound {1e3 * placement.lower_bound_seconds:.4g} ms{', optimal' * placement.is_optimal}"
         + "".join(f"; {method} {format_milliseconds(seconds)}" for method, seconds in layout.seconds_of_method.items())
     )
-    if placement.spent.cut_short:
+    if placement.search_stats.cut_short:
         yield (
-            f"the clock ended the search after {placement.spent.seconds:.2f} s, before [cluster] search_iterations = "
+            f"the clock ended the search after {placement.search_stats.seconds:.2f} s, before [cluster] search_iterations = "
             f"{cluster.search_iterations}: another run may place its experts otherwise; more [cluster] search_seconds "
             "or fewer iterations make runs repeat"
         )
@@ -201,7 +201,7 @@ def describe_placement(records, layout):
         records.describe("cluster", name, getattr(placement, name))
     for name in ("objective_seconds", "lower_bound_seconds"):
         records.describe("cluster", name, getattr(placement, name), "s")
-    records.describe("cluster", "search_seconds", placement.spent.seconds, "s")
-    records.describe("cluster", "search_proposals", placement.spent.num_proposals)
+    records.describe("cluster", "search_seconds", placement.search_stats.seconds, "s")
+    records.describe("cluster", "search_proposals", placement.search_stats.num_proposals)
     for method, seconds in layout.seconds_of_method.items():
         records.describe("cluster", f"{method}_seconds", np.nan if seconds is None else seconds, "s")

@@ -7,7 +7,7 @@ import numpy as np
 
 from hpcmoe.errors import on_all
 from hpcmoe.experts.shapes import estimate_expert
-from hpcmoe.placement.problem import in_units
+from hpcmoe.placement.problem import format_size
 from hpcmoe.prepare.budget import FLOAT32_BYTES, count_dense_parameters, may_use_gpus, share_gpu_memory
 from hpcmoe.wait import gather_to_all
 
@@ -54,8 +54,8 @@ def choose_tensor_parallel(config, num_ranks, rank_bytes):
     ]  # fmt: skip
     chosen = next((n for n in may_share if needed <= n * left), 1)
     return chosen, (
-        f"an expert with its state takes {in_units(needed)}, a rank has {in_units(rank_bytes)} - dense parts "
-        f"{in_units(dense)} = {in_units(left)}: tensor_parallel {chosen}"
+        f"an expert with its state takes {format_size(needed)}, a rank has {format_size(rank_bytes)} - dense parts "
+        f"{format_size(dense)} = {format_size(left)}: tensor_parallel {chosen}"
         + " does not suffice"
         * (needed > chosen * left)
     )

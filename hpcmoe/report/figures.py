@@ -22,12 +22,12 @@ def draw(problem, placement, usage, path, kind, layer):
     if problem.num_nodes <= MOST_NODES_IN_A_RING:
         draw_ring(figure, problem, usage, layer)
         shown = f"layer {layer} of {problem.num_layers}: {1e3 * usage.layer_seconds[layer]:.4g} ms"
-        names = [name_resource(problem, *resource) for resource in usage.binding(layer)]
+        names = [name_resource(problem, *resource) for resource in usage.list_binding(layer)]
         shown += f" ({', '.join(names[:MOST_NAMED_RESOURCES])})" if names else ""
     else:
         draw_maps(figure, problem, usage)
         shown = f"sums over {problem.num_layers} layers"
-    bound = "optimal" if placement.optimal else f"lower bound {1e3 * placement.lower_bound_seconds:.4g} ms"
+    bound = "optimal" if placement.is_optimal else f"lower bound {1e3 * placement.lower_bound_seconds:.4g} ms"
     figure.suptitle(
         f"objective {problem.objective}: {1e3 * placement.objective_seconds:.4g} ms a step ({bound})\n"
         f"{problem.num_experts} experts on {problem.num_ranks} ranks of {problem.num_nodes} nodes; {shown}"
@@ -51,7 +51,7 @@ def draw_ring(figure, problem, usage, layer):
     seconds = {name: array[layer] for name, array in usage.seconds.items()}
     draw_racks(axes, problem, seconds, angle, radius)
     draw_links(figure, axes, problem, usage.tokens[layer], discs)
-    draw_experts(figure, axes, usage.tokens_of_expert[layer], usage.copies[layer], discs)
+    draw_experts(figure, axes, usage.tokens_of_expert[layer], usage.replicas[layer], discs)
     for node, (x, y) in enumerate(centre * (1 + radius + 0.15)):
         text = problem.node_names[node] + there_and_back(seconds, "egress", "ingress", node)
         axes.text(x, y, text, ha="center", va="center", fontsize=8, zorder=5)
@@ -134,7 +134,7 @@ def draw_maps(figure, problem, usage):
             "sends": ms_bytes * crossing.sum(axis=1) / problem.egress_bytes_per_second,
             "receives": ms_bytes * crossing.sum(axis=0) / problem.ingress_bytes_per_second,
         }),
-        ("experts, copies in all layers", {"copies": usage.copies.sum(axis=(0, 2))}),
+        ("experts, copies in all layers", {"copies": usage.replicas.sum(axis=(0, 2))}),
         ("tokens served", {"tokens": usage.tokens.sum(axis=(0, 1))}),
     )):  # fmt: skip
         axes = figure.add_subplot(grid[row, 1])

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 from tabulate import tabulate
 
-from hpcmoe.placement.problem import in_units
+from hpcmoe.placement.problem import format_size
 from hpcmoe.placement.resources import name_resource
 
 MOST_NODES = 16  # rows of the table of nodes; of a larger cluster those that serve most
@@ -65,7 +65,7 @@ def rows_of_figures(problem, placement, usage, rivals, layer):
         ("cross-node share", f"{placement.cross_node_share:.3f}", "of all token copies"),
         ("sigma of links", f"{placement.link_sigma:.3f}", "std/mean of tokens per link between nodes"),
         ("busiest rank", f"{of_rank.max() / max(of_rank.mean(), 1e-300):.3f}", "of the mean rank's tokens"),
-        ("search", f"{placement.spent.seconds:.2f}", f"s, {placement.spent.num_proposals} proposals"),
+        ("search", f"{placement.search_stats.seconds:.2f}", f"s, {placement.search_stats.num_proposals} proposals"),
         (f"layers unlike layer {layer}", f"{other.sum()}", f"of {layers} have their experts elsewhere"),
     ]
 
@@ -73,7 +73,7 @@ def rows_of_figures(problem, placement, usage, rivals, layer):
 def gap(placement):
     """Say how far a placement is from what none can be below."""
     cost, bound = placement.objective_seconds, placement.lower_bound_seconds
-    if placement.optimal:
+    if placement.is_optimal:
         return "ms; met: optimal"
     return f"ms; the objective is {100 * (cost / bound - 1):.2f} % above" if bound > 0 else "ms; tells nothing here"
 
@@ -86,7 +86,7 @@ def headers_of_nodes(layer):
 def rows_of_nodes(problem, usage, layer):
     """List the nodes: their experts of one layer, copies and memory of all layers, tokens served in all layers."""
     tokens = usage.tokens.sum(axis=(0, 1))  # [nodes]
-    copies = usage.copies.sum(axis=(0, 2))
+    copies = usage.replicas.sum(axis=(0, 2))
     shown = np.arange(problem.num_nodes)
     if len(shown) > MOST_NODES:
         shown = np.argsort(-tokens, kind="stable")[:MOST_NODES]
@@ -95,10 +95,10 @@ def rows_of_nodes(problem, usage, layer):
             problem.node_names[node],
             f"{problem.rack_of_node[node]}",
             f"{problem.ranks_of_node[node]}",
-            compress(np.repeat(np.arange(problem.num_experts), usage.copies[layer, node])),
+            compress(np.repeat(np.arange(problem.num_experts), usage.replicas[layer, node])),
             f"{copies[node]}",
-            in_units(int(copies[node] * problem.expert_bytes)),
-            in_units(int(problem.memory_bytes[node])),
+            format_size(int(copies[node] * problem.expert_bytes)),
+            format_size(int(problem.memory_bytes[node])),
             f"{tokens[node]:.0f}",
             f"{tokens[node] / max(tokens.mean(), 1e-300):.3f}",
         )
@@ -145,7 +145,7 @@ def rows_of_binding(problem, usage):
     """
     layers_of_kind, seconds = {}, usage.layer_seconds
     for layer in range(problem.num_layers):
-        if binding := usage.binding(layer):
+        if binding := usage.list_binding(layer):
             layers_of_kind.setdefault(KINDS[binding[0][0]], []).append((layer, binding))
     rows = []
     for kind, layers in layers_of_kind.items():

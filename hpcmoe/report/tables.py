@@ -135,10 +135,10 @@ def rows_of_placement(job):
         ("placement", placement.method, f"{placement.slots_per_rank} slots a rank and layer"),
         (f"  objective {placement.objective}", f"{1e3 * placement.objective_seconds:.4f}",
          f"ms a step, {meaning[placement.objective]}"),
-        ("  lower bound", f"{1e3 * placement.lower_bound_seconds:.4f}", f"ms a step{', optimal' * placement.optimal}"),
+        ("  lower bound", f"{1e3 * placement.lower_bound_seconds:.4f}", f"ms a step{', optimal' * placement.is_optimal}"),
         *others,
         ("  tokens between nodes", f"{100 * placement.cross_node_share:.1f}", "% of the copies, as placed"),
-        ("  search", f"{placement.spent.seconds:.3f}", "s"),
+        ("  search", f"{placement.search_stats.seconds:.3f}", "s"),
     ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from hpcmoe.dispatch.host import Exchange
 from hpcmoe.errors import ClusterError, keep_on_root, on_all, on_root
 from hpcmoe.model.language import make_model
 from hpcmoe.model.text import Text
-from hpcmoe.placement.problem import PlacementProblem, slots_for
+from hpcmoe.placement.problem import PlacementProblem, count_slots_per_rank
 from hpcmoe.prepare.budget import MemoryBudget, make_budget, share_gpu_memory
 from hpcmoe.prepare.gpus import (
     find_communicators,
@@ -73,7 +73,7 @@ def open_job(config, topology, mesh, split, loads):
     kind, trains = select_backend(config, world, device), config.run.mode == "train"
 
     # Estimate what a rank needs besides experts, and place these in the rest of the memory.
-    slots = slots_for(config.model.num_experts, mesh.expert_parallel, config.cluster.spare_slots_per_rank)
+    slots = count_slots_per_rank(config.model.num_experts, mesh.expert_parallel, config.cluster.spare_slots_per_rank)
     routes = find_routes(config, topology, mesh, slots)
     if kind == "window":
         sizes = on_all(world, lambda: make_host_sizes(config, topology, mesh, routes))

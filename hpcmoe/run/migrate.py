@@ -12,7 +12,7 @@ from torch import nn
 
 from hpcmoe.experts.feed_forward import make_empty_weights
 from hpcmoe.model.language import dress, make_chooser
-from hpcmoe.placement.search.layer_data import HOLE
+from hpcmoe.placement.search.layer_data import EMPTY
 from hpcmoe.prepare.memory import STAGING_BYTES
 from hpcmoe.run.optimizer import MOMENTS
 from hpcmoe.wait import until_done
@@ -123,12 +123,12 @@ def seat(job, layer, placement):
     block, mesh = job.stepper.network.layers[layer], job.mesh
     held = [p.experts_of_rank(layer, mesh.expert_index).tolist() for p in (job.placement, placement)]
     for slot, (before, after) in enumerate(zip(*held, strict=True)):
-        if before == HOLE != after:
+        if before == EMPTY != after:
             expert = dress(job.config, make_empty_weights(job.config, mesh.tensor_index, mesh.tensor_parallel))
             block.experts.replicas[slot] = expert.to(job.stepper.network.device.torch_device)
-        elif after == HOLE != before:
+        elif after == EMPTY != before:
             block.experts.replicas[slot] = nn.Identity()
-    if any((before == HOLE) != (after == HOLE) for before, after in zip(*held, strict=True)):
+    if any((before == EMPTY) != (after == EMPTY) for before, after in zip(*held, strict=True)):
         block.experts.stack_weights()
     block.chooser = make_chooser(job.config, mesh, placement, layer)
 

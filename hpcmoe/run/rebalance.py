@@ -126,10 +126,12 @@ def propose(job, tokens, step):
 def search_nearby(job, problem):
     """Search on from where the experts are -> (RunPlacement, Moves)."""
     from hpcmoe.placement.refine import resettle  # imports numba and scipy: rank 0 alone pays for it
-    from hpcmoe.placement.solve import Orders
+    from hpcmoe.placement.solve import SearchOptions
 
     cluster, present = job.config.cluster, job.placement.expert_of_replica
-    orders = Orders(seconds=cluster.search_seconds, iterations=cluster.search_iterations, seed=job.config.run.seed)
+    orders = SearchOptions(
+        seconds=cluster.search_seconds, iterations=cluster.search_iterations, seed=job.config.run.seed
+    )
     layouts = resettle(problem, present, cluster.rebalance_moves, orders)
     layout = compare_with_methods(problem, job.config, evaluate_layouts(problem, job.config, layouts, "packed", 0.0))
     return layout, list_moves(problem, present, layouts)

@@ -18,7 +18,7 @@ def try_all(problem, layer, room):
 
 
 def cheapest_by_counts(problem, layer):
-    """Try every layout of a layer -> dict of the copies on each node -> seconds of the cheapest."""
+    """Try every layout of a layer -> dict of the replicas on each node -> seconds of the cheapest."""
     seconds_of_counts = {}
     for slots, counts in every_layout(problem):
         seconds = layer_seconds(problem, layer, slots)
@@ -27,25 +27,25 @@ def cheapest_by_counts(problem, layer):
 
 
 def every_layout(problem):
-    """List every layout, ranks of a node in any one order -> iterator of [S] and the copies on each node.
+    """List every layout, ranks of a node in any one order -> iterator of [S] and the replicas on each node.
 
-    The nodes' ranks must adjoin. Single copies are shared evenly where the problem asks for it.
+    The nodes' ranks must adjoin. Single replicas are shared evenly where the problem asks for it.
     """
     slots, experts = problem.slots_per_rank, range(problem.num_experts)
     sets = [some + (-1,) * (slots - num) for num in range(slots + 1) for some in itertools.combinations(experts, num)]
     of_node = [itertools.combinations_with_replacement(sets, int(num)) for num in problem.ranks_of_node]
     for nodes in itertools.product(*of_node):
         expert_of_slot = np.array([expert for ranks in nodes for some in ranks for expert in some], np.int64)
-        copies = np.bincount(expert_of_slot[expert_of_slot >= 0], minlength=problem.num_experts)
+        replicas = np.bincount(expert_of_slot[expert_of_slot >= 0], minlength=problem.num_experts)
         on_rank = [sum(expert >= 0 for expert in some) for ranks in nodes for some in ranks]
         if problem.even and not problem.replicate and np.ptp(on_rank) > 1:
             continue
-        if copies.min() > 0 and (problem.replicate or copies.max() == 1):
+        if replicas.min() > 0 and (problem.replicate or replicas.max() == 1):
             yield expert_of_slot, tuple(sum(expert >= 0 for some in ranks for expert in some) for ranks in nodes)
 
 
 def solve_single(problem, layer, room):
-    """Solve a layer of single copies in whole numbers -> seconds of the cheapest; latency does not count.
+    """Solve a layer of single replicas in whole numbers -> seconds of the cheapest; latency does not count.
 
     Variables: x[n, e], expert e on node n, node after node, and the seconds of the busiest resource. Written from the
     definitions of links, ports, uplinks and ranks, apart from all that finds bounds.

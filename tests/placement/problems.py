@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from hpcmoe.placement.problem import OBJECTIVES, PlacementProblem
-from hpcmoe.placement.quotas import limit_ranks, spread_memory
-from hpcmoe.placement.search.layer_data import HOLE, make_terms
+from hpcmoe.placement.quotas import divide_memory, make_limits
+from hpcmoe.placement.search.layer_data import EMPTY, make_layer_data
 
 EXPERT_BYTES = 1000
 
@@ -53,8 +53,8 @@ def problems(draw, tight=False):
         "node_of_rank": np.array(draw(st.permutations(np.repeat(np.arange(len(num_slots)), ranks_of_node).tolist()))),
     }
     if tight:
-        copies = [draw(st.integers(0, int(number) * num_layers)) for number in num_slots]
-        changes["memory_bytes"] = np.array(copies) * EXPERT_BYTES + draw(st.integers(0, EXPERT_BYTES - 1))
+        replicas = [draw(st.integers(0, int(number) * num_layers)) for number in num_slots]
+        changes["memory_bytes"] = np.array(replicas) * EXPERT_BYTES + draw(st.integers(0, EXPERT_BYTES - 1))
     num_experts = draw(st.integers(1, int(num_slots.sum())))
     seed, num_racks = draw(st.integers(0, 999)), draw(st.integers(1, len(num_slots)))
     return make_problem(ranks_of_node, num_experts, slots, seed, num_layers, num_racks, **changes)
@@ -66,15 +66,15 @@ def has_place(problem):
     return problem.num_experts <= problem.slots_of_node.sum() and problem.num_experts * problem.num_layers <= room.sum()
 
 
-def terms_of(problem, layer=0):
-    """Lay down what the search of a layer looks up, with the memory spread over the layers -> Terms."""
-    return make_terms(problem, layer, limit_ranks(problem, spread_memory(problem)[layer]))
+def layer_data_of(problem, layer=0):
+    """Lay down what the search of a layer looks up, with the memory spread over the layers -> LayerData."""
+    return make_layer_data(problem, layer, make_limits(problem, divide_memory(problem)[layer]))
 
 
 def scatter(problem, seed):
-    """Lay every expert anywhere, and where there may be more copies of it, some -> expert_at [P, s]."""
+    """Lay every expert anywhere, and where there may be more replicas of it, some -> expert_at [P, s]."""
     rng = np.random.default_rng(seed)
-    expert_at = np.full((problem.num_ranks, problem.slots_per_rank), HOLE)
+    expert_at = np.full((problem.num_ranks, problem.slots_per_rank), EMPTY)
     free = rng.permutation(expert_at.size)
     expert_at.flat[free[: problem.num_experts]] = np.arange(problem.num_experts)
     if problem.replicate:
@@ -86,16 +86,16 @@ def scatter(problem, seed):
     return expert_at
 
 
-def assert_layer_is_placed(terms, expert_at):
+def assert_layer_is_placed(layer_data, expert_at):
     """Check a layer [P, s]: all experts there, none twice on a rank, all limits kept."""
-    held = [[expert for expert in rank if expert != HOLE] for rank in expert_at.tolist()]
+    held = [[expert for expert in rank if expert != EMPTY] for rank in expert_at.tolist()]
     assert all(len(experts) == len(set(experts)) for experts in held)
-    copies = np.bincount([expert for experts in held for expert in experts], minlength=len(terms.tokens))
-    assert len(copies) == len(terms.tokens) and copies.min() >= 1
-    if not terms.replicate:
-        assert copies.max() == 1
+    replicas = np.bincount([expert for experts in held for expert in experts], minlength=len(layer_data.tokens))
+    assert len(replicas) == len(layer_data.tokens) and replicas.min() >= 1
+    if not layer_data.replicate:
+        assert replicas.max() == 1
 
     on_rank = np.array([len(experts) for experts in held])
-    assert (terms.fewest_of_rank <= on_rank).all() and (on_rank <= terms.most_of_rank).all()
-    on_node = np.bincount(terms.node_of_rank, on_rank, len(terms.most_of_node))
-    assert (on_node <= terms.most_of_node).all()
+    assert (layer_data.fewest_of_rank <= on_rank).all() and (on_rank <= layer_data.most_of_rank).all()
+    on_node = np.bincount(layer_data.node_of_rank, on_rank, len(layer_data.most_of_node))
+    assert (on_node <= layer_data.most_of_node).all()

@@ -1,4 +1,4 @@
-"""What a layout costs, against the definition: token by token, copy by copy, in plain loops."""
+"""What a layout costs, against the definition: token by token, replica by replica, in plain loops."""
 
 import dataclasses
 from collections import Counter
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from placement.problems import make_problem, problems, scatter
 
-from hpcmoe.placement.cost import counted, layer_seconds, merit, nearest, resource_seconds, share_out
+from hpcmoe.placement.cost import layer_seconds, list_resources, make_nearest_shares, merit, nearest, resource_seconds
 from hpcmoe.placement.problem import OBJECTIVES
 
 
@@ -19,7 +19,7 @@ def tier_of(problem, i, j):
 
 
 def follow_tokens(problem, slots):
-    """Send every node's tokens to their copies -> Counter of tokens by (from node, to node, rank)."""
+    """Send every node's tokens to their replicas -> Counter of tokens by (from node, to node, rank)."""
     rank_of_slot = np.repeat(np.arange(problem.num_ranks), problem.slots_per_rank)
     tokens = Counter()
     for i in range(problem.num_nodes):
@@ -35,7 +35,11 @@ def follow_tokens(problem, slots):
 
 def seconds_by_definition(problem, slots):
     """Find the seconds of each resource -> dict of Counters."""
-    seconds, size, rack = {name: Counter() for name in counted("step")}, problem.bytes_per_token, problem.rack_of_node
+    seconds, size, rack = (
+        {name: Counter() for name in list_resources("step")},
+        problem.bytes_per_token,
+        problem.rack_of_node,
+    )
     for (i, j, g), number in follow_tokens(problem, slots).items():
         seconds["rank"][g] += number * problem.seconds_per_token
         if i != j:
@@ -74,16 +78,16 @@ def test_each_objective_counts_what_the_one_before_does_and_more(problem, seed):
 
 
 def test_shares_go_to_the_nearest_tier_evenly():
-    # Nodes 0 and 1 are one rack, 2 and 3 the other; the copies are on nodes 0 and 2, two on node 2.
+    # Nodes 0 and 1 are one rack, 2 and 3 the other; the replicas are on nodes 0 and 2, two on node 2.
     problem = make_problem([1, 1, 2, 1], 1, 1, num_racks=2)
-    share = share_out(problem, np.array([0, -1, 0, 0, -1]))
+    share = make_nearest_shares(problem, np.array([0, -1, 0, 0, -1]))
     expected = [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0.5, 0.5, 0], [0, 0, 0.5, 0.5, 0]]  # own, rack's, own, rack's
     np.testing.assert_allclose(share, expected)
-    far = share_out(problem, np.array([-1, -1, 0, 0, -1]))[[0]]
+    far = make_nearest_shares(problem, np.array([-1, -1, 0, 0, -1]))[[0]]
     np.testing.assert_allclose(far, [[0, 0, 0.5, 0.5, 0]])  # none near: anywhere
 
 
-def test_the_nearest_tier_and_its_copies():
+def test_the_nearest_tier_and_its_replicas():
     problem = make_problem([1, 1, 2, 1], 1, 1, num_racks=2)
     tier, number = nearest(problem, np.array([[0], [1], [2], [0]]))
     assert (tier.ravel().tolist(), number.ravel().tolist()) == ([1, 0, 0, 1], [1, 1, 2, 2])
@@ -115,4 +119,4 @@ def test_of_equally_busy_layouts_the_better_has_fewer_crossing_tokens_then_the_l
 
 def test_an_unknown_objective_is_a_bug():
     with pytest.raises(ValueError, match="speed"):
-        counted("speed")
+        list_resources("speed")

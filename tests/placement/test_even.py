@@ -1,4 +1,4 @@
-"""Single copies are shared evenly: floor or ceil of E / P experts on every rank and layer, where memory allows it."""
+"""Single replicas are shared evenly: floor or ceil of E / P experts on every rank and layer, where memory allows it."""
 
 import dataclasses
 import itertools
@@ -14,10 +14,10 @@ from placement.problems import EXPERT_BYTES, make_problem
 from hpcmoe import place
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.files.maps import check_map
-from hpcmoe.placement.problem import OBJECTIVES, slots_for
-from hpcmoe.placement.quotas import count_of_rank, describe_unevenness, keeps_even, limit_ranks
+from hpcmoe.placement.problem import OBJECTIVES, count_slots_per_rank
+from hpcmoe.placement.quotas import count_of_rank, describe_unevenness, has_even_ranks, make_limits
 from hpcmoe.placement.refine import resettle
-from hpcmoe.placement.solve import Orders, make_placement
+from hpcmoe.placement.solve import SearchOptions, make_placement
 
 QUICK = {"iterations": 1000, "seconds": 1.0}
 
@@ -48,7 +48,7 @@ def skew(problem, seed, power):
     ],
 )
 def test_every_method_is_even(experts, ranks_of_node, spare, objective):
-    slots = slots_for(experts, sum(ranks_of_node), spare)
+    slots = count_slots_per_rank(experts, sum(ranks_of_node), spare)
     problem = make_problem(ranks_of_node, experts, slots, num_layers=3, num_racks=2, objective=objective)
     problem = skew(problem, experts, 6)
     for method in ("packed", "contiguous", "eplb"):
@@ -110,7 +110,7 @@ def test_where_a_node_lacks_memory_the_others_share_evenly_and_it_is_told():
     count = count_of_rank(problem, placement.expert_of_replica)
     assert np.sort(count[:, [0, 1, 4, 5]], axis=1).tolist() == [[1, 1, 1, 2]] * 2
     assert np.sort(count[:, 2:4], axis=1).tolist() == [[0, 1]] * 2
-    assert keeps_even(problem, placement.expert_of_replica)
+    assert has_even_ranks(problem, placement.expert_of_replica)
     assert describe_unevenness(problem, placement.expert_of_replica) == (
         "ranks hold 0 to 2 experts of a layer; E / ranks = 6 / 6 would be 1: node b has memory for 2 experts, of 4 "
         "(1 x 2 ranks x 2 layers)"
@@ -144,10 +144,10 @@ def test_experts_that_move_stay_even_or_stray_no_further():
         problem = skew(make_problem([2, 2], 5, 2, seed, num_layers=2, objective=objective), seed, 5)
         even = make_placement(problem, "contiguous").expert_of_replica
         later = skew(problem, seed + 99, 5)
-        assert_is_even(problem, resettle(later, even, 2, Orders(**QUICK)))
+        assert_is_even(problem, resettle(later, even, 2, SearchOptions(**QUICK)))
 
         before = np.array([UNEVEN, UNEVEN])
-        count = count_of_rank(problem, resettle(later, before, 8, Orders(**QUICK)))
+        count = count_of_rank(problem, resettle(later, before, 8, SearchOptions(**QUICK)))
         was = count_of_rank(problem, before)
         assert (count >= np.minimum(was, 1)).all() and (count <= np.maximum(was, 2)).all()
 
@@ -157,9 +157,9 @@ def test_a_start_that_is_uneven_does_not_make_the_answer_so():
     assert_is_even(problem, make_placement(problem, start=np.array([UNEVEN]), **QUICK).expert_of_replica)
 
 
-def test_copies_need_not_be_even():
+def test_replicas_need_not_be_even():
     problem = make_problem([2, 2], 5, 2, replicate=True)
-    fewest, most, _ = limit_ranks(problem, problem.slots_of_node)
+    fewest, most, _ = make_limits(problem, problem.slots_of_node)
     assert fewest.tolist() == [0] * 4 and most.tolist() == [2] * 4
 
 

@@ -16,7 +16,7 @@ from hpcmoe.placement.solve import compare_methods, make_placement
 
 LARGEST = {"single": 1.003, "copied": 1.08}  # ratio to the best known
 MEAN_OF_COPIED = 1.02
-LEAST_BOUND = 0.9  # of the best known, for single copies
+LEAST_BOUND = 0.9  # of the best known, for single replicas
 PROPOSALS = {"16 x 16": 25000, "64 x 64": 150000, "256 x 1024": 200000}  # a layer; the first are those of 100 ms
 SECONDS = {"16 x 16": 2.0, "64 x 64": 5.0, "256 x 1024": 20.0}  # far more than they take; half as long for bounds
 COPIED = [name for name, family in FAMILIES.items() if family.replicate]
@@ -47,18 +47,18 @@ def solved(request, own_seconds):
     known, found = read_best_known(), {}
     for case in cases_of(request.param):
         placement, best = solve(case), known[name_case(*case)]["best_seconds"]
-        assert not placement.spent.cut_short, case
+        assert not placement.search_stats.cut_short, case
         found[case] = placement.objective_seconds / best, placement.lower_bound_seconds / best, placement
     return found
 
 
-def test_single_copies_cost_as_little_as_the_best_known_and_nearly_their_bound(solved):
+def test_single_replicas_cost_as_little_as_the_best_known_and_nearly_their_bound(solved):
     found = {case: figures for case, figures in solved.items() if case[0] not in COPIED}
     assert {case: ratio for case, (ratio, _, _) in found.items() if ratio > LARGEST["single"]} == {}
     assert {case: bound for case, (_, bound, _) in found.items() if bound < LEAST_BOUND} == {}
 
 
-def test_copies_cost_little_more_than_the_best_known(solved):
+def test_replicas_cost_little_more_than_the_best_known(solved):
     ratios = {case: ratio for case, (ratio, _, _) in solved.items() if case[0] in COPIED}
     assert {case: ratio for case, ratio in ratios.items() if ratio > LARGEST["copied"]} == {}
     assert np.mean(list(ratios.values())) <= MEAN_OF_COPIED, ratios
@@ -86,8 +86,8 @@ def test_what_counts_more_costs_more():
 def test_it_is_optimal_where_it_meets_its_bound(solved):
     for case, (_, _, placement) in solved.items():
         met = placement.lower_bound_seconds >= placement.objective_seconds * (1 - 1e-5)
-        assert placement.optimal == met, case
-    single = [placement.optimal for case, (_, _, placement) in solved.items() if case[0] not in COPIED]
+        assert placement.is_optimal == met, case
+    single = [placement.is_optimal for case, (_, _, placement) in solved.items() if case[0] not in COPIED]
     assert np.mean(single) > 0.4
 
 

@@ -1,4 +1,4 @@
-"""Which copies move and from where, what a move costs, and the rule by which it is made."""
+"""Which replicas move and from where, what a move costs, and the rule by which it is made."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from placement.problems import make_problem
 
-from hpcmoe.placement.cost import resource_seconds, share_out
+from hpcmoe.placement.cost import make_nearest_shares, resource_seconds
 from hpcmoe.placement.migrate import judge, keep_slots, layers_seconds, list_moves, move_seconds, standard_error
 
 
@@ -38,7 +38,7 @@ def test_an_arrival_takes_the_slot_of_who_leaves_before_an_empty_one():
     assert keep_slots(np.array([0, -1, 1]), np.array([2, 1, -1]), 3).tolist() == [2, -1, 1]
 
 
-def test_each_copy_comes_from_the_nearest_holder_that_has_least_to_send():
+def test_each_replica_comes_from_the_nearest_holder_that_has_least_to_send():
     problem = make_plain()
     old, new = np.array([[0, 0, 1, 2]]), np.array([[0, 2, 0, 1]])
     moves = list_moves(problem, old, new)
@@ -76,7 +76,7 @@ def test_a_layer_costs_its_busiest_resource_as_often_as_it_is_used():
         seconds = resource_seconds(problem, layer, experts)
         most = {name: array.max() * (3 if name == "rank" else 4) for name, array in seconds.items()}
         assert taken[layer] == max(most.values())
-    split = np.stack([share_out(problem, experts) for experts in layouts])
+    split = np.stack([make_nearest_shares(problem, experts) for experts in layouts])
     assert (layers_seconds(problem, layouts, split, (4, 3)) == taken).all()
     ports = dataclasses.replace(problem, objective="links")
     assert (layers_seconds(ports, layouts, None, (4, 3)) < taken).any()

@@ -37,7 +37,7 @@ def make_even(ranks_of_node, num_experts, slots, **changes):
 def test_one_node_that_is_evenly_loaded_is_placed_without_a_search(ranks, experts, slots, objective):
     problem = make_even([ranks], experts, slots, objective=objective)
     placement = make_placement(problem, seconds=0.1)
-    assert placement.optimal and placement.method == "packed" and placement.spent.num_proposals == 0
+    assert placement.is_optimal and placement.method == "packed" and placement.search_stats.num_proposals == 0
     assert set(placement.expert_of_replica[placement.expert_of_replica >= 0]) == set(range(experts))
 
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from placement.problems import EXPERT_BYTES, has_place, make_problem, problems
 
-from hpcmoe.placement.quotas import limit_ranks, spread_memory, usable_of_node
+from hpcmoe.placement.quotas import divide_memory, make_limits, usable_of_node
 
 
 @given(problems(tight=True))
 def test_all_memory_is_spread_evenly_and_each_layer_has_its_part(problem):
-    most = spread_memory(problem)
+    most = divide_memory(problem)
     usable = np.minimum(problem.memory_bytes // problem.expert_bytes, usable_of_node(problem) * problem.num_layers)
     assert most.sum(axis=0).tolist() == usable.tolist()
     assert (np.ptp(most, axis=0) <= 1).all() and (most <= problem.slots_of_node).all()
@@ -24,7 +24,7 @@ def test_all_memory_is_spread_evenly_and_each_layer_has_its_part(problem):
 def test_what_does_not_divide_goes_to_one_layer_after_the_other():
     problem = make_problem([2, 2, 2], 4, 2, num_layers=3, even=False)
     memory = np.array([7, 5, 4]) * EXPERT_BYTES
-    most = spread_memory(dataclasses.replace(problem, memory_bytes=memory + 999))  # less than one more expert
+    most = divide_memory(dataclasses.replace(problem, memory_bytes=memory + 999))  # less than one more expert
     assert most.tolist() == [[3, 1, 2], [2, 2, 1], [2, 2, 1]]
 
 
@@ -42,12 +42,12 @@ def test_what_does_not_divide_goes_to_one_layer_after_the_other():
 )
 def test_even_ranks(ranks, experts, slots, room, fewest, most_of_rank, most_of_node):
     problem = make_problem(ranks, experts, slots, memory_bytes=np.array(room) * EXPERT_BYTES)
-    found = [limit.tolist() for limit in limit_ranks(problem, np.array(room))]
+    found = [limit.tolist() for limit in make_limits(problem, np.array(room))]
     assert found == [fewest, [most_of_rank] * sum(ranks), most_of_node]
 
 
 @pytest.mark.parametrize("changes", [{"even": False}, {"even": True, "replicate": True}])
 def test_ranks_that_need_not_be_even_are_free(changes):
     problem = make_problem([2, 2], 5, 2, **changes)
-    found = [limit.tolist() for limit in limit_ranks(problem, np.array([1, 4]))]
+    found = [limit.tolist() for limit in make_limits(problem, np.array([1, 4]))]
     assert found == [[0] * 4, [2] * 4, [1, 4]]

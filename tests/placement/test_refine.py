@@ -1,4 +1,4 @@
-"""From a placement few copies move, to a better one; none moves where nothing is gained."""
+"""From a placement few replicas move, to a better one; none moves where nothing is gained."""
 
 import dataclasses
 
@@ -9,10 +9,10 @@ from placement.problems import make_problem, problems
 
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.refine import resettle, take_back
-from hpcmoe.placement.search.layer_data import HOLE
-from hpcmoe.placement.solve import Orders, make_placement
+from hpcmoe.placement.search.layer_data import EMPTY
+from hpcmoe.placement.solve import SearchOptions, make_placement
 
-ORDERS = Orders(seconds=20.0, iterations=1000)
+ORDERS = SearchOptions(seconds=20.0, iterations=1000)
 
 
 def cost(problem, layouts):
@@ -26,10 +26,10 @@ def drift(problem, seed, share=0.4):
 
 
 def count_arrivals(problem, old, new):
-    """Copies on ranks that lacked them, of each layer."""
+    """Replicas on ranks that lacked them, of each layer."""
     shape = len(old), problem.num_ranks, -1
     return [
-        sum(len(set(now) - set(before) - {HOLE}) for before, now in zip(*pair, strict=True))
+        sum(len(set(now) - set(before) - {EMPTY}) for before, now in zip(*pair, strict=True))
         for pair in zip(old.reshape(shape).tolist(), new.reshape(shape).tolist(), strict=True)
     ]
 
@@ -45,15 +45,15 @@ def test_a_layout_nearby_is_valid_costs_no_more_and_moves_few(problem):
         assert max(count_arrivals(problem, present, settled)) <= most_moves
         rows = settled.reshape(problem.num_layers, problem.num_ranks, -1)
         for before, now in zip(present.reshape(rows.shape), rows, strict=True):
-            held = now[now != HOLE]
+            held = now[now != EMPTY]
             assert set(held) == set(range(problem.num_experts))
-            assert all(len(set(r[r != HOLE])) == (r != HOLE).sum() for r in now)
+            assert all(len(set(r[r != EMPTY])) == (r != EMPTY).sum() for r in now)
             assert problem.replicate or len(held) == problem.num_experts
             for was, iss in zip(before, now, strict=True):  # what stays on a rank stays in its slot
-                stays = np.isin(was, iss) & (was != HOLE)
+                stays = np.isin(was, iss) & (was != EMPTY)
                 assert (was[stays] == iss[stays]).all()
-        used = np.bincount(problem.node_of_slot, (settled != HOLE).sum(axis=0), problem.num_nodes)
-        assert (used <= problem.memory_copies).all()
+        used = np.bincount(problem.node_of_slot, (settled != EMPTY).sum(axis=0), problem.num_nodes)
+        assert (used <= problem.memory_replicas).all()
 
 
 def test_memory_that_is_short_is_kept_to():
@@ -61,19 +61,19 @@ def test_memory_that_is_short_is_kept_to():
     present = make_placement(problem, seconds=5.0, iterations=200).expert_of_replica
     for seed in range(5):
         settled = resettle(drift(problem, seed, share=1.0), present, 4, ORDERS)
-        assert (np.bincount(problem.node_of_slot, (settled != HOLE).sum(axis=0)) <= [11, 9]).all()
+        assert (np.bincount(problem.node_of_slot, (settled != EMPTY).sum(axis=0)) <= [11, 9]).all()
 
 
 @pytest.mark.parametrize("replicate", [False, True])
 def test_few_moves_win_back_most_of_what_a_drift_has_cost(replicate):
-    """The cold solve moves many times more copies and gains little beyond."""
+    """The cold solve moves many times more replicas and gains little beyond."""
     kept, cold_moves, moves = [], 0, 0
     for seed in range(3):
         problem = make_problem([2] * 8, 16, 2, seed, objective="ports", num_racks=2, replicate=replicate)
         present = make_placement(problem, seconds=20.0, iterations=20000).expert_of_replica
         problem = drift(problem, seed, share=0.2)
         cold = make_placement(problem, seconds=20.0, iterations=20000).expert_of_replica
-        settled = resettle(problem, present, 8, Orders(seconds=20.0, iterations=20000))
+        settled = resettle(problem, present, 8, SearchOptions(seconds=20.0, iterations=20000))
         kept.append(cost(problem, settled)[0] / cost(problem, cold)[0])
         moves += count_arrivals(problem, present, settled)[0]
         cold_moves += count_arrivals(problem, present, cold)[0]
@@ -96,9 +96,9 @@ def test_the_same_iterations_give_the_same_layout():
 
 
 def test_a_slot_is_given_back_what_it_had():
-    old = np.array([0, 1, 2, HOLE])
-    assert take_back(old, np.array([1, 2, 0, HOLE]), 0).tolist() == [0, 2, 1, HOLE]  # a cycle becomes shorter
-    assert take_back(old, np.array([0, 1, HOLE, 2]), 3).tolist() == [0, 1, 2, HOLE]  # back to where it came from
-    assert take_back(old, np.array([0, 1, HOLE, 2]), 2).tolist() == [0, 1, 2, HOLE]
+    old = np.array([0, 1, 2, EMPTY])
+    assert take_back(old, np.array([1, 2, 0, EMPTY]), 0).tolist() == [0, 2, 1, EMPTY]  # a cycle becomes shorter
+    assert take_back(old, np.array([0, 1, EMPTY, 2]), 3).tolist() == [0, 1, 2, EMPTY]  # back to where it came from
+    assert take_back(old, np.array([0, 1, EMPTY, 2]), 2).tolist() == [0, 1, 2, EMPTY]
     assert take_back(old, np.array([0, 0, 2, 1]), 1).tolist() == [0, 1, 2, 0]
-    assert take_back(old, np.array([2, 1, 2, HOLE]), 0).tolist() == [0, 1, 2, HOLE]  # a second copy goes
+    assert take_back(old, np.array([2, 1, 2, EMPTY]), 0).tolist() == [0, 1, 2, EMPTY]  # a second replica goes

@@ -7,7 +7,7 @@ import pytest
 from cases import make_case, make_domains, write_case
 
 from hpcmoe.placement.files.case import read_case
-from hpcmoe.placement.resources import measure_usage, name_resource
+from hpcmoe.placement.resources import compute_usage, name_resource
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def problem(tmp_path):
 
 
 def spread(problem, seed=0):
-    """Lay experts out with copies and empty slots: every expert once, then some again."""
+    """Lay experts out with replicas and empty slots: every expert once, then some again."""
     rng = np.random.default_rng(seed)
     slots = problem.num_ranks * problem.slots_per_rank
     layers = [[*rng.permutation(problem.num_experts), *rng.permutation(problem.num_experts)[:5], -1, -1, -1][:slots]
@@ -26,9 +26,9 @@ def spread(problem, seed=0):
     return SimpleNamespace(expert_of_replica=np.array(layers), split=None)
 
 
-def test_tokens_are_counted_as_they_go_to_the_nearest_copies(problem):
+def test_tokens_are_counted_as_they_go_to_the_nearest_replicas(problem):
     placement = spread(problem)
-    usage = measure_usage(problem, placement)
+    usage = compute_usage(problem, placement)
     node_of_slot = np.repeat(problem.node_of_rank, 2)
     tokens, of_expert = np.zeros((2, 4, 4)), np.zeros((2, 4, 8))
     for layer, source, expert in np.ndindex(2, 4, 8):
@@ -42,15 +42,15 @@ def test_tokens_are_counted_as_they_go_to_the_nearest_copies(problem):
     np.testing.assert_allclose(usage.tokens, tokens)
     np.testing.assert_allclose(usage.tokens_of_expert, of_expert)
     np.testing.assert_allclose(usage.served.sum(axis=1), tokens.sum(axis=(1, 2)))
-    assert usage.copies.sum(axis=1).tolist() == [
+    assert usage.replicas.sum(axis=1).tolist() == [
         np.bincount(row[row >= 0]).tolist() for row in placement.expert_of_replica
     ]
 
 
 def test_what_binds_is_as_busy_as_the_layer(problem):
-    usage = measure_usage(problem, spread(problem))
+    usage = compute_usage(problem, spread(problem))
     for layer in range(2):
-        found = usage.binding(layer)
+        found = usage.list_binding(layer)
         assert found
         for name, index in found:
             assert usage.seconds[name][layer][index] == pytest.approx(usage.layer_seconds[layer], rel=1e-9)
@@ -60,8 +60,8 @@ def test_what_binds_is_as_busy_as_the_layer(problem):
 
 def test_a_layer_without_tokens_binds_nowhere(problem):
     problem.tokens_of_rank[:] = 0
-    usage = measure_usage(problem, spread(problem))
-    assert usage.layer_seconds.tolist() == [0, 0] and usage.binding(0) == []
+    usage = compute_usage(problem, spread(problem))
+    assert usage.layer_seconds.tolist() == [0, 0] and usage.list_binding(0) == []
 
 
 def test_resources_have_names_for_people(problem):

@@ -1,4 +1,4 @@
-"""Tuned shares: whole, never worse than the nearest copies, and as good as the best that a grid of shares finds."""
+"""Tuned shares: whole, never worse than the nearest replicas, and as good as the best that a grid of shares finds."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from placement.families import make_family
 
-from hpcmoe.placement.cost import layer_seconds, share_out
+from hpcmoe.placement.cost import layer_seconds, make_nearest_shares
 from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.placement.shares import tune_shares
 
@@ -38,8 +38,8 @@ def check_whole(problem, experts, split):
         assert (split[layer][:, of_layer < 0] == 0).all()
 
 
-def test_a_busy_rank_gives_to_the_other_copy_by_hand():
-    """Node 0 has most tokens and copies of both experts are on both nodes: it sends away until both are as busy."""
+def test_a_busy_rank_gives_to_the_other_replica_by_hand():
+    """Node 0 has most tokens and replicas of both experts are on both nodes: it sends away until both are as busy."""
     problem = make_problem(tokens_of_rank=np.array([12.0, 2.0]))
     experts = np.array([[0, 1, 0, 1]])
     assert layer_seconds(problem, 0, experts[0]) == 12
@@ -50,7 +50,7 @@ def test_a_busy_rank_gives_to_the_other_copy_by_hand():
     assert sent == pytest.approx(5, rel=1e-4) and split[0][1, :2].sum() == pytest.approx(0, abs=1e-4)
 
 
-def test_without_copies_or_gain_the_nearest_stay():
+def test_without_replicas_or_gain_the_nearest_stay():
     problem = make_problem()
     assert tune_shares(problem, np.array([[0, -1, 1, -1]]), 5.0) is None  # nothing to choose
     assert tune_shares(problem, np.array([[0, 1, 0, 1]]), 5.0) is None  # all at home already
@@ -121,7 +121,7 @@ def test_real_sizes_gain_and_stay_whole(name):
     random = np.random.default_rng(0)
     spare = problem.num_ranks * problem.slots_per_rank - problem.num_experts
     asked = [problem.demand(layer).sum(axis=0) for layer in range(problem.num_layers)]
-    experts = np.stack([  # the hottest have the most copies
+    experts = np.stack([  # the hottest have the most replicas
         random.permutation([*range(problem.num_experts), *random.choice(problem.num_experts, spare, p=of / of.sum())])
         for of in asked
     ])  # fmt: skip
@@ -140,4 +140,4 @@ def test_latency_is_weighed_when_it_counts():
     experts = np.array([[0, 1, 0, 1]])
     assert tune_shares(problem, experts, 5.0) is None
     free = dataclasses.replace(problem, count_latency=False)
-    assert not np.array_equal(tune_shares(free, experts, 5.0)[0], share_out(free, experts[0]))
+    assert not np.array_equal(tune_shares(free, experts, 5.0)[0], make_nearest_shares(free, experts[0]))

@@ -14,8 +14,8 @@ from placement.problems import EXPERT_BYTES, has_place, make_problem, problems
 
 from hpcmoe.errors import PlacementError
 from hpcmoe.placement.cost import layer_seconds
-from hpcmoe.placement.problem import OBJECTIVES, slots_for
-from hpcmoe.placement.search.layer_data import HOLE
+from hpcmoe.placement.problem import OBJECTIVES, count_slots_per_rank
+from hpcmoe.placement.search.layer_data import EMPTY
 from hpcmoe.placement.solve import compare_methods, make_placement
 
 FEW = {"iterations": 500, "seconds": 0.3}  # of this process
@@ -24,15 +24,15 @@ METHODS = ("packed", "contiguous", "eplb")
 
 
 def assert_is_placement(problem, placement):
-    """Check all layers: every expert there, none twice on a rank, slots, memory and number of copies as they may be."""
+    """Check all layers: every expert there, none twice on a rank, slots, memory and number of replicas as they may be."""
     assert placement.expert_of_replica.shape == (problem.num_layers, problem.num_ranks * problem.slots_per_rank)
     by_rank = placement.expert_of_replica.reshape(problem.num_layers, problem.num_ranks, -1)
     for of_layer, of_count in zip(by_rank.tolist(), placement.replica_count, strict=True):
         held = [[expert for expert in rank if expert >= 0] for rank in of_layer]
         assert all(len(experts) == len(set(experts)) for experts in held)
-        copies = np.bincount([expert for experts in held for expert in experts], minlength=problem.num_experts)
-        assert copies.tolist() == of_count.tolist() and copies.min() >= 1
-        assert problem.replicate or copies.max() == 1
+        replicas = np.bincount([expert for experts in held for expert in experts], minlength=problem.num_experts)
+        assert replicas.tolist() == of_count.tolist() and replicas.min() >= 1
+        assert problem.replicate or replicas.max() == 1
 
     on_rank = (by_rank >= 0).sum(axis=2)  # [L, P]
     on_node = np.bincount(problem.node_of_rank, on_rank.sum(axis=0), problem.num_nodes)
@@ -96,16 +96,16 @@ def tiny_problems(draw, replicate=False):
 
 @settings(max_examples=60)
 @given(tiny_problems())
-def test_tiny_problems_of_single_copies_are_solved_to_the_optimum(problem):
+def test_tiny_problems_of_single_replicas_are_solved_to_the_optimum(problem):
     optimum, _ = try_all(problem, 0, problem.slots_of_node)
     placement = make_placement(problem, **ENOUGH)
     assert placement.objective_seconds == pytest.approx(optimum, rel=1e-9, abs=1e-15)
     assert placement.lower_bound_seconds <= optimum * (1 + 1e-9)
-    if make_placement(problem, "contiguous").optimal:
+    if make_placement(problem, "contiguous").is_optimal:
         assert make_placement(problem, "contiguous").objective_seconds <= optimum * (1 + 1e-5)
 
 
-def test_tiny_problems_with_copies_are_mostly_solved_to_the_optimum():
+def test_tiny_problems_with_replicas_are_mostly_solved_to_the_optimum():
     ratios = []
     for seed in range(20):
         for ranks, num_experts, slots in (((2, 1, 2), 2, 1), ((2, 1, 2), 4, 1), ((1, 1, 1), 4, 2), ((3, 2), 5, 1)):
@@ -120,7 +120,7 @@ STAYS = pytest.mark.xfail(strict=True, reason="even the hottest round stays wher
 
 
 @pytest.mark.parametrize(("seed", "num_experts"), [(59, 2), (35, 2), pytest.param(8, 4, marks=STAYS)])
-def test_tiny_problems_with_copies_are_all_solved_to_the_optimum(seed, num_experts):
+def test_tiny_problems_with_replicas_are_all_solved_to_the_optimum(seed, num_experts):
     latency = {"count_latency": num_experts == 2}
     problem = make_problem((2, 1, 2), num_experts, 1, seed, replicate=True, objective="step", **latency)
     optimum, _ = try_all(problem, 0, problem.slots_of_node)
@@ -154,11 +154,11 @@ def test_names_of_nodes_ranks_and_experts_do_not_matter(problem, random):
     found, found_renamed = (make_placement(each, **ENOUGH) for each in (problem, renamed))
     if not problem.replicate:
         assert found_renamed.objective_seconds == pytest.approx(found.objective_seconds, rel=1e-9, abs=1e-15)
-        assert found_renamed.optimal == found.optimal
+        assert found_renamed.is_optimal == found.is_optimal
 
     # A layout costs what it does under the first names.
-    slots = np.full((problem.num_ranks, problem.slots_per_rank), HOLE)
-    slots[ranks] = np.append(experts, HOLE)[found_renamed.expert_of_replica[0]].reshape(slots.shape)
+    slots = np.full((problem.num_ranks, problem.slots_per_rank), EMPTY)
+    slots[ranks] = np.append(experts, EMPTY)[found_renamed.expert_of_replica[0]].reshape(slots.shape)
     seconds = layer_seconds(problem, 0, slots.ravel())
     assert seconds == pytest.approx(found_renamed.objective_seconds, rel=1e-9, abs=1e-15)
 
@@ -194,7 +194,7 @@ def test_the_same_seed_and_iterations_give_the_same_answer():
     problem = make_family("all of it together, 32 experts", "16 x 16", 1, "ports")
     first, again = (make_placement(problem, iterations=2000, seconds=3.0, seed=4) for _ in range(2))
     np.testing.assert_array_equal(first.expert_of_replica, again.expert_of_replica)
-    assert first.objective_seconds == again.objective_seconds and not first.spent.cut_short
+    assert first.objective_seconds == again.objective_seconds and not first.search_stats.cut_short
 
 
 def test_layers_alike_are_placed_alike_and_searched_once():
@@ -204,7 +204,7 @@ def test_layers_alike_are_placed_alike_and_searched_once():
     alone, all_four = (make_placement(problem, iterations=1000, seconds=5.0) for problem in (one, four))
     np.testing.assert_array_equal(all_four.expert_of_replica[:2], all_four.expert_of_replica[2:])
     np.testing.assert_array_equal(all_four.expert_of_replica[0], alone.expert_of_replica[0])
-    assert all_four.spent.num_proposals <= 2 * 1000
+    assert all_four.search_stats.num_proposals <= 2 * 1000
 
 
 @pytest.mark.parametrize("name", ["E = 64 one spare slot a GPU", "all of it together, 32 experts"])
@@ -213,10 +213,10 @@ def test_the_seconds_given_are_kept(name):
     make_placement(problem, iterations=500)  # whatever has to be compiled
     begun = time.perf_counter()
     placement = make_placement(problem, seconds=0.6)
-    assert 0.3 < placement.spent.seconds < 0.9
+    assert 0.3 < placement.search_stats.seconds < 0.9
     assert time.perf_counter() - begun < 0.9 + 0.3  # half as long again for the bounds
-    assert not placement.spent.cut_short  # no number of proposals was asked for
-    assert make_placement(problem, seconds=0.2, iterations=10**8).spent.cut_short
+    assert not placement.search_stats.cut_short  # no number of proposals was asked for
+    assert make_placement(problem, seconds=0.2, iterations=10**8).search_stats.cut_short
 
 
 def test_experts_follow_the_nodes_that_prefer_them():
@@ -227,7 +227,7 @@ def test_experts_follow_the_nodes_that_prefer_them():
         probability[0, node, order[2 * node : 2 * node + 2]] = 0.5
     problem = make_problem([2] * 4, 8, 1, probability=probability)
     packed = make_placement(problem)
-    assert (packed.objective_seconds, packed.cross_node_share, packed.optimal) == (0, 0, True)
+    assert (packed.objective_seconds, packed.cross_node_share, packed.is_optimal) == (0, 0, True)
     assert make_placement(problem, "contiguous").cross_node_share > 0.5
 
 
@@ -251,7 +251,7 @@ def test_replicas_keep_tokens_at_home():
     ("experts", "ranks", "spare", "slots"), [(3, 4, 0, 1), (4, 4, 0, 1), (5, 4, 0, 2), (9, 4, 2, 5)]
 )
 def test_slots(experts, ranks, spare, slots):
-    assert slots_for(experts, ranks, spare) == slots
+    assert count_slots_per_rank(experts, ranks, spare) == slots
 
 
 def test_too_many_experts_for_the_slots_are_refused():

@@ -10,7 +10,7 @@ from small import make_config, make_topology, open_small_job
 from hpcmoe.errors import ConfigError, PlacementError
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.demand import Loads
-from hpcmoe.placement.result import Spent
+from hpcmoe.placement.result import SearchStats
 from hpcmoe.placement.solve import compare_methods
 from hpcmoe.prepare.budget import MemoryBudget
 from hpcmoe.prepare.placement import describe_placement, make_run_problem, place_experts, time_expert
@@ -172,11 +172,13 @@ def test_the_log_tells_what_was_found_and_whether_the_clock_ended_it():
     found, bound = (1e3 * getattr(layout.placement, f"{name}_seconds") for name in ("objective", "lower_bound"))
     assert line.startswith(f"placement packed: objective step {found:.4g} ms a step, lower bound {bound:.4g} ms")
     assert f"; contiguous {1e3 * layout.seconds_of_method['contiguous']:.4g} ms; eplb" in line
-    assert ("optimal" in line) == layout.placement.optimal
+    assert ("optimal" in line) == layout.placement.is_optimal
     nothing = dataclasses.replace(layout, seconds_of_method={"eplb": None})
     assert next(format_placement(nothing, config.cluster)).endswith("; eplb finds no layout that fits")
 
-    late = dataclasses.replace(layout.placement, spent=Spent(seconds=61.0, num_proposals=9, cut_short=True))
+    late = dataclasses.replace(
+        layout.placement, search_stats=SearchStats(seconds=61.0, num_proposals=9, cut_short=True)
+    )
     _, warning = format_placement(dataclasses.replace(layout, placement=late), config.cluster)
     assert "the clock ended the search after 61.00 s" in warning and "search_iterations = 5000" in warning
 

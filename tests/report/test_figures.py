@@ -7,7 +7,7 @@ import pytest
 from cases import make_case, make_domains, write_case
 
 from hpcmoe.placement.files.case import read_case
-from hpcmoe.placement.resources import measure_usage
+from hpcmoe.placement.resources import compute_usage
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
@@ -31,7 +31,7 @@ def lay_out(tmp_path, case, objective):
         optimal=objective == "links",
         split=None,
     )
-    return problem, placement, measure_usage(problem, placement)
+    return problem, placement, compute_usage(problem, placement)
 
 
 @pytest.mark.parametrize("objective", ["links", "step"])
@@ -42,7 +42,7 @@ def test_a_ring_shows_links_experts_racks(tmp_path, objective):
     patches = figure.axes[0].patches
     crossing = np.where(np.eye(4), 0, usage.tokens[1])
     assert sum(isinstance(patch, FancyArrowPatch) for patch in patches) == (crossing > 0).sum()
-    assert sum(isinstance(patch, Circle) for patch in patches) == 4 + (usage.copies[1] > 0).sum()
+    assert sum(isinstance(patch, Circle) for patch in patches) == 4 + (usage.replicas[1] > 0).sum()
     assert sum(isinstance(patch, Wedge) for patch in patches) == 2
     words = " ".join(text.get_text() for text in figure.axes[0].texts)
     assert "n3" in words and "rack 1" in words and ("out" in words) == (objective == "step")

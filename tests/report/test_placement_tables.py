@@ -7,8 +7,8 @@ import pytest
 from cases import make_case, write_case
 
 from hpcmoe.placement.files.case import read_case
-from hpcmoe.placement.resources import measure_usage
-from hpcmoe.placement.result import Spent
+from hpcmoe.placement.resources import compute_usage
+from hpcmoe.placement.result import SearchStats
 from hpcmoe.report.placement_tables import (
     MOST_NODES,
     compress,
@@ -28,9 +28,9 @@ def lay_out(tmp_path, *sizes, **changes):
     slots[1:, : problem.num_experts] = np.arange(problem.num_experts)[::-1]
     placement = SimpleNamespace(
         expert_of_replica=slots, objective_seconds=0.0, lower_bound_seconds=0.0, optimal=False,
-        cross_node_share=0.5, link_sigma=0.1, spent=Spent(seconds=1.0, num_proposals=5), split=None,
+        cross_node_share=0.5, link_sigma=0.1, search_stats=SearchStats(seconds=1.0, num_proposals=5), split=None,
     )  # fmt: skip
-    usage = measure_usage(problem, placement)
+    usage = compute_usage(problem, placement)
     placement.objective_seconds = float(usage.layer_seconds.sum())
     placement.lower_bound_seconds = placement.objective_seconds / 2
     return problem, placement, usage
@@ -71,7 +71,7 @@ def test_what_binds_covers_every_layer_once(tmp_path):
     assert sum(int(row[1].split(":")[0]) for row in rows) == 3
     assert sum(float(row[2]) for row in rows) == pytest.approx(1e3 * placement.objective_seconds, rel=1e-3)
     problem.tokens_of_rank[:] = 0
-    assert rows_of_binding(problem, measure_usage(problem, placement)) == []
+    assert rows_of_binding(problem, compute_usage(problem, placement)) == []
 
 
 @pytest.mark.parametrize(

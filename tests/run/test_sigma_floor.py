@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from placement.problems import make_problem
 
-from hpcmoe.placement.result import Spent, weigh
+from hpcmoe.placement.result import SearchStats, evaluate
 from hpcmoe.report.metrics import sampling_floor, spread_of_links, sums_of_links
 
 NUM_DRAWS = 3000
@@ -16,7 +16,7 @@ def make_placement(layouts, num_ranks, num_nodes=1):
     ranks_of_node = np.bincount(np.arange(num_ranks) * num_nodes // num_ranks)
     slots = layouts.shape[1] // num_ranks
     problem = make_problem(ranks_of_node, int(layouts.max()) + 1, slots, num_layers=len(layouts), replicate=True)
-    return weigh(problem, layouts, [0.0] * len(layouts), "packed", Spent())
+    return evaluate(problem, layouts, [0.0] * len(layouts), "packed", SearchStats())
 
 
 def draw_links(placement, tokens_of_rank, top_k, layers, shards=1):

@@ -1,7 +1,7 @@
 """Seconds below which no placement of a layer can come: counting arguments in milliseconds, then a linear program.
 
 A layout is optimal where it costs no more than its bound. All bounds let a node's tokens split at will among the
-copies of the nearest tier where that is simpler: an even split is one such split.
+replicas of the nearest tier where that is simpler: an even split is one such split.
 """
 
 import time
@@ -10,11 +10,11 @@ import numpy as np
 
 from hpcmoe.placement.bounds.choices import make_choices
 from hpcmoe.placement.bounds.linear import make_program
-from hpcmoe.placement.cost import counted
+from hpcmoe.placement.cost import list_resources
 from hpcmoe.placement.quotas import fewest_of_node, most_of_rank
 
-EQUAL = 1e-6  # nearer to the incumbent than this no bound is sought
-ROUNDING = 1e-9
+_INCUMBENT_GAP = 1e-6  # nearer to the incumbent than this no bound is sought
+_ROUNDING = 1e-9
 MOST_HOT = 256  # experts, of which one decides
 MOST_COLUMNS = 6000  # of a program in whole numbers that HiGHS should be asked to solve
 
@@ -22,8 +22,8 @@ MOST_COLUMNS = 6000  # of a program in whole numbers that HiGHS should be asked 
 def bound_layer(problem, layer, room, seconds=0.0, incumbent=np.inf, lower=None):
     """Find seconds below which no placement of one layer can come, in about as many seconds as given.
 
-    room [nodes]: the most copies of the layer's experts that each node can hold. incumbent: the cost of the best
-    layout known; the search for a bound ends when it is met, to within EQUAL. Without seconds, and on clusters too
+    room [nodes]: the most replicas of the layer's experts that each node can hold. incumbent: the cost of the best
+    layout known; the search for a bound ends when it is met, to within _INCUMBENT_GAP. Without seconds, and on clusters too
     large for a linear program, the counting arguments must do; lower: what these gave before, if they were asked.
     """
     deadline = time.perf_counter() + seconds
@@ -31,9 +31,9 @@ def bound_layer(problem, layer, room, seconds=0.0, incumbent=np.inf, lower=None)
     if not demand.any():
         return 0.0
 
-    # Begin with what counting tells; spare room is of use for copies alone.
+    # Begin with what counting tells; spare room is of use for replicas alone.
     spare = count_spare(problem, room) if problem.replicate else 0
-    goal = incumbent * (1 - EQUAL)
+    goal = incumbent * (1 - _INCUMBENT_GAP)
     lower = count_layer(problem, demand, room, spare) if lower is None else lower
     if lower >= goal or seconds <= 0:
         return lower
@@ -46,8 +46,8 @@ def bound_layer(problem, layer, room, seconds=0.0, incumbent=np.inf, lower=None)
 
 
 def count_spare(problem, room):
-    """Count the copies that a layer may have beyond one of each expert, as the other layers keep that many too."""
-    held = np.minimum(problem.slots_of_node * problem.num_layers, problem.memory_copies).sum()
+    """Count the replicas that a layer may have beyond one of each expert, as the other layers keep that many too."""
+    held = np.minimum(problem.slots_of_node * problem.num_layers, problem.memory_replicas).sum()
     return int(min(room.sum() - problem.num_experts, held - problem.num_layers * problem.num_experts))
 
 
@@ -59,7 +59,7 @@ def search_bound(program, lower, incumbent, deadline):
     """
     if program.scale == 0:  # nothing here costs time
         return lower
-    goal = high = incumbent * (1 - EQUAL)
+    goal = high = incumbent * (1 - _INCUMBENT_GAP)
     lower = max(lower, program.bound(np.inf, deadline))
 
     # First try to end it at the incumbent; else close in on the time at which the program no longer objects.
@@ -72,27 +72,27 @@ def search_bound(program, lower, incumbent, deadline):
             lower, high = max(lower, found), guess
         guess = (lower + high) / 2 if np.isfinite(high) else 2 * lower
 
-    # Where every expert has one copy and there are few, whole numbers may settle what is left.
+    # Where every expert has one replica and there are few, whole numbers may settle what is left.
     if program.choices.is_single and lower < goal and program.demand.size <= MOST_COLUMNS:
         lower = max(lower, program.bound_whole(goal, deadline - time.perf_counter()))
     return float(min(lower, goal))
 
 
 def count_layer(problem, demand, room, spare):
-    """Find the best of the counting arguments, for demand [nodes, E] and spare copies in all -> seconds."""
-    bounds = [of_leaving(problem, demand, room, spare), of_copies(problem, demand, room, spare)]
+    """Find the best of the counting arguments, for demand [nodes, E] and spare replicas in all -> seconds."""
+    bounds = [of_leaving(problem, demand, room, spare), of_replicas(problem, demand, room, spare)]
     if spare == 0:
         bounds.append(of_company(problem, demand, room))
-    if "rank" in counted(problem.objective):
+    if "rank" in list_resources(problem.objective):
         bounds.append(of_ranks(problem, demand, spare))
-    return float(max(bounds)) * (1 - ROUNDING)
+    return float(max(bounds)) * (1 - _ROUNDING)
 
 
 def of_leaving(problem, demand, room, spare):
     """Bound by the tokens that must leave their node or rack: each keeps at most its own hottest experts -> seconds."""
     speed = np.divide(1.0, problem.link_cost, out=np.zeros(problem.link_cost.shape), where=problem.link_cost > 0)
     bounds = [of_senders(demand, room, spare, speed.sum(axis=1))]
-    if "egress" in counted(problem.objective):
+    if "egress" in list_resources(problem.objective):
         egress, ingress = problem.egress_bytes_per_second, problem.ingress_bytes_per_second
         bounds.append(of_senders(demand, room, spare, egress / problem.bytes_per_token))
         bounds.append(find_leaving(demand, room, spare)[1] * problem.bytes_per_token / ingress.sum())
@@ -118,36 +118,36 @@ def find_leaving(demand, room, spare):
     """Count what must leave its node at least, for demand [nodes, E] -> [nodes] from each alone, and from all.
 
     Each node keeps at most its own hottest experts; and in all every expert keeps one home, in its best place, and
-    the spare copies go where they keep most.
+    the spare replicas go where they keep most.
     """
     hottest = np.pad(np.cumsum(-np.sort(-demand, axis=1), axis=1), ((0, 0), (1, 0)))
     leaving = demand.sum(axis=1) - hottest[np.arange(len(demand)), np.minimum(room, demand.shape[1])]
     crossing = max(demand.sum() - keep_in_all(demand, spare), leaving.sum())
-    noise = ROUNDING * demand.sum()  # sums of tokens that stay are off by less
+    noise = _ROUNDING * demand.sum()  # sums of tokens that stay are off by less
     return np.maximum(leaving - noise, 0), max(crossing - noise, 0)
 
 
 def keep_in_all(demand, spare):
-    """Bound the tokens that stay with every expert in its best place and the spare copies in the next best ones."""
+    """Bound the tokens that stay with every expert in its best place and the spare replicas in the next best ones."""
     order = np.sort(demand, axis=0)
     others = order[:-1].ravel()
     spare = min(spare, len(others))
     return order[-1].sum() + (np.partition(others, len(others) - spare)[len(others) - spare :].sum() if spare else 0.0)
 
 
-def of_copies(problem, demand, room, spare):
-    """Bound by the copies that the hottest experts would want, each as if alone, and have no room for -> seconds."""
-    most = min(problem.num_ranks if "rank" in counted(problem.objective) else problem.num_nodes, spare + 1)
+def of_replicas(problem, demand, room, spare):
+    """Bound by the replicas that the hottest experts would want, each as if alone, and have no room for -> seconds."""
+    most = min(problem.num_ranks if "rank" in list_resources(problem.objective) else problem.num_nodes, spare + 1)
     steps = np.unique(np.round(1.4 ** np.arange(np.log(most) / np.log(1.4) + 1)).clip(1, most).astype(np.int64))
     times = np.minimum.accumulate([of_alone(problem, demand, count) for count in steps])  # [steps, E]
 
-    # Counts between two steps are taken as good as the next step: from k copies on no entry exceeds times[k].
+    # Counts between two steps are taken as good as the next step: from k replicas on no entry exceeds times[k].
     times = np.repeat(times, np.diff(steps, prepend=0), axis=0).ravel()
     return -np.partition(-times, spare)[spare] if spare < len(times) else 0.0
 
 
 def of_alone(problem, demand, count):
-    """Bound what each expert alone costs with `count` copies in the best places -> seconds [E]."""
+    """Bound what each expert alone costs with `count` replicas in the best places -> seconds [E]."""
     inverse = np.where(problem.link_cost > 0, 1 / np.where(problem.link_cost > 0, problem.link_cost, 1), 0)
     order = -np.sort(-demand, axis=0)
     bounds = [np.zeros(demand.shape[1])]
@@ -156,16 +156,16 @@ def of_alone(problem, demand, count):
     if count < problem.num_nodes:
         fastest = -np.partition(-inverse, count - 1, axis=1)[:, :count].sum(axis=1)
         bounds.append(np.partition(demand / fastest[:, None], -count - 1, axis=0)[-count - 1])
-        if "ingress" in counted(problem.objective):
+        if "ingress" in list_resources(problem.objective):
             ingress = -np.sort(-problem.ingress_bytes_per_second)[:count].sum()
             bounds.append(order[count:].sum(axis=0) * problem.bytes_per_token / ingress)
-    if "rank" in counted(problem.objective):
+    if "rank" in list_resources(problem.objective):
         bounds.append(order.sum(axis=0) / min(count, problem.num_ranks) * problem.seconds_per_token)
     return np.max(bounds, axis=0)
 
 
 def of_company(problem, demand, room):
-    """Bound by where each expert's only copy can be, beside those that the other nodes have no room for -> seconds."""
+    """Bound by where each expert's only replica can be, beside those that the other nodes have no room for -> seconds."""
     coldest, forced = sum_coldest(demand), count_forced(demand, room)
     hot = np.argsort(-demand.sum(axis=0), kind="stable")[:MOST_HOT]  # one of them decides
     of_node = cost_in_company(problem, demand, room, hot)
@@ -178,13 +178,13 @@ def sum_coldest(demand):
 
 
 def count_forced(demand, room):
-    """Count the single copies that each node must hold as the others have no room for them -> [nodes]."""
+    """Count the single replicas that each node must hold as the others have no room for them -> [nodes]."""
     return np.maximum(demand.shape[1] - (room.sum() - room), 0)
 
 
 def cost_in_company(problem, demand, room, experts):
-    """Find what single copies of some experts cost on each node with the coldest beside them -> seconds [nodes, n]."""
-    ingress = np.where("ingress" in counted(problem.objective), problem.ingress_bytes_per_second, np.inf)
+    """Find what single replicas of some experts cost on each node with the coldest beside them -> seconds [nodes, n]."""
+    ingress = np.where("ingress" in list_resources(problem.objective), problem.ingress_bytes_per_second, np.inf)
     company = sum_coldest(demand)[:, np.maximum(count_forced(demand, room) - 1, 0)]  # [from, to]
     asked = demand[:, experts]
     seconds = asked.sum(axis=0) - asked + (company.sum(axis=0) - np.diag(company))[:, None]  # [to, n] tokens
@@ -196,7 +196,7 @@ def cost_in_company(problem, demand, room, experts):
 
 
 def of_ranks(problem, demand, spare):
-    """Bound by what the ranks compute: their mean; and the hottest expert's only copy beside the coldest -> seconds."""
+    """Bound by what the ranks compute: their mean; and the hottest expert's only replica beside the coldest -> seconds."""
     tokens = np.sort(demand.sum(axis=0))
     mean = tokens.sum() / min(problem.num_ranks, problem.num_experts + spare)
     if spare > 0:

@@ -1,59 +1,59 @@
-"""A layer as one choice for each expert: the nodes that hold its copies, which by the routing rule fix its traffic."""
+"""A layer as one choice for each expert: the nodes that hold its replicas, which by the routing rule fix its traffic."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import csr_array, diags_array, vstack
 
-from hpcmoe.placement.cost import counted
+from hpcmoe.placement.cost import list_resources
 
-MOST_ENTRIES = 1_000_000  # of choices x nodes x nodes
+_MOST_ENTRIES = 1_000_000  # of choices x nodes x nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """The ways to lay an expert's copies on the nodes.
+    """The ways to lay an expert's replicas on the nodes.
 
-    First those whose tokens split evenly over the copies of the nearest tier. Where they do not hold all ways to put
-    several copies on a node, then come sets of nodes with one copy more than nodes, whose tokens split at will within
+    First those whose tokens split evenly over the replicas of the nearest tier. Where they do not hold all ways to put
+    several replicas on a node, then come sets of nodes with one replica more than nodes, whose tokens split at will within
     the nearest tier: no worse than any such layout.
     """
 
-    copies: np.ndarray  # [C, nodes]
+    replicas: np.ndarray  # [C, nodes]
     shares: np.ndarray  # [C, nodes, nodes] of the sender's tokens for each node
     sets_at_will: np.ndarray  # [A, nodes] bool
-    within_at_will: np.ndarray  # [A, nodes, nodes] bool: does the sender's nearest tier hold a copy there?
+    within_at_will: np.ndarray  # [A, nodes, nodes] bool: does the sender's nearest tier hold a replica there?
 
     @property
     def num_single(self):
-        """Number of choices of one copy: the first ones."""
-        return int((self.copies.sum(axis=1) == 1).sum())
+        """Number of choices of one replica: the first ones."""
+        return int((self.replicas.sum(axis=1) == 1).sum())
 
     @property
     def is_single(self):
-        """Whether every expert has one copy."""
-        return self.num_single == len(self.copies)
+        """Whether every expert has one replica."""
+        return self.num_single == len(self.replicas)
 
 
 def make_choices(problem, room, spare):
-    """List the ways to lay an expert's copies, with spare copies in all -> Choices, or None: there are too many."""
+    """List the ways to lay an expert's replicas, with spare replicas in all -> Choices, or None: there are too many."""
     most, num_entries = np.minimum(problem.ranks_of_node, room), problem.num_nodes**2
-    if count_ways(most, spare + 1) * num_entries <= MOST_ENTRIES:
-        copies, at_will = list_ways(most, spare + 1), np.zeros((0, problem.num_nodes), bool)
-    elif count_ways(np.minimum(most, 1), spare + 1) * num_entries <= MOST_ENTRIES:
-        copies = list_ways(np.minimum(most, 1), spare + 1)
-        num = copies.sum(axis=1)
+    if count_ways(most, spare + 1) * num_entries <= _MOST_ENTRIES:
+        replicas, at_will = list_ways(most, spare + 1), np.zeros((0, problem.num_nodes), bool)
+    elif count_ways(np.minimum(most, 1), spare + 1) * num_entries <= _MOST_ENTRIES:
+        replicas = list_ways(np.minimum(most, 1), spare + 1)
+        num = replicas.sum(axis=1)
 
-        # A second copy on the only node changes no traffic, but what its ranks have to do.
-        fewest = 1 if "rank" in counted(problem.objective) else 2
-        at_will = copies[(num >= fewest) & (num <= spare) & (copies & (most > 1)).any(axis=1)] > 0
+        # A second replica on the only node changes no traffic, but what its ranks have to do.
+        fewest = 1 if "rank" in list_resources(problem.objective) else 2
+        at_will = replicas[(num >= fewest) & (num <= spare) & (replicas & (most > 1)).any(axis=1)] > 0
     else:
         return None
 
-    within = find_nearest(problem, copies > 0)
-    weight = within * copies[:, None, :]
+    within = find_nearest(problem, replicas > 0)
+    weight = within * replicas[:, None, :]
     return Choices(
-        copies=copies,
+        replicas=replicas,
         shares=weight / weight.sum(axis=2, keepdims=True),
         sets_at_will=at_will,
         within_at_will=find_nearest(problem, at_will),
@@ -61,7 +61,7 @@ def make_choices(problem, room, spare):
 
 
 def count_ways(most, total):
-    """Count the ways to lay 1 to `total` copies with at most `most` [nodes] on each node."""
+    """Count the ways to lay 1 to `total` replicas with at most `most` [nodes] on each node."""
     ways = np.ones(1)
     for limit in most:
         ways = np.convolve(ways, np.ones(limit + 1))[: total + 1]
@@ -69,7 +69,7 @@ def count_ways(most, total):
 
 
 def list_ways(most, total):
-    """List the ways to lay 1 to `total` copies with at most `most` [nodes] on each, fewest first -> [C, nodes]."""
+    """List the ways to lay 1 to `total` replicas with at most `most` [nodes] on each, fewest first -> [C, nodes]."""
     ways = np.zeros((1, 0), np.int64)
     for limit in most:
         longer = np.repeat(ways, limit + 1, axis=0)
@@ -80,7 +80,7 @@ def list_ways(most, total):
 
 
 def find_nearest(problem, sets):
-    """Find which copies are in each sender's nearest tier, for sets [C, nodes] -> [C, nodes, nodes] bool."""
+    """Find which replicas are in each sender's nearest tier, for sets [C, nodes] -> [C, nodes, nodes] bool."""
     reached = [(problem.distance <= reach)[None] & sets[:, None, :] for reach in range(3)]
     own, near = (tier.any(axis=2, keepdims=True) for tier in reached[:2])
     return np.where(own, reached[0], np.where(near, reached[1], reached[2]))
@@ -92,7 +92,7 @@ def make_rates(problem):
     Links first, then ports and uplinks, then a node's ranks as if they shared its tokens evenly.
     """
     num, rack, token = problem.num_nodes, problem.rack_of_node, problem.bytes_per_token
-    names, away = counted(problem.objective), 1.0 - np.eye(problem.num_nodes)
+    names, away = list_resources(problem.objective), 1.0 - np.eye(problem.num_nodes)
     blocks = [csr_array(diags_array(problem.link_cost.ravel()))[np.flatnonzero(away)]]
     one = np.eye(num)
     if "egress" in names:
@@ -115,16 +115,16 @@ def ends(inside):
 
 def cost_alone(problem, demand, choices, rates):
     """Find what each choice of each expert costs with nothing beside it, for demand [nodes, E] -> seconds [C, E]."""
-    shares, copies, num = choices.shares, choices.copies, problem.num_nodes
+    shares, replicas, num = choices.shares, choices.replicas, problem.num_nodes
     seconds = np.zeros((len(shares), demand.shape[1]))
     for row in range(rates.shape[0]):
         cells = slice(rates.indptr[row], rates.indptr[row + 1])
         sender, receiver = np.divmod(rates.indices[cells], num)
         if len(sender):
             np.maximum(seconds, (shares[:, sender, receiver] * rates.data[cells]) @ demand[sender], out=seconds)
-    if "rank" in counted(problem.objective):
-        of_copy = shares.transpose(0, 2, 1) / np.maximum(copies, 1)[:, :, None]  # [C, to, from]
-        np.maximum(seconds, (of_copy @ demand).max(axis=1) * problem.seconds_per_token, out=seconds)
+    if "rank" in list_resources(problem.objective):
+        of_replica = shares.transpose(0, 2, 1) / np.maximum(replicas, 1)[:, :, None]  # [C, to, from]
+        np.maximum(seconds, (of_replica @ demand).max(axis=1) * problem.seconds_per_token, out=seconds)
     return seconds
 
 

@@ -18,16 +18,16 @@ from hpcmoe.placement.bounds.choices import Choices, cost_alone, cost_at_will, m
 NEW_COLUMNS = 6  # an expert and round
 MISSING = 100.0  # what an expert without a choice costs, in units of the scale
 GAP = 1e-5  # between the program and the bound that its prices prove
-ROUNDING = 1e-9
-TOLERANCE = 1e-6  # of HiGHS, in whole numbers
+_ROUNDING = 1e-9
+_MILP_TOLERANCE = 1e-6  # of HiGHS, in whole numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prices:
-    """What a program pays for each resource and each place for a copy, and what it makes of each expert."""
+    """What a program pays for each resource and each place for a replica, and what it makes of each expert."""
 
     resource: np.ndarray  # [resources], at most 1 together
-    room: np.ndarray  # [nodes + 1] seconds a copy, on each node and anywhere
+    room: np.ndarray  # [nodes + 1] seconds a replica, on each node and anywhere
     expert: np.ndarray  # [E] seconds
 
     def mix(self, other, weight):
@@ -42,19 +42,19 @@ class Columns:
 
     expert: np.ndarray  # [n]
     seconds: np.ndarray  # [resources, n]
-    copies: np.ndarray  # [nodes + 1, n], on each node and in all
+    replicas: np.ndarray  # [nodes + 1, n], on each node and in all
 
     def join(self, other):
         """Put two sets of columns side by side -> Columns."""
         return Columns(
             expert=np.concatenate([self.expert, other.expert]),
             seconds=np.concatenate([self.seconds, other.seconds], axis=1),
-            copies=np.concatenate([self.copies, other.copies], axis=1),
+            replicas=np.concatenate([self.replicas, other.replicas], axis=1),
         )
 
     def pick(self, chosen):
         """Keep some of the columns, chosen [n] bool -> Columns."""
-        return Columns(expert=self.expert[chosen], seconds=self.seconds[:, chosen], copies=self.copies[:, chosen])
+        return Columns(expert=self.expert[chosen], seconds=self.seconds[:, chosen], replicas=self.replicas[:, chosen])
 
     def choose_one(self, num_experts):
         """Write that each expert has one choice in all -> sparse [E, n]."""
@@ -67,7 +67,7 @@ class Program:
     """What the programs of one layer share."""
 
     demand: np.ndarray  # [nodes, E] tokens
-    room: np.ndarray  # [nodes + 1] copies, on each node and in all
+    room: np.ndarray  # [nodes + 1] replicas, on each node and in all
     choices: Choices
     rates: csr_array  # [resources, nodes * nodes] seconds a token
     alone: np.ndarray  # [C + A, E] seconds, what a choice of an expert costs at least with nothing beside it
@@ -78,7 +78,7 @@ class Program:
 
         More than the limit: there is no such layout.
         """
-        allowed = self.alone <= limit * (1 + ROUNDING)
+        allowed = self.alone <= limit * (1 + _ROUNDING)
         columns, best, middle = self.make_columns(*np.nonzero(allowed[: self.choices.num_single])), 0.0, None
         for turn in itertools.count(2):
             value, prices = self.solve(columns, deadline)
@@ -97,31 +97,31 @@ class Program:
         """Prove a bound by the prices `near` -> seconds, and the Columns met that a program with `prices` lacks."""
         cost, at_will = self.price(near)
         cost[~allowed] = np.inf
-        proven = cost.min(axis=0).sum() * (1 - ROUNDING) - near.room @ self.room * (1 + ROUNDING)
+        proven = cost.min(axis=0).sum() * (1 - _ROUNDING) - near.room @ self.room * (1 + _ROUNDING)
 
         # Of each expert's cheapest choices take those that the program would use.
         choice = np.argsort(cost, axis=0)[:NEW_COLUMNS]
         experts = np.broadcast_to(np.arange(cost.shape[1]), choice.shape)
         is_open = np.isfinite(np.take_along_axis(cost, choice, axis=0))
         new = self.make_columns(choice[is_open], experts[is_open], at_will)
-        priced = prices.resource @ new.seconds + prices.room @ new.copies
+        priced = prices.resource @ new.seconds + prices.room @ new.replicas
         return proven, new.pick(priced < prices.expert[new.expert] - GAP * self.scale / len(prices.expert))
 
     def make_columns(self, choice, experts, at_will=None):
-        """Compute what the choices [n] of experts [n] take, at_will = (splits, copies) -> Columns."""
-        shares, copies = self.choices.shares, self.choices.copies
+        """Compute what the choices [n] of experts [n] take, at_will = (splits, replicas) -> Columns."""
+        shares, replicas = self.choices.shares, self.choices.replicas
         if at_will is not None:
-            shares, copies = np.concatenate([shares, at_will[0]]), np.concatenate([copies, at_will[1]])
+            shares, replicas = np.concatenate([shares, at_will[0]]), np.concatenate([replicas, at_will[1]])
         flows = shares[choice] * self.demand.T[experts][:, :, None]
         seconds = self.rates @ flows.reshape(len(choice), self.demand.shape[0] ** 2).T
-        copies = copies[choice].T
-        return Columns(expert=experts, seconds=seconds, copies=np.vstack([copies, copies.sum(axis=0)]))
+        replicas = replicas[choice].T
+        return Columns(expert=experts, seconds=seconds, replicas=np.vstack([replicas, replicas.sum(axis=0)]))
 
     def solve(self, columns, deadline):
         """Solve the program of some columns -> seconds, Prices, or None when the time is over."""
         num_resources, num = columns.seconds.shape
         num_nodes, num_experts = self.demand.shape
-        most = [[columns.seconds / self.scale, -np.ones((num_resources, 1)), None], [columns.copies, None, None]]
+        most = [[columns.seconds / self.scale, -np.ones((num_resources, 1)), None], [columns.replicas, None, None]]
         one = [[columns.choose_one(num_experts), np.zeros((num_experts, 1)), eye_array(num_experts)]]
         most[1][2] = csr_array((num_nodes + 1, num_experts))
 
@@ -145,27 +145,27 @@ class Program:
         return answer.fun * self.scale, prices
 
     def price(self, prices):
-        """Price every choice of every expert -> seconds [C + A, E], and the splits and copies of those at will."""
+        """Price every choice of every expert -> seconds [C + A, E], and the splits and replicas of those at will."""
         num_nodes, choices = len(self.demand), self.choices
         of_token = (self.rates.T @ prices.resource).reshape(num_nodes, num_nodes)  # [from, to]
-        of_copy = prices.room[:num_nodes] + prices.room[num_nodes]
+        of_replica = prices.room[:num_nodes] + prices.room[num_nodes]
         even = np.einsum("cij,ij->ci", choices.shares, of_token) @ self.demand
-        even += (choices.copies @ of_copy)[:, None]
+        even += (choices.replicas @ of_replica)[:, None]
 
-        # At will all goes to the cheapest copy of the tier; the one copy more than nodes is where room is cheapest.
+        # At will all goes to the cheapest replica of the tier; the one replica more than nodes is where room is cheapest.
         open_tokens = np.where(choices.within_at_will, of_token, np.inf)
         split = open_tokens.argmin(axis=2)[:, :, None] == np.arange(num_nodes)
-        second = np.where(choices.sets_at_will, of_copy, np.inf).argmin(axis=1)
-        copies = choices.sets_at_will + (second[:, None] == np.arange(num_nodes))
-        at_will = open_tokens.min(axis=2) @ self.demand + (copies @ of_copy)[:, None]
-        return np.concatenate([even, at_will]), (split, copies)
+        second = np.where(choices.sets_at_will, of_replica, np.inf).argmin(axis=1)
+        replicas = choices.sets_at_will + (second[:, None] == np.arange(num_nodes))
+        at_will = open_tokens.min(axis=2) @ self.demand + (replicas @ of_replica)[:, None]
+        return np.concatenate([even, at_will]), (split, replicas)
 
     def bound_whole(self, limit, seconds):
-        """Bound in whole numbers the layouts of single copies that each alone cost the limit at most -> seconds.
+        """Bound in whole numbers the layouts of single replicas that each alone cost the limit at most -> seconds.
 
         More than the limit: no layout is within it.
         """
-        columns = self.make_columns(*np.nonzero(self.alone <= limit * (1 + ROUNDING)))
+        columns = self.make_columns(*np.nonzero(self.alone <= limit * (1 + _ROUNDING)))
         num_resources, num = columns.seconds.shape
         num_nodes, num_experts = self.demand.shape
         busiest = np.append(np.zeros(num), 1.0)
@@ -173,29 +173,29 @@ class Program:
             busiest,
             constraints=[
                 LinearConstraint(pad(columns.seconds / self.scale, -np.ones((num_resources, 1))), ub=0),
-                LinearConstraint(pad(columns.copies, np.zeros((num_nodes + 1, 1))), ub=self.room),
+                LinearConstraint(pad(columns.replicas, np.zeros((num_nodes + 1, 1))), ub=self.room),
                 LinearConstraint(pad(columns.choose_one(num_experts), np.zeros((num_experts, 1))), lb=1, ub=1),
             ],
             bounds=Bounds(
                 0, np.where(busiest, np.inf, 1.0)
             ),  # a cap at the limit only keeps HiGHS from finding layouts
             integrality=1 - busiest,
-            options={"time_limit": max(seconds, 0.0), "mip_rel_gap": TOLERANCE},
+            options={"time_limit": max(seconds, 0.0), "mip_rel_gap": _MILP_TOLERANCE},
         )
         if answer.status == 2:
             return np.inf
-        return 0.0 if answer.mip_dual_bound is None else (answer.mip_dual_bound - TOLERANCE) * self.scale
+        return 0.0 if answer.mip_dual_bound is None else (answer.mip_dual_bound - _MILP_TOLERANCE) * self.scale
 
 
 def make_program(problem, demand, room, choices, floor=None):
     """Prepare the programs of a layer with demand [nodes, E] -> Program; room [nodes + 1] on each node and in all.
 
-    floor [nodes, E]: seconds that an expert's only copy on a node costs at least, where there are single copies alone.
+    floor [nodes, E]: seconds that an expert's only replica on a node costs at least, where there are single replicas alone.
     """
     rates = make_rates(problem)
     alone = np.concatenate([cost_alone(problem, demand, choices, rates), cost_at_will(problem, demand, choices)])
     if floor is not None:
-        alone = np.maximum(alone, floor[choices.copies.argmax(axis=1)])
+        alone = np.maximum(alone, floor[choices.replicas.argmax(axis=1)])
     evenly = np.repeat(demand.sum(axis=1) / len(demand), len(demand))  # [nodes * nodes] tokens
     return Program(
         demand=demand,

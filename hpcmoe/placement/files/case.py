@@ -49,7 +49,7 @@ class Case(BaseModel, strict=True, frozen=True, extra="ignore"):
     M: list[float]  # [nodes] bytes for experts of all layers
     expert_bytes: Annotated[int, BeforeValidator(whole), Interval(ge=1, lt=MOST_BYTES)]  # an expert of one layer
     bytes_per_token: float
-    home_tokens_per_rank: list[float]  # [G] copies: tokens x top-k
+    home_tokens_per_rank: list[float]  # [G] assignments: tokens x top-k
     P: Rows | None = None  # [layers][E]
     replicate: bool
     seconds_per_token: float | None = None
@@ -74,7 +74,7 @@ def read_case(path, objective="step", count_latency=False):
         refuse(path, explain(invalid.errors()), ConfigError)
     refuse(path, find_misfits(case), ConfigError)
     refuse(path, find_bad_numbers(case), ConfigError)
-    problem = make_problem(case, objective, count_latency)
+    problem = make_case_problem(case, objective, count_latency)
     refuse(path, find_overflow(problem), ConfigError)
     refuse(path, find_lack(problem), PlacementError)
     return problem, notes
@@ -107,7 +107,7 @@ def make_notes(tree, objective):
     return notes
 
 
-def make_problem(case, objective, count_latency):
+def make_case_problem(case, objective, count_latency):
     """State the problem of a case whose numbers are good -> PlacementProblem."""
     diagonal = np.eye(case.nodes, dtype=bool)
     rates = np.where(diagonal, 0.0, np.array(case.B, np.float64))
@@ -130,7 +130,7 @@ def make_problem(case, objective, count_latency):
         bytes_per_token=case.bytes_per_token,
         seconds_per_token=case.seconds_per_token or 0.0,
         tokens_of_rank=np.array(case.home_tokens_per_rank, np.float64),
-        probability=make_probability(case),
+        probability=make_case_probability(case),
         objective=objective,
         count_latency=count_latency,
         node_names=tuple(f"n{node}" for node in range(case.nodes)),
@@ -142,7 +142,7 @@ def make_ports(given, fastest_link):
     return np.array(np.where(fastest_link > 0, fastest_link, np.inf) if given is None else given, np.float64)
 
 
-def make_probability(case):
+def make_case_probability(case):
     """Find each expert's probability for the tokens of each node -> [layers, nodes, E]; rows sum to 1."""
     if case.P_domain is None:
         of_layer = np.array(case.P, np.float64)[:, None, :]  # [layers, 1, E]

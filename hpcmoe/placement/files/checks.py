@@ -154,7 +154,7 @@ def find_overflow(problem, names=CASE_NAMES):
     for key, longest in seconds.items():
         if not longest * problem.num_layers <= MOST_SECONDS:
             yield (
-                f"{names[key]}: at worst {longest:.3g} s for the {tokens:.3g} copies of {names['tokens']} x "
+                f"{names[key]}: at worst {longest:.3g} s for the {tokens:.3g} assignments of {names['tokens']} x "
                 f"{names['layers']} = {problem.num_layers}: must be at most {MOST_SECONDS:g} s"
             )
             return
@@ -170,7 +170,7 @@ def find_lack(problem):
     # A node's memory is of use as far as its slots go.
     needed, one = experts * layers, problem.expert_bytes
     by_slots = problem.slots_of_node * layers
-    held = np.minimum(by_slots, problem.memory_copies)
+    held = np.minimum(by_slots, problem.memory_replicas)
     if held.sum() >= needed:
         return
     work = f"E {experts} x layers {layers} = {needed} experts"
@@ -180,7 +180,7 @@ def find_lack(problem):
         return
     tightest = np.argsort(held - by_slots, kind="stable")[:MOST_NODES_NAMED]
     each = "; ".join(
-        f"M[{n}] = {problem.memory_bytes[n]} // {one} = {problem.memory_copies[n]}, slots {by_slots[n]}: {held[n]}"
+        f"M[{n}] = {problem.memory_bytes[n]} // {one} = {problem.memory_replicas[n]}, slots {by_slots[n]}: {held[n]}"
         for n in tightest
     )
     yield f"M and slots hold {held.sum()} < {work}: {each}{and_more(problem.num_nodes - len(tightest))}"

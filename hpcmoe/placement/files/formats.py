@@ -18,7 +18,7 @@ from hpcmoe.errors import ConfigError
 from hpcmoe.messages import one_line, show_value
 from hpcmoe.placement.files.checks import shorten, subscript
 from hpcmoe.placement.problem import PlacementProblem
-from hpcmoe.placement.search.layer_data import HOLE
+from hpcmoe.placement.search.layer_data import EMPTY
 from hpcmoe.reading import read_bytes, read_json
 
 SLOTS = ("expert_of_slot", "physical_to_logical", "physical_to_logical_map", "phy2log", "initial_global_assignments")
@@ -39,7 +39,7 @@ ARCHIVES = {
 
 
 def read_slots(path: str | os.PathLike, problem: PlacementProblem) -> tuple[str, np.ndarray, list[str]]:
-    """Read the experts of a map's slots -> (what the file calls them, int64 [L, P, s] with HOLE where empty, notes).
+    """Read the experts of a map's slots -> (what the file calls them, int64 [L, P, s] with EMPTY where empty, notes).
 
     Raises ConfigError in one line that speaks of the format that the file has.
     """
@@ -136,7 +136,7 @@ def number_of(key):
 def make_array(where, numbers):
     """Make an array [n], [n, n] or [n, n, n] of nested lists, or objects whose keys are numbers -> (int64, widths).
 
-    Of innermost lists of different lengths, which are the widths, the shorter are filled with HOLE.
+    Of innermost lists of different lengths, which are the widths, the shorter are filled with EMPTY.
     """
     lists = numbers.tolist() if isinstance(numbers, np.ndarray) else order_numbered(where, numbers)
     levels = [[lists]]
@@ -152,7 +152,7 @@ def make_array(where, numbers):
     lengths = [{len(entry) for entry in level} for level in outer]
     if any(len(of_level) > 1 for of_level in lengths[:-1]):
         raise ConfigError(f"{where} has layers of {' or '.join(map(str, sorted(lengths[1])))} ranks")
-    array = np.full((len(outer[-1]), max(lengths[-1])), HOLE, np.int64)
+    array = np.full((len(outer[-1]), max(lengths[-1])), EMPTY, np.int64)
     for row, values in zip(array, outer[-1], strict=True):
         row[: len(values)] = [whole(where, value) for value in values]
     return array.reshape([len(level[0]) for level in outer[:-1]] + [max(lengths[-1])]), sorted(lengths[-1])
@@ -181,7 +181,7 @@ def whole(where, value):
 
 def check_range(where, array, num_experts):
     """Raise ConfigError for the first number that is no expert's, with its place in the file."""
-    wrong = np.argwhere((array < HOLE) | (array >= num_experts))
+    wrong = np.argwhere((array < EMPTY) | (array >= num_experts))
     if len(wrong):
         raise ConfigError(f"{where}{subscript(wrong[0])} = {array[tuple(wrong[0])]}: must be -1 to {num_experts - 1}")
 
@@ -214,13 +214,13 @@ def invert(where, slots_of_expert, num_experts):
         raise ConfigError(f"{where} must be [layers][{num_experts} experts][slots of the expert]")
     slots_of_expert = slots_of_expert.reshape(-1, *slots_of_expert.shape[-2:])
     num_slots = int(slots_of_expert.max()) + 1
-    layer, expert, _ = found = np.nonzero(slots_of_expert != HOLE)
+    layer, expert, _ = found = np.nonzero(slots_of_expert != EMPTY)
     slot = slots_of_expert[found]
     if slot.min(initial=0) < 0 or num_slots * len(slots_of_expert) > len(slot):
         raise ConfigError(f"{where} leaves slots without an expert: give physical_to_logical_map instead")
-    experts = np.full((len(slots_of_expert), num_slots), HOLE, np.int64)
+    experts = np.full((len(slots_of_expert), num_slots), EMPTY, np.int64)
     experts[layer, slot] = expert
-    if (experts != HOLE).sum() < len(slot):
+    if (experts != EMPTY).sum() < len(slot):
         raise ConfigError(f"{where} has two experts in one slot")
     return experts
 
@@ -229,18 +229,18 @@ def has_places(array, num_experts):
     """Return True if the rows of [L, P, s] cannot be experts, but can be each expert's place on the rank."""
     if array.shape[2] != num_experts or array.max() + 1 >= num_experts:
         return False
-    counts = (array != HOLE).sum(axis=2, keepdims=True)
-    return bool((np.sort(array, axis=2) == np.maximum(np.arange(num_experts) - (num_experts - counts), HOLE)).all())
+    counts = (array != EMPTY).sum(axis=2, keepdims=True)
+    return bool((np.sort(array, axis=2) == np.maximum(np.arange(num_experts) - (num_experts - counts), EMPTY)).all())
 
 
 def take_places(where, places, num_experts):
     """Turn each expert's place on each rank, [L, P, E] and -1 where it is not, into the experts of slots [L, P, s]."""
     if places.shape[2] != num_experts:
         raise ConfigError(f"{where} must be [layers][ranks][{num_experts} experts], -1 where an expert is not")
-    counts = (places != HOLE).sum(axis=2, keepdims=True)
+    counts = (places != EMPTY).sum(axis=2, keepdims=True)
     if places.max() >= counts.max():
         raise ConfigError(f"{where}: an expert's place on a rank must be -1, or below the number of experts there")
-    experts = np.full((*places.shape[:2], int(counts.max())), HOLE, np.int64)
-    layer, rank, expert = found = np.nonzero(places != HOLE)
+    experts = np.full((*places.shape[:2], int(counts.max())), EMPTY, np.int64)
+    layer, rank, expert = found = np.nonzero(places != EMPTY)
     experts[layer, rank, places[found]] = expert
     return experts

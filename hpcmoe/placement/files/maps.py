@@ -13,9 +13,9 @@ import numpy as np
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import one_line
 from hpcmoe.placement.files.formats import check_range, read_slots
-from hpcmoe.placement.problem import PlacementProblem, in_units
+from hpcmoe.placement.problem import PlacementProblem, format_size
 from hpcmoe.placement.quotas import describe_unevenness
-from hpcmoe.placement.search.layer_data import HOLE
+from hpcmoe.placement.search.layer_data import EMPTY
 
 
 def read_map(path: str | os.PathLike, problem: PlacementProblem) -> tuple[np.ndarray, list[str]]:
@@ -44,11 +44,11 @@ def check_map(
     experts = numbers.reshape(layers, ranks, -1).copy()
     twice = np.zeros(experts.shape, bool)
     for slot in range(1, experts.shape[2]):
-        twice[..., slot] = (experts[..., :slot] == experts[..., slot, None]).any(axis=2) & (experts[..., slot] != HOLE)
-    experts[twice] = HOLE
+        twice[..., slot] = (experts[..., :slot] == experts[..., slot, None]).any(axis=2) & (experts[..., slot] != EMPTY)
+    experts[twice] = EMPTY
     experts = fit_slots(where, experts, problem.slots_per_rank)
-    check_copies(where, experts, problem)
-    notes = [f"{twice.sum()} copies are left out, second ones on their rank"] if twice.any() else []
+    check_replicas(where, experts, problem)
+    notes = [f"{twice.sum()} replicas are left out, second ones on their rank"] if twice.any() else []
     if uneven := describe_unevenness(problem, experts.reshape(layers, -1)):
         notes.append(uneven)
     return experts.reshape(layers, -1), notes
@@ -56,7 +56,7 @@ def check_map(
 
 def fit_slots(where: str, experts: np.ndarray, slots_per_rank: int) -> np.ndarray:
     """Give each rank slots_per_rank slots, by adding or dropping empty ones: [L, P, s] -> [L, P, slots_per_rank]."""
-    num_held = (experts != HOLE).sum(axis=2)
+    num_held = (experts != EMPTY).sum(axis=2)
     if num_held.max() > slots_per_rank:
         layer, rank = np.argwhere(num_held > slots_per_rank)[0]
         raise ConfigError(
@@ -64,29 +64,29 @@ def fit_slots(where: str, experts: np.ndarray, slots_per_rank: int) -> np.ndarra
             f"{slots_per_rank}; [cluster] spare_slots_per_rank, slots_per_gpu of a case"
         )
     if experts.shape[2] > slots_per_rank:
-        order = np.argsort(experts == HOLE, axis=2, kind="stable")
+        order = np.argsort(experts == EMPTY, axis=2, kind="stable")
         experts = np.take_along_axis(experts, order, axis=2)[..., :slots_per_rank]
     missing = slots_per_rank - experts.shape[2]
-    return np.pad(experts, ((0, 0), (0, 0), (0, missing)), constant_values=HOLE)
+    return np.pad(experts, ((0, 0), (0, 0), (0, missing)), constant_values=EMPTY)
 
 
-def check_copies(where, experts, problem):
+def check_replicas(where, experts, problem):
     """Raise ConfigError unless layouts [L, P, s] have every expert, once unless replicate, and fit the memory."""
     for layer, row in enumerate(experts):
-        copies = np.bincount(row[row != HOLE], minlength=problem.num_experts)
-        if not copies.all():
-            raise ConfigError(f"{where}[{layer}] has no expert {int(np.argmin(copies))}")
-        if copies.max() > 1 and not problem.replicate:
+        replicas = np.bincount(row[row != EMPTY], minlength=problem.num_experts)
+        if not replicas.all():
+            raise ConfigError(f"{where}[{layer}] has no expert {int(np.argmin(replicas))}")
+        if replicas.max() > 1 and not problem.replicate:
             raise ConfigError(
-                f"{where}[{layer}] has expert {int(np.argmax(copies))} {copies.max()} times, but replicate = false"
+                f"{where}[{layer}] has expert {int(np.argmax(replicas))} {replicas.max()} times, but replicate = false"
             )
-    used = np.bincount(problem.node_of_rank, (experts != HOLE).sum(axis=(0, 2)), problem.num_nodes).astype(np.int64)
-    if (used > problem.memory_copies).any():
-        node = int(np.argmax(used - problem.memory_copies))
+    used = np.bincount(problem.node_of_rank, (experts != EMPTY).sum(axis=(0, 2)), problem.num_nodes).astype(np.int64)
+    if (used > problem.memory_replicas).any():
+        node = int(np.argmax(used - problem.memory_replicas))
         name = problem.node_names[node] if problem.node_names else node
         raise ConfigError(
-            f"{where}: {used[node]} copies on node {name} x {in_units(problem.expert_bytes)} are more than its "
-            f"{in_units(int(problem.memory_bytes[node]))} hold"
+            f"{where}: {used[node]} replicas on node {name} x {format_size(problem.expert_bytes)} are more than its "
+            f"{format_size(int(problem.memory_bytes[node]))} hold"
         )
 
 
@@ -96,7 +96,7 @@ def write_map(path, expert_of_replica, suffix):
         with open(path, "wb") as file:
             np.save(file, expert_of_replica)
         return
-    count = [np.bincount(row[row != HOLE]).tolist() for row in expert_of_replica]
+    count = [np.bincount(row[row != EMPTY]).tolist() for row in expert_of_replica]
     tree = {
         "physical_to_logical": expert_of_replica.tolist(),
         "logical_to_physical": [

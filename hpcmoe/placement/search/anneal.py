@@ -1,4 +1,4 @@
-"""Local search over one layer's layouts: exchanges, moves and replacements of copies, annealed.
+"""Local search over one layer's layouts: exchanges, moves and replacements of replicas, annealed.
 
 Simulated annealing (Kirkpatrick, Gelatt and Vecchi 1983, doi:10.1126/science.220.4598.671) of the sum of powers.
 Proposals are counted, so that a search ends alike whenever its count ends it, and not the clock.
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcmoe.placement.search.layer_data import HOLE, Measure, make_layout
-from hpcmoe.placement.search.moves import compiled, crossing_change, find_busiest, most_seconds, move, rebuild, undo
+from hpcmoe.placement.search.layer_data import EMPTY, SmoothMax, make_state
+from hpcmoe.placement.search.moves import compiled, crossing_change, find_busiest, max_seconds, move, rebuild, undo
 from hpcmoe.placement.search.proposals import draw, may_move, propose
 
 CHUNK = 500  # proposals between two looks at the clock
@@ -58,21 +58,21 @@ class Budget:
 
 
 @compiled
-def anneal(t, s, log, random, measure, temperature, num_proposals):
+def anneal(t, s, log, random, smooth_max, temperature, num_proposals):
     """Make proposals, taking those that lower the sum of powers, and others as the temperature allows."""
-    total = rebuild(t, s, log, measure)
-    exponent, expert_at, busiest = 2.0**measure.doublings, s.expert_at, find_busiest(s.power)
+    total = rebuild(t, s, log, smooth_max)
+    exponent, expert_at, busiest = 2.0**smooth_max.doublings, s.expert_at, find_busiest(s.power)
     for proposal in range(num_proposals):
         if proposal % PROPOSALS_BETWEEN_LOOKS == PROPOSALS_BETWEEN_LOOKS - 1:
             busiest = find_busiest(s.power)
         a, slot, b, other = propose(t, s, random, busiest)
         e = expert_at[a, slot]
-        f = other if b == HOLE else expert_at[b, other]
+        f = other if b == EMPTY else expert_at[b, other]
         if not may_move(t, s, e, a, f, b):
             continue
 
         # Take it, or take it back.
-        change, allowed = move(t, s, log, measure, e, a, f, b), 0.0
+        change, allowed = move(t, s, log, smooth_max, e, a, f, b), 0.0
         if change > 0.0 and temperature > 0.0:
             chance = (draw(random, 1 << 30) + 1) / (1 << 30)
             allowed = total * (chance ** (-exponent * temperature) - 1.0)
@@ -81,27 +81,27 @@ def anneal(t, s, log, random, measure, temperature, num_proposals):
             continue
         total += change
         expert_at[a, slot] = f
-        if b != HOLE:
+        if b != EMPTY:
             expert_at[b, other] = e
 
 
 @compiled
-def tidy(t, s, log, random, measure, limit, num_proposals):
+def tidy(t, s, log, random, smooth_max, limit, num_proposals):
     """Make proposals, taking those that let fewer tokens leave their nodes and no resource be busier than the limit."""
-    rebuild(t, s, log, measure)
+    rebuild(t, s, log, smooth_max)
     least = -1e-9 * t.tokens.sum()  # what rounding makes
     for _ in range(num_proposals):
         a, slot, b, other = propose(t, s, random, draw(random, len(s.busy)))
         e = s.expert_at[a, slot]
-        f = other if b == HOLE else s.expert_at[b, other]
+        f = other if b == EMPTY else s.expert_at[b, other]
         if not may_move(t, s, e, a, f, b) or crossing_change(t, s, e, a, f, b) >= least:
             continue
-        move(t, s, log, measure, e, a, f, b)
-        if most_seconds(t, s, log, True) > limit:
+        move(t, s, log, smooth_max, e, a, f, b)
+        if max_seconds(t, s, log, True) > limit:
             undo(t, s, log, e, a, f, b)
             continue
         s.expert_at[a, slot] = f
-        if b != HOLE:
+        if b != EMPTY:
             s.expert_at[b, other] = e
 
 
@@ -114,30 +114,30 @@ class Found:
     cut_short: bool  # did the clock end it before its proposals were made?
 
 
-def improve(terms, expert_at, seed, budget):
+def improve(layer_data, expert_at, seed, budget):
     """Search from a layout [P, s] for one whose busiest resource is less busy -> Found.
 
     A long search goes in rounds, each hotter than the last, by turns from the best layout known and from the first;
     within a round every cycle starts from the best.
     """
-    layout, log = make_layout(terms, expert_at)
+    state, log = make_state(layer_data, expert_at)
     random = start_random(seed)
-    rebuild(terms, layout, log, Measure(1.0, 0))
-    best, least = layout.expert_at.copy(), most_seconds(terms, layout, log, False)
+    rebuild(layer_data, state, log, SmoothMax(1.0, 0))
+    best, least = state.expert_at.copy(), max_seconds(layer_data, state, log, False)
     begun, made, part, now = time.perf_counter(), 0, 0.0, None
     while part < 1 and least > budget.goal * EQUAL:
-        turn, cycle, cooled = find_cycle(terms, part, budget.proposals or made / max(part, 1e-9))
+        turn, cycle, cooled = find_cycle(layer_data, part, budget.proposals or made / max(part, 1e-9))
         if (turn, cycle) != now:
             is_fresh = turn % 2 == 1 and (now is None or turn != now[0])
-            layout.expert_at[:], now = expert_at if is_fresh else best, (turn, cycle)
+            state.expert_at[:], now = expert_at if is_fresh else best, (turn, cycle)
 
         # Cool down from the cycle's hot end to its cold end.
         hot = min(cycle.hot * HOTTER**turn, HOTTEST)
         temperature = hot * (cycle.cold / hot) ** cooled if hot else 0.0
-        anneal(terms, layout, log, random, Measure(least, cycle.doublings), temperature, CHUNK)
-        found = most_seconds(terms, layout, log, False)
+        anneal(layer_data, state, log, random, SmoothMax(least, cycle.doublings), temperature, CHUNK)
+        found = max_seconds(layer_data, state, log, False)
         if found * EQUAL < least:
-            best, least = layout.expert_at.copy(), found
+            best, least = state.expert_at.copy(), found
 
         # Tell how much is over: by proposals if they are counted, else by the clock, which ends it either way.
         made, spent = made + CHUNK, (time.perf_counter() - begun) / budget.seconds
@@ -146,14 +146,14 @@ def improve(terms, expert_at, seed, budget):
     return Found(expert_at=best, num_proposals=made, cut_short=bool(short))
 
 
-def find_cycle(terms, part, proposals):
+def find_cycle(layer_data, part, proposals):
     """Find where a search of so many proposals is after a part of it -> (round, Cycle, how much of that is over)."""
-    slots = terms.most_of_rank.sum()
+    slots = layer_data.most_of_rank.sum()
     if 0 < proposals < FEW_PROPOSALS * slots:
         cycles, num_rounds = FEW, 1
     else:
-        cycles = REPLICATED if terms.replicate else SINGLE
-        num_rounds = min(max(int(proposals / (ROUND * slots * len(terms.tokens))), 1), MOST_ROUNDS)
+        cycles = REPLICATED if layer_data.replicate else SINGLE
+        num_rounds = min(max(int(proposals / (ROUND * slots * len(layer_data.tokens))), 1), MOST_ROUNDS)
     turn, within = divmod(part * num_rounds, 1)
     begin = 0.0
     for cycle in cycles:
@@ -163,14 +163,14 @@ def find_cycle(terms, part, proposals):
     raise ValueError(part)
 
 
-def clear_up(terms, expert_at, seed, num_proposals):
+def clear_up(layer_data, expert_at, seed, num_proposals):
     """Lower the tokens that leave their nodes as long as the busiest resource is not busier: [P, s] -> [P, s]."""
-    layout, log = make_layout(terms, expert_at)
-    measure = Measure(1.0, 0)
-    rebuild(terms, layout, log, measure)
-    limit = most_seconds(terms, layout, log, False) * EQUAL
-    tidy(terms, layout, log, start_random(seed), measure, limit, num_proposals)
-    return layout.expert_at
+    state, log = make_state(layer_data, expert_at)
+    smooth_max = SmoothMax(1.0, 0)
+    rebuild(layer_data, state, log, smooth_max)
+    limit = max_seconds(layer_data, state, log, False) * EQUAL
+    tidy(layer_data, state, log, start_random(seed), smooth_max, limit, num_proposals)
+    return state.expert_at
 
 
 def start_random(seed):

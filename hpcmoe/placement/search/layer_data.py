@@ -4,20 +4,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hpcmoe.placement.cost import counted
+from hpcmoe.placement.cost import list_resources
 
-HOLE = np.int64(-1)  # an empty slot, or no rank; typed, for numba compiles a function anew for every literal
+EMPTY = np.int64(-1)  # an empty slot, or no rank; typed, for numba compiles a function anew for every literal
 
 
-class Terms(NamedTuple):
+class LayerData(NamedTuple):
     """What a layer's search looks up and never changes. Costs are seconds a token; 0 where they do not count."""
 
     demand: np.ndarray  # [nodes, E] tokens
     tokens: np.ndarray  # [E], of all nodes
     link_cost: np.ndarray  # [nodes, nodes]
     link_latency: np.ndarray  # [nodes * nodes] seconds of a link in use
-    out_cost: np.ndarray  # [nodes]
-    in_cost: np.ndarray  # [nodes]
+    egress_cost: np.ndarray  # [nodes]
+    ingress_cost: np.ndarray  # [nodes]
     uplink_cost: np.ndarray  # [racks]
     rank_cost: float
     node_of_rank: np.ndarray  # [P]
@@ -26,32 +26,32 @@ class Terms(NamedTuple):
     first_of_node: np.ndarray  # [nodes + 1], where each node's begin
     fewest_of_rank: np.ndarray  # [P] experts
     most_of_rank: np.ndarray  # [P] experts
-    most_of_node: np.ndarray  # [nodes] copies
+    most_of_node: np.ndarray  # [nodes] replicas
     replicate: bool
-    stays: np.ndarray  # [P, E] bool, who holds what already; used where moves are limited
-    most_moves: int  # copies that may be where they were not; HOLE: any number
+    already_held: np.ndarray  # [P, E] bool, who holds what already; used where moves are limited
+    most_moves: int  # replicas that may be where they were not; EMPTY: any number
 
 
-class Layout(NamedTuple):
-    """Where the copies are and how busy that makes every resource; changed in place.
+class LayerState(NamedTuple):
+    """Where the replicas are and how busy that makes every resource; changed in place.
 
     Resources in order: links, ports out, ports in, uplinks out, uplinks in, ranks.
     """
 
-    expert_at: np.ndarray  # [P, s], HOLE where empty
+    expert_at: np.ndarray  # [P, s], EMPTY where empty
     count_of_rank: np.ndarray  # [P]
     count_of_node: np.ndarray  # [nodes]
-    copies: np.ndarray  # [nodes, E]
-    copies_in_rack: np.ndarray  # [racks, E]
-    num_copies: np.ndarray  # [E]
-    rank_of_copy: np.ndarray  # [E, P + 1]
+    replicas: np.ndarray  # [nodes, E]
+    replicas_in_rack: np.ndarray  # [racks, E]
+    num_replicas: np.ndarray  # [E]
+    ranks_of_expert: np.ndarray  # [E, P + 1]
     busy: np.ndarray  # [resources] seconds without latency
     power: np.ndarray  # [resources] (seconds / scale) ** (2 ** doublings)
     stamp: np.ndarray  # [resources] the move that touched it last
-    num_moved: np.ndarray  # [1] copies on ranks that did not hold them, where moves are limited
+    num_moved: np.ndarray  # [1] replicas on ranks that did not hold them, where moves are limited
 
 
-class Log(NamedTuple):
+class UndoLog(NamedTuple):
     """What one move has touched, as it was before, and room to work in."""
 
     resource: np.ndarray  # [resources]
@@ -60,31 +60,31 @@ class Log(NamedTuple):
     count: np.ndarray  # [2]: resources touched, moves made
     at: np.ndarray  # [contributions] the resource of each
     by: np.ndarray  # [contributions] its seconds
-    served: np.ndarray  # [P + 1] tokens that each copy serves
+    served: np.ndarray  # [P + 1] tokens that each replica serves
     entered: np.ndarray  # [P + 1] those from other nodes
     crossed: np.ndarray  # [2, racks] those that leave and enter each rack
 
 
-class Measure(NamedTuple):
+class SmoothMax(NamedTuple):
     """How seconds become powers."""
 
     scale: float  # seconds that count as 1
     doublings: int  # the exponent is 2 to this
 
 
-def make_terms(problem, layer, limits):
-    """Lay down what a layer's search looks up -> Terms; limits: (fewest_of_rank, most_of_rank, most_of_node)."""
-    names, size = counted(problem.objective), problem.bytes_per_token
+def make_layer_data(problem, layer, limits):
+    """Lay down what a layer's search looks up -> LayerData; limits: (fewest_of_rank, most_of_rank, most_of_node)."""
+    names, size = list_resources(problem.objective), problem.bytes_per_token
     ports, ranks = "egress" in names, "rank" in names
     demand = np.ascontiguousarray(problem.demand(layer), np.float64)
     fewest_of_rank, most_of_rank, most_of_node = (np.asarray(limit, np.int64) for limit in limits)
-    return Terms(
+    return LayerData(
         demand=demand,
         tokens=demand.sum(axis=0),
         link_cost=np.ascontiguousarray(problem.link_cost, np.float64),
         link_latency=np.ascontiguousarray(problem.link_latency, np.float64).ravel(),
-        out_cost=ports * size / np.asarray(problem.egress_bytes_per_second, np.float64),
-        in_cost=ports * size / np.asarray(problem.ingress_bytes_per_second, np.float64),
+        egress_cost=ports * size / np.asarray(problem.egress_bytes_per_second, np.float64),
+        ingress_cost=ports * size / np.asarray(problem.ingress_bytes_per_second, np.float64),
         uplink_cost=ports * size / np.asarray(problem.uplink_bytes_per_second, np.float64),
         rank_cost=float(problem.seconds_per_token) * ranks,
         node_of_rank=np.ascontiguousarray(problem.node_of_rank, np.int64),
@@ -95,31 +95,31 @@ def make_terms(problem, layer, limits):
         most_of_rank=most_of_rank,
         most_of_node=most_of_node,
         replicate=bool(problem.replicate),
-        stays=np.zeros((0, 0), bool),
-        most_moves=HOLE,
+        already_held=np.zeros((0, 0), bool),
+        most_moves=EMPTY,
     )
 
 
-def make_layout(terms, expert_at):
-    """Make room for a layout with experts at [P, s] and its log -> (Layout, Log); rebuild fills the rest."""
-    (num_nodes, num_experts), num_ranks = terms.demand.shape, len(terms.node_of_rank)
-    num_racks = len(terms.uplink_cost)
+def make_state(layer_data, expert_at):
+    """Make room for a layout with experts at [P, s] and its log -> (LayerState, UndoLog); rebuild fills the rest."""
+    (num_nodes, num_experts), num_ranks = layer_data.demand.shape, len(layer_data.node_of_rank)
+    num_racks = len(layer_data.uplink_cost)
     num_resources = num_nodes * (num_nodes + 2) + 2 * num_racks + num_ranks
     most_contributions = num_nodes * (num_ranks + 2) + 2 * (num_ranks + num_racks + 1)
-    layout = Layout(
+    state = LayerState(
         expert_at=np.array(expert_at, np.int64),
         count_of_rank=np.zeros(num_ranks, np.int64),
         count_of_node=np.zeros(num_nodes, np.int64),
-        copies=np.zeros((num_nodes, num_experts), np.int64),
-        copies_in_rack=np.zeros((num_racks, num_experts), np.int64),
-        num_copies=np.zeros(num_experts, np.int64),
-        rank_of_copy=np.zeros((num_experts, num_ranks + 1), np.int64),
+        replicas=np.zeros((num_nodes, num_experts), np.int64),
+        replicas_in_rack=np.zeros((num_racks, num_experts), np.int64),
+        num_replicas=np.zeros(num_experts, np.int64),
+        ranks_of_expert=np.zeros((num_experts, num_ranks + 1), np.int64),
         busy=np.zeros(num_resources),
         power=np.zeros(num_resources),
         stamp=np.zeros(num_resources, np.int64),
         num_moved=np.zeros(1, np.int64),
     )
-    log = Log(
+    log = UndoLog(
         resource=np.zeros(num_resources, np.int64),
         busy=np.zeros(num_resources),
         power=np.zeros(num_resources),
@@ -130,4 +130,4 @@ def make_layout(terms, expert_at):
         entered=np.zeros(num_ranks + 1),
         crossed=np.zeros((2, num_racks)),
     )
-    return layout, log
+    return state, log

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hpcmoe.placement.search.layer_data import HOLE
+from hpcmoe.placement.search.layer_data import EMPTY
 from hpcmoe.placement.search.moves import compiled, holds, inlined
 
 
@@ -20,8 +20,8 @@ def draw(random, below):
 
 @inlined
 def draw_rank(t, random, node):
-    """Draw one of a node's ranks; of all ranks where the node is HOLE or has none."""
-    if node != HOLE:
+    """Draw one of a node's ranks; of all ranks where the node is EMPTY or has none."""
+    if node != EMPTY:
         first, end = t.first_of_node[node], t.first_of_node[node + 1]
         if end > first:
             return t.rank_by_node[first + draw(random, end - first)]
@@ -43,12 +43,12 @@ def draw_wanted(t, random, node):
 @inlined
 def draw_from(t, s, random, sender, receiver):
     """Draw an expert that the receiving node holds and the sending one lacks, rather one it sends much for."""
-    best, most = HOLE, 0.0
+    best, most = EMPTY, 0.0
     for _ in range(3):
         rank = draw_rank(t, random, receiver)
         expert = s.expert_at[rank, draw(random, t.most_of_rank[rank])]
-        if expert != HOLE and s.copies[sender, expert] == 0:
-            share = t.demand[sender, expert] / s.num_copies[expert]
+        if expert != EMPTY and s.replicas[sender, expert] == 0:
+            share = t.demand[sender, expert] / s.num_replicas[expert]
             if share > most:
                 best, most = expert, share
     return best
@@ -56,14 +56,14 @@ def draw_from(t, s, random, sender, receiver):
 
 @compiled
 def draw_victim(t, s, random, rank):
-    """Draw one of a rank's slots: of a few, the one whose expert is wanted least, on its node or by all for a copy."""
+    """Draw one of a rank's slots: of a few, the one whose expert is wanted least, on its node or by all for a replica."""
     node, best, least = t.node_of_rank[rank], 0, np.inf
     here, tries = draw(random, 2) == 0, 1 + draw(random, 3)
     for _ in range(tries):
         slot = draw(random, t.most_of_rank[rank])
         expert, wanted = s.expert_at[rank, slot], -1.0
-        if expert != HOLE:
-            wanted = t.demand[node, expert] if here else t.tokens[expert] / s.num_copies[expert]
+        if expert != EMPTY:
+            wanted = t.demand[node, expert] if here else t.tokens[expert] / s.num_replicas[expert]
         if wanted < least:
             best, least = slot, wanted
     return best
@@ -71,13 +71,13 @@ def draw_victim(t, s, random, rank):
 
 @compiled
 def aim(t, random, k):
-    """Name what resource k joins -> (sending node, receiving node, rank), HOLE where it has none."""
+    """Name what resource k joins -> (sending node, receiving node, rank), EMPTY where it has none."""
     num_nodes, num_racks = len(t.rack_of_node), len(t.uplink_cost)
     first_port, first_uplink = num_nodes * num_nodes, num_nodes * (num_nodes + 2)
     if k < first_port:
-        return k // num_nodes, k % num_nodes, HOLE
+        return k // num_nodes, k % num_nodes, EMPTY
     if k >= first_uplink + 2 * num_racks:
-        return HOLE, HOLE, k - first_uplink - 2 * num_racks
+        return EMPTY, EMPTY, k - first_uplink - 2 * num_racks
     if k < first_uplink:
         node, outwards = (k - first_port) % num_nodes, k < first_port + num_nodes
     else:
@@ -86,43 +86,43 @@ def aim(t, random, k):
             if t.rack_of_node[node] == (k - first_uplink) % num_racks:
                 break
             node = (node + 1) % num_nodes
-    return (node, HOLE, HOLE) if outwards else (HOLE, node, HOLE)
+    return (node, EMPTY, EMPTY) if outwards else (EMPTY, node, EMPTY)
 
 
 @compiled
 def choose_rank(t, s, random, busiest):
     """Choose a rank whose contents to change, and perhaps an expert that it should get -> (rank, expert)."""
-    sender, receiver, rank = HOLE, HOLE, HOLE
+    sender, receiver, rank = EMPTY, EMPTY, EMPTY
     if draw(random, 4) > 0:
         sender, receiver, rank = aim(t, random, busiest)
-    if rank != HOLE:  # it computes too long: change it, or copy one of its experts to another
+    if rank != EMPTY:  # it computes too long: change it, or replicate one of its experts on another
         if t.replicate and draw(random, 2) == 0:
-            return draw_rank(t, random, HOLE), s.expert_at[rank, draw(random, t.most_of_rank[rank])]
-        return rank, HOLE
-    if sender != HOLE and receiver == HOLE:
+            return draw_rank(t, random, EMPTY), s.expert_at[rank, draw(random, t.most_of_rank[rank])]
+        return rank, EMPTY
+    if sender != EMPTY and receiver == EMPTY:
         return draw_rank(t, random, sender), draw_wanted(t, random, sender)
-    if sender != HOLE and draw(random, 2) == 0:
-        target = draw_rank(t, random, sender if draw(random, 2) == 0 else HOLE)
+    if sender != EMPTY and draw(random, 2) == 0:
+        target = draw_rank(t, random, sender if draw(random, 2) == 0 else EMPTY)
         return target, draw_from(t, s, random, sender, receiver)
-    return draw_rank(t, random, receiver), HOLE
+    return draw_rank(t, random, receiver), EMPTY
 
 
 @compiled
 def propose(t, s, random, busiest):
-    """Think of a move -> (rank a, its slot, rank b, its slot); b is HOLE, and its slot an expert, to replace a's."""
+    """Think of a move -> (rank a, its slot, rank b, its slot); b is EMPTY, and its slot an expert, to replace a's."""
     a, wish = choose_rank(t, s, random, busiest)
     slot = draw_victim(t, s, random, a)
 
     # Replace what is there: by what is wished for, else by what the node wants, else by nothing.
     if t.replicate and draw(random, 2) == 0:
-        if wish == HOLE and draw(random, 16) > 0:
+        if wish == EMPTY and draw(random, 16) > 0:
             wish = draw_wanted(t, random, t.node_of_rank[a])
-        return a, slot, HOLE, wish
+        return a, slot, EMPTY, wish
 
     # Exchange it: for what is wished for, else for anything.
-    b = draw_rank(t, random, HOLE)
-    if wish != HOLE:
-        b = s.rank_of_copy[wish, draw(random, s.num_copies[wish])]
+    b = draw_rank(t, random, EMPTY)
+    if wish != EMPTY:
+        b = s.ranks_of_expert[wish, draw(random, s.num_replicas[wish])]
         for other in range(s.expert_at.shape[1]):
             if s.expert_at[b, other] == wish:
                 return a, slot, b, other
@@ -131,37 +131,37 @@ def propose(t, s, random, busiest):
 
 @inlined
 def more_moves(t, e, a, f, b):
-    """Count how many copies more would be where they were not, with f on rank a instead of b, and e on b."""
+    """Count how many replicas more would be where they were not, with f on rank a instead of b, and e on b."""
     more = 0
     for expert, source, target in ((e, a, b), (f, b, a)):
-        if expert != HOLE and source != HOLE and not t.stays[source, expert]:
+        if expert != EMPTY and source != EMPTY and not t.already_held[source, expert]:
             more -= 1
-        if expert != HOLE and target != HOLE and not t.stays[target, expert]:
+        if expert != EMPTY and target != EMPTY and not t.already_held[target, expert]:
             more += 1
     return more
 
 
 @compiled
 def may_move(t, s, e, a, f, b):
-    """Tell whether f may come from rank b to a, and e go from a to b, in slots, memory and number of copies."""
-    if e == f or a == b or (f != HOLE and holds(s, a, f)):
+    """Tell whether f may come from rank b to a, and e go from a to b, in slots, memory and number of replicas."""
+    if e == f or a == b or (f != EMPTY and holds(s, a, f)):
         return False
-    if t.most_moves != HOLE and s.num_moved[0] + more_moves(t, e, a, f, b) > t.most_moves:
+    if t.most_moves != EMPTY and s.num_moved[0] + more_moves(t, e, a, f, b) > t.most_moves:
         return False
     node_of_rank = t.node_of_rank
-    if b == HOLE:  # f comes anew, e goes for good
-        if e != HOLE:
-            return s.num_copies[e] > 1
+    if b == EMPTY:  # f comes anew, e goes for good
+        if e != EMPTY:
+            return s.num_replicas[e] > 1
         return s.count_of_node[node_of_rank[a]] < t.most_of_node[node_of_rank[a]]
-    if e != HOLE and holds(s, b, e):
+    if e != EMPTY and holds(s, b, e):
         return False
     here, there = node_of_rank[a], node_of_rank[b]
     if here == there and t.rank_cost == 0.0:
         return False
-    if e != HOLE and f != HOLE:
+    if e != EMPTY and f != EMPTY:
         return True
-    giver = a if f == HOLE else b
-    taker = there if f == HOLE else here
+    giver = a if f == EMPTY else b
+    taker = there if f == EMPTY else here
     return s.count_of_rank[giver] > t.fewest_of_rank[giver] and (
         here == there or s.count_of_node[taker] < t.most_of_node[taker]
     )

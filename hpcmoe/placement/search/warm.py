@@ -7,9 +7,9 @@ import numpy as np
 from numba.core.event import Listener, install_listener
 
 from hpcmoe.placement.problem import PlacementProblem
-from hpcmoe.placement.quotas import limit_ranks
+from hpcmoe.placement.quotas import make_limits
 from hpcmoe.placement.search.anneal import Budget, clear_up, improve
-from hpcmoe.placement.search.layer_data import make_terms
+from hpcmoe.placement.search.layer_data import make_layer_data
 from hpcmoe.placement.search.memory_trades import weigh_shifts
 from hpcmoe.placement.search.moves import move
 from hpcmoe.placement.search.seeds import Kept, lay_packed
@@ -51,10 +51,10 @@ def place_next_to_nothing():
         memory_bytes=np.full(2, 2), expert_bytes=1, bytes_per_token=1,
         tokens_of_rank=one, probability=np.full((1, 2, 2), 0.5),
     )  # fmt: skip
-    terms = make_terms(tiny, 0, limit_ranks(tiny, tiny.slots_of_node))
-    expert_at = lay_packed(terms, Kept(of_node=1))
-    improve(terms, expert_at, 0, Budget(proposals=1, goal=-1.0))
-    clear_up(terms, expert_at, 0, 1)
+    layer_data = make_layer_data(tiny, 0, make_limits(tiny, tiny.slots_of_node))
+    expert_at = lay_packed(layer_data, Kept(of_node=1))
+    improve(layer_data, expert_at, 0, Budget(proposals=1, goal=-1.0))
+    clear_up(layer_data, expert_at, 0, 1)
     weigh_shifts(tiny, 0, expert_at)
 
 

@@ -15,7 +15,7 @@ from placement.families import FAMILIES, make_family
 from hpcmoe.placement.bounds import choices
 from hpcmoe.placement.bounds.bounds import bound_layer, count_layer, count_spare
 from hpcmoe.placement.bounds.choices import count_ways, list_ways, make_choices
-from hpcmoe.placement.cost import is_optimal
+from hpcmoe.placement.cost import meets_bound
 from hpcmoe.placement.problem import OBJECTIVES, PlacementProblem
 
 
@@ -70,14 +70,14 @@ def tiny_layers(draw):
     return problem, room
 
 
-@pytest.mark.parametrize("most_entries", [0, 80, choices.MOST_ENTRIES])  # counting alone; splits at will; all ways
+@pytest.mark.parametrize("most_entries", [0, 80, choices._MOST_ENTRIES])  # counting alone; splits at will; all ways
 @settings(max_examples=15)
 @given(tiny_layers(), st.floats(1, 2))
 def test_no_layout_costs_less(most_entries, tiny, worse):
     problem, room = tiny
     optimum, slots = try_all(problem, 0, room)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choices, "MOST_ENTRIES", most_entries)
+        patch.setattr(choices, "_MOST_ENTRIES", most_entries)
         for incumbent in (np.inf, worse * optimum, optimum):
             assert 0 <= bound_layer(problem, 0, room, 0.2, incumbent) <= optimum * (1 + 1e-9), slots
         assert 0 <= bound_layer(problem, 0, room) <= optimum * (1 + 1e-9), slots
@@ -85,16 +85,16 @@ def test_no_layout_costs_less(most_entries, tiny, worse):
 
 @settings(max_examples=40)
 @given(st.integers(0, 999), st.sampled_from(OBJECTIVES), st.integers(1, 2), st.booleans())
-def test_single_copies_are_proven_optimal(seed, objective, num_racks, tight):
+def test_single_replicas_are_proven_optimal(seed, objective, num_racks, tight):
     problem = make_tiny(seed, (2, 1, 1), 3, 1, objective=objective, num_racks=num_racks, replicate=False)
     room = problem.slots_of_node - [tight, 0, 0]
     optimum, _ = try_all(problem, 0, room)
     assert solve_single(problem, 0, room) == pytest.approx(optimum, rel=1e-5)
-    assert is_optimal(optimum, bound_layer(problem, 0, room, 0.5, optimum))
+    assert meets_bound(optimum, bound_layer(problem, 0, room, 0.5, optimum))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_bounds_of_copies_are_near_on_average(objective):
+def test_bounds_of_replicas_are_near_on_average(objective):
     ratios = []
     for seed in range(12):
         problem = make_tiny(seed, (2, 2), 3, 1, objective=objective)
@@ -107,19 +107,19 @@ def test_bounds_of_copies_are_near_on_average(objective):
     ("name", "objective"),
     table([name for name, family in FAMILIES.items() if family.num_experts[0] <= 16], ["links", "ports"]),
 )
-def test_families_of_single_copies_at_16_are_within_a_tenth(name, objective):
+def test_families_of_single_replicas_at_16_are_within_a_tenth(name, objective):
     problem = dataclasses.replace(make_family(name, "16 x 16", 3, objective), replicate=False)
-    room = np.minimum(problem.slots_of_node, problem.memory_copies // problem.num_layers)
+    room = np.minimum(problem.slots_of_node, problem.memory_replicas // problem.num_layers)
     optimum = solve_single(problem, 0, room)
     assert 0.9 * optimum <= bound_layer(problem, 0, room, 0.5) <= optimum * (1 + 1e-5)
-    assert is_optimal(optimum, bound_layer(problem, 0, room, 10.0, optimum))
+    assert meets_bound(optimum, bound_layer(problem, 0, room, 10.0, optimum))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_large_layers_are_counted_at_once(name, objective):
     problem = make_family(name, "256 x 1024", 2, objective)
-    room = np.minimum(problem.slots_of_node, problem.memory_copies // problem.num_layers)
+    room = np.minimum(problem.slots_of_node, problem.memory_replicas // problem.num_layers)
     begin = time.perf_counter()
     assert bound_layer(problem, 0, room, 0.05) > 0
     assert time.perf_counter() - begin < 1  # 0.04 alone on a core
@@ -137,11 +137,11 @@ def test_layers_that_share_memory_leave_each_other_room(seed, extra, objective):
         )
         if (np.add(counts, counts_of_other) <= memory).all()
     )
-    room = np.minimum(problem.slots_of_node, problem.memory_copies)
+    room = np.minimum(problem.slots_of_node, problem.memory_replicas)
     assert sum(bound_layer(problem, layer, room, 0.1) for layer in range(2)) <= cheapest * (1 + 1e-9)
 
 
-def test_a_layer_gets_no_copies_that_leave_others_without_an_expert():
+def test_a_layer_gets_no_replicas_that_leave_others_without_an_expert():
     memory = np.array([4, 2])
     problem = make_tiny(3, (3, 3), 3, 1, num_layers=2, memory_bytes=memory)
     alone = dataclasses.replace(problem, num_layers=1, probability=problem.probability[:1], memory_bytes=memory * 9)
@@ -149,14 +149,14 @@ def test_a_layer_gets_no_copies_that_leave_others_without_an_expert():
     assert bound_layer(problem, 0, room, 0.2) > bound_layer(alone, 0, room, 0.2) * 1.1
 
 
-def test_splits_at_will_are_no_worse_than_two_copies_on_the_faster_node(monkeypatch):
+def test_splits_at_will_are_no_worse_than_two_replicas_on_the_faster_node(monkeypatch):
     bandwidth = np.full((3, 3), 1e8)
     bandwidth[:, 2] = 2e8
     tokens, room = np.array([900, 0, 0, 0]), np.array([0, 1, 2])  # the sender has no room
     problem = make_tiny(0, (1, 1, 2), 1, 1, bytes_per_second=bandwidth, tokens_of_rank=tokens)
     optimum, slots = try_all(problem, 0, room)
     assert slots.tolist() == [-1, 0, 0, 0]
-    monkeypatch.setattr(choices, "MOST_ENTRIES", 30)
+    monkeypatch.setattr(choices, "_MOST_ENTRIES", 30)
     assert len(make_choices(problem, room, 2).sets_at_will) == 1
     assert bound_layer(problem, 0, room, 0.2) == pytest.approx(optimum, rel=1e-5)
 
@@ -170,7 +170,7 @@ def test_the_time_given_is_kept():
 
 def test_more_time_never_lowers_a_bound():
     problem = make_family("all of it together, 32 experts", "16 x 16", 1, "ports")
-    room = np.minimum(problem.slots_of_node, problem.memory_copies // problem.num_layers)
+    room = np.minimum(problem.slots_of_node, problem.memory_replicas // problem.num_layers)
     counted = count_layer(problem, problem.demand(0), room, count_spare(problem, room))
     assert bound_layer(problem, 0, room) == counted
     assert bound_layer(problem, 0, room, 1.0) > counted * 1.01
@@ -190,7 +190,7 @@ def test_one_node_costs_what_its_ranks_compute():
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=5), st.integers(1, 6))
-def test_all_ways_to_lay_copies_are_listed_once(most, total):
+def test_all_ways_to_lay_replicas_are_listed_once(most, total):
     ways = list_ways(np.array(most), total)
     assert len(ways) == count_ways(most, total) == len({tuple(way) for way in ways.tolist()})
     assert ((ways <= most).all(axis=1) & (ways.sum(axis=1) >= 1) & (ways.sum(axis=1) <= total)).all()
@@ -200,7 +200,7 @@ def test_all_ways_to_lay_copies_are_listed_once(most, total):
 def test_shares_follow_the_nearest_tier():
     problem = make_tiny(0, (2, 2, 2, 2), 4, 1, num_racks=2)
     found = make_choices(problem, problem.slots_of_node, 4)
-    [way] = np.flatnonzero((found.copies == (0, 2, 1, 1)).all(axis=1))
+    [way] = np.flatnonzero((found.replicas == (0, 2, 1, 1)).all(axis=1))
     assert found.shares[way].tolist() == [[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    [way] = np.flatnonzero((found.copies == (0, 0, 2, 1)).all(axis=1))
+    [way] = np.flatnonzero((found.replicas == (0, 0, 2, 1)).all(axis=1))
     np.testing.assert_allclose(found.shares[way], [[0, 0, 2 / 3, 1 / 3]] * 2 + [[0, 0, 1, 0], [0, 0, 0, 1]])

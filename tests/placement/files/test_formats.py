@@ -1,4 +1,4 @@
-"""Maps of other engines are read where they can mean one thing alone; what is wrong is said in their own terms."""
+"""Maps of other engines are read where they can mean one thing alone; what is wrong is said in their own layer_data."""
 
 import json
 import pickle

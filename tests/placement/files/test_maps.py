@@ -52,11 +52,11 @@ def test_every_form_is_read(tmp_path, tree, name):
     assert (read_map(write(tmp_path, tree, name), PROBLEM)[0] == LAYOUTS).all()
 
 
-def test_fewer_slots_leave_the_others_empty_and_second_copies_on_a_rank_are_left_out(tmp_path):
+def test_fewer_slots_leave_the_others_empty_and_second_replicas_on_a_rank_are_left_out(tmp_path):
     wide = dataclasses.replace(PROBLEM, slots_per_rank=3, memory_bytes=np.array([12, 6]) * EXPERT_BYTES)
     layouts, notes = read_map(write(tmp_path, [[0, 1, 2, 2, 3, 0]] * 2), wide)
     assert layouts.tolist() == [[0, 1, -1, 2, -1, -1, 3, 0, -1]] * 2
-    assert notes == ["2 copies are left out, second ones on their rank"]
+    assert notes == ["2 replicas are left out, second ones on their rank"]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_fewer_slots_leave_the_others_empty_and_second_copies_on_a_rank_are_left
         ([[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 1, 2]], {}, "the list[1] has no expert 3"),
         (LAYOUTS.tolist(), {"replicate": False}, "the list[0] has expert 0 2 times, but replicate = false"),
         (LAYOUTS.tolist(), {"memory_bytes": np.array([6, 9]) * EXPERT_BYTES},
-         "the list: 7 copies on node 0 x 1 kB are more than its 6 kB hold"),
+         "the list: 7 replicas on node 0 x 1 kB are more than its 6 kB hold"),
         ({"physical_to_logical": [[0, 1], [0]]}, {}, "physical_to_logical has layers of 1 to 2 slots: must be"),
         ({"expert_of_slot": [[0, 1]]}, {}, "expert_of_slot[0] has 2 slots: must be a multiple of the 3 ranks"),
         ([[0.5, 1, 2, 3, 0, 1]] * 2, {}, "the list holds 0.5: must be whole numbers"),

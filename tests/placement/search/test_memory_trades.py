@@ -13,8 +13,8 @@ from placement.families import make_family
 from placement.problems import EXPERT_BYTES, assert_layer_is_placed, make_problem, problems, scatter
 
 from hpcmoe.placement.cost import layer_seconds
-from hpcmoe.placement.quotas import limit_ranks, spread_memory
-from hpcmoe.placement.search.layer_data import make_terms
+from hpcmoe.placement.quotas import divide_memory, make_limits
+from hpcmoe.placement.search.layer_data import make_layer_data
 from hpcmoe.placement.search.memory_trades import Trade, carry_out, find_trade, shift_memory, weigh_shifts
 from hpcmoe.placement.solve import make_placement
 
@@ -35,7 +35,7 @@ def make_crossed(objective="links"):
 @pytest.mark.parametrize("objective", ["links", "ports"])
 def test_where_only_a_pair_of_moves_helps_it_is_found(objective):
     problem = make_crossed(objective)
-    most_of_node = spread_memory(problem)
+    most_of_node = divide_memory(problem)
     assert most_of_node.tolist() == [[2, 1], [1, 2]]
     layouts = [np.array([[1, 2], [0, -1]]), np.array([[0, -1], [1, 2]])]  # one expert of each is where it must not be
     shifts = [weigh_shifts(problem, k, expert_at) for k, expert_at in enumerate(layouts)]
@@ -63,7 +63,7 @@ def test_memory_to_spare_is_taken_without_a_move_in_return():
 
 
 def test_a_replica_gives_way_to_one_that_is_worth_more():
-    # On node 1 layer 0 lacks a copy of expert 0, which is all that is asked for there; layer 1 has two to choose from.
+    # On node 1 layer 0 lacks a replica of expert 0, which is all that is asked for there; layer 1 has two to choose from.
     probability = np.array([[[0.5, 0.5], [1, 0]], [[1, 0], [1e-3, 1 - 1e-3]]])
     problem = make_problem([1, 1], 2, 2, num_layers=2, replicate=True, probability=probability)
     problem = dataclasses.replace(problem, tokens_of_rank=np.array([10, 10]))
@@ -81,11 +81,11 @@ def test_no_trade_where_none_helps():
 
 
 @given(problems(), st.integers(0, 99))
-def test_the_table_of_shifts_has_the_best_move_of_a_copy_between_any_two_nodes(problem, seed):
+def test_the_table_of_shifts_has_the_best_move_of_a_replica_between_any_two_nodes(problem, seed):
     expert_at = scatter(problem, seed)
     shifts, best = weigh_shifts(problem, 0, expert_at), np.full((problem.num_nodes + 1,) * 2, np.inf)
-    terms = make_terms(problem, 0, limit_ranks(problem, problem.slots_of_node))
-    for source, target, moved in every_shift(problem, terms, expert_at):
+    layer_data = make_layer_data(problem, 0, make_limits(problem, problem.slots_of_node))
+    for source, target, moved in every_shift(problem, layer_data, expert_at):
         best[source, target] = min(best[source, target], layer_seconds(problem, 0, moved.ravel()))
     assert shifts.cost == pytest.approx(layer_seconds(problem, 0, expert_at.ravel()), rel=1e-9)
     np.testing.assert_allclose(shifts.change + shifts.cost, best, rtol=1e-9, atol=1e-12)
@@ -94,13 +94,13 @@ def test_the_table_of_shifts_has_the_best_move_of_a_copy_between_any_two_nodes(p
         assert layer_seconds(problem, 0, moved.ravel()) == pytest.approx(best[source, target], rel=1e-9, abs=1e-12)
 
 
-def every_shift(problem, terms, expert_at):
-    """List every move of one copy, new copies and removals too -> iterator of from node, to node, layout [P, s]."""
+def every_shift(problem, layer_data, expert_at):
+    """List every move of one replica, new replicas and removals too -> iterator of from node, to node, layout [P, s]."""
     nodes, count = np.append(problem.node_of_rank, problem.num_nodes), (expert_at >= 0).sum(axis=1)
     for expert in range(problem.num_experts):
         holders = np.flatnonzero((expert_at == expert).any(axis=1)).tolist()
-        can_leave = [rank for rank in holders if count[rank] > terms.fewest_of_rank[rank]]
-        can_take = [rank for rank in np.flatnonzero(count < terms.most_of_rank).tolist() if rank not in holders]
+        can_leave = [rank for rank in holders if count[rank] > layer_data.fewest_of_rank[rank]]
+        can_take = [rank for rank in np.flatnonzero(count < layer_data.most_of_rank).tolist() if rank not in holders]
         for before in can_leave + [-1] * problem.replicate:
             for after in can_take + [-1] * (len(holders) > 1):
                 if nodes[before] != nodes[after]:
@@ -108,7 +108,7 @@ def every_shift(problem, terms, expert_at):
 
 
 def count_of_node(problem, expert_at):
-    """Count the copies on each node."""
+    """Count the replicas on each node."""
     return np.bincount(problem.node_of_rank, (expert_at >= 0).sum(axis=1), problem.num_nodes)
 
 
@@ -128,7 +128,7 @@ def ratio_to_best_of_all(seed, replicate, extra):
         for (counts, one), (counts_of_other, other) in itertools.product(
             *(cheapest_by_counts(problem, layer).items() for layer in range(2))
         )
-        if (np.add(counts, counts_of_other) <= problem.memory_copies).all()
+        if (np.add(counts, counts_of_other) <= problem.memory_replicas).all()
     )
     return make_placement(problem, iterations=500, seconds=0.2).objective_seconds / cheapest
 
@@ -136,7 +136,7 @@ def ratio_to_best_of_all(seed, replicate, extra):
 @pytest.mark.parametrize("seed", [3, 7])
 def test_shifts_keep_all_limits_and_never_cost_more(seed):
     problem = make_family("all of it together, 32 experts", "16 x 16", seed, "step")
-    most_of_node = spread_memory(problem)
+    most_of_node = divide_memory(problem)
     before = make_placement(problem, "packed", iterations=500, seconds=1e-3)
     layouts = [experts.reshape(problem.num_ranks, -1) for experts in before.expert_of_replica]
     for layer, expert_at in enumerate(layouts):
@@ -145,5 +145,5 @@ def test_shifts_keep_all_limits_and_never_cost_more(seed):
     shifted = shift_memory(problem, most_of_node, layouts, time.perf_counter() + 1, 0)
     assert (most_of_node.sum(axis=0) == room).all()
     for layer, expert_at in enumerate(shifted):
-        assert_layer_is_placed(make_terms(problem, layer, limit_ranks(problem, most_of_node[layer])), expert_at)
+        assert_layer_is_placed(make_layer_data(problem, layer, make_limits(problem, most_of_node[layer])), expert_at)
     assert sum(layer_seconds(problem, k, at.ravel()) for k, at in enumerate(shifted)) <= before.objective_seconds
