@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, MaxLen, MinLen
 
-from hpcmoe.contradictions import contradictions
+from hpcmoe.contradictions import find_contradictions
 from hpcmoe.errors import ConfigError
 from hpcmoe.float32 import InFloat32, find_range_error
 from hpcmoe.messages import is_one_line, join_lines, one_line, show_value
@@ -241,7 +241,7 @@ def make_config(tree: dict, source_of: Callable[..., str]) -> Config:
     config = validate(Config, tree, source_of)
     lines = [
         f"{source_of(name, key)}: [{name}] {key} = {show_value(getattr(getattr(config, name), key))}: {what}"
-        for (name, key), what in [*find_invalid_values(config), *contradictions(config)]
+        for (name, key), what in [*find_invalid_values(config), *find_contradictions(config)]
     ]
     if lines:
         raise ConfigError(join_lines(lines))

@@ -1,7 +1,7 @@
 """Values of run.toml that are each allowed, but not together."""
 
 
-def contradictions(config):
+def find_contradictions(config):
     """Find values that do not fit together -> list of ((section, key), what its value must be)."""
     model, cluster, pipeline, data = config.model, config.cluster, config.pipeline, config.data
     checks = [

@@ -8,7 +8,7 @@ Reason = tuple[bool, str, str]  # whether it holds; why; the keys, section.key, 
 LEAST_DECAY = 2.0**-25  # of a weight, that float32 can take off it
 
 
-def find_notes(config: object) -> Iterator[str]:
+def find_ineffective(config: object) -> Iterator[str]:
     """Yield a line for each reason why keys that differ from their defaults have no effect, or not all they promise."""
     for part in (list_modes, list_cluster, list_comm, list_routing, list_turns):
         for holds, why, keys in part(config):

@@ -26,7 +26,7 @@ from hpcmoe.cluster.topology import save_topology
 from hpcmoe.config import read_config
 from hpcmoe.description import describe_run, describe_tokens
 from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
-from hpcmoe.idle import find_notes
+from hpcmoe.idle import find_ineffective
 from hpcmoe.interrupts import exit_on_signals, repeated_interrupts
 from hpcmoe.model.text import check_text, find_text
 from hpcmoe.output import StderrHandler, print_to_stdout
@@ -80,7 +80,7 @@ def run(comm, arguments, opened):
     """Read, place, run, keep; opened holds the run's folder until the end. Collective over comm."""
     # Make sure of input and output first: what is wrong need not wait for torch.
     config, text = on_root(comm, lambda: read_config(arguments.config, arguments.set))
-    on_root(comm, lambda: [log.warning("%s", note) for note in find_notes(config)])
+    on_root(comm, lambda: [log.warning("%s", note) for note in find_ineffective(config)])
     folder = pathlib.Path(config.run.output, config.run.name)
     checkpoint = None if arguments.resume is None else find_checkpoint(comm, arguments.resume or folder)
     goes_on = checkpoint is not None and is_in_folder(checkpoint, folder)

@@ -6,16 +6,16 @@ import unicodedata
 from collections.abc import Iterable
 
 MOST_SHOWN, MOST_OF_LINE = 120, 320  # characters of a value in a message, and of a path or an option
-MOST_BITS = 256  # of a whole number that is written out
+_MOST_BITS = 256  # of a whole number that is written out
 BREAKING = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's controls, surrogates, separators of lines and paragraphs
 
 
 def printable(text: str) -> str:
     """Escape what would break a line, move a cursor or not show."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else escape(c) for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
 
 
-def escape(character: str) -> str:
+def _escape(character: str) -> str:
     """Write a character as Python's strings do."""
     return character.encode("unicode_escape").decode("ascii")
 
@@ -46,7 +46,7 @@ class ShortRepr(reprlib.Repr):
 
     def repr_int(self, number, level):
         """Write a whole number; one of thousands of digits Python itself refuses to write."""
-        if number.bit_length() > MOST_BITS:
+        if number.bit_length() > _MOST_BITS:
             return f"a whole number of {number.bit_length()} bits"
         return super().repr_int(number, level)
 

@@ -38,7 +38,7 @@ def parse_override(override: str, kinds: Kinds) -> tuple[str, str, object]:
     if kind == STRING:
         return name, key, parsed if isinstance(parsed, str) and value[0] in "\"'" else value
     if kind in (STRINGS, NUMBERS, MATRIX) and not has_shape(parsed, kind):
-        raise ConfigError(f"{name_option(override)}: must be {kind}{tell_what_to_type(f'{name}.{key}', value, kind)}")
+        raise ConfigError(f"{name_option(override)}: must be {kind}{suggest_option(f'{name}.{key}', value, kind)}")
     return name, key, parsed if is_toml else value
 
 
@@ -56,7 +56,7 @@ def has_shape(value: object, kind: str) -> bool:
     return isinstance(value, list) and all(isinstance(each, entry) for each in value)
 
 
-def tell_what_to_type(name: str, value: str, kind: str) -> str:
+def suggest_option(name: str, value: str, kind: str) -> str:
     """Say what a list looks like on a command line, from a value that has lost its quotes or brackets."""
     words = [word.strip(" \"'[]") for word in value.split(",")]
     entries = ", ".join(json.dumps(word, ensure_ascii=False) if kind == STRINGS else word for word in words if word)

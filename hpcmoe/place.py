@@ -36,7 +36,7 @@ def main(words=None):
     """Run the command -> its exit status."""
     try:
         with repeated_interrupts():
-            arguments = read_arguments(sys.argv[1:] if words is None else words)
+            arguments = read_place_arguments(sys.argv[1:] if words is None else words)
             check_outputs(arguments)
             print_to_stdout(place(arguments))
     except HpcmoeError as error:
@@ -49,7 +49,7 @@ def main(words=None):
     return 0
 
 
-def read_arguments(words):
+def read_place_arguments(words):
     """Parse the command line -> arguments. Raises ConfigError; leaves after --help."""
     parser = Parser(prog=name_program("hpcmoe.place"), description="Place experts on ranks.")
     parser.add_argument("case", metavar="CASE", help="placement problem: CASE.json, or the run.h5 of a run")
@@ -141,7 +141,7 @@ def check_apart(arguments):
 
 
 def with_part(path):
-    """List a path and the temporary name under which replaced() writes it."""
+    """List a path and the temporary name under which replace_file() writes it."""
     whole = path.resolve()
     return whole, whole.with_name(f"{whole.name}.part")
 
@@ -163,9 +163,9 @@ def one_line_faults(path):
         raise ConfigError(f"{one_line(path)}: cannot be written: {why}") from None
 
 
-def place(arguments):
+def place_case(arguments):
     """Read the problem, solve it, write what was asked for -> the text to show."""
-    problem, notes = read_problem(arguments)
+    problem, notes = _read_problem(arguments)
     if arguments.layer >= problem.num_layers:
         raise ConfigError(f"--layer {arguments.layer}: must be below layers = {problem.num_layers}")
     if notes:
@@ -176,9 +176,9 @@ def place(arguments):
     # What compiles, or takes a second to import, waits until the input is known to be good.
     from hpcmoe.placement.resources import compute_usage
     from hpcmoe.placement.solve import compare_methods
-    from hpcmoe.report.placement_tables import make_tables
+    from hpcmoe.report.placement_tables import make_placement_tables
 
-    placement = find_placement(problem, arguments)
+    placement = search_placement(problem, arguments)
     if arguments.moves != 0 and (uneven := describe_unevenness(problem, placement.expert_of_replica)):
         print_to_stderr([f"hpcmoe: note: {uneven}"])
     rivals = compare_methods(problem, ("contiguous", "eplb") if arguments.compare else ("contiguous",))
@@ -188,26 +188,28 @@ def place(arguments):
     if arguments.output:
         write_answer(arguments.output, make_answer(problem, placement, rivals, arguments.seed))
     if arguments.eplb_out:
-        with replaced(arguments.eplb_out) as part:
+        with replace_file(arguments.eplb_out) as part:
             write_map(part, placement.expert_of_replica, pathlib.Path(arguments.eplb_out).suffix)
     if arguments.plot:
-        from hpcmoe.report.figures import draw
+        from hpcmoe.report.figures import draw_placement
 
-        with replaced(arguments.plot) as part:
-            draw(problem, placement, usage, part, pathlib.Path(arguments.plot).suffix[1:].lower(), arguments.layer)
-    table = make_tables(problem, placement, usage, rivals, arguments.layer)
+        with replace_file(arguments.plot) as part:
+            draw_placement(
+                problem, placement, usage, part, pathlib.Path(arguments.plot).suffix[1:].lower(), arguments.layer
+            )
+    table = make_placement_tables(problem, placement, usage, rivals, arguments.layer)
     return f"{table}\n\nwritten: {', '.join(written)}" if written else table
 
 
-def find_placement(problem, arguments):
+def search_placement(problem, arguments):
     """Search for a placement, from the one that --start names if any -> Placement."""
-    from hpcmoe.placement.refine import resettle
+    from hpcmoe.placement.refine import refine
     from hpcmoe.placement.result import SearchStats, evaluate
     from hpcmoe.placement.solve import SearchOptions, bound_layers, make_placement
 
     seconds = arguments.budget or SECONDS_A_LAYER * problem.num_layers
     options = {"seconds": seconds, "iterations": arguments.iterations, "seed": arguments.seed}
-    start = read_start(problem, arguments.start) if arguments.start else None
+    start = read_start_layouts(problem, arguments.start) if arguments.start else None
     if arguments.moves is None:
         if start is not None and not has_even_ranks(problem, start):
             print_to_stderr(
@@ -215,14 +217,14 @@ def find_placement(problem, arguments):
             )
         return make_placement(problem, start=start, **options)
     begun = time.perf_counter()
-    layouts = resettle(problem, start, arguments.moves, SearchOptions(**options)) if arguments.moves else start
+    layouts = refine(problem, start, arguments.moves, SearchOptions(**options)) if arguments.moves else start
     search_stats = SearchStats(seconds=time.perf_counter() - begun)
     return evaluate(
         problem, layouts, bound_layers(problem, layouts, [None] * len(layouts), seconds / 2), "packed", search_stats
     )
 
 
-def read_start(problem, path):
+def read_start_layouts(problem, path):
     """Read the placement to begin with -> [L, S]."""
     if pathlib.Path(path).suffix == ".h5":
         from hpcmoe.write.problem import read_last_placement
@@ -235,7 +237,7 @@ def read_start(problem, path):
     return layouts
 
 
-def read_problem(arguments):
+def _read_problem(arguments):
     """Read the problem of a case file or of a run's record -> (PlacementProblem, notes)."""
     if pathlib.Path(arguments.case).suffix != ".h5":
         return read_case(arguments.case, arguments.objective or "step", arguments.latency)
@@ -243,7 +245,7 @@ def read_problem(arguments):
     from hpcmoe.write import problem
 
     given = {"objective": arguments.objective, "count_latency": arguments.latency}
-    read, notes = problem.read_problem(arguments.case, **{name: value for name, value in given.items() if value})
+    read, notes = problem.read_run_problem(arguments.case, **{name: value for name, value in given.items() if value})
     check_problem(read)
     return read, notes
 
@@ -267,7 +269,7 @@ def make_answer(problem, placement, rivals, seed):
 
 
 @contextlib.contextmanager
-def replaced(path):
+def replace_file(path):
     """Give a temporary name, which takes the path's place when the block ends well; a device is written as it is."""
     whole = pathlib.Path(path).resolve()
     part = whole.with_name(f"{whole.name}.part") if whole.is_file() or not whole.exists() else whole
@@ -283,7 +285,7 @@ def replaced(path):
 def write_answer(path, answer):
     """Write OUT.json, a line for each key."""
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in answer.items())
-    with replaced(path) as part:
+    with replace_file(path) as part:
         part.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 

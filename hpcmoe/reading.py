@@ -35,7 +35,7 @@ def read_bytes(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> bytes:
         try:
             if stat.S_ISDIR(os.fstat(handle).st_mode):
                 raise ConfigError(f"{one_line(path)}: cannot be read: Is a directory")
-            return b"".join(read_pieces(path, handle, most_bytes))
+            return b"".join(_read_chunks(path, handle, most_bytes))
         finally:
             os.close(handle)
     except OSError as error:
@@ -44,7 +44,7 @@ def read_bytes(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> bytes:
         raise ConfigError(f"{one_line(path)}: cannot be read: {one_line(error)}") from None
 
 
-def read_pieces(path, handle, most_bytes):
+def _read_chunks(path, handle, most_bytes):
     """Yield what an open file has until its end."""
     total = 0
     while True:
@@ -59,18 +59,18 @@ def read_pieces(path, handle, most_bytes):
         yield piece
 
 
-def parse(path: str | os.PathLike, text: str, parser: Callable, language: str) -> object:
+def parse_text(path: str | os.PathLike, text: str, parser: Callable, language: str) -> object:
     """Parse a text by a parser that tells its errors as ValueError or RecursionError; ConfigError in one line."""
     try:
         return parser(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{one_line(path)}: not {language}: {explain(error)}") from None
+        raise ConfigError(f"{one_line(path)}: not {language}: {_format_parse_error(error)}") from None
 
 
 def read_toml(path: str | os.PathLike) -> tuple[dict, str]:
     """Read a TOML file -> (its tree, its text)."""
     text = read_text(path, MOST_TOML_BYTES)
-    return parse(path, text, tomllib.loads, "TOML"), text
+    return parse_text(path, text, tomllib.loads, "TOML"), text
 
 
 def read_json(path: str | os.PathLike) -> object:
@@ -88,10 +88,10 @@ def read_json(path: str | os.PathLike) -> object:
             raise ConfigError(join_lines(twice))
         return dict(pairs)
 
-    return parse(path, read_text(path), lambda text: json.loads(text, object_pairs_hook=unique), "JSON")
+    return parse_text(path, read_text(path), lambda text: json.loads(text, object_pairs_hook=unique), "JSON")
 
 
-def explain(error: Exception) -> str:
+def _format_parse_error(error: Exception) -> str:
     """Say what a parser found wrong, in the user's terms."""
     if isinstance(error, RecursionError):
         return "nested too deeply"

@@ -16,7 +16,7 @@ from dataclasses import fields
 from hpcmoe.arguments import Parser, name_program
 from hpcmoe.config import Config, read_config
 from hpcmoe.errors import EXIT_USER, HpcmoeError
-from hpcmoe.idle import find_notes
+from hpcmoe.idle import find_ineffective
 from hpcmoe.output import print_to_stderr, print_to_stdout
 
 MANUAL = importlib.resources.files("hpcmoe") / "run.toml"
@@ -50,7 +50,7 @@ def make_text(path: str | None, overrides: list[str]) -> str:
     if path is None and not overrides:
         return MANUAL.read_text(encoding="utf-8").rstrip("\n")
     config, _ = read_config(MANUAL if path is None else path, overrides)
-    print_to_stderr(f"hpcmoe: note: {note}" for note in find_notes(config))
+    print_to_stderr(f"hpcmoe: note: {note}" for note in find_ineffective(config))
     return write_config(config)
 
 

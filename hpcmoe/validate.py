@@ -10,7 +10,7 @@ from hpcmoe.messages import join_lines, one_line, show_value, suggest
 
 STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # what pydantic is to be picky about
 DEEPEST = 8  # lists within lists: no key takes as many
-MOST_BITS = 1000  # of a whole number: no key takes as many, and Python does not write thousands of digits
+_MOST_BITS = 1000  # of a whole number: no key takes as many, and Python does not write thousands of digits
 OVERFLOWING = 10**400  # stands for any larger one: more than a float, too, can be
 
 
@@ -22,18 +22,18 @@ def validate(cls: type, tree: dict, source_of: Callable[..., str]) -> object:
     from pydantic import ValidationError  # rank 0 alone pays for this import
 
     try:
-        return make_reader(cls).validate_json(json.dumps(make_json(tree)))
+        return make_validator(cls).validate_json(json.dumps(make_json(tree)))
     except ValidationError as invalid:
         errors_of_key = {}
         for error in invalid.errors():
             errors_of_key.setdefault(error["loc"][:2], []).append(error)
     keys_of_section = {part.name: [key.name for key in fields(part.type)] for part in fields(cls)}
-    lines = (explain(errors, tree, source_of, keys_of_section) for errors in errors_of_key.values())
+    lines = (_format_errors(errors, tree, source_of, keys_of_section) for errors in errors_of_key.values())
     raise ConfigError(join_lines(lines))
 
 
 @functools.cache
-def make_reader(cls: type) -> object:
+def make_validator(cls: type) -> object:
     """Make what reads a dataclass, once: it takes pydantic as long as a hundred readings."""
     from pydantic import TypeAdapter
 
@@ -52,11 +52,11 @@ def make_json(value: object, depth: int = 0) -> object:
         case bool() | str() | float():
             return value
         case int():
-            return value if value.bit_length() <= MOST_BITS else OVERFLOWING * (1 if value > 0 else -1)
+            return value if value.bit_length() <= _MOST_BITS else OVERFLOWING * (1 if value > 0 else -1)
     return {"date": str(value)}
 
 
-def explain(
+def _format_errors(
     errors: list[dict], tree: dict, source_of: Callable[..., str], keys_of_section: dict[str, list[str]]
 ) -> str:
     """Make one line of pydantic's errors of a key or section: where it is, what stands there, what may stand there."""

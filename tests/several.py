@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from hpcmoe.cluster.discover import read_host_name
 from hpcmoe.errors import exit_with
-from hpcmoe.main import read_arguments, run, start_log
+from hpcmoe.main import read_run_arguments, run, start_log
 from hpcmoe.wait import barrier
 
 
@@ -24,7 +24,7 @@ def main(runs):
             if comm.rank == 0:
                 print(f"run {number}", flush=True)
             with contextlib.ExitStack() as opened:
-                run(comm, read_arguments(words), opened)
+                run(comm, read_run_arguments(words), opened)
                 barrier(comm)
     except Exception as error:
         exit_with(comm, error, read_host_name())

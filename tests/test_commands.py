@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from hpcmoe.description import NOT_INSTALLED, find_version
 from hpcmoe.errors import HpcmoeError
-from hpcmoe.main import read_arguments, run
+from hpcmoe.main import read_run_arguments, run
 
 PROMPT_SECONDS = 20  # of processors, for what the program refuses
 TINY = {
@@ -135,7 +135,7 @@ def test_what_is_in_the_way_or_missing_is_one_line(tmp_path, monkeypatch):
 def check_error(command, said):
     """Check that the program, on a rank of its own in this process, has one line to say."""
     with pytest.raises(HpcmoeError) as error, contextlib.ExitStack() as opened:
-        run(MPI.COMM_SELF, read_arguments([str(word) for word in command[2:]]), opened)
+        run(MPI.COMM_SELF, read_run_arguments([str(word) for word in command[2:]]), opened)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 

@@ -3,14 +3,14 @@
 import pytest
 
 from hpcmoe.config import Config, list_keys, read_config
-from hpcmoe.idle import find_notes, list_cluster, list_comm, list_modes, list_routing, list_turns
+from hpcmoe.idle import find_ineffective, list_cluster, list_comm, list_modes, list_routing, list_turns
 
 
 @pytest.fixture
 def notes(tmp_path):
     """Read an empty run.toml with some --set -> the lines told."""
     (tmp_path / "run.toml").write_text("")
-    return lambda *overrides: list(find_notes(read_config(tmp_path / "run.toml", overrides)[0]))
+    return lambda *overrides: list(find_ineffective(read_config(tmp_path / "run.toml", overrides)[0]))
 
 
 @pytest.mark.parametrize(

@@ -159,5 +159,5 @@ def test_make_says_what_it_installs_for_a_run_and_what_for_the_tests(tmp_path):
         for target in ("run", "test-serial")
     }
     assert "what running needs" in shown["run"] and "GB on disk" in shown["run"]
-    assert "[test]" not in shown["run"] and "compile_all" not in shown["run"]
+    assert "[test]" not in shown["run"] and "compile_search" not in shown["run"]
     assert "what tests need" in shown["test-serial"] and "compiling the placement's search" in shown["test-serial"]

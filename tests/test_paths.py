@@ -9,7 +9,7 @@ import pytest
 
 from hpcmoe.config import Config, Run, read_config
 from hpcmoe.errors import ConfigError
-from hpcmoe.main import read_arguments
+from hpcmoe.main import read_run_arguments
 from hpcmoe.paths import PATHS, expand_path, expand_paths, expand_pattern
 
 ME = pwd.getpwuid(os.getuid())
@@ -125,7 +125,7 @@ def test_a_file_of_that_very_name_is_no_pattern(file, tmp_path):
 
 
 def test_the_folder_to_resume_is_expanded(file, tmp_path):
-    assert read_arguments(["run.toml", "--resume=~/$WHERE"]).resume == f"{tmp_path}/me/some where"
-    assert read_arguments(["run.toml", "--resume"]).resume == ""
+    assert read_run_arguments(["run.toml", "--resume=~/$WHERE"]).resume == f"{tmp_path}/me/some where"
+    assert read_run_arguments(["run.toml", "--resume"]).resume == ""
     with pytest.raises(ConfigError, match=r"^--resume = '\$NOWHERE': \$NOWHERE is not set, or is empty$"):
-        read_arguments(["run.toml", "--resume", "$NOWHERE"])
+        read_run_arguments(["run.toml", "--resume", "$NOWHERE"])

@@ -24,7 +24,7 @@ class Moves:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class MigrationDecision:
     """What a change of placement would gain and cost, and whether to make it."""
 
     moves: Moves
@@ -34,7 +34,7 @@ class Verdict:
     gain_seconds: float  # over the horizon
     noise_seconds: float  # by which the sampling of tokens may have made that gain, over the horizon
     cost_seconds: float  # of the move
-    adopted: bool
+    accepted: bool
 
 
 def keep_slots(old, new, slots_per_rank):
@@ -68,7 +68,7 @@ def list_moves(problem, old, new):
     return Moves(**dict(zip(Moves.__slots__, columns, strict=True)))
 
 
-def move_seconds(problem, moves, bytes_of_expert):
+def estimate_move_seconds(problem, moves, bytes_of_expert):
     """Predict how long moves take: bytes over bandwidth of the link, port, uplink or memory that has most to do."""
     nodes = problem.node_of_rank
     sent = np.zeros((problem.num_nodes, problem.num_nodes))
@@ -87,7 +87,7 @@ def move_seconds(problem, moves, bytes_of_expert):
     return max(float(array.max(initial=0.0)) for array in seconds)
 
 
-def layers_seconds(problem, expert_of_replica, split, ways):
+def estimate_layer_seconds(problem, expert_of_replica, split, ways):
     """Predict the seconds of each layer's busiest resource in a step -> [L].
 
     split [L, nodes, S] or None as a placement's; ways = (times that rows cross links, experts' passes over forward's).
@@ -103,7 +103,7 @@ def layers_seconds(problem, expert_of_replica, split, ways):
     return taken
 
 
-def judge(gains, noise, cost_seconds, horizon, margin):
+def should_migrate(gains, noise, cost_seconds, horizon, margin):
     """Weigh a move: H (J(old) - J(new)) > (1 + h) cost + H sigma -> whether to make it.
 
     gains: seconds a step; noise: their standard error; horizon: steps for which the loads are trusted to hold.

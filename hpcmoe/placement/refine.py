@@ -8,24 +8,24 @@ from hpcmoe.placement.bounds.bounds import bound_layer
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.migrate import keep_slots
 from hpcmoe.placement.quotas import divide_memory, relax_evenness, widen_limits
-from hpcmoe.placement.search.anneal import EQUAL, Budget, clear_up, improve
+from hpcmoe.placement.search.anneal import TIE_FACTOR, Budget, reduce_crossing, search_layout
 from hpcmoe.placement.search.layer_data import EMPTY, make_layer_data
-from hpcmoe.placement.search.warm import compile_all
+from hpcmoe.placement.search.warm import compile_search
 from hpcmoe.placement.solve import LEAST_SECONDS, PROPOSALS_TO_TIDY, fits, match_memory, pad_slots, trim_slots
 
-LEAST_GAIN = 0.005  # of a layer's cost; for less nothing moves
+_LEAST_GAIN = 0.005  # of a layer's cost; for less nothing moves
 
 
-def resettle(problem, present, most_moves, options):
+def refine(problem, present, most_moves, options):
     """Search on from layouts [L, S] by solve's SearchOptions -> layouts [L, S] that cost no more, what stays in its slot.
 
     In each layer at most most_moves replicas come to ranks that lack them; those that do not help stay. Where present is
     less even than it must be, no rank strays further.
     """
-    compile_all()
+    compile_search()
     begun, most_of_node = time.perf_counter(), divide_memory(problem)
     match_memory(problem, most_of_node, present)
-    settled, bounded = present.copy(), relax_evenness(problem, present)
+    refined, bounded = present.copy(), relax_evenness(problem, present)
     for layer in range(problem.num_layers):
         layer_data = make_layer_data(problem, layer, widen_limits(problem, most_of_node[layer], present[layer]))
         start = trim_slots(problem, layer_data, present[layer])
@@ -40,15 +40,15 @@ def resettle(problem, present, most_moves, options):
             proposals=options.iterations,
             goal=bound_layer(bounded, layer, most_of_node[layer]),
         )
-        found = improve(layer_data, start, (options.seed, layer), budget).expert_at
-        found = clear_up(layer_data, found, (options.seed, layer), PROPOSALS_TO_TIDY)
+        found = search_layout(layer_data, start, (options.seed, layer), budget).expert_at
+        found = reduce_crossing(layer_data, found, (options.seed, layer), PROPOSALS_TO_TIDY)
         new = keep_slots(present[layer], pad_slots(problem, found), problem.slots_per_rank)
         new = spare_moves(problem, layer, present[layer], new, layer_data)
         new = keep_slots(present[layer], new, problem.slots_per_rank)
         before, after = (layer_seconds(problem, layer, experts) for experts in (present[layer], new))
-        if after < before * (1 - LEAST_GAIN):
-            settled[layer] = new
-    return settled
+        if after < before * (1 - _LEAST_GAIN):
+            refined[layer] = new
+    return refined
 
 
 def list_held(expert_at, num_experts):
@@ -61,7 +61,7 @@ def list_held(expert_at, num_experts):
 
 def spare_moves(problem, layer, old, new, layer_data):
     """Take back what moved without need: slot by slot, as long as the layer costs no more; old, new [S] -> [S]."""
-    limit = layer_seconds(problem, layer, new) * EQUAL
+    limit = layer_seconds(problem, layer, new) * TIE_FACTOR
     for slot in np.flatnonzero(old != new):
         back = take_back(old, new, slot)
         at = trim_slots(problem, layer_data, back)

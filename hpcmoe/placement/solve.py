@@ -1,4 +1,4 @@
-"""From the problem to the placement: seeds, search, memory shifted between layers, ties, bounds, in numbered steps.
+"""From the problem to the placement: seeds, search, memory traded between layers, ties, bounds, in numbered steps.
 
 Pure: arrays in, arrays out, run on rank 0. With a count of proposals, one problem and seed give one answer unless the
 clock ends the search first; with a time alone, what the clock allows.
@@ -22,13 +22,13 @@ from hpcmoe.placement.quotas import (
     usable_of_node,
 )
 from hpcmoe.placement.result import SearchStats, evaluate
-from hpcmoe.placement.search.anneal import EQUAL, Budget, clear_up, improve
-from hpcmoe.placement.search.balance_node import seat_evenly
+from hpcmoe.placement.search.anneal import TIE_FACTOR, Budget, reduce_crossing, search_layout
+from hpcmoe.placement.search.balance_node import balance_nodes
 from hpcmoe.placement.search.layer_data import EMPTY, SmoothMax, make_layer_data, make_state
-from hpcmoe.placement.search.memory_trades import MOST_NODES, shift_memory
+from hpcmoe.placement.search.memory_trades import MOST_TRADING_NODES, trade_memory
 from hpcmoe.placement.search.moves import max_seconds, rebuild
-from hpcmoe.placement.search.seeds import Kept, lay_as_eplb, lay_contiguous, lay_packed
-from hpcmoe.placement.search.warm import compile_all
+from hpcmoe.placement.search.seeds import PinnedCounts, make_contiguous, make_eplb, make_packed
+from hpcmoe.placement.search.warm import compile_search
 
 _LARGE = 2**20  # nodes x nodes x experts: from here on a seed takes tens of milliseconds
 LEAST_SECONDS = 1e-3  # of a layer's search, however late
@@ -62,7 +62,7 @@ def make_placement(problem, method="packed", **options):
         case "packed" if (plain := place_without_search(problem, most_of_node, options)) is not None:
             layouts, search_stats, seconds = plain, SearchStats(), 0.0
         case "packed":
-            compile_all()
+            compile_search()
             match_memory(problem, most_of_node, options.start)
             layouts, search_stats, counted = search_layers(problem, most_of_node, options)
             if has_ample_memory(problem):  # else a layer may get more memory than what was counted with
@@ -92,13 +92,13 @@ def place_without_search(problem, most_of_node, options):
     layouts = []
     for layer in layers_of(problem):
         layer_data = make_layer_data(problem, layer, make_limits(problem, most_of_node[layer]))
-        expert_at, bound = lay_contiguous(layer_data), bound_layer(problem, layer, most_of_node[layer])
+        expert_at, bound = make_contiguous(layer_data), bound_layer(problem, layer, most_of_node[layer])
         if (
             not fits(layer_data, expert_at)
-            or layer_seconds(problem, layer, pad_slots(problem, expert_at)) > bound * EQUAL
+            or layer_seconds(problem, layer, pad_slots(problem, expert_at)) > bound * TIE_FACTOR
         ):
             return None
-        layouts.append(expert_at if layer_data.rank_cost > 0 else seat_evenly(layer_data, expert_at))
+        layouts.append(expert_at if layer_data.rank_cost > 0 else balance_nodes(layer_data, expert_at))
     return layouts
 
 
@@ -128,7 +128,7 @@ def layers_of(problem):
 def place_by_rule(problem, most_of_node, layer, method):
     """Lay one layer by a method that does not search -> [P, s]; PlacementError where it does not fit the memory."""
     layer_data = make_layer_data(problem, layer, make_limits(problem, most_of_node[layer]))
-    expert_at = lay_contiguous(layer_data) if method == "contiguous" else lay_as_eplb(layer_data)
+    expert_at = make_contiguous(layer_data) if method == "contiguous" else make_eplb(layer_data)
     if not fits(layer_data, expert_at):
         raise PlacementError(f"{method} placement: layer {layer} does not fit the memory of every node")
     return expert_at
@@ -155,14 +155,14 @@ def search_layers(problem, most_of_node, options):
     most_of_node [L, nodes] is what each layer may hold; it may change.
     """
     begun, first_equal = time.perf_counter(), find_equal_layers(problem, most_of_node)
-    competing = not has_ample_memory(problem) and problem.num_layers > 1 and problem.num_nodes <= MOST_NODES
+    competing = not has_ample_memory(problem) and problem.num_layers > 1 and problem.num_nodes <= MOST_TRADING_NODES
     until = begun + options.seconds * (1 - _PART_FOR_TRADES * competing)
     found, lower = search_each(problem, most_of_node, options, sorted(set(first_equal)), until)
     layouts, cut_short = [found[layer].expert_at for layer in first_equal], any(f.cut_short for f in found.values())
 
-    # 5 Shift memory between the layers, where they compete for it.
+    # 5 Trade memory between the layers, where they compete for it.
     if competing:
-        layouts = shift_memory(problem, most_of_node, layouts, begun + options.seconds, options.seed)
+        layouts = trade_memory(problem, most_of_node, layouts, begun + options.seconds, options.seed)
         cut_short |= time.perf_counter() >= begun + options.seconds
         layouts = search_on(problem, most_of_node, layouts, options, begun + options.seconds)
     num_proposals = sum(of_layer.num_proposals for of_layer in found.values())
@@ -171,7 +171,7 @@ def search_layers(problem, most_of_node, options):
 
 
 def search_each(problem, most_of_node, options, layers, until):
-    """Search some layers one after the other until a time -> (Found by layer, bound by layer)."""
+    """Search some layers one after the other until a time -> (SearchResult by layer, bound by layer)."""
     found, lower, kept = {}, {}, None
     for done, layer in enumerate(layers):
         begun = time.perf_counter()
@@ -184,7 +184,7 @@ def search_each(problem, most_of_node, options, layers, until):
         lower[layer] = bound_layer(problem, layer, np.minimum(max_replicas_of_node(problem), most_of_node[layer]))
         left = max(begun + share - time.perf_counter(), LEAST_SECONDS)
         budget = Budget(seconds=left, proposals=options.iterations, goal=lower[layer])
-        best = improve(layer_data, expert_at, (options.seed, layer), budget)
+        best = search_layout(layer_data, expert_at, (options.seed, layer), budget)
         tidied = break_ties(layer_data, best.expert_at, (options.seed, layer))
         found[layer] = dataclasses.replace(best, expert_at=tidied)
     return found, lower
@@ -201,7 +201,7 @@ def search_on(problem, most_of_node, layouts, options, until):
         share = (until - time.perf_counter()) / (len(layouts) - layer)
         if share > LEAST_SECONDS and not options.iterations:
             goal = bound_layer(problem, layer, np.minimum(max_replicas_of_node(problem), most_of_node[layer]))
-            expert_at = improve(layer_data, expert_at, seed, Budget(seconds=share, goal=goal)).expert_at
+            expert_at = search_layout(layer_data, expert_at, seed, Budget(seconds=share, goal=goal)).expert_at
         searched.append(break_ties(layer_data, expert_at, seed))
     return searched
 
@@ -216,33 +216,37 @@ def find_equal_layers(problem, most_of_node):
 
 
 def find_best_seed(layer_data, start, kept):
-    """Lay all seeds -> (the best [P, s], the Kept that those of its kind are best with).
+    """Lay all seeds -> (the best [P, s], the PinnedCounts that those of its kind are best with).
 
     start [P, s] or None is one more seed. kept is what was best in an earlier layer; on a large cluster no other is
     tried again.
     """
-    ways = choose_kept(layer_data, kept)
-    packed = [lay_packed(layer_data, way) for way in ways]
-    others = [lay_contiguous(layer_data), lay_contiguous(layer_data, spread=False), lay_as_eplb(layer_data), start]
+    ways = choose_pinned(layer_data, kept)
+    packed = [make_packed(layer_data, way) for way in ways]
+    others = [make_contiguous(layer_data), make_contiguous(layer_data, spread=False), make_eplb(layer_data), start]
     layouts = packed + [expert_at for expert_at in others if expert_at is not None and fits(layer_data, expert_at)]
     costs = [evaluate_seconds(layer_data, expert_at) for expert_at in layouts]
     return layouts[np.argmin(costs)], ways[np.argmin(costs[: len(ways)])]
 
 
-def choose_kept(layer_data, kept):
-    """List what nodes and racks may keep of their own hottest experts, to try it -> list of Kept."""
+def choose_pinned(layer_data, kept):
+    """List what nodes and racks may keep of their own hottest experts, to try it -> list of PinnedCounts."""
     if not layer_data.replicate:
-        return [Kept()]
+        return [PinnedCounts()]
     (num_nodes, num_experts), num_racks = layer_data.demand.shape, len(layer_data.uplink_cost)
     is_large = num_nodes**2 * num_experts > _LARGE
     if is_large and kept is not None:
         return [kept]
-    ways = [Kept(of_node=n) for n in choose_numbers(layer_data.most_of_node.max(), num_experts, 4 if is_large else 8)]
+    ways = [
+        PinnedCounts(of_node=n)
+        for n in choose_numbers(layer_data.most_of_node.max(), num_experts, 4 if is_large else 8)
+    ]
     if num_racks > 1:
         of_rack = np.bincount(layer_data.rack_of_node, layer_data.most_of_node).max()
-        ways += [Kept(of_rack=n) for n in choose_numbers(of_rack, num_experts, 4)[1:]]
+        ways += [PinnedCounts(of_rack=n) for n in choose_numbers(of_rack, num_experts, 4)[1:]]
         ways += [
-            Kept(of_node=1, of_rack=n) for n in choose_numbers(of_rack - num_nodes / num_racks, num_experts, 3)[1:]
+            PinnedCounts(of_node=1, of_rack=n)
+            for n in choose_numbers(of_rack - num_nodes / num_racks, num_experts, 3)[1:]
         ]
     return ways
 
@@ -261,8 +265,8 @@ def evaluate_seconds(layer_data, expert_at):
 
 def break_ties(layer_data, expert_at, seed):
     """Let fewer tokens leave their nodes, and the ranks of a node be as busy as each other: at no cost -> [P, s]."""
-    expert_at = clear_up(layer_data, expert_at, seed, PROPOSALS_TO_TIDY)
-    return expert_at if layer_data.rank_cost > 0 else seat_evenly(layer_data, expert_at)
+    expert_at = reduce_crossing(layer_data, expert_at, seed, PROPOSALS_TO_TIDY)
+    return expert_at if layer_data.rank_cost > 0 else balance_nodes(layer_data, expert_at)
 
 
 def match_memory(problem, most_of_node, start):

@@ -110,11 +110,11 @@ def compare_with_methods(problem, config, placement):
 
 def find_placement(problem, config):
     """Place by the config's method, within its time, and for the step tune the copies' shares -> Placement."""
-    from hpcmoe.placement.search.warm import compile_all
+    from hpcmoe.placement.search.warm import compile_search
     from hpcmoe.placement.solve import make_placement
 
     if config.cluster.rebalance_every > 0:  # now, and not in the midst of a step
-        compile_all()
+        compile_search()
     cluster, begun = config.cluster, time.perf_counter()
     if cluster.placement == "file":
         layouts = read_placement_file(problem, cluster.placement_file)

@@ -16,7 +16,7 @@ TIME, LOAD = colormaps["plasma_r"], colormaps["Greens"]
 GOLDEN_ANGLE = np.pi * (3 - 5**0.5)
 
 
-def draw(problem, placement, usage, path, kind, layer):
+def draw_placement(problem, placement, usage, path, kind, layer):
     """Draw a placement into a file of a kind that matplotlib writes: one layer in a ring, or all over many nodes."""
     figure = Figure(figsize=(12, 9) if problem.num_nodes <= MOST_NODES_IN_A_RING else (14, 9), layout="constrained")
     if problem.num_nodes <= MOST_NODES_IN_A_RING:
@@ -134,7 +134,7 @@ def draw_maps(figure, problem, usage):
             "sends": ms_bytes * crossing.sum(axis=1) / problem.egress_bytes_per_second,
             "receives": ms_bytes * crossing.sum(axis=0) / problem.ingress_bytes_per_second,
         }),
-        ("experts, copies in all layers", {"copies": usage.replicas.sum(axis=(0, 2))}),
+        ("experts, replicas in all layers", {"copies": usage.replicas.sum(axis=(0, 2))}),
         ("tokens served", {"tokens": usage.tokens.sum(axis=(0, 1))}),
     )):  # fmt: skip
         axes = figure.add_subplot(grid[row, 1])

@@ -8,7 +8,7 @@ from tabulate import tabulate
 from hpcmoe.placement.problem import format_size
 from hpcmoe.placement.resources import name_resource
 
-MOST_NODES = 16  # rows of the table of nodes; of a larger cluster those that serve most
+MOST_NODE_ROWS = 16  # rows of the table of nodes; of a larger cluster those that serve most
 MOST_BUSY = 4  # rows of each kind of resource
 MOST_OFTEN = 2  # resources named in a row of what binds
 MOST_RANGES = 6  # of numbers in a cell
@@ -17,7 +17,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def make_tables(problem, placement, usage, rivals, layer):
+def make_placement_tables(problem, placement, usage, rivals, layer):
     """Lay out a placement, what it uses, and what other methods give (name -> seconds or None) -> text.
 
     The table of nodes shows the experts of one layer.
@@ -88,8 +88,8 @@ def rows_of_nodes(problem, usage, layer):
     tokens = usage.tokens.sum(axis=(0, 1))  # [nodes]
     copies = usage.replicas.sum(axis=(0, 2))
     shown = np.arange(problem.num_nodes)
-    if len(shown) > MOST_NODES:
-        shown = np.argsort(-tokens, kind="stable")[:MOST_NODES]
+    if len(shown) > MOST_NODE_ROWS:
+        shown = np.argsort(-tokens, kind="stable")[:MOST_NODE_ROWS]
     rows = [
         (
             problem.node_names[node],

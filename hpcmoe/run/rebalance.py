@@ -8,7 +8,14 @@ import numpy as np
 from hpcmoe.experts.shapes import estimate_expert
 from hpcmoe.placement.demand import Loads, make_probability
 from hpcmoe.placement.groups import fold_groups, fold_probability, list_groups
-from hpcmoe.placement.migrate import Verdict, judge, layers_seconds, list_moves, move_seconds, standard_error
+from hpcmoe.placement.migrate import (
+    MigrationDecision,
+    estimate_layer_seconds,
+    estimate_move_seconds,
+    list_moves,
+    should_migrate,
+    standard_error,
+)
 from hpcmoe.prepare.placement import compare_with_methods, evaluate_layouts
 from hpcmoe.report.meter import sum_by_node
 from hpcmoe.run.migrate import begin_move
@@ -16,7 +23,7 @@ from hpcmoe.wait import broadcast, gather_to_all
 
 log = logging.getLogger(__name__)
 
-PARTS = 4  # into which an interval's steps are dealt: of two some, the others judge what was found for these
+PARTS = 4  # into which an interval's steps are dealt: of two some, the others evaluate what was found for these
 LEAST_STEPS = 2  # that tell anything
 
 
@@ -28,7 +35,7 @@ class Rebalancer:
         self.job, self.optimizer, self.records = job, optimizer, records
         self.every = job.config.cluster.rebalance_every
         self.parts, self.num_steps = 0, 0  # [PARTS, L, E] copies whose home is this rank, of so many steps
-        self.move, self.verdict = None, None  # under way, and why
+        self.move, self.decision = None, None  # under way, and why
         self.is_new = True  # is the placement of the next step to be recorded?
 
     def consider(self, step):
@@ -40,11 +47,11 @@ class Rebalancer:
             num_parts = min(self.num_steps, PARTS)
             self.parts, self.num_steps = 0, 0
             mine = None if tokens is None else propose(self.job, tokens[:num_parts], step)
-            verdict, layout = broadcast(self.job.mesh.world, mine)
-        report(step, verdict)
-        if verdict.adopted:
-            self.verdict, self.is_new = verdict, True
-            self.move = begin_move(self.job, self.optimizer, layout, verdict.moves, step)
+            decision, layout = broadcast(self.job.mesh.world, mine)
+        report(step, decision)
+        if decision.accepted:
+            self.decision, self.is_new = decision, True
+            self.move = begin_move(self.job, self.optimizer, layout, decision.moves, step)
             self.job.stepper.exchange.carry(self.move)
 
     def note(self, step, census):
@@ -65,18 +72,18 @@ class Rebalancer:
 
     def keep(self, step, seconds):
         """Log and record a move that a step began with."""
-        verdict = self.verdict
+        decision = self.decision
         log.info(
             "step %d: %d experts, %.3g MB, have moved in %.3g s beside the step's work, predicted %.3g s alone",
-            step, len(verdict.moves), verdict.num_bytes / 1e6, seconds, verdict.cost_seconds,
+            step, len(decision.moves), decision.num_bytes / 1e6, seconds, decision.cost_seconds,
         )  # fmt: skip
         for name, value, unit in (
-            ("moved", len(verdict.moves), "copies"),
-            ("moved_bytes", verdict.num_bytes, "B, of an expert-parallel group"),
+            ("moved", len(decision.moves), "copies"),
+            ("moved_bytes", decision.num_bytes, "B, of an expert-parallel group"),
             ("move_seconds", seconds, "s, beside the step's work"),
-            ("move_seconds_predicted", verdict.cost_seconds, "s, alone"),
-            ("gain_seconds_predicted", verdict.gain_seconds, "s, over the horizon"),
-            ("gain_seconds_noise", verdict.noise_seconds, "s, over the horizon"),
+            ("move_seconds_predicted", decision.cost_seconds, "s, alone"),
+            ("gain_seconds_predicted", decision.gain_seconds, "s, over the horizon"),
+            ("gain_seconds_noise", decision.noise_seconds, "s, over the horizon"),
         ):
             self.records.append(step, "cluster", name, value, unit)
 
@@ -95,7 +102,7 @@ class Rebalancer:
 
 
 def propose(job, tokens, step):
-    """Solve anew for the tokens [parts, L, nodes, E] of the last interval -> (Verdict, the RunPlacement to adopt or None).
+    """Solve anew for the tokens [parts, L, nodes, E] of the last interval -> (MigrationDecision, the RunPlacement to adopt or None).
 
     Every other part is solved for, and the rest, of which the search knows nothing, tell what it gains.
     """
@@ -107,10 +114,10 @@ def propose(job, tokens, step):
     # The gain in the steps for which the loads are trusted, against the cost.
     one_expert, states = estimate_expert(config)
     num_bytes = one_expert * (states - trains(job)) // job.mesh.tensor_parallel  # gradients stay
-    cost = move_seconds(solved, moves, num_bytes)
+    cost = estimate_move_seconds(solved, moves, num_bytes)
     horizon = min(cluster.rebalance_horizon or cluster.rebalance_every, config.run.steps - step)
-    adopted = len(moves) > 0 and judge(before - after, noise, cost, horizon, cluster.rebalance_margin)
-    verdict = Verdict(
+    accepted = len(moves) > 0 and should_migrate(before - after, noise, cost, horizon, cluster.rebalance_margin)
+    decision = MigrationDecision(
         moves=moves,
         num_bytes=num_bytes * len(moves),
         seconds_before=before,
@@ -118,21 +125,21 @@ def propose(job, tokens, step):
         gain_seconds=horizon * (before - after),
         noise_seconds=horizon * noise,
         cost_seconds=cost,
-        adopted=bool(adopted),
+        accepted=bool(accepted),
     )
-    return verdict, layout if adopted else None
+    return decision, layout if accepted else None
 
 
 def search_nearby(job, problem):
     """Search on from where the experts are -> (RunPlacement, Moves)."""
-    from hpcmoe.placement.refine import resettle  # imports numba and scipy: rank 0 alone pays for it
+    from hpcmoe.placement.refine import refine  # imports numba and scipy: rank 0 alone pays for it
     from hpcmoe.placement.solve import SearchOptions
 
     cluster, present = job.config.cluster, job.placement.expert_of_replica
     orders = SearchOptions(
         seconds=cluster.search_seconds, iterations=cluster.search_iterations, seed=job.config.run.seed
     )
-    layouts = resettle(problem, present, cluster.rebalance_moves, orders)
+    layouts = refine(problem, present, cluster.rebalance_moves, orders)
     layout = compare_with_methods(problem, job.config, evaluate_layouts(problem, job.config, layouts, "packed", 0.0))
     return layout, list_moves(problem, present, layouts)
 
@@ -146,7 +153,7 @@ def weigh_gain(job, tokens, placement):
     both = [(p.expert_of_replica, p.split) for p in (job.placement, placement)]
     problems = [see_loads(job, some) for some in (tokens[1::2].sum(axis=0), *tokens)]
     judged, *parts = (
-        [float(layers_seconds(problem, *experts, ways).sum()) for experts in both] for problem in problems
+        [float(estimate_layer_seconds(problem, *experts, ways).sum()) for experts in both] for problem in problems
     )
     return judged, standard_error([before - after for before, after in parts], len(tokens[1::2]))
 
@@ -164,14 +171,14 @@ def see_loads(job, tokens):
     return dataclasses.replace(job.problem, probability=fold_probability(probability, nodes))
 
 
-def report(step, verdict):
+def report(step, decision):
     """Say what was decided, and by which figures."""
-    if len(verdict.moves) == 0:
+    if len(decision.moves) == 0:
         log.info("step %d: the experts stay: no placement nearby is better", step)
         return
     log.info(
         "step %d: %s: %d copies, %.3g MB, cost %.3g s; gain %.3g s +- %.2g s over the horizon (%.4g -> %.4g ms a step)",
-        step, "experts move" if verdict.adopted else "the experts stay", len(verdict.moves), verdict.num_bytes / 1e6,
-        verdict.cost_seconds, verdict.gain_seconds, verdict.noise_seconds, 1e3 * verdict.seconds_before,
-        1e3 * verdict.seconds_after,
+        step, "experts move" if decision.accepted else "the experts stay", len(decision.moves), decision.num_bytes / 1e6,
+        decision.cost_seconds, decision.gain_seconds, decision.noise_seconds, 1e3 * decision.seconds_before,
+        1e3 * decision.seconds_after,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.files.maps import check_map
 from hpcmoe.placement.problem import OBJECTIVES, count_slots_per_rank
 from hpcmoe.placement.quotas import count_of_rank, describe_unevenness, has_even_ranks, make_limits
-from hpcmoe.placement.refine import resettle
+from hpcmoe.placement.refine import refine
 from hpcmoe.placement.solve import SearchOptions, make_placement
 
 QUICK = {"iterations": 1000, "seconds": 1.0}
@@ -144,10 +144,10 @@ def test_experts_that_move_stay_even_or_stray_no_further():
         problem = skew(make_problem([2, 2], 5, 2, seed, num_layers=2, objective=objective), seed, 5)
         even = make_placement(problem, "contiguous").expert_of_replica
         later = skew(problem, seed + 99, 5)
-        assert_is_even(problem, resettle(later, even, 2, SearchOptions(**QUICK)))
+        assert_is_even(problem, refine(later, even, 2, SearchOptions(**QUICK)))
 
         before = np.array([UNEVEN, UNEVEN])
-        count = count_of_rank(problem, resettle(later, before, 8, SearchOptions(**QUICK)))
+        count = count_of_rank(problem, refine(later, before, 8, SearchOptions(**QUICK)))
         was = count_of_rank(problem, before)
         assert (count >= np.minimum(was, 1)).all() and (count <= np.maximum(was, 2)).all()
 

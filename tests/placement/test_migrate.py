@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from placement.problems import make_problem
 
 from hpcmoe.placement.cost import make_nearest_shares, resource_seconds
-from hpcmoe.placement.migrate import judge, keep_slots, layers_seconds, list_moves, move_seconds, standard_error
+from hpcmoe.placement.migrate import (
+    estimate_layer_seconds,
+    estimate_move_seconds,
+    keep_slots,
+    list_moves,
+    should_migrate,
+    standard_error,
+)
 
 
 def make_plain(**changes):
@@ -65,21 +72,21 @@ def test_a_move_takes_as_long_as_whatever_has_most_to_carry(changes, seconds):
     problem = make_plain(**changes)
     moves = list_moves(problem, np.array([[0, 1, 2, 3], [0, 1, 2, 3]]), np.array([[2, 1, 0, 3], [1, 0, 2, 0]]))
     assert moves.source.tolist() == [2, 0, 1, 0, 0]
-    assert move_seconds(problem, moves, 100) == pytest.approx(seconds)
+    assert estimate_move_seconds(problem, moves, 100) == pytest.approx(seconds)
 
 
 def test_a_layer_costs_its_busiest_resource_as_often_as_it_is_used():
     problem = make_problem([2, 2], 4, 1, num_layers=2, objective="step", seconds_per_token=1e-4)
     layouts = np.array([[0, 1, 2, 3], [3, 1, 2, 0]])
-    taken = layers_seconds(problem, layouts, None, (4, 3))
+    taken = estimate_layer_seconds(problem, layouts, None, (4, 3))
     for layer, experts in enumerate(layouts):
         seconds = resource_seconds(problem, layer, experts)
         most = {name: array.max() * (3 if name == "rank" else 4) for name, array in seconds.items()}
         assert taken[layer] == max(most.values())
     split = np.stack([make_nearest_shares(problem, experts) for experts in layouts])
-    assert (layers_seconds(problem, layouts, split, (4, 3)) == taken).all()
+    assert (estimate_layer_seconds(problem, layouts, split, (4, 3)) == taken).all()
     ports = dataclasses.replace(problem, objective="links")
-    assert (layers_seconds(ports, layouts, None, (4, 3)) < taken).any()
+    assert (estimate_layer_seconds(ports, layouts, None, (4, 3)) < taken).any()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +102,7 @@ def test_a_layer_costs_its_busiest_resource_as_often_as_it_is_used():
     ],
 )
 def test_the_rule(gain, noise, cost, horizon, adopted):
-    assert judge(gain, noise, cost, horizon, 0.3) == adopted
+    assert should_migrate(gain, noise, cost, horizon, 0.3) == adopted
 
 
 def test_the_noise_of_a_gain_is_that_of_its_mean_over_parts():

@@ -8,7 +8,7 @@ from numba.core.event import install_listener, trigger_event
 from placement.problems import make_problem
 
 from hpcmoe.placement import solve
-from hpcmoe.placement.search.warm import Announcer
+from hpcmoe.placement.search.warm import CompilationLogger
 from hpcmoe.placement.solve import make_placement
 
 
@@ -23,7 +23,7 @@ def no_compiler(monkeypatch):
     def refuse():
         raise Compiled
 
-    monkeypatch.setattr(solve, "compile_all", refuse)
+    monkeypatch.setattr(solve, "compile_search", refuse)
 
 
 def make_even(ranks_of_node, num_experts, slots, **changes):
@@ -57,7 +57,7 @@ def skewed(num_experts):
 
 
 def test_a_compilation_is_logged_once(caplog):
-    with caplog.at_level(logging.INFO), install_listener("numba:compile", Announcer()):
+    with caplog.at_level(logging.INFO), install_listener("numba:compile", CompilationLogger()):
         for _ in range(2):
             with trigger_event("numba:compile"):
                 pass

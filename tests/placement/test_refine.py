@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from placement.problems import make_problem, problems
 
 from hpcmoe.placement.cost import layer_seconds
-from hpcmoe.placement.refine import resettle, take_back
+from hpcmoe.placement.refine import refine, take_back
 from hpcmoe.placement.search.layer_data import EMPTY
 from hpcmoe.placement.solve import SearchOptions, make_placement
 
@@ -40,10 +40,10 @@ def test_a_layout_nearby_is_valid_costs_no_more_and_moves_few(problem):
     present = make_placement(problem, seconds=5.0, iterations=200).expert_of_replica
     problem = drift(problem, seed=3)
     for most_moves in (1, 3):
-        settled = resettle(problem, present, most_moves, ORDERS)
-        assert (cost(problem, settled) <= cost(problem, present) * (1 + 1e-9)).all()
-        assert max(count_arrivals(problem, present, settled)) <= most_moves
-        rows = settled.reshape(problem.num_layers, problem.num_ranks, -1)
+        refined = refine(problem, present, most_moves, ORDERS)
+        assert (cost(problem, refined) <= cost(problem, present) * (1 + 1e-9)).all()
+        assert max(count_arrivals(problem, present, refined)) <= most_moves
+        rows = refined.reshape(problem.num_layers, problem.num_ranks, -1)
         for before, now in zip(present.reshape(rows.shape), rows, strict=True):
             held = now[now != EMPTY]
             assert set(held) == set(range(problem.num_experts))
@@ -52,7 +52,7 @@ def test_a_layout_nearby_is_valid_costs_no_more_and_moves_few(problem):
             for was, iss in zip(before, now, strict=True):  # what stays on a rank stays in its slot
                 stays = np.isin(was, iss) & (was != EMPTY)
                 assert (was[stays] == iss[stays]).all()
-        used = np.bincount(problem.node_of_slot, (settled != EMPTY).sum(axis=0), problem.num_nodes)
+        used = np.bincount(problem.node_of_slot, (refined != EMPTY).sum(axis=0), problem.num_nodes)
         assert (used <= problem.memory_replicas).all()
 
 
@@ -60,8 +60,8 @@ def test_memory_that_is_short_is_kept_to():
     problem = make_problem([2, 2], 6, 2, num_layers=3, memory_bytes=np.array([11000, 9000]), replicate=True)
     present = make_placement(problem, seconds=5.0, iterations=200).expert_of_replica
     for seed in range(5):
-        settled = resettle(drift(problem, seed, share=1.0), present, 4, ORDERS)
-        assert (np.bincount(problem.node_of_slot, (settled != EMPTY).sum(axis=0)) <= [11, 9]).all()
+        refined = refine(drift(problem, seed, share=1.0), present, 4, ORDERS)
+        assert (np.bincount(problem.node_of_slot, (refined != EMPTY).sum(axis=0)) <= [11, 9]).all()
 
 
 @pytest.mark.parametrize("replicate", [False, True])
@@ -73,9 +73,9 @@ def test_few_moves_win_back_most_of_what_a_drift_has_cost(replicate):
         present = make_placement(problem, seconds=20.0, iterations=20000).expert_of_replica
         problem = drift(problem, seed, share=0.2)
         cold = make_placement(problem, seconds=20.0, iterations=20000).expert_of_replica
-        settled = resettle(problem, present, 8, SearchOptions(seconds=20.0, iterations=20000))
-        kept.append(cost(problem, settled)[0] / cost(problem, cold)[0])
-        moves += count_arrivals(problem, present, settled)[0]
+        refined = refine(problem, present, 8, SearchOptions(seconds=20.0, iterations=20000))
+        kept.append(cost(problem, refined)[0] / cost(problem, cold)[0])
+        moves += count_arrivals(problem, present, refined)[0]
         cold_moves += count_arrivals(problem, present, cold)[0]
     assert np.mean(kept) < 1.08 and max(kept) < 1.2, kept
     assert moves < 0.5 * cold_moves
@@ -84,14 +84,14 @@ def test_few_moves_win_back_most_of_what_a_drift_has_cost(replicate):
 def test_nothing_moves_where_loads_stay():
     problem = make_problem([2, 2, 2], 12, 2, seed=1, objective="step")
     present = make_placement(problem, seconds=20.0, iterations=10000).expert_of_replica
-    assert (resettle(problem, present, 8, ORDERS) == present).all()
+    assert (refine(problem, present, 8, ORDERS) == present).all()
 
 
 def test_the_same_iterations_give_the_same_layout():
     problem = make_problem([2] * 4, 8, 2, seed=4, num_layers=2, replicate=True)
     present = make_placement(problem, seconds=20.0, iterations=1000).expert_of_replica
     problem = drift(problem, 0)
-    first, second = (resettle(problem, present, 3, ORDERS) for _ in range(2))
+    first, second = (refine(problem, present, 3, ORDERS) for _ in range(2))
     assert (first == second).all() and (first != present).any()
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Circle, FancyArrowPatch, Wedge  # noqa: E402
 
-from hpcmoe.report.figures import draw, draw_maps, draw_ring  # noqa: E402
+from hpcmoe.report.figures import draw_maps, draw_placement, draw_ring  # noqa: E402
 
 LONE = {"nic_out": None, "nic_in": None, "rack": None, "uplink": None}
 
@@ -28,7 +28,7 @@ def lay_out(tmp_path, case, objective):
         expert_of_replica=slots,
         objective_seconds=1.0,
         lower_bound_seconds=0.5,
-        optimal=objective == "links",
+        is_optimal=objective == "links",
         split=None,
     )
     return problem, placement, compute_usage(problem, placement)
@@ -57,7 +57,7 @@ def test_maps_show_links_ports_experts_tokens(tmp_path):
     crossing = np.where(np.eye(20), 0, usage.tokens.sum(axis=0))
     np.testing.assert_allclose(np.nan_to_num(np.asarray(shown)), 1e3 * crossing * problem.link_cost)
     titles = {axes.get_title() for axes in figure.axes}
-    assert titles >= {"time of a link, ms", "time of a port, ms", "experts, copies in all layers", "tokens served"}
+    assert titles >= {"time of a link, ms", "time of a port, ms", "experts, replicas in all layers", "tokens served"}
 
 
 @pytest.mark.parametrize(
@@ -69,5 +69,5 @@ def test_maps_show_links_ports_experts_tokens(tmp_path):
 @pytest.mark.parametrize("objective", ["links", "step"])
 def test_any_placement_can_be_drawn(tmp_path, case, objective):
     problem, placement, usage = lay_out(tmp_path, case, objective)
-    draw(problem, placement, usage, tmp_path / "out.part", "png", 0)
+    draw_placement(problem, placement, usage, tmp_path / "out.part", "png", 0)
     assert (tmp_path / "out.part").stat().st_size > 10_000

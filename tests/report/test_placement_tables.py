@@ -10,10 +10,10 @@ from hpcmoe.placement.files.case import read_case
 from hpcmoe.placement.resources import compute_usage
 from hpcmoe.placement.result import SearchStats
 from hpcmoe.report.placement_tables import (
-    MOST_NODES,
+    MOST_NODE_ROWS,
     compress,
     in_ms,
-    make_tables,
+    make_placement_tables,
     rows_of_binding,
     rows_of_busiest,
     rows_of_nodes,
@@ -27,7 +27,7 @@ def lay_out(tmp_path, *sizes, **changes):
     slots[:, : problem.num_experts] = np.arange(problem.num_experts)
     slots[1:, : problem.num_experts] = np.arange(problem.num_experts)[::-1]
     placement = SimpleNamespace(
-        expert_of_replica=slots, objective_seconds=0.0, lower_bound_seconds=0.0, optimal=False,
+        expert_of_replica=slots, objective_seconds=0.0, lower_bound_seconds=0.0, is_optimal=False,
         cross_node_share=0.5, link_sigma=0.1, search_stats=SearchStats(seconds=1.0, num_proposals=5), split=None,
     )  # fmt: skip
     usage = compute_usage(problem, placement)
@@ -39,11 +39,11 @@ def lay_out(tmp_path, *sizes, **changes):
 @pytest.mark.parametrize("sizes", [(4, 2, 8, 3), (128, 8, 256, 6)])
 def test_tables_fit_a_screen(tmp_path, sizes):
     problem, placement, usage = lay_out(tmp_path, *sizes)
-    text = make_tables(problem, placement, usage, {"contiguous": 1.0, "eplb": None}, 0)
+    text = make_placement_tables(problem, placement, usage, {"contiguous": 1.0, "eplb": None}, 0)
     lines = text.splitlines()
     assert len(lines) <= 70 and max(map(len, lines)) <= 132
     assert "does not fit" in text and "100.00 % above" in text
-    assert ("others" in text) == (problem.num_nodes > MOST_NODES)
+    assert ("others" in text) == (problem.num_nodes > MOST_NODE_ROWS)
 
 
 def test_nodes_serve_all_tokens(tmp_path):

@@ -79,7 +79,7 @@ def test_chance_alone_moves_no_expert(comm, shared):
         def ask():
             shape = (4, 2, job.topology.num_nodes, 4)
             drawn = (np.random.default_rng(seed).poisson(20, shape) for seed in range(12))
-            return sum(propose(job, tokens, 3)[0].adopted for tokens in drawn)
+            return sum(propose(job, tokens, 3)[0].accepted for tokens in drawn)
 
         assert on_root(comm, ask) <= 4  # a sixth of all gains exceed what chance makes of none
 
@@ -100,9 +100,9 @@ def test_a_proposal_weighs_gain_noise_and_cost(comm, shared):
 
         probability, (steady, layout), (fickle, _), (late, nothing) = on_root(comm, ask)
     assert np.allclose(probability.sum(axis=2), 1)
-    assert late.gain_seconds == 0 and not late.adopted and nothing is None
+    assert late.gain_seconds == 0 and not late.accepted and nothing is None
     if comm.size > 1:
-        assert steady.adopted and steady.noise_seconds < 1e-12 and steady.seconds_after < steady.seconds_before
+        assert steady.accepted and steady.noise_seconds < 1e-12 and steady.seconds_after < steady.seconds_before
         assert steady.gain_seconds == pytest.approx(3 * (steady.seconds_before - steady.seconds_after))
         assert layout.placement.objective_seconds * 4 == pytest.approx(steady.seconds_after)
         assert fickle.noise_seconds > 0

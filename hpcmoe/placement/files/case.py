@@ -9,56 +9,58 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 from hpcmoe.errors import ConfigError, PlacementError
 from hpcmoe.messages import one_line
 from hpcmoe.placement.files.checks import (
-    and_more,
-    explain,
-    find_bad_numbers,
-    find_lack,
-    find_misfits,
+    find_invalid_numbers,
+    find_missing_capacity,
     find_overflow,
+    find_shape_mismatches,
+    format_more,
+    format_type_errors,
     number_racks,
-    shorten,
+    show_json,
 )
 from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.reading import read_json
 
-MOST_BYTES = 2**62  # a node's memory is counted in 64 bits
+_MOST_MEMORY_BYTES = 2**62  # a node's memory is counted in 64 bits
 
 
-def whole(value):
+def _to_integer(value):
     """Take 16.0 for 16, as JSON does not tell them apart."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Count = Annotated[int, BeforeValidator(whole), Interval(ge=1, lt=2**31)]
-Whole = Annotated[int, BeforeValidator(whole), Interval(ge=0, lt=2**31)]
-Rows = list[list[float]]
-Links = list[list[float | None]]  # the diagonal may be null
+_Count = Annotated[int, BeforeValidator(_to_integer), Interval(ge=1, lt=2**31)]
+_Natural = Annotated[int, BeforeValidator(_to_integer), Interval(ge=0, lt=2**31)]
+_Rows = list[list[float]]
+_Links = list[list[float | None]]  # the diagonal may be null
 
 
 class Case(BaseModel, strict=True, frozen=True, extra="ignore"):
     """What a case file holds, as its keys have it; only types are checked yet."""
 
-    E: Count  # experts of a layer
-    G: Count  # ranks, one GPU each
-    nodes: Count
-    layers: Count
-    slots_per_gpu: Count  # experts of one layer that a rank has room for
-    rank_to_node: list[Whole]  # [G]
-    B: Links  # [nodes][nodes] bytes/s from row to column
-    L: Links  # [nodes][nodes] s
+    E: _Count  # experts of a layer
+    G: _Count  # ranks, one GPU each
+    nodes: _Count
+    layers: _Count
+    slots_per_gpu: _Count  # experts of one layer that a rank has room for
+    rank_to_node: list[_Natural]  # [G]
+    B: _Links  # [nodes][nodes] bytes/s from row to column
+    L: _Links  # [nodes][nodes] s
     M: list[float]  # [nodes] bytes for experts of all layers
-    expert_bytes: Annotated[int, BeforeValidator(whole), Interval(ge=1, lt=MOST_BYTES)]  # an expert of one layer
+    expert_bytes: Annotated[
+        int, BeforeValidator(_to_integer), Interval(ge=1, lt=_MOST_MEMORY_BYTES)
+    ]  # an expert of one layer
     bytes_per_token: float
     home_tokens_per_rank: list[float]  # [G] assignments: tokens x top-k
-    P: Rows | None = None  # [layers][E]
+    P: _Rows | None = None  # [layers][E]
     replicate: bool
     seconds_per_token: float | None = None
     nic_out: list[float] | None = None  # [nodes] bytes/s
     nic_in: list[float] | None = None  # [nodes] bytes/s
     rack: list[int] | list[str] | None = None  # [nodes]
     uplink: list[float] | None = None  # [racks] bytes/s
-    P_src_node_domain_weights: Rows | None = None  # [nodes][D]
-    P_domain: list[Rows] | None = None  # [layers][D][E]
+    P_src_node_domain_weights: _Rows | None = None  # [nodes][D]
+    P_domain: list[_Rows] | None = None  # [layers][D][E]
 
 
 def read_case(path, objective="step", count_latency=False):
@@ -71,12 +73,12 @@ def read_case(path, objective="step", count_latency=False):
     try:
         case = Case.model_validate(tree)
     except ValidationError as invalid:
-        refuse(path, explain(invalid.errors()), ConfigError)
-    refuse(path, find_misfits(case), ConfigError)
-    refuse(path, find_bad_numbers(case), ConfigError)
+        _raise_lines(path, format_type_errors(invalid.errors()), ConfigError)
+    _raise_lines(path, find_shape_mismatches(case), ConfigError)
+    _raise_lines(path, find_invalid_numbers(case), ConfigError)
     problem = make_case_problem(case, objective, count_latency)
-    refuse(path, find_overflow(problem), ConfigError)
-    refuse(path, find_lack(problem), PlacementError)
+    _raise_lines(path, find_overflow(problem), ConfigError)
+    _raise_lines(path, find_missing_capacity(problem), PlacementError)
     return problem, notes
 
 
@@ -84,11 +86,11 @@ def read_tree(path):
     """Read a JSON object -> dict."""
     tree = read_json(path)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{one_line(path)}: must hold one JSON object, not {shorten(tree)}")
+        raise ConfigError(f"{one_line(path)}: must hold one JSON object, not {show_json(tree)}")
     return tree
 
 
-def refuse(path, lines, error):
+def _raise_lines(path, lines, error):
     """Raise the error with the file's name before each line, if there is one."""
     if lines := [f"{one_line(path)}: {line}" for line in lines]:
         raise error("\n".join(lines))
@@ -98,7 +100,7 @@ def make_notes(tree, objective):
     """List what a reader should know of how the file was taken."""
     notes = []
     if unknown := sorted(set(tree) - set(Case.model_fields)):
-        names = ", ".join(map(shorten, unknown[:8])) + and_more(len(unknown) - 8)
+        names = ", ".join(map(show_json, unknown[:8])) + format_more(len(unknown) - 8)
         notes.append(f"unknown keys ignored: {names}")
     if tree.get("P_domain") is not None and tree.get("P") is not None:
         notes.append("P is not used: P_src_node_domain_weights and P_domain give each node its own")
@@ -125,7 +127,7 @@ def make_case_problem(case, objective, count_latency):
         egress_bytes_per_second=make_ports(case.nic_out, rates.max(axis=1)),
         ingress_bytes_per_second=make_ports(case.nic_in, rates.max(axis=0)),
         uplink_bytes_per_second=np.array(uplink, np.float64),
-        memory_bytes=np.array([min(int(num_bytes), MOST_BYTES) for num_bytes in case.M], np.int64),
+        memory_bytes=np.array([min(int(num_bytes), _MOST_MEMORY_BYTES) for num_bytes in case.M], np.int64),
         expert_bytes=case.expert_bytes,
         bytes_per_token=case.bytes_per_token,
         seconds_per_token=case.seconds_per_token or 0.0,

@@ -12,13 +12,13 @@ MOST_NODES_NAMED = 3  # in one line
 PROBABILITIES = ("P", "P_src_node_domain_weights", "P_domain")  # whose rows sum to 1
 
 
-def shorten(value):
+def show_json(value):
     """Write a value as JSON has it, cut to what a line can bear."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 40 else f"{text[:36]} ..."
 
 
-def explain(errors):
+def format_type_errors(errors):
     """Make one line a key of pydantic's errors: the first of them, where it is, what stands there and may stand."""
     for key, group in groupby(errors, key=lambda error: error["loc"][0]):
         first, *others = group
@@ -29,20 +29,20 @@ def explain(errors):
         index = [part for part in first["loc"][1:] if isinstance(part, int)]
         places = {tuple(part for part in error["loc"] if not isinstance(part, str)) for error in (first, *others)}
         what = first["msg"].replace("Input should", "must")
-        yield f"{key}{subscript(index)} = {shorten(first['input'])}: {what}{and_more(len(places) - 1)}"
+        yield f"{key}{format_index(index)} = {show_json(first['input'])}: {what}{format_more(len(places) - 1)}"
 
 
-def subscript(index):
+def format_index(index):
     """Write the indices of an entry: [2][3]."""
     return "".join(f"[{position}]" for position in index)
 
 
-def and_more(number):
+def format_more(number):
     """Say that a line stands for others like it."""
     return f" (and {number} more)" * (number > 0)
 
 
-def find_misfits(case):
+def find_shape_mismatches(case):
     """Yield a line for each key whose lengths are not what other keys say, or that lacks its companion."""
     domains = case.P_src_node_domain_weights
     sizes = {key: getattr(case, key) for key in ("E", "G", "nodes", "layers")}
@@ -52,7 +52,7 @@ def find_misfits(case):
         "home_tokens_per_rank": ("G",), "P": ("layers", "E"), "nic_out": ("nodes",), "nic_in": ("nodes",),
         "rack": ("nodes",), "P_src_node_domain_weights": ("nodes", "D"), "P_domain": ("layers", "D", "E"),
     }  # fmt: skip
-    found = [find_misfit(key, getattr(case, key), dimensions, sizes) for key, dimensions in shapes.items()]
+    found = [_find_shape_mismatch(key, getattr(case, key), dimensions, sizes) for key, dimensions in shapes.items()]
     for dimension, size in sizes.items():
         if lengths := [f"{place} has {length}" for place, length, wanted in filter(None, found) if wanted == dimension]:
             yield f"{', '.join(lengths)} entries, {dimension} = {size}"
@@ -63,7 +63,7 @@ def find_misfits(case):
         here, missing = ("P_domain", "P_src_node_domain_weights")[:: 1 if domains is None else -1]
         yield f"{missing}: missing, but {here} is given"
     if case.uplink is not None:
-        yield from find_misfit_of_uplink(case.uplink, case.rack)
+        yield from _find_uplink_mismatch(case.uplink, case.rack)
     if case.layers * case.G * case.slots_per_gpu > MOST_SLOTS:
         yield (
             f"slots_per_gpu = {case.slots_per_gpu}: layers {case.layers} x G {case.G} x {case.slots_per_gpu} = "
@@ -71,22 +71,22 @@ def find_misfits(case):
         )
 
 
-def find_misfit(place, value, dimensions, sizes):
+def _find_shape_mismatch(place, value, dimensions, sizes):
     """Find where nested lists first differ from their dimensions -> (place, length there, dimension), or None."""
     if value is None or not dimensions:
         return None
     if len(value) != sizes[dimensions[0]]:
         return place, len(value), dimensions[0]
-    inner = (find_misfit(f"{place}[{i}]", entry, dimensions[1:], sizes) for i, entry in enumerate(value))
+    inner = (_find_shape_mismatch(f"{place}[{i}]", entry, dimensions[1:], sizes) for i, entry in enumerate(value))
     return next(filter(None, inner), None)
 
 
-def find_misfit_of_uplink(uplink, rack):
+def _find_uplink_mismatch(uplink, rack):
     """Yield a line where uplinks do not match the racks."""
     if rack is None:
         yield f"uplink has {len(uplink)} entries, but rack is not given"
     elif number_racks(rack, len(uplink)) is None:
-        yield f"uplink has {len(uplink)} entries, rack names {len(set(rack))} racks: {shorten(sorted(set(rack)))}"
+        yield f"uplink has {len(uplink)} entries, rack names {len(set(rack))} racks: {show_json(sorted(set(rack)))}"
 
 
 def number_racks(rack, num_uplinks):
@@ -100,7 +100,7 @@ def number_racks(rack, num_uplinks):
     return [names.index(name) for name in rack] if len(names) == num_uplinks else None
 
 
-def find_bad_numbers(case):
+def find_invalid_numbers(case):
     """Yield a line for each key with a number that cannot be, naming the first of them."""
     off_diagonal = ~np.eye(case.nodes, dtype=bool)
     rate, amount, limit = "finite and > 0", "finite and >= 0", "> 0; Infinity is no limit"
@@ -115,21 +115,21 @@ def find_bad_numbers(case):
             fits = (value > 0) if ">= 0" not in what else (value >= 0)
             fits &= np.isfinite(value) | (what == limit)
             wrong = ~fits & off_diagonal if key in ("B", "L") else ~fits
-            yield from fault_of(key, value, wrong, f"must be {what}")
+            yield from format_first(key, value, wrong, f"must be {what}")
             if key in PROBABILITIES and not wrong.any():
                 total = value.sum(axis=-1)
                 wrong = np.abs(total - 1) > SUM_TOLERANCE
-                yield from fault_of(f"sum of {key}", total, wrong, f"must be 1, to within {SUM_TOLERANCE:g}")
+                yield from format_first(f"sum of {key}", total, wrong, f"must be 1, to within {SUM_TOLERANCE:g}")
 
     nodes = np.array(case.rank_to_node)
-    yield from fault_of("rank_to_node", nodes, nodes >= case.nodes, f"must be below nodes = {case.nodes}")
+    yield from format_first("rank_to_node", nodes, nodes >= case.nodes, f"must be below nodes = {case.nodes}")
 
 
-def fault_of(key, value, wrong, what):
+def format_first(key, value, wrong, what):
     """Yield one line for the first of the wrong entries, if there is one."""
     if wrong.any():
         index = tuple(int(i) for i in np.argwhere(wrong)[0])
-        yield f"{key}{subscript(index)} = {value[index]:.9g}: {what}{and_more(int(wrong.sum()) - 1)}"
+        yield f"{key}{format_index(index)} = {value[index]:.9g}: {what}{format_more(int(wrong.sum()) - 1)}"
 
 
 CASE_NAMES = {  # of what a problem is made of, as a case file has them
@@ -160,7 +160,7 @@ def find_overflow(problem, names=CASE_NAMES):
             return
 
 
-def find_lack(problem):
+def find_missing_capacity(problem):
     """Yield a line where slots or memory are too few for every expert of every layer."""
     experts, layers, slots = problem.num_experts, problem.num_layers, problem.num_ranks * problem.slots_per_rank
     if experts > slots:
@@ -183,4 +183,4 @@ def find_lack(problem):
         f"M[{n}] = {problem.memory_bytes[n]} // {one} = {problem.memory_replicas[n]}, slots {by_slots[n]}: {held[n]}"
         for n in tightest
     )
-    yield f"M and slots hold {held.sum()} < {work}: {each}{and_more(problem.num_nodes - len(tightest))}"
+    yield f"M and slots hold {held.sum()} < {work}: {each}{format_more(problem.num_nodes - len(tightest))}"

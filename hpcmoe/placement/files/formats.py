@@ -16,7 +16,7 @@ import numpy as np
 
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import one_line, show_value
-from hpcmoe.placement.files.checks import shorten, subscript
+from hpcmoe.placement.files.checks import format_index, show_json
 from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.placement.search.layer_data import EMPTY
 from hpcmoe.reading import read_bytes, read_json
@@ -30,7 +30,7 @@ COUNTS = (
     "logcnt",
 )  # which tell how often experts are there, or were chosen, not where
 PLACES_TAKEN = "its numbers are read as each expert's place on each rank"
-MOST_DEEP, MOST_ENTRIES = 3, 10**7
+MOST_DEEP, _MOST_ENTRIES = 3, 10**7
 ARCHIVES = {
     b"PK\x03\x04": "a zip archive, as torch.save and numpy.savez make",
     b"\x80": "a pickle, as old versions of torch.save make",
@@ -49,9 +49,9 @@ def read_slots(path: str | os.PathLike, problem: PlacementProblem) -> tuple[str,
     if kind == "inverses":
         array, widths = invert(where, array, problem.num_experts), []
     check_range(where, array, problem.num_experts)
-    array, notes = lay_by_rank(where, array, widths, problem)
-    if kind == "places" or has_places(array, problem.num_experts):
-        array, notes = take_places(where, array, problem.num_experts), [*notes, PLACES_TAKEN]
+    array, notes = shape_by_rank(where, array, widths, problem)
+    if kind == "places" or is_position_map(array, problem.num_experts):
+        array, notes = invert_positions(where, array, problem.num_experts), [*notes, PLACES_TAKEN]
     return name, array, notes
 
 
@@ -74,8 +74,8 @@ def find_numbers(path):
             if name in tree:
                 return name, kind, tree[name]
     if "layer_list" in tree:
-        return "layer_list", "slots", take_layer_list(f"{one_line(path)}: layer_list", tree)
-    if tree and all(number_of(key) is not None for key in tree):
+        return "layer_list", "slots", read_layer_list(f"{one_line(path)}: layer_list", tree)
+    if tree and all(parse_number(key) is not None for key in tree):
         return "the object", "slots", tree
     counts = [name for name in COUNTS if name in tree]
     what = f"{counts[0]} tells how many, not where" if counts else f"has {show_value(sorted(tree))}"
@@ -95,27 +95,28 @@ def read_npy(path, content):
         raise ConfigError(f"{one_line(path)}: cannot be read: {what}") from None
     if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
         raise ConfigError(f"{one_line(path)}: the array must be of whole numbers, is of {one_line(array.dtype)}")
-    if array.size > MOST_ENTRIES:
-        raise ConfigError(f"{one_line(path)}: the array has {array.size} entries: must be at most {MOST_ENTRIES}")
+    if array.size > _MOST_ENTRIES:
+        raise ConfigError(f"{one_line(path)}: the array has {array.size} entries: must be at most {_MOST_ENTRIES}")
     return array
 
 
-def take_layer_list(where, tree):
+def read_layer_list(where, tree):
     """Take the experts of a layer_list's devices -> nested lists."""
-    layers = order_by(where, tree["layer_list"], "layer_id")
+    layers = sort_by_number(where, tree["layer_list"], "layer_id")
     if tree.get("moe_layer_count", len(layers)) != len(layers):
         raise ConfigError(
             f"{where} has {len(layers)} layers, its moe_layer_count is {show_value(tree['moe_layer_count'])}"
         )
     devices = [
-        order_by(f"{where}[{k}] device_list", layer.get("device_list"), "device_id") for k, layer in enumerate(layers)
+        sort_by_number(f"{where}[{k}] device_list", layer.get("device_list"), "device_id")
+        for k, layer in enumerate(layers)
     ]
     if not all("device_expert" in device for of_layer in devices for device in of_layer):
         raise ConfigError(f"{where}: each device needs its device_expert")
     return [[device["device_expert"] for device in of_layer] for of_layer in devices]
 
 
-def order_by(where, entries, key):
+def sort_by_number(where, entries, key):
     """Sort a list of objects by a number that all or none of them have -> list."""
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f"{where} must be a list of objects, is {show_value(entries)}")
@@ -127,7 +128,7 @@ def order_by(where, entries, key):
     return sorted(entries, key=lambda entry: entry[key])
 
 
-def number_of(key):
+def parse_number(key):
     """Read the number of a key such as "3", "layer_3" or "rank3" -> int, or None."""
     found = re.fullmatch(r"(?:[a-z]+[ _.-]?)?([0-9]{1,9})", key, re.ASCII | re.IGNORECASE)
     return found and int(found[1])
@@ -146,7 +147,7 @@ def make_array(where, numbers):
             raise ConfigError(f"{where} is empty")
     *outer, entries = levels
     if not 1 <= len(outer) <= MOST_DEEP or any(isinstance(entry, list) for entry in entries):
-        given = show_value(lists) if isinstance(lists, (list, dict)) else shorten(lists)
+        given = show_value(lists) if isinstance(lists, (list, dict)) else show_json(lists)
         raise ConfigError(f"{where} must be [slots], [layers][slots] or [layers][ranks][slots], is {given}")
 
     lengths = [{len(entry) for entry in level} for level in outer]
@@ -154,7 +155,7 @@ def make_array(where, numbers):
         raise ConfigError(f"{where} has layers of {' or '.join(map(str, sorted(lengths[1])))} ranks")
     array = np.full((len(outer[-1]), max(lengths[-1])), EMPTY, np.int64)
     for row, values in zip(array, outer[-1], strict=True):
-        row[: len(values)] = [whole(where, value) for value in values]
+        row[: len(values)] = [read_integer(where, value) for value in values]
     return array.reshape([len(level[0]) for level in outer[:-1]] + [max(lengths[-1])]), sorted(lengths[-1])
 
 
@@ -164,18 +165,18 @@ def order_numbered(where, value, depth=0):
         return value
     if isinstance(value, list):
         return [order_numbered(where, entry, depth + 1) for entry in value]
-    numbers = {number_of(key): key for key in value}
+    numbers = {parse_number(key): key for key in value}
     if None in numbers or len(numbers) < len(value) or (numbers and max(numbers) - min(numbers) >= len(numbers)):
         raise ConfigError(f"{where}: its keys must be consecutive numbers, are {show_value(list(value))}")
     return [order_numbered(where, value[numbers[number]], depth + 1) for number in sorted(numbers)]
 
 
-def whole(where, value):
+def read_integer(where, value):
     """Take 16.0 for 16, and no other kind of value -> int of 64 bits."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not int or abs(value) >= 2**63:
-        raise ConfigError(f"{where} holds {shorten(value)}: must be whole numbers, those of experts, or -1")
+        raise ConfigError(f"{where} holds {show_json(value)}: must be whole numbers, those of experts, or -1")
     return value
 
 
@@ -183,10 +184,12 @@ def check_range(where, array, num_experts):
     """Raise ConfigError for the first number that is no expert's, with its place in the file."""
     wrong = np.argwhere((array < EMPTY) | (array >= num_experts))
     if len(wrong):
-        raise ConfigError(f"{where}{subscript(wrong[0])} = {array[tuple(wrong[0])]}: must be -1 to {num_experts - 1}")
+        raise ConfigError(
+            f"{where}{format_index(wrong[0])} = {array[tuple(wrong[0])]}: must be -1 to {num_experts - 1}"
+        )
 
 
-def lay_by_rank(where, array, widths, problem):
+def shape_by_rank(where, array, widths, problem):
     """Lay an array of one to three axes out by layer and rank -> (int64 [L, P, s], notes)."""
     layers, ranks, one_for_all = problem.num_layers, problem.num_ranks, []
     if array.ndim == 2 and len(array) == ranks and (len(array) != layers or array.shape[1] % ranks or len(widths) > 1):
@@ -225,7 +228,7 @@ def invert(where, slots_of_expert, num_experts):
     return experts
 
 
-def has_places(array, num_experts):
+def is_position_map(array, num_experts):
     """Return True if the rows of [L, P, s] cannot be experts, but can be each expert's place on the rank."""
     if array.shape[2] != num_experts or array.max() + 1 >= num_experts:
         return False
@@ -233,7 +236,7 @@ def has_places(array, num_experts):
     return bool((np.sort(array, axis=2) == np.maximum(np.arange(num_experts) - (num_experts - counts), EMPTY)).all())
 
 
-def take_places(where, places, num_experts):
+def invert_positions(where, places, num_experts):
     """Turn each expert's place on each rank, [L, P, E] and -1 where it is not, into the experts of slots [L, P, s]."""
     if places.shape[2] != num_experts:
         raise ConfigError(f"{where} must be [layers][ranks][{num_experts} experts], -1 where an expert is not")

@@ -5,7 +5,7 @@ import numpy as np
 from hpcmoe.placement.search.layer_data import EMPTY
 
 
-def seat_evenly(layer_data, expert_at):
+def balance_nodes(layer_data, expert_at):
     """Lay each node's replicas anew on its ranks, [P, s] -> [P, s]: as many on each, and as many tokens, as can be."""
     seated = np.full_like(expert_at, EMPTY)
     tokens = count_served(layer_data, expert_at)
@@ -13,7 +13,7 @@ def seat_evenly(layer_data, expert_at):
         ranks = layer_data.rank_by_node[layer_data.first_of_node[node] : layer_data.first_of_node[node + 1]]
         experts = expert_at[ranks].ravel()
         experts = experts[experts != EMPTY]
-        seats = seat_node(experts, weight, len(ranks))
+        seats = deal_experts(experts, weight, len(ranks))
         if seats is None:  # rare: what is left for the last replica of an expert is where another of its replicas is
             seated[ranks] = expert_at[ranks]
             continue
@@ -22,7 +22,7 @@ def seat_evenly(layer_data, expert_at):
     return seated
 
 
-def seat_node(experts, weight, num_ranks):
+def deal_experts(experts, weight, num_ranks):
     """Deal replicas of experts [n], weight [E] tokens a replica, to ranks -> a list for each rank, None where it fails.
 
     What has most replicas goes first, for no rank may hold two of one.

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcmoe.placement.quotas import make_limits
-from hpcmoe.placement.search.anneal import Budget, improve
+from hpcmoe.placement.search.anneal import Budget, search_layout
 from hpcmoe.placement.search.layer_data import EMPTY, SmoothMax, make_layer_data, make_state
 from hpcmoe.placement.search.moves import compiled, holds, max_seconds, move, rebuild, undo
 
-MOST_NODES = 32  # every pair of nodes is weighed in every layer
+MOST_TRADING_NODES = 32  # every pair of nodes is weighed in every layer
 PROPOSALS_AFTER = 3000  # to settle a layer after a trade
-LEAST_GAIN = 1e-9  # of the cost
+_LEAST_GAIN = 1e-9  # of the cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shifts:
+class MoveTable:
     """What moving one replica from node to node would change in a layer; the last index is nowhere."""
 
     cost: float  # seconds of the layer now
@@ -43,12 +43,12 @@ class Trade:
         return [(self.taker, self.source, self.node), *giving]
 
 
-def shift_memory(problem, most_of_node, layouts, deadline, seed):
+def trade_memory(problem, most_of_node, layouts, deadline, seed):
     """Trade memory between layers while that lowers their cost, until the deadline -> layouts [P, s] of the layers.
 
     most_of_node [L, nodes] is changed in place.
     """
-    layouts, shifts = list(layouts), [weigh_shifts(problem, k, expert_at) for k, expert_at in enumerate(layouts)]
+    layouts, shifts = list(layouts), [evaluate_moves(problem, k, expert_at) for k, expert_at in enumerate(layouts)]
     while time.perf_counter() < deadline:
         trade = find_trade(most_of_node, shifts)
         if trade is None:
@@ -57,16 +57,18 @@ def shift_memory(problem, most_of_node, layouts, deadline, seed):
         if trade.returns:
             most_of_node[[trade.taker, trade.giver], trade.source] += (-1, 1)
         for layer, source, target in trade.moves:
-            expert_at = carry_out(layouts[layer], shifts[layer].how[source, target])
+            expert_at = apply_move(layouts[layer], shifts[layer].how[source, target])
             layer_data = make_layer_data(problem, layer, make_limits(problem, most_of_node[layer]))
-            layouts[layer] = improve(layer_data, expert_at, (seed, layer), Budget(proposals=PROPOSALS_AFTER)).expert_at
-            shifts[layer] = weigh_shifts(problem, layer, layouts[layer])
+            layouts[layer] = search_layout(
+                layer_data, expert_at, (seed, layer), Budget(proposals=PROPOSALS_AFTER)
+            ).expert_at
+            shifts[layer] = evaluate_moves(problem, layer, layouts[layer])
     return layouts
 
 
 def find_trade(most_of_node, shifts):
     """Find the trade that lowers the cost most -> Trade, or None where none does."""
-    least, best = -LEAST_GAIN * sum(of_layer.cost for of_layer in shifts), None
+    least, best = -_LEAST_GAIN * sum(of_layer.cost for of_layer in shifts), None
     for taker, giver in np.argwhere(~np.eye(len(shifts), dtype=bool)).tolist():
         spare = most_of_node[giver] > shifts[giver].used
         free = np.append(spare, True)  # where the giver may move a replica without more memory; nowhere is always free
@@ -84,7 +86,7 @@ def find_trade(most_of_node, shifts):
     return best
 
 
-def carry_out(expert_at, how):
+def apply_move(expert_at, how):
     """Make one move of a table -> a new layout [P, s]."""
     expert, before, after = how
     moved = expert_at.copy()
@@ -95,8 +97,8 @@ def carry_out(expert_at, how):
     return moved
 
 
-def weigh_shifts(problem, layer, expert_at):
-    """Weigh every move of one replica in a layer as though memory were free -> Shifts."""
+def evaluate_moves(problem, layer, expert_at):
+    """Weigh every move of one replica in a layer as though memory were free -> MoveTable."""
     layer_data = make_layer_data(problem, layer, make_limits(problem, problem.slots_of_node))
     state, log = make_state(layer_data, expert_at)
     smooth_max = SmoothMax(1.0, 0)
@@ -104,12 +106,12 @@ def weigh_shifts(problem, layer, expert_at):
     cost = max_seconds(layer_data, state, log, False)
     change = np.full((problem.num_nodes + 1,) * 2, np.inf)
     how = np.full((*change.shape, 3), EMPTY)
-    weigh_all(layer_data, state, log, smooth_max, change, how)
-    return Shifts(cost=cost, change=change - cost, how=how, used=state.count_of_node)
+    evaluate_all(layer_data, state, log, smooth_max, change, how)
+    return MoveTable(cost=cost, change=change - cost, how=how, used=state.count_of_node)
 
 
 @compiled
-def weigh_all(t, s, log, smooth_max, seconds, how):
+def evaluate_all(t, s, log, smooth_max, seconds, how):
     """Fill in the seconds [nodes + 1, nodes + 1] that the layer takes after the best move of a replica, and its way."""
     num_ranks, num_experts = len(t.node_of_rank), t.demand.shape[1]
     nowhere = len(t.rack_of_node)

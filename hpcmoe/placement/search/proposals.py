@@ -7,7 +7,7 @@ from hpcmoe.placement.search.moves import compiled, holds, inlined
 
 
 @compiled
-def draw(random, below):
+def draw_integer(random, below):
     """Draw an integer from 0 to below - 1, by xorshift64* (Vigna 2016, doi:10.1145/2845077); random is [1] uint64."""
     x = random[0]
     x ^= x >> np.uint64(12)
@@ -24,29 +24,29 @@ def draw_rank(t, random, node):
     if node != EMPTY:
         first, end = t.first_of_node[node], t.first_of_node[node + 1]
         if end > first:
-            return t.rank_by_node[first + draw(random, end - first)]
-    return draw(random, len(t.node_of_rank))
+            return t.rank_by_node[first + draw_integer(random, end - first)]
+    return draw_integer(random, len(t.node_of_rank))
 
 
 @inlined
-def draw_wanted(t, random, node):
+def draw_demanded(t, random, node):
     """Draw an expert, rather one that the node's tokens ask for: the best of a few."""
     demand = t.demand
-    best = draw(random, demand.shape[1])
-    for _ in range(draw(random, 4)):
-        other = draw(random, demand.shape[1])
+    best = draw_integer(random, demand.shape[1])
+    for _ in range(draw_integer(random, 4)):
+        other = draw_integer(random, demand.shape[1])
         if demand[node, other] > demand[node, best]:
             best = other
     return best
 
 
 @inlined
-def draw_from(t, s, random, sender, receiver):
+def draw_remote(t, s, random, sender, receiver):
     """Draw an expert that the receiving node holds and the sending one lacks, rather one it sends much for."""
     best, most = EMPTY, 0.0
     for _ in range(3):
         rank = draw_rank(t, random, receiver)
-        expert = s.expert_at[rank, draw(random, t.most_of_rank[rank])]
+        expert = s.expert_at[rank, draw_integer(random, t.most_of_rank[rank])]
         if expert != EMPTY and s.replicas[sender, expert] == 0:
             share = t.demand[sender, expert] / s.num_replicas[expert]
             if share > most:
@@ -55,12 +55,12 @@ def draw_from(t, s, random, sender, receiver):
 
 
 @compiled
-def draw_victim(t, s, random, rank):
+def draw_slot(t, s, random, rank):
     """Draw one of a rank's slots: of a few, the one whose expert is wanted least, on its node or by all for a replica."""
     node, best, least = t.node_of_rank[rank], 0, np.inf
-    here, tries = draw(random, 2) == 0, 1 + draw(random, 3)
+    here, tries = draw_integer(random, 2) == 0, 1 + draw_integer(random, 3)
     for _ in range(tries):
-        slot = draw(random, t.most_of_rank[rank])
+        slot = draw_integer(random, t.most_of_rank[rank])
         expert, wanted = s.expert_at[rank, slot], -1.0
         if expert != EMPTY:
             wanted = t.demand[node, expert] if here else t.tokens[expert] / s.num_replicas[expert]
@@ -70,7 +70,7 @@ def draw_victim(t, s, random, rank):
 
 
 @compiled
-def aim(t, random, k):
+def find_ends(t, random, k):
     """Name what resource k joins -> (sending node, receiving node, rank), EMPTY where it has none."""
     num_nodes, num_racks = len(t.rack_of_node), len(t.uplink_cost)
     first_port, first_uplink = num_nodes * num_nodes, num_nodes * (num_nodes + 2)
@@ -81,7 +81,7 @@ def aim(t, random, k):
     if k < first_uplink:
         node, outwards = (k - first_port) % num_nodes, k < first_port + num_nodes
     else:
-        node, outwards = draw(random, num_nodes), k < first_uplink + num_racks
+        node, outwards = draw_integer(random, num_nodes), k < first_uplink + num_racks
         for _ in range(num_nodes):  # a rack may be without nodes
             if t.rack_of_node[node] == (k - first_uplink) % num_racks:
                 break
@@ -93,44 +93,44 @@ def aim(t, random, k):
 def choose_rank(t, s, random, busiest):
     """Choose a rank whose contents to change, and perhaps an expert that it should get -> (rank, expert)."""
     sender, receiver, rank = EMPTY, EMPTY, EMPTY
-    if draw(random, 4) > 0:
-        sender, receiver, rank = aim(t, random, busiest)
+    if draw_integer(random, 4) > 0:
+        sender, receiver, rank = find_ends(t, random, busiest)
     if rank != EMPTY:  # it computes too long: change it, or replicate one of its experts on another
-        if t.replicate and draw(random, 2) == 0:
-            return draw_rank(t, random, EMPTY), s.expert_at[rank, draw(random, t.most_of_rank[rank])]
+        if t.replicate and draw_integer(random, 2) == 0:
+            return draw_rank(t, random, EMPTY), s.expert_at[rank, draw_integer(random, t.most_of_rank[rank])]
         return rank, EMPTY
     if sender != EMPTY and receiver == EMPTY:
-        return draw_rank(t, random, sender), draw_wanted(t, random, sender)
-    if sender != EMPTY and draw(random, 2) == 0:
-        target = draw_rank(t, random, sender if draw(random, 2) == 0 else EMPTY)
-        return target, draw_from(t, s, random, sender, receiver)
+        return draw_rank(t, random, sender), draw_demanded(t, random, sender)
+    if sender != EMPTY and draw_integer(random, 2) == 0:
+        target = draw_rank(t, random, sender if draw_integer(random, 2) == 0 else EMPTY)
+        return target, draw_remote(t, s, random, sender, receiver)
     return draw_rank(t, random, receiver), EMPTY
 
 
 @compiled
-def propose(t, s, random, busiest):
+def propose_move(t, s, random, busiest):
     """Think of a move -> (rank a, its slot, rank b, its slot); b is EMPTY, and its slot an expert, to replace a's."""
     a, wish = choose_rank(t, s, random, busiest)
-    slot = draw_victim(t, s, random, a)
+    slot = draw_slot(t, s, random, a)
 
     # Replace what is there: by what is wished for, else by what the node wants, else by nothing.
-    if t.replicate and draw(random, 2) == 0:
-        if wish == EMPTY and draw(random, 16) > 0:
-            wish = draw_wanted(t, random, t.node_of_rank[a])
+    if t.replicate and draw_integer(random, 2) == 0:
+        if wish == EMPTY and draw_integer(random, 16) > 0:
+            wish = draw_demanded(t, random, t.node_of_rank[a])
         return a, slot, EMPTY, wish
 
     # Exchange it: for what is wished for, else for anything.
     b = draw_rank(t, random, EMPTY)
     if wish != EMPTY:
-        b = s.ranks_of_expert[wish, draw(random, s.num_replicas[wish])]
+        b = s.ranks_of_expert[wish, draw_integer(random, s.num_replicas[wish])]
         for other in range(s.expert_at.shape[1]):
             if s.expert_at[b, other] == wish:
                 return a, slot, b, other
-    return a, slot, b, draw(random, t.most_of_rank[b])
+    return a, slot, b, draw_integer(random, t.most_of_rank[b])
 
 
 @inlined
-def more_moves(t, e, a, f, b):
+def count_new_moves(t, e, a, f, b):
     """Count how many replicas more would be where they were not, with f on rank a instead of b, and e on b."""
     more = 0
     for expert, source, target in ((e, a, b), (f, b, a)):
@@ -146,7 +146,7 @@ def may_move(t, s, e, a, f, b):
     """Tell whether f may come from rank b to a, and e go from a to b, in slots, memory and number of replicas."""
     if e == f or a == b or (f != EMPTY and holds(s, a, f)):
         return False
-    if t.most_moves != EMPTY and s.num_moved[0] + more_moves(t, e, a, f, b) > t.most_moves:
+    if t.most_moves != EMPTY and s.num_moved[0] + count_new_moves(t, e, a, f, b) > t.most_moves:
         return False
     node_of_rank = t.node_of_rank
     if b == EMPTY:  # f comes anew, e goes for good

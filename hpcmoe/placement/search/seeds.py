@@ -14,7 +14,7 @@ NODES_TRIED = 32  # for an expert's first replica: of more nodes, the one of eac
 GREEDY = 3  # doublings of the exponent, the 8th power: prices of all that are busy, for a layout still to grow
 
 
-def lay_contiguous(layer_data, spread=True):
+def make_contiguous(layer_data, spread=True):
     """Lay the experts in order along the ranks: evenly over the nodes, or rank by rank from the first."""
     expert_at = np.full((len(layer_data.node_of_rank), layer_data.most_of_rank.max()), EMPTY)
     ranks_of_node = np.diff(layer_data.first_of_node)
@@ -46,7 +46,7 @@ def share_among_ranks(layer_data, count, spread):
     return num_of_rank
 
 
-def lay_as_eplb(layer_data):
+def make_eplb(layer_data):
     """Lay as DeepSeek's Expert Parallelism Load Balancer does without groups (github.com/deepseek-ai/EPLB).
 
     A spare slot goes to the expert with most tokens a replica; then the replicas, heaviest first, each to the least loaded
@@ -78,14 +78,14 @@ def lay_as_eplb(layer_data):
     return expert_at
 
 
-class Kept(NamedTuple):
+class PinnedCounts(NamedTuple):
     """How many of its own hottest experts each node, and each rack in all, holds before anything else is laid."""
 
     of_node: int = 0
     of_rack: int = 0
 
 
-def lay_packed(layer_data, kept):
+def make_packed(layer_data, kept):
     """Lay nodes' and racks' own hottest experts, then the missing ones greedily, then replicas while they help.
 
     Without replicas nothing is kept.
@@ -98,10 +98,10 @@ def lay_packed(layer_data, kept):
     np.add.at(in_rack, layer_data.rack_of_node, layer_data.demand)
     if kept.of_node > 0:
         hottest = np.argsort(-layer_data.demand, axis=1, kind="stable")[:, : kept.of_node]
-        keep_hottest(layer_data, state, log, smooth_max, hottest, np.arange(len(layer_data.rack_of_node)), load)
+        pin_hottest(layer_data, state, log, smooth_max, hottest, np.arange(len(layer_data.rack_of_node)), load)
     if kept.of_rack > 0:
         hottest = np.argsort(-in_rack, axis=1, kind="stable")[:, : kept.of_rack]
-        keep_hottest(layer_data, state, log, smooth_max, hottest, layer_data.rack_of_node, load)
+        pin_hottest(layer_data, state, log, smooth_max, hottest, layer_data.rack_of_node, load)
     place_missing(layer_data, state, log, smooth_max, np.argsort(-layer_data.tokens, kind="stable"), load)
     if layer_data.replicate:
         add_replicas(layer_data, state, log, smooth_max, in_rack, load)
@@ -164,7 +164,7 @@ def add(t, s, log, smooth_max, expert, rank, load):
 
 
 @compiled
-def weigh(t, s, log, smooth_max, expert, rank):
+def evaluate_addition(t, s, log, smooth_max, expert, rank):
     """Try a replica of an expert on a rank -> change of the sum of powers."""
     change = move(t, s, log, smooth_max, EMPTY, rank, expert, EMPTY)
     undo(t, s, log, EMPTY, rank, expert, EMPTY)
@@ -172,7 +172,7 @@ def weigh(t, s, log, smooth_max, expert, rank):
 
 
 @compiled
-def keep_hottest(t, s, log, smooth_max, hottest, group_of_node, load):
+def pin_hottest(t, s, log, smooth_max, hottest, group_of_node, load):
     """Put its own hottest experts [groups, n] on each group of nodes, where there is room beside the missing ones.
 
     A group's replica goes to the node with fewest replicas, among equals to the one that wants it most.
@@ -212,7 +212,7 @@ def place_missing(t, s, log, smooth_max, order, load):
         for first in range(min(len(t.rack_of_node), NODES_TRIED)):
             rank = rank_among(t, s, first, expert, load, most_of_rank)
             if rank != EMPTY:
-                change = weigh(t, s, log, smooth_max, expert, rank)
+                change = evaluate_addition(t, s, log, smooth_max, expert, rank)
                 if change < least:
                     best, least = rank, change
         add(t, s, log, smooth_max, expert, best, load)
@@ -249,7 +249,7 @@ def add_replicas(t, s, log, smooth_max, in_rack, load):
             for expert in (own, of_rack, of_all):
                 rank = EMPTY if expert == EMPTY else open_rank(t, s, node, expert, load, t.most_of_rank)
                 if rank != EMPTY:
-                    change = weigh(t, s, log, smooth_max, expert, rank)
+                    change = evaluate_addition(t, s, log, smooth_max, expert, rank)
                     if change < least:
                         best, best_rank, least = expert, rank, change
             if best == EMPTY:

@@ -8,16 +8,16 @@ from numba.core.event import Listener, install_listener
 
 from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.placement.quotas import make_limits
-from hpcmoe.placement.search.anneal import Budget, clear_up, improve
+from hpcmoe.placement.search.anneal import Budget, reduce_crossing, search_layout
 from hpcmoe.placement.search.layer_data import make_layer_data
-from hpcmoe.placement.search.memory_trades import weigh_shifts
+from hpcmoe.placement.search.memory_trades import evaluate_moves
 from hpcmoe.placement.search.moves import move
-from hpcmoe.placement.search.seeds import Kept, lay_packed
+from hpcmoe.placement.search.seeds import PinnedCounts, make_packed
 
 log = logging.getLogger(__name__)
 
 
-class Announcer(Listener):
+class CompilationLogger(Listener):
     """Logs once that numba compiles; what it reads from its cache it does not compile."""
 
     def __init__(self):
@@ -33,14 +33,14 @@ class Announcer(Listener):
         """Let its end pass."""
 
 
-def compile_all():
+def compile_search():
     """Have what numba compiles compiled, or read from its cache, before any time counts: by placing next to nothing."""
-    drop_stale_code()
-    with install_listener("numba:compile", Announcer()):
-        place_next_to_nothing()
+    delete_stale_code()
+    with install_listener("numba:compile", CompilationLogger()):
+        place_tiny_problem()
 
 
-def place_next_to_nothing():
+def place_tiny_problem():
     """Call each compiled function of the search."""
     one = np.ones(2)
     tiny = PlacementProblem(
@@ -52,13 +52,13 @@ def place_next_to_nothing():
         tokens_of_rank=one, probability=np.full((1, 2, 2), 0.5),
     )  # fmt: skip
     layer_data = make_layer_data(tiny, 0, make_limits(tiny, tiny.slots_of_node))
-    expert_at = lay_packed(layer_data, Kept(of_node=1))
-    improve(layer_data, expert_at, 0, Budget(proposals=1, goal=-1.0))
-    clear_up(layer_data, expert_at, 0, 1)
-    weigh_shifts(tiny, 0, expert_at)
+    expert_at = make_packed(layer_data, PinnedCounts(of_node=1))
+    search_layout(layer_data, expert_at, 0, Budget(proposals=1, goal=-1.0))
+    reduce_crossing(layer_data, expert_at, 0, 1)
+    evaluate_moves(tiny, 0, expert_at)
 
 
-def drop_stale_code():
+def delete_stale_code():
     """Delete cached machine code older than any source here: numba looks at a function's own file alone."""
     if not hasattr(move, "stats"):  # NUMBA_DISABLE_JIT: it runs as it stands
         return

@@ -15,7 +15,7 @@ from placement.problems import EXPERT_BYTES, assert_layer_is_placed, make_proble
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.quotas import divide_memory, make_limits
 from hpcmoe.placement.search.layer_data import make_layer_data
-from hpcmoe.placement.search.memory_trades import Trade, carry_out, find_trade, shift_memory, weigh_shifts
+from hpcmoe.placement.search.memory_trades import Trade, apply_move, evaluate_moves, find_trade, trade_memory
 from hpcmoe.placement.solve import make_placement
 
 OWN = np.array([[0.5, 0.5, 0], [0, 0, 1.0]])  # one node asks for experts 0 and 1, the other for expert 2
@@ -38,7 +38,7 @@ def test_where_only_a_pair_of_moves_helps_it_is_found(objective):
     most_of_node = divide_memory(problem)
     assert most_of_node.tolist() == [[2, 1], [1, 2]]
     layouts = [np.array([[1, 2], [0, -1]]), np.array([[0, -1], [1, 2]])]  # one expert of each is where it must not be
-    shifts = [weigh_shifts(problem, k, expert_at) for k, expert_at in enumerate(layouts)]
+    shifts = [evaluate_moves(problem, k, expert_at) for k, expert_at in enumerate(layouts)]
 
     # Neither layer can take without giving: what the giver moves goes where the taker comes from.
     trade = find_trade(most_of_node, shifts)
@@ -46,7 +46,7 @@ def test_where_only_a_pair_of_moves_helps_it_is_found(objective):
         Trade(taker=0, giver=1, source=0, node=1, target=0, returns=True),
         Trade(taker=1, giver=0, source=1, node=0, target=1, returns=True),
     )
-    shifted = shift_memory(problem, most_of_node, layouts, time.perf_counter() + 60, 0)
+    shifted = trade_memory(problem, most_of_node, layouts, time.perf_counter() + 60, 0)
     assert most_of_node.tolist() == [[1, 2], [2, 1]]
     assert [sorted(expert_at[0][expert_at[0] >= 0].tolist()) for expert_at in shifted] == [[2], [0, 1]]
     assert sum(layer_seconds(problem, k, expert_at.ravel()) for k, expert_at in enumerate(shifted)) == 0
@@ -57,7 +57,7 @@ def test_memory_to_spare_is_taken_without_a_move_in_return():
     problem = dataclasses.replace(make_crossed(), probability=np.stack([OWN[::-1]] * 2))
     most_of_node = np.array([[2, 1], [1, 3]])
     layouts = [np.array([[1, 2], [0, -1]]), np.array([[2, -1], [0, 1]])]
-    trade = find_trade(most_of_node, [weigh_shifts(problem, k, expert_at) for k, expert_at in enumerate(layouts)])
+    trade = find_trade(most_of_node, [evaluate_moves(problem, k, expert_at) for k, expert_at in enumerate(layouts)])
     assert trade == Trade(taker=0, giver=1, source=0, node=1, target=None, returns=False)
     assert trade.moves == [(0, 0, 1)]
 
@@ -68,7 +68,7 @@ def test_a_replica_gives_way_to_one_that_is_worth_more():
     problem = make_problem([1, 1], 2, 2, num_layers=2, replicate=True, probability=probability)
     problem = dataclasses.replace(problem, tokens_of_rank=np.array([10, 10]))
     layouts = [np.array([[0, 1], [-1, -1]]), np.array([[0, -1], [0, 1]])]
-    trade = find_trade(np.array([[2, 0], [1, 2]]), [weigh_shifts(problem, k, at) for k, at in enumerate(layouts)])
+    trade = find_trade(np.array([[2, 0], [1, 2]]), [evaluate_moves(problem, k, at) for k, at in enumerate(layouts)])
     assert trade == Trade(taker=0, giver=1, source=2, node=1, target=2, returns=False)  # from nowhere, to nowhere
 
 
@@ -76,21 +76,21 @@ def test_no_trade_where_none_helps():
     problem = make_crossed()
     layouts = [np.array([[2, -1], [0, 1]]), np.array([[0, 1], [2, -1]])]
     assert (
-        find_trade(np.array([[1, 2], [2, 1]]), [weigh_shifts(problem, k, at) for k, at in enumerate(layouts)]) is None
+        find_trade(np.array([[1, 2], [2, 1]]), [evaluate_moves(problem, k, at) for k, at in enumerate(layouts)]) is None
     )
 
 
 @given(problems(), st.integers(0, 99))
 def test_the_table_of_shifts_has_the_best_move_of_a_replica_between_any_two_nodes(problem, seed):
     expert_at = scatter(problem, seed)
-    shifts, best = weigh_shifts(problem, 0, expert_at), np.full((problem.num_nodes + 1,) * 2, np.inf)
+    shifts, best = evaluate_moves(problem, 0, expert_at), np.full((problem.num_nodes + 1,) * 2, np.inf)
     layer_data = make_layer_data(problem, 0, make_limits(problem, problem.slots_of_node))
     for source, target, moved in every_shift(problem, layer_data, expert_at):
         best[source, target] = min(best[source, target], layer_seconds(problem, 0, moved.ravel()))
     assert shifts.cost == pytest.approx(layer_seconds(problem, 0, expert_at.ravel()), rel=1e-9)
     np.testing.assert_allclose(shifts.change + shifts.cost, best, rtol=1e-9, atol=1e-12)
     for source, target in np.argwhere(np.isfinite(best)).tolist():
-        moved = carry_out(expert_at, shifts.how[source, target])
+        moved = apply_move(expert_at, shifts.how[source, target])
         assert layer_seconds(problem, 0, moved.ravel()) == pytest.approx(best[source, target], rel=1e-9, abs=1e-12)
 
 
@@ -104,7 +104,7 @@ def every_shift(problem, layer_data, expert_at):
         for before in can_leave + [-1] * problem.replicate:
             for after in can_take + [-1] * (len(holders) > 1):
                 if nodes[before] != nodes[after]:
-                    yield nodes[before], nodes[after], carry_out(expert_at, (expert, before, after))
+                    yield nodes[before], nodes[after], apply_move(expert_at, (expert, before, after))
 
 
 def count_of_node(problem, expert_at):
@@ -142,7 +142,7 @@ def test_shifts_keep_all_limits_and_never_cost_more(seed):
     for layer, expert_at in enumerate(layouts):
         most_of_node[layer] = np.maximum(most_of_node[layer], count_of_node(problem, expert_at))
     room = most_of_node.sum(axis=0)
-    shifted = shift_memory(problem, most_of_node, layouts, time.perf_counter() + 1, 0)
+    shifted = trade_memory(problem, most_of_node, layouts, time.perf_counter() + 1, 0)
     assert (most_of_node.sum(axis=0) == room).all()
     for layer, expert_at in enumerate(shifted):
         assert_layer_is_placed(make_layer_data(problem, layer, make_limits(problem, most_of_node[layer])), expert_at)

@@ -17,7 +17,7 @@ from hpcmoe.placement.cost import (
 from hpcmoe.placement.search.layer_data import EMPTY, SmoothMax, make_state
 from hpcmoe.placement.search.moves import NO_TRAFFIC, crossing_change, max_seconds, move, rebuild, undo
 from hpcmoe.placement.search.proposals import may_move
-from hpcmoe.placement.search.seeds import Kept, lay_packed
+from hpcmoe.placement.search.seeds import PinnedCounts, make_packed
 
 SMOOTH_MAX = SmoothMax(1e-3, 2)
 RESOURCES = ("link", "egress", "ingress", "uplink_out", "uplink_in", "rank")  # in the order of Layout.busy
@@ -112,7 +112,7 @@ def test_a_layout_is_as_busy_as_the_reference_says(problem, seed):
 @given(problems(tight=True).filter(has_place), st.integers(0, 99))
 def test_no_move_breaks_a_limit(problem, seed):
     layer_data = layer_data_of(problem)
-    state, log = make_state(layer_data, lay_packed(layer_data, Kept()))
+    state, log = make_state(layer_data, make_packed(layer_data, PinnedCounts()))
     rebuild(layer_data, state, log, SMOOTH_MAX)
     rng = np.random.default_rng(seed)
     for _ in range(20):

@@ -10,7 +10,7 @@ from placement.families import make_family
 from placement.problems import EXPERT_BYTES, assert_layer_is_placed, has_place, layer_data_of, make_problem, problems
 
 from hpcmoe.placement.cost import count_replicas, layer_seconds
-from hpcmoe.placement.search.seeds import Kept, lay_as_eplb, lay_contiguous, lay_packed
+from hpcmoe.placement.search.seeds import PinnedCounts, make_contiguous, make_eplb, make_packed
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_contiguous_experts_follow_the_ranks(ranks, experts, slots, room, spread
     problem = make_problem(ranks, experts, slots)
     if room:
         problem = dataclasses.replace(problem, memory_bytes=np.array(room) * EXPERT_BYTES)
-    assert lay_contiguous(layer_data_of(problem), spread).tolist() == in_order
+    assert make_contiguous(layer_data_of(problem), spread).tolist() == in_order
 
 
 @given(problems(tight=True).filter(has_place), st.booleans())
@@ -38,14 +38,14 @@ def test_contiguous_and_packed_keep_the_limits_wherever_there_is_a_placement(pro
     for layer in range(problem.num_layers):
         layer_data = layer_data_of(problem, layer)
         if layer_data.fewest_of_rank.max(initial=0) == 0 or spread:  # rank by rank leaves the last ones empty
-            assert_layer_is_placed(layer_data, lay_contiguous(layer_data, spread))
-        assert_layer_is_placed(layer_data, lay_packed(layer_data, Kept()))
+            assert_layer_is_placed(layer_data, make_contiguous(layer_data, spread))
+        assert_layer_is_placed(layer_data, make_packed(layer_data, PinnedCounts()))
 
 
 @given(problems(tight=True).filter(has_place), st.integers(0, 6), st.integers(0, 6))
 def test_packed_keeps_the_limits_whatever_is_kept_of_its_own(problem, of_node, of_rack):
     layer_data = layer_data_of(dataclasses.replace(problem, replicate=True))
-    assert_layer_is_placed(layer_data, lay_packed(layer_data, Kept(of_node=of_node, of_rack=of_rack)))
+    assert_layer_is_placed(layer_data, make_packed(layer_data, PinnedCounts(of_node=of_node, of_rack=of_rack)))
 
 
 def test_eplb_replicates_what_has_most_tokens_a_replica_and_deals_the_heaviest_first():
@@ -54,14 +54,14 @@ def test_eplb_replicates_what_has_most_tokens_a_replica_and_deals_the_heaviest_f
         tokens_of_rank=np.array([30, 0, 0]), probability=np.tile([0.5, 0.25, 0.15, 0.1], (1, 3, 1)),
     )  # fmt: skip
     # 15, 7.5, 4.5 and 3 tokens on six slots: expert 0 gets both spare ones; two of its replicas meet on rank 1.
-    assert lay_as_eplb(layer_data_of(problem)).tolist() == [[1, 3], [0, -1], [0, 2]]
+    assert make_eplb(layer_data_of(problem)).tolist() == [[1, 3], [0, -1], [0, 2]]
 
 
 def test_eplb_without_replicas_deals_the_heaviest_first():
     problem = make_problem(
         [1, 1], 4, 2, tokens_of_rank=np.array([10, 0]), probability=np.tile([0.1, 0.4, 0.2, 0.3], (1, 2, 1))
     )
-    assert lay_as_eplb(layer_data_of(problem)).tolist() == [[1, 0], [3, 2]]
+    assert make_eplb(layer_data_of(problem)).tolist() == [[1, 0], [3, 2]]
 
 
 def test_packing_starts_with_the_hottest_where_the_links_are_fast():
@@ -70,13 +70,13 @@ def test_packing_starts_with_the_hottest_where_the_links_are_fast():
     speed[:, 1] = 1e9
     probability = np.tile([0.1, 0.1, 0.8], (1, 3, 1))
     problem = make_problem([1, 1, 1], 3, 1, bytes_per_second=speed, probability=probability)
-    assert lay_packed(layer_data_of(problem), Kept())[1].tolist() == [2]
+    assert make_packed(layer_data_of(problem), PinnedCounts())[1].tolist() == [2]
 
 
 def test_packed_keeps_each_node_s_hottest_experts_with_it():
     problem = make_problem([2, 1, 1], 6, 3, seed=5, replicate=True)
     for num_own in (1, 2):
-        replicas = count_replicas(problem, lay_packed(layer_data_of(problem), Kept(of_node=num_own)).ravel())
+        replicas = count_replicas(problem, make_packed(layer_data_of(problem), PinnedCounts(of_node=num_own)).ravel())
         hottest = np.argsort(-problem.demand(0), axis=1)[:, :num_own]
         assert (np.take_along_axis(replicas, hottest, axis=1) == 1).all()
 
@@ -84,8 +84,8 @@ def test_packed_keeps_each_node_s_hottest_experts_with_it():
 @pytest.mark.parametrize("objective", ["links", "ports", "step"])
 def test_greedy_replicas_are_worth_having(objective):
     problem = make_family("E = 64 one spare slot a GPU", "16 x 16", 0, objective)
-    alone = lay_packed(layer_data_of(dataclasses.replace(problem, replicate=False, even=False)), Kept())
-    copied = [lay_packed(layer_data_of(problem), Kept(of_node=num_own)) for num_own in (1, 2)]
+    alone = make_packed(layer_data_of(dataclasses.replace(problem, replicate=False, even=False)), PinnedCounts())
+    copied = [make_packed(layer_data_of(problem), PinnedCounts(of_node=num_own)) for num_own in (1, 2)]
     assert all((expert_at != -1).sum() > problem.num_experts for expert_at in copied)
     seconds = [layer_seconds(problem, 0, expert_at.ravel()) for expert_at in (alone, *copied)]
     assert seconds[2] < seconds[1] < 0.95 * seconds[0]
