@@ -33,7 +33,7 @@ from hpcmoe.output import StderrHandler, print_to_stdout
 from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.prepare.budget import check_budget, describe_budget
-from hpcmoe.prepare.metadata import check_facts, describe_state, tell_changes
+from hpcmoe.prepare.metadata import check_metadata, describe_checkpoint, log_changes
 from hpcmoe.prepare.shards import resolve_tensor_parallel
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
@@ -102,7 +102,7 @@ def run(comm, arguments, opened):
         gc.disable()  # torch's import makes much that stays: a tenth of its time is looking through it for garbage
         with exit_on_signals(lambda ending: end_all_ranks(comm, opened, ending)):
             from hpcmoe.report.tables import make_table
-            from hpcmoe.report.totals import describe_totals
+            from hpcmoe.report.totals import record_totals
             from hpcmoe.run.job import open_job  # seconds of CPU on a laptop
 
         gc.freeze()
@@ -113,7 +113,7 @@ def run(comm, arguments, opened):
                 describe_run(records, job, text)
                 totals = train_or_infer(job, records, folder, start)
                 describe_tokens(records, job)
-                describe_totals(records, totals)
+                record_totals(records, totals)
             if comm.rank == 0:
                 table, written = make_table(job, totals), list_written(config, folder)
                 print_to_stdout(f"\n{table}\n\nwritten: {', '.join(map(str, written))}")
@@ -139,11 +139,11 @@ def make_start(job, checkpoint):
     """Lay the state out, and fill it from the checkpoint if there is one -> Start. Collective over all ranks."""
     from hpcmoe.model.balance import even_load
     from hpcmoe.run.optimizer import Optimizer
-    from hpcmoe.run.state import State
+    from hpcmoe.run.state import TrainingState
 
     config, network = job.config, job.stepper.network
     optimizer = Optimizer(network, job.placement, config, job.mesh) if config.run.mode == "train" else None
-    state, step = State(job, optimizer), 0
+    state, step = TrainingState(job, optimizer), 0
     load = even_load(config.model.num_layers, config.model.num_experts)
     if checkpoint is not None:
         step, load = resume(job, state, checkpoint)
@@ -152,7 +152,7 @@ def make_start(job, checkpoint):
 
 def train_or_infer(job, records, folder, start):
     """Do what [run] mode asks -> Totals. Collective over all ranks."""
-    from hpcmoe.report.totals import sum_up
+    from hpcmoe.report.totals import gather_totals
     from hpcmoe.run.finite import check_state
     from hpcmoe.run.infer import infer
     from hpcmoe.run.state import LOAD
@@ -172,7 +172,7 @@ def train_or_infer(job, records, folder, start):
             check_state(world, start.state, step, {LOAD: load})
             held = start.state.collect({LOAD: load})
             pieces = (Piece(name=name, shape=shape, start=at, array=array) for name, shape, at, array in held)
-            writer.save(step, pieces, describe_state(job, step))
+            writer.save(step, pieces, describe_checkpoint(job, step))
 
     log_plan(job)
     with open_writer(world, folder, write.checkpoints_kept, write.asynchronous) as writer:
@@ -180,18 +180,18 @@ def train_or_infer(job, records, folder, start):
             losses = train(job, records, start.optimizer, (start.step, start.load), save)
         else:
             losses = infer(job, records, start.load, save)
-    return sum_up(job, start.optimizer, losses, writer.snapshot_bytes)
+    return gather_totals(job, start.optimizer, losses, writer.snapshot_bytes)
 
 
 def resume(job, state, checkpoint):
     """Take the state from a checkpoint of any number of ranks -> (its step, its load). Collective over all ranks."""
     from hpcmoe.run.state import LOAD
 
-    wanted = [PieceSpec(name=n, shape=s, start=at, extent=e, keys=keys) for n, s, at, e, keys in state.wanted()]
-    arrays, facts = load_checkpoint(job.mesh.world, checkpoint, wanted)
+    wanted = [PieceSpec(name=n, shape=s, start=at, extent=e, keys=keys) for n, s, at, e, keys in state.list_wanted()]
+    arrays, metadata = load_checkpoint(job.mesh.world, checkpoint, wanted)
     step = step_of(checkpoint)
-    log.info("resumed %s, step %d, written by %d ranks", checkpoint, step, facts["num_ranks"])
-    tell_changes(facts, job.config, len(job.training))
+    log.info("resumed %s, step %d, written by %d ranks", checkpoint, step, metadata["num_ranks"])
+    log_changes(metadata, job.config, len(job.training))
     return step, state.restore(arrays, step)[LOAD]
 
 
@@ -205,7 +205,7 @@ def log_plan(job):
     """Say what is about to run and how much memory it will take."""
     from hpcmoe.prepare.placement import format_placement
     from hpcmoe.prepare.sizes import describe_sizes
-    from hpcmoe.report.totals import tell_floors
+    from hpcmoe.report.totals import format_sampling_floors
 
     memory, model, text_bytes = job.memory, job.config.model, len(job.training)
     log.info(
@@ -218,7 +218,7 @@ def log_plan(job):
         *budget_lines,
         *format_placement(job.run_placement, job.config.cluster),
         *size_lines,
-        tell_floors(job),
+        format_sampling_floors(job),
     ]:
         log.info("%s", line)
     log.info(
@@ -237,7 +237,7 @@ def check_checkpoint(checkpoint, folder, config):
         raise ConfigError(
             f"[run] steps = {config.run.steps}: must be more than the {step_of(checkpoint)} of {checkpoint}"
         )
-    check_facts(read_metadata(checkpoint), config, checkpoint, step_of(checkpoint))
+    check_metadata(read_metadata(checkpoint), config, checkpoint, step_of(checkpoint))
 
 
 def read_run_arguments(words):

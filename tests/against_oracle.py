@@ -49,10 +49,9 @@ def check_against_oracle(comm, folder, bias=0.0, **changes):
     )
     total.backward()
     assert outcome.loss == pytest.approx(entropy.item(), rel=2e-6)
-    assert outcome.census.num_dropped == dropped
+    assert outcome.stats.num_dropped == dropped
     losses = (
-        config.dispatch.aux_loss_weight * outcome.census.aux_loss
-        + config.dispatch.z_loss_weight * outcome.census.z_loss
+        config.dispatch.aux_loss_weight * outcome.stats.aux_loss + config.dispatch.z_loss_weight * outcome.stats.z_loss
     )
     assert entropy.item() + losses == pytest.approx(total.item(), rel=2e-6)
     assert set(weights) == set(gradients)

@@ -108,7 +108,7 @@ def run_backward(exchange, round_trip):
     while not exchange.is_home(round_trip):
         yield
     round_trip.grad_x = exchange.sum_home(round_trip, torch.ones_like(round_trip.gates))
-    round_trip.grad_gate = exchange.numbers_home(round_trip)
+    round_trip.grad_gate = exchange.gather_gate_grads(round_trip)
 
 
 def spread(slots, rows):

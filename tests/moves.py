@@ -8,7 +8,7 @@ from hpcmoe.model.balance import even_load
 from hpcmoe.placement.migrate import keep_slots, list_moves
 from hpcmoe.placement.result import SearchStats, evaluate
 from hpcmoe.prepare.placement import RunPlacement
-from hpcmoe.run.migrate import begin_move
+from hpcmoe.run.migrate import start_migration
 from hpcmoe.run.state import LOAD
 from hpcmoe.run.train import train_step
 from hpcmoe.wait import broadcast
@@ -39,7 +39,7 @@ def force(job, optimizer, seed, step):
         moves = list_moves(job.problem, job.placement.expert_of_replica, layouts)
         mine = RunPlacement(placement=placement, seconds_of_method={}), moves
     layout, moves = broadcast(job.mesh.world, mine)
-    job.stepper.exchange.carry(begin_move(job, optimizer, layout, moves, step))
+    job.stepper.exchange.register(start_migration(job, optimizer, layout, moves, step))
     return len(moves)
 
 

@@ -21,7 +21,7 @@ from hpcmoe.model.text import find_text
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
-from hpcmoe.run.state import State
+from hpcmoe.run.state import TrainingState
 from hpcmoe.wait import barrier, gather_to_all
 from hpcmoe.write.loads import read_loads
 
@@ -86,7 +86,7 @@ def open_small_job(comm, folder, num_nodes=1, text=RANDOM_TEXT, **changes):
     ):
         trains = config.run.mode == "train"
         optimizer = Optimizer(job.stepper.network, job.placement, config, mesh) if trains else None
-        yield job, optimizer, State(job, optimizer)
+        yield job, optimizer, TrainingState(job, optimizer)
 
 
 def gather_logical(comm, state, array_of):
@@ -96,7 +96,7 @@ def gather_logical(comm, state, array_of):
     """
     parts = [
         (place.name, place.shape, place.start, place.extent, array_of(parameter).numpy(force=True).copy())
-        for parameter, place in state.places.items()
+        for parameter, place in state.slices.items()
     ]
     whole, seen = {}, {}
     for part in gather_to_all(comm, parts):

@@ -42,7 +42,7 @@ class WindowSizes:
         rows, berths = num_mates * self.rows, self.num_berths
         return {
             "rows": ((rows, self.row_bytes), np.uint8),
-            "numbers": ((rows,), np.float32),
+            "gate_values": ((rows,), np.float32),
             "sources": ((rows,), np.int64),
             "news": ((num_mates,), np.int64),
             "taken": ((num_mates, berths), np.int64),
@@ -72,7 +72,7 @@ class Window:
         self.first_row = mate * sizes.rows  # of this rank
 
     def table(self, dtype):
-        """See all rows as numbers -> tensor [mates * rows, H]."""
+        """See all rows as scalars -> tensor [mates * rows, H]."""
         return torch.from_numpy(self.rows).view(dtype)
 
     def post(self, berth, exchange, slip, first, num_slips, counts):
@@ -167,7 +167,7 @@ def check_shared_memory(num_bytes):
 
 def touch(window):
     """Zero this rank's part of each array, which brings its pages near."""
-    for name in ("rows", "numbers", "sources"):
+    for name in ("rows", "gate_values", "sources"):
         of_mates = getattr(window, name).reshape(window.num_mates, -1)
         of_mates[window.mate] = 0
     for words in (window.news, window.taken, window.done, window.slips):

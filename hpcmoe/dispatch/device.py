@@ -52,12 +52,12 @@ class DeviceSizes(Sizes):
 
 
 class Table:
-    """A buffer of message rows, seen as numbers."""
+    """A buffer of message rows, seen as scalars."""
 
     def __init__(self, sizes, device, num_rows):
         self.buffer = device.make_buffer(num_rows, sizes.row_bytes)
         self.rows = self.buffer.tensor.view(sizes.dtype)[:, : sizes.hidden]  # [n, H]
-        self.numbers = self.buffer.tensor.view(torch.float32)[:, -1]  # [n], one a row
+        self.gate_values = self.buffer.tensor.view(torch.float32)[:, -1]  # [n], one a row
 
     def __len__(self):
         return len(self.buffer)
@@ -65,7 +65,7 @@ class Table:
     def part(self, order=None, num_rows=None):
         """See rows in an order, or the first num_rows, or all, as a move reads or writes them -> RowView."""
         end = num_rows if order is None else None
-        return RowView(values=self.rows[:end], gate_values=self.numbers[:end], order=order)
+        return RowView(values=self.rows[:end], gate_values=self.gate_values[:end], order=order)
 
 
 class DeviceBerth:
@@ -110,7 +110,7 @@ class DeviceExchange:
         self.num_slots = len(self.routes.place_of_slot)
         self.berths = [DeviceBerth(self.sizes, device) for _ in range(self.sizes.num_berths)]
         device.row_ops.prepare(self.berths[0].home.rows)
-        self.choosers, self.errands = weakref.WeakKeyDictionary(), []
+        self.choosers, self.background_tasks = weakref.WeakKeyDictionary(), []
         self.traffic = no_traffic(self.transport.size)
 
     def take_traffic(self):
@@ -118,13 +118,13 @@ class DeviceExchange:
         traffic, self.traffic = self.traffic, no_traffic(self.transport.size)
         return traffic
 
-    def carry(self, errand):
+    def register(self, task):
         """Poke this too from now on, until it is over."""
-        self.errands.append(errand)
+        self.background_tasks.append(task)
 
     def poke(self):
-        """Let messages and errands progress, without waiting -> whether anything moved."""
-        return self.transport.poke() | self.all_to_all.poke() | poke_all(self.errands)
+        """Let messages and background tasks progress, without waiting -> whether anything moved."""
+        return self.transport.poke() | self.all_to_all.poke() | poke_all(self.background_tasks)
 
     def count_news(self):
         """Nothing is told but by messages."""
@@ -145,7 +145,7 @@ class DeviceExchange:
     @property
     def is_idle(self):
         """Whether this rank has nothing left to do for others."""
-        return not self.errands and all(berth.is_over() for berth in self.berths)
+        return not self.background_tasks and all(berth.is_over() for berth in self.berths)
 
     def plan(self, routing, chooser):
         """Choose a replica for each copy of a Routing, and find its way -> DevicePlan, made on the device."""
@@ -234,16 +234,18 @@ class DeviceExchange:
         return Places(self.berths[flight.berth], batch.order, batch.num_rows)
 
     def take(self, places):
-        """Gather the rows at these places [n] -> (fresh [n, H], their numbers [n])."""
+        """Gather the rows at these places [n] -> (fresh [n, H], their gate values [n])."""
         away = places.berth.away
         rows = away.rows.new_empty(places.num_rows, self.sizes.hidden)
-        numbers = away.numbers.new_empty(places.num_rows)
-        self.device.row_ops.move(away.part(places.order, places.num_rows), RowView(values=rows, gate_values=numbers))
-        return rows, numbers
+        gate_values = away.gate_values.new_empty(places.num_rows)
+        self.device.row_ops.move(
+            away.part(places.order, places.num_rows), RowView(values=rows, gate_values=gate_values)
+        )
+        return rows, gate_values
 
-    def lay(self, rows, places, numbers=None):
-        """Lay rows [n, H], and numbers [n] if any, down where the rows were from which they were computed."""
-        source = RowView(values=rows.contiguous(), gate_values=numbers)
+    def lay(self, rows, places, gate_values=None):
+        """Lay rows [n, H], and gate values [n] if any, down where the rows were from which they were computed."""
+        source = RowView(values=rows.contiguous(), gate_values=gate_values)
         self.device.row_ops.move(source, places.berth.away.part(places.order))
 
     def finish(self, flight, batch):
@@ -270,9 +272,9 @@ class DeviceExchange:
         berth = self.berths[flight.berth]
         return self.device.row_ops.sum(berth.home.rows, flight.plan.copies.row_of_assignment, gates)
 
-    def numbers_home(self, flight):
-        """Collect the numbers that came home with the copies' results -> [T, K] float32, 0 where there is no copy."""
+    def gather_gate_grads(self, flight):
+        """Gather the gradients of the gates -> [T, K] float32, 0 where there is no copy."""
         berth = self.berths[flight.berth]
-        numbers = berth.home.numbers
-        rows = replace_none_by_last(flight.plan.copies.row_of_assignment, numbers)
-        return numbers.index_select(0, rows.flatten()).view(rows.shape)
+        gate_values = berth.home.gate_values
+        rows = replace_none_by_last(flight.plan.copies.row_of_assignment, gate_values)
+        return gate_values.index_select(0, rows.flatten()).view(rows.shape)

@@ -45,11 +45,11 @@ class Exchange:
     def __init__(self, transport, window, device, clock, sizes, routes):
         self.transport, self.window, self.device, self.clock = transport, window, device, clock
         self.sizes, self.routes = sizes, routes
-        self.table = window.table(sizes.dtype)  # all its rows as numbers
+        self.table = window.table(sizes.dtype)  # all its rows as scalars
         self.berths = [Berth(number, sizes, window.first_row, device) for number in range(sizes.num_berths)]
         pools = make_pools(sizes, window.first_row)
         self.hall = Hall(transport, window, routes, pools, sizes, self.tally)
-        self.landings, self.errands = [], []
+        self.landings, self.background_tasks = [], []
         self.groups = group_peers(routes, sizes)
         self.traffic = no_traffic(self.transport.size)
 
@@ -58,13 +58,13 @@ class Exchange:
         traffic, self.traffic = self.traffic, no_traffic(self.transport.size)
         return traffic
 
-    def carry(self, errand):
+    def register(self, task):
         """Poke this too from now on, until it is over."""
-        self.errands.append(errand)
+        self.background_tasks.append(task)
 
     def poke(self):
         """Let messages progress, and all that this rank lands for others, without waiting -> whether anything moved."""
-        return self.transport.poke() | poke_all(self.errands) | poke_all(self.landings)
+        return self.transport.poke() | poke_all(self.background_tasks) | poke_all(self.landings)
 
     def count_news(self):
         """Count how often any mate has told anything."""
@@ -74,7 +74,7 @@ class Exchange:
         """Pause, a few times at most, until a message has moved or a mate has told more than `before`."""
         for _ in range(PAUSES):
             backoff.pause()
-            if self.transport.poke() or poke_all(self.errands) or self.window.count_news() != before:
+            if self.transport.poke() or poke_all(self.background_tasks) or self.window.count_news() != before:
                 return
 
     @property
@@ -85,7 +85,7 @@ class Exchange:
     @property
     def is_idle(self):
         """Whether this rank has nothing left to do for others."""
-        under_way = self.landings or self.errands
+        under_way = self.landings or self.background_tasks
         return not under_way and all(request.done for berth in self.berths for request in berth.requests)
 
     def plan(self, routing, chooser):
@@ -116,7 +116,7 @@ class Exchange:
         # Say of each result row what it is computed from.
         results = slice(berth.results, berth.results + len(plan.copies))
         window.sources[results] = berth.tokens + plan.copies // plan.top_k
-        window.numbers[results] = gates[plan.copies]
+        window.gate_values[results] = gates[plan.copies]
         ready.synchronize()  # host waits for the device here: mates read the rows from now on
         window.post(berth.number, berth.exchange, 0, berth.results, 1, plan.counts)
 
@@ -150,10 +150,10 @@ class Exchange:
                 berth.requests.append(transport.send_rows(rows, peer, tag_of(MessageKind.PARCEL, number)))
 
     def pack(self, rows, first, parcel, gates):
-        """Lay a parcel's tokens, of those from window row `first` on, and its copies' numbers into a message."""
+        """Lay a parcel's tokens, of those from window row `first` on, and its copies' gate values into a message."""
         np.take(self.window.rows, first + parcel.tokens, axis=0, out=rows[: parcel.num_tokens], mode="clip")
-        tokens, numbers = see_trailer(rows[parcel.num_tokens :], parcel.num_copies)
-        tokens[:], numbers[:] = parcel.token_of_copy, gates[parcel.copies]
+        tokens, gate_values = see_trailer(rows[parcel.num_tokens :], parcel.num_copies)
+        tokens[:], gate_values[:] = parcel.token_of_copy, gates[parcel.copies]
 
     def count(self, flight, direction):
         """Count what leaves for the experts."""
@@ -213,7 +213,7 @@ class Exchange:
                 yield run
 
     def batches_again(self, flight, batches):
-        """Yield the numbers of these batches, of the same plans, as their rows come again, and None meanwhile."""
+        """Yield the indices of these batches, of the same plans, as their rows come again, and None meanwhile."""
         arrivals, left = self.berths[flight.berth].arrivals, list(enumerate(batches))
         while left or len(arrivals.expected):
             arrivals.look()
@@ -228,22 +228,22 @@ class Exchange:
         return self.berths[flight.berth].arrivals.rows(batch)
 
     def take(self, results):
-        """Gather the tokens from which these result rows [n] are computed -> (fresh [m, H], their numbers [m]).
+        """Gather the tokens from which these result rows [n] are computed -> (fresh [m, H], their gate values [m]).
 
         m is n or a little more: a few different sizes of GEMM serve all. What is too much has the number 0.
         """
         window, num_rows = self.window, round_rows(len(results))
-        sources, numbers = np.full(num_rows, self.berths[0].zero), np.zeros(num_rows, np.float32)
-        sources[: len(results)], numbers[: len(results)] = window.sources[results], window.numbers[results]
+        sources, gate_values = np.full(num_rows, self.berths[0].zero), np.zeros(num_rows, np.float32)
+        sources[: len(results)], gate_values[: len(results)] = window.sources[results], window.gate_values[results]
         rows = self.device.gather(self.table, torch.from_numpy(sources))
-        return rows, torch.from_numpy(numbers).to(self.device.torch_device)
+        return rows, torch.from_numpy(gate_values).to(self.device.torch_device)
 
-    def lay(self, rows, results, numbers=None):
-        """Lay rows [m, H], and numbers [m] if any, down at these result rows [n]; those beyond n are dropped."""
+    def lay(self, rows, results, gate_values=None):
+        """Lay rows [m, H], and gate values [m] if any, down at these result rows [n]; those beyond n are dropped."""
         rows = rows[: len(results)].to(self.sizes.dtype)
         self.device.scatter(rows, self.table, results)
-        if numbers is not None:
-            self.window.numbers[results] = numbers[: len(results)].numpy(force=True)
+        if gate_values is not None:
+            self.window.gate_values[results] = gate_values[: len(results)].numpy(force=True)
 
     def finish(self, flight, batch):
         """Tell the homes of a batch's rows that its results are there."""
@@ -273,16 +273,16 @@ class Exchange:
         weights = torch.where(torch.from_numpy(plan.is_sum), 1.0, gates.cpu())
         return self.device.sum_rows(self.table, torch.from_numpy(rows), weights)
 
-    def numbers_home(self, flight):
-        """Collect the numbers that came home with the copies' results -> [T, K] float32, 0 where there is no copy."""
+    def gather_gate_grads(self, flight):
+        """Gather the gradients of the gates -> [T, K] float32, 0 where there is no copy."""
         berth, plan = self.berths[flight.berth], flight.plan
-        numbers = np.zeros(plan.row_of_entry.size, np.float32)
-        numbers[plan.copies] = self.window.numbers[berth.results : berth.results + len(plan.copies)]
+        gate_values = np.zeros(plan.row_of_entry.size, np.float32)
+        gate_values[plan.copies] = self.window.gate_values[berth.results : berth.results + len(plan.copies)]
         for parcel in plan.parcels:
             first = berth.results + parcel.first + parcel.num_tokens
             trailer = self.window.rows[first : berth.results + parcel.first + parcel.num_rows(self.sizes.row_bytes)]
-            numbers[parcel.copies] = see_trailer(trailer, parcel.num_copies)[1]
-        return torch.from_numpy(numbers).view(plan.row_of_entry.shape).to(self.device.torch_device)
+            gate_values[parcel.copies] = see_trailer(trailer, parcel.num_copies)[1]
+        return torch.from_numpy(gate_values).view(plan.row_of_entry.shape).to(self.device.torch_device)
 
     def tags(self, flight, direction):
         """Number the messages of a micro-batch's exchange -> tag_of(part, parcel=0)."""

@@ -25,9 +25,9 @@ class Guest:
     num_slips: int  # that its sender has in this exchange
     num_tokens: int  # U
     counts: np.ndarray  # [mates, s] copies for each slot
-    first: int = -1  # its first row in the window: tokens, their copies' numbers, results of the copies
+    first: int = -1  # its first row in the window: tokens, their copies' gate values, results of the copies
     request: Any = None  # of what is under way
-    numbers: np.ndarray | None = None  # [C] float32 that came with the copies
+    gate_values: np.ndarray | None = None  # [C] float32 that came with the copies
 
     @property
     def num_copies(self):
@@ -116,11 +116,11 @@ class Landing:
         window = self.hall.window
         landed, self.landing = part(self.landing, is_done)
         for guest in landed:
-            tokens, numbers = self.hall.trailer(guest)
-            guest.numbers = numbers.copy()
+            tokens, gate_values = self.hall.trailer(guest)
+            guest.gate_values = gate_values.copy()
             results = self.hall.results(guest)
             window.sources[results] = guest.first + tokens
-            window.numbers[results] = numbers
+            window.gate_values[results] = gate_values
             window.post(self.berth, self.exchange, guest.slip, results.start, guest.num_slips, guest.counts)
             others = self.hall.routes.mates != self.hall.routes.rank
             self.hall.tally(self.direction, self.hall.routes.mates[others], guest.counts.sum(axis=1)[others])
@@ -183,7 +183,7 @@ class Hall:
         return 1 + self.window.sizes.max_parcels * (1 + len(self.routes.served[number]) * self.routes.num_slots)
 
     def message_rows(self, guest):
-        """Rows of a guest's message: tokens, and behind them its copies' numbers."""
+        """Rows of a guest's message: tokens, and behind them its copies' gate values."""
         return guest.num_tokens + num_trailing_rows(guest.num_copies, self.window.sizes.row_bytes)
 
     def results(self, guest):
@@ -198,12 +198,12 @@ class Hall:
         )
 
     def sum_up(self, guest, weigh):
-        """Put the sums of the copies' results in the tokens' place, and the copies' numbers behind them."""
+        """Put the sums of the copies' results in the tokens' place, and the copies' gate values behind them."""
         table, results = self.window.table(self.dtype), self.results(guest)
-        token_of_copy, numbers = self.trailer(guest)
+        token_of_copy, gate_values = self.trailer(guest)
         order = np.argsort(token_of_copy, kind="stable")
         begins = np.searchsorted(token_of_copy[order], np.arange(guest.num_tokens))
-        weights = guest.numbers[order] if weigh else np.ones(guest.num_copies, np.float32)
+        weights = guest.gate_values[order] if weigh else np.ones(guest.num_copies, np.float32)
         if weigh and self.routes.same_order:  # rounded before they are added, as at home
             table[results.start + order] *= torch.from_numpy(weights).to(self.dtype)[:, None]
             weights = np.ones_like(weights)
@@ -214,7 +214,7 @@ class Hall:
             mode="sum",
             per_sample_weights=torch.from_numpy(weights).to(self.dtype),
         )
-        numbers[:] = self.window.numbers[results]
+        gate_values[:] = self.window.gate_values[results]
 
 
 def see_trailer(rows, num_copies):

@@ -35,7 +35,7 @@ class Parcel:
         return len(self.copies)
 
     def num_rows(self, row_bytes):
-        """Rows of its message: tokens, and behind them the copies' numbers."""
+        """Rows of its message: tokens, and behind them the copies' gate values."""
         return self.num_tokens + num_trailing_rows(self.num_copies, row_bytes)
 
 
@@ -114,7 +114,7 @@ def cut_by_token(copies, counts, top_k, max_tokens):
 
 
 def num_trailing_rows(num_copies, row_bytes):
-    """Rows that hold the numbers of a parcel's copies, behind its tokens."""
+    """Rows that hold the gate values of a parcel's copies, behind its tokens."""
     return -(-num_copies * NUMBER_BYTES // row_bytes)
 
 

@@ -107,7 +107,7 @@ def most_parcels(num_ways, tokens, top_k, parcel_tokens):
 
 
 def rows_of_parcel(tokens, copies_of_token, row_bytes):
-    """Rows that a full parcel takes where it lands: tokens, their copies' numbers, results of the copies."""
+    """Rows that a full parcel takes where it lands: tokens, their copies' gate values, results of the copies."""
     copies = tokens * copies_of_token
     return tokens + num_trailing_rows(copies, row_bytes) + copies
 

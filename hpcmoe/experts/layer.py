@@ -151,7 +151,7 @@ class MoELayer(nn.Module):
             yield False
         routing = flight.routing
         grad_normed = self.exchange.sum_home(flight, torch.ones_like(flight.gates)).float()
-        of_shards = self.exchange.numbers_home(flight).unflatten(1, (routing.gates.shape[1], -1))
+        of_shards = self.exchange.gather_gate_grads(flight).unflatten(1, (routing.gates.shape[1], -1))
         torch.autograd.backward(
             [flight.residual, flight.normed, routing.gates, routing.probability_sum, routing.z_sum],
             [flight.grad, grad_normed, of_shards.sum(dim=2), grad_probability, grad_z],

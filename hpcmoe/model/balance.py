@@ -19,7 +19,7 @@ def update_load(load, utilisation, window_steps):
     return load + (utilisation - load) / window_steps
 
 
-def move_biases(layers, utilisation, speed):
+def update_biases(layers, utilisation, speed):
     """Lower the bias of each expert with more tokens than expected by speed, raise that of each with fewer.
 
     utilisation U_e [L, E] is of all ranks, which so move their biases alike, bit for bit.

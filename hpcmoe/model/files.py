@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 FOLDER, EMPTY, IRREGULAR = "folders", "empty", "no regular files"  # why something is no text
 NOTHING, OWN = "links to nothing", "in the run's own folder"
 EXCLUDED, AGAIN = "taken by exclude", "other names of the same files"
-MOST_NAMED = 5  # patterns in one line
+MOST_NAMED_PATTERNS = 5  # patterns in one line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +53,11 @@ def find_files(data, own_folder: str | os.PathLike | None = None) -> dict[str, S
     Nothing in the run's own folder, nor in those that earlier runs of its name left, is text. Raises ConfigError where
     there is no text, or a file that is named is none; logs which patterns give none, and what was left out.
     """
-    exclude = [place(pattern, "exclude") for pattern in data.exclude]
+    exclude = [expand_placeholders(pattern, "exclude") for pattern in data.exclude]
     is_own = make_own(own_folder)
     found, left_out, silent = {}, {}, []
     for pattern in data.files:
-        where = place(pattern, "files")
+        where = expand_placeholders(pattern, "files")
         if os.path.lexists(where) or not glob.has_magic(where):
             taken, left = take_named(where, is_own)
         else:
@@ -67,21 +67,23 @@ def find_files(data, own_folder: str | os.PathLike | None = None) -> dict[str, S
         if not taken:
             silent.append(f"{printable(where)} matches {count_reasons(left) or 'nothing'}")
     files = drop_doubles(found, left_out)
-    tell(data, files, left_out, silent)
+    log_left_out(data, files, left_out, silent)
     return files
 
 
-def place(pattern, key):
+def expand_placeholders(pattern, key):
     """Put in a pattern of [data] what ~, $VARIABLES and {stdlib} stand for."""
     expanded = expand_pattern(pattern, f"[data] {key}")
     return expanded.replace("{stdlib}", sysconfig.get_path("stdlib")) if "{stdlib}" in expanded else expanded
 
 
-def tell(data, files, left_out, silent):
+def log_left_out(data, files, left_out, silent):
     """Log what was left out and which patterns give no text; ConfigError where none does."""
-    named = "; ".join(silent[:MOST_NAMED]) + f"; and {len(silent) - MOST_NAMED} more" * (len(silent) > MOST_NAMED)
+    named = "; ".join(silent[:MOST_NAMED_PATTERNS]) + f"; and {len(silent) - MOST_NAMED_PATTERNS} more" * (
+        len(silent) > MOST_NAMED_PATTERNS
+    )
     if not files:
-        patterns = printable(str(list(data.files[:MOST_NAMED])))
+        patterns = printable(str(list(data.files[:MOST_NAMED_PATTERNS])))
         raise ConfigError(f"[data] files = {patterns}, less [data] exclude: no file with text matches; {named}")
     if silent:
         log.warning("[data] files: %s", named)

@@ -16,7 +16,7 @@ from hpcmoe.experts.feed_forward import Expert, LocalExperts, make_expert_weight
 from hpcmoe.experts.grouped import GroupedExperts, GroupedLayer
 from hpcmoe.experts.layer import MoELayer
 from hpcmoe.gemm import multiply
-from hpcmoe.model.text import NUM_BYTES
+from hpcmoe.model.text import VOCABULARY_SIZE
 from hpcmoe.wait import wait_all
 
 
@@ -57,17 +57,17 @@ def norm(x, weight):
 
 
 class LanguageModel(nn.Module):
-    """The network that an engine runs; it holds one step's batch, losses and census while the step lasts."""
+    """The network that an engine runs; it holds one step's batch, losses and routing counts while the step lasts."""
 
     def __init__(self, config, layers, draw, mesh, device):
         super().__init__()
         model = config.model
         self.config, self.mesh, self.device = config, mesh, device
-        self.embedding = nn.Parameter(draw(NUM_BYTES, model.hidden) * model.hidden**0.5)
+        self.embedding = nn.Parameter(draw(VOCABULARY_SIZE, model.hidden) * model.hidden**0.5)
         self.positions = nn.Parameter(0.1 * draw(model.sequence_length, model.hidden) * model.hidden**0.5)
         self.layers = nn.ModuleList(layers)
         self.last_norm = nn.Parameter(torch.ones(model.hidden))
-        self.head_weight = nn.Parameter(0.1 * draw(NUM_BYTES, model.hidden))
+        self.head_weight = nn.Parameter(0.1 * draw(VOCABULARY_SIZE, model.hidden))
         self.sums = None  # of gradients, while the backward pass goes on; None where nothing is trained
 
     def dense_parts(self):
@@ -77,10 +77,10 @@ class LanguageModel(nn.Module):
             parts["route_backward", number] = [*layer.dense.parameters(), *layer.router.parameters()]
         return parts | {("embed_backward", 0): [self.embedding, self.positions]}
 
-    def passed(self, op):
+    def complete_op(self, op):
         """Hear that a micro-batch has passed an op of training."""
         if self.sums is not None:
-            self.sums.passed(op)
+            self.sums.complete_op(op)
 
     def poke(self):
         """Let the sums of gradients progress -> whether one has ended."""
@@ -96,7 +96,7 @@ class LanguageModel(nn.Module):
         self.load = self.device.copy_from_host(np.asarray(load, np.float32))
         self.loss_sum = 0.0  # cross-entropy over this rank's tokens, nats
         self.counted = {}  # micro-batch: (its routing's sums, the event of their arrival on the host)
-        self.census = {}  # micro-batch: (array, the request for its sum over all ranks, None when it is there)
+        self.counts = {}  # micro-batch: (array, the request for its sum over all ranks, None when it is there)
         self.loss_grads = {}  # micro-batch: those of the routing losses, [L, E + 1] on the device
         self.own_tokens = np.zeros(self.load.shape, np.int64)  # [L, E] copies whose home is this rank
         self.seen = {}  # name: arrays of the activations asked for, a micro-batch each
@@ -132,15 +132,15 @@ class LanguageModel(nn.Module):
         The host waits for the device up to micro-batch wait_for, and for no other.
         """
         for micro_batch in sorted(self.counted):
-            census, event = self.counted[micro_batch]
+            counts, event = self.counted[micro_batch]
             if micro_batch <= wait_for:
                 event.synchronize()
             elif not event.query():
                 return
             del self.counted[micro_batch]
-            census = census.numpy()
-            self.own_tokens += census[:, : self.own_tokens.shape[1]].astype(np.int64)
-            self.census[micro_batch] = (census, start_all_reduce(self.mesh.world, census))
+            counts = counts.numpy()
+            self.own_tokens += counts[:, : self.own_tokens.shape[1]].astype(np.int64)
+            self.counts[micro_batch] = (counts, start_all_reduce(self.mesh.world, counts))
 
     def watch(self, x, flights):
         """Keep what enters and leaves the layers whose activations were asked for, and which experts were chosen."""
@@ -155,29 +155,29 @@ class LanguageModel(nn.Module):
         """Return the activations kept in the last step -> dict name: array [tokens of this rank, ...]."""
         return {name: np.concatenate(arrays) for name, arrays in self.seen.items()}
 
-    def has_routing_grads(self, micro_batch):
+    def poll_routing_grads(self, micro_batch):
         """Whether the routing of all ranks is known, so that routing_grads need not wait."""
         self.start_sums()
-        if micro_batch not in self.census:
+        if micro_batch not in self.counts:
             return False
-        _, request = self.census[micro_batch]
+        _, request = self.counts[micro_batch]
         return request is None or request.Test()
 
     def routing_grads(self, layer, micro_batch):
         """Return the routing losses' gradients with respect to a layer's probability_sum [E] and z_sum []."""
         if micro_batch not in self.loss_grads:
             self.loss_grads[micro_batch] = self.device.copy_from_host(
-                self.compute_routing_grads(self.census_of(micro_batch))
+                self.compute_routing_grads(self.wait_counts(micro_batch))
             )
         grads = self.loss_grads[micro_batch][layer]
         return grads[:-1], grads[-1]
 
-    def compute_routing_grads(self, census):
+    def compute_routing_grads(self, counts):
         """Compute the routing losses' gradients of all layers from what a micro-batch counted -> float32 [L, E + 1]."""
         dispatch, num_experts = self.config.dispatch, self.config.model.num_experts
-        grads = np.full((len(census), num_experts + 1), dispatch.z_loss_weight / self.num_tokens, np.float32)
-        for layer, counts in enumerate(torch.from_numpy(census[:, :num_experts])):
-            grads[layer, :-1] = dispatch.aux_loss_weight * load_balancing_grad(counts, self.num_tokens)
+        grads = np.full((len(counts), num_experts + 1), dispatch.z_loss_weight / self.num_tokens, np.float32)
+        for layer, tokens in enumerate(torch.from_numpy(counts[:, :num_experts])):
+            grads[layer, :-1] = dispatch.aux_loss_weight * load_balancing_grad(tokens, self.num_tokens)
         return grads
 
     def embed_backward(self, micro_batch, grad):
@@ -189,22 +189,22 @@ class LanguageModel(nn.Module):
         inputs = self.batches[micro_batch][:, :-1]
         return (nn.functional.embedding(inputs, self.embedding) + self.positions).flatten(0, 1)
 
-    def census_of(self, micro_batch):
+    def wait_counts(self, micro_batch):
         """Wait for a micro-batch's routing, summed over all ranks -> float64 [L, 2 E + 2]."""
         self.start_sums(micro_batch)
-        census, request = self.census[micro_batch]
+        counts, request = self.counts[micro_batch]
         if request is not None:
             wait_all([request])
-            self.census[micro_batch] = (census, None)
-        return census
+            self.counts[micro_batch] = (counts, None)
+        return counts
 
-    def take_census(self):
-        """Wait for the whole step's routing, summed over ranks and micro-batches -> Census."""
-        micro_batches = [self.census_of(micro_batch) for micro_batch in range(len(self.batches))]
-        return Census(self.config, micro_batches, self.num_tokens, self.own_tokens)
+    def wait_routing_stats(self):
+        """Wait for the whole step's routing, summed over ranks and micro-batches -> RoutingStats."""
+        micro_batches = [self.wait_counts(micro_batch) for micro_batch in range(len(self.batches))]
+        return RoutingStats(self.config, micro_batches, self.num_tokens, self.own_tokens)
 
 
-class Census:
+class RoutingStats:
     """How a step's tokens were routed, over all ranks."""
 
     def __init__(self, config, micro_batches, num_tokens, own_tokens):
@@ -276,10 +276,10 @@ def make_expert(config, mesh, layer, expert):
     """Build this rank's shard of a logical expert, or an Identity for an empty slot (-1)."""
     if expert < 0:
         return nn.Identity()
-    return dress(config, make_expert_weights(config, layer, expert, mesh.tensor_index, mesh.tensor_parallel))
+    return make_expert_from(config, make_expert_weights(config, layer, expert, mesh.tensor_index, mesh.tensor_parallel))
 
 
-def dress(config, weights):
+def make_expert_from(config, weights):
     """Build an expert of a shard's weights, in the precision that the run keeps them in."""
     if config.run.mode == "infer":  # what is not trained needs no float32; router and norms keep theirs
         weights = {name: weight.to(getattr(torch, config.model.dtype)) for name, weight in weights.items()}

@@ -10,7 +10,7 @@ import numpy as np
 from hpcmoe.model.files import Stamp
 
 MOST_TRIED = 16  # files whose every combination is tried
-GOLDEN = (5**0.5 - 1) / 2  # whose multiples, less their whole parts, fill 0 to 1 evenly from the first on
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # whose multiples, less their whole parts, fill 0 to 1 evenly from the first on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ def shuffle(paths):
     for number, files in enumerate(folders.values(), start=1):
         files.sort(key=lambda path: zlib.crc32(os.fsencode(os.path.basename(path))))
         for place, path in enumerate(files):
-            places[path] = (place + number * GOLDEN % 1) / len(files), absolute[path]
+            places[path] = (place + number * GOLDEN_RATIO % 1) / len(files), absolute[path]
     return sorted(paths, key=places.get)
 
 
@@ -98,7 +98,7 @@ def choose_validation(sizes: np.ndarray, share: float, least_bytes: int) -> np.n
     count = min(max(round(len(sizes) * share), 1), len(sizes) - 1)
     chosen = np.arange(len(sizes)) < count
     take_and_leave(sizes, chosen, goal)
-    while exchange(sizes, chosen, goal) or combine(sizes, chosen, goal):
+    while swap_files(sizes, chosen, goal) or recombine_largest(sizes, chosen, goal):
         pass
     return chosen
 
@@ -112,7 +112,7 @@ def take_and_leave(sizes, chosen, goal):
             held, chosen[index] = other, not chosen[index]
 
 
-def exchange(sizes, chosen, goal):
+def swap_files(sizes, chosen, goal):
     """Exchange the two files, or take or leave the one, that bring the choice nearest -> whether that is nearer."""
     held, padded, none = int(sizes[chosen].sum()), np.append(sizes, 0), len(sizes)
     leave, enter = np.append(np.flatnonzero(chosen), none), np.append(np.flatnonzero(~chosen), none)
@@ -130,7 +130,7 @@ def exchange(sizes, chosen, goal):
     return True
 
 
-def combine(sizes, chosen, goal):
+def recombine_largest(sizes, chosen, goal):
     """Try every combination of the largest files, the others as they are -> whether one is nearer."""
     largest = np.sort(np.argsort(-sizes, kind="stable")[:MOST_TRIED])
     others = chosen.copy()

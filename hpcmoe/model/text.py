@@ -15,7 +15,7 @@ from hpcmoe.messages import printable
 from hpcmoe.model.files import Stamp, find_files, make_stamp
 from hpcmoe.model.split import Span, Split, split_files
 
-NUM_BYTES = 256  # the vocabulary
+VOCABULARY_SIZE = 256  # the vocabulary
 NUM_SAMPLES, SAMPLE_BYTES = 64, 1024  # of training and of validation, that ranks compare
 MOST_OPEN = 32  # files of a text that stay open, so that one of few files is not opened for each sequence
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def close_all(descriptors: dict[str, int]) -> None:
         os.close(descriptor)
 
 
-class Blank:
+class BlankText:
     """What a step reads in place of text that could not be read: it ends in order, and its outcome is refused."""
 
     def sequences(self, starts: np.ndarray, length: int) -> np.ndarray:

@@ -23,7 +23,7 @@ class Network(Protocol):
     def head(self, micro_batch, x, flights):
         """Take the last layer's x [T, H] and all layers' flights -> the gradient of x, when training."""
 
-    def has_routing_grads(self, micro_batch):
+    def poll_routing_grads(self, micro_batch):
         """Whether routing_grads can be told without waiting."""
 
     def routing_grads(self, layer, micro_batch):
@@ -32,7 +32,7 @@ class Network(Protocol):
     def embed_backward(self, micro_batch, grad):
         """Take the gradient with respect to the first layer's x [T, H]."""
 
-    def passed(self, op):
+    def complete_op(self, op):
         """Hear that an op of training is done."""
 
     def poke(self):
@@ -133,7 +133,7 @@ class Engine:
         """Do one op, piece by piece."""
         yield from self.pieces(op, training)
         if training:
-            self.network.passed(op)
+            self.network.complete_op(op)
         if observe is not None:
             observe(self.flights.values())
 
@@ -163,7 +163,7 @@ class Engine:
             case "compute_backward":
                 yield from layer.compute_backward(self.flights[at])
             case "route_backward":
-                while not network.has_routing_grads(m):
+                while not network.poll_routing_grads(m):
                     yield False
                 yield from layer.route_backward(self.flights[at], *network.routing_grads(*at))
                 self.values[m] = self.flights.pop(at).output

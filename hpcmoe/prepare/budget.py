@@ -6,7 +6,7 @@ import numpy as np
 
 from hpcmoe.errors import ClusterError, PlacementError
 from hpcmoe.experts.shapes import estimate_expert
-from hpcmoe.model.text import NUM_BYTES
+from hpcmoe.model.text import VOCABULARY_SIZE
 from hpcmoe.placement.problem import format_size
 
 FLOAT32_BYTES = 4  # bytes
@@ -20,7 +20,7 @@ def count_dense_parameters(model):
     block = model.hidden + model.num_experts * model.hidden
     if model.attention:
         block += model.hidden + 4 * model.hidden**2
-    return model.num_layers * block + model.hidden + (2 * NUM_BYTES + model.sequence_length) * model.hidden
+    return model.num_layers * block + model.hidden + (2 * VOCABULARY_SIZE + model.sequence_length) * model.hidden
 
 
 def check_budget(config, topology):

@@ -11,7 +11,7 @@ from hpcmoe.dispatch.device import DeviceSizes
 from hpcmoe.dispatch.gate import renormalizes, weighs_by_load
 from hpcmoe.experts.shapes import MATRICES, estimate_expert
 from hpcmoe.gemm import adds_as_made, count_copy_bytes
-from hpcmoe.model.text import NUM_BYTES
+from hpcmoe.model.text import VOCABULARY_SIZE
 from hpcmoe.prepare.budget import FLOAT32_BYTES, count_dense_parameters
 
 FULLEST = 2.25  # rows at the fullest rank / at an even load: routers yet untrained sent 2.24 to one of 16 ranks
@@ -140,7 +140,7 @@ def estimate_activations(config, mesh, slots, sizes):
     # Count the last layer's output and its gradient, and in the head its norm's results and scale, the
     # logarithms of the probabilities, and the bytes that were to be predicted.
     of_ends = tokens * FLOAT32_BYTES * 2 * model.hidden
-    of_head = tokens * (FLOAT32_BYTES * (2 * model.hidden + 1 + NUM_BYTES) + INDEX)
+    of_head = tokens * (FLOAT32_BYTES * (2 * model.hidden + 1 + VOCABULARY_SIZE) + INDEX)
     return sizes.num_berths * (model.num_layers * of_layer + of_ends) + of_head
 
 

@@ -14,7 +14,7 @@ from hpcmoe.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 
-def describe_state(job, step):
+def describe_checkpoint(job, step):
     """Name what a checkpoint of a step is of -> flat dict."""
     position = {"step": step, "num_ranks": job.mesh.world.size}
     model = describe_sizes(job.config) | describe_function(job.config)
@@ -75,17 +75,19 @@ def describe_data(config, text_bytes):
     }
 
 
-def check_facts(facts, config, checkpoint, step):
-    """Refuse a checkpoint of another function, a line for each key, or one whose facts are not whole."""
-    if facts.get("step") != step or "num_ranks" not in facts:
+def check_metadata(metadata, config, checkpoint, step):
+    """Refuse a checkpoint of another function, a line for each key, or one whose metadata are not whole."""
+    if metadata.get("step") != step or "num_ranks" not in metadata:
         raise CheckpointError(f"{checkpoint}: its step is not the one in its name; it is not whole")
     wanted = describe_sizes(config) | describe_function(config)
-    differing = [(key, wants) for key, wants in wanted.items() if facts.get(key, wants) != wants]
+    differing = [(key, wants) for key, wants in wanted.items() if metadata.get(key, wants) != wants]
     if differing:
-        raise CheckpointError("\n".join(refuse(checkpoint, key, facts[key], wants) for key, wants in differing))
+        raise CheckpointError(
+            "\n".join(format_mismatch(checkpoint, key, metadata[key], wants) for key, wants in differing)
+        )
 
 
-def refuse(checkpoint, key, was, wants) -> str:
+def format_mismatch(checkpoint, key, was, wants) -> str:
     """Return the line on a key of the function that is not what the checkpoint was written with."""
     was, option = type(wants)(was), key.replace("[", "").replace("] ", ".")
     return (
@@ -94,21 +96,21 @@ def refuse(checkpoint, key, was, wants) -> str:
     )
 
 
-def tell_changes(facts, config, text_bytes):
+def log_changes(metadata, config, text_bytes):
     """Log what of a checkpoint is not known, and what is otherwise from here on, a line for each of these."""
-    unknown = {key: value for key, value in describe_function(config).items() if key not in facts}
+    unknown = {key: value for key, value in describe_function(config).items() if key not in metadata}
     if unknown:
         taken = ", ".join(f"{key} = {json.dumps(value)}" for key, value in unknown.items())
         one = "; at top_k = 1 renormalize once made every gate 1, which now is p" * (config.model.top_k == 1)
         log.info("the checkpoint was written before its gate was recorded; this run takes %s%s", taken, one)
-    changes = list_changes(facts, describe_training(config))
+    changes = list_changes(metadata, describe_training(config))
     if changes:
         log.info("the same function, from here on with other settings: %s", "; ".join(changes))
-    changes = list_changes(facts, describe_data(config, text_bytes))
+    changes = list_changes(metadata, describe_data(config, text_bytes))
     if changes:
         log.info("the sequences from here on are not those that would have come: %s", "; ".join(changes))
 
 
-def list_changes(facts, now) -> list[str]:
+def list_changes(metadata, now) -> list[str]:
     """List the values of `now` that the checkpoint, where it tells, has otherwise."""
-    return [f"{key} = {value}, was {facts[key]}" for key, value in now.items() if facts.get(key, value) != value]
+    return [f"{key} = {value}, was {metadata[key]}" for key, value in now.items() if metadata.get(key, value) != value]

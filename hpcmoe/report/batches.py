@@ -22,7 +22,7 @@ class Batches:
         for place, counted in batches.items():
             add_batches(self.of_slot, place, counted)
 
-    def settle(self, placement, rank: int) -> None:
+    def credit_experts(self, placement, rank: int) -> None:
         """Credit what the slots of a rank of the expert-parallel group have done to the experts that are there."""
         for (layer, slot), counted in self.of_slot.items():
             expert = int(placement.experts_of_rank(layer, rank)[slot])
@@ -48,7 +48,7 @@ class BatchSizes:
 def sum_batches(job) -> BatchSizes:
     """Sum the batches over all ranks. Collective over mesh.world."""
     world, model = job.mesh.world, job.config.model
-    job.meter.batches.settle(job.placement, job.mesh.expert_index)
+    job.meter.batches.credit_experts(job.placement, job.mesh.expert_index)
     sums = np.zeros((2, model.num_layers, model.num_experts), np.int64)
     extremes = np.full_like(sums, np.iinfo(np.int64).min)  # the least as its negative
     for (layer, expert), (number, rows, least, most) in job.meter.batches.of_expert.items():
@@ -59,7 +59,7 @@ def sum_batches(job) -> BatchSizes:
     return BatchSizes(number=sums[0], rows=sums[1], least=-least, most=most)
 
 
-def describe_batches(records, batches: BatchSizes) -> None:
+def record_batches(records, batches: BatchSizes) -> None:
     """Record each expert's batch sizes."""
     unit = "rows of an expert's GEMM, forward"
     for name in ("least", "mean", "most"):

@@ -7,19 +7,19 @@ import numpy as np
 
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.report.batches import Batches
-from hpcmoe.report.metrics import Links, balancedness, spread_of_links, sums_of_links
+from hpcmoe.report.metrics import LinkBalance, compute_balancedness, compute_link_balance, sum_own_links
 from hpcmoe.wait import wait_all
 
 STAGES = ("data", "dense", "route", "dispatch", "compute", "combine", "optimizer", "waiting")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class StepMetrics:
     """What one step took, over all ranks."""
 
     seconds: float  # on the wall, on this rank
     seconds_of_stage: dict  # mean over the ranks
-    links: Links  # dispatched tokens between ranks
+    links: LinkBalance  # dispatched tokens between ranks
     link_sigma_of_layer: np.ndarray  # [L]
     balancedness: float  # mean / max of the tokens that ranks serve, layer by layer
     balancedness_of_layer: np.ndarray  # [L]
@@ -53,15 +53,15 @@ class Meter:
         self.started = time.perf_counter()
 
     def read(self, outcome):
-        """End a step that had this Outcome -> Reading. Collective over all ranks."""
+        """End a step that had this Outcome -> StepMetrics. Collective over all ranks."""
         seconds = time.perf_counter() - self.started
         spent = self.clock.take()
         traffic = self.exchange.take_traffic()
         copies = np.stack([traffic.copies[layer] for layer in sorted(traffic.copies)])  # [L, P]
         served, sums, stages = self.sum_over_ranks(copies, [spent.get(stage, 0.0) for stage in STAGES])
-        links, *of_layers = (spread_of_links(*row) for row in sums)
-        of_layer, whole = balancedness(served)
-        reading = Reading(
+        links, *of_layers = (compute_link_balance(*row) for row in sums)
+        of_layer, whole = compute_balancedness(served)
+        metrics = StepMetrics(
             seconds=seconds,
             seconds_of_stage=dict(zip(STAGES, stages / self.mesh.world.size, strict=True)),
             links=links,
@@ -72,8 +72,8 @@ class Meter:
         )
         self.rows_to_peer += traffic.rows.sum(axis=0)
         self.batches.add(traffic.batches)
-        self.add(reading, outcome.census)
-        return reading
+        self.add(metrics, outcome.stats)
+        return metrics
 
     def sum_over_ranks(self, copies, spent):
         """Sum over all ranks, in one message, what this one sent in each layer [L, P] and how long each stage took.
@@ -84,24 +84,24 @@ class Meter:
         mesh, rank = self.mesh, self.exchange.transport.rank
         served = np.zeros((len(copies), mesh.data_parallel, copies.shape[1]))
         served[:, mesh.data_index] = copies
-        links = np.stack([sums_of_links(row, rank) for row in (copies.sum(axis=0), *copies)])
+        links = np.stack([sum_own_links(row, rank) for row in (copies.sum(axis=0), *copies)])
         sums = all_reduce(mesh.world, np.concatenate([served.ravel(), links.ravel(), spent]))
         of_served, of_links, seconds = np.split(sums, [served.size, served.size + links.size])
         return of_served.reshape(len(copies), -1), of_links.reshape(links.shape), seconds
 
-    def add(self, reading, census):
+    def add(self, metrics, stats):
         """Add a step to the totals."""
-        self.utilisation = self.utilisation + census.utilisation
-        self.own_tokens = self.own_tokens + census.own_tokens
-        self.num_dropped += census.num_dropped
-        self.link_sigma += reading.links.sigma
-        self.link_sigma_of_layer = self.link_sigma_of_layer + reading.link_sigma_of_layer
-        self.balancedness += reading.balancedness
-        self.balancedness_of_layer = self.balancedness_of_layer + reading.balancedness_of_layer
+        self.utilisation = self.utilisation + stats.utilisation
+        self.own_tokens = self.own_tokens + stats.own_tokens
+        self.num_dropped += stats.num_dropped
+        self.link_sigma += metrics.links.sigma
+        self.link_sigma_of_layer = self.link_sigma_of_layer + metrics.link_sigma_of_layer
+        self.balancedness += metrics.balancedness
+        self.balancedness_of_layer = self.balancedness_of_layer + metrics.balancedness_of_layer
         self.num_steps += 1
-        self.num_tokens += reading.num_tokens
-        self.seconds += reading.seconds
-        for stage, seconds in reading.seconds_of_stage.items():
+        self.num_tokens += metrics.num_tokens
+        self.seconds += metrics.seconds
+        for stage, seconds in metrics.seconds_of_stage.items():
             self.seconds_of_stage[stage] += seconds
 
     def take_tokens(self, node_of_rank):
@@ -110,10 +110,10 @@ class Meter:
         None there too when no step was read since.
         """
         own, self.own_tokens = self.own_tokens, 0
-        return None if np.ndim(own) == 0 else sum_by_node(self.mesh.world, own, node_of_rank)
+        return None if np.ndim(own) == 0 else gather_by_node(self.mesh.world, own, node_of_rank)
 
 
-def sum_by_node(world, own, node_of_rank):
+def gather_by_node(world, own, node_of_rank):
     """Sum copies whose home is a rank, own int64 [..., L, E], by node -> [..., L, nodes, E] on rank 0, else None.
 
     Collective over world.

@@ -9,7 +9,7 @@ SIGMA_AIM = 0.2  # sigma of an exchange that spreads its tokens well
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Links:
+class LinkBalance:
     """How even the links between ranks carry, from sums over all ordered pairs of different ranks."""
 
     count: int
@@ -17,22 +17,22 @@ class Links:
     sigma: float  # standard deviation / mean
 
 
-def spread_of_links(total, total_of_squares, count):
-    """Mean and sigma from the sum over the links and the sum of squares -> Links."""
+def compute_link_balance(total, total_of_squares, count):
+    """Mean and sigma from the sum over the links and the sum of squares -> LinkBalance."""
     if count == 0 or total == 0:
-        return Links(count=count, mean=0.0, sigma=0.0)
+        return LinkBalance(count=count, mean=0.0, sigma=0.0)
     mean = total / count
     variance = max(total_of_squares / count - mean**2, 0.0)
-    return Links(count=count, mean=mean, sigma=math.sqrt(variance) / mean)
+    return LinkBalance(count=count, mean=mean, sigma=math.sqrt(variance) / mean)
 
 
-def sums_of_links(tokens_to_peer, rank):
+def sum_own_links(tokens_to_peer, rank):
     """This rank's part of the sums: tokens to each peer [P] -> [sum, sum of squares, count] over the other ranks."""
     others = np.delete(tokens_to_peer.astype(np.float64), rank)
     return np.array([others.sum(), np.square(others).sum(), len(others)])
 
 
-def balancedness(served):
+def compute_balancedness(served):
     """Mean / max of the tokens that ranks serve, [L, ranks] -> (of each layer [L], of the whole step).
 
     The step's is the sum of the means over the sum of the maxima, since in each layer all wait for its busiest rank:
@@ -43,7 +43,7 @@ def balancedness(served):
     return of_layer, float(mean.sum() / most.sum()) if most.any() else 1.0
 
 
-def sampling_floor(placement, tokens_of_rank, top_k, num_experts, layers):
+def compute_sampling_floor(placement, tokens_of_rank, top_k, num_experts, layers):
     """Compute the root mean square of an even router's sigma over some layers: it draws finitely many tokens -> float.
 
     A token's K distinct experts are a draw without replacement from E. A rank that serves shares w_e of the experts
@@ -108,7 +108,7 @@ def compare_bandwidth(bytes_of_link, tokens_per_second, token_bytes, transfers_p
     )
 
 
-def sum_by_node(of_ranks, node_of_rank):
+def sum_links_by_node(of_ranks, node_of_rank):
     """Add up a matrix over ranks [P, P] by node -> [nodes, nodes]."""
     num_nodes = int(max(node_of_rank)) + 1
     member = np.zeros((num_nodes, len(node_of_rank)))

@@ -5,7 +5,7 @@ from tabulate import tabulate
 
 from hpcmoe.prepare.process import count_unshared
 from hpcmoe.report.batches import rows_of_batches
-from hpcmoe.report.metrics import SIGMA_AIM, compare_bandwidth, sum_by_node
+from hpcmoe.report.metrics import SIGMA_AIM, compare_bandwidth, sum_links_by_node
 
 MOST_NODES_IN_A_TABLE = 8
 MOST_LAYERS_IN_A_TABLE = 8
@@ -15,7 +15,7 @@ TRANSFERS = {"train": 4, "infer": 2}  # of a token's copy in a layer: there and 
 def make_table(job, totals):
     """Lay out a run's figures -> text."""
     balance = rows_of_balance(totals, rows_of_batches(totals.batches, job.stepper.exchange.sizes))
-    rows = [*rows_of_pace(job, totals), *balance, *rows_of_links(job, totals), *rows_of_placement(job)]
+    rows = [*rows_of_time(job, totals), *balance, *rows_of_links(job, totals), *rows_of_placement(job)]
     memory = [*rows_of_memory(job.memory, totals), *rows_of_process(job, totals)]
     return "\n\n".join(
         tabulate(table, headers=headers, disable_numparse=True, preserve_whitespace=True)
@@ -27,7 +27,7 @@ def make_table(job, totals):
     )
 
 
-def rows_of_pace(job, totals):
+def rows_of_time(job, totals):
     """List losses, throughput and where the time went."""
     rows = [(name, f"{loss:.4f}", "nats/byte") for name, loss in totals.losses.items()]
     rows += [
@@ -73,7 +73,7 @@ def rows_of_layers(totals):
 
 def rows_of_links(job, totals):
     """List what links between ranks, and between nodes, had to carry and carried."""
-    of_ranks, of_nodes = totals.bytes_of_link, sum_by_node(totals.bytes_of_link, job.topology.node_of_rank)
+    of_ranks, of_nodes = totals.bytes_of_link, sum_links_by_node(totals.bytes_of_link, job.topology.node_of_rank)
     rows = links_between("rank", of_ranks[exchange_links(job.mesh)], job, totals)
     rows += links_between("node", of_nodes[~np.eye(len(of_nodes), dtype=bool)], job, totals)
     if 1 < len(of_nodes) <= MOST_NODES_IN_A_TABLE:

@@ -8,8 +8,8 @@ from hpcmoe.errors import on_root
 from hpcmoe.model.text import count_sequences
 from hpcmoe.prepare.memory import Memory, measure_memory
 from hpcmoe.prepare.process import ProcessMemory, count_unshared, mean_of_fullest_node, read_process
-from hpcmoe.report.batches import BatchSizes, describe_batches, sum_batches
-from hpcmoe.report.metrics import SIGMA_AIM, sampling_floor
+from hpcmoe.report.batches import BatchSizes, record_batches, sum_batches
+from hpcmoe.report.metrics import SIGMA_AIM, compute_sampling_floor
 from hpcmoe.wait import gather_to_all, wait_all
 
 
@@ -43,7 +43,7 @@ class Totals:
         return self.num_tokens / max(self.seconds, 1e-9)
 
 
-def sum_up(job, optimizer, losses, snapshot_bytes):
+def gather_totals(job, optimizer, losses, snapshot_bytes):
     """Gather a run's totals -> Totals, on all ranks but for bytes_of_link. Collective over all ranks.
 
     snapshot_bytes: what this rank's copy of the state for checkpoints takes.
@@ -56,7 +56,7 @@ def sum_up(job, optimizer, losses, snapshot_bytes):
     everyone = gather_to_all(world, (measured, process, beside))
     nodes = job.topology.node_of_rank
     steps = max(meter.num_steps, 1)
-    floor, floor_of_layer = on_root(world, lambda: find_floors(job))
+    floor, floor_of_layer = on_root(world, lambda: compute_sampling_floors(job))
     return Totals(
         num_steps=meter.num_steps,
         num_tokens=meter.num_tokens,
@@ -90,7 +90,7 @@ def gather_traffic(job):
     return everyone
 
 
-def find_floors(job):
+def compute_sampling_floors(job):
     """Compute the sampling floor of a step's link sigma -> (of all layers together, of each [L])."""
     model, mesh = job.config.model, job.mesh
     sequences = count_sequences(
@@ -99,27 +99,27 @@ def find_floors(job):
     tokens = sequences[: mesh.group.size] * model.sequence_length  # of the first group
 
     def floor(layers):
-        return sampling_floor(job.placement, tokens, model.top_k, model.num_experts, layers)
+        return compute_sampling_floor(job.placement, tokens, model.top_k, model.num_experts, layers)
 
     return floor(range(model.num_layers)), np.array([floor([layer]) for layer in range(model.num_layers)])
 
 
-def tell_floors(job):
+def format_sampling_floors(job):
     """Say how uneven links would be under an even router -> a line for the log. Collective over all ranks."""
-    floor, of_layer = on_root(job.mesh.world, lambda: find_floors(job))
+    floor, of_layer = on_root(job.mesh.world, lambda: compute_sampling_floors(job))
     return (
         f"sigma of links under an even router, which draws finitely many tokens: {floor:.3f} a step, "
         f"{of_layer.min():.3f}-{of_layer.max():.3f} a layer"
     )
 
 
-def describe_totals(records, totals):
+def record_totals(records, totals):
     """Keep the figures of the whole run."""
     records.describe("run", "tokens_per_second_overall", totals.tokens_per_second, "tokens/s")
     records.describe("comm", "bytes_of_link", totals.bytes_of_link, "B, rank to rank")
     records.describe("dispatch", "link_sigma_floor", totals.link_sigma_floor, "1")
     records.describe("dispatch", "link_sigma_floor_of_layer", totals.link_sigma_floor_of_layer, "1")
     records.describe("dispatch", "link_sigma_aim", SIGMA_AIM, "1, an even exchange has less")
-    describe_batches(records, totals.batches)
+    record_batches(records, totals.batches)
     records.describe("run", "peak_resident_bytes", totals.process.peak, "B")
     records.describe("run", "unshared_bytes", totals.unshared_bytes, "B, mean of a node's ranks")

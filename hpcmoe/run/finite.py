@@ -10,21 +10,21 @@ from mpi4py import MPI
 from hpcmoe.config import Config
 from hpcmoe.errors import TrainingError, on_all, raise_or_return
 from hpcmoe.model.balance import read_biases
-from hpcmoe.run.state import BIAS, Place, State
+from hpcmoe.run.state import BIAS, ArraySlice, TrainingState
 
 SMALL_EPSILON = 1e-12  # below it, a gradient's square that float32 makes 0 leaves steps of any size
 LARGE_RATE = 1.0  # AdamW moves each weight by about that much a step
-LARGE_WEIGHT = 10.0  # of a routing loss beside the cross-entropy, which begins at 5.5 nats a byte
+LARGE_LOSS_WEIGHT = 10.0  # of a routing loss beside the cross-entropy, which begins at 5.5 nats a byte
 
 
 def check_finite(step: int, config: Config, **figures: float) -> None:
     """Raise TrainingError, on all ranks alike, when a figure of a step, which all share, is not finite."""
     if not all(map(math.isfinite, figures.values())):
         told = ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in figures.items())
-        raise_or_return(None, TrainingError(f"step {step}: {told}: {tell_causes(step, config)}"))
+        raise_or_return(None, TrainingError(f"step {step}: {told}: {describe_causes(step, config)}"))
 
 
-def tell_causes(step: int, config: Config) -> str:
+def describe_causes(step: int, config: Config) -> str:
     """Name what may have driven training out of the numbers, the likeliest first."""
     return f"likely causes, the likeliest first: {'; '.join(find_causes(step, config))}"
 
@@ -41,7 +41,7 @@ def find_causes(step: int, config: Config) -> Iterator[str]:
         product = train.learning_rate * train.weight_decay
         yield f"[train] learning_rate x weight_decay = {product:.3g}: must be far below 1, or weights grow"
     for key, weight in (("aux_loss_weight", dispatch.aux_loss_weight), ("z_loss_weight", dispatch.z_loss_weight)):
-        if weight > LARGE_WEIGHT:
+        if weight > LARGE_LOSS_WEIGHT:
             yield f"[dispatch] {key} = {weight}: its loss outweighs the text's, try 0.01"
     if stepped:
         if train.learning_rate < LARGE_RATE:
@@ -59,7 +59,7 @@ def find_causes(step: int, config: Config) -> Iterator[str]:
     yield "a processor or memory that errs: [train] check_every = 1 finds a rank that differs from its copies"
 
 
-def check_state(world: MPI.Comm, state: State, step: int, shared: dict[str, np.ndarray]) -> None:
+def check_state(world: MPI.Comm, state: TrainingState, step: int, shared: dict[str, np.ndarray]) -> None:
     """Raise TrainingError on all ranks when what a checkpoint would hold is not finite. Collective over world.
 
     Each rank reads what it would save, once, and copies nothing. shared {name: array} is alike on all.
@@ -69,7 +69,7 @@ def check_state(world: MPI.Comm, state: State, step: int, shared: dict[str, np.n
     on_all(world, lambda: check_arrays([*owned, *alike.items()], step, state.job.config))
 
 
-def label(place: Place, name: str) -> str:
+def label(place: ArraySlice, name: str) -> str:
     """Name a part of an array in a message; an expert's by its expert."""
     return f"{name} of expert {place.start[0]}" if name.startswith("experts/") else name
 
@@ -80,4 +80,4 @@ def check_arrays(arrays: Iterable[tuple[str, torch.Tensor | np.ndarray]], step: 
         tensor = torch.as_tensor(array)
         if tensor.numel() > 0 and not all(math.isfinite(end) for end in torch.aminmax(tensor)):
             what = f"step {step}: {name} is not finite, so no checkpoint is made; those before stay"
-            raise TrainingError(f"{what}; {tell_causes(step + 1, config)}")
+            raise TrainingError(f"{what}; {describe_causes(step + 1, config)}")

@@ -43,7 +43,7 @@ class GradientSums:
         self.left = dict.fromkeys(units, self.num_micro_batches)  # micro-batches that have yet to pass an op
         self.is_open, self.num_started, self.next_layer = True, 0, max(self.experts.of_layer, default=0)
 
-    def passed(self, op):
+    def complete_op(self, op):
         """Hear that a micro-batch has passed an op, and begin to sum what is final now."""
         part = op.stage, op.layer
         if not (self.overlaps and self.is_open and part in self.left):
@@ -88,7 +88,7 @@ class GradientSums:
             self.reducer.poke()
             backoff.pause()
 
-    def share_dense(self, counts):
+    def all_gather_dense(self, counts):
         """Give all ranks what lies in the dense gradients' place in parts: rank r has the r-th, counts[r] numbers.
 
         Collective over all ranks.
@@ -125,14 +125,14 @@ class GradientSums:
         with self.reducer.open_for_sums(self.experts.flat[first:end]) as numbers:
             gradient_of = {copy: numbers[copy.begin - first : copy.end - first] for copy in held}
             for copy in copies:
-                yield from self.gather_copy(copy, gradient_of[copy])
+                yield from self.gather_replica(copy, gradient_of[copy])
             yield from self.sum_groups(layer, numbers[: sum(copy.size for copy in held if copy.owned)])
             tag = FIRST_TAG + layer
             to_others = [(tag, rank, gradient_of[c]) for c in copies if c.owned for rank in c.ranks[1:]]
             from_first = [(tag, c.ranks[0], gradient_of[c]) for c in copies if not c.owned]
             yield from self.reducer.send_recv(outgoing=to_others, incoming=from_first)
 
-    def gather_copy(self, copy, gradient):
+    def gather_replica(self, copy, gradient):
         """Have the first rank that holds an expert add the others' gradients, piece by piece in little memory.
 
         All ranks take copies in the order of their experts, so that nobody waits in a circle.

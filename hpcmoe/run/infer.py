@@ -19,10 +19,10 @@ def infer(job, records, load, save):
     with open_progress(run.steps, 0, job.mesh.world.rank == 0) as progress:
         for step in range(1, run.steps + 1):
             job.meter.start()
-            rebalancer.consider(step - 1)
+            rebalancer.start_if_due(step - 1)
             outcome, load = infer_step(job, load, step)
             report_step(records, progress, step, outcome, job.meter.read(outcome))
-            rebalancer.note(step, outcome.census)
+            rebalancer.end_step(step, outcome.stats)
             save(step, load, job.stepper.network.take_activations())
     return {}
 
@@ -34,4 +34,4 @@ def infer_step(job, load, step):
         len(job.training), config.data.batch_sequences, config.model.sequence_length, config.run.seed, abs(step)
     )
     outcome = job.stepper.run(job.training, starts, load, "infer", layers_to_write(config, step))
-    return outcome, update_load(load, outcome.census.utilisation, config.dispatch.load_window_steps)
+    return outcome, update_load(load, outcome.stats.utilisation, config.dispatch.load_window_steps)

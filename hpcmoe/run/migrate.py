@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from hpcmoe.experts.feed_forward import make_empty_weights
-from hpcmoe.model.language import dress, make_chooser
+from hpcmoe.model.language import make_chooser, make_expert_from
 from hpcmoe.placement.search.layer_data import EMPTY
 from hpcmoe.prepare.memory import STAGING_BYTES
 from hpcmoe.run.optimizer import MOMENTS
 from hpcmoe.wait import until_done
 
-TAG = 0  # of all moves: both ranks take them in one order, and MPI keeps to it. Gradients have the others
+MIGRATION_TAG = 0  # of all moves: both ranks take them in one order, and MPI keeps to it. Gradients have the others
 
 
-class Move:
+class Migration:
     """The experts that go to other ranks and come from them; an exchange pokes it as it does a landing."""
 
     def __init__(self, comm, layers):
@@ -54,10 +54,11 @@ class Move:
         requests, staged = [], []
         for (peer, _), piece in zip(receives, pieces[len(sends) :], strict=True):
             staged.append(torch.empty(piece.shape, dtype=piece.dtype))
-            requests.append(self.comm.Irecv(bytes_of(staged[-1]), peer, TAG))
+            requests.append(self.comm.Irecv(bytes_of(staged[-1]), peer, MIGRATION_TAG))
         leaving = [piece.cpu() for piece in pieces[: len(sends)]]
         requests += [
-            self.comm.Isend(bytes_of(piece), peer, TAG) for (peer, _), piece in zip(sends, leaving, strict=True)
+            self.comm.Isend(bytes_of(piece), peer, MIGRATION_TAG)
+            for (peer, _), piece in zip(sends, leaving, strict=True)
         ]
         copies = [piece for own, piece in zip(pieces, leaving, strict=False) if own.device != piece.device]
         self.staged_bytes = max(self.staged_bytes, sum(piece.nbytes for piece in staged + copies))
@@ -78,21 +79,21 @@ def bytes_of(tensor):
     return tensor.view(torch.uint8).numpy()
 
 
-def begin_move(job, optimizer, layout, moves, step):
-    """Seat the experts as another layout has them after a step, and begin to bring those that come -> Move.
+def start_migration(job, optimizer, layout, moves, step):
+    """Seat the experts as another layout has them after a step, and begin to bring those that come -> Migration.
 
     Choosers and the optimizer follow at once; each layer's experts wait for their weights. Collective over ep.
     """
     network, rank = job.stepper.network, job.mesh.expert_index
 
     # What leaves is taken hold of before a slot, or the optimizer, may let go of it.
-    job.meter.batches.settle(job.placement, rank)
+    job.meter.batches.credit_experts(job.placement, rank)
     sends = find_ends(network, optimizer, moves, (moves.source, moves.source_slot, moves.target), rank)
     for layer in range(len(network.layers)):
-        seat(job, layer, layout.placement)
+        resize_slots(job, layer, layout.placement)
     job.run_placement = layout
     if optimizer is not None:
-        optimizer.follow(layout.placement, step)
+        optimizer.follow_placement(layout.placement, step)
     receives = find_ends(network, optimizer, moves, (moves.target, moves.target_slot, moves.source), rank)
 
     entries = []
@@ -101,7 +102,7 @@ def begin_move(job, optimizer, layout, moves, step):
         most = max(int(np.bincount(ranks[here]).max()) for ranks in (moves.source, moves.target))  # all cut alike
         experts = network.layers[layer].experts
         entries.append((experts, STAGING_BYTES // most, sends.get(layer, []), receives.get(layer, [])))
-    return Move(job.mesh.ep, entries)
+    return Migration(job.mesh.ep, entries)
 
 
 def find_ends(network, optimizer, moves, ends, rank):
@@ -113,18 +114,20 @@ def find_ends(network, optimizer, moves, ends, rank):
     found = {}
     for number in np.flatnonzero(own == rank).tolist():
         layer = int(moves.layer[number])
-        tensors = tensors_of(network, optimizer, layer, int(slots[number]))
+        tensors = expert_tensors(network, optimizer, layer, int(slots[number]))
         found.setdefault(layer, []).append((int(peers[number]), tensors))
     return found
 
 
-def seat(job, layer, placement):
+def resize_slots(job, layer, placement):
     """Make room for a layer's experts of another placement: slots that fill get arrays, slots that empty lose them."""
     block, mesh = job.stepper.network.layers[layer], job.mesh
     held = [p.experts_of_rank(layer, mesh.expert_index).tolist() for p in (job.placement, placement)]
     for slot, (before, after) in enumerate(zip(*held, strict=True)):
         if before == EMPTY != after:
-            expert = dress(job.config, make_empty_weights(job.config, mesh.tensor_index, mesh.tensor_parallel))
+            expert = make_expert_from(
+                job.config, make_empty_weights(job.config, mesh.tensor_index, mesh.tensor_parallel)
+            )
             block.experts.replicas[slot] = expert.to(job.stepper.network.device.torch_device)
         elif after == EMPTY != before:
             block.experts.replicas[slot] = nn.Identity()
@@ -133,7 +136,7 @@ def seat(job, layer, placement):
     block.chooser = make_chooser(job.config, mesh, placement, layer)
 
 
-def tensors_of(network, optimizer, layer, slot):
+def expert_tensors(network, optimizer, layer, slot):
     """List all that an expert is: its weights, and in training their moments -> tensors, the same for every expert."""
     parameters = list(network.layers[layer].experts.replicas[slot].parameters())
     tensors = [parameter.data for parameter in parameters]

@@ -34,7 +34,7 @@ class FlatGradients:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Copy:
+class HeldReplica:
     """What one slot of this rank holds of an expert, and who else in the group holds the same."""
 
     layer: int
@@ -73,10 +73,10 @@ class SharedExperts:
                 begin, end = end, end + sum(p.numel() for p in parts[layer, slot])
                 where = {"layer": layer, "slot": slot, "expert": held[slot], "ranks": ranks_of[slot]}
                 owned = ranks_of[slot][0] == comm.rank
-                self.of_layer[layer].append(Copy(**where, owned=owned, begin=begin, end=end))
+                self.of_layer[layer].append(HeldReplica(**where, owned=owned, begin=begin, end=end))
         self.flat = FlatGradients(parts).flat
 
-    def copies(self):
+    def held_replicas(self):
         """List what all slots of this rank hold."""
         return [copy for held in self.of_layer.values() for copy in held]
 
@@ -86,7 +86,7 @@ class SharedExperts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Piece:
+class SteppedRows:
     """Rows of a parameter that AdamW steps here, a view of them; with its state in Optimizer.adamw."""
 
     rows: nn.Parameter
@@ -104,49 +104,49 @@ class AdamW(torch.optim.AdamW):
 class Optimizer:
     """AdamW over this rank's parameters, dense and expert.
 
-    pieces[parameter] says what of it is stepped here, and so whose state is here: all of an expert that this rank
+    stepped_rows[parameter] says what of it is stepped here, and so whose state is here: all of an expert that this rank
     holds; all of a dense parameter, or with shard_optimizer its rows that are this rank's share, if any.
     """
 
     def __init__(self, network, placement, config, mesh):
         self.network, self.train, self.mesh = network, config.train, mesh
         self.dense = FlatGradients(network.dense_parts())
-        self.share(placement)
+        self.share_gradients(placement)
 
-        self.pieces = {p: [Piece(rows=p, first=0)] for p in network.parameters()}
+        self.stepped_rows = {p: [SteppedRows(rows=p, first=0)] for p in network.parameters()}
         if self.train.shard_optimizer:
-            self.pieces |= cut_pieces(self.dense.parameters, mesh.world.rank, mesh.world.size)
+            self.stepped_rows |= cut_stepped_rows(self.dense.parameters, mesh.world.rank, mesh.world.size)
 
         # Norms and biases are not decayed.
-        stepped = [piece.rows for pieces in self.pieces.values() for piece in pieces]
+        stepped = [piece.rows for pieces in self.stepped_rows.values() for piece in pieces]
         groups = [{"params": [p for p in stepped if p.dim() > 1], "weight_decay": self.train.weight_decay},
                   {"params": [p for p in stepped if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
         betas = (self.train.beta1, self.train.beta2)
         self.adamw = AdamW(groups, lr=self.train.learning_rate, betas=betas, eps=self.train.epsilon, fused=True)
 
-    def share(self, placement):
+    def share_gradients(self, placement):
         """Sum the experts' gradients from now on as a placement has them, between two steps."""
         self.shared = SharedExperts(placement, self.mesh.ep, self.network.layers)
         self.sums = self.network.sums = GradientSums(self.dense, self.shared, self.network)
 
-    def follow(self, placement, step):
+    def follow_placement(self, placement, step):
         """Take on what this rank has under another placement, after so many steps; moments of a new expert are zero."""
         held = {p for layer in self.network.layers for p in layer.experts.parameters()}
-        gone = self.pieces.keys() - held - set(self.dense.parameters)
+        gone = self.stepped_rows.keys() - held - set(self.dense.parameters)
         for parameter in gone | held:
             parameter.grad = None
         self.shared = self.sums = self.network.sums = None  # their memory is free before more is taken
-        self.share(placement)
+        self.share_gradients(placement)
 
-        new = [p for layer in self.network.layers for p in layer.experts.parameters() if p not in self.pieces]
+        new = [p for layer in self.network.layers for p in layer.experts.parameters() if p not in self.stepped_rows]
         for parameter in gone:
-            del self.pieces[parameter]
+            del self.stepped_rows[parameter]
             self.adamw.state.pop(parameter, None)
-        self.pieces |= {p: [Piece(rows=p, first=0)] for p in new}
+        self.stepped_rows |= {p: [SteppedRows(rows=p, first=0)] for p in new}
         for group, wanted in zip(self.adamw.param_groups, (lambda p: p.dim() > 1, lambda p: p.dim() <= 1), strict=True):
             group["params"] = [p for p in group["params"] if p not in gone] + [p for p in new if wanted(p)]
         for parameter in new:
-            self.adamw.state[parameter] = fresh_state(parameter, step)
+            self.adamw.state[parameter] = make_zero_state(parameter, step)
 
     def zero_gradients(self):
         """Start a step's sums from zero. Collective over all ranks."""
@@ -183,18 +183,18 @@ class Optimizer:
         Collective over all ranks.
         """
         for parameter in self.dense.parameters:
-            for piece in self.pieces[parameter]:
+            for piece in self.stepped_rows[parameter]:
                 parameter.grad[piece.first : piece.first + len(piece.rows)] = piece.rows.detach()
         shares = [cut_rows(self.dense.parameters, rank, self.mesh.world.size) for rank in range(self.mesh.world.size)]
         counts = [sum((end - first) * p[0].numel() for p, first, end in share) for share in shares]
-        self.sums.share_dense(counts)
+        self.sums.all_gather_dense(counts)
         for parameter in self.dense.parameters:
             parameter.data.copy_(parameter.grad)
 
     def global_norm(self):
         """Norm of all gradients, every logical parameter counted once. Collective over all ranks."""
-        owned = [copy for copy in self.shared.copies() if copy.owned]
-        dense, *own = squares_of([self.dense.flat, *(self.shared.flat[copy.begin : copy.end] for copy in owned)])
+        owned = [copy for copy in self.shared.held_replicas() if copy.owned]
+        dense, *own = sum_squares([self.dense.flat, *(self.shared.flat[copy.begin : copy.end] for copy in owned)])
 
         # Laid out by expert, so that their sum does not depend on who holds which.
         squares = np.zeros((len(self.network.layers), len(self.network.layers[0].router.weight)))
@@ -203,7 +203,7 @@ class Optimizer:
         return float(all_reduce(self.mesh.world, squares).sum() / self.mesh.data_parallel + dense) ** 0.5
 
 
-def fresh_state(rows, step):
+def make_zero_state(rows, step):
     """Make AdamW's state of what it is to step for the first time, after so many steps: moments of zero -> dict."""
     moments = {name: torch.zeros_like(rows) for name in MOMENTS.values()}
     return {"step": torch.tensor(float(step), device=rows.device)} | moments
@@ -222,17 +222,17 @@ def cut_rows(parameters, index, num_shares):
     return rows
 
 
-def cut_pieces(parameters, index, num_shares):
-    """Make one share's rows into what AdamW can step -> dict parameter: list of Piece."""
+def cut_stepped_rows(parameters, index, num_shares):
+    """Make one share's rows into what AdamW can step -> dict parameter: list of SteppedRows."""
     pieces = {parameter: [] for parameter in parameters}
     for parameter, first, end in cut_rows(parameters, index, num_shares):
         rows = nn.Parameter(parameter.data[first:end])
         rows.grad = parameter.grad[first:end]
-        pieces[parameter].append(Piece(rows=rows, first=first))
+        pieces[parameter].append(SteppedRows(rows=rows, first=first))
     return pieces
 
 
-def squares_of(tensors):
+def sum_squares(tensors):
     """Sum the squares of each tensor in float64 -> array; the host waits for their device once."""
     return torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]).cpu().numpy() ** 2
 

@@ -17,8 +17,8 @@ from hpcmoe.placement.migrate import (
     standard_error,
 )
 from hpcmoe.prepare.placement import compare_with_methods, evaluate_layouts
-from hpcmoe.report.meter import sum_by_node
-from hpcmoe.run.migrate import begin_move
+from hpcmoe.report.meter import gather_by_node
+from hpcmoe.run.migrate import start_migration
 from hpcmoe.wait import broadcast, gather_to_all
 
 log = logging.getLogger(__name__)
@@ -35,42 +35,42 @@ class Rebalancer:
         self.job, self.optimizer, self.records = job, optimizer, records
         self.every = job.config.cluster.rebalance_every
         self.parts, self.num_steps = 0, 0  # [PARTS, L, E] copies whose home is this rank, of so many steps
-        self.move, self.decision = None, None  # under way, and why
+        self.migration, self.decision = None, None  # under way, and why
         self.is_new = True  # is the placement of the next step to be recorded?
 
-    def consider(self, step):
+    def start_if_due(self, step):
         """After `step` steps, if it is time, solve anew and begin to move. Collective over all ranks."""
         if self.every == 0 or self.num_steps < LEAST_STEPS or step % self.every:
             return
         with self.job.stepper.clock.stage("waiting"):
-            tokens = sum_by_node(self.job.mesh.world, self.parts, self.job.topology.node_of_rank)
+            tokens = gather_by_node(self.job.mesh.world, self.parts, self.job.topology.node_of_rank)
             num_parts = min(self.num_steps, PARTS)
             self.parts, self.num_steps = 0, 0
-            mine = None if tokens is None else propose(self.job, tokens[:num_parts], step)
+            mine = None if tokens is None else propose_migration(self.job, tokens[:num_parts], step)
             decision, layout = broadcast(self.job.mesh.world, mine)
-        report(step, decision)
+        log_decision(step, decision)
         if decision.accepted:
             self.decision, self.is_new = decision, True
-            self.move = begin_move(self.job, self.optimizer, layout, decision.moves, step)
-            self.job.stepper.exchange.carry(self.move)
+            self.migration = start_migration(self.job, self.optimizer, layout, decision.moves, step)
+            self.job.stepper.exchange.register(self.migration)
 
-    def note(self, step, census):
+    def end_step(self, step, stats):
         """Count a step's tokens; after one that began with a move, keep what that was. Collective over all ranks."""
         if self.is_new:
-            self.keep_placement(step)
+            self.record_placement(step)
         if self.every == 0:
             return
         if np.ndim(self.parts) == 0:
-            self.parts = np.zeros((PARTS, *census.own_tokens.shape), np.int64)
-        self.parts[self.num_steps % PARTS] += census.own_tokens
+            self.parts = np.zeros((PARTS, *stats.own_tokens.shape), np.int64)
+        self.parts[self.num_steps % PARTS] += stats.own_tokens
         self.num_steps += 1
-        if self.move is not None:
-            seconds = max(gather_to_all(self.job.mesh.world, self.move.seconds))
-            self.job.staged_bytes = max(self.job.staged_bytes, self.move.staged_bytes)
-            self.keep(step, seconds)
-            self.move = None
+        if self.migration is not None:
+            seconds = max(gather_to_all(self.job.mesh.world, self.migration.seconds))
+            self.job.staged_bytes = max(self.job.staged_bytes, self.migration.staged_bytes)
+            self.record_migration(step, seconds)
+            self.migration = None
 
-    def keep(self, step, seconds):
+    def record_migration(self, step, seconds):
         """Log and record a move that a step began with."""
         decision = self.decision
         log.info(
@@ -87,7 +87,7 @@ class Rebalancer:
         ):
             self.records.append(step, "cluster", name, value, unit)
 
-    def keep_placement(self, step):
+    def record_placement(self, step):
         """Record where the experts are from a step on."""
         placement, cluster, self.is_new = self.job.placement, self.job.config.cluster, False
         self.records.append(
@@ -101,15 +101,15 @@ class Rebalancer:
             self.records.append(step, "cluster", "adopted_split", split, "share of a node's tokens; NaN: the nearest")
 
 
-def propose(job, tokens, step):
+def propose_migration(job, tokens, step):
     """Solve anew for the tokens [parts, L, nodes, E] of the last interval -> (MigrationDecision, the RunPlacement to adopt or None).
 
     Every other part is solved for, and the rest, of which the search knows nothing, tell what it gains.
     """
     config, cluster = job.config, job.config.cluster
-    solved = see_loads(job, tokens[0::2].sum(axis=0))
+    solved = make_measured_problem(job, tokens[0::2].sum(axis=0))
     layout, moves = search_nearby(job, solved)
-    (before, after), noise = weigh_gain(job, tokens, layout.placement)
+    (before, after), noise = predict_gain(job, tokens, layout.placement)
 
     # The gain in the steps for which the loads are trusted, against the cost.
     one_expert, states = estimate_expert(config)
@@ -144,14 +144,14 @@ def search_nearby(job, problem):
     return layout, list_moves(problem, present, layouts)
 
 
-def weigh_gain(job, tokens, placement):
+def predict_gain(job, tokens, placement):
     """Predict a step's seconds under the present placement and another, by every other part -> ((s, s), noise, s).
 
     The noise is the gain's standard error, from how far all parts [parts, L, nodes, E] lie apart.
     """
     ways = (4, 3) if trains(job) else (2, 1)  # out and home, and the same backward, which takes two forward passes
     both = [(p.expert_of_replica, p.split) for p in (job.placement, placement)]
-    problems = [see_loads(job, some) for some in (tokens[1::2].sum(axis=0), *tokens)]
+    problems = [make_measured_problem(job, some) for some in (tokens[1::2].sum(axis=0), *tokens)]
     judged, *parts = (
         [float(estimate_layer_seconds(problem, *experts, ways).sum()) for experts in both] for problem in problems
     )
@@ -163,7 +163,7 @@ def trains(job):
     return job.config.run.mode == "train"
 
 
-def see_loads(job, tokens):
+def make_measured_problem(job, tokens):
     """State the run's placement problem with the tokens [L, nodes, E] that were measured."""
     topology = job.topology
     nodes, _ = fold_groups(topology, list_groups(job.mesh))
@@ -171,7 +171,7 @@ def see_loads(job, tokens):
     return dataclasses.replace(job.problem, probability=fold_probability(probability, nodes))
 
 
-def report(step, decision):
+def log_decision(step, decision):
     """Say what was decided, and by which figures."""
     if len(decision.moves) == 0:
         log.info("step %d: the experts stay: no placement nearby is better", step)

@@ -8,7 +8,7 @@ from mpi4py import MPI
 from hpcmoe.errors import TrainingError, raise_or_return
 from hpcmoe.wait import gather_to_all, wait_all
 
-NOTHING = np.iinfo(np.int64).min  # of what a rank does not hold
+NOT_HELD = np.iinfo(np.int64).min  # of what a rank does not hold
 MOST_ERRORS = 8  # of which the error tells
 
 
@@ -19,12 +19,12 @@ def check_replicas(network, shared, mesh, step):
     all ranks.
     """
     digests = hash_parts(network, shared, mesh)
-    held = np.where(digests == NOTHING, NOTHING, ~digests)
+    held = np.where(digests == NOT_HELD, NOT_HELD, ~digests)
     extremes = np.concatenate([digests, held])  # the least is what is left of the greatest complement
     wait_all([mesh.world.Iallreduce(MPI.IN_PLACE, extremes, MPI.MAX)])
     greatest, complement = np.split(extremes, 2)
     differ = np.flatnonzero(greatest != ~complement)
-    differ = differ[greatest[differ] != NOTHING]
+    differ = differ[greatest[differ] != NOT_HELD]
     if len(differ) == 0:
         return
     of_ranks = np.array(gather_to_all(mesh.world, digests[differ]))  # [ranks, parts]
@@ -38,21 +38,21 @@ def check_replicas(network, shared, mesh, step):
 
 
 def hash_parts(network, shared, mesh):
-    """Hash what this rank holds -> int64 [L + 2 + tensor_parallel * L * E], NOTHING where it holds none.
+    """Hash what this rank holds -> int64 [L + 2 + tensor_parallel * L * E], NOT_HELD where it holds none.
 
     Dense parts of each layer, what is before and what is behind them; then shard by shard each layer's experts.
     """
     dense = [digest(parameters) for parameters in network.dense_parts().values()]
     num_experts = network.config.model.num_experts
-    experts = np.full((mesh.tensor_parallel, len(network.layers), num_experts), NOTHING)
-    for copy in shared.copies():
+    experts = np.full((mesh.tensor_parallel, len(network.layers), num_experts), NOT_HELD)
+    for copy in shared.held_replicas():
         replica = network.layers[copy.layer].experts.replicas[copy.slot]
         experts[mesh.tensor_index, copy.layer, copy.expert] = digest(replica.parameters())
     return np.concatenate([dense, experts.ravel()])
 
 
 def digest(parameters):
-    """Hash the bits of some parameters -> int64 above NOTHING + 1."""
+    """Hash the bits of some parameters -> int64 above NOT_HELD + 1."""
     hashed = hashlib.blake2b(digest_size=8)
     for parameter in parameters:
         hashed.update(parameter.detach().cpu().contiguous().numpy())
@@ -74,9 +74,9 @@ def name_parts(network, mesh):
 
 def describe_ranks(digests):
     """Tell which ranks hold what others do not, digests [ranks] -> text."""
-    values, counts = np.unique(digests[digests != NOTHING], return_counts=True)
+    values, counts = np.unique(digests[digests != NOT_HELD], return_counts=True)
     usual = values[np.argmax(counts)]
-    odd = [rank for rank, value in enumerate(digests.tolist()) if value not in (NOTHING, usual)]
+    odd = [rank for rank, value in enumerate(digests.tolist()) if value not in (NOT_HELD, usual)]
     rest = np.flatnonzero(digests == usual).tolist()
     return f"{list_ranks(odd)} not as {list_ranks(rest)}"
 

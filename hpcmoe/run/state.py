@@ -8,13 +8,13 @@ import torch
 
 from hpcmoe.experts.shapes import split_axis, weight_shape
 from hpcmoe.model.balance import read_biases, write_biases
-from hpcmoe.run.optimizer import MOMENTS, fresh_state
+from hpcmoe.run.optimizer import MOMENTS, make_zero_state
 
 LOAD, BIAS = "balance/load", "balance/bias"  # what the routers feel, and what it has made of their biases, [L, E]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ArraySlice:
     """Which part of which logical array a parameter of this rank is."""
 
     name: str
@@ -25,7 +25,7 @@ class Place:
     owned: bool  # this rank, and no other, saves it
 
 
-class State:
+class TrainingState:
     """Names every array of this rank's training state, or of its parameters alone when there is no optimizer."""
 
     def __init__(self, job, optimizer):
@@ -34,33 +34,33 @@ class State:
         self.rank = job.mesh.world.rank
 
     @property
-    def places(self):
-        """Place every parameter of this rank, the experts' as they lie now -> dict parameter: Place."""
+    def slices(self):
+        """Map every parameter of this rank, the experts' as they lie now -> dict parameter: ArraySlice."""
         places, job, optimizer = {}, self.job, self.optimizer
         for layer, block in enumerate(self.network.layers):
             experts = job.placement.experts_of_rank(layer, job.mesh.expert_index).tolist()
             for slot, (expert, replica) in enumerate(zip(experts, block.experts.replicas, strict=True)):
                 owned = job.mesh.data_index == 0 and optimizer is not None and optimizer.shared.owns(layer, slot)
                 for name, parameter in replica.named_parameters():
-                    places[parameter] = place_of_expert(job, parameter, (layer, expert, name), owned)
+                    places[parameter] = slice_of_expert(job, parameter, (layer, expert, name), owned)
         for name, parameter in self.network.named_parameters():
             if parameter not in places:
-                places[parameter] = place_of_dense(parameter, name, owned=self.rank == 0)
+                places[parameter] = slice_of_dense(parameter, name, owned=self.rank == 0)
         return places
 
     def arrays(self):
-        """Yield every array of which this rank holds a part -> (Place of the part, logical name, tensor)."""
-        for parameter, place in self.places.items():
+        """Yield every array of which this rank holds a part -> (ArraySlice of the part, logical name, tensor)."""
+        for parameter, place in self.slices.items():
             yield place, f"{place.name}/value", parameter.data
-            for piece in self.optimizer.pieces[parameter] if self.optimizer is not None else ():
+            for piece in self.optimizer.stepped_rows[parameter] if self.optimizer is not None else ():
                 for kind, moment in self.moments_of(piece.rows).items():
-                    yield place_of_piece(place, parameter, piece), f"{place.name}/{kind}", moment
+                    yield slice_of_piece(place, parameter, piece), f"{place.name}/{kind}", moment
 
     def moments_of(self, rows):
         """Return AdamW's two moments of what it steps; before its first step they are zero."""
         state = self.optimizer.adamw.state[rows]
         if not state:
-            state |= fresh_state(rows, 0)
+            state |= make_zero_state(rows, 0)
         return {kind: state[name] for kind, name in MOMENTS.items()}
 
     def collect(self, shared):
@@ -72,14 +72,14 @@ class State:
             for name, array in (shared | {BIAS: read_biases(self.network.layers)}).items():
                 yield name, array.shape, (0,) * array.ndim, array
 
-    def wanted(self):
+    def list_wanted(self):
         """List what this rank takes from a checkpoint -> list of (name, logical shape, start, extent, keys)."""
         held = [(name, place.shape, place.start, place.extent, place.keys) for place, name, _ in self.arrays()]
         alike = [(name, shape, (0,) * len(shape), shape, keys) for name, (shape, keys) in self.shared.items()]
         return held + alike
 
     def restore(self, arrays, step):
-        """Take what wanted() listed, by (name, start), after so many steps -> the shared {name: array}."""
+        """Take what list_wanted() lists, by (name, start), after so many steps -> the shared {name: array}."""
         for place, name, tensor in self.arrays():
             values = torch.from_numpy(np.ascontiguousarray(arrays[name, place.start]))
             tensor.copy_(values.view(tensor.shape))
@@ -98,22 +98,22 @@ def shared_arrays(model):
     return {LOAD: of_experts, BIAS: of_experts}
 
 
-def place_of_piece(place, parameter, piece):
-    """Place what of a parameter is stepped here: rows of it that are a share's are on no other rank."""
+def slice_of_piece(place, parameter, piece):
+    """Return what of a parameter is stepped here: rows of it that are a share's are on no other rank."""
     if piece.rows is parameter:
         return place
     start, extent = (piece.first, *place.start[1:]), (len(piece.rows), *place.extent[1:])
     return dataclasses.replace(place, start=start, extent=extent, owned=True)
 
 
-def place_of_dense(parameter, name, owned):
-    """Place a parameter that every rank holds whole."""
+def slice_of_dense(parameter, name, owned):
+    """Return the slice of a parameter that every rank holds whole."""
     shape = tuple(parameter.shape)
-    return Place(name=f"dense/{name}", shape=shape, start=(0,) * len(shape), extent=shape, keys=(), owned=owned)
+    return ArraySlice(name=f"dense/{name}", shape=shape, start=(0,) * len(shape), extent=shape, keys=(), owned=owned)
 
 
-def place_of_expert(job, parameter, where, owned):
-    """Place this rank's shard of one expert's weight; where = (layer, expert, name)."""
+def slice_of_expert(job, parameter, where, owned):
+    """Return the slice of this rank's shard of one expert's weight; where = (layer, expert, name)."""
     layer, expert, name = where
     rows, columns = weight_shape(job.config.model, name.removesuffix("_bias"))
     is_bias = name.endswith("_bias")
@@ -125,7 +125,7 @@ def place_of_expert(job, parameter, where, owned):
         axis = split_axis(name.removesuffix("_bias"))
         start[1 + axis] = job.mesh.tensor_index * parameter.shape[axis]
     sizes = ("[model] hidden", "[model] feed_forward")  # of an output's rows; of the others the other way round
-    return Place(
+    return ArraySlice(
         name=f"experts/layer{layer}/{name}",
         shape=shape,
         start=tuple(start),

@@ -6,8 +6,8 @@ import numpy as np
 
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.errors import attempt, on_all, raise_or_return
-from hpcmoe.model.language import Census
-from hpcmoe.model.text import Blank, read_micro_batches
+from hpcmoe.model.language import RoutingStats
+from hpcmoe.model.text import BlankText, read_micro_batches
 from hpcmoe.pipeline.engine import Engine
 from hpcmoe.pipeline.schedule import make_schedule
 from hpcmoe.prepare.memory import ActivationTracker
@@ -19,7 +19,7 @@ class Outcome:
 
     loss: float | None  # mean cross-entropy, nats a byte; None where no head ran
     num_tokens: int
-    census: Census
+    stats: RoutingStats
 
 
 class Stepper:
@@ -51,13 +51,13 @@ class Stepper:
         self.network.begin(batches, num_tokens, load, purpose, watched_layers)
         self.run_engine(purpose == "train")
         with self.clock.stage("waiting"):
-            census = self.network.take_census()
+            stats = self.network.wait_routing_stats()
             sums = all_reduce(self.mesh.world, np.array([float(self.network.loss_sum), error is not None]))
             loss_sum, num_faults = sums.tolist()
         if num_faults > 0:
             on_all(self.mesh.world, lambda: raise_or_return(None, error))
         loss = None if purpose == "infer" else loss_sum / num_tokens
-        return Outcome(loss=loss, num_tokens=num_tokens, census=census)
+        return Outcome(loss=loss, num_tokens=num_tokens, stats=stats)
 
     def read(self, text, starts):
         """Read this rank's share of a batch -> (its micro-batches, None), or (zeros in their place, what went wrong).
@@ -66,7 +66,7 @@ class Stepper:
         """
         rest = starts, self.config.model.sequence_length, self.config.pipeline.micro_batches, self.mesh
         batches, error = attempt(lambda: read_micro_batches(text, *rest))
-        return (batches, None) if error is None else (read_micro_batches(Blank(), *rest), error)
+        return (batches, None) if error is None else (read_micro_batches(BlankText(), *rest), error)
 
     def run_engine(self, training):
         """Run the schedule, and measure the activations in flight of the first step of the run's kind."""

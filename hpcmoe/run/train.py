@@ -2,7 +2,7 @@
 
 import logging
 
-from hpcmoe.model.balance import move_biases, update_load
+from hpcmoe.model.balance import update_biases, update_load
 from hpcmoe.model.text import draw_starts, even_starts, share_of
 from hpcmoe.report.progress import open_progress
 from hpcmoe.run.finite import check_finite
@@ -19,25 +19,25 @@ def train(job, records, optimizer, start, save):
     """
     config, network = job.config, job.stepper.network
     first_step, load = start
-    losses = {"validation loss, first": validate(job, load, first_step)}
+    losses = {"validation loss, first": measure_validation_loss(job, load, first_step)}
     if first_step == 0:  # a resumed run has recorded it
         records.append(0, "train", "validation_loss", losses["validation loss, first"], "nats/byte")
     rebalancer = Rebalancer(job, optimizer, records)
     with open_progress(config.run.steps, first_step, job.mesh.world.rank == 0) as progress:
         for step in range(first_step + 1, config.run.steps + 1):
             job.meter.start()
-            rebalancer.consider(step - 1)
+            rebalancer.start_if_due(step - 1)
             outcome, norm = train_step(job, optimizer, load, step)
-            reading, activations = job.meter.read(outcome), network.take_activations()
+            metrics, activations = job.meter.read(outcome), network.take_activations()
             records.append(step, "train", "gradient_norm", norm)
-            report_step(records, progress, step, outcome, reading)
-            rebalancer.note(step, outcome.census)
+            report_step(records, progress, step, outcome, metrics)
+            rebalancer.end_step(step, outcome.stats)
 
             # What was measured acts on the next step's routers.
-            load = update_load(load, outcome.census.utilisation, config.dispatch.load_window_steps)
-            move_biases(network.layers, outcome.census.utilisation, config.dispatch.bias_update_speed)
+            load = update_load(load, outcome.stats.utilisation, config.dispatch.load_window_steps)
+            update_biases(network.layers, outcome.stats.utilisation, config.dispatch.bias_update_speed)
             if is_due(step, config.train.validate_every, config.run.steps):
-                losses["validation loss, last"] = validate(job, load, step)
+                losses["validation loss, last"] = measure_validation_loss(job, load, step)
                 records.append(step, "train", "validation_loss", losses["validation loss, last"], "nats/byte")
             save(step, load, activations)
     return losses
@@ -59,7 +59,7 @@ def train_step(job, optimizer, load, step):
     return outcome, norm
 
 
-def validate(job, load, step):
+def measure_validation_loss(job, load, step):
     """Measure the loss on validation sequences spread evenly over their text -> nats a byte. Collective."""
     data, length = job.config.data, job.config.model.sequence_length
     starts = even_starts(len(job.validation), data.validation_sequences, length)
@@ -83,26 +83,26 @@ def is_due(step, every, last):
     return every > 0 and (step % every == 0 or step == last)
 
 
-def report_step(records, progress, step, outcome, reading):
+def report_step(records, progress, step, outcome, metrics):
     """Record a step's figures and show them."""
-    census = outcome.census
+    stats = outcome.stats
     figures = [
-        ("run", "tokens_per_second", reading.tokens_per_second, "tokens/s"),
-        ("run", "seconds", reading.seconds, "s"),
-        ("dispatch", "link_sigma", reading.links.sigma, "1"),
-        ("dispatch", "link_sigma_of_layer", reading.link_sigma_of_layer, "1"),
-        ("dispatch", "link_tokens_mean", reading.links.mean, "tokens"),
-        ("dispatch", "dropped", census.num_dropped, "copies"),
-        ("dispatch", "aux_loss", census.aux_loss, "1"),
-        ("dispatch", "z_loss", census.z_loss, "1"),
-        ("experts", "utilisation", census.utilisation, "actual/expected tokens"),
-        ("experts", "balancedness", reading.balancedness, "mean/max tokens of a rank"),
-        ("experts", "balancedness_of_layer", reading.balancedness_of_layer, "mean/max tokens of a rank"),
+        ("run", "tokens_per_second", metrics.tokens_per_second, "tokens/s"),
+        ("run", "seconds", metrics.seconds, "s"),
+        ("dispatch", "link_sigma", metrics.links.sigma, "1"),
+        ("dispatch", "link_sigma_of_layer", metrics.link_sigma_of_layer, "1"),
+        ("dispatch", "link_tokens_mean", metrics.links.mean, "tokens"),
+        ("dispatch", "dropped", stats.num_dropped, "copies"),
+        ("dispatch", "aux_loss", stats.aux_loss, "1"),
+        ("dispatch", "z_loss", stats.z_loss, "1"),
+        ("experts", "utilisation", stats.utilisation, "actual/expected tokens"),
+        ("experts", "balancedness", metrics.balancedness, "mean/max tokens of a rank"),
+        ("experts", "balancedness_of_layer", metrics.balancedness_of_layer, "mean/max tokens of a rank"),
     ]
     if outcome.loss is not None:
         figures.append(("train", "loss", outcome.loss, "nats/byte"))
-    figures += [("run", f"seconds_{stage}", seconds, "s") for stage, seconds in reading.seconds_of_stage.items()]
+    figures += [("run", f"seconds_{stage}", seconds, "s") for stage, seconds in metrics.seconds_of_stage.items()]
     for chapter, name, value, unit in figures:
         records.append(step, chapter, name, value, unit)
     records.flush_if_due()
-    progress.show(step, outcome, reading)
+    progress.show(step, outcome, metrics)

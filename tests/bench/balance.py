@@ -19,7 +19,7 @@ from hpcmoe.errors import on_root
 from hpcmoe.model.balance import even_load
 from hpcmoe.model.text import find_text
 from hpcmoe.placement.demand import find_loads
-from hpcmoe.report.totals import find_floors
+from hpcmoe.report.totals import compute_sampling_floors
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.train import train
@@ -65,7 +65,7 @@ def work(comm, steps, *names):
         for name in names:
             with open_job(replace(config, dispatch=MECHANISMS[name]), topology, mesh, split, loads) as job:
                 figures["mechanisms"][name] = train_skewed(job)
-                figures["sigma_floor"] = find_floors(job)[0]
+                figures["sigma_floor"] = compute_sampling_floors(job)[0]
     return figures
 
 

@@ -91,9 +91,9 @@ def make_step(job):
     load = even_load(job.config.model.num_layers, job.config.model.num_experts)
 
     def take(step):
-        rebalancer.consider(step - 1)
+        rebalancer.start_if_due(step - 1)
         outcome, _ = train_step(job, optimizer, load, step)
-        rebalancer.note(step, outcome.census)
+        rebalancer.end_step(step, outcome.stats)
         return outcome.loss
 
     return take, notes

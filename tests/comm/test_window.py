@@ -40,13 +40,13 @@ def test_a_private_window_is_zero_and_seen_as_numbers():
     window.table(torch.bfloat16)[3, 5] = 2.0
     assert window.table(torch.float32).shape == (10, 6)
     assert window.rows[3].any() and not np.delete(window.rows, 3, axis=0).any()
-    for name in ("numbers", "sources", "taken", "done", "slips"):
+    for name in ("gate_values", "sources", "taken", "done", "slips"):
         assert not getattr(window, name).any()
 
 
 def test_no_array_runs_into_another():
     window = make_private_window(SIZES)
-    names = ["rows", "numbers", "sources", "taken", "done", "slips"]
+    names = ["rows", "gate_values", "sources", "taken", "done", "slips"]
     for number, name in enumerate(names, start=1):
         getattr(window, name)[...] = number
     assert all((getattr(window, name) == number).all() for number, name in enumerate(names, start=1))

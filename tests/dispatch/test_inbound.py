@@ -85,12 +85,12 @@ def test_a_guest_goes_all_its_way(hall, weigh):
     # The slip names three result rows, each of which knows its token and number.
     exchange, first, num_slips, *counts = window.slips[0, 0, 1, 1].tolist()
     assert (exchange, first, num_slips, counts) == (1, 4, 1, [2, 1])
-    assert window.sources[4:7].tolist() == [1, 0, 1] and window.numbers[4:7].tolist() == [0.5, 2, 3]
+    assert window.sources[4:7].tolist() == [1, 0, 1] and window.gate_values[4:7].tolist() == [0.5, 2, 3]
     assert not landing.poke() and not landing.is_over
 
     # Results are summed by token, weighed or not, and the copies' numbers go home with them.
     window.table(torch.float32)[4:7] = torch.tensor([[1.0], [10.0], [100.0]])
-    window.numbers[4:7] = [7, 8, 9]
+    window.gate_values[4:7] = [7, 8, 9]
     window.mark_done(0, 1, 0, 1)
     assert landing.poke()
     rows, request = post.sends[1, tag_of(MessageKind.RETURN)]

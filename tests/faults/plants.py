@@ -191,8 +191,8 @@ FAULTS = {
     ),
     "the numbers of a landed parcel are another's": plant(
         "dispatch/inbound.py",
-        "numbers[:] = self.window.numbers[results]",
-        "numbers[:] = self.window.numbers[results][::-1]",
+        "gate_values[:] = self.window.gate_values[results]",
+        "gate_values[:] = self.window.gate_values[results][::-1]",
         ORACLE,
         3,
     ),
@@ -234,8 +234,8 @@ FAULTS = {
     ),
     "the norm counts every copy": plant(
         "run/optimizer.py",
-        "[copy for copy in self.shared.copies() if copy.owned]",
-        "list(self.shared.copies())",
+        "[copy for copy in self.shared.held_replicas() if copy.owned]",
+        "list(self.shared.held_replicas())",
         ORACLE,
         3,
     ),
@@ -307,12 +307,12 @@ FAULTS = {
     ),
     "another model's checkpoint is taken up": plant(
         "prepare/metadata.py",
-        "if facts.get(key, wants) != wants]",
-        "if key not in facts]",
+        "if metadata.get(key, wants) != wants]",
+        "if key not in metadata]",
         "prepare/test_metadata.py",
     ),
     "a checkpoint of another step is taken up": plant(
-        "prepare/metadata.py", 'facts.get("step") != step or "num', '"num', "prepare/test_metadata.py"
+        "prepare/metadata.py", 'metadata.get("step") != step or "num', '"num', "prepare/test_metadata.py"
     ),
     # CONFIG and ERRORS
     "more choices than experts": plant(

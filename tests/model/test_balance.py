@@ -10,8 +10,8 @@ from small import make_config
 
 from hpcmoe.config import Dispatch
 from hpcmoe.dispatch.router import Router
-from hpcmoe.model.balance import even_load, move_biases, read_biases, update_load, write_biases
-from hpcmoe.model.language import Census, count_routings
+from hpcmoe.model.balance import even_load, read_biases, update_biases, update_load, write_biases
+from hpcmoe.model.language import RoutingStats, count_routings
 
 HIDDEN, EXPERTS, STEPS = 8, 6, 12
 
@@ -54,8 +54,8 @@ def route_steps(batches, alpha, counted=False):
     chosen, loads = [], []
     for x in batches:
         routing = router(x, torch.from_numpy(load[0]).float())
-        census = Census(config, [count_routings([routing]).numpy()], len(x), None)
-        busy = census.tokens_of_expert if counted else census.utilisation
+        stats = RoutingStats(config, [count_routings([routing]).numpy()], len(x), None)
+        busy = stats.tokens_of_expert if counted else stats.utilisation
         load = update_load(load, busy, config.dispatch.load_window_steps)
         chosen.append(routing.experts)
         loads.append(load[0])
@@ -95,11 +95,11 @@ def make_layers(num_layers, num_experts):
 
 def test_biases_move_by_the_sign_of_what_an_expert_lacks():
     layers = make_layers(2, 3)
-    move_biases(layers, np.array([[0.5, 1.0, 1.5], [3.0, 0.0, 0.0]]), 0.25)
+    update_biases(layers, np.array([[0.5, 1.0, 1.5], [3.0, 0.0, 0.0]]), 0.25)
     assert read_biases(layers).tolist() == [[0.25, 0, -0.25], [-0.25, 0.25, 0.25]]
-    move_biases(layers, np.array([[0.9, 0.9, 1.2], [1.0, 1.0, 1.0]]), 0.25)
+    update_biases(layers, np.array([[0.9, 0.9, 1.2], [1.0, 1.0, 1.0]]), 0.25)
     assert read_biases(layers).tolist() == [[0.5, 0.25, -0.5], [-0.25, 0.25, 0.25]]
-    move_biases(layers, np.array([[9.0, 0, 0]] * 2), 0.0)
+    update_biases(layers, np.array([[9.0, 0, 0]] * 2), 0.0)
     assert read_biases(layers).tolist() == [[0.5, 0.25, -0.5], [-0.25, 0.25, 0.25]]
 
 
@@ -111,7 +111,7 @@ def test_biases_even_out_a_router_that_prefers_some():
     for step in range(150):
         copies = layers[0].router(make_tokens(2000, step), torch.ones(EXPERTS)).tokens_of_expert.numpy()
         busiest.append((copies / copies.mean()).max())
-        move_biases(layers, (copies / copies.mean())[None], 0.02)
+        update_biases(layers, (copies / copies.mean())[None], 0.02)
     assert busiest[0] > 2.0 and max(busiest[-10:]) < 1.15
 
 

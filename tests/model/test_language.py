@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import gather_logical, make_config, open_small_job
 
-from hpcmoe.model.language import Census, Dense, count_routings
+from hpcmoe.model.language import Dense, RoutingStats, count_routings
 from hpcmoe.wait import gather_to_all
 
 
@@ -65,14 +65,14 @@ def test_each_layers_routing_is_counted_in_a_row(kept):
     assert count_routings(routings).tolist() == [[3, 1, 1.5, 0.5, 7, drops], [0, 4, 1.5, 0.5, 7, drops]]
 
 
-def test_a_census_adds_up_micro_batches():
+def test_routing_stats_add_up_micro_batches():
     config = make_config(model__num_experts=2, model__top_k=1, model__num_layers=1)
     first, second = np.array([[3.0, 1, 2.5, 1.5, 7, 2]]), np.array([[0.0, 4, 1, 3, 5, 0]])
-    census = Census(config, [first, second], num_tokens=8, own_tokens=np.array([[2, 1]]))
-    assert census.tokens_of_expert.tolist() == [[3, 5]]
-    assert census.utilisation.tolist() == [[0.75, 1.25]]
-    assert census.num_dropped == 2 and census.z_loss == 12 / 8
-    assert census.aux_loss == pytest.approx(2 * (3 / 4 * 2.5 + 1 / 4 * 1.5) / 8 + 2 * (4 / 4 * 3) / 8)
+    stats = RoutingStats(config, [first, second], num_tokens=8, own_tokens=np.array([[2, 1]]))
+    assert stats.tokens_of_expert.tolist() == [[3, 5]]
+    assert stats.utilisation.tolist() == [[0.75, 1.25]]
+    assert stats.num_dropped == 2 and stats.z_loss == 12 / 8
+    assert stats.aux_loss == pytest.approx(2 * (3 / 4 * 2.5 + 1 / 4 * 1.5) / 8 + 2 * (4 / 4 * 3) / 8)
 
 
 @pytest.mark.mpi
@@ -88,7 +88,7 @@ def test_watched_layers_keep_what_enters_and_leaves_them(comm, shared):
 
         # The experts kept are those that were counted.
         chosen = sum(gather_to_all(comm, np.bincount(seen["layer1/experts"].ravel(), minlength=4)))
-        assert np.array_equal(chosen, network.take_census().tokens_of_expert[1])
+        assert np.array_equal(chosen, network.wait_routing_stats().tokens_of_expert[1])
         job.stepper.run(job.training, starts, load, "evaluate")
         assert network.take_activations() == {}
 
@@ -101,7 +101,7 @@ def test_the_stack_infers_in_its_precision(comm, shared, dtype):
         experts = [p for layer in network.layers for p in layer.experts.parameters()]
         assert {p.dtype for p in experts} <= {getattr(torch, dtype)}
         outcome = job.stepper.run(job.training, np.arange(14), np.ones((2, 4)), "infer", (1,))
-        assert outcome.loss is None and outcome.census.tokens_of_expert.sum() == 2 * 14 * 5 * 2
+        assert outcome.loss is None and outcome.stats.tokens_of_expert.sum() == 2 * 14 * 5 * 2
         output = network.take_activations()["layer1/output"]
         assert np.isfinite(output).all() and (output.any() or len(output) == 0)
 

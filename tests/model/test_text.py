@@ -17,7 +17,7 @@ from hpcmoe.errors import ConfigError
 from hpcmoe.model.split import Span, Split
 from hpcmoe.model.text import (
     MOST_OPEN,
-    Blank,
+    BlankText,
     Text,
     check_text,
     draw_starts,
@@ -208,7 +208,7 @@ def test_a_text_of_many_files_keeps_few_open_and_closes_them(here):
 def test_blank_text_has_the_shape_of_what_it_stands_for(here):
     write(a=100)
     text, mesh = Text(find("a.txt").training), SimpleNamespace(token_index=1, num_token_shares=3)
-    real, blank = (read_micro_batches(each, np.arange(14), 5, 4, mesh) for each in (text, Blank()))
+    real, blank = (read_micro_batches(each, np.arange(14), 5, 4, mesh) for each in (text, BlankText()))
     assert [(one.shape, one.dtype) for one in real] == [(other.shape, other.dtype) for other in blank]
 
 

@@ -107,7 +107,7 @@ class FakeNetwork:
         self.tops[micro_batch] = x
         return f"{micro_batch}!"
 
-    def has_routing_grads(self, micro_batch):
+    def poll_routing_grads(self, micro_batch):
         self.asked[micro_batch] += 1
         return self.asked[micro_batch] > 2
 
@@ -118,7 +118,7 @@ class FakeNetwork:
     def embed_backward(self, micro_batch, grad):
         self.bottoms[micro_batch] = grad
 
-    def passed(self, op):
+    def complete_op(self, op):
         self.ops.append(op)
 
     def poke(self):

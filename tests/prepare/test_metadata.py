@@ -15,13 +15,13 @@ from hpcmoe.config import Config
 from hpcmoe.errors import CheckpointError
 from hpcmoe.main import check_checkpoint, make_start
 from hpcmoe.prepare.metadata import (
-    check_facts,
+    check_metadata,
+    describe_checkpoint,
     describe_data,
     describe_function,
     describe_sizes,
-    describe_state,
     describe_training,
-    tell_changes,
+    log_changes,
 )
 from hpcmoe.write.checkpoint import read_metadata, save_checkpoint
 from hpcmoe.write.pieces import Piece
@@ -57,10 +57,10 @@ FUNCTION = {  # what differs: (in the checkpoint, in the run, the line's words)
 }  # fmt: skip
 
 
-def make_facts(config, step=3, text_bytes=4000):
-    """The facts that a run of a config would write."""
+def make_metadata(config, step=3, text_bytes=4000):
+    """The metadata that a run of a config would write."""
     job = SimpleNamespace(config=config, mesh=SimpleNamespace(world=MPI.COMM_SELF), training=np.zeros(text_bytes))
-    return describe_state(job, step)
+    return describe_checkpoint(job, step)
 
 
 def test_every_key_is_of_the_function_of_its_training_of_the_data_or_of_none():
@@ -77,9 +77,9 @@ def test_every_key_is_of_the_function_of_its_training_of_the_data_or_of_none():
 @pytest.mark.parametrize("case", FUNCTION)
 def test_another_function_is_refused_in_training_and_inference(case, mode):
     before, now, words = FUNCTION[case]
-    facts, config = make_facts(make_config(**before)), make_config(run__mode=mode, **now)
+    metadata, config = make_metadata(make_config(**before)), make_config(run__mode=mode, **now)
     with pytest.raises(CheckpointError) as refusal:
-        check_facts(facts, config, "out/run/checkpoint-3", 3)
+        check_metadata(metadata, config, "out/run/checkpoint-3", 3)
     (line,) = [line for line in str(refusal.value).splitlines() if words in line]
     key, value = words.split(",")[0].replace("[", "").replace("] ", ".").split(" = ")
     assert line.startswith(f"out/run/checkpoint-3: was written with {words}") and f": --set {key}={value}, or" in line
@@ -88,7 +88,7 @@ def test_another_function_is_refused_in_training_and_inference(case, mode):
 def test_each_key_that_differs_has_a_line():
     before = {"dispatch__capacity_factor": 2.0, "dispatch__load_feedback": 0.0, "experts__kind": "relu"}
     with pytest.raises(CheckpointError) as refusal:
-        check_facts(make_facts(make_config(**before)), make_config(), "c", 3)
+        check_metadata(make_metadata(make_config(**before)), make_config(), "c", 3)
     lines = str(refusal.value).splitlines()
     assert [line.split("with ")[1].split(" = ")[0] for line in lines] == [
         "[experts] kind", "[dispatch] load_feedback", "[dispatch] capacity_factor",
@@ -107,22 +107,22 @@ def test_each_key_that_differs_has_a_line():
     ],
 )
 def test_what_has_no_effect_on_the_function_is_not_refused(before, now):
-    check_facts(make_facts(make_config(**before)), make_config(**now), "c", 3)
+    check_metadata(make_metadata(make_config(**before)), make_config(**now), "c", 3)
 
 
-@pytest.mark.parametrize("facts", [{}, {"step": 2, "num_ranks": 1}, {"step": 3}])
-def test_facts_that_are_not_whole_are_refused(facts):
+@pytest.mark.parametrize("metadata", [{}, {"step": 2, "num_ranks": 1}, {"step": 3}])
+def test_incomplete_metadata_is_refused(metadata):
     with pytest.raises(CheckpointError, match="it is not whole"):
-        check_facts(facts, make_config(), "c", 3)
+        check_metadata(metadata, make_config(), "c", 3)
 
 
 def test_other_training_is_one_line_and_other_data_another(caplog):
-    facts = make_facts(make_config())
+    metadata = make_metadata(make_config())
     with caplog.at_level(logging.INFO):
-        tell_changes(facts, make_config(), 4000)
+        log_changes(metadata, make_config(), 4000)
         assert caplog.messages == []
         changes = {"train__beta1": 0.5, "dispatch__z_loss_weight": 0.0, "model__dtype": "bfloat16", "run__seed": 7}
-        tell_changes(facts, make_config(**changes), 4000)
+        log_changes(metadata, make_config(**changes), 4000)
     assert caplog.messages == [
         "the same function, from here on with other settings: [model] dtype = bfloat16, was float32; "
         "[dispatch] z_loss_weight = 0.0, was 0.001; [train] beta1 = 0.5, was 0.9",
@@ -132,27 +132,27 @@ def test_other_training_is_one_line_and_other_data_another(caplog):
 
 def test_inference_is_not_told_how_training_would_go_on(caplog):
     with caplog.at_level(logging.INFO):
-        tell_changes(make_facts(make_config()), make_config(run__mode="infer", train__learning_rate=9.0), 4000)
+        log_changes(make_metadata(make_config()), make_config(run__mode="infer", train__learning_rate=9.0), 4000)
     assert caplog.messages == []
 
 
 def test_inference_is_told_of_other_micro_batches_where_each_has_a_capacity(caplog):
     capped = make_config(dispatch__capacity_factor=1.5)
     with caplog.at_level(logging.INFO):
-        tell_changes(make_facts(capped), dataclasses.replace(capped, run=make_config(run__mode="infer").run), 4000)
+        log_changes(make_metadata(capped), dataclasses.replace(capped, run=make_config(run__mode="infer").run), 4000)
         assert caplog.messages == []
         other = {"dispatch__capacity_factor": 1.5, "run__mode": "infer"}
-        tell_changes(make_facts(capped), make_config(**other, pipeline__micro_batches=2), 4000)
+        log_changes(make_metadata(capped), make_config(**other, pipeline__micro_batches=2), 4000)
     assert len(caplog.messages) == 1 and "[pipeline] micro_batches = 2, was 3" in caplog.messages[0]
 
 
 def test_facts_come_back_from_a_checkpoint_as_they_were(tmp_path):
     config = make_config(dispatch__load_feedback=0.3, experts__kind="swiglu", model__top_k=1)
     piece = Piece(name="x", shape=(1,), start=(0,), array=np.ones(1))
-    save_checkpoint(MPI.COMM_SELF, tmp_path, 3, [piece], make_facts(config), 1)
-    facts = read_metadata(tmp_path / "checkpoint-3")
-    assert facts == make_facts(config)
-    check_facts(facts, config, tmp_path, 3)
+    save_checkpoint(MPI.COMM_SELF, tmp_path, 3, [piece], make_metadata(config), 1)
+    metadata = read_metadata(tmp_path / "checkpoint-3")
+    assert metadata == make_metadata(config)
+    check_metadata(metadata, config, tmp_path, 3)
 
 
 @pytest.fixture
@@ -184,7 +184,9 @@ def test_what_an_old_checkpoint_knows_is_still_refused_before_anything_is_built(
 
 
 def test_of_an_old_checkpoint_with_one_choice_it_is_told_that_gates_were_1(caplog):
-    facts = {key: fact for key, fact in make_facts(make_config(model__top_k=1)).items() if "[dispatch]" not in key}
+    metadata = {
+        key: fact for key, fact in make_metadata(make_config(model__top_k=1)).items() if "[dispatch]" not in key
+    }
     with caplog.at_level(logging.INFO):
-        tell_changes(facts, make_config(model__top_k=1), 4000)
+        log_changes(metadata, make_config(model__top_k=1), 4000)
     assert "at top_k = 1 renormalize once made every gate 1" in caplog.text

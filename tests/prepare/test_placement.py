@@ -205,7 +205,7 @@ def test_the_pace_is_the_configs_or_one_for_all_ranks(comm):
 
 @pytest.mark.mpi
 def test_a_job_counts_whose_tokens_ask_for_what(comm, shared):
-    """The counts by node add up to the census of all ranks."""
+    """The counts by node add up to the routing stats of all ranks."""
     with open_small_job(comm, shared, num_nodes=2, run__mode="infer") as (job, _, _):
         outcome = job.stepper.run(job.training, np.arange(14) * 7, np.ones((2, 4)), "infer")
         job.meter.read(outcome)
@@ -213,4 +213,4 @@ def test_a_job_counts_whose_tokens_ask_for_what(comm, shared):
         assert (job.problem is None) == (comm.rank > 0)
     if comm.rank == 0:
         assert taken.shape == (2, min(2, comm.size), 4)
-        assert np.array_equal(taken.sum(axis=1), outcome.census.tokens_of_expert)
+        assert np.array_equal(taken.sum(axis=1), outcome.stats.tokens_of_expert)

@@ -22,7 +22,7 @@ from hpcmoe.prepare.process import (
     read_status,
 )
 from hpcmoe.report.tables import format_bytes, make_table
-from hpcmoe.report.totals import sum_up
+from hpcmoe.report.totals import gather_totals
 from hpcmoe.run.train import train_step
 
 MEMORY = Memory(
@@ -82,7 +82,7 @@ def test_the_table_lets_like_stand_beside_like(comm, shared):
     with open_small_job(comm, shared) as (job, optimizer, _):
         job.meter.start()
         job.meter.read(train_step(job, optimizer, np.ones((2, 4)), 1)[0])
-        totals = sum_up(job, optimizer, {}, 0)
+        totals = gather_totals(job, optimizer, {}, 0)
         totals = dataclasses.replace(totals, bytes_of_link=np.zeros((comm.size, comm.size)))
         table, exchange = make_table(job, totals), job.stepper.exchange
     assert job.budget.process_bytes > STEP_BYTES and job.budget.needs["process"] == job.budget.process_bytes

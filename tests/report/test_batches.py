@@ -9,7 +9,7 @@ from small import open_small_job
 
 from hpcmoe.dispatch.traffic import no_traffic
 from hpcmoe.model.balance import even_load
-from hpcmoe.report.batches import Batches, BatchSizes, describe_batches, rows_of_batches, sum_batches
+from hpcmoe.report.batches import Batches, BatchSizes, record_batches, rows_of_batches, sum_batches
 from hpcmoe.report.tables import rows_of_balance
 from hpcmoe.run.train import train_step
 
@@ -21,9 +21,9 @@ def test_batches_are_credited_to_the_experts_that_were_in_the_slots():
     traffic.count_batches(1, [(1, 4)])
     assert traffic.batches == {(0, 0): (2, 12, 5, 7), (0, 1): (1, 3, 3, 3), (1, 1): (1, 4, 4, 4)}
     batches.add(traffic.batches)
-    batches.settle(SimpleNamespace(experts_of_rank=lambda layer, rank: np.array([4, 6])), 0)
+    batches.credit_experts(SimpleNamespace(experts_of_rank=lambda layer, rank: np.array([4, 6])), 0)
     batches.add({(0, 0): (1, 9, 9, 9)})
-    batches.settle(SimpleNamespace(experts_of_rank=lambda layer, rank: np.array([6, 4])), 0)
+    batches.credit_experts(SimpleNamespace(experts_of_rank=lambda layer, rank: np.array([6, 4])), 0)
     assert batches.of_expert == {(0, 4): (2, 12, 5, 7), (0, 6): (2, 12, 3, 9), (1, 6): (1, 4, 4, 4)}
 
 
@@ -34,7 +34,7 @@ def test_the_table_and_the_record_show_them():
     assert (name, value, unit) == ("batch of an expert, B_e", "5 / 11 / 18", "rows, least / mean / most; not cut")
     kept = {}
     records = SimpleNamespace(describe=lambda chapter, name, value, unit: kept.update({f"{chapter}/{name}": value}))
-    describe_batches(records, sizes)
+    record_batches(records, sizes)
     assert kept["experts/batch_rows_most"].tolist() == [[18, 0], [9, 9]] and kept["experts/batches"] is number
     assert sizes.mean.tolist() == [[15, 0], [5, 9]]
     assert rows_of_batches(BatchSizes(number=number * 0, rows=number, least=number, most=number), None) == []
@@ -54,7 +54,7 @@ def test_every_copy_is_in_one_batch_none_larger_than_asked_for(comm, shared, gem
                 force(job, optimizer, step, step - 1)
             outcome, _ = train_step(job, optimizer, load, step)
             job.meter.read(outcome)
-            tokens = tokens + outcome.census.tokens_of_expert
+            tokens = tokens + outcome.stats.tokens_of_expert
         batches = sum_batches(job)
     assert np.array_equal(batches.rows, tokens)
     worked = batches.number > 0

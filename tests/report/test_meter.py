@@ -1,4 +1,4 @@
-"""The meter's readings are those of all ranks together, and its totals add up what it read."""
+"""The meter's figures are those of all ranks together, and its totals add up what it read."""
 
 import time
 from types import SimpleNamespace
@@ -31,10 +31,10 @@ class FakeExchange:
 
 
 def make_outcome(num_tokens, num_dropped):
-    census = SimpleNamespace(
+    stats = SimpleNamespace(
         utilisation=np.array([num_tokens, 2.0]), num_dropped=num_dropped, own_tokens=np.full((2, 3), num_tokens)
     )  # fmt: skip
-    return SimpleNamespace(num_tokens=num_tokens, census=census)
+    return SimpleNamespace(num_tokens=num_tokens, stats=stats)
 
 
 @pytest.fixture
@@ -60,39 +60,39 @@ def test_a_reading_is_of_this_step_and_of_all_ranks(comm, meter):
     meter.start()  # forgets that
     copies, _ = do_step(meter, seed=1)
     time.sleep(0.01)
-    reading = meter.read(make_outcome(300, 0))
+    metrics = meter.read(make_outcome(300, 0))
 
     dispatched = np.stack(gather_to_all(comm, copies), axis=1)  # [2, P, P]
     of_layers = dispatched[:, ~np.eye(comm.size, dtype=bool)]
     others = of_layers.sum(axis=0)
-    assert reading.links.count == len(others) == comm.size * (comm.size - 1)
+    assert metrics.links.count == len(others) == comm.size * (comm.size - 1)
     if comm.size > 1:
-        assert reading.links.mean == pytest.approx(others.mean())
-        assert reading.links.sigma == pytest.approx(others.std() / others.mean())
-        assert reading.link_sigma_of_layer == pytest.approx(of_layers.std(axis=1) / of_layers.mean(axis=1))
+        assert metrics.links.mean == pytest.approx(others.mean())
+        assert metrics.links.sigma == pytest.approx(others.std() / others.mean())
+        assert metrics.link_sigma_of_layer == pytest.approx(of_layers.std(axis=1) / of_layers.mean(axis=1))
     served = dispatched.sum(axis=1)
-    assert reading.balancedness_of_layer == pytest.approx(served.mean(axis=1) / served.max(axis=1))
-    assert reading.balancedness == pytest.approx(served.mean(axis=1).sum() / served.max(axis=1).sum())
+    assert metrics.balancedness_of_layer == pytest.approx(served.mean(axis=1) / served.max(axis=1))
+    assert metrics.balancedness == pytest.approx(served.mean(axis=1).sum() / served.max(axis=1).sum())
     mean = np.arange(1, comm.size + 1).mean()
-    assert reading.seconds_of_stage == dict.fromkeys(STAGES[:-1], pytest.approx(mean)) | {STAGES[-1]: 0}
-    assert 0.01 <= reading.seconds < 500 and reading.tokens_per_second == 300 / reading.seconds
+    assert metrics.seconds_of_stage == dict.fromkeys(STAGES[:-1], pytest.approx(mean)) | {STAGES[-1]: 0}
+    assert 0.01 <= metrics.seconds < 500 and metrics.tokens_per_second == 300 / metrics.seconds
 
 
 @pytest.mark.mpi
 def test_the_totals_add_up_the_readings(comm, meter):
-    readings, rows = [], []
+    metrics_of_step, rows = [], []
     for step in range(3):
         meter.start()
         rows.append(do_step(meter, seed=step)[1])
-        readings.append(meter.read(make_outcome(100 * step, step)))
+        metrics_of_step.append(meter.read(make_outcome(100 * step, step)))
     assert (meter.num_steps, meter.num_tokens, meter.num_dropped) == (3, 300, 3)
     assert np.array_equal(meter.rows_to_peer, sum(rows).sum(axis=0))  # all directions
     assert meter.utilisation.tolist() == [300, 6]
-    assert meter.link_sigma == pytest.approx(sum(reading.links.sigma for reading in readings))
-    assert meter.balancedness == pytest.approx(sum(reading.balancedness for reading in readings))
+    assert meter.link_sigma == pytest.approx(sum(metrics.links.sigma for metrics in metrics_of_step))
+    assert meter.balancedness == pytest.approx(sum(metrics.balancedness for metrics in metrics_of_step))
     for name in ("link_sigma_of_layer", "balancedness_of_layer"):
-        assert getattr(meter, name) == pytest.approx(sum(getattr(reading, name) for reading in readings)), name
-    assert meter.seconds == pytest.approx(sum(reading.seconds for reading in readings))
+        assert getattr(meter, name) == pytest.approx(sum(getattr(metrics, name) for metrics in metrics_of_step)), name
+    assert meter.seconds == pytest.approx(sum(metrics.seconds for metrics in metrics_of_step))
     assert meter.seconds_of_stage["route"] == pytest.approx(3 * np.arange(1, comm.size + 1).mean())
 
 
@@ -113,7 +113,7 @@ def test_what_ranks_serve_is_what_their_experts_were_asked_for(comm, shared, cha
     assert served.shape == (2, comm.size)
     for shard in range(tensor):
         of_groups = served[:, shard::tensor].reshape(2, data, experts)
-        assert np.array_equal(of_groups.sum(axis=1), outcome.census.tokens_of_expert)
+        assert np.array_equal(of_groups.sum(axis=1), outcome.stats.tokens_of_expert)
     assert links.shape == (3, 3) and np.array_equal(links[0, 0], links[1:, 0].sum())
 
 

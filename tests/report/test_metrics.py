@@ -6,38 +6,38 @@ import numpy as np
 import pytest
 
 from hpcmoe.report.metrics import (
-    balancedness,
     compare_bandwidth,
-    sampling_floor,
+    compute_balancedness,
+    compute_link_balance,
+    compute_sampling_floor,
     served_by_rank,
-    spread_of_links,
-    sum_by_node,
-    sums_of_links,
+    sum_links_by_node,
+    sum_own_links,
 )
 
 
 def test_the_spread_of_links_is_that_of_their_tokens():
     tokens = np.random.default_rng(0).integers(0, 100, (4, 4))
-    sums = sum(sums_of_links(row, rank) for rank, row in enumerate(tokens))
+    sums = sum(sum_own_links(row, rank) for rank, row in enumerate(tokens))
     others = tokens[~np.eye(4, dtype=bool)]
-    links = spread_of_links(*sums)
+    links = compute_link_balance(*sums)
     assert (links.count, links.mean) == (12, pytest.approx(others.mean()))
     assert links.sigma == pytest.approx(others.std() / others.mean())
 
 
 def test_there_may_be_no_links_no_tokens_or_no_spread():
-    alone = spread_of_links(*sums_of_links(np.array([7]), 0))
+    alone = compute_link_balance(*sum_own_links(np.array([7]), 0))
     assert (alone.count, alone.mean, alone.sigma) == (0, 0, 0)
-    assert spread_of_links(0.0, 0.0, 6).sigma == 0
-    assert spread_of_links(3 * 0.1, 0.03, 3).sigma == 0  # the variance, -3e-18 by rounding, has no root
+    assert compute_link_balance(0.0, 0.0, 6).sigma == 0
+    assert compute_link_balance(3 * 0.1, 0.03, 3).sigma == 0  # the variance, -3e-18 by rounding, has no root
 
 
 def test_balancedness_is_mean_over_max_layer_by_layer():
-    of_layer, whole = balancedness(np.array([[4.0, 2, 6, 0], [1, 1, 1, 1], [0, 0, 0, 0]]))
+    of_layer, whole = compute_balancedness(np.array([[4.0, 2, 6, 0], [1, 1, 1, 1], [0, 0, 0, 0]]))
     assert of_layer.tolist() == [0.5, 1, 1] and whole == pytest.approx((3 + 1) / (6 + 1))
-    assert balancedness(np.zeros((2, 3)))[1] == 1
+    assert compute_balancedness(np.zeros((2, 3)))[1] == 1
     turns = np.array([[8.0, 0], [0, 8]])  # the ranks wait for each other by turns, though they serve as much in all
-    assert balancedness(turns)[1] == 0.5
+    assert compute_balancedness(turns)[1] == 0.5
 
 
 def make_placement(experts_of_layers, num_ranks, num_nodes=1):
@@ -89,7 +89,7 @@ def test_the_sampling_floor_is_a_fair_routers_sigma(experts_of_layers, tokens_of
     random = np.random.default_rng(0)
     drawn = [simulate_sigma(placement, tokens_of_rank, top_k, num_experts, random) for _ in range(200)]
     layers = range(len(experts_of_layers))
-    floor = sampling_floor(placement, np.array(tokens_of_rank), top_k, num_experts, layers)
+    floor = compute_sampling_floor(placement, np.array(tokens_of_rank), top_k, num_experts, layers)
     assert floor == pytest.approx(np.sqrt(np.square(drawn).mean()), rel=0.06)
 
 
@@ -97,17 +97,17 @@ def test_a_layer_has_a_floor_of_its_own():
     both, tokens = make_placement([[0, 1, 2, 3], [3, 3, 3, 0]], 4), np.array([40] * 4)
     for layer in (0, 1):
         alone = make_placement([both.expert_of_replica[layer]], 4)
-        expected = sampling_floor(alone, tokens, 2, 4, [0])
-        assert sampling_floor(both, tokens, 2, 4, [layer]) == expected > 0
-    assert sampling_floor(make_placement([[0, 1, 2, 3]] * 4, 4), tokens, 2, 4, range(4)) == pytest.approx(
-        sampling_floor(both, tokens, 2, 4, [0]) / 2  # four layers alike: half of one's
+        expected = compute_sampling_floor(alone, tokens, 2, 4, [0])
+        assert compute_sampling_floor(both, tokens, 2, 4, [layer]) == expected > 0
+    assert compute_sampling_floor(make_placement([[0, 1, 2, 3]] * 4, 4), tokens, 2, 4, range(4)) == pytest.approx(
+        compute_sampling_floor(both, tokens, 2, 4, [0]) / 2  # four layers alike: half of one's
     )
 
 
 def test_without_choice_or_links_the_floor_is_zero():
-    assert sampling_floor(make_placement([[0, 1]], 2), np.array([9, 9]), 2, 2, [0]) == pytest.approx(0)
-    assert sampling_floor(make_placement([[0, 1]], 1), np.array([9]), 1, 2, [0]) == 0
-    assert sampling_floor(make_placement([[0, 1]], 2), np.array([0, 0]), 1, 2, [0]) == 0
+    assert compute_sampling_floor(make_placement([[0, 1]], 2), np.array([9, 9]), 2, 2, [0]) == pytest.approx(0)
+    assert compute_sampling_floor(make_placement([[0, 1]], 1), np.array([9]), 1, 2, [0]) == 0
+    assert compute_sampling_floor(make_placement([[0, 1]], 2), np.array([0, 0]), 1, 2, [0]) == 0
 
 
 def test_each_nodes_tokens_are_shared_out_whole():
@@ -129,7 +129,7 @@ def test_required_and_achieved_bandwidth_by_hand():
 
 def test_a_matrix_over_ranks_is_added_up_by_node():
     of_ranks = np.arange(16.0).reshape(4, 4) ** 2
-    of_nodes = sum_by_node(of_ranks, np.array([0, 1, 1, 0]))
+    of_nodes = sum_links_by_node(of_ranks, np.array([0, 1, 1, 0]))
     assert of_nodes.tolist() == [
         [sum(of_ranks[i, j] for i in (0, 3) for j in (0, 3)), sum(of_ranks[i, j] for i in (0, 3) for j in (1, 2))],
         [sum(of_ranks[i, j] for i in (1, 2) for j in (0, 3)), sum(of_ranks[i, j] for i in (1, 2) for j in (1, 2))],

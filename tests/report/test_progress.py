@@ -16,17 +16,17 @@ import pytest
 from launch import HANG_SECONDS, MPIRUN, ROOT
 
 from hpcmoe.report import progress
-from hpcmoe.report.meter import STAGES, Reading
-from hpcmoe.report.metrics import Links
-from hpcmoe.report.progress import describe, open_progress
+from hpcmoe.report.meter import STAGES, StepMetrics
+from hpcmoe.report.metrics import LinkBalance
+from hpcmoe.report.progress import format_step, open_progress
 
 PROGRAM = "from hpcmoe.report.progress import find_terminal_width; print(find_terminal_width())"
 OUTCOME = SimpleNamespace(
-    loss=2.34567, census=SimpleNamespace(utilisation=np.array([[0.5, 1.0], [1.5, 1.0]]), num_dropped=7)
+    loss=2.34567, stats=SimpleNamespace(utilisation=np.array([[0.5, 1.0], [1.5, 1.0]]), num_dropped=7)
 )
-READING = Reading(
+METRICS = StepMetrics(
     seconds=0.5, seconds_of_stage=dict.fromkeys(STAGES, 0.0) | {"route": 0.012, "optimizer": 0.034},
-    links=Links(count=2, mean=10.0, sigma=0.1234), link_sigma_of_layer=np.array([0.2, 0.31]),
+    links=LinkBalance(count=2, mean=10.0, sigma=0.1234), link_sigma_of_layer=np.array([0.2, 0.31]),
     balancedness=0.754, balancedness_of_layer=np.array([0.7, 0.81]), num_tokens=500,
 )  # fmt: skip
 
@@ -34,7 +34,7 @@ READING = Reading(
 def show_steps(num_steps, first_step=0, on_root=True):
     with open_progress(num_steps, first_step, on_root) as shown:
         for step in range(first_step + 1, num_steps + 1):
-            shown.show(step, OUTCOME, READING)
+            shown.show(step, OUTCOME, METRICS)
 
 
 @pytest.fixture
@@ -45,16 +45,18 @@ def log(caplog):
 
 
 def test_a_steps_line_holds_its_figures():
-    assert describe(OUTCOME, READING) == (
+    assert format_step(OUTCOME, METRICS) == (
         "loss 2.3457, 1000 tokens/s, U_e 0.50-1.50, balancedness 0.75, sigma 0.123; "
         "by layer balancedness 0.70-0.81, sigma 0.20-0.31; dropped 7, ms: route 12 optimizer 34"
     )
 
 
 def test_inference_has_neither_loss_nor_optimizer():
-    outcome = SimpleNamespace(loss=None, census=OUTCOME.census)
-    reading = dataclasses.replace(READING, seconds_of_stage=dict.fromkeys(STAGES, 0.0))
-    assert describe(outcome, reading).startswith("1000 tokens/s") and "optimizer" not in describe(outcome, reading)
+    outcome = SimpleNamespace(loss=None, stats=OUTCOME.stats)
+    metrics = dataclasses.replace(METRICS, seconds_of_stage=dict.fromkeys(STAGES, 0.0))
+    assert format_step(outcome, metrics).startswith("1000 tokens/s") and "optimizer" not in format_step(
+        outcome, metrics
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from small import Notes, open_small_job
 
 from hpcmoe.report.tables import format_bytes, make_table, rows_of_layers
-from hpcmoe.report.totals import sum_up, tell_floors
+from hpcmoe.report.totals import format_sampling_floors, gather_totals
 from hpcmoe.run.infer import infer
 from hpcmoe.run.train import train, train_step
 from hpcmoe.wait import broadcast
@@ -30,7 +30,7 @@ def run_job(comm, folder, **changes):
             losses = infer(job, notes, load, lambda *state: None) or {}
         else:
             losses = train(job, notes, optimizer, (0, load), lambda *state: None)
-        totals = sum_up(job, optimizer, losses, 0)
+        totals = gather_totals(job, optimizer, losses, 0)
         totals = dataclasses.replace(totals, bytes_of_link=broadcast(comm, totals.bytes_of_link))
         return job, totals, make_table(job, totals), notes.values
 
@@ -145,10 +145,10 @@ def test_memory_is_shown_as_computed_and_as_measured(comm, shared):
 @pytest.mark.mpi
 def test_the_log_tells_the_floors_before_a_step_is_taken(comm, shared):
     with open_small_job(comm, shared) as (job, optimizer, _):
-        line = tell_floors(job)
+        line = format_sampling_floors(job)
         train_step(job, optimizer, np.ones((2, 4)), 1)
         job.meter.read(job.stepper.run(job.training, np.arange(14), np.ones((2, 4)), "train"))
-        totals = sum_up(job, optimizer, {}, 0)
+        totals = gather_totals(job, optimizer, {}, 0)
     least, most = totals.link_sigma_floor_of_layer.min(), totals.link_sigma_floor_of_layer.max()
     assert f": {totals.link_sigma_floor:.3f} a step, {least:.3f}-{most:.3f} a layer" in line
 

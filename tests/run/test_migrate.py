@@ -110,7 +110,7 @@ def test_a_checkpoint_is_taken_back_wherever_the_experts_have_moved(comm, shared
         while not job.stepper.exchange.is_idle:
             job.stepper.exchange.poke()
         arrays = {}
-        for name, _, start, extent, _ in state.wanted():
+        for name, _, start, extent, _ in state.list_wanted():
             box = tuple(slice(first, first + count) for first, count in zip(start, extent, strict=True))
             arrays[name, start] = pieces[name][box]
         state.restore(arrays, STEPS)

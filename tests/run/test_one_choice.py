@@ -31,7 +31,7 @@ def step_both(comm, folder, **changes):
         weights = {name: w.requires_grad_() for name, w in gather_logical(comm, state, lambda p: p.data).items()}
         starts, batches, groups = whole_batches(job, 1)
         optimizer.zero_gradients()
-        dropped = job.stepper.run(job.training, starts, load, "train").census.num_dropped
+        dropped = job.stepper.run(job.training, starts, load, "train").stats.num_dropped
         optimizer.sum_gradients()
         gradients = gather_logical(comm, state, lambda p: p.grad)
         total, _, _ = oracle.loss_of(weights, job.config, batches, torch.tensor(load).float(), groups)

@@ -49,23 +49,23 @@ def test_every_copy_of_an_expert_gets_the_sum_in_rank_order(comm, shared):
     with open_small_job(comm, shared, **changes) as (job, optimizer, _):
         layers, sharing = job.stepper.network.layers, optimizer.shared
         mine = {}
-        for copy in sharing.copies():
+        for copy in sharing.held_replicas():
             up = layers[copy.layer].experts.replicas[copy.slot].up
             seed = [comm.rank, copy.layer, copy.expert]
             up.grad.copy_(torch.from_numpy(np.random.default_rng(seed).normal(size=up.shape)))
             mine[copy.layer, copy.expert] = up.grad.numpy().copy()
         of_ranks = gather_to_all(comm, mine)
         optimizer.sum_gradients()
-        for copy in sharing.copies():
+        for copy in sharing.held_replicas():
             which = copy.layer, copy.expert
             assert copy.ranks == tuple(rank for rank in range(comm.size) if which in of_ranks[rank])
             expected = sum(of_ranks[rank][which] for rank in copy.ranks)
             assert np.array_equal(layers[copy.layer].experts.replicas[copy.slot].up.grad, expected)
 
         # Each expert of each layer has one owner.
-        owned = [(c.layer, c.expert) for c in sharing.copies() if sharing.owns(c.layer, c.slot)]
+        owned = [(c.layer, c.expert) for c in sharing.held_replicas() if sharing.owns(c.layer, c.slot)]
         assert sorted(sum(gather_to_all(comm, owned), [])) == [(layer, e) for layer in range(2) for e in range(2)]
-        assert comm.size == 1 or any(len(copy.ranks) > 1 for copy in sharing.copies())
+        assert comm.size == 1 or any(len(copy.ranks) > 1 for copy in sharing.held_replicas())
 
 
 GROUPS = {"model__num_experts": 2, "cluster__replicate": True, "cluster__spare_slots_per_rank": 2}

@@ -209,7 +209,7 @@ def test_parallel_shapes_equal_the_oracle(comm, shared, shape):
 
 @pytest.mark.mpi
 def test_capacity_drops_copies(comm, shared):
-    assert check_against_oracle(comm, shared, dispatch__capacity_factor=0.5).census.num_dropped > 0
+    assert check_against_oracle(comm, shared, dispatch__capacity_factor=0.5).stats.num_dropped > 0
 
 
 @pytest.mark.mpi
@@ -226,7 +226,7 @@ def test_all_tokens_to_one_expert(comm, shared, way):
         gradients = gather_logical(comm, state, lambda p: p.grad)
         total, entropy, _ = oracle.loss_of(weights, job.config, batches, torch.tensor(load).float(), groups)
         total.backward()
-    assert outcome.census.tokens_of_expert[:, 2].tolist() == [70, 70]
+    assert outcome.stats.tokens_of_expert[:, 2].tolist() == [70, 70]
     assert outcome.loss == pytest.approx(entropy.item(), rel=2e-6)
     name = "experts/layer1/up"
     assert torch.allclose(gradients[name], weights[name].grad, rtol=1e-4, atol=1e-7)

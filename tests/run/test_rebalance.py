@@ -7,7 +7,7 @@ from small import Notes, open_small_job
 
 from hpcmoe.errors import on_root
 from hpcmoe.run.infer import infer
-from hpcmoe.run.rebalance import propose, see_loads
+from hpcmoe.run.rebalance import make_measured_problem, propose_migration
 from hpcmoe.run.train import train
 
 SKEWED = {
@@ -79,7 +79,7 @@ def test_chance_alone_moves_no_expert(comm, shared):
         def ask():
             shape = (4, 2, job.topology.num_nodes, 4)
             drawn = (np.random.default_rng(seed).poisson(20, shape) for seed in range(12))
-            return sum(propose(job, tokens, 3)[0].accepted for tokens in drawn)
+            return sum(propose_migration(job, tokens, 3)[0].accepted for tokens in drawn)
 
         assert on_root(comm, ask) <= 4  # a sixth of all gains exceed what chance makes of none
 
@@ -93,10 +93,10 @@ def test_a_proposal_weighs_gain_noise_and_cost(comm, shared):
             tokens = np.full((2, job.topology.num_nodes, 4), 10)
             for layer in range(2):  # nobody wants what is on its own node
                 tokens[layer, find_holders(job, layer), range(4)] = 1
-            steady = propose(job, np.stack([tokens] * 3), 3)
-            fickle = propose(job, np.stack([5 * tokens, 0 * tokens + 40, tokens]), 3)
-            late = propose(job, np.stack([tokens] * 3), 7)
-            return see_loads(job, tokens).probability, steady, fickle, late
+            steady = propose_migration(job, np.stack([tokens] * 3), 3)
+            fickle = propose_migration(job, np.stack([5 * tokens, 0 * tokens + 40, tokens]), 3)
+            late = propose_migration(job, np.stack([tokens] * 3), 7)
+            return make_measured_problem(job, tokens).probability, steady, fickle, late
 
         probability, (steady, layout), (fickle, _), (late, nothing) = on_root(comm, ask)
     assert np.allclose(probability.sum(axis=2), 1)

@@ -7,7 +7,7 @@ from launch import ROOT, mpirun
 from small import open_small_job
 
 from hpcmoe.errors import TrainingError
-from hpcmoe.run.replicas import NOTHING, check_replicas, describe_ranks, digest
+from hpcmoe.run.replicas import NOT_HELD, check_replicas, describe_ranks, digest
 from hpcmoe.wait import gather_to_all
 
 COPIES = {
@@ -43,10 +43,10 @@ def test_an_expert_of_which_one_copy_differs_is_named_with_layer_and_ranks(comm,
         pytest.skip("does not fit this number of ranks")
     changes = COPIES | {"cluster__tensor_parallel": tensor_parallel}
     with open_small_job(comm, shared, **changes) as (job, optimizer, _):
-        of_ranks = gather_to_all(comm, [(c.layer, c.expert) for c in optimizer.shared.copies()])
+        of_ranks = gather_to_all(comm, [(c.layer, c.expert) for c in optimizer.shared.held_replicas()])
         holders = [rank for rank in range(tensor_parallel - 1, comm.size, tensor_parallel) if (1, 0) in of_ranks[rank]]
         if comm.rank == holders[-1]:
-            (copy,) = (c for c in optimizer.shared.copies() if (c.layer, c.expert) == (1, 0))
+            (copy,) = (c for c in optimizer.shared.held_replicas() if (c.layer, c.expert) == (1, 0))
             flip(job.stepper.network.layers[1].experts.replicas[copy.slot].down)
         if len(holders) == 1:
             check(job, optimizer)
@@ -78,13 +78,13 @@ def test_dense_parts_that_differ_are_named(comm, shared):
 
 
 def test_the_ranks_that_hold_what_few_hold_are_the_odd_ones():
-    assert describe_ranks(np.array([5, 5, 9, NOTHING, 5])) == "rank 2 not as ranks 0, 1, 4"
+    assert describe_ranks(np.array([5, 5, 9, NOT_HELD, 5])) == "rank 2 not as ranks 0, 1, 4"
     assert describe_ranks(np.arange(12) // 11).startswith("rank 11 not as ranks 0, 1, 2, 3, 4, 5, 6, 7 and 3 more")
 
 
 def test_a_digest_is_that_of_the_bits():
     zero, minus = torch.zeros(3), -torch.zeros(3)
-    assert digest([zero]) == digest([torch.zeros(3)]) != digest([minus]) and digest([zero]) > NOTHING + 1
+    assert digest([zero]) == digest([torch.zeros(3)]) != digest([minus]) and digest([zero]) > NOT_HELD + 1
     assert digest([zero.bfloat16().float(), minus]) == digest([torch.cat([zero, minus])])
 
 

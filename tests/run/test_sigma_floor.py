@@ -5,7 +5,7 @@ import pytest
 from placement.problems import make_problem
 
 from hpcmoe.placement.result import SearchStats, evaluate
-from hpcmoe.report.metrics import sampling_floor, spread_of_links, sums_of_links
+from hpcmoe.report.metrics import compute_link_balance, compute_sampling_floor, sum_own_links
 
 NUM_DRAWS = 3000
 
@@ -39,8 +39,8 @@ def draw_links(placement, tokens_of_rank, top_k, layers, shards=1):
 
 def measure_sigma(links):
     """Measure each draw's sigma as a run does -> [draws]."""
-    of_rank = [[sums_of_links(row, rank) for rank, row in enumerate(of_draw)] for of_draw in links]
-    return np.array([spread_of_links(*np.sum(sums, axis=0)).sigma for sums in of_rank])
+    of_rank = [[sum_own_links(row, rank) for rank, row in enumerate(of_draw)] for of_draw in links]
+    return np.array([compute_link_balance(*np.sum(sums, axis=0)).sigma for sums in of_rank])
 
 
 CASES = {
@@ -65,24 +65,24 @@ def test_the_floor_is_the_root_mean_square_of_an_even_routers_sigma(name):
     num_experts = placement.replica_count.shape[1]
     for layers in ([0], [0, 1]):
         sigma = measure_sigma(draw_links(placement, tokens, top_k, layers))
-        floor = sampling_floor(placement, np.array(tokens), top_k, num_experts, layers)
+        floor = compute_sampling_floor(placement, np.array(tokens), top_k, num_experts, layers)
         assert floor == pytest.approx(np.sqrt(np.square(sigma).mean()), rel=0.03), layers
 
 
 def test_it_is_so_where_ranks_share_experts_matrices():
     placement = make_placement([range(4)], 2)
     sigma = measure_sigma(draw_links(placement, [30] * 4, 2, [0], shards=2))
-    floor = sampling_floor(placement, np.array([30] * 4), 2, 4, [0])
+    floor = compute_sampling_floor(placement, np.array([30] * 4), 2, 4, [0])
     assert floor == pytest.approx(np.sqrt(np.square(sigma).mean()), rel=0.03)
 
 
 def test_steps_of_an_even_router_lie_on_both_sides_of_it():
     placement = make_placement([range(4)], 2)
     sigma = measure_sigma(draw_links(placement, [40, 40], 2, [0]))
-    below = (sigma < sampling_floor(placement, np.array([40, 40]), 2, 4, [0])).mean()
+    below = (sigma < compute_sampling_floor(placement, np.array([40, 40]), 2, 4, [0])).mean()
     assert 0.6 < below < 0.75  # as of a normal variable, of which two thirds lie within its deviation
 
 
 def test_one_rank_or_no_tokens_have_none():
-    assert sampling_floor(make_placement([range(2)], 1), np.array([9]), 1, 2, [0]) == 0
-    assert sampling_floor(make_placement([range(2)], 2), np.array([0, 0]), 1, 2, [0]) == 0
+    assert compute_sampling_floor(make_placement([range(2)], 1), np.array([9]), 1, 2, [0]) == 0
+    assert compute_sampling_floor(make_placement([range(2)], 2), np.array([0, 0]), 1, 2, [0]) == 0

@@ -43,7 +43,7 @@ def take_steps(job, optimizer, numbers):
 
 def moment_of(comm, optimizer, parameter, name):
     """A moment of a whole parameter, whoever has it. Collective for dense parameters: all ranks ask in one order."""
-    pieces = [(p.first, optimizer.adamw.state[p.rows][name].numpy()) for p in optimizer.pieces[parameter]]
+    pieces = [(p.first, optimizer.adamw.state[p.rows][name].numpy()) for p in optimizer.stepped_rows[parameter]]
     if optimizer.train.shard_optimizer and any(parameter is dense for dense in optimizer.dense.parameters):
         pieces = sorted(sum(gather_to_all(comm, pieces), []), key=lambda piece: piece[0])
     return torch.from_numpy(np.concatenate([rows for _, rows in pieces]))
@@ -97,7 +97,7 @@ def test_a_state_taken_up_on_other_ranks_is_the_same_and_trains_on_alike(comm, s
         take_steps(job, optimizer, [3])
         expected = gather_logical(comm, state, lambda p: p.data)
     with open_small_job(alone, shared / str(comm.rank), run__seed=5, **model) as (job, optimizer, state):
-        assert np.array_equal(state.restore(cut_out(saved, state.wanted()), 2)[LOAD], load)
+        assert np.array_equal(state.restore(cut_out(saved, state.list_wanted()), 2)[LOAD], load)
         assert np.array_equal(read_biases(job.stepper.network.layers), biases)
         again = gather_pieces(alone, state, {LOAD: load})
         assert again.keys() == saved.keys()
@@ -116,7 +116,7 @@ def test_a_state_saved_alone_is_taken_up_by_all(comm, shared):
         take_steps(job, optimizer, [1])
         saved = gather_pieces(alone, state, {LOAD: np.ones((2, 4))})
     with open_small_job(comm, shared, run__seed=5) as (job, optimizer, state):
-        state.restore(cut_out(saved, state.wanted()), 1)
+        state.restore(cut_out(saved, state.list_wanted()), 1)
         again = gather_pieces(comm, state, {LOAD: np.ones((2, 4))})
         assert all(np.array_equal(again[array], values) for array, values in saved.items())
         assert {entry["step"].item() for entry in optimizer.adamw.state.values()} == {1.0}
@@ -126,7 +126,7 @@ def test_a_state_saved_alone_is_taken_up_by_all(comm, shared):
 @pytest.mark.mpi
 def test_without_an_optimizer_parameters_alone_are_wanted(comm, shared):
     with open_small_job(comm, shared, run__mode="infer") as (_, _, state):
-        names = [name for name, *_ in state.wanted()]
+        names = [name for name, *_ in state.list_wanted()]
         assert names[-2:] == ["balance/load", "balance/bias"]
         assert all(name.endswith("/value") for name in names[:-2])
         assert {name for name, *_ in state.collect({})} <= set(names)
@@ -135,7 +135,7 @@ def test_without_an_optimizer_parameters_alone_are_wanted(comm, shared):
 @pytest.mark.mpi
 def test_each_axis_of_an_experts_weight_knows_its_key(comm, shared):
     with open_small_job(comm, shared, model__hidden=8, model__feed_forward=12) as (_, _, state):
-        for name, shape, _, _, keys in state.wanted():
+        for name, shape, _, _, keys in state.list_wanted():
             if name.startswith("experts/"):
                 sizes = {"[model] num_experts": 4, "[model] hidden": 8, "[model] feed_forward": 12}
                 assert tuple(sizes[key] for key in keys[: len(shape)]) == shape, name

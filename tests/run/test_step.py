@@ -24,7 +24,7 @@ def test_a_step_counts_all_tokens_and_only_training_leaves_gradients(comm, share
         optimizer.zero_gradients()
         outcome = job.stepper.run(job.training, np.arange(14), LOAD, purpose)
         assert outcome.num_tokens == 14 * 5
-        assert outcome.census.tokens_of_expert.sum(axis=1).tolist() == [14 * 5 * 2] * 2
+        assert outcome.stats.tokens_of_expert.sum(axis=1).tolist() == [14 * 5 * 2] * 2
         assert (outcome.loss is None) == (purpose == "infer")
         assert any(g.any() for g in gradients(job)) == (purpose == "train")
         assert (job.stepper.tracker.peak_bytes > 0) == (purpose == "train")

@@ -8,7 +8,7 @@ from small import Notes, open_small_job
 
 from hpcmoe.model.balance import read_biases
 from hpcmoe.model.text import even_starts
-from hpcmoe.run.train import is_due, train, train_step, validate
+from hpcmoe.run.train import is_due, measure_validation_loss, train, train_step
 from hpcmoe.wait import gather_to_all
 
 REPETITIVE = b"the quick brown fox. " * 200
@@ -98,7 +98,7 @@ def test_validation_is_the_mean_over_all_its_sequences(comm, shared):
     losses = []
     for batch in (14, 5, 2):
         with open_small_job(comm, shared, data__batch_sequences=batch, pipeline__micro_batches=1) as (job, _, _):
-            losses.append(validate(job, np.ones((2, 4)), 0))
+            losses.append(measure_validation_loss(job, np.ones((2, 4)), 0))
             if batch > 9:
                 starts = even_starts(len(job.validation), 9, job.config.model.sequence_length)
                 whole = job.stepper.run(job.validation, starts, np.ones((2, 4)), "evaluate").loss
