@@ -31,7 +31,7 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self.since
         self.since = now
 
-    def take(self):
+    def pop_seconds(self):
         """Return the totals since the last call -> dict stage: seconds, and start again from zero."""
         self.charge()
         totals, self.seconds = self.seconds, {}

@@ -33,7 +33,7 @@ def describe_run(records, job, text):
 
 def describe_tokens(records, job):
     """Keep the tokens that each node asked of each expert since this was kept last. Collective over all ranks."""
-    tokens = job.meter.take_tokens(job.topology.node_of_rank)
+    tokens = job.meter.pop_tokens(job.topology.node_of_rank)
     if tokens is not None:
         records.describe("experts", "tokens_of_node", tokens, "copies")
 

@@ -135,11 +135,11 @@ def find_untrained(config: object) -> Iterator[str]:
         yield "[model] sequence_length = 1 leaves queries and keys untrained: a token attends to itself alone"
     if model.num_experts == 1 and config.dispatch.z_loss_weight == 0:
         yield "[model] num_experts = 1 leaves the routers untrained: there is nothing to choose"
-    copies = data.batch_sequences * model.sequence_length * model.top_k
-    if copies < model.num_experts:
+    assignments = data.batch_sequences * model.sequence_length * model.top_k
+    if assignments < model.num_experts:
         yield (
             f"[model] num_experts = {model.num_experts}: a step's batch_sequences {data.batch_sequences} x "
-            f"sequence_length {model.sequence_length} x top_k {model.top_k} = {copies} copies leave some untrained"
+            f"sequence_length {model.sequence_length} x top_k {model.top_k} = {assignments} assignments leave some untrained"
         )
     warmup = train.learning_rate_warmup_steps
     if warmup > steps and differs(config, "train.learning_rate_warmup_steps"):

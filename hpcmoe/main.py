@@ -213,7 +213,7 @@ def log_plan(job):
         model.num_layers, model.num_experts, model.top_k, model.hidden, model.feed_forward, text_bytes / 1e6,
     )  # fmt: skip
     budget_lines = describe_budget(job.budget, job.topology, memory.per_expert, model.num_layers)
-    size_lines = describe_sizes(job.stepper.exchange.sizes, job.stepper.exchange.routes)
+    size_lines = describe_sizes(job.stepper.dispatcher.sizes, job.stepper.dispatcher.routes)
     for line in [
         *budget_lines,
         *format_placement(job.run_placement, job.config.cluster),

@@ -12,13 +12,13 @@ from hpcmoe.wait import Backoff
 DEADLINE_SECONDS = 300.0  # a round_trip that takes longer is stuck, however busy the machine is
 
 
-def make_round_trip(exchange, num_tokens, seed, berth=0, kept_share=0.8, whole=True, favourite=None):
+def make_round_trip(dispatcher, num_tokens, seed, buffer_index=0, kept_share=0.8, whole=True, favourite=None):
     """A micro-batch of this rank, with slots, gates and rows by seed; whole numbers have exact sums in any order.
 
     favourite: a slot to which all tokens go, and only there. As a router's, a token's slots all differ.
     """
-    sizes, routes = exchange.sizes, exchange.routes
-    random = np.random.default_rng([routes.rank, seed, berth])
+    sizes, routes = dispatcher.sizes, dispatcher.routes
+    random = np.random.default_rng([routes.rank, seed, buffer_index])
     num_slots = len(routes.place_of_slot)
     shape = (num_tokens, min(sizes.top_k, num_slots))
     slots = random.permuted(np.tile(np.arange(num_slots), (num_tokens, 1)), axis=1)[:, : shape[1]]
@@ -30,11 +30,11 @@ def make_round_trip(exchange, num_tokens, seed, berth=0, kept_share=0.8, whole=T
     draw = (lambda *shape: random.integers(-3, 4, shape)) if whole else (lambda *shape: random.standard_normal(shape))
     return SimpleNamespace(
         layer=0,
-        micro_batch=berth,
-        berth=berth,
+        micro_batch=buffer_index,
+        buffer_index=buffer_index,
         slots=slots,
         kept=kept,
-        plan=exchange.make_plan(slots, kept),
+        plan=dispatcher.make_plan(slots, kept),
         gates=torch.from_numpy(gates * kept).float(),
         x=torch.from_numpy(draw(num_tokens, sizes.hidden)).to(sizes.dtype),
         grad=torch.from_numpy(draw(num_tokens, sizes.hidden)).to(sizes.dtype),
@@ -48,50 +48,50 @@ def map_of(slot, hidden):
     return torch.from_numpy(np.random.default_rng(slot).integers(-1, 2, (hidden, hidden))).float()
 
 
-def run_forward(exchange, round_trip):
+def run_forward(dispatcher, round_trip):
     """Dispatch, compute and combine, leaving round_trip.output [T, H]; yields where it waits."""
-    first_slot, hidden = exchange.routes.rank * exchange.routes.num_slots, exchange.sizes.hidden
-    while not exchange.may_start(round_trip):
+    first_slot, hidden = dispatcher.routes.rank * dispatcher.routes.num_slots, dispatcher.sizes.hidden
+    while not dispatcher.poll_ready(round_trip):
         yield
-    exchange.start_outward(round_trip, round_trip.x, round_trip.gates, Direction.DISPATCH)
-    for batch in exchange.batches(round_trip):
+    dispatcher.dispatch(round_trip, round_trip.x, round_trip.gates, Direction.DISPATCH)
+    for batch in dispatcher.receive(round_trip):
         if batch is None:
             yield
             continue
-        places, seen = exchange.rows_of(round_trip, batch), []
-        for part, slots in batch.portions(exchange.sizes.batch_rows):
-            rows, _ = exchange.take(places[part])
+        places, seen = dispatcher.find_rows(round_trip, batch), []
+        for part, slots in batch.split_chunks(dispatcher.sizes.batch_rows):
+            rows, _ = dispatcher.gather(places[part])
             seen += zip([slot for slot, _ in slots], rows.split(spread(slots, rows)), strict=False)
             results = [own.float() @ map_of(first_slot + slot, hidden).T for slot, own in seen[-len(slots) :]]
-            exchange.lay(torch.cat(results).to(rows.dtype), places[part])
+            dispatcher.scatter(torch.cat(results).to(rows.dtype), places[part])
             yield
-        exchange.finish(round_trip, batch)
+        dispatcher.return_batch(round_trip, batch)
         round_trip.batches.append(batch)
         round_trip.seen.append(seen)
-    while not exchange.is_home(round_trip):
+    while not dispatcher.poll_results(round_trip):
         yield
-    round_trip.output = exchange.sum_home(round_trip, round_trip.gates)
+    round_trip.output = dispatcher.combine(round_trip, round_trip.gates)
 
 
-def run_backward(exchange, round_trip):
+def run_backward(dispatcher, round_trip):
     """Go back from journey.grad, leaving grad_x [T, H] and grad_gate [T, K]; yields where it waits.
 
     Also weight_grads, a list in the order of the work, and backward_order, the batches' numbers in it.
     """
-    first_slot, hidden = exchange.routes.rank * exchange.routes.num_slots, exchange.sizes.hidden
+    first_slot, hidden = dispatcher.routes.rank * dispatcher.routes.num_slots, dispatcher.sizes.hidden
     round_trip.weight_grads, round_trip.backward_order = [], []
-    while not exchange.may_start(round_trip):
+    while not dispatcher.poll_ready(round_trip):
         yield
-    exchange.start_outward(round_trip, round_trip.grad, round_trip.gates, Direction.COMBINE_BACKWARD)
-    for number in exchange.batches_again(round_trip, round_trip.batches):
+    dispatcher.dispatch(round_trip, round_trip.grad, round_trip.gates, Direction.COMBINE_BACKWARD)
+    for number in dispatcher.receive_again(round_trip, round_trip.batches):
         if number is None:
             yield
             continue
         batch = round_trip.batches[number]
         round_trip.backward_order.append(number)
-        places, seen = exchange.rows_of(round_trip, batch), iter(round_trip.seen[number])
-        for part, slots in batch.portions(exchange.sizes.batch_rows):
-            rows, gates = exchange.take(places[part])
+        places, seen = dispatcher.find_rows(round_trip, batch), iter(round_trip.seen[number])
+        for part, slots in batch.split_chunks(dispatcher.sizes.batch_rows):
+            rows, gates = dispatcher.gather(places[part])
             by_input, by_gate, lengths = [], [], spread(slots, rows)
             for grads, gates_of_slot in zip(rows.float().split(lengths), gates[:, None].split(lengths), strict=True):
                 if len(by_input) == len(slots):
@@ -101,14 +101,14 @@ def run_backward(exchange, round_trip):
                 by_input.append(weighed @ matrix)
                 by_gate.append((grads * (x.float() @ matrix.T)).sum(dim=1))
                 round_trip.weight_grads.append((slot, weighed.T @ x.float()))
-            exchange.lay(torch.cat(by_input), places[part], torch.cat(by_gate))
+            dispatcher.scatter(torch.cat(by_input), places[part], torch.cat(by_gate))
             yield
         assert next(seen, None) is None
-        exchange.finish(round_trip, batch)
-    while not exchange.is_home(round_trip):
+        dispatcher.return_batch(round_trip, batch)
+    while not dispatcher.poll_results(round_trip):
         yield
-    round_trip.grad_x = exchange.sum_home(round_trip, torch.ones_like(round_trip.gates))
-    round_trip.grad_gate = exchange.gather_gate_grads(round_trip)
+    round_trip.grad_x = dispatcher.combine(round_trip, torch.ones_like(round_trip.gates))
+    round_trip.grad_gate = dispatcher.gather_gate_grads(round_trip)
 
 
 def spread(slots, rows):
@@ -118,75 +118,79 @@ def spread(slots, rows):
     return [*lengths, len(rows) - sum(lengths)]
 
 
-def run_both_ways(exchange, round_trip):
+def run_both_ways(dispatcher, round_trip):
     """Go forward and back."""
-    yield from run_forward(exchange, round_trip)
-    yield from run_backward(exchange, round_trip)
+    yield from run_forward(dispatcher, round_trip)
+    yield from run_backward(dispatcher, round_trip)
 
 
-def go(exchange, *ways):
+def go(dispatcher, *ways):
     """Take all ways to their ends, then wait until this rank owes nobody anything."""
     backoff, deadline = Backoff(), time.monotonic() + DEADLINE_SECONDS
     ways = list(ways)
-    while ways or not exchange.is_idle:
+    while ways or not dispatcher.is_idle:
         assert time.monotonic() < deadline, "stuck"
-        news = exchange.count_news()
-        moved = exchange.poke()
+        sequence_number = dispatcher.read_sequence_number()
+        moved = dispatcher.poke()
         ways = [way for way in ways if next(way, way) is not way]
         if moved:
             backoff.reset()
         else:
-            exchange.wait_for_news(backoff, news)
+            dispatcher.wait_for_change(backoff, sequence_number)
 
 
-def check_two_at_once(exchange, num_tokens, seed):
+def check_two_at_once(dispatcher, num_tokens, seed):
     """Take two micro-batches both ways at once, half the ranks beginning with the second, and check both."""
-    round_trips = [make_round_trip(exchange, num_tokens, seed, berth) for berth in range(2)]
-    in_order = round_trips if exchange.transport.rank % 2 == 0 else round_trips[::-1]
-    go(exchange, *[run_both_ways(exchange, round_trip) for round_trip in in_order])
+    round_trips = [make_round_trip(dispatcher, num_tokens, seed, buffer_index) for buffer_index in range(2)]
+    in_order = round_trips if dispatcher.transport.rank % 2 == 0 else round_trips[::-1]
+    go(dispatcher, *[run_both_ways(dispatcher, round_trip) for round_trip in in_order])
     for round_trip in round_trips:
-        check_forward(exchange, round_trip)
-        check_backward(exchange, round_trip)
+        check_forward(dispatcher, round_trip)
+        check_backward(dispatcher, round_trip)
 
 
-def check_forward(exchange, round_trip):
-    """The output is the sum of the kept copies' maps of their token, times their gates."""
-    assert torch.equal(round_trip.output.float(), expected_output(round_trip, exchange.sizes.hidden))
+def check_forward(dispatcher, round_trip):
+    """The output is the sum of the kept assignments' maps of their token, times their gates."""
+    assert torch.equal(round_trip.output.float(), expected_output(round_trip, dispatcher.sizes.hidden))
 
 
-def check_backward(exchange, round_trip):
+def check_backward(dispatcher, round_trip):
     """The gradients of tokens and gates are those of <output, grad>."""
-    hidden = exchange.sizes.hidden
+    hidden = dispatcher.sizes.hidden
     assert torch.equal(round_trip.grad_x.float(), expected_grad_x(round_trip, hidden))
     assert torch.equal(round_trip.grad_gate.float(), expected_grad_gate(round_trip, hidden))
 
 
-def maps_of_copies(round_trip, hidden):
-    """The matrix of each copy [T, K, H, H], zero where it was dropped."""
+def maps_of_assignments(round_trip, hidden):
+    """The matrix of each assignment [T, K, H, H], zero where it was dropped."""
     maps = torch.stack([map_of(slot, hidden) for slot in range(round_trip.slots.max(initial=0) + 1)])
     return maps[torch.from_numpy(round_trip.slots)] * torch.from_numpy(round_trip.kept)[:, :, None, None]
 
 
 def expected_output(round_trip, hidden):
     """sum over k of gate * M x."""
-    return torch.einsum("tk,tkij,tj->ti", round_trip.gates, maps_of_copies(round_trip, hidden), round_trip.x.float())
+    return torch.einsum(
+        "tk,tkij,tj->ti", round_trip.gates, maps_of_assignments(round_trip, hidden), round_trip.x.float()
+    )
 
 
 def expected_grad_x(round_trip, hidden):
     """sum over k of gate * M^T grad."""
-    return torch.einsum("tk,tkij,ti->tj", round_trip.gates, maps_of_copies(round_trip, hidden), round_trip.grad.float())
-
-
-def expected_grad_gate(round_trip, hidden):
-    """grad . M x of each copy."""
     return torch.einsum(
-        "ti,tkij,tj->tk", round_trip.grad.float(), maps_of_copies(round_trip, hidden), round_trip.x.float()
+        "tk,tkij,ti->tj", round_trip.gates, maps_of_assignments(round_trip, hidden), round_trip.grad.float()
     )
 
 
-def check_pools_are_free(exchange):
+def expected_grad_gate(round_trip, hidden):
+    """grad . M x of each assignment."""
+    return torch.einsum(
+        "ti,tkij,tj->tk", round_trip.grad.float(), maps_of_assignments(round_trip, hidden), round_trip.x.float()
+    )
+
+
+def check_pools_are_free(dispatcher):
     """No row of any pool is taken any more."""
-    for berth, pool in enumerate(exchange.hall.pools):
-        first = exchange.window.first_row + exchange.sizes.num_berths * exchange.sizes.home_window_rows
-        whole = [(first + berth * exchange.sizes.pool_rows, exchange.sizes.pool_rows)]
-        assert pool.runs == (whole if exchange.sizes.pool_rows else [])
+    for buffer_index, pool in enumerate(dispatcher.receive_pool.pools):
+        first = dispatcher.window.first_row + dispatcher.sizes.num_in_flight * dispatcher.sizes.home_window_rows
+        whole = [(first + buffer_index * dispatcher.sizes.pool_rows, dispatcher.sizes.pool_rows)]
+        assert pool.runs == (whole if dispatcher.sizes.pool_rows else [])

@@ -32,10 +32,10 @@ template <class... A> void launch(void (*kernel)(A...), Dim grid, Dim block, con
     extern "C" void kernel##_on_host(unsigned grid, unsigned x, unsigned y, const int64 *arguments, unsigned count) \\
     { launch(kernel, {grid, 1}, {x, y}, arguments, count); }
 ON_HOST(move_rows)
-ON_HOST(spread_rows)
+ON_HOST(permute_rows)
 ON_HOST(sum_rows)
-ON_HOST(count_copies)
-ON_HOST(place_copies)
+ON_HOST(count_assignments)
+ON_HOST(place_assignments)
 """
 FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fsanitize=alignment", "-fno-sanitize-recover", "-x", "c++")
 

@@ -39,7 +39,7 @@ def force(job, optimizer, seed, step):
         moves = list_moves(job.problem, job.placement.expert_of_replica, layouts)
         mine = RunPlacement(placement=placement, seconds_of_method={}), moves
     layout, moves = broadcast(job.mesh.world, mine)
-    job.stepper.exchange.register(start_migration(job, optimizer, layout, moves, step))
+    job.stepper.dispatcher.register(start_migration(job, optimizer, layout, moves, step))
     return len(moves)
 
 

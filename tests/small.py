@@ -14,9 +14,9 @@ from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.transport import Loopback
 from hpcmoe.comm.window import make_private_window, open_window
 from hpcmoe.config import Config
-from hpcmoe.dispatch.host import Exchange
+from hpcmoe.dispatch.host import HostDispatcher
 from hpcmoe.dispatch.routes import make_routes
-from hpcmoe.dispatch.sizes import HostSizes, most_parcels
+from hpcmoe.dispatch.sizes import HostSizes, max_messages_sent
 from hpcmoe.model.text import find_text
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.run.job import open_job
@@ -111,40 +111,40 @@ def gather_logical(comm, state, array_of):
     return {name: torch.from_numpy(array) for name, array in whole.items()}
 
 
-def make_exchange(hidden, transport=None, window=None, node_of_rank=(0,), once=False, slots=1, **sizes):
+def make_dispatcher(hidden, transport=None, window=None, node_of_rank=(0,), once=False, slots=1, **sizes):
     """An exchange on the host, alone in its window unless one is given; 20 tokens a micro-batch unless sizes say so."""
     transport = transport or Loopback()
     nodes = max(node_of_rank) + 1
     routes = make_routes(node_of_rank, transport.rank, slots, np.full((nodes, nodes), once))
     sizes = make_sizes(routes, hidden=hidden, **sizes)
     window = window or make_private_window(sizes.window_sizes(routes))
-    return Exchange(transport, window, HostDevice(), Clock(), sizes, routes)
+    return HostDispatcher(transport, window, HostDevice(), Clock(), sizes, routes)
 
 
 @contextlib.contextmanager
-def open_small_exchange(comm, hidden, num_nodes=1, once=False, hesitate=None, **changes):
-    """Open an exchange over MPI, its ranks dealt to nodes in blocks; sizes, and slots of a rank, as make_exchange's."""
+def open_small_dispatcher(comm, hidden, num_nodes=1, once=False, hesitate=None, **changes):
+    """Open an exchange over MPI, its ranks dealt to nodes in blocks; sizes, and slots of a rank, as make_dispatcher's."""
     node_of_rank = np.arange(comm.size) * num_nodes // comm.size
-    mates = comm.Split(int(node_of_rank[comm.rank]), comm.rank)
+    local_comm = comm.Split(int(node_of_rank[comm.rank]), comm.rank)
     routes = make_routes(node_of_rank, comm.rank, changes.get("slots", 1), np.full((num_nodes, num_nodes), once))
     sizes = make_sizes(routes, hidden=hidden, **{key: value for key, value in changes.items() if key != "slots"})
     with (
-        open_window(mates, sizes.window_sizes(routes)) as window,
+        open_window(local_comm, sizes.window_sizes(routes)) as window,
         open_mpi_transport(comm, sizes.row_bytes, hesitate) as transport,
     ):
-        yield make_exchange(hidden, transport, window, node_of_rank, once, **changes)
-    mates.Free()
+        yield make_dispatcher(hidden, transport, window, node_of_rank, once, **changes)
+    local_comm.Free()
 
 
 def make_sizes(routes, **sizes):
-    """Sizes of a small exchange, its pool as large as all parcels of an even load."""
+    """Sizes of a small exchange, its pool as large as all messages of an even load."""
     usual = {
-        "dtype": torch.float32, "tokens": 20, "top_k": 2, "num_berths": 1, "num_micro_batches": 2, "expert_rows": 40,
-        "batch_rows": 100, "parcel_tokens": 8, "pool_rows": 200 * bool(routes.senders),
-        "parcels_at_once": 4, "in_order": True, "deterministic": True,
+        "dtype": torch.float32, "tokens": 20, "top_k": 2, "num_in_flight": 1, "num_micro_batches": 2, "expert_rows": 40,
+        "batch_rows": 100, "message_tokens": 8, "pool_rows": 200 * bool(routes.senders),
+        "messages_at_once": 4, "in_order": True, "deterministic": True,
     } | sizes  # fmt: skip
-    sent = most_parcels(len(routes.landings), *(usual[name] for name in ("tokens", "top_k", "parcel_tokens")))
-    return HostSizes(parcels_sent=sent, **usual)
+    sent = max_messages_sent(len(routes.receivers), *(usual[name] for name in ("tokens", "top_k", "message_tokens")))
+    return HostSizes(num_messages_sent=sent, **usual)
 
 
 def gather_pieces(comm, state, shared):

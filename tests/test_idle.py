@@ -110,7 +110,7 @@ def test_keys_of_one_reason_are_told_in_one_line(notes):
         (["model.num_experts=1", "model.top_k=1", "dispatch.z_loss_weight=0"], "leaves the routers untrained"),
         (
             ["model.num_experts=9000"],
-            "batch_sequences 64 x sequence_length 64 x top_k 2 = 8192 copies leave some untrained",
+            "batch_sequences 64 x sequence_length 64 x top_k 2 = 8192 assignments leave some untrained",
         ),
         (["train.learning_rate_warmup_steps=240"], "in [run] steps = 120 the rate rises to 0.5 of learning_rate"),
         (["train.weight_decay=1e-7"], "is less than float32 can take off a weight: nothing decays"),

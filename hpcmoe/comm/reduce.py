@@ -85,7 +85,7 @@ class NcclReducer:
             for side in (outgoing, incoming)
         ]
         if any(sides):
-            self.groups["world"].send_recv(*sides, self.stream, "gradients of an expert's copies")
+            self.groups["world"].send_recv(*sides, self.stream, "gradients of an expert's replicas")
         return ()
 
     def all_reduce(self, name, flat):

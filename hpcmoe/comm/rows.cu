@@ -48,7 +48,7 @@ extern "C" __global__ void move_rows(
 }
 
 // Row i of `from` becomes row entries[i, k] of `to` for each k, with numbers[i, k] beside it; an entry below 0 is none.
-extern "C" __global__ void spread_rows(
+extern "C" __global__ void permute_rows(
     const FROM *__restrict__ from, int64 from_pitch, const float *__restrict__ numbers,
     const int64 *__restrict__ entries, int64 top_k,
     TO *__restrict__ to, int64 to_pitch, float *__restrict__ beside, int64 beside_pitch, int64 num_rows, int64 width)
@@ -91,7 +91,7 @@ extern "C" __global__ void sum_rows(
 // all are.
 
 // counts[s, c] becomes how many entries of chunk c go to slot s.
-extern "C" __global__ void count_copies(
+extern "C" __global__ void count_assignments(
     const int64 *__restrict__ slots, const bool *__restrict__ kept, int64 num_entries, int64 num_slots,
     int64 *__restrict__ counts, int64 num_chunks, int64 chunk_entries)
 {
@@ -105,7 +105,7 @@ extern "C" __global__ void count_copies(
 }
 
 // rows[entry] becomes its place among all that are kept, by slot, or -1; those of slot s and chunk c end at ends[s, c].
-extern "C" __global__ void place_copies(
+extern "C" __global__ void place_assignments(
     const int64 *__restrict__ slots, const bool *__restrict__ kept, int64 num_entries, int64 num_slots,
     const int64 *__restrict__ ends, int64 num_chunks, int64 chunk_entries, int64 *__restrict__ rows)
 {

@@ -1,7 +1,7 @@
 """Rows move on a device, and a number beside each: spread, gathered, laid down, summed; by torch or kernels of ours.
 
 Torch moves rows on any device. On a GPU a kernel of rows.cu does in one pass what takes torch several: it casts on the
-way, moves the numbers along, and reads and writes 16 bytes at once. To put copies in order takes torch some thirty
+way, moves the numbers along, and reads and writes 16 bytes at once. To put assignments in order takes torch some thirty
 kernels, each of which the host must start.
 """
 
@@ -15,7 +15,10 @@ SOURCE = pathlib.Path(__file__).with_name("rows.cu")
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 ALIGNED_BYTES = 16  # the most that a thread of a GPU reads at once
 THREADS = 256  # of a block
-LEAST_CHUNK, MANY_THREADS = 32, 2**17  # copies that a thread looks at, to put them in order; threads that fill a GPU
+LEAST_CHUNK, MANY_THREADS = (
+    32,
+    2**17,
+)  # assignments that a thread looks at, to put them in order; threads that fill a GPU
 ANY = torch.float32, torch.float32, 1  # the dtypes and chunk of a kernel that has none
 
 
@@ -29,7 +32,7 @@ class RowView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Copies:
+class RowsOfAssignments:
     """Where rows are spread to, said both ways."""
 
     row_of_assignment: (
@@ -38,11 +41,11 @@ class Copies:
     order: torch.Tensor | None  # [n] int64: the copy, t * K + k, of each row; torch alone looks for each row's source
 
     def limit_to(self, num_rows):
-        """Mean only those that lie in the first rows -> Copies."""
+        """Mean only those that lie in the first rows -> RowsOfAssignments."""
         return (
             self
             if self.order is None
-            else Copies(row_of_assignment=self.row_of_assignment, order=self.order[:num_rows])
+            else RowsOfAssignments(row_of_assignment=self.row_of_assignment, order=self.order[:num_rows])
         )
 
 
@@ -50,7 +53,7 @@ def open_row_ops(compile_kernel):
     """Have our kernels move rows where they can be compiled, else torch -> a row_ops whose name says which, and why."""
     row_ops = KernelRowOps(compile_kernel)
     try:
-        row_ops.find_kernel("spread_rows", torch.float32, torch.bfloat16, 8)
+        row_ops.find_kernel("permute_rows", torch.float32, torch.bfloat16, 8)
     except Exception as error:  # of CuPy, of its compiler, or of the system that looks for this
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         return TorchRowOps(f"torch, for our kernels cannot be compiled: {first_line}")
@@ -67,7 +70,7 @@ class TorchRowOps:
         """Need nothing beforehand."""
 
     def sort_by_slot(self, slots, kept, num_slots):
-        """Put copies in order by their slots [T, K], kept [T, K] bool or None (all) -> (Copies, ends [num_slots]).
+        """Put assignments in order by their slots [T, K], kept [T, K] bool or None (all) -> (RowsOfAssignments, ends [num_slots]).
 
         Those of a slot keep their order, and end at an int64; those that are not kept come last, and have no row.
         """
@@ -76,7 +79,7 @@ class TorchRowOps:
         ordered, order = key.sort(stable=True)
         row = torch.empty_like(order).scatter_(0, order, torch.arange(len(key), device=key.device))
         ends = torch.searchsorted(ordered, torch.arange(1, num_slots + 1, device=key.device))
-        return Copies(row_of_assignment=row.view(slots.shape).masked_fill(~kept, -1), order=order), ends
+        return RowsOfAssignments(row_of_assignment=row.view(slots.shape).masked_fill(~kept, -1), order=order), ends
 
     def move(self, source, target):
         """Write the rows of one RowView into those of another, in its precision, and the numbers beside them if any."""
@@ -84,11 +87,11 @@ class TorchRowOps:
         if source.gate_values is not None:
             move_by_torch(source.gate_values, source.order, target.gate_values, target.order)
 
-    def permute(self, rows, numbers, copies, target):
-        """Write row t of rows [T, H] and each of numbers [T, K] to those rows of a RowView where Copies have them."""
-        tokens = copies.order // numbers.shape[1]
+    def permute(self, rows, numbers, assignments, target):
+        """Write row t of rows [T, H] and each of numbers [T, K] to those rows of a RowView where RowsOfAssignments have them."""
+        tokens = assignments.order // numbers.shape[1]
         move_by_torch(rows.to(target.values.dtype), tokens, target.values, None)
-        move_by_torch(numbers.flatten(), copies.order, target.gate_values, None)
+        move_by_torch(numbers.flatten(), assignments.order, target.gate_values, None)
 
     def sum(self, table, entries, weights):
         """Sum rows of a table [n, H], table[entries[t, k]] * weights[t, k] over k -> fresh [T, H] float32.
@@ -130,16 +133,16 @@ class KernelRowOps:
     def prepare(self, table):
         """Compile what rows need on their way into a table [n, H], from it, and summed: no step is to wait for it."""
         wide = table.new_empty(1, table.shape[1], dtype=torch.float32)
-        self.find_kernel("spread_rows", wide.dtype, table.dtype, find_chunk(wide, table))
+        self.find_kernel("permute_rows", wide.dtype, table.dtype, find_chunk(wide, table))
         self.find_kernel("move_rows", table.dtype, table.dtype, find_chunk(wide.to(table.dtype), table))
         self.find_kernel("sum_rows", table.dtype, wide.dtype, find_chunk(table, wide))
-        for name in ("count_copies", "place_copies"):
+        for name in ("count_assignments", "place_assignments"):
             self.find_kernel(name, *ANY)
 
     def sort_by_slot(self, slots, kept, num_slots):
-        """Put copies in order by their slots [T, K], kept [T, K] bool or None (all) -> (Copies, ends [num_slots]).
+        """Put assignments in order by their slots [T, K], kept [T, K] bool or None (all) -> (RowsOfAssignments, ends [num_slots]).
 
-        Those of a slot keep their order, and end at an int64; those that are not kept have no row. No order of copies
+        Those of a slot keep their order, and end at an int64; those that are not kept have no row. No order of assignments
         is made: the kernel that spreads rows needs none. Each copy is looked at once for every slot.
         """
         slots, kept = slots.contiguous(), None if kept is None else kept.contiguous()
@@ -151,11 +154,11 @@ class KernelRowOps:
         grid, of_kept = -(-ends.numel() // THREADS), 0 if kept is None else kept.data_ptr()
         given = slots.data_ptr(), of_kept, slots.numel(), num_slots
 
-        self.find_kernel("count_copies", *ANY)((grid,), (THREADS, 1), (*given, ends.data_ptr(), num_chunks, chunk))
+        self.find_kernel("count_assignments", *ANY)((grid,), (THREADS, 1), (*given, ends.data_ptr(), num_chunks, chunk))
         ends = ends.flatten().cumsum(0)
         places = (*given, ends.data_ptr(), num_chunks, chunk, entries.data_ptr())
-        self.find_kernel("place_copies", *ANY)((grid,), (THREADS, 1), places)
-        return Copies(row_of_assignment=entries, order=None), ends[num_chunks - 1 :: num_chunks]
+        self.find_kernel("place_assignments", *ANY)((grid,), (THREADS, 1), places)
+        return RowsOfAssignments(row_of_assignment=entries, order=None), ends[num_chunks - 1 :: num_chunks]
 
     def move(self, source, target):
         """Write the rows of one RowView into those of another, in its precision, and the numbers beside them if any."""
@@ -168,14 +171,14 @@ class KernelRowOps:
             "move_rows", source.values, target.values, num_rows, (*point_to(source), *point_to(target), num_rows)
         )
 
-    def permute(self, rows, numbers, copies, target):
-        """Write row t of rows [T, H] and each of numbers [T, K] to those rows of a RowView where Copies have them."""
-        entries, numbers = copies.row_of_assignment.contiguous(), numbers.contiguous()
+    def permute(self, rows, numbers, assignments, target):
+        """Write row t of rows [T, H] and each of numbers [T, K] to those rows of a RowView where RowsOfAssignments have them."""
+        entries, numbers = assignments.row_of_assignment.contiguous(), numbers.contiguous()
         require_dtype(entries, torch.int64)
         require_dtype(numbers, torch.float32)
         source = rows.data_ptr(), rows.stride(0), numbers.data_ptr(), entries.data_ptr(), numbers.shape[1]
         *places, _ = point_to(target)
-        self.launch("spread_rows", rows, target.values, len(rows), (*source, *places, len(rows)))
+        self.launch("permute_rows", rows, target.values, len(rows), (*source, *places, len(rows)))
 
     def sum(self, table, entries, weights):
         """Sum rows of a table [n, H], table[entries[t, k]] * weights[t, k] over k -> fresh [T, H] float32.

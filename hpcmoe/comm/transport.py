@@ -1,4 +1,4 @@
-"""The one seam between the program and whatever carries messages between nodes: MPI today, nobody in a group of mates.
+"""The one seam between the program and whatever carries messages between nodes: MPI today, nobody in a group of local peers.
 
 A transport moves rows: arrays are uint8 [rows, row_bytes] and lengths are rows. So a bfloat16 row needs no special
 case, and a message of more than 2 GiB is still a small number of rows. Ranks of one node need none of it: they share
@@ -24,8 +24,8 @@ HOMEWARD = {Direction.DISPATCH: Direction.COMBINE, Direction.COMBINE_BACKWARD: D
 class MessageKind(enum.IntEnum):
     """What a message of an exchange holds; part of its tag."""
 
-    HEADER = 0  # what the parcels hold
-    PARCEL = 1  # rows, and a number for each copy, on their way out
+    HEADER = 0  # what the messages hold
+    ROWS = 1  # rows, and a number for each assignment, on their way out
     RETURN = 2  # the same on their way home
 
 
@@ -69,14 +69,14 @@ def make_tag(micro_batch: int, direction: Direction) -> int:
     return micro_batch * len(Direction) + direction
 
 
-def make_message_tag(exchange_tag, kind, parcel, max_parcels):
-    """Number a message of an exchange: parcels of one pair of ranks may overtake each other on their way back."""
-    return (exchange_tag * len(MessageKind) + kind) * max_parcels + parcel
+def make_message_tag(exchange_tag, kind, message, max_messages):
+    """Number a message of an exchange: messages of one pair of ranks may overtake each other on their way back."""
+    return (exchange_tag * len(MessageKind) + kind) * max_messages + message
 
 
-def count_tags(num_micro_batches: int, max_parcels: int) -> int:
+def count_tags(num_micro_batches: int, max_messages: int) -> int:
     """Count the tags of all messages that may be under way."""
-    return num_micro_batches * len(Direction) * len(MessageKind) * max_parcels
+    return num_micro_batches * len(Direction) * len(MessageKind) * max_messages
 
 
 class Loopback:

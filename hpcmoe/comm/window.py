@@ -1,6 +1,6 @@
 """Memory that the ranks of one node share: rows that any of them gathers from and writes to, without a message.
 
-Three arrays run over all rows of all mates (the ranks that share the window): the row itself, a number that goes with
+Three arrays run over all rows of all local peers (the ranks that share the window): the row itself, a number that goes with
 it, and the row from which it is to be computed. A board of words says when what is there. Each word has one writer,
 who lets what it announces reach memory first.
 """
@@ -23,89 +23,94 @@ SHARED_MEMORY = "/dev/shm"  # where MPIs on Linux keep it
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowSizes:
-    """What each mate puts into the window."""
+    """What each local peer puts into the window."""
 
     rows: int
     row_bytes: int
-    num_berths: int
-    num_guests: int  # ranks of other nodes whose parcels a mate lands, at most
-    max_parcels: int  # of each of them in one exchange
-    num_slots: int  # of all mates together
+    num_in_flight: int
+    max_senders: int  # ranks of other nodes whose messages a local peer lands, at most
+    max_messages: int  # of each of them in one exchange
+    num_slots: int  # of all local peers together
 
     @property
-    def num_slips(self):
-        """What a rank can announce in one exchange: its own tokens, and all parcels that it lands."""
-        return 1 + self.num_guests * self.max_parcels
+    def num_descriptors(self):
+        """What a rank can announce in one exchange: its own tokens, and all messages that it lands."""
+        return 1 + self.max_senders * self.max_messages
 
-    def arrays(self, num_mates):
+    def arrays(self, num_local_peers):
         """List the window's arrays -> dict name: (shape, dtype)."""
-        rows, berths = num_mates * self.rows, self.num_berths
+        rows, num_in_flight = num_local_peers * self.rows, self.num_in_flight
         return {
             "rows": ((rows, self.row_bytes), np.uint8),
             "gate_values": ((rows,), np.float32),
             "sources": ((rows,), np.int64),
-            "news": ((num_mates,), np.int64),
-            "taken": ((num_mates, berths), np.int64),
-            "done": ((num_mates, berths, num_mates, self.num_slips), np.int64),
-            "slips": ((num_mates, berths, 2, self.num_slips, SLIP_WORDS + self.num_slots), np.int64),
+            "sequence_numbers": ((num_local_peers,), np.int64),
+            "consumed": ((num_local_peers, num_in_flight), np.int64),
+            "done": ((num_local_peers, num_in_flight, num_local_peers, self.num_descriptors), np.int64),
+            "descriptors": (
+                (num_local_peers, num_in_flight, 2, self.num_descriptors, DESCRIPTOR_WORDS + self.num_slots),
+                np.int64,
+            ),
         }
 
-    def num_bytes(self, num_mates):
+    def num_bytes(self, num_local_peers):
         """Bytes of the whole window."""
-        return sum(round_up(size_of(*array)) for array in self.arrays(num_mates).values())
+        return sum(round_up(size_of(*array)) for array in self.arrays(num_local_peers).values())
 
 
-SLIP_WORDS = 3  # exchange, first row, number of slips that its sender has; then rows for each mate's slots
+DESCRIPTOR_WORDS = (
+    3  # exchange, first row, number of descriptors that its sender has; then rows for each local peer's slots
+)
 
 
 class Window:
-    """Rows and board of the mates."""
+    """Rows and descriptor table of the local peers."""
 
-    def __init__(self, sizes, num_mates, mate, memory, sync):
-        """memory: uint8 array of sizes.num_bytes, all zero; sync: a call that orders memory among the mates."""
-        self.sizes, self.num_mates, self.mate, self.sync = sizes, num_mates, mate, sync
+    def __init__(self, sizes, num_local_peers, local_index, memory, sync):
+        """memory: uint8 array of sizes.num_bytes, all zero; sync: a call that orders memory among the local peers."""
+        self.sizes, self.num_local_peers, self.local_index, self.sync = sizes, num_local_peers, local_index, sync
         self.num_bytes, begin = len(memory), 0
-        for name, (shape, dtype) in sizes.arrays(num_mates).items():
+        for name, (shape, dtype) in sizes.arrays(num_local_peers).items():
             num_bytes = size_of(shape, dtype)
             setattr(self, name, memory[begin : begin + num_bytes].view(dtype).reshape(shape))
             begin += round_up(num_bytes)
-        self.first_row = mate * sizes.rows  # of this rank
+        self.first_row = local_index * sizes.rows  # of this rank
 
     def table(self, dtype):
-        """See all rows as scalars -> tensor [mates * rows, H]."""
+        """See all rows as scalars -> tensor [local_peers * rows, H]."""
         return torch.from_numpy(self.rows).view(dtype)
 
-    def post(self, berth, exchange, slip, first, num_slips, counts):
-        """Announce rows that lie in the window: counts [mates, s] of them for each mate's slots, from `first` on."""
-        words = self.slips[self.mate, berth, exchange % 2, slip]
-        words[1], words[2], words[SLIP_WORDS:] = first, num_slips, counts.ravel()
+    def post(self, buffer_index, exchange, descriptor, first, num_descriptors, counts):
+        """Announce rows that lie in the window: counts [local_peers, s] of them for each local peer's slots, from `first` on."""
+        words = self.descriptors[self.local_index, buffer_index, exchange % 2, descriptor]
+        words[1], words[2], words[DESCRIPTOR_WORDS:] = first, num_descriptors, counts.ravel()
         self.sync()
         words[0] = exchange
-        self.news[self.mate] += 1
+        self.sequence_numbers[self.local_index] += 1
 
-    def may_post(self, berth, exchange):
-        """Whether all mates have read what the last exchange but one announced: its slips are written over."""
-        return bool((self.taken[:, berth] >= exchange - 2).all())
+    def may_post(self, buffer_index, exchange):
+        """Whether all local peers have read what the last exchange but one announced: its descriptors are written over."""
+        return bool((self.consumed[:, buffer_index] >= exchange - 2).all())
 
-    def mark_taken(self, berth, exchange):
+    def mark_consumed(self, buffer_index, exchange):
         """Tell that this rank has read all that was announced."""
         self.sync()
-        self.taken[self.mate, berth] = exchange
-        self.news[self.mate] += 1
+        self.consumed[self.local_index, buffer_index] = exchange
+        self.sequence_numbers[self.local_index] += 1
 
-    def mark_done(self, berth, exchange, mate, slip):
-        """Tell that this rank's experts have done what a mate's slip asked."""
+    def mark_done(self, buffer_index, exchange, local_peer, descriptor):
+        """Tell that this rank's experts have done what a local peer's descriptor asked."""
         self.sync()
-        self.done[self.mate, berth, mate, slip] = exchange
-        self.news[self.mate] += 1
+        self.done[self.local_index, buffer_index, local_peer, descriptor] = exchange
+        self.sequence_numbers[self.local_index] += 1
 
-    def count_news(self):
-        """Count how often anything has been told, by any mate: while it stays, there is nothing to look for."""
-        return int(self.news.sum())
+    def read_sequence_number(self):
+        """Count how often anything has been told, by any local peer: while it stays, there is nothing to look for."""
+        return int(self.sequence_numbers.sum())
 
-    def is_done(self, berth, exchange, slip, counts):
-        """Whether the experts of all mates have done this rank's slip: counts [mates, s]."""
-        if not (self.done[:, berth, self.mate, slip] >= exchange)[counts.any(axis=1)].all():
+    def is_done(self, buffer_index, exchange, descriptor, counts):
+        """Whether the experts of all local peers have done this rank's descriptor: counts [local_peers, s]."""
+        if not (self.done[:, buffer_index, self.local_index, descriptor] >= exchange)[counts.any(axis=1)].all():
             return False
         self.sync()
         return True
@@ -122,7 +127,7 @@ def round_up(num_bytes):
 
 
 def make_private_window(sizes):
-    """Make the window of a rank without mates."""
+    """Make the window of a rank without local peers."""
     window = Window(sizes, 1, 0, np.zeros(sizes.num_bytes(1), np.uint8), lambda: None)
     touch(window)
     return window
@@ -168,7 +173,7 @@ def check_shared_memory(num_bytes):
 def touch(window):
     """Zero this rank's part of each array, which brings its pages near."""
     for name in ("rows", "gate_values", "sources"):
-        of_mates = getattr(window, name).reshape(window.num_mates, -1)
-        of_mates[window.mate] = 0
-    for words in (window.news, window.taken, window.done, window.slips):
-        words[window.mate] = 0
+        of_mates = getattr(window, name).reshape(window.num_local_peers, -1)
+        of_mates[window.local_index] = 0
+    for words in (window.sequence_numbers, window.consumed, window.done, window.descriptors):
+        words[window.local_index] = 0

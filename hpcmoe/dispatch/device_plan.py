@@ -1,6 +1,6 @@
-"""Where copies go, found on the device that has them: the host is told counts alone.
+"""Where assignments go, found on the device that has them: the host is told counts alone.
 
-Copies are laid in the order of their slots, which is that of the ranks; a dropped one is not sent.
+Assignments are sorted in the order of their slots, which is that of the ranks; a dropped one is not sent.
 """
 
 import functools
@@ -9,16 +9,18 @@ import numpy as np
 import torch
 
 from hpcmoe.comm.transport import Direction, MessageKind, make_message_tag, make_tag
-from hpcmoe.dispatch.plan import BELOW_ONE
+from hpcmoe.dispatch.plan import LARGEST_POINT
 
 
 class DevicePlan:
-    """What one micro-batch exchanges in one layer: on the device which copy lies where, on the host how many go."""
+    """What one micro-batch exchanges in one layer: on the device which assignment lies where, on the host how many go."""
 
     def __init__(self, slots, kept, num_slots, device):
         """slots [T, K], kept [T, K] bool or None (all), tensors on the device; num_slots of all ranks."""
         self.top_k = slots.shape[1]
-        self.copies, ends = device.row_ops.sort_by_slot(slots, kept, num_slots)  # which copy lies where at home
+        self.assignments, ends = device.row_ops.sort_by_slot(
+            slots, kept, num_slots
+        )  # which assignment lies where at home
         self.counts = Counts(*device.copy_to_host(ends))
 
 
@@ -31,7 +33,7 @@ class Counts:
         self.leaving = self.coming = None  # [P, s] int64, once they are known
         self.requests = None
 
-    def are_known(self, transport, tag):
+    def poll(self, transport, tag):
         """Whether both are known, and go on asking: a message to each rank. Here, and nowhere else, the host waits."""
         if self.requests is None:
             if not self.event.query():
@@ -72,8 +74,8 @@ class DeviceBatch:
             shifts = first.T.ravel() - edges_of(lengths)[:-1]
             self.order = device.copy_from_host(np.repeat(shifts, lengths) + np.arange(self.num_rows))
 
-    def portions(self, about_rows, apart=False):
-        """There is one portion: the GEMMs of all slots are one -> (slice, ((slot, rows), ...)), if there are rows.
+    def split_chunks(self, about_rows, apart=False):
+        """There is one chunk: the GEMMs of all slots are one -> (slice, ((slot, rows), ...)), if there are rows.
 
         In it no slot's rows depend on another's; so apart, as about_rows, changes nothing.
         """
@@ -83,7 +85,7 @@ class DeviceBatch:
 
 
 class DeviceChooser:
-    """A SlotChooser on the device: the same replicas for the same copies."""
+    """A SlotChooser on the device: the same replicas for the same assignments."""
 
     def __init__(self, chooser, torch_device):
         self.unique, self.phase = chooser.unique, chooser.phase  # whether each expert has one replica alone
@@ -98,9 +100,11 @@ class DeviceChooser:
         ordered, order = flat.sort(stable=True)
         first, end = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
         place = torch.arange(len(flat), device=flat.device)
-        number = torch.empty_like(order).scatter_(0, order, place - first)  # of a copy, among those of its expert
+        number = torch.empty_like(order).scatter_(
+            0, order, place - first
+        )  # of an assignment, among those of its expert
         count = torch.empty_like(order).scatter_(0, order, end - first)
-        point = (number + self.phase) / count.double() * BELOW_ONE
+        point = (number + self.phase) / count.double() * LARGEST_POINT
         chosen = torch.searchsorted(self.edges, flat + point, right=True)
         return self.slots[chosen].view(len(experts), experts.shape[1] * self.slots.shape[1])
 
@@ -110,11 +114,11 @@ def edges_of(counts):
     return np.concatenate(([0], np.cumsum(counts)))
 
 
-def tag_of(flight, direction, part):
+def tag_of(handle, direction, part):
     """Number the messages of one transfer, or of the counts before it."""
-    return make_message_tag(make_tag(flight.micro_batch, direction), part, 0, 1)
+    return make_message_tag(make_tag(handle.micro_batch, direction), part, 0, 1)
 
 
-def tag_of_counts(flight):
-    """Number the messages that tell the counts of a flight."""
-    return tag_of(flight, Direction.DISPATCH, MessageKind.HEADER)
+def tag_of_counts(handle):
+    """Number the messages that tell the counts of a handle."""
+    return tag_of(handle, Direction.DISPATCH, MessageKind.HEADER)

@@ -14,6 +14,6 @@ def renormalizes(dispatch: Dispatch, top_k: int) -> bool:
     return dispatch.renormalize and top_k > 1
 
 
-def weighs_by_load(dispatch: Dispatch) -> bool:
+def load_acts_on_gates(dispatch: Dispatch) -> bool:
     """Return True if the measured load acts on the gate weights too, and not on the choice alone."""
     return dispatch.load_feedback_on == "both"

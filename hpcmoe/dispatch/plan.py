@@ -1,6 +1,6 @@
-"""Routing becomes a Plan: which copy takes which way, and where its result will lie at home.
+"""Routing becomes a Plan: which assignment takes which way, and where its result will lie at home.
 
-Copies are laid in the order of their ways (hpcmoe.dispatch.routes) and by slot, so that whatever takes one way to one
+Assignments are sorted in the order of their ways (hpcmoe.dispatch.routes) and by slot, so that whatever takes one way to one
 expert lies in one run.
 """
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GOLDEN = 0.6180339887498949  # its multiples, modulo 1, fill [0, 1) evenly however many are taken
-BELOW_ONE = 1 - 1e-9  # keeps expert + point below expert + 1 after rounding
-NUMBER_BYTES = 8  # of a copy in a parcel: which of its tokens it is, and a number of its own
+_GOLDEN_RATIO = 0.6180339887498949  # its multiples, modulo 1, fill [0, 1) evenly however many are taken
+LARGEST_POINT = 1 - 1e-9  # keeps expert + point below expert + 1 after rounding
+NUMBER_BYTES = 8  # of an assignment in a message: which of its tokens it is, and a number of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parcel:
+class Message:
     """Tokens for other nodes that travel, and whose sums come back, in one message: each token once."""
 
-    landing: int  # which of the routes' parcels it is part of
+    receiver: int  # which of the routes' messages it is part of
     tokens: np.ndarray  # [U] int64, ascending
-    copies: np.ndarray  # [C] int64, t * K + k, by slot
-    token_of_copy: np.ndarray  # [C] int32, which of the parcel's tokens each copy is of
-    counts: np.ndarray  # [served, s] int64, copies for each slot of the ranks that it serves
-    first: int  # row at home, after the window's copies, where its sums land
+    assignments: np.ndarray  # [C] int64, t * K + k, by slot
+    token_of_assignment: np.ndarray  # [C] int32, which of the message's tokens each assignment is of
+    counts: np.ndarray  # [served, s] int64, assignments for each slot of the ranks that it serves
+    first: int  # row at home, after the window's assignments, where its sums land
 
     @property
     def num_tokens(self):
@@ -30,26 +30,26 @@ class Parcel:
         return len(self.tokens)
 
     @property
-    def num_copies(self):
+    def num_assignments(self):
         """C."""
-        return len(self.copies)
+        return len(self.assignments)
 
     def num_rows(self, row_bytes):
-        """Rows of its message: tokens, and behind them the copies' gate values."""
-        return self.num_tokens + num_trailing_rows(self.num_copies, row_bytes)
+        """Rows of its message: tokens, and behind them the assignments' gate values."""
+        return self.num_tokens + num_trailing_rows(self.num_assignments, row_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What one micro-batch exchanges in one layer, as its home sees it."""
 
-    copies: np.ndarray  # [N'] int64, t * K + k: those that take the window, by mate and slot
-    counts: np.ndarray  # [mates, s] int64, of these for each slot
-    parcels: tuple  # of all other copies
+    assignments: np.ndarray  # [N'] int64, t * K + k: those that take the window, by local_peer and slot
+    counts: np.ndarray  # [local_peers, s] int64, of these for each slot
+    messages: tuple  # of all other assignments
     row_of_entry: np.ndarray  # [T, K] int64, the rows whose sum is a token's result; -1 where there are fewer than K
-    is_sum: np.ndarray  # [T, K] bool: the row holds several copies' sum, already weighed
+    is_sum: np.ndarray  # [T, K] bool: the row holds several assignments' sum, already weighed
     num_rows: int  # rows that come home
-    copies_to_rank: np.ndarray  # [P] int64
+    assignments_to_rank: np.ndarray  # [P] int64
 
     @property
     def top_k(self):
@@ -58,64 +58,64 @@ class Plan:
 
 
 def make_plan(slots, kept, routes, max_tokens, row_bytes):
-    """Find the way of each kept copy -> Plan: slots [T, K], kept [T, K] bool, at most max_tokens tokens a parcel."""
-    copies = np.flatnonzero(kept)
-    place = routes.place_of_slot[slots.ravel()[copies]]
+    """Find the way of each kept assignment -> Plan: slots [T, K], kept [T, K] bool, at most max_tokens tokens a message."""
+    assignments = np.flatnonzero(kept)
+    place = routes.place_of_slot[slots.ravel()[assignments]]
     narrow = np.uint8 if len(routes.place_of_slot) <= 256 else np.uint16 if len(routes.place_of_slot) <= 65536 else None
     order = np.argsort(place if narrow is None else place.astype(narrow), kind="stable")  # a narrow key sorts faster
-    copies = copies[order]
+    assignments = assignments[order]
     counts = np.bincount(place, minlength=len(routes.place_of_slot))
     edges = np.concatenate(([0], np.cumsum(counts)))[routes.edges]
 
-    # The window's copies come home each to a row of its own.
+    # The window's assignments come home each to a row of its own.
     local = edges[0]
     row_of_entry, is_sum = np.full(slots.size, -1), np.zeros(slots.size, bool)
-    row_of_entry[copies[:local]] = np.arange(local)
+    row_of_entry[assignments[:local]] = np.arange(local)
 
-    # A parcel's come home summed by token: the row is entered for the first copy of each.
-    parcels, row = [], int(local)
-    for landing in np.flatnonzero(np.diff(edges)).tolist():
-        mine = copies[edges[landing] : edges[landing + 1]]
-        of_slots = counts[routes.edges[landing] : routes.edges[landing + 1]]
+    # A message's come home summed by token: the row is entered for the first assignment of each.
+    messages, row = [], int(local)
+    for receiver in np.flatnonzero(np.diff(edges)).tolist():
+        mine = assignments[edges[receiver] : edges[receiver + 1]]
+        of_slots = counts[routes.edges[receiver] : routes.edges[receiver + 1]]
         for cut, entries in cut_by_token(mine, of_slots.reshape(-1, routes.num_slots), slots.shape[1], max_tokens):
-            parcel = Parcel(landing=landing, first=row, **cut)
-            parcels.append(parcel)
-            row_of_entry[entries] = np.arange(row, row + parcel.num_tokens)
+            message = Message(receiver=receiver, first=row, **cut)
+            messages.append(message)
+            row_of_entry[entries] = np.arange(row, row + message.num_tokens)
             is_sum[entries] = True
-            row += parcel.num_rows(row_bytes)
+            row += message.num_rows(row_bytes)
     return Plan(
-        copies=copies[:local],
+        assignments=assignments[:local],
         counts=counts[: routes.num_places].reshape(-1, routes.num_slots),
-        parcels=tuple(parcels),
+        messages=tuple(messages),
         row_of_entry=row_of_entry.reshape(slots.shape),
         is_sum=is_sum.reshape(slots.shape),
         num_rows=row,
-        copies_to_rank=counts[routes.place_of_slot].reshape(-1, routes.num_slots).sum(axis=1),
+        assignments_to_rank=counts[routes.place_of_slot].reshape(-1, routes.num_slots).sum(axis=1),
     )
 
 
-def cut_by_token(copies, counts, top_k, max_tokens):
-    """Cut one way's copies [C], counts [served, s] of them a slot, into parcels -> (fields of Parcel, entries) of each.
+def cut_by_token(assignments, counts, top_k, max_tokens):
+    """Cut one way's assignments [C], counts [served, s] of them a slot, into messages -> (fields of Message, entries) of each.
 
-    entries are the first copy of each token.
+    entries are the first assignment of each token.
     """
-    tokens, entries, token_of_copy = np.unique(copies // top_k, return_index=True, return_inverse=True)
-    slot_of_copy = np.repeat(np.arange(counts.size), counts.ravel())
+    tokens, entries, token_of_assignment = np.unique(assignments // top_k, return_index=True, return_inverse=True)
+    slot_of_assignment = np.repeat(np.arange(counts.size), counts.ravel())
     for begin in range(0, len(tokens), max_tokens):
         part = slice(begin, begin + max_tokens)
-        inside = (token_of_copy >= begin) & (token_of_copy < begin + max_tokens)
+        inside = (token_of_assignment >= begin) & (token_of_assignment < begin + max_tokens)
         cut = {
             "tokens": tokens[part],
-            "copies": copies[inside],
-            "token_of_copy": (token_of_copy[inside] - begin).astype(np.int32),
-            "counts": np.bincount(slot_of_copy[inside], minlength=counts.size).reshape(counts.shape),
+            "assignments": assignments[inside],
+            "token_of_assignment": (token_of_assignment[inside] - begin).astype(np.int32),
+            "counts": np.bincount(slot_of_assignment[inside], minlength=counts.size).reshape(counts.shape),
         }
-        yield cut, copies[entries[part]]
+        yield cut, assignments[entries[part]]
 
 
-def num_trailing_rows(num_copies, row_bytes):
-    """Rows that hold the gate values of a parcel's copies, behind its tokens."""
-    return -(-num_copies * NUMBER_BYTES // row_bytes)
+def num_trailing_rows(num_assignments, row_bytes):
+    """Rows that hold the gate values of a message's assignments, behind its tokens."""
+    return -(-num_assignments * NUMBER_BYTES // row_bytes)
 
 
 def ranges(starts, counts):
@@ -125,10 +125,10 @@ def ranges(starts, counts):
 
 
 class SlotChooser:
-    """Picks a replica for each copy of a token, by the shares that the placement gives this rank's node.
+    """Picks a replica for each assignment of a token, by the shares that the placement gives this rank's node.
 
-    The i-th of n copies that a rank has for an expert takes the point (i + phase) / n in the expert's shares, so each
-    replica's copies miss its share by less than one. Ranks differ in phase: single copies do not all go the same way.
+    The i-th of n assignments that a rank has for an expert takes the point (i + phase) / n in the expert's shares, so each
+    replica's assignments miss its share by less than one. Ranks differ in phase: single assignments do not all go the same way.
     """
 
     def __init__(self, expert_of_replica, share_of_replica, slots_of_replica, num_experts, rank):
@@ -139,7 +139,7 @@ class SlotChooser:
         experts = expert_of_replica[used]
         self.edges = experts + cumulative_share(experts, share_of_replica[used])
         self.unique = len(used) == num_experts
-        self.phase = rank * GOLDEN % 1.0
+        self.phase = rank * _GOLDEN_RATIO % 1.0
 
     def choose(self, experts):
         """experts [T, K] -> slots [T, K * shards]."""
@@ -147,7 +147,7 @@ class SlotChooser:
         if self.unique:
             return self.slots[experts].reshape(shape)
         flat = experts.ravel()
-        point = (place_among_equals(flat) + self.phase) / np.bincount(flat)[flat] * BELOW_ONE
+        point = (place_among_equals(flat) + self.phase) / np.bincount(flat)[flat] * LARGEST_POINT
         chosen = np.searchsorted(self.edges, flat + point, side="right")
         return self.slots[chosen].reshape(shape)
 

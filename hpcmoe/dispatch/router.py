@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from hpcmoe.dispatch.gate import renormalizes, weighs_by_load
+from hpcmoe.dispatch.gate import load_acts_on_gates, renormalizes
 from hpcmoe.gemm import multiply
 
 FEW_MAXIMA, FEW_EXPERTS = 2, 64  # one maximum after the other then takes a third of topk's time
@@ -24,15 +24,15 @@ class Routing:
     """Where the T tokens of a micro-batch go."""
 
     experts: torch.Tensor  # [T, K] int64
-    gates: torch.Tensor  # [T, K] float32, differentiable; a dropped copy's gate is zero
+    gates: torch.Tensor  # [T, K] float32, differentiable; a dropped assignment's gate is zero
     kept: torch.Tensor | None  # [T, K] bool, False where an expert's capacity was exceeded; None where there is none
     probability_sum: torch.Tensor  # [E] float32, differentiable: softmax probabilities summed over the tokens
     z_sum: torch.Tensor  # [] float32, differentiable: squared log-sum-exp of the logits, summed over the tokens
-    tokens_of_expert: torch.Tensor  # [E] int64, copies that chose each expert, dropped ones too
+    tokens_of_expert: torch.Tensor  # [E] int64, assignments that chose each expert, dropped ones too
 
     @property
     def num_dropped(self):
-        """Count the copies over capacity."""
+        """Count the assignments over capacity."""
         return 0 if self.kept is None else self.kept.numel() - int(self.kept.sum())
 
 
@@ -56,22 +56,22 @@ class Router(nn.Module):
         # Let load and bias speak on the choice, and the load on the weights too where it is to.
         pressure = self.config.load_feedback * load
         experts = choose_largest(logits.detach() + (self.bias - pressure), self.top_k)  # [T, K]
-        weighing = pressure if weighs_by_load(self.config) else None
+        weighing = pressure if load_acts_on_gates(self.config) else None
         renormalize = renormalizes(self.config, self.top_k)
         gates, probability_sum, z_sum = Softmax.apply(logits, weighing, experts, renormalize)
 
-        kept = self.within_capacity(experts)
+        kept = self.keep_within_capacity(experts)
         return Routing(
             experts=experts,
             gates=gates if kept is None else gates * kept,
             kept=kept,
             probability_sum=probability_sum,
             z_sum=z_sum,
-            tokens_of_expert=count_copies(experts, len(self.weight)),
+            tokens_of_expert=count_assignments(experts, len(self.weight)),
         )
 
-    def within_capacity(self, experts):
-        """Keep each expert's first C copies, all first choices before any second: experts [T, K] -> bool [T, K].
+    def keep_within_capacity(self, experts):
+        """Keep each expert's first C assignments, all first choices before any second: experts [T, K] -> bool [T, K].
 
         C = ceil(capacity_factor x T x K / E) of this rank's micro-batch; a factor of 0 drops nothing: None.
         """
@@ -80,7 +80,9 @@ class Router(nn.Module):
         num_experts = len(self.weight)
         capacity = math.ceil(self.config.capacity_factor * experts.numel() / num_experts)
         chosen = nn.functional.one_hot(experts.T.flatten(), num_experts)  # [K * T, E], first choices first
-        place = (chosen.cumsum(dim=0) * chosen).sum(dim=1)  # 1 for the first copy of its expert, 2 for the second ...
+        place = (chosen.cumsum(dim=0) * chosen).sum(
+            dim=1
+        )  # 1 for the first assignment of its expert, 2 for the second ...
         return (place <= capacity).view(self.top_k, -1).T
 
 
@@ -123,8 +125,8 @@ class Softmax(torch.autograd.Function):
         return grad_logits.scatter_add_(1, experts, of_gates), None, None, None
 
 
-def count_copies(experts, num_experts):
-    """Count the copies that chose each expert: experts [T, K] -> [E] int64; torch.bincount would wait for a GPU."""
+def count_assignments(experts, num_experts):
+    """Count the assignments that chose each expert: experts [T, K] -> [E] int64; torch.bincount would wait for a GPU."""
     chosen = experts.flatten()
     return chosen.new_zeros(num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
 
@@ -141,19 +143,19 @@ def choose_largest(logits, count):
     return torch.cat(chosen, dim=1)
 
 
-def for_shards(of_copies, num_shards):
-    """Say of each shard's copy what is true of all of an expert's: [T, K], or None -> [T, K * num_shards], or None."""
-    if of_copies is None or num_shards == 1:
-        return of_copies
-    return of_copies.repeat_interleave(num_shards, dim=1)
+def repeat_for_shards(of_assignments, num_shards):
+    """Say of each shard's assignment what is true of all of an expert's: [T, K], or None -> [T, K * num_shards], or None."""
+    if of_assignments is None or num_shards == 1:
+        return of_assignments
+    return of_assignments.repeat_interleave(num_shards, dim=1)
 
 
 def load_balancing_loss(tokens_of_expert, probability_sum, num_tokens):
-    """E x sum over experts of (share of copies) x (mean probability); 1 when even (arXiv:2101.03961, equation 4)."""
+    """E x sum over experts of (share of assignments) x (mean probability); 1 when even (arXiv:2101.03961, equation 4)."""
     return (load_balancing_grad(tokens_of_expert, num_tokens) * probability_sum).sum()
 
 
 def load_balancing_grad(tokens_of_expert, num_tokens):
-    """Derivative of the load-balancing loss by probability_sum [E]; the copies' shares count as constants."""
-    copies = max(int(tokens_of_expert.sum()), 1)
-    return len(tokens_of_expert) * tokens_of_expert.float() / copies / max(num_tokens, 1)
+    """Derivative of the load-balancing loss by probability_sum [E]; the assignments' shares count as constants."""
+    assignments = max(int(tokens_of_expert.sum()), 1)
+    return len(tokens_of_expert) * tokens_of_expert.float() / assignments / max(num_tokens, 1)

@@ -22,8 +22,8 @@ class Sizes:
     hidden: int  # H
     dtype: torch.dtype  # of the rows that travel
     tokens: int  # T, the most that a micro-batch of this rank has
-    top_k: int  # copies of a token: an expert's shards get one each
-    num_berths: int  # micro-batches in flight
+    top_k: int  # assignments of a token: one to each shard of an expert
+    num_in_flight: int  # micro-batches in flight
     num_micro_batches: int
     expert_rows: int  # rows expected at this rank's experts
     batch_rows: int  # of a GEMM, about
@@ -33,10 +33,10 @@ class Sizes:
 class HostSizes(Sizes):
     """What buffers on the host must hold, and how rows meet in batches."""
 
-    parcel_tokens: int  # B_max, tokens of a message between nodes
-    parcels_sent: int  # by this rank in an exchange, at most; 0: all ranks lie on one node
-    pool_rows: int  # where parcels land, of each micro-batch in flight
-    parcels_at_once: int  # that find room there together, whatever they hold
+    message_tokens: int  # B_max, tokens of a message between nodes
+    num_messages_sent: int  # by this rank in an exchange, at most; 0: all ranks lie on one node
+    pool_rows: int  # where messages land, of each micro-batch in flight
+    messages_at_once: int  # that find room there together, whatever they hold
     in_order: bool  # the same rows meet in the same batches at every run
     deterministic: bool  # and the batches are worked on in the same order
 
@@ -46,43 +46,45 @@ class HostSizes(Sizes):
         return self.hidden * self.dtype.itemsize
 
     @property
-    def parcel_rows(self):
+    def sent_message_rows(self):
         """Rows of all messages that a micro-batch sends in one exchange."""
-        if self.parcels_sent == 0:
+        if self.num_messages_sent == 0:
             return 0
         return (
-            self.tokens * self.top_k + num_trailing_rows(self.tokens * self.top_k, self.row_bytes) + self.parcels_sent
+            self.tokens * self.top_k
+            + num_trailing_rows(self.tokens * self.top_k, self.row_bytes)
+            + self.num_messages_sent
         )
 
     @property
     def home_window_rows(self):
         """Rows of the window that a micro-batch has for its tokens and results, and one that is zero."""
-        return self.tokens + max(self.tokens * self.top_k, self.parcel_rows) + 1
+        return self.tokens + max(self.tokens * self.top_k, self.sent_message_rows) + 1
 
     @property
     def window_rows(self):
         """Rows of the window that belong to this rank."""
-        return self.num_berths * (self.home_window_rows + self.pool_rows)
+        return self.num_in_flight * (self.home_window_rows + self.pool_rows)
 
     def window_sizes(self, routes):
-        """What each mate puts into the window -> WindowSizes."""
+        """What each local_peer puts into the window -> WindowSizes."""
         return WindowSizes(
             rows=self.window_rows,
             row_bytes=self.row_bytes,
-            num_berths=self.num_berths,
-            num_guests=routes.most_guests,
-            max_parcels=count_parcels(self.tokens, self.parcel_tokens),
+            num_in_flight=self.num_in_flight,
+            max_senders=routes.max_senders,
+            max_messages=count_messages(self.tokens, self.message_tokens),
             num_slots=routes.num_places,
         )
 
     def shared_bytes(self, routes):
         """Memory of the window that is this rank's share."""
-        return self.window_sizes(routes).num_bytes(len(routes.mates)) // len(routes.mates)
+        return self.window_sizes(routes).num_bytes(len(routes.local_peers)) // len(routes.local_peers)
 
     @property
     def send_bytes(self):
         """Memory from which this rank sends."""
-        return self.num_berths * self.parcel_rows * self.row_bytes
+        return self.num_in_flight * self.sent_message_rows * self.row_bytes
 
     def buffer_bytes(self, routes):
         """Memory that messages take on this rank: its share of the window, and what it sends from."""
@@ -90,38 +92,42 @@ class HostSizes(Sizes):
 
 
 def make_pools(sizes, first_row):
-    """Make each berth's pool of rows for landings, behind what homes have from window row first_row on."""
-    begin = first_row + sizes.num_berths * sizes.home_window_rows
-    return [RowPool(begin + berth * sizes.pool_rows, sizes.pool_rows) for berth in range(sizes.num_berths)]
+    """Make the pool of each of the in-flight buffers of rows for receivers, behind what homes have from window row first_row on."""
+    begin = first_row + sizes.num_in_flight * sizes.home_window_rows
+    return [
+        RowPool(begin + buffer_index * sizes.pool_rows, sizes.pool_rows) for buffer_index in range(sizes.num_in_flight)
+    ]
 
 
-def count_parcels(tokens, parcel_tokens):
-    """Parcels into which one way's tokens are cut, at most."""
-    return -(-tokens // max(parcel_tokens, 1))
+def count_messages(tokens, message_tokens):
+    """Messages into which one way's tokens are cut, at most."""
+    return -(-tokens // max(message_tokens, 1))
 
 
-def most_parcels(num_ways, tokens, top_k, parcel_tokens):
-    """Parcels that a rank sends over all its ways, at most: all but the last of each way are full, none is empty."""
-    copies = tokens * top_k
-    return min(num_ways * count_parcels(tokens, parcel_tokens), num_ways + copies // max(parcel_tokens, 1), copies)
+def max_messages_sent(num_ways, tokens, top_k, message_tokens):
+    """Messages that a rank sends over all its ways, at most: all but the last of each way are full, none is empty."""
+    assignments = tokens * top_k
+    return min(
+        num_ways * count_messages(tokens, message_tokens), num_ways + assignments // max(message_tokens, 1), assignments
+    )
 
 
-def rows_of_parcel(tokens, copies_of_token, row_bytes):
-    """Rows that a full parcel takes where it lands: tokens, their copies' gate values, results of the copies."""
-    copies = tokens * copies_of_token
-    return tokens + num_trailing_rows(copies, row_bytes) + copies
+def count_inbound_rows(tokens, assignments_of_token, row_bytes):
+    """Rows that a full message takes where it lands: tokens, their assignments' gate values, results of the assignments."""
+    assignments = tokens * assignments_of_token
+    return tokens + num_trailing_rows(assignments, row_bytes) + assignments
 
 
-def fit_parcels(parcel_tokens, expected_rows, most_rows, copies_of_token, row_bytes):
-    """Size a pool and the parcels that land in it: expected_rows where the limit allows.
+def fit_messages(message_tokens, expected_rows, most_rows, assignments_of_token, row_bytes):
+    """Size a pool and the messages that land in it: expected_rows where the limit allows.
 
-    -> (tokens of a parcel, rows of the pool, parcels that find room together whatever they hold)
+    -> (tokens of a message, rows of the pool, messages that find room together whatever they hold)
 
-    A parcel must fit whole; where the limit is tight it is made smaller. Raises ConfigError when not one token fits.
+    A message must fit whole; where the limit is tight it is made smaller. Raises ConfigError when not one token fits.
     """
-    while parcel_tokens > 1 and rows_of_parcel(parcel_tokens, copies_of_token, row_bytes) > most_rows:
-        parcel_tokens = -(-parcel_tokens // 2)
-    least = rows_of_parcel(parcel_tokens, copies_of_token, row_bytes)
+    while message_tokens > 1 and count_inbound_rows(message_tokens, assignments_of_token, row_bytes) > most_rows:
+        message_tokens = -(-message_tokens // 2)
+    least = count_inbound_rows(message_tokens, assignments_of_token, row_bytes)
     if least > most_rows:
         raise ConfigError(
             f"[comm] pool_bytes: has {most_rows} rows of {row_bytes} B for each micro-batch in flight, "
@@ -129,10 +135,10 @@ def fit_parcels(parcel_tokens, expected_rows, most_rows, copies_of_token, row_by
         )
     pool_rows = min(max(expected_rows, least), most_rows)
     at_once = (pool_rows // least + 1) // 2  # with one less there, one of the gaps between them is still large enough
-    return parcel_tokens, pool_rows, at_once
+    return message_tokens, pool_rows, at_once
 
 
-def choose_parcel_tokens(bytes_per_second, latency_seconds, row_bytes):
+def choose_message_tokens(bytes_per_second, latency_seconds, row_bytes):
     """Choose B_max from the links between nodes [nodes, nodes]: latency is at most a tenth of what a message takes.
 
     At least MIN_BATCH_ROWS, since rows that land together are worked on together.
@@ -148,7 +154,7 @@ def choose_gemm_rows(row_bytes):
 
 
 def group_peers(routes, sizes):
-    """Part the peers, mates first, into lists whose rows meet in a batch: about batch_rows a slot, or a few nodes'."""
+    """Part the peers, local peers first, into lists whose rows meet in a batch: about batch_rows a slot, or a few nodes'."""
     enough = min(MIN_BATCH_ROWS, sizes.batch_rows) * routes.num_slots
     each = max(sizes.expert_rows / len(routes.publishers), 1e-9)
     at_once = max(int(sizes.batch_rows * routes.num_slots / each), 1)

@@ -11,8 +11,8 @@ from hpcmoe.comm.transport import Direction
 class Traffic:
     """What this rank has sent to each of P ranks."""
 
-    copies: dict  # layer: [P] int64, tokens' copies in dispatch
-    rows: np.ndarray  # [4, P] int64, by direction: through the window, or in parcels to who lands them
+    assignments: dict  # layer: [P] int64, assignments in dispatch
+    rows: np.ndarray  # [4, P] int64, by direction: through the window, or in messages to who lands them
     batches: dict = field(default_factory=dict)  # (layer, slot): (number, rows, least, most) of its batches, forward
 
     def count_batches(self, layer: int, slots) -> None:
@@ -27,6 +27,6 @@ def add_batches(batches: dict, key, more) -> None:
     batches[key] = number + more[0], rows + more[1], min(least, more[2]), max(most, more[3])
 
 
-def no_traffic(num_ranks):
+def make_traffic(num_ranks):
     """Start counting what goes to each of so many ranks -> Traffic."""
-    return Traffic(copies={}, rows=np.zeros((len(Direction), num_ranks), np.int64))
+    return Traffic(assignments={}, rows=np.zeros((len(Direction), num_ranks), np.int64))

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from hpcmoe.comm.transport import Direction
-from hpcmoe.dispatch.router import for_shards
+from hpcmoe.dispatch.router import repeat_for_shards
 
 
-class Flight:
+class LayerContext:
     """What one micro-batch leaves behind in one layer on its way up, for its way down."""
 
-    def __init__(self, layer, micro_batch, berth, training):
-        self.layer, self.micro_batch, self.berth = layer, micro_batch, berth
+    def __init__(self, layer, micro_batch, buffer_index, training):
+        self.layer, self.micro_batch, self.buffer_index = layer, micro_batch, buffer_index
         self.training = training
         self.batches, self.kept = [], []  # of the local experts: Batches, and what each of their chunks kept
 
@@ -27,54 +27,54 @@ class Flight:
 class MoELayer(nn.Module):
     """A block of the network: `dense` up to the router's input, then the experts, with a residual around both."""
 
-    def __init__(self, dense, router, experts, exchange, chooser):
+    def __init__(self, dense, router, experts, dispatcher, chooser):
         """dense: x [T, H] -> (residual, normed) [T, H]; chooser: experts [T, K] -> slots [T, K * shards]."""
         super().__init__()
         self.dense, self.router, self.experts = dense, router, experts
-        self.exchange, self.chooser = exchange, chooser
+        self.dispatcher, self.chooser = dispatcher, chooser
 
-    def route(self, flight, x, load):
-        """Choose experts for the tokens x [T, H], and the way of each copy to them."""
-        flight.x = x.detach().requires_grad_(flight.training)
-        with self.exchange.clock.stage("dense"):
-            flight.residual, flight.normed = self.dense(flight.x)
-        flight.routing = self.router(flight.normed, load)
-        flight.plan = self.exchange.plan(flight.routing, self.chooser)
-        num_shards = flight.plan.top_k // flight.routing.gates.shape[1]  # a copy goes to all of its expert's
-        flight.gates = for_shards(flight.routing.gates.detach(), num_shards)
+    def route(self, context, x, load):
+        """Choose experts for the tokens x [T, H], and the way of each assignment to them."""
+        context.x = x.detach().requires_grad_(context.training)
+        with self.dispatcher.clock.stage("dense"):
+            context.residual, context.normed = self.dense(context.x)
+        context.routing = self.router(context.normed, load)
+        context.plan = self.dispatcher.plan(context.routing, self.chooser)
+        num_shards = context.plan.top_k // context.routing.gates.shape[1]  # an assignment goes to all of its expert's
+        context.gates = repeat_for_shards(context.routing.gates.detach(), num_shards)
 
-    def dispatch(self, flight):
+    def dispatch(self, context):
         """Offer the tokens to their experts."""
-        while not self.exchange.may_start(flight):
+        while not self.dispatcher.poll_ready(context):
             yield False
-        self.exchange.start_outward(flight, flight.normed.detach(), flight.gates, Direction.DISPATCH)
+        self.dispatcher.dispatch(context, context.normed.detach(), context.gates, Direction.DISPATCH)
         yield True
 
-    def compute(self, flight):
+    def compute(self, context):
         """Let the experts work on rows as they come, and lay the results down at the tokens' homes."""
-        exchange = self.exchange
+        dispatcher = self.dispatcher
         while self.experts.awaits_weights:
             yield False
-        for batch in exchange.batches(flight):
+        for batch in dispatcher.receive(context):
             if batch is None:
                 yield False
                 continue
-            places, kept = exchange.rows_of(flight, batch), []
-            for number, (part, slots) in enumerate(self.portions(batch)):
+            places, kept = dispatcher.find_rows(context, batch), []
+            for number, (part, slots) in enumerate(self.split_chunks(batch)):
                 if number > 0:
                     yield True
-                exchange.traffic.count_batches(flight.layer, slots)
-                rows, _ = exchange.take(places[part])
-                exchange.lay(self.work(slots, rows, kept if flight.training else None), places[part])
-            exchange.finish(flight, batch)  # before anything else is done: the homes wait for it
-            if flight.training:
-                flight.batches.append(batch)
-                flight.kept.append(kept)
+                dispatcher.traffic.count_batches(context.layer, slots)
+                rows, _ = dispatcher.gather(places[part])
+                dispatcher.scatter(self.work(slots, rows, kept if context.training else None), places[part])
+            dispatcher.return_batch(context, batch)  # before anything else is done: the homes wait for it
+            if context.training:
+                context.batches.append(batch)
+                context.kept.append(kept)
             yield True
 
-    def portions(self, batch):
+    def split_chunks(self, batch):
         """Cut a batch into what is worked on at once -> (slice, ((slot, rows), ...)) of each."""
-        return batch.portions(self.exchange.sizes.batch_rows, apart=self.exchange.routes.same_order)
+        return batch.split_chunks(self.dispatcher.sizes.batch_rows, apart=self.dispatcher.routes.same_order)
 
     def work(self, slots, rows, kept):
         """Let the experts in some slots work on rows [m, H] grouped by slot -> results [m, H], or this shard's part.
@@ -90,45 +90,45 @@ class MoELayer(nn.Module):
                 result, remembered = expert.forward_kept(own)
                 results.append(result)
                 kept.append(remembered)
-        return join(results)
+        return concatenate(results)
 
-    def combine(self, flight):
+    def combine(self, context):
         """Weigh the K results of each token, all shards' parts, and add them to the residual -> the next x [T, H]."""
-        while not self.exchange.is_home(flight):
+        while not self.dispatcher.poll_results(context):
             yield False
-        total = self.exchange.sum_home(flight, flight.gates)
-        residual = flight.residual.detach()
-        flight.output = total.add_(residual) if total.dtype == residual.dtype else residual + total
-        if not flight.training:
-            flight.residual = flight.normed = None  # nothing will ask for them
+        total = self.dispatcher.combine(context, context.gates)
+        residual = context.residual.detach()
+        context.output = total.add_(residual) if total.dtype == residual.dtype else residual + total
+        if not context.training:
+            context.residual = context.normed = None  # nothing will ask for them
         yield True
 
-    def combine_backward(self, flight, grad):
-        """Send the experts the next x's gradient [T, H], with the gates that each copy's share of it has."""
-        while not self.exchange.may_start(flight):
+    def combine_backward(self, context, grad):
+        """Send the experts the next x's gradient [T, H], with the gates that each assignment's share of it has."""
+        while not self.dispatcher.poll_ready(context):
             yield False
-        flight.grad = grad
-        self.exchange.start_outward(flight, grad, flight.gates, Direction.COMBINE_BACKWARD)
+        context.grad = grad
+        self.dispatcher.dispatch(context, grad, context.gates, Direction.COMBINE_BACKWARD)
         yield True
 
-    def compute_backward(self, flight):
+    def compute_backward(self, context):
         """Go back through the experts as gradients come, and scatter those of their inputs and of the gates."""
-        exchange = self.exchange
-        for number in exchange.batches_again(flight, flight.batches):
+        dispatcher = self.dispatcher
+        for number in dispatcher.receive_again(context, context.batches):
             if number is None:
                 yield False
                 continue
-            batch, kept = flight.batches[number], flight.kept[number][::-1]
-            places = exchange.rows_of(flight, batch)
-            flight.kept[number] = None
-            for portion, (part, slots) in enumerate(self.portions(batch)):
-                if portion > 0:
+            batch, kept = context.batches[number], context.kept[number][::-1]
+            places = dispatcher.find_rows(context, batch)
+            context.kept[number] = None
+            for chunk, (part, slots) in enumerate(self.split_chunks(batch)):
+                if chunk > 0:
                     yield True
-                by_input, by_gate = self.work_back(slots, *exchange.take(places[part]), kept)
-                exchange.lay(by_input, places[part], by_gate)
-            exchange.finish(flight, batch)
+                by_input, by_gate = self.work_back(slots, *dispatcher.gather(places[part]), kept)
+                dispatcher.scatter(by_input, places[part], by_gate)
+            dispatcher.return_batch(context, batch)
             yield True
-        flight.batches, flight.kept = [], []
+        context.batches, context.kept = [], []
 
     def work_back(self, slots, grads, gates, kept):
         """Go back through the experts in some slots, grads [m, H] and gates [m] grouped by slot -> both gradients.
@@ -140,23 +140,23 @@ class MoELayer(nn.Module):
             of_input, of_gate = self.experts.replicas[slot].backward(kept.pop(), own, own_gates)
             by_input.append(of_input)
             by_gate.append(of_gate)
-        return join(by_input), join(by_gate)
+        return concatenate(by_input), concatenate(by_gate)
 
-    def route_backward(self, flight, grad_probability, grad_z):
+    def route_backward(self, context, grad_probability, grad_z):
         """Go back through router and dense part -> gradient of x [T, H].
 
         grad_probability [E] and grad_z [] are the routing losses' gradients with respect to the routing's sums.
         """
-        while not self.exchange.is_home(flight):
+        while not self.dispatcher.poll_results(context):
             yield False
-        routing = flight.routing
-        grad_normed = self.exchange.sum_home(flight, torch.ones_like(flight.gates)).float()
-        of_shards = self.exchange.gather_gate_grads(flight).unflatten(1, (routing.gates.shape[1], -1))
+        routing = context.routing
+        grad_normed = self.dispatcher.combine(context, torch.ones_like(context.gates)).float()
+        of_shards = self.dispatcher.gather_gate_grads(context).unflatten(1, (routing.gates.shape[1], -1))
         torch.autograd.backward(
-            [flight.residual, flight.normed, routing.gates, routing.probability_sum, routing.z_sum],
-            [flight.grad, grad_normed, of_shards.sum(dim=2), grad_probability, grad_z],
+            [context.residual, context.normed, routing.gates, routing.probability_sum, routing.z_sum],
+            [context.grad, grad_normed, of_shards.sum(dim=2), grad_probability, grad_z],
         )
-        flight.output = flight.x.grad
+        context.output = context.x.grad
         yield True
 
 
@@ -167,6 +167,6 @@ def split_by_slot(slots, rows):
     return [(slot, part) for (slot, _), part in zip(slots, parts, strict=True)]
 
 
-def join(parts):
+def concatenate(parts):
     """Join tensors along their rows; one alone is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,4 +1,4 @@
-"""How long an expert takes for one token's copy: timed before anything runs, for the placement's cost model."""
+"""How long an expert takes for one assignment: timed before anything runs, for the placement's cost model."""
 
 import statistics
 import time

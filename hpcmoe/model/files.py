@@ -17,7 +17,7 @@ from hpcmoe.paths import expand_pattern
 
 log = logging.getLogger(__name__)
 
-FOLDER, EMPTY, IRREGULAR = "folders", "empty", "no regular files"  # why something is no text
+FOLDER, EMPTY_FILE, IRREGULAR = "folders", "empty", "no regular files"  # why something is no text
 NOTHING, OWN = "links to nothing", "in the run's own folder"
 EXCLUDED, AGAIN = "taken by exclude", "other names of the same files"
 MOST_NAMED_PATTERNS = 5  # patterns in one line
@@ -158,7 +158,7 @@ def why_no_text(path, info, is_own):
         return IRREGULAR
     if is_own(path):
         return OWN
-    return EMPTY if info.st_size == 0 else ""
+    return EMPTY_FILE if info.st_size == 0 else ""
 
 
 def make_own(own_folder: str | os.PathLike | None) -> Callable[[str], bool]:

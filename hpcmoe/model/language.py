@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hpcmoe.comm.mpi import start_all_reduce
-from hpcmoe.dispatch.device import DeviceExchange
+from hpcmoe.dispatch.device import DeviceDispatcher
 from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
 from hpcmoe.dispatch.router import Router, load_balancing_grad, load_balancing_loss
 from hpcmoe.experts.feed_forward import Expert, LocalExperts, make_expert_weights
@@ -98,7 +98,7 @@ class LanguageModel(nn.Module):
         self.counted = {}  # micro-batch: (its routing's sums, the event of their arrival on the host)
         self.counts = {}  # micro-batch: (array, the request for its sum over all ranks, None when it is there)
         self.loss_grads = {}  # micro-batch: those of the routing losses, [L, E + 1] on the device
-        self.own_tokens = np.zeros(self.load.shape, np.int64)  # [L, E] copies whose home is this rank
+        self.own_tokens = np.zeros(self.load.shape, np.int64)  # [L, E] assignments whose home is this rank
         self.seen = {}  # name: arrays of the activations asked for, a micro-batch each
 
     def embed(self, micro_batch):
@@ -106,11 +106,11 @@ class LanguageModel(nn.Module):
         with torch.no_grad():
             return self.look_up(micro_batch)
 
-    def head(self, micro_batch, x, flights):
+    def head(self, micro_batch, x, contexts):
         """Take the last x [T, H]; start to add up the routing over all ranks -> its gradient, in training."""
-        self.counted[micro_batch] = self.device.copy_to_host(count_routings([flight.routing for flight in flights]))
+        self.counted[micro_batch] = self.device.copy_to_host(count_routings([context.routing for context in contexts]))
         self.start_sums()
-        self.watch(x, flights)
+        self.watch(x, contexts)
         if self.purpose == "infer":
             return None
         x.requires_grad_(self.purpose == "train")
@@ -142,12 +142,12 @@ class LanguageModel(nn.Module):
             self.own_tokens += counts[:, : self.own_tokens.shape[1]].astype(np.int64)
             self.counts[micro_batch] = (counts, start_all_reduce(self.mesh.world, counts))
 
-    def watch(self, x, flights):
+    def watch(self, x, contexts):
         """Keep what enters and leaves the layers whose activations were asked for, and which experts were chosen."""
-        outputs = [flight.x for flight in flights[1:]] + [x]
+        outputs = [context.x for context in contexts[1:]] + [x]
         for layer in self.watched_layers:
-            flight = flights[layer]
-            kept = {"input": flight.x, "output": outputs[layer], "experts": flight.routing.experts}
+            context = contexts[layer]
+            kept = {"input": context.x, "output": outputs[layer], "experts": context.routing.experts}
             for name, values in kept.items():
                 self.seen.setdefault(f"layer{layer}/{name}", []).append(values.detach().cpu().numpy().copy())
 
@@ -209,8 +209,8 @@ class RoutingStats:
 
     def __init__(self, config, micro_batches, num_tokens, own_tokens):
         num_experts = config.model.num_experts
-        self.own_tokens = own_tokens  # [L, E] copies of this rank alone
-        self.tokens_of_expert = sum(micro_batches)[:, :num_experts]  # [L, E] copies
+        self.own_tokens = own_tokens  # [L, E] assignments of this rank alone
+        self.tokens_of_expert = sum(micro_batches)[:, :num_experts]  # [L, E] assignments
         self.num_dropped = int(sum(micro_batches)[:, -1].sum())
         self.z_loss = sum(micro_batches)[:, -2].sum() / num_tokens
         self.aux_loss = sum(
@@ -224,40 +224,42 @@ class RoutingStats:
 
 @torch.no_grad()
 def count_routings(routings):
-    """Put all layers' sums in rows: copies and probability of each expert, z, drops -> float64 [L, 2 E + 2]."""
-    copies, probabilities, z = (
+    """Put all layers' sums in rows: assignments and probability of each expert, z, drops -> float64 [L, 2 E + 2]."""
+    assignments, probabilities, z = (
         torch.stack([getattr(routing, name) for routing in routings])
         for name in ("tokens_of_expert", "probability_sum", "z_sum")
     )
     drops = torch.zeros_like(z) if routings[0].kept is None else torch.stack([(~r.kept).sum() for r in routings])
-    return torch.cat([part.double() for part in (copies, probabilities, z[:, None], drops[:, None])], dim=1)
+    return torch.cat([part.double() for part in (assignments, probabilities, z[:, None], drops[:, None])], dim=1)
 
 
-def make_model(config, mesh, placement, exchange, device):
+def make_model(config, mesh, placement, dispatcher, device):
     """Build this rank's part of the network, its weights drawn alike at any number of ranks."""
     generator = torch.Generator().manual_seed(config.run.seed)
 
     def draw(rows, columns):
         return torch.randn(rows, columns, generator=generator) * columns**-0.5
 
-    layers = [make_layer(config, mesh, placement, exchange, draw, number) for number in range(config.model.num_layers)]
+    layers = [
+        make_layer(config, mesh, placement, dispatcher, draw, number) for number in range(config.model.num_layers)
+    ]
     network = LanguageModel(config, layers, draw, mesh, device).to(device.torch_device)
     for layer in layers:
         layer.experts.stack_weights()
     return network
 
 
-def make_layer(config, mesh, placement, exchange, draw, number):
+def make_layer(config, mesh, placement, dispatcher, draw, number):
     """Build block `number`: dense part and router whole, of the experts those in this rank's slots."""
     model = config.model
     dense = Dense(model, draw)
     router = Router(draw(model.num_experts, model.hidden), model.top_k, config.dispatch)
     expert_of_slot = placement.experts_of_rank(number, mesh.expert_index)
     replicas = [make_expert(config, mesh, number, expert) for expert in expert_of_slot.tolist()]
-    at_once = isinstance(exchange, DeviceExchange)
+    at_once = isinstance(dispatcher, DeviceDispatcher)
     experts = (GroupedExperts if at_once else LocalExperts)(replicas)
     chooser = make_chooser(config, mesh, placement, number)
-    return (GroupedLayer if at_once else MoELayer)(dense, router, experts, exchange, chooser)
+    return (GroupedLayer if at_once else MoELayer)(dense, router, experts, dispatcher, chooser)
 
 
 def make_chooser(config, mesh, placement, number):

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 
 from hpcmoe.errors import HpcmoeError
-from hpcmoe.experts.layer import Flight
+from hpcmoe.experts.layer import LayerContext
 from hpcmoe.pipeline.schedule import Op
 from hpcmoe.wait import Backoff
 
@@ -20,8 +20,8 @@ class Network(Protocol):
     def embed(self, micro_batch):
         """Return the first layer's x [T, H]."""
 
-    def head(self, micro_batch, x, flights):
-        """Take the last layer's x [T, H] and all layers' flights -> the gradient of x, when training."""
+    def head(self, micro_batch, x, contexts):
+        """Take the last layer's x [T, H] and all layers' contexts -> the gradient of x, when training."""
 
     def poll_routing_grads(self, micro_batch):
         """Whether routing_grads can be told without waiting."""
@@ -63,23 +63,23 @@ class Lane:
 class Engine:
     """One step of a network, by a schedule."""
 
-    def __init__(self, network, exchange, num_berths):
-        self.network, self.exchange, self.clock = network, exchange, exchange.clock
-        self.num_berths = num_berths
+    def __init__(self, network, dispatcher, num_in_flight):
+        self.network, self.dispatcher, self.clock = network, dispatcher, dispatcher.clock
+        self.num_in_flight = num_in_flight
         self.values = {}  # micro-batch: what travels between layers, x on the way up and its gradient on the way down
-        self.flights = {}  # (layer, micro-batch): Flight
+        self.contexts = {}  # (layer, micro-batch): LayerContext
         self.num_heads = 0  # micro-batches that have passed the head, in order: it begins a sum over all ranks
         self.at = Op("start", 0, 0)  # what was last worked on
 
     def run(self, schedule, training, observe=None):
-        """Do all ops of the schedule; show observe() the flights after each. Collective over ep and tp."""
+        """Do all ops of the schedule; show observe() the contexts after each. Collective over ep and tp."""
         self.num_heads = 0
         with torch.set_grad_enabled(training), self.located_errors():
             lanes = [Lane(ops, lambda op: self.do(op, training, observe)) for ops in schedule]
             self.go(lanes)
             self.drain()
         self.values.clear()
-        self.flights.clear()
+        self.contexts.clear()
 
     @contextlib.contextmanager
     def located_errors(self):
@@ -98,8 +98,8 @@ class Engine:
         """Take all lanes to their ends: first those that send and fetch, then one piece of an expert's work."""
         backoff = Backoff()
         while lanes := [lane for lane in lanes if lane.op is not None]:
-            news = self.exchange.count_news()  # before anything is looked at
-            moved = self.exchange.poke() | self.network.poke()
+            sequence_number = self.dispatcher.read_sequence_number()  # before anything is looked at
+            moved = self.dispatcher.poke() | self.network.poke()
             for lane in sorted(lanes, key=is_heavy):
                 heavy = is_heavy(lane)
                 if self.step(lane):
@@ -110,7 +110,7 @@ class Engine:
                 backoff.reset()
             else:
                 with self.clock.stage(WAITS[lanes[0].op.stage]):
-                    self.exchange.wait_for_news(backoff, news)
+                    self.dispatcher.wait_for_change(backoff, sequence_number)
 
     def step(self, lane):
         """Do the next piece of a lane -> whether there was one."""
@@ -122,12 +122,12 @@ class Engine:
         """Wait until this rank has done all that others want of it."""
         backoff = Backoff()
         with self.clock.stage("waiting"):
-            while not self.exchange.is_idle:
-                news = self.exchange.count_news()
-                if self.exchange.poke():
+            while not self.dispatcher.is_idle:
+                sequence_number = self.dispatcher.read_sequence_number()
+                if self.dispatcher.poke():
                     backoff.reset()
                 else:
-                    self.exchange.wait_for_news(backoff, news)
+                    self.dispatcher.wait_for_change(backoff, sequence_number)
 
     def do(self, op, training, observe):
         """Do one op, piece by piece."""
@@ -135,7 +135,7 @@ class Engine:
         if training:
             self.network.complete_op(op)
         if observe is not None:
-            observe(self.flights.values())
+            observe(self.contexts.values())
 
     def pieces(self, op, training):
         """Yield True after each piece of an op, and False while it must wait."""
@@ -145,28 +145,28 @@ class Engine:
             case "embed":
                 self.values[m] = network.embed(m)
             case "route":
-                self.flights[at] = Flight(op.layer, m, m % self.num_berths, training)
-                layer.route(self.flights[at], self.values.pop(m), network.load[op.layer])
+                self.contexts[at] = LayerContext(op.layer, m, m % self.num_in_flight, training)
+                layer.route(self.contexts[at], self.values.pop(m), network.load[op.layer])
             case "dispatch":
-                yield from layer.dispatch(self.flights[at])
+                yield from layer.dispatch(self.contexts[at])
             case "compute":
-                yield from layer.compute(self.flights[at])
+                yield from layer.compute(self.contexts[at])
             case "combine":
-                yield from layer.combine(self.flights[at])
-                self.values[m] = self.flights[at].output
+                yield from layer.combine(self.contexts[at])
+                self.values[m] = self.contexts[at].output
             case "head":
                 while self.num_heads < m:
                     yield False
                 self.pass_head(m, training)
             case "combine_backward":
-                yield from layer.combine_backward(self.flights[at], self.values.pop(m))
+                yield from layer.combine_backward(self.contexts[at], self.values.pop(m))
             case "compute_backward":
-                yield from layer.compute_backward(self.flights[at])
+                yield from layer.compute_backward(self.contexts[at])
             case "route_backward":
                 while not network.poll_routing_grads(m):
                     yield False
-                yield from layer.route_backward(self.flights[at], *network.routing_grads(*at))
-                self.values[m] = self.flights.pop(at).output
+                yield from layer.route_backward(self.contexts[at], *network.routing_grads(*at))
+                self.values[m] = self.contexts.pop(at).output
             case "embed_backward":
                 network.embed_backward(m, self.values.pop(m))
             case _:
@@ -174,12 +174,12 @@ class Engine:
 
     def pass_head(self, m, training):
         """Give a micro-batch to the head."""
-        flights = [self.flights[number, m] for number in range(len(self.network.layers))]
-        self.values[m] = self.network.head(m, self.values.pop(m), flights)
+        contexts = [self.contexts[number, m] for number in range(len(self.network.layers))]
+        self.values[m] = self.network.head(m, self.values.pop(m), contexts)
         self.num_heads += 1
         if not training:  # no way down needs them
-            for number in range(len(flights)):
-                del self.flights[number, m]
+            for number in range(len(contexts)):
+                del self.contexts[number, m]
 
 
 def is_heavy(lane):

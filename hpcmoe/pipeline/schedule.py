@@ -33,7 +33,7 @@ def make_schedule(kind, num_layers, num_micro_batches, in_flight, training):
         case "overlap":
             lanes = [[op for first in range(0, len(paths), in_flight) for op in take_turns(paths[first:][:in_flight])]]
         case "arrival":
-            lanes = [[op for path in paths[berth::in_flight] for op in path] for berth in range(in_flight)]
+            lanes = [[op for path in paths[lane::in_flight] for op in path] for lane in range(in_flight)]
         case _:
             raise ValueError(f"unknown schedule {kind}")
     return tuple(tuple(lane) for lane in lanes if lane)

@@ -18,7 +18,7 @@ from hpcmoe.comm.select import (
     select_backend,
     select_mpi_backend,
 )
-from hpcmoe.dispatch.device import DeviceExchange, DeviceSizes
+from hpcmoe.dispatch.device import DeviceDispatcher, DeviceSizes
 from hpcmoe.errors import ClusterError, on_root
 from hpcmoe.wait import gather_to_all
 
@@ -69,16 +69,16 @@ def make_device_sizes(config, mesh):
     """Compute how many rows a micro-batch brings at most to a rank's home, and likely to its experts -> DeviceSizes."""
     model, pipeline = config.model, config.pipeline
     sequences = math.ceil(math.ceil(config.data.batch_sequences / pipeline.micro_batches) / mesh.num_token_shares)
-    tokens, copies = sequences * model.sequence_length, model.top_k * mesh.tensor_parallel
+    tokens, assignments = sequences * model.sequence_length, model.top_k * mesh.tensor_parallel
     busy = mesh.expert_parallel if config.cluster.replicate else min(model.num_experts, mesh.expert_parallel)
     return DeviceSizes(
         hidden=model.hidden,
         dtype=getattr(torch, model.dtype),
         tokens=tokens,
-        top_k=copies,
-        num_berths=1 if pipeline.schedule == "serial" else min(pipeline.in_flight, pipeline.micro_batches),
+        top_k=assignments,
+        num_in_flight=1 if pipeline.schedule == "serial" else min(pipeline.in_flight, pipeline.micro_batches),
         num_micro_batches=pipeline.micro_batches,
-        expert_rows=math.ceil(tokens * copies * mesh.expert_parallel / busy),
+        expert_rows=math.ceil(tokens * assignments * mesh.expert_parallel / busy),
         buffer_factor=config.comm.buffer_factor,
         batch_rows=_ALL_ROWS,
     )
@@ -86,7 +86,7 @@ def make_device_sizes(config, mesh):
 
 @contextlib.contextmanager
 def open_device_dispatcher(mesh, device, sizes, routes, kind, trains):
-    """Open what carries the rows of the ranks of mesh.group between its devices -> DeviceExchange.
+    """Open what carries the rows of the ranks of mesh.group between its devices -> DeviceDispatcher.
 
     Collective over mesh.world, both ends.
     """
@@ -94,7 +94,7 @@ def open_device_dispatcher(mesh, device, sizes, routes, kind, trains):
         open_mpi_transport(mesh.group, sizes.row_bytes, bind_thread=device.bind_thread) as transport,
         open_backend_and_sums(mesh, device, sizes, kind, transport, trains) as (all_to_all, sum_groups),
     ):
-        yield DeviceExchange(all_to_all, transport, device, Clock(), (sizes, routes), sum_groups)
+        yield DeviceDispatcher(all_to_all, transport, device, Clock(), (sizes, routes), sum_groups)
 
 
 @contextlib.contextmanager
@@ -125,8 +125,8 @@ def find_communicators(mesh, kind, trains):
 def describe_device_sizes(sizes):
     """Say what messages take on a rank's device -> lines."""
     return [
-        f"rows, on each rank's device: {sizes.num_berths} x ({sizes.home_rows} + {sizes.away_rows}) rows of "
-        f"{sizes.row_bytes} B = {sizes.buffer_bytes(None) / 1e6:.1f} MB, for {sizes.num_berths} micro-batches in flight"
+        f"rows, on each rank's device: {sizes.num_in_flight} x ({sizes.home_rows} + {sizes.away_rows}) rows of "
+        f"{sizes.row_bytes} B = {sizes.buffer_bytes(None) / 1e6:.1f} MB, for {sizes.num_in_flight} micro-batches in flight"
     ]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hpcmoe.dispatch.device import DeviceSizes
-from hpcmoe.dispatch.gate import renormalizes, weighs_by_load
+from hpcmoe.dispatch.gate import load_acts_on_gates, renormalizes
 from hpcmoe.experts.shapes import MATRICES, estimate_expert
 from hpcmoe.gemm import adds_as_made, count_copy_bytes
 from hpcmoe.model.text import VOCABULARY_SIZE
@@ -18,7 +18,7 @@ FULLEST = 2.25  # rows at the fullest rank / at an even load: routers yet untrai
 INDEX = 8  # bytes of an int64
 EXPERT_BYTES = (
     2 * INDEX + FLOAT32_BYTES
-)  # of each expert in a routing: its copies, those of the plan, its probability's sum
+)  # of each expert in a routing: its assignments, those of the plan, its probability's sum
 STAGING_BYTES = 2**24  # of experts that move to a rank, not laid down yet; from a device as much that is to leave
 
 
@@ -123,15 +123,15 @@ def estimate_activations(config, mesh, slots, sizes):
     # Count of each token in a layer: block input, normed input, both norms' inner results and scales; in attention also
     # the residual, what is normed for it, queries, keys and values, the heads' output and its log-sums; of the router
     # the log-sum, probabilities, and what it weighs by where those are others.
-    own_weights = weighs_by_load(dispatch) and not renormalizes(dispatch, model.top_k)
+    own_weights = load_acts_on_gates(dispatch) and not renormalizes(dispatch, model.top_k)
     width = 3 * model.hidden + 2 + (1 + own_weights) * model.num_experts
     token_bytes = FLOAT32_BYTES * width + count_choice_bytes(dispatch, shards, sizes) * model.top_k
     if model.attention:
         token_bytes += FLOAT32_BYTES * (2 * model.hidden + 1 + model.num_heads) + wire * 5 * model.hidden
 
-    # Count of each copy at its expert: input, what goes into the activation, and where it came from.
+    # Count of each assignment at its expert: input, what goes into the activation, and where it came from.
     snapshot_bytes = wire * (model.hidden + count_inner(config, mesh)) + 2 * INDEX
-    copies = count_rows(model, mesh, slots, sizes)
+    assignments = count_rows(model, mesh, slots, sizes)
 
     # Count in bfloat16 the weights of attention as products read them: cast for each micro-batch.
     weights = wire * 4 * model.hidden**2 if model.attention and wire < FLOAT32_BYTES else 0
@@ -141,7 +141,7 @@ def estimate_activations(config, mesh, slots, sizes):
     # logarithms of the probabilities, and the bytes that were to be predicted.
     of_ends = tokens * FLOAT32_BYTES * 2 * model.hidden
     of_head = tokens * (FLOAT32_BYTES * (2 * model.hidden + 1 + VOCABULARY_SIZE) + INDEX)
-    return sizes.num_berths * (model.num_layers * of_layer + of_ends) + of_head
+    return sizes.num_in_flight * (model.num_layers * of_layer + of_ends) + of_head
 
 
 def count_choice_bytes(dispatch, shards, sizes):
@@ -151,8 +151,8 @@ def count_choice_bytes(dispatch, shards, sizes):
     if dispatch.capacity_factor > 0:
         routing += FLOAT32_BYTES + 1  # the gate before it was dropped, and whether it was
     plan = 2 * INDEX + 1  # copy, row of its result, whether that is a sum
-    if getattr(sizes, "parcels_sent", 0):
-        plan += INDEX + INDEX // 2  # the tokens of messages to other nodes, and which of these a copy is of
+    if getattr(sizes, "num_messages_sent", 0):
+        plan += INDEX + INDEX // 2  # the tokens of messages to other nodes, and which of these an assignment is of
     return routing + plan * shards
 
 
@@ -194,16 +194,16 @@ def estimate_passing(config, mesh, sizes):
     choices = count_choice_bytes(config.dispatch, mesh.tensor_parallel, sizes) * model.top_k
     of_layer = sizes.tokens * (FLOAT32_BYTES * model.hidden + choices) + EXPERT_BYTES * model.num_experts
     of_last = sizes.tokens * FLOAT32_BYTES * model.hidden * (1 + model.attention)
-    return sizes.num_berths * (model.num_layers * of_layer + of_last)
+    return sizes.num_in_flight * (model.num_layers * of_layer + of_last)
 
 
 class ActivationTracker:
-    """Measures what micro-batches in flight keep for the backward pass: in autograd's hands and in their flights."""
+    """Measures what micro-batches in flight keep for the backward pass: in autograd's hands and in their contexts."""
 
     def __init__(self, network):
         self.parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
         self.saved = {}  # address of a storage: [how many times saved, bytes]
-        self.in_flight = {}  # address: bytes, of what flights held when they were looked at
+        self.in_flight = {}  # address: bytes, of what contexts held when they were looked at
         self.context_bytes, self.autograd_bytes = 0, 0  # of these, and of what is saved besides
         self.peak_bytes = 0
 
@@ -232,9 +232,9 @@ class ActivationTracker:
             if address not in self.in_flight:
                 self.autograd_bytes -= num_bytes
 
-    def observe(self, flights, passing=()):
+    def observe(self, contexts, passing=()):
         """Add up what is held now, and what passes from stage to stage, and keep the most."""
-        found = find_arrays([[vars(flight) for flight in flights], passing])
+        found = find_arrays([[vars(context) for context in contexts], passing])
         self.in_flight = {address: size for address, size in map(locate, found) if address not in self.parameters}
         beside = [size for address, (_, size) in self.saved.items() if address not in self.in_flight]
         self.context_bytes, self.autograd_bytes = sum(self.in_flight.values()), sum(beside)
@@ -275,7 +275,7 @@ def locate(array):
     return array.ctypes.data, array.nbytes
 
 
-def measure_memory(network, optimizer, exchange, tracker):
+def measure_memory(network, optimizer, dispatcher, tracker):
     """Add up the arrays that are really there -> Memory; one_expert is a local one times its shards."""
     experts = [p for layer in network.layers for p in layer.experts.parameters()]
     num_replicas = sum(len(list(r.parameters())) > 0 for layer in network.layers for r in layer.experts.replicas)
@@ -291,7 +291,7 @@ def measure_memory(network, optimizer, exchange, tracker):
         dense=sum(p.nbytes for p in parameters) - of_experts,
         gradients=sum(p.grad.nbytes for p in parameters if p.grad is not None),
         optimizer=sum(value.nbytes for value in moments),
-        buffers=exchange.buffer_bytes,
+        buffers=dispatcher.buffer_bytes,
         copies=sum(layer.experts.cast_bytes for layer in network.layers),
         activations=tracker.peak_bytes,
     )

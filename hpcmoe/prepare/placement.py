@@ -39,14 +39,14 @@ class RunPlacement:
 def make_run_problem(config, topology, mesh, budget, bytes_of_expert, demand):
     """State the placement problem that all expert-parallel groups share -> PlacementProblem.
 
-    An expert takes bytes_of_expert with all its state; demand is (Loads, seconds an expert takes for a token's copy).
+    An expert takes bytes_of_expert with all its state; demand is (Loads, seconds an expert takes for an assignment).
     """
     model, cluster, (loads, seconds_per_token) = config.model, config.cluster, demand
     groups = list_groups(mesh)
     nodes, network = fold_groups(topology, groups)
     rank_bytes = (budget.bytes_for_experts / budget.num_ranks)[topology.node_of_rank]
     homes = mesh.data_parallel * mesh.expert_parallel  # a tensor-parallel group's ranks are one
-    copies = config.data.batch_sequences * model.sequence_length * model.top_k / homes
+    assignments = config.data.batch_sequences * model.sequence_length * model.top_k / homes
     return PlacementProblem(
         num_layers=model.num_layers,
         num_experts=model.num_experts,
@@ -56,7 +56,7 @@ def make_run_problem(config, topology, mesh, budget, bytes_of_expert, demand):
         expert_bytes=bytes_of_expert,
         bytes_per_token=model.hidden * getattr(torch, model.dtype).itemsize,
         seconds_per_token=seconds_per_token,
-        tokens_of_rank=np.full(mesh.expert_parallel, copies),
+        tokens_of_rank=np.full(mesh.expert_parallel, assignments),
         probability=fold_probability(make_probability(loads, topology.node_names), nodes),
         objective=cluster.objective,
         count_latency=cluster.count_latency,
@@ -65,7 +65,7 @@ def make_run_problem(config, topology, mesh, budget, bytes_of_expert, demand):
 
 
 def time_expert(config, mesh, rows, device):
-    """Take the seconds of a token's copy in an expert from the config, or time it on all ranks at once: their median.
+    """Take the seconds of an assignment in an expert from the config, or time it on all ranks at once: their median.
 
     Forward alone, as the links' one way is. Collective over mesh.world.
     """
@@ -85,7 +85,7 @@ def place_experts(problem, config, budget):
         raise ConfigError(line)
     if problem.replicate and problem.num_ranks * problem.slots_per_rank == problem.num_experts:
         log.warning(
-            "no effect: [cluster] replicate = true: all %d ranks x %d slots are taken by one copy of each of the %d "
+            "no effect: [cluster] replicate = true: all %d ranks x %d slots are taken by one replica of each of the %d "
             "experts; [cluster] spare_slots_per_rank makes room",
             problem.num_ranks, problem.slots_per_rank, problem.num_experts,
         )  # fmt: skip
@@ -109,7 +109,7 @@ def compare_with_methods(problem, config, placement):
 
 
 def find_placement(problem, config):
-    """Place by the config's method, within its time, and for the step tune the copies' shares -> Placement."""
+    """Place by the config's method, within its time, and for the step tune the replicas' shares -> Placement."""
     from hpcmoe.placement.search.warm import compile_search
     from hpcmoe.placement.solve import make_placement
 
@@ -151,7 +151,7 @@ def evaluate_layouts(problem, config, layouts, method, seconds):
 
 
 def tune_placement(problem, config, placement, begun):
-    """For the step, share the copies' tokens out anew where that gains -> Placement, its search begun at that time."""
+    """For the step, share the replicas' tokens out anew where that gains -> Placement, its search begun at that time."""
     from hpcmoe.placement.shares import tune_shares
 
     cluster = config.cluster
@@ -161,7 +161,7 @@ def tune_placement(problem, config, placement, begun):
     if split is None:
         return placement
 
-    # The search's bound is that of nearest copies; whatever the shares, no layer is done before all ranks have worked.
+    # The search's bound is that of nearest replicas; whatever the shares, no layer is done before all ranks have worked.
     even = problem.num_layers * problem.tokens_of_rank.sum() * problem.seconds_per_token / problem.num_ranks
     search_stats = dataclasses.replace(placement.search_stats, seconds=time.perf_counter() - begun)
     bounds = [min(placement.lower_bound_seconds, even)]

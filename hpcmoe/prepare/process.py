@@ -78,9 +78,9 @@ def mean_of_fullest_node(of_ranks: list, node_of_rank: np.ndarray) -> int:
     return int((np.bincount(node_of_rank, weights=of_ranks) / np.bincount(node_of_rank)).max())
 
 
-def count_unshared(memory: Memory, exchange) -> int:
+def count_unshared(memory: Memory, dispatcher) -> int:
     """Count the bytes of a Memory's arrays that are in this process's own part of the host's memory."""
-    if isinstance(exchange.sizes, DeviceSizes):
+    if isinstance(dispatcher.sizes, DeviceSizes):
         return memory.moving + memory.snapshot
-    routes = exchange.routes
-    return memory.total - (exchange.sizes.shared_bytes(routes) if len(routes.mates) > 1 else 0)
+    routes = dispatcher.routes
+    return memory.total - (dispatcher.sizes.shared_bytes(routes) if len(routes.local_peers) > 1 else 0)

@@ -96,11 +96,11 @@ def draw_links(figure, axes, problem, tokens, discs):
         figure.colorbar(scale, ax=axes, shrink=0.7, label="time of a link, ms (width: its tokens)")
 
 
-def draw_experts(figure, axes, tokens, copies, discs):
+def draw_experts(figure, axes, tokens, replicas, discs):
     """Draw the experts [nodes, E] inside their nodes' discs, coloured and sized by the tokens they serve there."""
     scale = ScalarMappable(Normalize(0, tokens.max() or 1), LOAD)
     for node, disc in enumerate(discs):
-        experts = np.flatnonzero(copies[node])
+        experts = np.flatnonzero(replicas[node])
         room = 0.8 * disc.radius / max(len(experts), 1) ** 0.5
         for place, expert in enumerate(experts[np.argsort(-tokens[node, experts], kind="stable")]):
             # A sunflower's seeds: evenly over the disc, the hottest in the middle.
@@ -110,7 +110,7 @@ def draw_experts(figure, axes, tokens, copies, discs):
             size = room * (0.36 + 0.36 * load**0.5)
             axes.add_patch(Circle(spot, size, facecolor=LOAD(load), edgecolor="0.3", linewidth=0.6, zorder=4))
             if len(experts) <= MOST_NAMED_EXPERTS:
-                name = f"{expert}" if copies[node, expert] == 1 else f"{expert}x{copies[node, expert]}"
+                name = f"{expert}" if replicas[node, expert] == 1 else f"{expert}x{replicas[node, expert]}"
                 ink = "white" if load > 0.6 else "black"
                 axes.text(*spot, name, ha="center", va="center", fontsize=7, color=ink, zorder=5)
     figure.colorbar(scale, ax=axes, shrink=0.7, label="tokens that an expert serves on a node")
@@ -134,7 +134,7 @@ def draw_maps(figure, problem, usage):
             "sends": ms_bytes * crossing.sum(axis=1) / problem.egress_bytes_per_second,
             "receives": ms_bytes * crossing.sum(axis=0) / problem.ingress_bytes_per_second,
         }),
-        ("experts, replicas in all layers", {"copies": usage.replicas.sum(axis=(0, 2))}),
+        ("experts, replicas in all layers", {"replicas": usage.replicas.sum(axis=(0, 2))}),
         ("tokens served", {"tokens": usage.tokens.sum(axis=(0, 1))}),
     )):  # fmt: skip
         axes = figure.add_subplot(grid[row, 1])

@@ -34,10 +34,10 @@ class StepMetrics:
 class Meter:
     """Reads clock and traffic at the end of each step, and adds them up."""
 
-    def __init__(self, exchange, mesh):
-        self.exchange, self.mesh, self.clock = exchange, mesh, exchange.clock
-        self.rows_to_peer = np.zeros(exchange.transport.size, dtype=np.int64)
-        self.own_tokens = 0  # [L, E] copies whose home is this rank, since take_tokens
+    def __init__(self, dispatcher, mesh):
+        self.dispatcher, self.mesh, self.clock = dispatcher, mesh, dispatcher.clock
+        self.rows_to_peer = np.zeros(dispatcher.transport.size, dtype=np.int64)
+        self.own_tokens = 0  # [L, E] assignments whose home is this rank, since pop_tokens
         self.batches = Batches()
         self.num_steps = self.num_tokens = self.num_dropped = 0
         self.utilisation = self.link_sigma = self.balancedness = 0.0  # sums over the steps
@@ -48,17 +48,17 @@ class Meter:
 
     def start(self):
         """Begin a step: forget what happened since the last one."""
-        self.clock.take()
-        self.exchange.take_traffic()
+        self.clock.pop_seconds()
+        self.dispatcher.pop_traffic()
         self.started = time.perf_counter()
 
     def read(self, outcome):
         """End a step that had this Outcome -> StepMetrics. Collective over all ranks."""
         seconds = time.perf_counter() - self.started
-        spent = self.clock.take()
-        traffic = self.exchange.take_traffic()
-        copies = np.stack([traffic.copies[layer] for layer in sorted(traffic.copies)])  # [L, P]
-        served, sums, stages = self.sum_over_ranks(copies, [spent.get(stage, 0.0) for stage in STAGES])
+        spent = self.clock.pop_seconds()
+        traffic = self.dispatcher.pop_traffic()
+        assignments = np.stack([traffic.assignments[layer] for layer in sorted(traffic.assignments)])  # [L, P]
+        served, sums, stages = self.sum_over_ranks(assignments, [spent.get(stage, 0.0) for stage in STAGES])
         links, *of_layers = (compute_link_balance(*row) for row in sums)
         of_layer, whole = compute_balancedness(served)
         metrics = StepMetrics(
@@ -75,19 +75,19 @@ class Meter:
         self.add(metrics, outcome.stats)
         return metrics
 
-    def sum_over_ranks(self, copies, spent):
+    def sum_over_ranks(self, assignments, spent):
         """Sum over all ranks, in one message, what this one sent in each layer [L, P] and how long each stage took.
 
-        Gives the copies that each rank serves [L, ranks], the sums of links of all layers and of each [1 + L, 3], and
+        Gives the assignments that each rank serves [L, ranks], the sums of links of all layers and of each [1 + L, 3], and
         the seconds [stages]. Collective over all ranks.
         """
-        mesh, rank = self.mesh, self.exchange.transport.rank
-        served = np.zeros((len(copies), mesh.data_parallel, copies.shape[1]))
-        served[:, mesh.data_index] = copies
-        links = np.stack([sum_own_links(row, rank) for row in (copies.sum(axis=0), *copies)])
+        mesh, rank = self.mesh, self.dispatcher.transport.rank
+        served = np.zeros((len(assignments), mesh.data_parallel, assignments.shape[1]))
+        served[:, mesh.data_index] = assignments
+        links = np.stack([sum_own_links(row, rank) for row in (assignments.sum(axis=0), *assignments)])
         sums = all_reduce(mesh.world, np.concatenate([served.ravel(), links.ravel(), spent]))
         of_served, of_links, seconds = np.split(sums, [served.size, served.size + links.size])
-        return of_served.reshape(len(copies), -1), of_links.reshape(links.shape), seconds
+        return of_served.reshape(len(assignments), -1), of_links.reshape(links.shape), seconds
 
     def add(self, metrics, stats):
         """Add a step to the totals."""
@@ -104,8 +104,8 @@ class Meter:
         for stage, seconds in metrics.seconds_of_stage.items():
             self.seconds_of_stage[stage] += seconds
 
-    def take_tokens(self, node_of_rank):
-        """Sum the copies since the last call by home node -> [L, nodes, E] on rank 0, else None. Collective over world.
+    def pop_tokens(self, node_of_rank):
+        """Sum the assignments since the last call by home node -> [L, nodes, E] on rank 0, else None. Collective over world.
 
         None there too when no step was read since.
         """
@@ -114,7 +114,7 @@ class Meter:
 
 
 def gather_by_node(world, own, node_of_rank):
-    """Sum copies whose home is a rank, own int64 [..., L, E], by node -> [..., L, nodes, E] on rank 0, else None.
+    """Sum assignments whose home is a rank, own int64 [..., L, E], by node -> [..., L, nodes, E] on rank 0, else None.
 
     Collective over world.
     """

@@ -47,7 +47,7 @@ def compute_sampling_floor(placement, tokens_of_rank, top_k, num_experts, layers
     """Compute the root mean square of an even router's sigma over some layers: it draws finitely many tokens -> float.
 
     A token's K distinct experts are a draw without replacement from E. A rank that serves shares w_e of the experts
-    gets from T tokens T K / E sum(w) copies in the mean, with variance T (K / E) (1 - K / E) (E sum(w^2) - sum(w)^2)
+    gets from T tokens T K / E sum(w) assignments in the mean, with variance T (K / E) (1 - K / E) (E sum(w^2) - sum(w)^2)
     / (E - 1). Layers are drawn apart and summed. Sigma is taken about the step's own mean over the links, whose
     variance is subtracted: what all of a source's links carry is what its own rank does not serve, so it varies as that
     does. The placement's own unevenness is part of the floor. Where tokens_of_rank has several ranks for each of the
@@ -84,7 +84,7 @@ class Bandwidth:
 
     num_links: int  # ordered pairs of different ranks, or of different nodes
     plain: float  # tokens per second x token bytes / links
-    counted: float  # the same times copies K, transfers there and back, and layers
+    counted: float  # the same times assignments K, transfers there and back, and layers
     achieved: float  # bytes that crossed these links / seconds / links
     busiest: float  # the same for the link that carried most
 

@@ -62,7 +62,7 @@ def rows_of_figures(problem, placement, usage, rivals, layer):
     of_rank = usage.served.sum(axis=0)
     return [
         *rows,
-        ("cross-node share", f"{placement.cross_node_share:.3f}", "of all token copies"),
+        ("cross-node share", f"{placement.cross_node_share:.3f}", "of all assignments"),
         ("sigma of links", f"{placement.link_sigma:.3f}", "std/mean of tokens per link between nodes"),
         ("busiest rank", f"{of_rank.max() / max(of_rank.mean(), 1e-300):.3f}", "of the mean rank's tokens"),
         ("search", f"{placement.search_stats.seconds:.2f}", f"s, {placement.search_stats.num_proposals} proposals"),
@@ -80,13 +80,13 @@ def gap(placement):
 
 def headers_of_nodes(layer):
     """Name the columns of the table of nodes."""
-    return ("node", "rack", "ranks", f"experts of layer {layer}", "copies", "memory used", "of", "tokens", "x mean")
+    return ("node", "rack", "ranks", f"experts of layer {layer}", "replicas", "memory used", "of", "tokens", "x mean")
 
 
 def rows_of_nodes(problem, usage, layer):
-    """List the nodes: their experts of one layer, copies and memory of all layers, tokens served in all layers."""
+    """List the nodes: their experts of one layer, replicas and memory of all layers, tokens served in all layers."""
     tokens = usage.tokens.sum(axis=(0, 1))  # [nodes]
-    copies = usage.replicas.sum(axis=(0, 2))
+    replicas = usage.replicas.sum(axis=(0, 2))
     shown = np.arange(problem.num_nodes)
     if len(shown) > MOST_NODE_ROWS:
         shown = np.argsort(-tokens, kind="stable")[:MOST_NODE_ROWS]
@@ -96,8 +96,8 @@ def rows_of_nodes(problem, usage, layer):
             f"{problem.rack_of_node[node]}",
             f"{problem.ranks_of_node[node]}",
             compress(np.repeat(np.arange(problem.num_experts), usage.replicas[layer, node])),
-            f"{copies[node]}",
-            format_size(int(copies[node] * problem.expert_bytes)),
+            f"{replicas[node]}",
+            format_size(int(replicas[node] * problem.expert_bytes)),
             format_size(int(problem.memory_bytes[node])),
             f"{tokens[node]:.0f}",
             f"{tokens[node] / max(tokens.mean(), 1e-300):.3f}",
@@ -113,7 +113,7 @@ def rows_of_nodes(problem, usage, layer):
                 "",
                 "",
                 "each at most as many tokens; mean",
-                f"{copies[left].mean():.0f}",
+                f"{replicas[left].mean():.0f}",
                 "",
                 "",
                 *mean,

@@ -9,12 +9,12 @@ from hpcmoe.report.metrics import SIGMA_AIM, compare_bandwidth, sum_links_by_nod
 
 MOST_NODES_IN_A_TABLE = 8
 MOST_LAYERS_IN_A_TABLE = 8
-TRANSFERS = {"train": 4, "infer": 2}  # of a token's copy in a layer: there and back, and the same backward
+TRANSFERS = {"train": 4, "infer": 2}  # of an assignment in a layer: there and back, and the same backward
 
 
 def make_table(job, totals):
     """Lay out a run's figures -> text."""
-    balance = rows_of_balance(totals, rows_of_batches(totals.batches, job.stepper.exchange.sizes))
+    balance = rows_of_balance(totals, rows_of_batches(totals.batches, job.stepper.dispatcher.sizes))
     rows = [*rows_of_time(job, totals), *balance, *rows_of_links(job, totals), *rows_of_placement(job)]
     memory = [*rows_of_memory(job.memory, totals), *rows_of_process(job, totals)]
     return "\n\n".join(
@@ -50,7 +50,7 @@ def rows_of_balance(totals, of_batches):
         ("balancedness of ranks", f"{totals.balancedness:.3f}", "mean/max tokens that a rank serves, layer by layer"),
         ("link balance sigma", f"{totals.link_sigma:.3f}", f"std/mean of a step's tokens per link; {aim}"),
         ("  its sampling floor", f"{totals.link_sigma_floor:.3f}", "root mean square of an even router's sigma"),
-        ("copies dropped", f"{totals.num_dropped}", ""),
+        ("assignments dropped", f"{totals.num_dropped}", ""),
     ]
 
 
@@ -98,7 +98,7 @@ def exchange_links(mesh):
 
 def links_between(what, bytes_of_link, job, totals):
     """List the bandwidth of the links [n] between ranks or nodes; nothing where there is only one of these."""
-    model, sizes = job.config.model, job.stepper.exchange.sizes
+    model, sizes = job.config.model, job.stepper.dispatcher.sizes
     transfers = sizes.top_k * model.num_layers * TRANSFERS[job.config.run.mode]
     seconds = max(totals.seconds, 1e-9)
     bandwidth = compare_bandwidth(bytes_of_link, totals.tokens_per_second, sizes.row_bytes, transfers, seconds)
@@ -107,7 +107,7 @@ def links_between(what, bytes_of_link, job, totals):
     carried = bytes_of_link / 1e6
     sigma = carried.std() / max(carried.mean(), 1e-9)
     unit = "MB/s a link"
-    counted = f"{unit}, x {sizes.top_k} copies x {TRANSFERS[job.config.run.mode]} ways x {model.num_layers} layers"
+    counted = f"{unit}, x {sizes.top_k} assignments x {TRANSFERS[job.config.run.mode]} ways x {model.num_layers} layers"
     return [
         (f"links between {what}s", f"{bandwidth.num_links}", "experts' rows alone, no sums of gradients"),
         ("  bytes carried", f"{carried.min():.2f} / {carried.mean():.2f} / {carried.max():.2f}",
@@ -137,7 +137,7 @@ def rows_of_placement(job):
          f"ms a step, {meaning[placement.objective]}"),
         ("  lower bound", f"{1e3 * placement.lower_bound_seconds:.4f}", f"ms a step{', optimal' * placement.is_optimal}"),
         *others,
-        ("  tokens between nodes", f"{100 * placement.cross_node_share:.1f}", "% of the copies, as placed"),
+        ("  tokens between nodes", f"{100 * placement.cross_node_share:.1f}", "% of the assignments, as placed"),
         ("  search", f"{placement.search_stats.seconds:.3f}", "s"),
     ]  # fmt: skip
 
@@ -167,7 +167,7 @@ def rows_of_process(job, totals):
     process_bytes = job.budget.process_bytes
     both = [
         ("the process itself: Python, torch, MPI", process_bytes, totals.process_bytes),
-        ("all that it shares with no other (USS)", process_bytes + count_unshared(job.memory, job.stepper.exchange),
+        ("all that it shares with no other (USS)", process_bytes + count_unshared(job.memory, job.stepper.dispatcher),
          totals.unshared_bytes),
     ]  # fmt: skip
     rows = [(text, *map(format_bytes, num_bytes)) for text, *num_bytes in both]

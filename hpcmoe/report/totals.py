@@ -49,10 +49,10 @@ def gather_totals(job, optimizer, losses, snapshot_bytes):
     snapshot_bytes: what this rank's copy of the state for checkpoints takes.
     """
     meter, world = job.meter, job.mesh.world
-    measured = measure_memory(job.stepper.network, optimizer, job.stepper.exchange, job.stepper.tracker)
+    measured = measure_memory(job.stepper.network, optimizer, job.stepper.dispatcher, job.stepper.tracker)
     measured = dataclasses.replace(measured, snapshot=snapshot_bytes, moving=job.staged_bytes)
     process = read_process()
-    beside = process.unshared - count_unshared(measured, job.stepper.exchange)
+    beside = process.unshared - count_unshared(measured, job.stepper.dispatcher)
     everyone = gather_to_all(world, (measured, process, beside))
     nodes = job.topology.node_of_rank
     steps = max(meter.num_steps, 1)
@@ -82,7 +82,7 @@ def gather_totals(job, optimizer, losses, snapshot_bytes):
 
 def gather_traffic(job):
     """Gather the bytes that each rank sent to each other -> [P, P] on rank 0, else None. Collective over all ranks."""
-    world, row_bytes = job.mesh.world, job.stepper.exchange.sizes.row_bytes
+    world, row_bytes = job.mesh.world, job.stepper.dispatcher.sizes.row_bytes
     sent = np.zeros(world.size)
     sent[gather_to_all(job.mesh.group, world.rank)] = job.meter.rows_to_peer * row_bytes
     everyone = np.empty((world.size, world.size)) if world.rank == 0 else None

@@ -23,7 +23,7 @@ class GradientSums:
         All begins in finish() with bucket_bytes 0, and where a GPU's gradients go by MPI.
         """
         self.dense, self.experts, self.mesh = dense, experts, network.mesh
-        bucket_bytes, groups = network.config.train.bucket_bytes, network.layers[0].exchange.sum_groups
+        bucket_bytes, groups = network.config.train.bucket_bytes, network.layers[0].dispatcher.sum_groups
         self.bucket = max(bucket_bytes // FLOAT32_BYTES, 1) if bucket_bytes else 2**31
         self.reducer = (
             HostReducer(self.mesh, network.device, self.bucket)
@@ -112,36 +112,36 @@ class GradientSums:
                 yield from self.reducer.all_reduce("world", numbers)
 
     def sum_experts(self, layer):
-        """Give every copy of a layer's experts the same sum, bit for bit.
+        """Give every replica of a layer's experts the same sum, bit for bit.
 
         In each group the first rank that holds an expert adds the others' gradients in rank order; these ranks sum over
         the data-parallel groups; then each gives the sum back.
         """
         held = self.experts.of_layer[layer]
-        copies = sorted((copy for copy in held if len(copy.ranks) > 1), key=lambda copy: copy.expert)
-        if not copies and self.mesh.dp.size == 1:
+        replicas = sorted((replica for replica in held if len(replica.ranks) > 1), key=lambda replica: replica.expert)
+        if not replicas and self.mesh.dp.size == 1:
             return
         first, end = (held[0].begin, held[-1].end) if held else (0, 0)
         with self.reducer.open_for_sums(self.experts.flat[first:end]) as numbers:
-            gradient_of = {copy: numbers[copy.begin - first : copy.end - first] for copy in held}
-            for copy in copies:
-                yield from self.gather_replica(copy, gradient_of[copy])
-            yield from self.sum_groups(layer, numbers[: sum(copy.size for copy in held if copy.owned)])
+            gradient_of = {replica: numbers[replica.begin - first : replica.end - first] for replica in held}
+            for replica in replicas:
+                yield from self.gather_replica(replica, gradient_of[replica])
+            yield from self.sum_groups(layer, numbers[: sum(replica.size for replica in held if replica.owned)])
             tag = FIRST_TAG + layer
-            to_others = [(tag, rank, gradient_of[c]) for c in copies if c.owned for rank in c.ranks[1:]]
-            from_first = [(tag, c.ranks[0], gradient_of[c]) for c in copies if not c.owned]
+            to_others = [(tag, rank, gradient_of[c]) for c in replicas if c.owned for rank in c.ranks[1:]]
+            from_first = [(tag, c.ranks[0], gradient_of[c]) for c in replicas if not c.owned]
             yield from self.reducer.send_recv(outgoing=to_others, incoming=from_first)
 
-    def gather_replica(self, copy, gradient):
+    def gather_replica(self, replica, gradient):
         """Have the first rank that holds an expert add the others' gradients, piece by piece in little memory.
 
-        All ranks take copies in the order of their experts, so that nobody waits in a circle.
+        All ranks take replicas in the order of their experts, so that nobody waits in a circle.
         """
-        tag, others = FIRST_TAG + copy.layer, copy.ranks[1:]
+        tag, others = FIRST_TAG + replica.layer, replica.ranks[1:]
         pieces = gradient.split(max(GATHERED // len(others), 1))
-        if not copy.owned:
+        if not replica.owned:
             for piece in pieces:
-                yield from self.reducer.send_recv(outgoing=[(tag, copy.ranks[0], piece)], incoming=())
+                yield from self.reducer.send_recv(outgoing=[(tag, replica.ranks[0], piece)], incoming=())
             return
         gathered = gradient.new_empty(len(others), len(pieces[0]))
         for piece in pieces:

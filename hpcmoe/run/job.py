@@ -1,4 +1,4 @@
-"""A run put together: text, device, placement, transport, exchange, network."""
+"""A run put together: text, device, placement, transport, dispatcher, network."""
 
 import contextlib
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.transport import Loopback
 from hpcmoe.comm.window import check_shared_memory, open_window
 from hpcmoe.config import Config
-from hpcmoe.dispatch.host import Exchange
+from hpcmoe.dispatch.host import HostDispatcher
 from hpcmoe.errors import ClusterError, keep_on_root, on_all, on_root
 from hpcmoe.model.language import make_model
 from hpcmoe.model.text import Text
@@ -99,8 +99,8 @@ def open_job(config, topology, mesh, split, loads):
         if kind == "window"
         else open_device_dispatcher(mesh, device, sizes, routes, kind, trains)
     )
-    with opened as exchange:
-        network = make_model(config, mesh, layout.placement, exchange, device)
+    with opened as dispatcher:
+        network = make_model(config, mesh, layout.placement, dispatcher, device)
         yield Job(
             config=config,
             topology=topology,
@@ -109,8 +109,8 @@ def open_job(config, topology, mesh, split, loads):
             problem=problem,
             budget=budget,
             memory=memory,
-            stepper=Stepper(config, mesh, network, exchange),
-            meter=Meter(exchange, mesh),
+            stepper=Stepper(config, mesh, network, dispatcher),
+            meter=Meter(dispatcher, mesh),
             training=Text(split.training),
             validation=Text(split.validation),
         )
@@ -119,8 +119,8 @@ def open_job(config, topology, mesh, split, loads):
 def check_windows(world, topology, sizes, routes):
     """Raise ClusterError when all windows on a node exceed its shared memory. Collective over world."""
     node = int(topology.node_of_rank[world.rank])
-    shares = len(routes.mates) > 1 and routes.mate == 0  # the first of some mates speaks for them
-    own = sizes.window_sizes(routes).num_bytes(len(routes.mates)) if shares else 0
+    shares = len(routes.local_peers) > 1 and routes.local_index == 0  # the first of some local peers speaks for them
+    own = sizes.window_sizes(routes).num_bytes(len(routes.local_peers)) if shares else 0
     everyone = gather_to_all(world, (node, own))
     on_all(world, lambda: check_shared_memory(sum(num_bytes for other, num_bytes in everyone if other == node)))
 
@@ -162,15 +162,15 @@ def choose_threads(topology, rank):
 
 @contextlib.contextmanager
 def open_host_dispatcher(comm, device, sizes, routes):
-    """Open what carries the rows among the ranks of comm -> Exchange. Collective over comm, both ends."""
+    """Open what carries the rows among the ranks of comm -> HostDispatcher. Collective over comm, both ends."""
     barrier(comm)
-    mates = comm.Split(int(routes.mates[0]), comm.rank)
-    one_node = len(routes.mates) == comm.size
+    local_comm = comm.Split(int(routes.local_peers[0]), comm.rank)
+    one_node = len(routes.local_peers) == comm.size
     with (
-        open_window(mates, sizes.window_sizes(routes)) as window,
+        open_window(local_comm, sizes.window_sizes(routes)) as window,
         contextlib.nullcontext(Loopback(comm.rank, comm.size))
         if one_node
         else open_mpi_transport(comm, sizes.row_bytes) as transport,
     ):
-        yield Exchange(transport, window, device, Clock(), sizes, routes)
-    mates.Free()
+        yield HostDispatcher(transport, window, device, Clock(), sizes, routes)
+    local_comm.Free()

@@ -21,7 +21,7 @@ MIGRATION_TAG = 0  # of all moves: both ranks take them in one order, and MPI ke
 
 
 class Migration:
-    """The experts that go to other ranks and come from them; an exchange pokes it as it does a landing."""
+    """The experts that go to other ranks and come from them; an exchange pokes it as it does a receiver."""
 
     def __init__(self, comm, layers):
         """layers: (LocalExperts, piece bytes, sends, receives) of each that changes; sends and receives list

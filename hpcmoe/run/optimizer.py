@@ -52,7 +52,7 @@ class HeldReplica:
 
 
 class SharedExperts:
-    """The experts of this rank, which of them have copies on other ranks of the group, and all their gradients.
+    """The experts of this rank, which of them have replicas on other ranks of the group, and all their gradients.
 
     Gradients lie as the backward pass ends them, last layer first; in a layer those of owned experts come first.
     """
@@ -78,11 +78,11 @@ class SharedExperts:
 
     def held_replicas(self):
         """List what all slots of this rank hold."""
-        return [copy for held in self.of_layer.values() for copy in held]
+        return [replica for held in self.of_layer.values() for replica in held]
 
     def owns(self, layer, slot):
         """Whether this rank is the first that holds what is in its slot."""
-        return any(copy.owned and copy.slot == slot for copy in self.of_layer[layer])
+        return any(replica.owned and replica.slot == slot for replica in self.of_layer[layer])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -193,13 +193,15 @@ class Optimizer:
 
     def global_norm(self):
         """Norm of all gradients, every logical parameter counted once. Collective over all ranks."""
-        owned = [copy for copy in self.shared.held_replicas() if copy.owned]
-        dense, *own = sum_squares([self.dense.flat, *(self.shared.flat[copy.begin : copy.end] for copy in owned)])
+        owned = [replica for replica in self.shared.held_replicas() if replica.owned]
+        dense, *own = sum_squares(
+            [self.dense.flat, *(self.shared.flat[replica.begin : replica.end] for replica in owned)]
+        )
 
         # Laid out by expert, so that their sum does not depend on who holds which.
         squares = np.zeros((len(self.network.layers), len(self.network.layers[0].router.weight)))
-        for copy, square in zip(owned, own, strict=True):
-            squares[copy.layer, copy.expert] = square
+        for replica, square in zip(owned, own, strict=True):
+            squares[replica.layer, replica.expert] = square
         return float(all_reduce(self.mesh.world, squares).sum() / self.mesh.data_parallel + dense) ** 0.5
 
 

@@ -34,7 +34,7 @@ class Rebalancer:
         """optimizer: None in inference; records takes append(step, chapter, name, value, unit)."""
         self.job, self.optimizer, self.records = job, optimizer, records
         self.every = job.config.cluster.rebalance_every
-        self.parts, self.num_steps = 0, 0  # [PARTS, L, E] copies whose home is this rank, of so many steps
+        self.parts, self.num_steps = 0, 0  # [PARTS, L, E] assignments whose home is this rank, of so many steps
         self.migration, self.decision = None, None  # under way, and why
         self.is_new = True  # is the placement of the next step to be recorded?
 
@@ -52,7 +52,7 @@ class Rebalancer:
         if decision.accepted:
             self.decision, self.is_new = decision, True
             self.migration = start_migration(self.job, self.optimizer, layout, decision.moves, step)
-            self.job.stepper.exchange.register(self.migration)
+            self.job.stepper.dispatcher.register(self.migration)
 
     def end_step(self, step, stats):
         """Count a step's tokens; after one that began with a move, keep what that was. Collective over all ranks."""

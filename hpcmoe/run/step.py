@@ -25,15 +25,15 @@ class Outcome:
 class Stepper:
     """Runs a network over batches of text."""
 
-    def __init__(self, config, mesh, network, exchange):
-        self.config, self.mesh, self.network, self.exchange = config, mesh, network, exchange
-        self.clock = exchange.clock
-        self.engine = Engine(network, exchange, exchange.sizes.num_berths)
+    def __init__(self, config, mesh, network, dispatcher):
+        self.config, self.mesh, self.network, self.dispatcher = config, mesh, network, dispatcher
+        self.clock = dispatcher.clock
+        self.engine = Engine(network, dispatcher, dispatcher.sizes.num_in_flight)
         self.tracker = ActivationTracker(network)
         pipeline, num_layers = config.pipeline, config.model.num_layers
         self.schedules = {
             training: make_schedule(
-                pipeline.schedule, num_layers, pipeline.micro_batches, exchange.sizes.num_berths, training
+                pipeline.schedule, num_layers, pipeline.micro_batches, dispatcher.sizes.num_in_flight, training
             )
             for training in (True, False)
         }

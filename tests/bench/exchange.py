@@ -54,13 +54,13 @@ def measure_shape(comm, shape, budget_seconds):
             raw.carry(polite, back=True)
 
         # Route ahead of each exchange of ours, out of the time; MPI's leaves what it finds for the next.
-        flights = []
+        contexts = []
         calls = {
-            "ours": lambda: layer.carry(flights.pop()),
+            "ours": lambda: layer.carry(contexts.pop()),
             "MPI": lambda: there_and_back(False),
             "polite": lambda: there_and_back(True),
         }
-        seconds = take_turns(comm, calls, budget_seconds, before=lambda: flights or flights.append(layer.route(x)))
+        seconds = take_turns(comm, calls, budget_seconds, before=lambda: contexts or contexts.append(layer.route(x)))
         wait = min(("MPI", "polite"), key=lambda name: statistics.median(seconds[name]))
         return compare(seconds, wait, "ours") | {"wait": wait}
 

@@ -28,7 +28,7 @@ from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.rows import TorchRowOps
 from hpcmoe.comm.select import find_obstacles, read_transport_support
 from hpcmoe.comm.self_test import run_self_test
-from hpcmoe.dispatch.device import DeviceExchange, DeviceSizes
+from hpcmoe.dispatch.device import DeviceDispatcher, DeviceSizes
 from hpcmoe.dispatch.device_plan import DeviceBatch
 from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.experts.feed_forward import Expert
@@ -107,19 +107,19 @@ def theirs(joined, groups, x):
 def time_kernels(device, hidden, tokens):
     """Time what dispatch and combine do with rows, by the device's row_ops and by torch, against a copy -> figures."""
     sizes = DeviceSizes(
-        hidden=hidden, dtype=torch.bfloat16, tokens=tokens, top_k=TOP_K, num_berths=1, num_micro_batches=1,
+        hidden=hidden, dtype=torch.bfloat16, tokens=tokens, top_k=TOP_K, num_in_flight=1, num_micro_batches=1,
         expert_rows=tokens * TOP_K, buffer_factor=1.0, batch_rows=2**62,
     )  # fmt: skip
     comm, random = MPI.COMM_SELF, np.random.default_rng(0)
     routes = make_routes((0,), 0, 16, np.zeros((1, 1), bool))
     with open_mpi_transport(comm, sizes.row_bytes, bind_thread=device.bind_thread) as transport:
-        exchange = DeviceExchange(DirectAllToAll(transport, device), transport, device, Clock(), (sizes, routes))
+        dispatcher = DeviceDispatcher(DirectAllToAll(transport, device), transport, device, Clock(), (sizes, routes))
         slots = np.argsort(random.random((tokens, 16)), axis=1)[:, :TOP_K]
-        source, target = (torch.empty_like(exchange.berths[0].home.buffer.tensor) for _ in range(2))
+        source, target = (torch.empty_like(dispatcher.in_flight_buffers[0].home.buffer.tensor) for _ in range(2))
         calls, num_bytes = {"copy": lambda: target.copy_(source)}, {"copy": 2 * source.nbytes}
         for row_ops in (device.row_ops, TorchRowOps()):
             with moving_by(device, row_ops):
-                moves = make_moves(exchange, slots)
+                moves = make_moves(dispatcher, slots)
             calls |= {(name, row_ops.name): moved_by(device, row_ops, move) for name, (_, move) in moves.items()}
             num_bytes |= {(name, row_ops.name): moved for name, (moved, _) in moves.items()}
         rates = {name: num_bytes[name] / each for name, each in time_calls(device, calls, MOVE_TIMES).items()}
@@ -146,22 +146,22 @@ def moved_by(device, row_ops, move):
     return call
 
 
-def make_moves(exchange, slots):
+def make_moves(dispatcher, slots):
     """Make all moves of an exchange's rows -> dict name: (bytes, call); a token is read once for all its copies."""
-    flight = SimpleNamespace(plan=exchange.make_plan(slots, None), berth=0, layer=0, micro_batch=0)
-    while not exchange.may_start(flight):
-        exchange.poke()
-    sizes, device = exchange.sizes, exchange.device
+    handle = SimpleNamespace(plan=dispatcher.make_plan(slots, None), berth=0, layer=0, micro_batch=0)
+    while not dispatcher.poll_ready(handle):
+        dispatcher.poke()
+    sizes, device = dispatcher.sizes, dispatcher.device
     x = torch.randn(sizes.tokens, sizes.hidden, device=device.torch_device)
     gates = torch.full((sizes.tokens, sizes.top_k), 0.5, device=device.torch_device)
-    places = exchange.rows_of(flight, DeviceBatch(flight.plan.counts.coming, device))
-    rows, _ = exchange.take(places)
+    places = dispatcher.find_rows(handle, DeviceBatch(handle.plan.counts.coming, device))
+    rows, _ = dispatcher.gather(places)
     copies = rows.nbytes
     return {
-        "pack": (copies + x.nbytes, lambda: exchange.pack(flight, x, gates)),
-        "take": (2 * copies, lambda: exchange.take(places)),
-        "lay": (2 * copies, lambda: exchange.lay(rows, places)),
-        "sum": (copies + x.nbytes, lambda: exchange.sum_home(flight, gates)),
+        "pack": (copies + x.nbytes, lambda: dispatcher.pack(handle, x, gates)),
+        "take": (2 * copies, lambda: dispatcher.gather(places)),
+        "lay": (2 * copies, lambda: dispatcher.scatter(rows, places)),
+        "sum": (copies + x.nbytes, lambda: dispatcher.combine(handle, gates)),
     }
 
 

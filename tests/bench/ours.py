@@ -10,7 +10,7 @@ from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.config import Cluster, Config, Data, Dispatch, Model, Pipeline, Run
 from hpcmoe.errors import on_root
 from hpcmoe.experts.feed_forward import make_expert_weights
-from hpcmoe.experts.layer import Flight
+from hpcmoe.experts.layer import LayerContext
 from hpcmoe.model.text import find_text
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.run.job import open_job
@@ -63,7 +63,7 @@ class Layer:
     """The one layer of a job, called by itself. All its calls are collective."""
 
     def __init__(self, job):
-        self.layer, self.exchange = job.stepper.network.layers[0], job.stepper.exchange
+        self.layer, self.dispatcher = job.stepper.network.layers[0], job.stepper.dispatcher
         self.layer.dense = Bare()
         self.device = job.stepper.network.device
         self.load = torch.ones(job.config.model.num_experts, device=self.device.torch_device)
@@ -76,35 +76,35 @@ class Layer:
     def forward(self, x):
         """x [T, H] float32 -> the next layer's x [T, H]."""
         with torch.no_grad():
-            return self.rise(Flight(0, 0, 0, False), x)
+            return self.rise(LayerContext(0, 0, 0, False), x)
 
     def train(self, x, grad):
         """Go up from x [T, H] and down from the gradient of the result -> gradient of x; weights' gradients add up."""
-        flight = Flight(0, 0, 0, True)
+        context = LayerContext(0, 0, 0, True)
         with torch.enable_grad():
-            self.rise(flight, x)
-            finish(self.exchange, self.layer.combine_backward(flight, grad))
-            finish(self.exchange, self.layer.compute_backward(flight))
+            self.rise(context, x)
+            finish(self.dispatcher, self.layer.combine_backward(context, grad))
+            finish(self.dispatcher, self.layer.compute_backward(context))
             zero_grads = torch.zeros_like(self.load), self.load.new_zeros(())
-            finish(self.exchange, self.layer.route_backward(flight, *zero_grads))
-            return flight.output
+            finish(self.dispatcher, self.layer.route_backward(context, *zero_grads))
+            return context.output
 
-    def rise(self, flight, x):
+    def rise(self, context, x):
         """Take the four stages of the way up."""
-        self.layer.route(flight, x, self.load)
-        finish(self.exchange, self.layer.dispatch(flight))
-        finish(self.exchange, self.layer.compute(flight))
-        finish(self.exchange, self.layer.combine(flight))
-        return flight.output
+        self.layer.route(context, x, self.load)
+        finish(self.dispatcher, self.layer.dispatch(context))
+        finish(self.dispatcher, self.layer.compute(context))
+        finish(self.dispatcher, self.layer.combine(context))
+        return context.output
 
     def route(self, x):
         """Choose experts for x [T, H] -> what `carry` takes."""
-        flight = Flight(0, 0, 0, False)
+        context = LayerContext(0, 0, 0, False)
         with torch.no_grad():
-            self.layer.route(flight, x, self.load)
-        return flight
+            self.layer.route(context, x, self.load)
+        return context
 
-    def carry(self, flight):
+    def carry(self, context):
         """Dispatch and combine: rows reach their experts, who do nothing, and come home."""
         with torch.no_grad():
-            carry(self.layer, flight)
+            carry(self.layer, context)

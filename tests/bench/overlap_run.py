@@ -114,7 +114,7 @@ def measure(jobs, comm, rounds, apart):
         for name, job in jobs.items():
             log = []
             seconds = {"whole": clock(comm, lambda job=job, log=log: step(job, lambda e: Recorder(e, log)))}
-            rows = job.stepper.exchange.take_traffic().rows.sum(axis=0)
+            rows = job.stepper.dispatcher.pop_traffic().rows.sum(axis=0)
             if apart:
                 seconds["transfers"] = clock(comm, lambda job=job: step(job, lambda e: nn.Identity()))
                 seconds["work"] = clock(comm, lambda log=log: repeat(log))

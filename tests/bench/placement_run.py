@@ -17,7 +17,7 @@ from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.config import Cluster, Config, Data, Model, Pipeline, Run
 from hpcmoe.errors import exit_with, on_root
-from hpcmoe.experts.layer import Flight
+from hpcmoe.experts.layer import LayerContext
 from hpcmoe.model.balance import even_load
 from hpcmoe.model.text import draw_starts, find_text, read_micro_batches
 from hpcmoe.placement.cost import layer_seconds, tokens_on_links
@@ -95,7 +95,7 @@ def make_exchanger(job):
         network.begin(batches, len(starts) * length, even_load(len(network.layers), config.model.num_experts), "infer")
         with torch.no_grad():
             return sum(
-                time_carry(job, Flight(number, micro_batch, 0, False))
+                time_carry(job, LayerContext(number, micro_batch, 0, False))
                 for number in range(len(network.layers))
                 for micro_batch in range(config.pipeline.micro_batches)
             )
@@ -103,14 +103,14 @@ def make_exchanger(job):
     return exchange
 
 
-def time_carry(job, flight):
+def time_carry(job, context):
     """Route a micro-batch in a layer; then send its rows out and home -> seconds from the first to the last rank."""
     network = job.stepper.network
-    layer = network.layers[flight.layer]
-    layer.route(flight, network.embed(flight.micro_batch), network.load[flight.layer])
+    layer = network.layers[context.layer]
+    layer.route(context, network.embed(context.micro_batch), network.load[context.layer])
     barrier(job.mesh.world)
     begin = time.perf_counter()
-    carry(layer, flight)
+    carry(layer, context)
     barrier(job.mesh.world)
     return time.perf_counter() - begin
 
@@ -148,7 +148,7 @@ def all_shares(placement, layer):
 
 
 def cross_rack_share(job):
-    """Find the share of token copies that leave their rack."""
+    """Find the share of assignments that leave their rack."""
     problem, racks = job.problem, job.problem.rack_of_node
     crossing, total = 0.0, 0.0
     for layer, experts in enumerate(job.placement.expert_of_replica):

@@ -3,47 +3,47 @@
 from hpcmoe.wait import Backoff
 
 
-def finish(exchange, pieces):
+def finish(dispatcher, pieces):
     """Do a stage to its end, letting messages progress."""
     backoff = Backoff()
-    news = exchange.count_news()
+    sequence_number = dispatcher.read_sequence_number()
     for worked in pieces:
-        if exchange.poke() or worked:
+        if dispatcher.poke() or worked:
             backoff.reset()
         else:
-            exchange.wait_for_news(backoff, news)
-        news = exchange.count_news()
+            dispatcher.wait_for_change(backoff, sequence_number)
+        sequence_number = dispatcher.read_sequence_number()
 
 
-def echo(exchange, flight):
+def echo(dispatcher, handle):
     """Lay rows down at home as they come, as experts would that do nothing: a stage in place of `compute`."""
-    for batch in exchange.batches(flight):
+    for batch in dispatcher.receive(handle):
         if batch is None:
             yield False
             continue
-        places = exchange.rows_of(flight, batch)
-        for part, _ in batch.portions(exchange.sizes.batch_rows):
-            rows, _ = exchange.take(places[part])
-            exchange.lay(rows, places[part])
+        places = dispatcher.find_rows(handle, batch)
+        for part, _ in batch.split_chunks(dispatcher.sizes.batch_rows):
+            rows, _ = dispatcher.gather(places[part])
+            dispatcher.scatter(rows, places[part])
             yield True
-        exchange.finish(flight, batch)
+        dispatcher.return_batch(handle, batch)
 
 
-def come_home(exchange, flight):
+def come_home(dispatcher, handle):
     """Wait until all rows are home: a stage in place of `combine`, which then sums them."""
-    while not exchange.is_home(flight):
+    while not dispatcher.poll_results(handle):
         yield False
 
 
-def serve(exchange):
+def serve(dispatcher):
     """Wait until nothing is left to do for others, who may be waiting for what lands here: a stage after the last."""
-    while not exchange.is_idle:
+    while not dispatcher.is_idle:
         yield False
 
 
-def carry(layer, flight):
+def carry(layer, handle):
     """Dispatch a routed micro-batch, and have its rows come home from experts who do nothing."""
-    finish(layer.exchange, layer.dispatch(flight))
-    finish(layer.exchange, echo(layer.exchange, flight))
-    finish(layer.exchange, come_home(layer.exchange, flight))
-    finish(layer.exchange, serve(layer.exchange))
+    finish(layer.dispatcher, layer.dispatch(handle))
+    finish(layer.dispatcher, echo(layer.dispatcher, handle))
+    finish(layer.dispatcher, come_home(layer.dispatcher, handle))
+    finish(layer.dispatcher, serve(layer.dispatcher))

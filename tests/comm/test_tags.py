@@ -17,9 +17,9 @@ LEAST_TAG_UB = 32767  # that the standard guarantees
 def make_sizes(**changes):
     """Sizes of a run between nodes: 1000 tokens of a micro-batch, in messages of 10."""
     fields = {
-        "hidden": 8, "dtype": torch.float32, "tokens": 1000, "top_k": 2, "num_berths": 1, "num_micro_batches": 2,
-        "expert_rows": 1000, "batch_rows": 100, "parcel_tokens": 10, "parcels_sent": 100, "pool_rows": 1000,
-        "parcels_at_once": 1, "in_order": True, "deterministic": True,
+        "hidden": 8, "dtype": torch.float32, "tokens": 1000, "top_k": 2, "num_in_flight": 1, "num_micro_batches": 2,
+        "expert_rows": 1000, "batch_rows": 100, "message_tokens": 10, "num_messages_sent": 100, "pool_rows": 1000,
+        "messages_at_once": 1, "in_order": True, "deterministic": True,
     }  # fmt: skip
     return HostSizes(**fields | changes)
 
@@ -29,8 +29,13 @@ def make_sizes(**changes):
     [
         (2399, {}, 60, None),  # 2 micro-batches x 4 directions x 3 parts x 100 messages
         (2398, {}, 60, r"micro_batches = 2, \[comm\] message_rows: 24 tags x 100 messages .* = 2400, .* has 2399 "),
-        (7, {"parcels_sent": 0}, 7, None),  # all ranks on one node
-        (7, {"parcels_sent": 0}, 8, r"\[model\] num_layers = 8: .* tags up to 8, this MPI's end at 7 \(MPI_TAG_UB\)"),
+        (7, {"num_messages_sent": 0}, 7, None),  # all ranks on one node
+        (
+            7,
+            {"num_messages_sent": 0},
+            8,
+            r"\[model\] num_layers = 8: .* tags up to 8, this MPI's end at 7 \(MPI_TAG_UB\)",
+        ),
         (LEAST_TAG_UB, {"num_micro_batches": 8, "tokens": 3410}, 60, None),
         (LEAST_TAG_UB, {"num_micro_batches": 8, "tokens": 3420}, 60, "96 tags x 342 messages .* = 32832"),
     ],
@@ -46,7 +51,7 @@ def test_a_run_that_needs_more_tags_than_mpi_has_is_refused(monkeypatch, last_ta
 
 def test_between_gpus_a_leg_is_one_message(monkeypatch):
     monkeypatch.setattr(ways, "read_max_tag", lambda: 23)
-    fields = {name: getattr(make_sizes(), name) for name in ("hidden", "dtype", "tokens", "top_k", "num_berths")}
+    fields = {name: getattr(make_sizes(), name) for name in ("hidden", "dtype", "tokens", "top_k", "num_in_flight")}
     sizes = DeviceSizes(**fields, num_micro_batches=2, expert_rows=1, batch_rows=1, buffer_factor=1.0)
     ways.check_tags(sizes, 2)
     monkeypatch.setattr(ways, "read_max_tag", lambda: 22)

@@ -1,4 +1,4 @@
-"""Ranks of one node see each other's rows, and each word on the board when what it announces is there."""
+"""Ranks of one node see each other's rows, and each word on the descriptor table when what it announces is there."""
 
 import os
 from types import SimpleNamespace
@@ -8,11 +8,11 @@ import pytest
 import torch
 from small import open_small_job
 
-from hpcmoe.comm.window import SLIP_WORDS, WindowSizes, make_private_window, open_window
+from hpcmoe.comm.window import DESCRIPTOR_WORDS, WindowSizes, make_private_window, open_window
 from hpcmoe.errors import ClusterError
 from hpcmoe.wait import Backoff, barrier
 
-SIZES = WindowSizes(rows=10, row_bytes=24, num_berths=2, num_guests=3, max_parcels=2, num_slots=4)
+SIZES = WindowSizes(rows=10, row_bytes=24, num_in_flight=2, max_senders=3, max_messages=2, num_slots=4)
 
 
 def wait_for(condition):
@@ -25,14 +25,14 @@ def wait_for(condition):
     raise AssertionError("it never came")
 
 
-@pytest.mark.parametrize("num_mates", [1, 3])
-def test_the_arrays_have_pages_of_their_own_and_fill_the_announced_bytes(num_mates):
-    arrays = SIZES.arrays(num_mates)
+@pytest.mark.parametrize("num_local_peers", [1, 3])
+def test_the_arrays_have_pages_of_their_own_and_fill_the_announced_bytes(num_local_peers):
+    arrays = SIZES.arrays(num_local_peers)
     lengths = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in arrays.values()]
-    assert SIZES.num_bytes(num_mates) == sum(-(-length // 4096) * 4096 for length in lengths)
-    assert SIZES.num_slips == 1 + 3 * 2
-    assert arrays["slips"][0] == (num_mates, 2, 2, 7, SLIP_WORDS + 4)
-    assert arrays["rows"][0] == (10 * num_mates, 24)
+    assert SIZES.num_bytes(num_local_peers) == sum(-(-length // 4096) * 4096 for length in lengths)
+    assert SIZES.num_descriptors == 1 + 3 * 2
+    assert arrays["descriptors"][0] == (num_local_peers, 2, 2, 7, DESCRIPTOR_WORDS + 4)
+    assert arrays["rows"][0] == (10 * num_local_peers, 24)
 
 
 def test_a_private_window_is_zero_and_seen_as_numbers():
@@ -40,35 +40,35 @@ def test_a_private_window_is_zero_and_seen_as_numbers():
     window.table(torch.bfloat16)[3, 5] = 2.0
     assert window.table(torch.float32).shape == (10, 6)
     assert window.rows[3].any() and not np.delete(window.rows, 3, axis=0).any()
-    for name in ("gate_values", "sources", "taken", "done", "slips"):
+    for name in ("gate_values", "sources", "consumed", "done", "descriptors"):
         assert not getattr(window, name).any()
 
 
 def test_no_array_runs_into_another():
     window = make_private_window(SIZES)
-    names = ["rows", "gate_values", "sources", "taken", "done", "slips"]
+    names = ["rows", "gate_values", "sources", "consumed", "done", "descriptors"]
     for number, name in enumerate(names, start=1):
         getattr(window, name)[...] = number
     assert all((getattr(window, name) == number).all() for number, name in enumerate(names, start=1))
 
 
-def test_a_slip_is_dated_after_all_that_it_says():
+def test_a_descriptor_is_dated_after_all_that_it_says():
     window, seen = make_private_window(SIZES), []
-    window.sync = lambda: seen.append(window.slips[0, 1, 1, 5].tolist())
+    window.sync = lambda: seen.append(window.descriptors[0, 1, 1, 5].tolist())
     window.post(1, 7, 5, 42, 3, np.arange(4).reshape(1, 4))
     assert seen == [[0, 42, 3, 0, 1, 2, 3]]
-    assert window.slips[0, 1, 1, 5].tolist() == [7, 42, 3, 0, 1, 2, 3]
-    assert not np.delete(window.slips.reshape(-1, 7), (1 * 2 + 1) * 7 + 5, axis=0).any()
+    assert window.descriptors[0, 1, 1, 5].tolist() == [7, 42, 3, 0, 1, 2, 3]
+    assert not np.delete(window.descriptors.reshape(-1, 7), (1 * 2 + 1) * 7 + 5, axis=0).any()
 
 
-def test_a_slip_is_written_over_when_all_have_read_the_one_before_the_last():
+def test_a_descriptor_is_written_over_when_all_have_read_the_one_before_the_last():
     window = make_private_window(SIZES)
     assert window.may_post(0, 1) and window.may_post(0, 2) and not window.may_post(0, 3)
-    window.mark_taken(0, 1)
+    window.mark_consumed(0, 1)
     assert window.may_post(0, 3) and not window.may_post(0, 4) and not window.may_post(1, 3)
 
 
-def test_a_slip_is_done_when_every_mate_that_it_asks_has_done_it():
+def test_a_descriptor_is_done_when_every_mate_that_it_asks_has_done_it():
     window, counts = make_private_window(SIZES), np.array([[0, 3, 0, 0]])
     assert window.is_done(0, 1, 0, 0 * counts) and not window.is_done(0, 1, 2, counts)
     window.mark_done(0, 1, 0, 2)
@@ -80,7 +80,7 @@ def test_a_slip_is_done_when_every_mate_that_it_asks_has_done_it():
 @pytest.mark.mpi
 def test_mates_share_rows_and_each_has_its_own_part(comm):
     with open_window(comm, SIZES) as window:
-        assert (window.mate, window.num_mates, window.first_row) == (comm.rank, comm.size, 10 * comm.rank)
+        assert (window.local_index, window.num_local_peers, window.first_row) == (comm.rank, comm.size, 10 * comm.rank)
         assert not window.rows.any()
         barrier(comm)
         window.rows[window.first_row : window.first_row + 10] = comm.rank + 1
@@ -98,12 +98,12 @@ def test_the_board_tells_each_mate_of_every_other(comm):
         for exchange in range(1, 20):
             wait_for(lambda exchange=exchange: window.may_post(0, exchange))
             window.post(0, exchange, 0, 100 * comm.rank + exchange, 1, np.full(4, exchange))
-            for mate in range(comm.size):
-                slip = window.slips[mate, 0, exchange % 2, 0]
-                wait_for(lambda slip=slip, exchange=exchange: slip[0] == exchange)
-                assert slip[1] == 100 * mate + exchange and slip[3] == exchange
-                window.mark_done(0, exchange, mate, 0)
-            window.mark_taken(0, exchange)
+            for local_peer in range(comm.size):
+                descriptor = window.descriptors[local_peer, 0, exchange % 2, 0]
+                wait_for(lambda descriptor=descriptor, exchange=exchange: descriptor[0] == exchange)
+                assert descriptor[1] == 100 * local_peer + exchange and descriptor[3] == exchange
+                window.mark_done(0, exchange, local_peer, 0)
+            window.mark_consumed(0, exchange)
             asked = np.ones((comm.size, 1), int)
             wait_for(lambda exchange=exchange, asked=asked: window.is_done(0, exchange, 0, asked))
         barrier(comm)

@@ -1,4 +1,4 @@
-"""Plans made on the device are those of the host: the same replicas, each copy by its slot, counts of all."""
+"""Plans made on the device are those of the host: the same replicas, each assignment by its slot, counts of all."""
 
 import numpy as np
 import pytest
@@ -39,10 +39,10 @@ def test_copies_lie_by_slot_and_dropped_ones_nowhere(num_tokens):
     plan = DevicePlan(torch.from_numpy(slots), torch.from_numpy(kept), 6, PlainDevice())
     counts = np.diff(plan.counts.fetched.numpy(), prepend=0)
     assert counts.tolist() == np.bincount(slots[kept], minlength=6).tolist()
-    copies = plan.copies.first(counts.sum()).order.numpy()
-    assert slots.ravel()[copies].tolist() == np.repeat(np.arange(6), counts).tolist()
-    assert plan.copies.entries.flatten()[copies].tolist() == list(range(counts.sum()))
-    assert (plan.copies.entries[torch.from_numpy(~kept)] == -1).all()
+    assignments = plan.assignments.first(counts.sum()).order.numpy()
+    assert slots.ravel()[assignments].tolist() == np.repeat(np.arange(6), counts).tolist()
+    assert plan.assignments.entries.flatten()[assignments].tolist() == list(range(counts.sum()))
+    assert (plan.assignments.entries[torch.from_numpy(~kept)] == -1).all()
 
 
 def test_a_batch_is_grouped_by_slot_and_within_it_by_rank():
@@ -50,5 +50,5 @@ def test_a_batch_is_grouped_by_slot_and_within_it_by_rank():
     batch = DeviceBatch(coming, PlainDevice())
     label = np.repeat(np.arange(9), coming.ravel())  # rank * 3 + slot of each row, as they lie
     assert [divmod(int(own), 3)[::-1] for own in label[batch.order]] == sorted(divmod(int(n), 3)[::-1] for n in label)
-    assert list(batch.portions(1)) == [(slice(0, 9), [(0, 3), (2, 6)])]
-    assert list(DeviceBatch(np.zeros((2, 2), int), PlainDevice()).portions(1)) == []
+    assert list(batch.split_chunks(1)) == [(slice(0, 9), [(0, 3), (2, 6)])]
+    assert list(DeviceBatch(np.zeros((2, 2), int), PlainDevice()).split_chunks(1)) == []

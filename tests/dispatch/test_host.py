@@ -16,7 +16,7 @@ from journeys import (
     run_both_ways,
     run_forward,
 )
-from small import make_exchange, open_small_exchange
+from small import make_dispatcher, open_small_dispatcher
 
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.comm.transport import HOMEWARD, Direction
@@ -24,8 +24,8 @@ from hpcmoe.wait import gather_to_all
 
 HIDDEN, TOP_K, SLOTS = 4, 3, 2
 SHAPES = [(1, False), (2, False), (2, True), (4, False), (3, True)]  # nodes, once
-SIZES = {"slots": SLOTS, "top_k": TOP_K, "num_berths": 2, "batch_rows": 7, "parcel_tokens": 4, "pool_rows": 60,
-         "parcels_at_once": 1}  # fmt: skip
+SIZES = {"slots": SLOTS, "top_k": TOP_K, "num_in_flight": 2, "batch_rows": 7, "message_tokens": 4, "pool_rows": 60,
+         "messages_at_once": 1}  # fmt: skip
 
 
 @pytest.fixture(params=SHAPES, ids=lambda shape: f"{shape[0]} nodes{', once' * shape[1]}")
@@ -40,11 +40,13 @@ def shape(comm, request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("in_order", "deterministic"), [(True, True), (True, False), (False, False)])
 def test_experts_alone_on_a_rank_map_every_kept_copy(dtype, in_order, deterministic):
-    exchange = make_exchange(HIDDEN, slots=4, top_k=TOP_K, dtype=dtype, in_order=in_order, deterministic=deterministic)
-    round_trip = make_round_trip(exchange, 9, seed=1)
+    dispatcher = make_dispatcher(
+        HIDDEN, slots=4, top_k=TOP_K, dtype=dtype, in_order=in_order, deterministic=deterministic
+    )
+    round_trip = make_round_trip(dispatcher, 9, seed=1)
     assert 0 < round_trip.kept.sum() < 9 * TOP_K
-    go(exchange, run_forward(exchange, round_trip))
-    check_forward(exchange, round_trip)
+    go(dispatcher, run_forward(dispatcher, round_trip))
+    check_forward(dispatcher, round_trip)
     assert round_trip.output.dtype == dtype
 
 
@@ -53,12 +55,12 @@ def test_experts_alone_on_a_rank_map_every_kept_copy(dtype, in_order, determinis
 def test_identity_experts_give_every_kept_copy_back(comm, shape, monkeypatch, in_order, deterministic):
     monkeypatch.setattr("round_trips.map_of", lambda slot, hidden: torch.eye(hidden))
     order = {"in_order": in_order, "deterministic": deterministic}
-    with open_small_exchange(comm, HIDDEN, **shape, **SIZES, **order) as exchange:
+    with open_small_dispatcher(comm, HIDDEN, **shape, **SIZES, **order) as dispatcher:
         for num_tokens in (20, (7 * comm.rank) % 13, 1):  # some ranks have none
-            round_trip = make_round_trip(exchange, num_tokens, seed=num_tokens)
-            go(exchange, run_forward(exchange, round_trip))
+            round_trip = make_round_trip(dispatcher, num_tokens, seed=num_tokens)
+            go(dispatcher, run_forward(dispatcher, round_trip))
             assert torch.equal(round_trip.output, round_trip.x * round_trip.gates.sum(dim=1, keepdim=True))
-        check_pools_are_free(exchange)
+        check_pools_are_free(dispatcher)
 
 
 def dot(comm, a, b):
@@ -70,31 +72,31 @@ def dot(comm, a, b):
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_each_way_is_the_others_adjoint(comm, shape, deterministic):
     """<output, grad> = <x, grad_x> = sum of gates times gate gradients, and each is what its definition says."""
-    with open_small_exchange(comm, HIDDEN, **shape, **SIZES, deterministic=deterministic) as exchange:
+    with open_small_dispatcher(comm, HIDDEN, **shape, **SIZES, deterministic=deterministic) as dispatcher:
         for seed in range(6):
             num_tokens = (7 * comm.rank + 5 * seed) % 21
-            round_trip = make_round_trip(exchange, num_tokens, seed, kept_share=seed / 5)
-            go(exchange, run_both_ways(exchange, round_trip))
-            check_forward(exchange, round_trip)
-            check_backward(exchange, round_trip)
+            round_trip = make_round_trip(dispatcher, num_tokens, seed, kept_share=seed / 5)
+            go(dispatcher, run_both_ways(dispatcher, round_trip))
+            check_forward(dispatcher, round_trip)
+            check_backward(dispatcher, round_trip)
             whole = dot(comm, round_trip.output, round_trip.grad)
             assert (
                 whole == dot(comm, round_trip.x, round_trip.grad_x) == dot(comm, round_trip.gates, round_trip.grad_gate)
             )
             assert (whole != 0) == (seed > 0)
-        check_pools_are_free(exchange)
+        check_pools_are_free(dispatcher)
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("favourite", [0, -1])
 def test_all_copies_may_go_to_one_slot(comm, shape, favourite):
-    """Nine of ten ranks' experts get nothing, and one all: in pieces, through a pool that holds a parcel or two."""
-    with open_small_exchange(comm, HIDDEN, **shape, **SIZES) as exchange:
+    """Nine of ten ranks' experts get nothing, and one all: in pieces, through a pool that holds a message or two."""
+    with open_small_dispatcher(comm, HIDDEN, **shape, **SIZES) as dispatcher:
         favourite %= SLOTS * comm.size
-        round_trip = make_round_trip(exchange, 20, seed=2, favourite=favourite)
-        go(exchange, run_both_ways(exchange, round_trip))
-        check_forward(exchange, round_trip)
-        check_backward(exchange, round_trip)
+        round_trip = make_round_trip(dispatcher, 20, seed=2, favourite=favourite)
+        go(dispatcher, run_both_ways(dispatcher, round_trip))
+        check_forward(dispatcher, round_trip)
+        check_backward(dispatcher, round_trip)
         rows = sum(len(x) for seen in round_trip.seen for _, x in seen)
         everyone = sum(gather_to_all(comm, int(round_trip.kept.sum())))
         assert rows == (everyone if favourite // SLOTS == comm.rank else 0)
@@ -102,15 +104,15 @@ def test_all_copies_may_go_to_one_slot(comm, shape, favourite):
 
 @pytest.mark.mpi
 def test_experts_get_the_rows_of_their_slots_and_no_others(comm, shape):
-    """Each token says where its copies go; what a batch calls a slot's rows are those."""
-    with open_small_exchange(comm, HIDDEN, **shape, **SIZES | {"top_k": 1}) as exchange:
-        round_trip = make_round_trip(exchange, 17, seed=3)
+    """Each token says where its assignments go; what a batch calls a slot's rows are those."""
+    with open_small_dispatcher(comm, HIDDEN, **shape, **SIZES | {"top_k": 1}) as dispatcher:
+        round_trip = make_round_trip(dispatcher, 17, seed=3)
         round_trip.x = torch.from_numpy(round_trip.slots).float().expand(-1, HIDDEN).contiguous()
-        go(exchange, run_forward(exchange, round_trip))
+        go(dispatcher, run_forward(dispatcher, round_trip))
         taken = np.zeros(comm.size * SLOTS, int)
         for slot, rows in itertools.chain(*round_trip.seen):
             number = comm.rank * SLOTS + slot
-            assert (rows == number).all() and len(rows) <= 1.5 * exchange.sizes.batch_rows
+            assert (rows == number).all() and len(rows) <= 1.5 * dispatcher.sizes.batch_rows
             taken[number] += len(rows)
         meant = np.bincount(round_trip.slots[round_trip.kept], minlength=len(taken))
         assert np.array_equal(sum(gather_to_all(comm, taken)), sum(gather_to_all(comm, meant)))
@@ -118,41 +120,44 @@ def test_experts_get_the_rows_of_their_slots_and_no_others(comm, shape):
 
 @pytest.mark.mpi
 def test_two_micro_batches_under_way_do_not_mix(comm, shape):
-    with open_small_exchange(comm, HIDDEN, **shape, **SIZES, deterministic=False) as exchange:
+    with open_small_dispatcher(comm, HIDDEN, **shape, **SIZES, deterministic=False) as dispatcher:
         for seed in range(5):
-            check_two_at_once(exchange, 19, seed)
+            check_two_at_once(dispatcher, 19, seed)
 
 
 @pytest.mark.mpi
 def test_the_way_back_meets_the_same_batches(comm, shape):
-    with open_small_exchange(comm, HIDDEN, **shape, **SIZES) as exchange:
-        round_trip = make_round_trip(exchange, 20, seed=4)
-        go(exchange, run_forward(exchange, round_trip))
-        go(exchange, run_backward(exchange, round_trip))
+    with open_small_dispatcher(comm, HIDDEN, **shape, **SIZES) as dispatcher:
+        round_trip = make_round_trip(dispatcher, 20, seed=4)
+        go(dispatcher, run_forward(dispatcher, round_trip))
+        go(dispatcher, run_backward(dispatcher, round_trip))
         assert round_trip.backward_order == list(range(len(round_trip.batches)))
 
 
 @pytest.mark.mpi
 def test_traffic_is_counted_by_direction_and_peer(comm, shape):
-    with open_small_exchange(comm, HIDDEN, **shape, **SIZES) as exchange:
-        round_trip = make_round_trip(exchange, 18, seed=5)
-        go(exchange, run_both_ways(exchange, round_trip))
-        traffic, routes = exchange.take_traffic(), exchange.routes
+    with open_small_dispatcher(comm, HIDDEN, **shape, **SIZES) as dispatcher:
+        round_trip = make_round_trip(dispatcher, 18, seed=5)
+        go(dispatcher, run_both_ways(dispatcher, round_trip))
+        traffic, routes = dispatcher.pop_traffic(), dispatcher.routes
 
-        # Every copy is counted where it goes; rows where they land: a token once in each parcel, a mate's copies each.
-        rank_of_copy = round_trip.slots // SLOTS
-        assert traffic.copies[0].tolist() == np.bincount(rank_of_copy[round_trip.kept], minlength=comm.size).tolist()
+        # Every assignment is counted where it goes; rows where they land: a token once in each message, a local_peer's assignments each.
+        rank_of_assignment = round_trip.slots // SLOTS
+        assert (
+            traffic.assignments[0].tolist()
+            == np.bincount(rank_of_assignment[round_trip.kept], minlength=comm.size).tolist()
+        )
         rows = np.zeros(comm.size, int)
-        rows[routes.mates] = traffic.copies[0][routes.mates]
+        rows[routes.local_peers] = traffic.assignments[0][routes.local_peers]
         node_of_rank = np.arange(comm.size) * shape["num_nodes"] // comm.size
         for t in range(18):
-            away = [r for r in rank_of_copy[t][round_trip.kept[t]] if r not in routes.mates]
+            away = [r for r in rank_of_assignment[t][round_trip.kept[t]] if r not in routes.local_peers]
             if shape["once"]:
                 for node in {node_of_rank[r] for r in away}:
-                    rows[next(r for r in routes.landings if node_of_rank[r] == node)] += 1
+                    rows[next(r for r in routes.receivers if node_of_rank[r] == node)] += 1
             else:
                 rows[list(set(away))] += 1
-        landed = np.isin(np.arange(comm.size), routes.mates) & shape["once"]  # handed on to mates besides
+        landed = np.isin(np.arange(comm.size), routes.local_peers) & shape["once"]  # handed on to local_peers besides
         for direction in (Direction.DISPATCH, Direction.COMBINE_BACKWARD):
             assert traffic.rows[direction][~landed].tolist() == rows[~landed].tolist()
             assert (traffic.rows[direction] >= rows).all()
@@ -161,61 +166,64 @@ def test_traffic_is_counted_by_direction_and_peer(comm, shape):
         of_all = np.stack(gather_to_all(comm, traffic.rows), axis=1)  # [4, P, P]
         for out, back in HOMEWARD.items():
             assert np.array_equal(of_all[out], of_all[back].T)
-        again = exchange.take_traffic()
-        assert not again.rows.any() and not again.copies
+        again = dispatcher.pop_traffic()
+        assert not again.rows.any() and not again.assignments
 
 
 @pytest.mark.mpi
-def test_messages_are_a_header_and_parcels_to_each_landing(comm, shape):
-    with open_small_exchange(comm, HIDDEN, **shape, **SIZES | {"parcel_tokens": 20, "pool_rows": 200}) as exchange:
-        round_trip = make_round_trip(exchange, 20, seed=6)
-        go(exchange, run_forward(exchange, round_trip))
-        others = len(exchange.routes.landings)
-        sent = len(round_trip.plan.parcels)
-        everyone = gather_to_all(comm, [exchange.routes.landings[p.landing] for p in round_trip.plan.parcels])
-        returned = sum(list(landings).count(comm.rank) for landings in everyone)
-        assert exchange.transport.num_sent == others + sent + returned
+def test_messages_are_a_header_and_messages_to_each_landing(comm, shape):
+    with open_small_dispatcher(comm, HIDDEN, **shape, **SIZES | {"message_tokens": 20, "pool_rows": 200}) as dispatcher:
+        round_trip = make_round_trip(dispatcher, 20, seed=6)
+        go(dispatcher, run_forward(dispatcher, round_trip))
+        others = len(dispatcher.routes.receivers)
+        sent = len(round_trip.plan.messages)
+        everyone = gather_to_all(comm, [dispatcher.routes.receivers[p.receiver] for p in round_trip.plan.messages])
+        returned = sum(list(receivers).count(comm.rank) for receivers in everyone)
+        assert dispatcher.transport.num_sent == others + sent + returned
         assert sent <= others
 
 
 @pytest.mark.mpi
 def test_nothing_is_announced_before_it_has_been_read(comm):
-    """A rank that is far ahead waits with its next exchange until its mates have seen the last but one."""
-    with open_small_exchange(comm, HIDDEN, **SIZES) as exchange:
-        round_trip = make_round_trip(exchange, 5, seed=7, kept_share=0.0)
+    """A rank that is far ahead waits with its next exchange until its local_peers have seen the last but one."""
+    with open_small_dispatcher(comm, HIDDEN, **SIZES) as dispatcher:
+        round_trip = make_round_trip(dispatcher, 5, seed=7, kept_share=0.0)
         for number in range(1, 4):
-            assert exchange.may_start(round_trip) == (number < 3)
+            assert dispatcher.poll_ready(round_trip) == (number < 3)
             if number < 3:
-                exchange.start_outward(round_trip, round_trip.x, round_trip.gates, Direction.DISPATCH)
-            assert exchange.is_home(round_trip)  # it has no copies
+                dispatcher.dispatch(round_trip, round_trip.x, round_trip.gates, Direction.DISPATCH)
+            assert dispatcher.poll_results(round_trip)  # it has no assignments
         comm.Barrier()
-        for number in (1, 2):  # nobody has looked so far: see both now, the second with the berth's own eyes
-            arrivals = exchange.berths[0].arrivals
-            arrivals.exchange, arrivals.expected = number, np.array([(mate, 0) for mate in range(comm.size)])
-            arrivals.look()
+        for number in (1, 2):  # nobody has looked so far: see both now, the second with its buffers' own eyes
+            arrivals = dispatcher.in_flight_buffers[0].arrivals
+            arrivals.exchange, arrivals.expected = (
+                number,
+                np.array([(local_peer, 0) for local_peer in range(comm.size)]),
+            )
+            arrivals.poll()
         comm.Barrier()
-        assert exchange.may_start(round_trip)
+        assert dispatcher.poll_ready(round_trip)
 
 
 def test_what_the_experts_take_is_padded_to_a_few_sizes_and_the_rest_counts_for_nothing():
-    exchange = make_exchange(HIDDEN, top_k=1, slots=1, tokens=300)
-    round_trip = make_round_trip(exchange, 300, seed=8, kept_share=1.0)
-    exchange.start_outward(round_trip, round_trip.x, round_trip.gates, Direction.DISPATCH)
-    batch = next(exchange.batches(round_trip))
-    places = exchange.rows_of(round_trip, batch)
+    dispatcher = make_dispatcher(HIDDEN, top_k=1, slots=1, tokens=300)
+    round_trip = make_round_trip(dispatcher, 300, seed=8, kept_share=1.0)
+    dispatcher.dispatch(round_trip, round_trip.x, round_trip.gates, Direction.DISPATCH)
+    batch = next(dispatcher.receive(round_trip))
+    places = dispatcher.find_rows(round_trip, batch)
     for count in (1, 63, 65, 200, 297):
-        rows, numbers = exchange.take(places[:count])
+        rows, numbers = dispatcher.gather(places[:count])
         assert count <= len(rows) == len(numbers) <= 1.04 * count
         assert torch.equal(rows[:count], round_trip.x[:count]) and not numbers[count:].any()
-        before = exchange.window.rows.copy()
-        exchange.lay(rows * 0 + 5, places[:count], numbers)
-        changed = np.flatnonzero((before != exchange.window.rows).any(axis=1))
+        before = dispatcher.window.rows.copy()
+        dispatcher.scatter(rows * 0 + 5, places[:count], numbers)
+        changed = np.flatnonzero((before != dispatcher.window.rows).any(axis=1))
         assert set(changed) <= set(places[:count].tolist())
 
 
 def test_the_announced_bytes_are_those_allocated():
-    exchange = make_exchange(HIDDEN, num_berths=2)
-    arrays = [getattr(exchange.window, name) for name in exchange.window.sizes.arrays(1)]
+    dispatcher = make_dispatcher(HIDDEN, num_in_flight=2)
+    arrays = [getattr(dispatcher.window, name) for name in dispatcher.window.sizes.arrays(1)]
     held = sum(-(-array.nbytes // 4096) * 4096 for array in arrays)
-    sent = sum(berth.send.nbytes for berth in exchange.berths)
-    assert exchange.buffer_bytes == held + sent
+    sent = sum(buffers.send.nbytes for buffers in dispatcher.in_flight_buffers)
+    assert dispatcher.buffer_bytes == held + sent

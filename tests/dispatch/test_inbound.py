@@ -1,4 +1,4 @@
-"""Parcels land where there is room, in order if need be, are summed by token, and leave all room free again."""
+"""Messages land where there is room, in order if need be, are summed by token, and leave all room free again."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ import torch
 from hpcmoe.comm.pool import RowPool
 from hpcmoe.comm.transport import Direction, MessageKind, MessageRequest, make_message_tag
 from hpcmoe.comm.window import WindowSizes, make_private_window
-from hpcmoe.dispatch.inbound import Guest, Hall, Landing, see_trailer
+from hpcmoe.dispatch.inbound import InboundMessage, ReceivePool, Receiver, see_trailer
 from hpcmoe.dispatch.routes import make_routes
 
 HIDDEN, ROW_BYTES, MAX_PARCELS = 4, 16, 3
@@ -36,121 +36,127 @@ class Post:
         request.done = True
 
 
-def tag_of(part, parcel=0):
-    return make_message_tag(0, part, parcel, MAX_PARCELS)
+def tag_of(part, message=0):
+    return make_message_tag(0, part, message, MAX_PARCELS)
 
 
 @pytest.fixture
-def hall(request):
-    """Rank 0 alone on its node with two slots, guests from ranks 1 and 2, room for `param` rows."""
+def receive_pool(request):
+    """Rank 0 alone on its node with two slots, messages from ranks 1 and 2, room for `param` rows."""
     rows = getattr(request, "param", 30)
     routes = make_routes([0, 1, 2], 0, 2, np.zeros((3, 3), bool))
     sizes = WindowSizes(
-        rows=rows, row_bytes=ROW_BYTES, num_berths=1, num_guests=2, max_parcels=MAX_PARCELS, num_slots=2
+        rows=rows, row_bytes=ROW_BYTES, num_in_flight=1, max_senders=2, max_messages=MAX_PARCELS, num_slots=2
     )
     how = SimpleNamespace(dtype=torch.float32, in_order=True)
-    return Hall(Post(), make_private_window(sizes), routes, [RowPool(0, rows)], how, lambda *counted: None)
+    return ReceivePool(Post(), make_private_window(sizes), routes, [RowPool(0, rows)], how, lambda *counted: None)
 
 
-def make_parcel(tokens, token_of_copy, numbers):
-    """A message: tokens [U, H], and behind them each copy's token and number."""
-    num_copies = len(token_of_copy)
-    rows = np.zeros((len(tokens) + -(-8 * num_copies // ROW_BYTES), ROW_BYTES), np.uint8)
+def make_message(tokens, token_of_assignment, numbers):
+    """A message: tokens [U, H], and behind them each assignment's token and number."""
+    num_assignments = len(token_of_assignment)
+    rows = np.zeros((len(tokens) + -(-8 * num_assignments // ROW_BYTES), ROW_BYTES), np.uint8)
     rows[: len(tokens)] = np.asarray(tokens, np.float32).view(np.uint8)
-    see_trailer(rows[len(tokens) :], num_copies)[0][:] = token_of_copy
-    see_trailer(rows[len(tokens) :], num_copies)[1][:] = numbers
+    see_trailer(rows[len(tokens) :], num_assignments)[0][:] = token_of_assignment
+    see_trailer(rows[len(tokens) :], num_assignments)[1][:] = numbers
     return rows
 
 
-def header(*parcels):
-    """How many parcels; tokens of each, and copies for each of the two slots."""
-    return np.array([len(parcels), *(word for parcel in parcels for word in parcel)])
+def header(*messages):
+    """How many messages; tokens of each, and assignments for each of the two slots."""
+    return np.array([len(messages), *(word for message in messages for word in message)])
 
 
 @pytest.mark.parametrize("weigh", [True, False])
-def test_a_guest_goes_all_its_way(hall, weigh):
-    landing, window, post = (
-        Landing(hall, 0, 1, Direction.DISPATCH if weigh else Direction.COMBINE_BACKWARD, tag_of),
-        hall.window,
-        hall.transport,
+def test_a_guest_goes_all_its_way(receive_pool, weigh):
+    receiver, window, post = (
+        Receiver(receive_pool, 0, 1, Direction.DISPATCH if weigh else Direction.COMBINE_BACKWARD, tag_of),
+        receive_pool.window,
+        receive_pool.transport,
     )
-    assert not landing.poke()
+    assert not receiver.poke()
     post.bring(1, tag_of(MessageKind.HEADER), header((2, 2, 1)))
     post.bring(2, tag_of(MessageKind.HEADER), header())
-    assert landing.poke() and window.slips[0, 0, 1, 1 + MAX_PARCELS, :3].tolist() == [1, 0, 0]  # nothing from rank 2
-    parcel = make_parcel([[1, 2, 3, 4], [5, 6, 7, 8]], [1, 0, 1], [0.5, 2.0, 3.0])
-    post.bring(1, tag_of(MessageKind.PARCEL), parcel)
-    assert window.slips[0, 0, 1, 1, 0] == 0 and landing.poke()
+    assert receiver.poke() and window.descriptors[0, 0, 1, 1 + MAX_PARCELS, :3].tolist() == [
+        1,
+        0,
+        0,
+    ]  # nothing from rank 2
+    message = make_message([[1, 2, 3, 4], [5, 6, 7, 8]], [1, 0, 1], [0.5, 2.0, 3.0])
+    post.bring(1, tag_of(MessageKind.ROWS), message)
+    assert window.descriptors[0, 0, 1, 1, 0] == 0 and receiver.poke()
 
-    # The slip names three result rows, each of which knows its token and number.
-    exchange, first, num_slips, *counts = window.slips[0, 0, 1, 1].tolist()
-    assert (exchange, first, num_slips, counts) == (1, 4, 1, [2, 1])
+    # The descriptor names three result rows, each of which knows its token and number.
+    dispatcher, first, num_descriptors, *counts = window.descriptors[0, 0, 1, 1].tolist()
+    assert (dispatcher, first, num_descriptors, counts) == (1, 4, 1, [2, 1])
     assert window.sources[4:7].tolist() == [1, 0, 1] and window.gate_values[4:7].tolist() == [0.5, 2, 3]
-    assert not landing.poke() and not landing.is_over
+    assert not receiver.poke() and not receiver.is_over
 
-    # Results are summed by token, weighed or not, and the copies' numbers go home with them.
+    # Results are summed by token, weighed or not, and the assignments' numbers go home with them.
     window.table(torch.float32)[4:7] = torch.tensor([[1.0], [10.0], [100.0]])
     window.gate_values[4:7] = [7, 8, 9]
     window.mark_done(0, 1, 0, 1)
-    assert landing.poke()
+    assert receiver.poke()
     rows, request = post.sends[1, tag_of(MessageKind.RETURN)]
     sums = rows[:2].view(np.float32)
     assert sums[:, 0].tolist() == ([20, 300.5] if weigh else [10, 101])
     assert [part.tolist() for part in see_trailer(rows[2:], 3)] == [[1, 0, 1], [7, 8, 9]]
-    assert hall.pools[0].runs == [(7, 23)] and not landing.poke()
+    assert receive_pool.pools[0].runs == [(7, 23)] and not receiver.poke()
     request.done = True
-    assert landing.poke() and landing.is_over and hall.pools[0].runs == [(0, 30)]
+    assert receiver.poke() and receiver.is_over and receive_pool.pools[0].runs == [(0, 30)]
 
 
-@pytest.mark.parametrize("hall", [16], indirect=True)
-def test_guests_wait_for_room_in_order(hall):
+@pytest.mark.parametrize("receive_pool", [16], indirect=True)
+def test_guests_wait_for_room_in_order(receive_pool):
     """Ten rows of sixteen are taken: the next has no room, and the small one behind it waits its turn."""
-    landing, post = Landing(hall, 0, 1, Direction.DISPATCH, tag_of), hall.transport
+    receiver, post = Receiver(receive_pool, 0, 1, Direction.DISPATCH, tag_of), receive_pool.transport
     post.bring(1, tag_of(MessageKind.HEADER), header((4, 4, 0), (4, 2, 2), (1, 1, 0)))
     post.bring(2, tag_of(MessageKind.HEADER), header())
-    landing.poke()
-    assert [guest.number for guest in landing.landing] == [0] and [g.number for g in landing.waiting] == [1, 2]
-    assert hall.pools[0].runs == [(10, 6)]
-    assert (1, tag_of(MessageKind.PARCEL, 1)) not in post.receives
+    receiver.poke()
+    assert [message.number for message in receiver.receiving] == [0] and [g.number for g in receiver.waiting] == [1, 2]
+    assert receive_pool.pools[0].runs == [(10, 6)]
+    assert (1, tag_of(MessageKind.ROWS, 1)) not in post.receives
     for number in range(3):
-        post.bring(1, tag_of(MessageKind.PARCEL, number), make_parcel(np.ones((1, HIDDEN)), [0], [1.0]))
-        landing.poke()
-        hall.window.mark_done(0, 1, 0, 1 + number)
-        landing.poke()
+        post.bring(1, tag_of(MessageKind.ROWS, number), make_message(np.ones((1, HIDDEN)), [0], [1.0]))
+        receiver.poke()
+        receive_pool.window.mark_done(0, 1, 0, 1 + number)
+        receiver.poke()
         post.sends[1, tag_of(MessageKind.RETURN, number)][1].done = True
-        landing.poke()
-        landing.poke()
-    assert landing.is_over and hall.pools[0].runs == [(0, 16)]
+        receiver.poke()
+        receiver.poke()
+    assert receiver.is_over and receive_pool.pools[0].runs == [(0, 16)]
 
 
 @pytest.mark.parametrize("in_order", [True, False])
-def test_headers_are_read_in_the_senders_order_where_it_is_fixed(hall, in_order):
-    hall.in_order = in_order
-    landing, post = Landing(hall, 0, 1, Direction.DISPATCH, tag_of), hall.transport
-    assert hall.routes.senders == (1, 2)
+def test_headers_are_read_in_the_senders_order_where_it_is_fixed(receive_pool, in_order):
+    receive_pool.in_order = in_order
+    receiver, post = Receiver(receive_pool, 0, 1, Direction.DISPATCH, tag_of), receive_pool.transport
+    assert receive_pool.routes.senders == (1, 2)
     post.bring(2, tag_of(MessageKind.HEADER), header((1, 1, 0)))
-    landing.poke()
-    assert [guest.sender for guest in landing.landing] == ([] if in_order else [2])
+    receiver.poke()
+    assert [message.sender for message in receiver.receiving] == ([] if in_order else [2])
     post.bring(1, tag_of(MessageKind.HEADER), header((1, 0, 1)))
-    landing.poke()
-    assert [guest.sender for guest in landing.landing] == ([1, 2] if in_order else [2, 1])
+    receiver.poke()
+    assert [message.sender for message in receiver.receiving] == ([1, 2] if in_order else [2, 1])
 
 
-def test_nothing_is_posted_over_what_a_mate_has_not_read(hall):
-    landing, post = Landing(hall, 0, 3, Direction.DISPATCH, tag_of), hall.transport
+def test_nothing_is_posted_over_what_a_mate_has_not_read(receive_pool):
+    receiver, post = Receiver(receive_pool, 0, 3, Direction.DISPATCH, tag_of), receive_pool.transport
     post.bring(1, tag_of(MessageKind.HEADER), header())
     post.bring(2, tag_of(MessageKind.HEADER), header())
-    assert not landing.poke() and not hall.window.slips.any()
-    hall.window.mark_taken(0, 1)
-    assert landing.poke() and landing.is_over
+    assert not receiver.poke() and not receive_pool.window.descriptors.any()
+    receive_pool.window.mark_consumed(0, 1)
+    assert receiver.poke() and receiver.is_over
 
 
 def test_a_header_has_words_for_each_slot_that_the_sender_serves():
     once = np.zeros((3, 3), bool)
     once[1, 0] = True
     routes = make_routes([0, 0, 1, 2], 0, 2, once)
-    hall = SimpleNamespace(window=SimpleNamespace(sizes=SimpleNamespace(max_parcels=3)), routes=routes)
+    receive_pool = SimpleNamespace(window=SimpleNamespace(sizes=SimpleNamespace(max_messages=3)), routes=routes)
     assert routes.senders == (2, 3)
-    assert [Hall.header_words(hall, number) for number in range(2)] == [1 + 3 * (1 + 4), 1 + 3 * (1 + 2)]
-    guest = Guest(sender=1, number=0, slip=1, num_slips=1, num_tokens=1, counts=np.array([[1, 2], [0, 4]]))
-    assert guest.num_copies == 7
+    assert [ReceivePool.header_words(receive_pool, number) for number in range(2)] == [1 + 3 * (1 + 4), 1 + 3 * (1 + 2)]
+    message = InboundMessage(
+        sender=1, number=0, descriptor=1, num_descriptors=1, num_tokens=1, counts=np.array([[1, 2], [0, 4]])
+    )
+    assert message.num_assignments == 7

@@ -1,4 +1,4 @@
-"""Every kept copy takes one way and is entered once at home, and replicas are chosen by their shares."""
+"""Every kept assignment takes one way and is entered once at home, and replicas are chosen by their shares."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ ROW_BYTES = 24
 
 @st.composite
 def choices(draw):
-    """Routes of a rank; slots [T, K], a token's all different; which copies are kept; tokens of a parcel."""
+    """Routes of a rank; slots [T, K], a token's all different; which assignments are kept; tokens of a message."""
     num_nodes, num_slots = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     more = draw(st.lists(st.integers(0, num_nodes - 1), max_size=3))
     node_of_rank = np.array(draw(st.permutations([*range(num_nodes), *more])))
@@ -43,62 +43,62 @@ def plan_of(choice):
 @given(choices())
 def test_every_kept_copy_takes_exactly_one_way_and_that_of_its_slot(choice):
     (routes, slots, kept, _), plan = choice, plan_of(choice)
-    everyone = np.concatenate([plan.copies, *(parcel.copies for parcel in plan.parcels)])
+    everyone = np.concatenate([plan.assignments, *(message.assignments for message in plan.messages)])
     assert sorted(everyone) == np.flatnonzero(kept).tolist()
     places = routes.place_of_slot[slots.ravel()]
 
-    # The window's copies lie by mate and slot, and within it by token.
+    # The window's assignments lie by local_peer and slot, and within it by token.
     slowly = sorted((c for c in np.flatnonzero(kept) if places[c] < routes.num_places), key=lambda c: (places[c], c))
-    assert plan.copies.tolist() == slowly
+    assert plan.assignments.tolist() == slowly
     assert plan.counts.ravel().tolist() == np.bincount(places[slowly], minlength=routes.num_places).tolist()
-    for parcel in plan.parcels:
-        begin, end = routes.edges[parcel.landing], routes.edges[parcel.landing + 1]
-        assert ((begin <= places[parcel.copies]) & (places[parcel.copies] < end)).all()
-        assert parcel.copies.tolist() == sorted(parcel.copies, key=lambda c: (places[c], c))
-        of_slot = np.bincount(places[parcel.copies] - begin, minlength=end - begin)
-        assert parcel.counts.ravel().tolist() == of_slot.tolist() and parcel.counts.shape[1] == routes.num_slots
+    for message in plan.messages:
+        begin, end = routes.edges[message.receiver], routes.edges[message.receiver + 1]
+        assert ((begin <= places[message.assignments]) & (places[message.assignments] < end)).all()
+        assert message.assignments.tolist() == sorted(message.assignments, key=lambda c: (places[c], c))
+        of_slot = np.bincount(places[message.assignments] - begin, minlength=end - begin)
+        assert message.counts.ravel().tolist() == of_slot.tolist() and message.counts.shape[1] == routes.num_slots
 
 
 @given(choices())
-def test_a_parcel_holds_each_of_its_tokens_once_and_says_whose_each_copy_is(choice):
+def test_a_message_holds_each_of_its_tokens_once_and_says_whose_each_copy_is(choice):
     (_, slots, _, max_tokens), plan = choice, plan_of(choice)
-    for parcel in plan.parcels:
-        assert 1 <= parcel.num_tokens <= max_tokens and (np.diff(parcel.tokens) > 0).all()
-        assert parcel.tokens[parcel.token_of_copy].tolist() == (parcel.copies // slots.shape[1]).tolist()
-        assert set(parcel.token_of_copy) == set(range(parcel.num_tokens))
-    for landing in {parcel.landing for parcel in plan.parcels}:
-        of_landing = [parcel for parcel in plan.parcels if parcel.landing == landing]
-        assert all(parcel.num_tokens == max_tokens for parcel in of_landing[:-1])  # no cut is needless
-        tokens = np.concatenate([parcel.tokens for parcel in of_landing])
+    for message in plan.messages:
+        assert 1 <= message.num_tokens <= max_tokens and (np.diff(message.tokens) > 0).all()
+        assert message.tokens[message.token_of_assignment].tolist() == (message.assignments // slots.shape[1]).tolist()
+        assert set(message.token_of_assignment) == set(range(message.num_tokens))
+    for receiver in {message.receiver for message in plan.messages}:
+        of_landing = [message for message in plan.messages if message.receiver == receiver]
+        assert all(message.num_tokens == max_tokens for message in of_landing[:-1])  # no cut is needless
+        tokens = np.concatenate([message.tokens for message in of_landing])
         assert (np.diff(tokens) > 0).all()
 
 
 @given(choices())
 def test_entries_cover_exactly_what_comes_home(choice):
-    """A row for each of the window's copies, and one for each token of a parcel, entered at one of its copies."""
+    """A row for each of the window's assignments, and one for each token of a message, entered at one of its assignments."""
     (_, slots, kept, _), plan = choice, plan_of(choice)
     assert plan.row_of_entry.shape == plan.is_sum.shape == slots.shape and plan.top_k == slots.shape[1]
     entered = plan.row_of_entry[plan.row_of_entry >= 0]
-    rows = list(range(len(plan.copies)))
-    for parcel in plan.parcels:
-        rows += range(parcel.first, parcel.first + parcel.num_tokens)
+    rows = list(range(len(plan.assignments)))
+    for message in plan.messages:
+        rows += range(message.first, message.first + message.num_tokens)
     assert sorted(entered) == rows and kept[plan.row_of_entry >= 0].all()
-    assert plan.row_of_entry.ravel()[plan.copies].tolist() == list(range(len(plan.copies)))
-    assert not plan.is_sum.ravel()[plan.copies].any()
-    for parcel in plan.parcels:
-        for place, token in enumerate(parcel.tokens):
-            (k,) = np.flatnonzero(plan.row_of_entry[token] == parcel.first + place)
-            assert plan.is_sum[token, k] and token * slots.shape[1] + k in parcel.copies
-    assert plan.is_sum.sum() == sum(parcel.num_tokens for parcel in plan.parcels)
+    assert plan.row_of_entry.ravel()[plan.assignments].tolist() == list(range(len(plan.assignments)))
+    assert not plan.is_sum.ravel()[plan.assignments].any()
+    for message in plan.messages:
+        for place, token in enumerate(message.tokens):
+            (k,) = np.flatnonzero(plan.row_of_entry[token] == message.first + place)
+            assert plan.is_sum[token, k] and token * slots.shape[1] + k in message.assignments
+    assert plan.is_sum.sum() == sum(message.num_tokens for message in plan.messages)
 
 
 @given(choices())
-def test_parcels_lie_one_behind_the_other_behind_the_windows_copies(choice):
-    plan, row = plan_of(choice), len(plan_of(choice).copies)
-    for parcel in plan.parcels:
-        assert parcel.first == row
-        assert parcel.num_rows(ROW_BYTES) == parcel.num_tokens + -(-8 * parcel.num_copies // ROW_BYTES)
-        row += parcel.num_rows(ROW_BYTES)
+def test_messages_lie_one_behind_the_other_behind_the_windows_copies(choice):
+    plan, row = plan_of(choice), len(plan_of(choice).assignments)
+    for message in plan.messages:
+        assert message.first == row
+        assert message.num_rows(ROW_BYTES) == message.num_tokens + -(-8 * message.num_assignments // ROW_BYTES)
+        row += message.num_rows(ROW_BYTES)
     assert plan.num_rows == row
 
 
@@ -106,7 +106,7 @@ def test_parcels_lie_one_behind_the_other_behind_the_windows_copies(choice):
 def test_copies_are_counted_by_the_rank_that_they_are_for(choice):
     (routes, slots, kept, _), plan = choice, plan_of(choice)
     ranks = slots[kept] // routes.num_slots
-    assert plan.copies_to_rank.tolist() == np.bincount(ranks, minlength=len(routes.publishers)).tolist()
+    assert plan.assignments_to_rank.tolist() == np.bincount(ranks, minlength=len(routes.publishers)).tolist()
 
 
 @pytest.mark.parametrize("num_slots", [200, 300, 70_000])
@@ -115,11 +115,11 @@ def test_any_number_of_slots_is_sorted_by(num_slots):
     routes = make_routes(np.zeros(1, int), 0, num_slots, np.zeros((1, 1), bool))
     slots = np.random.default_rng(0).integers(0, num_slots, (500, 2))
     plan = make_plan(slots, np.ones_like(slots, bool), routes, 9, ROW_BYTES)
-    assert plan.copies.tolist() == np.argsort(slots.ravel(), kind="stable").tolist()
+    assert plan.assignments.tolist() == np.argsort(slots.ravel(), kind="stable").tolist()
 
 
 def test_the_numbers_of_copies_take_whole_rows():
-    assert [num_trailing_rows(copies, 24) for copies in (0, 1, 3, 4)] == [0, 1, 1, 2]
+    assert [num_trailing_rows(assignments, 24) for assignments in (0, 1, 3, 4)] == [0, 1, 1, 2]
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6)), max_size=8))
@@ -155,7 +155,7 @@ def layouts(draw):
 
 @given(layouts(), st.integers(0, 20), st.integers(1, 600))
 def test_copies_go_to_their_experts_slots_by_their_shares(layout, rank, count):
-    """Points at even steps meet any interval's share to within one copy; random ones would miss by a dozen."""
+    """Points at even steps meet any interval's share to within one assignment; random ones would miss by a dozen."""
     expert_of_replica, shares, num_experts = layout
     chooser = SlotChooser(expert_of_replica, shares, np.arange(len(shares))[:, None], num_experts, rank)
     experts = np.random.default_rng(count).permutation(np.repeat(np.arange(num_experts), count)).reshape(count, -1)
@@ -168,7 +168,7 @@ def test_copies_go_to_their_experts_slots_by_their_shares(layout, rank, count):
 
 
 def test_ranks_start_at_different_replicas():
-    """A single copy of each of many ranks goes to each replica about equally often."""
+    """A single assignment of each of many ranks goes to each replica about equally often."""
     choosers = [SlotChooser(np.zeros(4, int), np.full(4, 0.25), np.arange(4)[:, None], 1, rank) for rank in range(64)]
     first = [chooser.choose(np.zeros((1, 1), int)).item() for chooser in choosers]
     assert np.abs(np.bincount(first) - 16).max() <= 1

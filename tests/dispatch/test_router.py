@@ -22,7 +22,7 @@ def softmax(x):
 
 
 def route_slowly(weight, x, load, top_k, config, bias):
-    """Route one token after the other, in float64 -> (experts, gates, kept, probability sum, z sum, copies)."""
+    """Route one token after the other, in float64 -> (experts, gates, kept, probability sum, z sum, assignments)."""
     experts, gates = np.zeros((2, len(x), top_k))
     kept, probability, z = np.ones((len(x), top_k), bool), np.zeros(len(weight)), 0.0
     for t, token in enumerate(x):
@@ -36,13 +36,13 @@ def route_slowly(weight, x, load, top_k, config, bias):
         z += math.log(np.exp(logits).sum()) ** 2
 
     # First choices of all tokens find room before any second choice.
-    copies = np.zeros(len(weight), int)
+    assignments = np.zeros(len(weight), int)
     for k, t in itertools.product(range(top_k), range(len(x))):
         expert = int(experts[t, k])
-        copies[expert] += 1
+        assignments[expert] += 1
         if config.capacity_factor:
-            kept[t, k] = copies[expert] <= math.ceil(config.capacity_factor * len(x) * top_k / len(weight))
-    return experts, gates * kept, kept, probability, z, copies
+            kept[t, k] = assignments[expert] <= math.ceil(config.capacity_factor * len(x) * top_k / len(weight))
+    return experts, gates * kept, kept, probability, z, assignments
 
 
 def draw(num_tokens, seed):
@@ -61,7 +61,9 @@ def test_routing_equals_a_loop_over_tokens(case, top_k, bias):
     router = Router(torch.from_numpy(weight), top_k, config)
     router.bias += bias * torch.arange(NUM_EXPERTS).remainder(2)
     routing = router(torch.from_numpy(x), torch.from_numpy(load))
-    experts, gates, kept, probability, z, copies = route_slowly(weight, x, load, top_k, config, router.bias.numpy())
+    experts, gates, kept, probability, z, assignments = route_slowly(
+        weight, x, load, top_k, config, router.bias.numpy()
+    )
     assert np.array_equal(routing.experts, experts)
     if case["capacity_factor"]:
         assert np.array_equal(routing.kept, kept)
@@ -70,7 +72,7 @@ def test_routing_equals_a_loop_over_tokens(case, top_k, bias):
     assert np.allclose(routing.gates.detach(), gates, atol=1e-6)
     assert np.allclose(routing.probability_sum.detach(), probability, rtol=1e-5)
     assert routing.z_sum.item() == pytest.approx(z, rel=1e-5)
-    assert np.array_equal(routing.tokens_of_expert, copies)
+    assert np.array_equal(routing.tokens_of_expert, assignments)
     assert routing.num_dropped == (~kept).sum()
     assert (routing.num_dropped > 0) == (case["capacity_factor"] > 0 and top_k < NUM_EXPERTS or
                                          case["capacity_factor"] == 0.6)  # fmt: skip
@@ -148,12 +150,12 @@ def test_the_load_balancing_loss_is_one_when_even_and_the_number_of_experts_when
 
 
 def test_the_load_balancing_gradient_is_autograds():
-    copies = torch.tensor([3, 0, 7, 2])
+    assignments = torch.tensor([3, 0, 7, 2])
     probability = torch.rand(4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    load_balancing_loss(copies, probability, 6).backward()
-    assert torch.allclose(load_balancing_grad(copies, 6), probability.grad)
-    by_hand = 4 * (copies / 12) @ (probability / 6)
-    assert load_balancing_loss(copies, probability, 6).item() == pytest.approx(by_hand.item())
+    load_balancing_loss(assignments, probability, 6).backward()
+    assert torch.allclose(load_balancing_grad(assignments, 6), probability.grad)
+    by_hand = 4 * (assignments / 12) @ (probability / 6)
+    assert load_balancing_loss(assignments, probability, 6).item() == pytest.approx(by_hand.item())
 
 
 def test_no_tokens_balance_to_nothing():

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from small import make_exchange
+from small import make_dispatcher
 from torch import nn
 
 from hpcmoe.config import Dispatch
 from hpcmoe.dispatch.plan import SlotChooser
 from hpcmoe.dispatch.router import Router
 from hpcmoe.experts.feed_forward import Expert, LocalExperts
-from hpcmoe.experts.layer import Flight, MoELayer
+from hpcmoe.experts.layer import LayerContext, MoELayer
 
 HIDDEN, FEED_FORWARD, NUM_EXPERTS, TOP_K, TOKENS = 4, 6, 3, 2, 11
 EXPERT_OF_SLOT, SLOT_OF_EXPERT = np.array([2, -1, 0, 1]), (2, 3, 0)
@@ -39,29 +39,29 @@ def make_layer(capacity_factor=0.0):
     router = Router(draw(NUM_EXPERTS, HIDDEN, seed=5), TOP_K, Dispatch(capacity_factor=capacity_factor))
     experts = LocalExperts(replicas)
     chooser = SlotChooser(EXPERT_OF_SLOT, (EXPERT_OF_SLOT >= 0).astype(float), SLOTS, NUM_EXPERTS, 0)
-    return MoELayer(Double(), router, experts, make_exchange(HIDDEN, slots=4, batch_rows=4), chooser)
+    return MoELayer(Double(), router, experts, make_dispatcher(HIDDEN, slots=4, batch_rows=4), chooser)
 
 
 def run_forward(layer, x, training):
-    flight = Flight(0, 0, 0, training)
-    layer.route(flight, x, torch.ones(NUM_EXPERTS))
+    context = LayerContext(0, 0, 0, training)
+    layer.route(context, x, torch.ones(NUM_EXPERTS))
     for stage in (layer.dispatch, layer.compute, layer.combine):
-        go(layer, stage(flight))
-    return flight, flight.output
+        go(layer, stage(context))
+    return context, context.output
 
 
-def run_backward(layer, flight, grad, grad_probability, grad_z):
-    go(layer, layer.combine_backward(flight, grad))
-    go(layer, layer.compute_backward(flight))
-    go(layer, layer.route_backward(flight, grad_probability, grad_z))
-    return flight.output
+def run_backward(layer, context, grad, grad_probability, grad_z):
+    go(layer, layer.combine_backward(context, grad))
+    go(layer, layer.compute_backward(context))
+    go(layer, layer.route_backward(context, grad_probability, grad_z))
+    return context.output
 
 
 def go(layer, stage):
-    """Take a stage to its end: alone on a rank it waits for nobody, but for the last slips to be read."""
+    """Take a stage to its end: alone on a rank it waits for nobody, but for the last descriptors to be read."""
     pieces = 0
     for worked in stage:
-        layer.exchange.poke()
+        layer.dispatcher.poke()
         pieces += worked
     return pieces
 
@@ -81,10 +81,10 @@ def test_the_stages_forward_give_the_residual_and_the_gated_sum(capacity_factor)
     layer = make_layer(capacity_factor)
     x = draw(TOKENS, HIDDEN, seed=7)
     with torch.no_grad():
-        flight, y = run_forward(layer, x, training=False)
-        assert torch.allclose(y, by_formula(layer, flight.routing, x), atol=1e-6)
-    assert (flight.routing.num_dropped > 0) == (capacity_factor > 0)
-    assert flight.batches == []  # nothing is kept where no backward follows
+        context, y = run_forward(layer, x, training=False)
+        assert torch.allclose(y, by_formula(layer, context.routing, x), atol=1e-6)
+    assert (context.routing.num_dropped > 0) == (capacity_factor > 0)
+    assert context.batches == []  # nothing is kept where no backward follows
 
 
 @pytest.mark.parametrize("capacity_factor", [0.0, 0.7])
@@ -94,10 +94,10 @@ def test_the_stages_backward_give_autograds_gradients(capacity_factor):
     grad_probability, grad_z = draw(NUM_EXPERTS, seed=3), torch.tensor(0.3)
 
     # Go up and down by the stages.
-    flight, _ = run_forward(layer, x, training=True)
-    grad_x = run_backward(layer, flight, grad, grad_probability, grad_z)
+    context, _ = run_forward(layer, x, training=True)
+    grad_x = run_backward(layer, context, grad, grad_probability, grad_z)
     grads = {name: p.grad.clone() for name, p in layer.named_parameters()}
-    assert flight.batches == []
+    assert context.batches == []
 
     # And at once, by autograd.
     layer.zero_grad()
@@ -113,17 +113,17 @@ def test_the_stages_backward_give_autograds_gradients(capacity_factor):
 
 def test_a_micro_batch_without_tokens_passes():
     layer = make_layer()
-    flight, y = run_forward(layer, torch.zeros(0, HIDDEN), training=True)
+    context, y = run_forward(layer, torch.zeros(0, HIDDEN), training=True)
     assert y.shape == (0, HIDDEN)
-    grad_x = run_backward(layer, flight, torch.zeros(0, HIDDEN), torch.zeros(NUM_EXPERTS), torch.tensor(0.0))
+    grad_x = run_backward(layer, context, torch.zeros(0, HIDDEN), torch.zeros(NUM_EXPERTS), torch.tensor(0.0))
     assert grad_x.shape == (0, HIDDEN)
 
 
 def test_the_experts_work_comes_in_pieces():
     """Eleven tokens' twenty-two copies, about four rows at once, and no slot's rows with another's."""
     layer = make_layer()
-    flight = Flight(0, 0, 0, True)
-    layer.route(flight, draw(TOKENS, HIDDEN, seed=7), torch.ones(NUM_EXPERTS))
-    go(layer, layer.dispatch(flight))
-    pieces = sum(max(round(rows / 4), rows > 0) for rows in flight.plan.counts.ravel().tolist())
-    assert go(layer, layer.compute(flight)) == pieces > 3
+    context = LayerContext(0, 0, 0, True)
+    layer.route(context, draw(TOKENS, HIDDEN, seed=7), torch.ones(NUM_EXPERTS))
+    go(layer, layer.dispatch(context))
+    pieces = sum(max(round(rows / 4), rows > 0) for rows in context.plan.counts.ravel().tolist())
+    assert go(layer, layer.compute(context)) == pieces > 3

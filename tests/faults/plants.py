@@ -1,4 +1,4 @@
-"""The faults: each a small slip of the kind that is made, and the part of `make test` that must catch it."""
+"""The faults: each a small descriptor of the kind that is made, and the part of `make test` that must catch it."""
 
 import shlex
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One slip."""
+    """One descriptor."""
 
     file: str  # of the package
     old: str  # stands there once
@@ -90,17 +90,17 @@ FAULTS = {
         "placement/search/test_balance_node.py",
     ),
     # PLAN: which copy takes which way.
-    "parcels cut one token too many": plant(
+    "messages cut one token too many": plant(
         "dispatch/plan.py",
         "part = slice(begin, begin + max_tokens)",
         "part = slice(begin, begin + max_tokens + 1)",
         PLAN,
     ),
-    "a parcel's second part counts tokens from the first": plant(
+    "a message's second part counts tokens from the first": plant(
         "dispatch/plan.py", "(token_of_copy[inside] - begin).astype", "(token_of_copy[inside] - 0).astype", PLAN
     ),
     "all ranks send their single copies to one replica": plant(
-        "dispatch/plan.py", "self.phase = rank * GOLDEN % 1.0", "self.phase = 0 * GOLDEN % 1.0", PLAN
+        "dispatch/plan.py", "self.phase = rank * _GOLDEN_RATIO % 1.0", "self.phase = 0 * _GOLDEN_RATIO % 1.0", PLAN
     ),
     "a shard's slot is that of its neighbour's replica": plant(
         "dispatch/plan.py", "position[:, None] * num_shards + np.arange", "position[:, None] + np.arange", PLAN
@@ -149,21 +149,21 @@ FAULTS = {
         "experts/feed_forward.py", "        self.biases = {}\n        for matrix", "        for matrix", FFN
     ),
     # EXCHANGE and what carries it
-    "mates are told before the rows are there": plant(
+    "local peers are told before the rows are there": plant(
         "comm/window.py",
         "        self.sync()\n        words[0] = exchange\n",
         "        words[0] = exchange\n        self.sync()\n",
         "comm/test_window.py",
     ),
-    "a slip is written over while a mate reads it": plant(
+    "a descriptor is written over while a local_peer reads it": plant(
         "comm/window.py",
-        "(self.taken[:, berth] >= exchange - 2).all()",
-        "(self.taken[:, berth] >= exchange - 3).all()",
+        "(self.consumed[:, berth] >= exchange - 2).all()",
+        "(self.consumed[:, berth] >= exchange - 3).all()",
         "comm/test_window.py",
     ),
     "a sum's parts are told apart by layer alone": plant(
         "comm/transport.py",
-        "(exchange_tag * len(MessageKind) + kind) * max_parcels + parcel",
+        "(exchange_tag * len(MessageKind) + kind) * max_messages + message",
         "exchange_tag * len(MessageKind) + kind",
         "comm/test_transport.py",
     ),
@@ -181,31 +181,31 @@ FAULTS = {
     ),
     "a padded row is computed from what lay there": plant(
         "dispatch/host.py",
-        "plan.row_of_entry < 0, berth.zero, berth",
-        "plan.row_of_entry < 0, berth.results, berth",
+        "plan.row_of_entry < 0, buffers.zero, berth",
+        "plan.row_of_entry < 0, buffers.results, berth",
         EXCHANGE,
         3,
     ),
     "sums from other nodes are weighed twice": plant(
         "dispatch/host.py", "torch.where(torch.from_numpy(plan.is_sum), 1.0, gates.cpu())", "gates.cpu()", ORACLE, 3
     ),
-    "the numbers of a landed parcel are another's": plant(
+    "the numbers of a landed message are another's": plant(
         "dispatch/inbound.py",
         "gate_values[:] = self.window.gate_values[results]",
         "gate_values[:] = self.window.gate_values[results][::-1]",
         ORACLE,
         3,
     ),
-    "a batch takes the mates' rows before this one": plant(
+    "a batch takes the local peers' rows before this one": plant(
         "dispatch/arrivals.py",
-        "counts[:, :mate].sum(axis=(1, 2))",
-        "counts[:, : mate + 1].sum(axis=(1, 2))",
+        "counts[:, :local_index].sum(axis=(1, 2))",
+        "counts[:, : local_index + 1].sum(axis=(1, 2))",
         EXCHANGE,
         3,
     ),
     "home does not wait for messages": plant(
         "dispatch/host.py",
-        "        if not all(request.done for request in berth.returns):\n            return False\n",
+        "        if not all(request.done for request in buffers.returns):\n            return False\n",
         "",
         "dispatch/test_delays.py",
         3,

@@ -21,10 +21,10 @@ class FakeExchange:
     def __init__(self, left=3):
         self.clock, self.left, self.pokes, self.waits = Clock(), left, 0, 0
 
-    def count_news(self):
+    def read_sequence_number(self):
         return 0
 
-    def wait_for_news(self, backoff, before):
+    def wait_for_change(self, backoff, before):
         self.waits += 1
 
     @property
@@ -38,7 +38,7 @@ class FakeExchange:
 
 
 class FakeLayer:
-    """Adds its letter to what passes through; every stage but the first and last must find its own flight.
+    """Adds its letter to what passes through; every stage but the first and last must find its own context.
 
     A stage waits as often as `delays` says, before it works.
     """
@@ -46,47 +46,49 @@ class FakeLayer:
     def __init__(self, letter, calls, delays):
         self.letter, self.calls, self.delays = letter, calls, delays
 
-    def wait(self, flight):
-        for _ in range(self.delays(flight.micro_batch)):
+    def wait(self, context):
+        for _ in range(self.delays(context.micro_batch)):
             yield False
 
-    def route(self, flight, x, load):
+    def route(self, context, x, load):
         assert load == f"load {self.letter}"
-        self.calls.append((flight.layer, flight.micro_batch, flight.berth, flight.training, torch.is_grad_enabled()))
-        flight.x = x
+        self.calls.append(
+            (context.layer, context.micro_batch, context.buffer_index, context.training, torch.is_grad_enabled())
+        )
+        context.x = x
 
-    def dispatch(self, flight):
-        yield from self.wait(flight)
-        flight.x += ">"
+    def dispatch(self, context):
+        yield from self.wait(context)
+        context.x += ">"
         yield True
 
-    def compute(self, flight):
-        yield from self.wait(flight)
-        flight.x += self.letter
+    def compute(self, context):
+        yield from self.wait(context)
+        context.x += self.letter
         yield True
-        yield from self.wait(flight)
-        flight.x += "'"
-        yield True
-
-    def combine(self, flight):
-        yield from self.wait(flight)
-        flight.output = flight.x + "<"
+        yield from self.wait(context)
+        context.x += "'"
         yield True
 
-    def combine_backward(self, flight, grad):
-        yield from self.wait(flight)
-        flight.grad = grad + ">"
+    def combine(self, context):
+        yield from self.wait(context)
+        context.output = context.x + "<"
         yield True
 
-    def compute_backward(self, flight):
-        yield from self.wait(flight)
-        flight.grad += self.letter
+    def combine_backward(self, context, grad):
+        yield from self.wait(context)
+        context.grad = grad + ">"
         yield True
 
-    def route_backward(self, flight, grad_probability, grad_z):
-        assert (grad_probability, grad_z) == (flight.layer, flight.micro_batch)
-        yield from self.wait(flight)
-        flight.output = flight.grad + "<"
+    def compute_backward(self, context):
+        yield from self.wait(context)
+        context.grad += self.letter
+        yield True
+
+    def route_backward(self, context, grad_probability, grad_z):
+        assert (grad_probability, grad_z) == (context.layer, context.micro_batch)
+        yield from self.wait(context)
+        context.output = context.grad + "<"
         yield True
 
 
@@ -102,8 +104,8 @@ class FakeNetwork:
     def embed(self, micro_batch):
         return f"{micro_batch}:"
 
-    def head(self, micro_batch, x, flights):
-        assert [(flight.layer, flight.micro_batch) for flight in flights] == [(0, micro_batch), (1, micro_batch)]
+    def head(self, micro_batch, x, contexts):
+        assert [(context.layer, context.micro_batch) for context in contexts] == [(0, micro_batch), (1, micro_batch)]
         self.tops[micro_batch] = x
         return f"{micro_batch}!"
 
@@ -133,8 +135,8 @@ class FakeNetwork:
 def test_every_micro_batch_passes_up_and_in_training_down(kind, training, in_flight, seed):
     dawdle = random.Random(seed)
     network = FakeNetwork(lambda micro_batch: 0 if seed is None else dawdle.choice([0, 0, 3, 40]))
-    exchange = FakeExchange()
-    engine = Engine(network, exchange, in_flight)
+    dispatcher = FakeExchange()
+    engine = Engine(network, dispatcher, in_flight)
     for _ in range(2):
         engine.run(make_schedule(kind, 2, 5, in_flight, training), training)
         assert list(network.tops) == list(range(5))  # heads in order, on every rank the same
@@ -143,29 +145,29 @@ def test_every_micro_batch_passes_up_and_in_training_down(kind, training, in_fli
         assert sorted(network.calls) == sorted(
             (layer, m, m % in_flight, training, training) for layer in range(2) for m in range(5)
         )
-        assert engine.values == engine.flights == {}  # nothing is left for the next step
-        assert exchange.is_idle
+        assert engine.values == engine.contexts == {}  # nothing is left for the next step
+        assert dispatcher.is_idle
         network.calls.clear(), network.tops.clear(), network.bottoms.clear()
-        exchange.left = 3
+        dispatcher.left = 3
 
 
 def test_a_lane_that_waits_holds_no_other_up():
     """The first micro-batch waits until the second is all the way through its layers; its head then waits its turn."""
     second_at_head, network = [], FakeNetwork()
-    network.layers[0].wait = lambda flight: wait_for_the_other(flight, network, second_at_head)
+    network.layers[0].wait = lambda context: wait_for_the_other(context, network, second_at_head)
     Engine(network, FakeExchange(), 2).run(make_schedule("arrival", 2, 2, 2, False), False)
     assert list(network.tops) == [0, 1] and second_at_head == ["seen"]
 
 
-def wait_for_the_other(flight, network, seen):
+def wait_for_the_other(context, network, seen):
     """The first micro-batch goes on when the second has left the last layer's route behind it."""
     for _ in range(10_000):
-        if flight.micro_batch == 1 or any(call[:2] == (1, 1) for call in network.calls):
+        if context.micro_batch == 1 or any(call[:2] == (1, 1) for call in network.calls):
             break
         yield False
     else:
         raise AssertionError("the second lane never went on")
-    if flight.micro_batch == 0 and not seen:
+    if context.micro_batch == 0 and not seen:
         seen.append("seen")
 
 
@@ -174,15 +176,15 @@ def test_sending_and_fetching_go_before_an_experts_next_piece():
     done = []
 
     class Layer(FakeLayer):
-        def compute(self, flight):
+        def compute(self, context):
             for piece in range(4):
-                done.append((flight.micro_batch, piece))
+                done.append((context.micro_batch, piece))
                 yield True
-            flight.x += self.letter + "'"
+            context.x += self.letter + "'"
 
-        def dispatch(self, flight):
-            done.append((flight.micro_batch, "dispatch"))
-            yield from super().dispatch(flight)
+        def dispatch(self, context):
+            done.append((context.micro_batch, "dispatch"))
+            yield from super().dispatch(context)
 
     network = FakeNetwork()
     network.layers = [Layer(letter, network.calls, lambda micro_batch: 0) for letter in "ab"]
@@ -193,9 +195,9 @@ def test_sending_and_fetching_go_before_an_experts_next_piece():
 
 
 def test_what_others_want_is_done_before_a_step_ends():
-    exchange = FakeExchange(left=10_000)
-    Engine(FakeNetwork(), exchange, 1).run(make_schedule("serial", 2, 1, 1, False), False)
-    assert exchange.is_idle and exchange.pokes >= 10_000
+    dispatcher = FakeExchange(left=10_000)
+    Engine(FakeNetwork(), dispatcher, 1).run(make_schedule("serial", 2, 1, 1, False), False)
+    assert dispatcher.is_idle and dispatcher.pokes >= 10_000
 
 
 def test_a_lane_ends_an_op_when_its_pieces_are_over():
@@ -207,9 +209,9 @@ def test_a_lane_ends_an_op_when_its_pieces_are_over():
 def test_each_op_is_timed_and_then_shown():
     network, seen = FakeNetwork(), []
     engine = Engine(network, FakeExchange(), 1)
-    engine.run(make_schedule("serial", 2, 1, 1, True), True, lambda flights: seen.append(len(flights)))
-    assert seen == [0] + [1] * 4 + [2] * 7 + [1] * 3 + [0] * 2  # a flight lasts from route to route_backward
-    assert set(engine.clock.take()) == {"dense", "route", "dispatch", "compute", "combine", "waiting"}
+    engine.run(make_schedule("serial", 2, 1, 1, True), True, lambda contexts: seen.append(len(contexts)))
+    assert seen == [0] + [1] * 4 + [2] * 7 + [1] * 3 + [0] * 2  # a context lasts from route to route_backward
+    assert set(engine.clock.pop_seconds()) == {"dense", "route", "dispatch", "compute", "combine", "waiting"}
 
 
 def test_every_stage_has_a_name_to_be_booked_under():
@@ -220,14 +222,14 @@ def test_every_stage_has_a_name_to_be_booked_under():
 def test_an_error_tells_its_stage_layer_and_micro_batch(kind):
     """As CUDA's errors, which the device tells of when it likes, and NCCL's; the rank is told by whoever ends it."""
     network = FakeNetwork()
-    network.layers[1].compute = lambda flight: fail(kind, flight)
+    network.layers[1].compute = lambda context: fail(kind, context)
     with pytest.raises(kind) as seen:
         Engine(network, FakeExchange(), 1).run(make_schedule("serial", 2, 3, 1, True), True)
     told = "".join(traceback.format_exception_only(seen.value))
     assert "in stage compute of layer 1, micro-batch 0" in told and "illegal memory access" in told
 
 
-def fail(kind, flight):
+def fail(kind, context):
     """A stage whose second piece fails."""
     yield True
     raise kind("CUDA error: an illegal memory access was encountered")

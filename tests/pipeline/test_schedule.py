@@ -40,21 +40,21 @@ def test_every_micro_batch_goes_through_all_its_stages_in_order_in_one_lane(size
 def test_each_micro_batch_in_flight_has_a_berth_of_its_own_however_lanes_go_on(sizes):
     kind, _, num_micro_batches, in_flight, _ = sizes
     schedule = make_schedule(*sizes)
-    num_berths = 1 if kind == "serial" else in_flight
+    num_in_flight = 1 if kind == "serial" else in_flight
     assert 1 <= len(schedule) <= (in_flight if kind == "arrival" else 1)
-    berths = []
+    in_flight_buffers = []
     for lane in schedule:
         last, is_open = {op.micro_batch: index for index, op in enumerate(lane)}, set()
         most = 0
         for index, op in enumerate(lane):
             is_open.add(op.micro_batch)
-            assert len({micro_batch % num_berths for micro_batch in is_open}) == len(is_open)
+            assert len({micro_batch % num_in_flight for micro_batch in is_open}) == len(is_open)
             most = max(most, len(is_open))
             if last[op.micro_batch] == index:
                 is_open.remove(op.micro_batch)
         assert most == (min(in_flight, num_micro_batches) if kind == "overlap" else 1)
-        berths.append({op.micro_batch % num_berths for op in lane})
-    assert sum(map(len, berths)) == len(set().union(*berths))  # no two lanes share one
+        in_flight_buffers.append({op.micro_batch % num_in_flight for op in lane})
+    assert sum(map(len, in_flight_buffers)) == len(set().union(*in_flight_buffers))  # no two lanes share one
 
 
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.booleans())

@@ -49,7 +49,7 @@ def take_step(job, optimizer, purpose="train"):
     job.stepper.run(job.training, np.arange(config.data.batch_sequences), load, purpose)
     if optimizer is not None:
         optimizer.step(1)
-    return measure_memory(job.stepper.network, optimizer, job.stepper.exchange, job.stepper.tracker)
+    return measure_memory(job.stepper.network, optimizer, job.stepper.dispatcher, job.stepper.tracker)
 
 
 def open_job(comm, folder, **changes):
@@ -61,7 +61,7 @@ def open_job(comm, folder, **changes):
 @pytest.mark.parametrize("case", CASES)
 def test_the_memory_of_a_training_rank_is_as_estimated(comm, tmp_path, case):
     with open_job(comm, tmp_path, **CASES[case]) as (job, optimizer, _):
-        assert job.stepper.exchange.buffer_bytes == job.memory.buffers
+        assert job.stepper.dispatcher.buffer_bytes == job.memory.buffers
         measured = take_step(job, optimizer)
     estimated = job.memory
     for name in ("states", "one_expert", "experts", "dense", "gradients", "optimizer"):
@@ -256,7 +256,7 @@ def test_the_tracker_counts_saved_tensors_once_and_no_parameters():
 
 
 def test_the_tracker_counts_what_flights_keep():
-    class Flight:
+    class LayerContext:
         """Holds a tensor, a view of it, and another in a list."""
 
         def __init__(self):
@@ -264,7 +264,7 @@ def test_the_tracker_counts_what_flights_keep():
             self.batches = [(self.x[:2], torch.ones(6))]
 
     tracker = ActivationTracker(nn.Linear(1, 1))
-    tracker.observe([Flight()])
+    tracker.observe([LayerContext()])
     assert tracker.peak_bytes == (4 + 6) * 4
 
 

@@ -60,13 +60,14 @@ def test_a_nodes_ranks_share_evenly_and_the_fullest_node_counts():
 
 
 def test_a_window_of_several_ranks_is_not_unshared_and_on_gpus_only_copies_are():
-    def exchange(mates):
+    def dispatcher(local_peers):
         return SimpleNamespace(
-            sizes=SimpleNamespace(shared_bytes=lambda routes: 60), routes=SimpleNamespace(mates=range(mates))
+            sizes=SimpleNamespace(shared_bytes=lambda routes: 60),
+            routes=SimpleNamespace(local_peers=range(local_peers)),
         )
 
-    assert count_unshared(MEMORY, exchange(3)) == MEMORY.total - 60
-    assert count_unshared(MEMORY, exchange(1)) == MEMORY.total
+    assert count_unshared(MEMORY, dispatcher(3)) == MEMORY.total - 60
+    assert count_unshared(MEMORY, dispatcher(1)) == MEMORY.total
     fields = {field.name: 1 for field in dataclasses.fields(DeviceSizes)}
     assert count_unshared(MEMORY, SimpleNamespace(sizes=DeviceSizes(**fields))) == 505
 
@@ -84,9 +85,9 @@ def test_the_table_lets_like_stand_beside_like(comm, shared):
         job.meter.read(train_step(job, optimizer, np.ones((2, 4)), 1)[0])
         totals = gather_totals(job, optimizer, {}, 0)
         totals = dataclasses.replace(totals, bytes_of_link=np.zeros((comm.size, comm.size)))
-        table, exchange = make_table(job, totals), job.stepper.exchange
+        table, dispatcher = make_table(job, totals), job.stepper.dispatcher
     assert job.budget.process_bytes > STEP_BYTES and job.budget.needs["process"] == job.budget.process_bytes
-    window = exchange.sizes.shared_bytes(exchange.routes) if comm.size > 1 else 0
+    window = dispatcher.sizes.shared_bytes(dispatcher.routes) if comm.size > 1 else 0
     computed = job.budget.process_bytes + job.memory.total - window
     for label, *values in (
         ("the process itself: Python, torch, MPI", job.budget.process_bytes, totals.process_bytes),

@@ -41,7 +41,11 @@ def test_sizes_are_those_of_the_config():
     sizes = make_sizes_of_run(config, 4)  # 14 sequences, 3 micro-batches, 4 ranks: at most 2 sequences
     assert (sizes.hidden, sizes.dtype, sizes.row_bytes) == (8, torch.bfloat16, 16)
     assert (sizes.tokens, sizes.expert_rows, sizes.batch_rows, sizes.num_micro_batches) == (10, 20, 9, 3)
-    assert (sizes.pool_rows, sizes.parcels_sent, sizes.parcel_rows) == (0, 0, 0)  # one node needs no messages
+    assert (sizes.pool_rows, sizes.num_messages_sent, sizes.sent_message_rows) == (
+        0,
+        0,
+        0,
+    )  # one node needs no messages
     assert sizes.home_window_rows == 10 + 20 + 1
 
 
@@ -69,22 +73,22 @@ def test_ranks_that_serve_others_expect_their_rows_too(changes, expert_rows):
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "num_berths"),
+    ("pipeline", "num_in_flight"),
     [({"schedule": "serial"}, 1), ({"in_flight": 2}, 2), ({"in_flight": 9}, 3), ({"schedule": "arrival"}, 2)],
 )
-def test_each_micro_batch_in_flight_has_a_berth(pipeline, num_berths):
+def test_each_micro_batch_in_flight_has_a_berth(pipeline, num_in_flight):
     changes = {f"pipeline__{key}": value for key, value in pipeline.items()}
-    assert make_sizes_of_run(make_config(**changes), 2).num_berths == num_berths
+    assert make_sizes_of_run(make_config(**changes), 2).num_in_flight == num_in_flight
 
 
 def test_messages_are_as_long_as_asked_or_as_the_links_ask_but_no_longer_than_a_micro_batch():
     long = {"model__sequence_length": 1000}
     assert (
-        make_sizes_of_run(make_config(**long), 2, 2).parcel_tokens == 282 > MIN_BATCH_ROWS
+        make_sizes_of_run(make_config(**long), 2, 2).message_tokens == 282 > MIN_BATCH_ROWS
     )  # 9 x 1 us x 1 GB/s of 32 B
-    assert make_sizes_of_run(make_config(**long, comm__message_rows=7), 2, 2).parcel_tokens == 7
-    assert make_sizes_of_run(make_config(), 2, 2).parcel_tokens == make_sizes_of_run(make_config(), 2, 2).tokens == 15
-    assert make_sizes_of_run(make_config(comm__pool_bytes=1500), 2, 2).parcel_tokens < 15
+    assert make_sizes_of_run(make_config(**long, comm__message_rows=7), 2, 2).message_tokens == 7
+    assert make_sizes_of_run(make_config(), 2, 2).message_tokens == make_sizes_of_run(make_config(), 2, 2).tokens == 15
+    assert make_sizes_of_run(make_config(comm__pool_bytes=1500), 2, 2).message_tokens < 15
 
 
 @pytest.mark.parametrize(
@@ -115,7 +119,7 @@ def test_what_messages_take_is_announced():
     sizes = make_sizes_of_run(config, 4, 2, once=True)
     lines = describe_sizes(sizes, routes)
     assert len(lines) == 2 and "2 ranks of its node share" in lines[0] and "for all of their node" in lines[1]
-    assert f"at most {sizes.parcel_tokens} tokens" in lines[1] and f"2 x {sizes.pool_rows} rows" in lines[1]
+    assert f"at most {sizes.message_tokens} tokens" in lines[1] and f"2 x {sizes.pool_rows} rows" in lines[1]
     assert len(describe_sizes(make_sizes_of_run(config, 4), make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))) == 1
 
 
@@ -138,5 +142,5 @@ def test_ranks_of_a_node_are_mates_unless_the_key_forbids(comm, shared_memory):
     routes = find_routes(config, make_topology(comm.size, min(2, comm.size)), mesh, 1)
     nodes = np.arange(comm.size) * min(2, comm.size) // comm.size
     own = np.flatnonzero(nodes == nodes[comm.rank]) if shared_memory else [comm.rank]
-    assert routes.mates.tolist() == list(own)
-    assert sum(gather_to_all(comm, len(routes.senders))) == sum(gather_to_all(comm, len(routes.landings)))
+    assert routes.local_peers.tolist() == list(own)
+    assert sum(gather_to_all(comm, len(routes.senders))) == sum(gather_to_all(comm, len(routes.receivers)))

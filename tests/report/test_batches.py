@@ -7,7 +7,7 @@ import pytest
 from moves import MOVES, force
 from small import open_small_job
 
-from hpcmoe.dispatch.traffic import no_traffic
+from hpcmoe.dispatch.traffic import make_traffic
 from hpcmoe.model.balance import even_load
 from hpcmoe.report.batches import Batches, BatchSizes, record_batches, rows_of_batches, sum_batches
 from hpcmoe.report.tables import rows_of_balance
@@ -15,7 +15,7 @@ from hpcmoe.run.train import train_step
 
 
 def test_batches_are_credited_to_the_experts_that_were_in_the_slots():
-    traffic, batches = no_traffic(1), Batches()
+    traffic, batches = make_traffic(1), Batches()
     traffic.count_batches(0, [(0, 7), (1, 3)])
     traffic.count_batches(0, [(0, 5)])
     traffic.count_batches(1, [(1, 4)])

@@ -15,17 +15,17 @@ from hpcmoe.wait import gather_to_all
 
 
 class FakeExchange:
-    """An exchange that has carried copies [P] of two layers and rows [4, P] that the test sets."""
+    """An exchange that has carried assignments [P] of two layers and rows [4, P] that the test sets."""
 
     def __init__(self, comm):
         self.clock, self.transport = Clock(), SimpleNamespace(rank=comm.rank, size=comm.size)
-        self.take_traffic()
+        self.pop_traffic()
 
-    def take_traffic(self):
+    def pop_traffic(self):
         size = self.transport.size
         carried = getattr(self, "carried", None)
         self.carried = Traffic(
-            copies=dict.fromkeys((1, 0), np.zeros(size, np.int64)), rows=np.zeros((len(Direction), size), np.int64)
+            assignments=dict.fromkeys((1, 0), np.zeros(size, np.int64)), rows=np.zeros((len(Direction), size), np.int64)
         )
         return carried
 
@@ -43,26 +43,26 @@ def meter(comm):
 
 
 def do_step(meter, seed):
-    """Carry random rows and spend rank + 1 more seconds on each stage but the last -> (copies [2, P], rows [4, P])."""
+    """Carry random rows and spend rank + 1 more seconds on each stage but the last -> (assignments [2, P], rows [4, P])."""
     comm = meter.mesh.world
     first, second, *rows = np.random.default_rng([comm.rank, seed]).integers(0, 50, (2 + len(Direction), comm.size))
-    copies = np.stack([first, second])
-    meter.exchange.carried.copies |= {1: second, 0: first}
-    meter.exchange.carried.rows += rows
+    assignments = np.stack([first, second])
+    meter.dispatcher.carried.assignments |= {1: second, 0: first}
+    meter.dispatcher.carried.rows += rows
     for stage in STAGES[:-1]:
         meter.clock.seconds[stage] = meter.clock.seconds.get(stage, 0.0) + comm.rank + 1
-    return copies, np.array(rows)
+    return assignments, np.array(rows)
 
 
 @pytest.mark.mpi
 def test_a_reading_is_of_this_step_and_of_all_ranks(comm, meter):
     do_step(meter, seed=0)
     meter.start()  # forgets that
-    copies, _ = do_step(meter, seed=1)
+    assignments, _ = do_step(meter, seed=1)
     time.sleep(0.01)
     metrics = meter.read(make_outcome(300, 0))
 
-    dispatched = np.stack(gather_to_all(comm, copies), axis=1)  # [2, P, P]
+    dispatched = np.stack(gather_to_all(comm, assignments), axis=1)  # [2, P, P]
     of_layers = dispatched[:, ~np.eye(comm.size, dtype=bool)]
     others = of_layers.sum(axis=0)
     assert metrics.links.count == len(others) == comm.size * (comm.size - 1)
@@ -108,8 +108,8 @@ def test_what_ranks_serve_is_what_their_experts_were_asked_for(comm, shared, cha
     with open_small_job(comm, shared, model__top_k=1, cluster__placement="contiguous", **shape) as (job, _, _):
         job.meter.start()
         outcome = job.stepper.run(job.training, np.arange(14), np.ones((2, experts)), "train")
-        copies = np.stack([job.stepper.exchange.traffic.copies[layer] for layer in range(2)])
-        served, links, _ = job.meter.sum_over_ranks(copies, [0.0])
+        assignments = np.stack([job.stepper.dispatcher.traffic.assignments[layer] for layer in range(2)])
+        served, links, _ = job.meter.sum_over_ranks(assignments, [0.0])
     assert served.shape == (2, comm.size)
     for shard in range(tensor):
         of_groups = served[:, shard::tensor].reshape(2, data, experts)
@@ -120,14 +120,14 @@ def test_what_ranks_serve_is_what_their_experts_were_asked_for(comm, shared, cha
 @pytest.mark.mpi
 def test_tokens_are_summed_by_home_node_since_they_were_taken_last(comm, meter):
     node_of_rank = np.arange(comm.size) // 2
-    assert meter.take_tokens(node_of_rank) is None
+    assert meter.pop_tokens(node_of_rank) is None
     for step in (1, 2):
         meter.read(make_outcome(10 * step * (1 + comm.rank), 0))
-    taken = meter.take_tokens(node_of_rank)
+    taken = meter.pop_tokens(node_of_rank)
     if comm.rank > 0:
         assert taken is None
     else:
         of_node = np.bincount(node_of_rank, 30 * (1 + np.arange(comm.size)))
         assert taken.shape == (2, len(of_node), 3)
         assert (taken == of_node[None, :, None]).all()
-    assert meter.take_tokens(node_of_rank) is None  # nothing since
+    assert meter.pop_tokens(node_of_rank) is None  # nothing since

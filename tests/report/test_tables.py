@@ -95,7 +95,7 @@ def test_the_table_shows_the_totals(comm, shared):
         expected = [busy[layer].min(), busy[layer].max(), totals.balancedness_of_layer[layer]]
         sigmas = [totals.link_sigma_of_layer[layer], totals.link_sigma_floor_of_layer[layer]]
         assert figure(table, f"{layer} ") == pytest.approx(expected + sigmas, abs=5.1e-3)
-    assert figure(table, "copies dropped") == [0]
+    assert figure(table, "assignments dropped") == [0]
     assert "in optimizer" in table and "in route" in table
     if comm.size > 1:
         sent = totals.bytes_of_link[~np.eye(comm.size, dtype=bool)]

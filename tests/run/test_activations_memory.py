@@ -96,7 +96,7 @@ def test_the_head_has_the_logarithms_of_all_bytes_probabilities(comm, tmp_path):
     """With a layer that keeps next to nothing they are most of what there is, for one micro-batch at a time."""
     changes = {"model__num_layers": 1, "model__attention": False, "model__hidden": 8, "model__feed_forward": 8}
     with open_job(comm, tmp_path, pipeline__schedule="serial", **changes) as job:
-        tokens = job.stepper.exchange.sizes.tokens
+        tokens = job.stepper.dispatcher.sizes.tokens
         measured = measure(job)
     assert 1024 * tokens < measured < 2 * 1024 * tokens
 
@@ -112,17 +112,17 @@ def test_the_tracker_sees_what_is_saved_and_let_go_within_an_op():
 
 
 def test_what_flights_hold_and_autograd_saves_is_counted_once():
-    class Flight:
+    class LayerContext:
         """Holds the tensor that autograd is about to save."""
 
-    flight, tracker = Flight(), ActivationTracker(nn.Linear(1, 1))
-    flight.x = torch.ones(100, requires_grad=True)
-    tracker.observe([flight])
+    context, tracker = LayerContext(), ActivationTracker(nn.Linear(1, 1))
+    context.x = torch.ones(100, requires_grad=True)
+    tracker.observe([context])
     with tracker.hooks():
-        y = flight.x.sin()
+        y = context.x.sin()
         assert tracker.peak_bytes == 400
         y.sum().backward()
-    tracker.observe([flight], {0: torch.ones(25), 1: flight.x[:3]})
+    tracker.observe([context], {0: torch.ones(25), 1: context.x[:3]})
     assert tracker.peak_bytes == 400 + 100
     tracker.observe([])
     assert tracker.context_bytes == tracker.autograd_bytes == 0

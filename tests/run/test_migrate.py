@@ -106,9 +106,9 @@ def test_a_checkpoint_is_taken_back_wherever_the_experts_have_moved(comm, shared
         load = start_load(job)
         train_step(job, optimizer, load, 1)
         force(job, optimizer, 7, 1)
-        job.stepper.exchange.poke()
-        while not job.stepper.exchange.is_idle:
-            job.stepper.exchange.poke()
+        job.stepper.dispatcher.poke()
+        while not job.stepper.dispatcher.is_idle:
+            job.stepper.dispatcher.poke()
         arrays = {}
         for name, _, start, extent, _ in state.list_wanted():
             box = tuple(slice(first, first + count) for first, count in zip(start, extent, strict=True))

@@ -27,7 +27,7 @@ MODES = {
 
 def run_steps(comm, folder, seed, monkeypatch, **changes):
     """Three steps, each rank late in its own way -> losses, and all gradients and parameters of this rank."""
-    delay, look, values = random.Random(f"{comm.rank} {seed}"), Arrivals.look, []
+    delay, look, values = random.Random(f"{comm.rank} {seed}"), Arrivals.poll, []
 
     def look_late(arrivals):
         if delay.random() < 0.1:
@@ -35,7 +35,7 @@ def run_steps(comm, folder, seed, monkeypatch, **changes):
         return look(arrivals)
 
     with monkeypatch.context() as patch, open_small_job(comm, folder, **changes) as (job, optimizer, _):
-        patch.setattr(Arrivals, "look", look_late)
+        patch.setattr(Arrivals, "poll", look_late)
         config = job.config
         load = np.ones((config.model.num_layers, config.model.num_experts))
         for step in range(1, 4):

@@ -60,7 +60,7 @@ def test_a_batch_smaller_than_the_ranks_counts_its_own_tokens(comm, shared):
 def test_every_stage_of_a_step_is_timed(comm, shared):
     with open_small_job(comm, shared) as (job, _, _):
         job.stepper.run(job.training, np.arange(14), LOAD, "train")
-        stages = job.stepper.clock.take()
+        stages = job.stepper.clock.pop_seconds()
     assert set(stages) == {"data", "dense", "route", "dispatch", "compute", "combine", "waiting"}
     assert all(seconds > 0 for seconds in stages.values())
 
