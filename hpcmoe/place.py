@@ -38,7 +38,7 @@ def main(words=None):
         with repeated_interrupts():
             arguments = read_place_arguments(sys.argv[1:] if words is None else words)
             check_outputs(arguments)
-            print_to_stdout(place(arguments))
+            print_to_stdout(place_case(arguments))
     except HpcmoeError as error:
         first, *more = str(error).splitlines()
         print_to_stderr([f"hpcmoe: {first}" + f"; and {len(more)} more error{'s' * (len(more) > 1)}" * bool(more)])

@@ -130,12 +130,12 @@ def estimate_activations(config, mesh, slots, sizes):
         token_bytes += FLOAT32_BYTES * (2 * model.hidden + 1 + model.num_heads) + wire * 5 * model.hidden
 
     # Count of each assignment at its expert: input, what goes into the activation, and where it came from.
-    snapshot_bytes = wire * (model.hidden + count_inner(config, mesh)) + 2 * INDEX
+    assignment_bytes = wire * (model.hidden + count_inner(config, mesh)) + 2 * INDEX
     assignments = count_rows(model, mesh, slots, sizes)
 
     # Count in bfloat16 the weights of attention as products read them: cast for each micro-batch.
     weights = wire * 4 * model.hidden**2 if model.attention and wire < FLOAT32_BYTES else 0
-    of_layer = tokens * token_bytes + copies * snapshot_bytes + weights + EXPERT_BYTES * model.num_experts
+    of_layer = tokens * token_bytes + assignments * assignment_bytes + weights + EXPERT_BYTES * model.num_experts
 
     # Count the last layer's output and its gradient, and in the head its norm's results and scale, the
     # logarithms of the probabilities, and the bytes that were to be predicted.

@@ -13,7 +13,7 @@ from hpcmoe.placement.demand import Loads
 from hpcmoe.placement.result import SearchStats
 from hpcmoe.placement.solve import compare_methods
 from hpcmoe.prepare.budget import MemoryBudget
-from hpcmoe.prepare.placement import describe_placement, make_run_problem, place_experts, time_expert
+from hpcmoe.prepare.placement import describe_placement, format_placement, make_run_problem, place_experts, time_expert
 
 ONES = Loads(tokens=np.ones((2, 1, 4)), node_names=())
 
