@@ -197,7 +197,8 @@ def describe_placement(records, layout):
     if placement.split is not None:
         records.describe("cluster", "split", placement.split, "share of a node's tokens for the slot's expert")
     records.describe("cluster", "placement", placement.method)
-    for name in ("objective", "optimal", "cross_node_share", "link_sigma"):
+    records.describe("cluster", "optimal", placement.is_optimal)
+    for name in ("objective", "cross_node_share", "link_sigma"):
         records.describe("cluster", name, getattr(placement, name))
     for name in ("objective_seconds", "lower_bound_seconds"):
         records.describe("cluster", name, getattr(placement, name), "s")

@@ -39,7 +39,7 @@ def test_copies_lie_by_slot_and_dropped_ones_nowhere(num_tokens):
     plan = DevicePlan(torch.from_numpy(slots), torch.from_numpy(kept), 6, PlainDevice())
     counts = np.diff(plan.counts.fetched.numpy(), prepend=0)
     assert counts.tolist() == np.bincount(slots[kept], minlength=6).tolist()
-    assignments = plan.assignments.first(counts.sum()).order.numpy()
+    assignments = plan.assignments.limit_to(counts.sum()).order.numpy()
     assert slots.ravel()[assignments].tolist() == np.repeat(np.arange(6), counts).tolist()
     assert plan.assignments.entries.flatten()[assignments].tolist() == list(range(counts.sum()))
     assert (plan.assignments.entries[torch.from_numpy(~kept)] == -1).all()

@@ -49,7 +49,7 @@ FAULTS = {
     ),
     "a bound is met from too far": plant(
         "placement/cost.py",
-        "bound >= cost * (1 - MET)",
+        "bound >= cost * (1 - _BOUND_TOLERANCE)",
         "bound >= cost * (1 - 0.1)",
         "placement/test_result.py",
     ),
@@ -97,7 +97,10 @@ FAULTS = {
         PLAN,
     ),
     "a message's second part counts tokens from the first": plant(
-        "dispatch/plan.py", "(token_of_copy[inside] - begin).astype", "(token_of_copy[inside] - 0).astype", PLAN
+        "dispatch/plan.py",
+        "(token_of_assignment[inside] - begin).astype",
+        "(token_of_assignment[inside] - 0).astype",
+        PLAN,
     ),
     "all ranks send their single copies to one replica": plant(
         "dispatch/plan.py", "self.phase = rank * _GOLDEN_RATIO % 1.0", "self.phase = 0 * _GOLDEN_RATIO % 1.0", PLAN
@@ -157,8 +160,8 @@ FAULTS = {
     ),
     "a descriptor is written over while a local_peer reads it": plant(
         "comm/window.py",
-        "(self.consumed[:, berth] >= exchange - 2).all()",
-        "(self.consumed[:, berth] >= exchange - 3).all()",
+        "(self.consumed[:, buffer_index] >= exchange - 2).all()",
+        "(self.consumed[:, buffer_index] >= exchange - 3).all()",
         "comm/test_window.py",
     ),
     "a sum's parts are told apart by layer alone": plant(
@@ -181,8 +184,8 @@ FAULTS = {
     ),
     "a padded row is computed from what lay there": plant(
         "dispatch/host.py",
-        "plan.row_of_entry < 0, buffers.zero, berth",
-        "plan.row_of_entry < 0, buffers.results, berth",
+        "plan.row_of_entry < 0, buffers.zero, buffers",
+        "plan.row_of_entry < 0, buffers.results, buffers",
         EXCHANGE,
         3,
     ),
@@ -234,7 +237,7 @@ FAULTS = {
     ),
     "the norm counts every copy": plant(
         "run/optimizer.py",
-        "[copy for copy in self.shared.held_replicas() if copy.owned]",
+        "[replica for replica in self.shared.held_replicas() if replica.owned]",
         "list(self.shared.held_replicas())",
         ORACLE,
         3,
