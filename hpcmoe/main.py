@@ -89,8 +89,8 @@ def run(comm, arguments, opened):
     split = on_all(comm, lambda: check_text(split))
 
     # Read an earlier run's files before the folder, which may be theirs, is moved out of the way; measure after it.
-    loads = keep_on_root(comm, lambda: find_loads(config, read_loads))
-    topology = read_topology(comm, config.cluster) if config.cluster.links == "file" else None
+    loads = keep_on_root(comm, lambda: find_loads(config.placement.loads, config.model, read_loads))
+    topology = read_topology(comm, config.cluster) if config.cluster.links != "measure" else None
     opened.enter_context(open_folder(comm, config.run.output, config.run.name, resume=goes_on))
 
     # Find out where the ranks are and what joins them.
@@ -216,7 +216,7 @@ def log_plan(job):
     size_lines = describe_sizes(job.stepper.dispatcher.sizes, job.stepper.dispatcher.routes)
     for line in [
         *budget_lines,
-        *format_placement(job.run_placement, job.config.cluster),
+        *format_placement(job.run_placement, job.config.placement),
         *size_lines,
         format_sampling_floors(job),
     ]:

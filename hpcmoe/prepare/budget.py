@@ -28,7 +28,7 @@ def check_budget(config, topology):
     if may_use_gpus(config, topology):
         return  # how much they have is known when they are opened
     model, (num_bytes, states) = config.model, estimate_expert(config)
-    copies = config.cluster.data_parallel
+    copies = config.parallel.data
     needed = copies * model.num_experts * model.num_layers * num_bytes * states
     there = int(topology.memory_bytes.sum())
     if needed > there:

@@ -70,7 +70,7 @@ def make_device_sizes(config, mesh):
     model, pipeline = config.model, config.pipeline
     sequences = math.ceil(math.ceil(config.data.batch_sequences / pipeline.micro_batches) / mesh.num_token_shares)
     tokens, assignments = sequences * model.sequence_length, model.top_k * mesh.tensor_parallel
-    busy = mesh.expert_parallel if config.cluster.replicate else min(model.num_experts, mesh.expert_parallel)
+    busy = mesh.expert_parallel if config.placement.replicate else min(model.num_experts, mesh.expert_parallel)
     return DeviceSizes(
         hidden=model.hidden,
         dtype=getattr(torch, model.dtype),

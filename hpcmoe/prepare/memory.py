@@ -106,10 +106,10 @@ def estimate_copies(config, tensor_parallel, slots, on_device):
 
 def estimate_moving(config, tensor_parallel, on_device):
     """Bytes of experts on their way, a matrix of each at a time, that a rank's host holds at most."""
-    model, cluster = config.model, config.cluster
+    model, rebalance = config.model, config.rebalance
     number = FLOAT32_BYTES if config.run.mode == "train" else getattr(torch, model.dtype).itemsize
-    matrices = cluster.rebalance_moves * model.hidden * model.feed_forward * number // tensor_parallel
-    return min(STAGING_BYTES, matrices) * (1 + on_device) if cluster.rebalance_every > 0 else 0
+    matrices = rebalance.moves * model.hidden * model.feed_forward * number // tensor_parallel
+    return min(STAGING_BYTES, matrices) * (1 + on_device) if rebalance.every > 0 else 0
 
 
 def estimate_activations(config, mesh, slots, sizes):

@@ -15,13 +15,13 @@ log = logging.getLogger(__name__)
 
 
 def resolve_tensor_parallel(comm, config, topology):
-    """Choose [cluster] tensor_parallel where it is 0 -> the section with its number. Collective over comm."""
-    if config.cluster.tensor_parallel:
-        return config.cluster
+    """Choose [parallel] tensor where it is 0 -> the section with its number. Collective over comm."""
+    if config.parallel.tensor:
+        return config.parallel
     rank_bytes = read_rank_bytes(comm, config, topology)
     chosen, arithmetic = choose_tensor_parallel(config, comm.size, rank_bytes)
     log.info("%s", arithmetic)
-    return dataclasses.replace(config.cluster, tensor_parallel=chosen)
+    return dataclasses.replace(config.parallel, tensor=chosen)
 
 
 def read_rank_bytes(comm, config, topology):
@@ -43,19 +43,19 @@ def choose_tensor_parallel(config, num_ranks, rank_bytes):
     One expert of one layer is the least that a rank holds, beside dense parts with their state. Where no number is
     enough it is 1: the placement then tells what does not fit.
     """
-    cluster, (one_expert, states) = config.cluster, estimate_expert(config)
+    parallel, (one_expert, states) = config.parallel, estimate_expert(config)
     dense = count_dense_parameters(config.model) * FLOAT32_BYTES * states
     needed, left = one_expert * states, max(rank_bytes - dense, 0)
-    others = cluster.data_parallel * max(cluster.expert_parallel, 1)
+    others = parallel.data * max(parallel.expert, 1)
     may_share = [
         n for n in range(1, num_ranks + 1)
         if num_ranks % (others * n) == 0 and config.model.feed_forward % n == 0
-        and (cluster.expert_parallel == 0 or others * n == num_ranks)
+        and (parallel.expert == 0 or others * n == num_ranks)
     ]  # fmt: skip
     chosen = next((n for n in may_share if needed <= n * left), 1)
     return chosen, (
         f"an expert with its state takes {format_size(needed)}, a rank has {format_size(rank_bytes)} - dense parts "
-        f"{format_size(dense)} = {format_size(left)}: tensor_parallel {chosen}"
+        f"{format_size(dense)} = {format_size(left)}: [parallel] tensor = {chosen}"
         + " does not suffice"
         * (needed > chosen * left)
     )

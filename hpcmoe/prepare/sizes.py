@@ -33,7 +33,7 @@ def find_routes(config, topology, mesh, slots):
         nodes, once = np.arange(len(nodes)), np.zeros_like(once)
     _, first, nodes = np.unique(nodes, return_index=True, return_inverse=True)
     # One order for all ranks costs overlap, for a rank's own rows are there first: only where experts may move.
-    same_order = config.pipeline.deterministic and config.run.mode == "train" and config.cluster.rebalance_every > 0
+    same_order = config.pipeline.deterministic and config.run.mode == "train" and config.rebalance.every > 0
     return make_routes(nodes, mesh.group.rank, slots, once[np.ix_(first, first)], same_order)
 
 
@@ -58,7 +58,7 @@ def choose_once(config, topology, node_of_rank, assignments):
 
 def make_host_sizes(config, topology, mesh, routes):
     """Compute how many rows a micro-batch brings at most to a rank's home, and likely to its experts -> HostSizes."""
-    model, pipeline, cluster = config.model, config.pipeline, config.cluster
+    model, pipeline = config.model, config.pipeline
     sequences = math.ceil(math.ceil(config.data.batch_sequences / pipeline.micro_batches) / mesh.num_token_shares)
     tokens, num_ranks = sequences * model.sequence_length, mesh.expert_parallel * mesh.tensor_parallel
     assignments = model.top_k * mesh.tensor_parallel  # of a token: one goes to each shard of each of its experts
@@ -67,7 +67,7 @@ def make_host_sizes(config, topology, mesh, routes):
     num_in_flight = 1 if pipeline.schedule == "serial" else min(pipeline.in_flight, pipeline.micro_batches)
 
     # With fewer experts than ranks and no replicas, the ranks that hold one serve the others too.
-    busy = mesh.expert_parallel if cluster.replicate else min(model.num_experts, mesh.expert_parallel)
+    busy = mesh.expert_parallel if config.placement.replicate else min(model.num_experts, mesh.expert_parallel)
     expert_rows = math.ceil(tokens * assignments * mesh.expert_parallel / busy)
 
     # Of these some come in messages, each token before and its results behind.

@@ -73,7 +73,7 @@ def open_job(config, topology, mesh, split, loads):
     kind, trains = select_backend(config, world, device), config.run.mode == "train"
 
     # Estimate what a rank needs besides experts, and place these in the rest of the memory.
-    slots = count_slots_per_rank(config.model.num_experts, mesh.expert_parallel, config.cluster.spare_slots_per_rank)
+    slots = count_slots_per_rank(config.model.num_experts, mesh.expert_parallel, config.placement.spare_slots_per_rank)
     routes = find_routes(config, topology, mesh, slots)
     if kind == "window":
         sizes = on_all(world, lambda: make_host_sizes(config, topology, mesh, routes))

@@ -6,7 +6,7 @@ import pytest
 from mpi4py import MPI
 
 from hpcmoe.comm.select import SelectedBackend, TransportSupport
-from hpcmoe.config import Comm
+from hpcmoe.config import CommConfig
 from hpcmoe.errors import ClusterError
 from hpcmoe.prepare.gpus import try_nccl
 
@@ -33,7 +33,7 @@ def broken(monkeypatch):
 
 def try_nccl_or_mpi(buffers, takes_pointers):
     """Try NCCL -> SelectedBackend."""
-    return try_nccl(SimpleNamespace(comm=Comm(buffers=buffers)), MPI.COMM_SELF, None, NCCL, see(takes_pointers))
+    return try_nccl(SimpleNamespace(comm=CommConfig(buffers=buffers)), MPI.COMM_SELF, None, NCCL, see(takes_pointers))
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_training_keeps_its_batches_and_determinism_their_order(deterministic, m
     ("changes", "expert_rows"),
     [
         ({"model__num_experts": 2}, 40),  # two of four ranks serve all
-        ({"model__num_experts": 2, "cluster__replicate": True}, 20),
+        ({"model__num_experts": 2, "placement__replicate": True}, 20),
         ({"model__num_experts": 4}, 20),
         ({"model__num_experts": 9}, 20),
     ],
