@@ -129,6 +129,11 @@ class PipelineConfig:
     in_flight: _Count = 2
     deterministic: bool = True
 
+    @property
+    def num_in_flight(self) -> int:
+        """Micro-batches under way at once."""
+        return 1 if self.schedule == "serial" else min(self.in_flight, self.micro_batches)
+
 
 @section
 class PlacementConfig:
@@ -195,6 +200,17 @@ class WriteConfig:
     activations_every: _Count = 100
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkSpec:
+    """What a network is, and how its experts are kept: the sections that shape it, and of [run] what they lack."""
+
+    model: ModelConfig
+    dispatch: DispatchConfig
+    experts: ExpertsConfig
+    seed: int  # of the weights as drawn
+    trains: bool  # parameters in float32, with gradients and moments; else in the precision of [model] dtype
+
+
 @section
 class Config:
     """A whole run.toml: its sections, each key already checked."""
@@ -212,6 +228,17 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     write: WriteConfig = field(default_factory=WriteConfig)
+
+    @property
+    def spec(self) -> NetworkSpec:
+        """What the chapters below run/ need to know of the network."""
+        return NetworkSpec(
+            model=self.model,
+            dispatch=self.dispatch,
+            experts=self.experts,
+            seed=self.run.seed,
+            trains=self.run.mode == "train",
+        )
 
 
 def read_config(path: str | PathLike, overrides: Sequence[str] = ()) -> tuple[Config, str]:

@@ -32,9 +32,9 @@ from hpcmoe.model.text import check_text, find_text
 from hpcmoe.output import StderrHandler, print_to_stdout
 from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
-from hpcmoe.prepare.budget import check_budget, describe_budget
-from hpcmoe.prepare.metadata import check_metadata, describe_checkpoint, log_changes
+from hpcmoe.prepare.budget import check_budget, describe_budget, may_use_gpus
 from hpcmoe.prepare.shards import resolve_tensor_parallel
+from hpcmoe.run.metadata import check_metadata, describe_checkpoint, log_changes
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
@@ -95,10 +95,14 @@ def run(comm, arguments, opened):
 
     # Find out where the ranks are and what joins them.
     topology = topology or read_topology(comm, config.cluster)
-    on_root(comm, lambda: check_budget(config, topology))
+    gpus = (
+        config.comm.device if may_use_gpus(config.comm.device, config.cluster.memory_bytes_per_node, topology) else None
+    )
+    if gpus is None:  # how much they have is known when they are opened
+        on_root(comm, lambda: check_budget(config.spec, config.parallel.data, topology))
     on_root(comm, lambda: save_topology(topology, folder / "topology.json"))
     log.info("%s", topology)
-    with open_mesh(comm, resolve_tensor_parallel(comm, config, topology)) as mesh:
+    with open_mesh(comm, resolve_tensor_parallel(comm, config.parallel, config.spec, topology, gpus)) as mesh:
         gc.disable()  # torch's import makes much that stays: a tenth of its time is looking through it for garbage
         with exit_on_signals(lambda ending: end_all_ranks(comm, opened, ending)):
             from hpcmoe.report.tables import make_table

@@ -20,6 +20,8 @@ from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.dispatch.sizes import HostSizes, max_messages_sent
 from hpcmoe.model.text import find_text
 from hpcmoe.placement.demand import find_loads
+from hpcmoe.prepare.sizes import make_host_sizes
+from hpcmoe.prepare.sizes import make_sizes as make_run_sizes
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.state import TrainingState
@@ -48,6 +50,12 @@ def make_config(**changes):
         part = dataclasses.replace(getattr(config, section), **{key: value})
         config = dataclasses.replace(config, **{section: part})
     return config
+
+
+def make_sizes_of(config, mesh, topology, routes):
+    """The sizes that a config gives a rank on the host."""
+    common = make_run_sizes(config.spec, config.pipeline, config.data.batch_sequences, config.placement.replicate, mesh)
+    return make_host_sizes(common, config.comm, topology, routes, config.spec.trains, config.pipeline.deterministic)
 
 
 def make_topology(num_ranks, num_nodes=1):

@@ -11,7 +11,7 @@ import torch
 from hpcmoe.errors import ConfigError, PlacementError
 from hpcmoe.experts.timing import time_row
 from hpcmoe.paths import WORDS_OR_PATH
-from hpcmoe.placement.demand import make_probability
+from hpcmoe.placement.demand import Loads, make_probability
 from hpcmoe.placement.files.checks import find_overflow
 from hpcmoe.placement.files.maps import read_map
 from hpcmoe.placement.groups import fold_groups, fold_memory, fold_probability, list_groups
@@ -37,47 +37,54 @@ class RunPlacement:
     seconds_of_method: dict[str, float | None]  # objective by method; None where it finds no layout that fits
 
 
-def make_run_problem(config, topology, mesh, budget, bytes_of_expert, demand):
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What a step asks of the experts."""
+
+    loads: Loads
+    batch_sequences: int
+    seconds_per_token: float  # that an expert takes for an assignment, forward
+    expert_bytes: int  # of one layer's, with all its state
+
+
+def make_run_problem(model, settings, demand, topology, mesh, budget):
     """State the placement problem that all expert-parallel groups share -> PlacementProblem.
 
-    An expert takes bytes_of_expert with all its state; demand is (Loads, seconds an expert takes for an assignment).
+    model is [model], settings [placement].
     """
-    model, settings, (loads, seconds_per_token) = config.model, config.placement, demand
     groups = list_groups(mesh)
     nodes, network = fold_groups(topology, groups)
     rank_bytes = (budget.bytes_for_experts / budget.num_ranks)[topology.node_of_rank]
     homes = mesh.data_parallel * mesh.expert_parallel  # a tensor-parallel group's ranks are one
-    assignments = config.data.batch_sequences * model.sequence_length * model.top_k / homes
+    assignments = demand.batch_sequences * model.sequence_length * model.top_k / homes
     return PlacementProblem(
         num_layers=model.num_layers,
         num_experts=model.num_experts,
         slots_per_rank=count_slots_per_rank(model.num_experts, mesh.expert_parallel, settings.spare_slots_per_rank),
         replicate=settings.replicate,
         memory_bytes=fold_memory(rank_bytes, groups, network["node_of_rank"], mesh.tensor_parallel),
-        expert_bytes=bytes_of_expert,
+        expert_bytes=demand.expert_bytes,
         bytes_per_token=model.hidden * getattr(torch, model.dtype).itemsize,
-        seconds_per_token=seconds_per_token,
+        seconds_per_token=demand.seconds_per_token,
         tokens_of_rank=np.full(mesh.expert_parallel, assignments),
-        probability=fold_probability(make_probability(loads, topology.node_names), nodes),
+        probability=fold_probability(make_probability(demand.loads, topology.node_names), nodes),
         objective=settings.objective,
         count_latency=settings.count_latency,
         **network,
     )
 
 
-def time_expert(config, mesh, rows, device):
-    """Take the seconds of an assignment in an expert from the config, or time it on all ranks at once: their median.
+def time_expert(spec, mesh, rows, device):
+    """Time an assignment in an expert on all ranks at once -> seconds, their median.
 
     Forward alone, as the links' one way is. Collective over mesh.world.
     """
-    if config.placement.seconds_per_token > 0:
-        return config.placement.seconds_per_token
     barrier(mesh.world)
-    taken = time_row(config, mesh.tensor_parallel, rows, device.torch_device)
+    taken = time_row(spec, mesh.tensor_parallel, rows, device.torch_device)
     return statistics.median(gather_to_all(mesh.world, taken))
 
 
-def place_experts(problem, config, budget):
+def place_experts(problem, settings, budget, seed):
     """Solve the placement problem, and evaluate what else could have been -> RunPlacement; PlacementError tells the memory.
 
     Raises ConfigError where rates and seconds are such that no time can be computed from them.
@@ -93,17 +100,16 @@ def place_experts(problem, config, budget):
     if problem.count_latency and not problem.latency_seconds.any():
         log.warning("no effect: [placement] count_latency = true: no latency of any link is known")
     try:
-        placement = find_placement(problem, config)
+        placement = find_placement(problem, settings, seed)
     except PlacementError as error:
         raise PlacementError(f"{error}; {budget}") from None
-    return compare_with_methods(problem, config, placement)
+    return compare_with_methods(problem, settings, placement)
 
 
-def compare_with_methods(problem, config, placement):
+def compare_with_methods(problem, settings, placement):
     """Weigh what other methods would have given beside a placement -> RunPlacement."""
     from hpcmoe.placement.solve import compare_methods  # imports numba and scipy: rank 0 alone pays for it
 
-    settings = config.placement
     others = [method for method in ("contiguous", "eplb") if method == "contiguous" or settings.compare_eplb]
     return RunPlacement(
         placement=placement,
@@ -111,27 +117,24 @@ def compare_with_methods(problem, config, placement):
     )
 
 
-def find_placement(problem, config):
+def find_placement(problem, settings, seed):
     """Place by the config's method, within its time, and for the step tune the replicas' shares -> Placement."""
-    from hpcmoe.placement.search.warm import compile_search
     from hpcmoe.placement.solve import make_placement
 
-    if config.rebalance.every > 0:  # now, and not in the midst of a step
-        compile_search()
-    settings, begun = config.placement, time.perf_counter()
+    begun = time.perf_counter()
     if settings.method not in WORDS_OR_PATH["placement", "method"]:
         layouts = read_placement_file(problem, settings.method)
-        return evaluate_layouts(problem, config, layouts, "file", settings.search_seconds / 2)
+        return evaluate_layouts(problem, settings, layouts, "file", settings.search_seconds / 2)
     placement = make_placement(
         problem,
         settings.method,
         seconds=settings.search_seconds,
         iterations=settings.search_iterations,
-        seed=config.run.seed,
+        seed=seed,
     )
     if uneven := describe_unevenness(problem, placement.expert_of_replica):
         log.warning("placement %s: %s", placement.method, uneven)
-    return tune_placement(problem, config, placement, begun)
+    return tune_placement(problem, settings, placement, begun)
 
 
 def read_placement_file(problem, path):
@@ -145,19 +148,18 @@ def read_placement_file(problem, path):
     return layouts
 
 
-def evaluate_layouts(problem, config, layouts, method, seconds):
+def evaluate_layouts(problem, settings, layouts, method, seconds):
     """Weigh layouts [L, S] that are there already, bounding them in so many seconds -> Placement."""
     from hpcmoe.placement.solve import bound_layers
 
     begun, bounds = time.perf_counter(), bound_layers(problem, layouts, [None] * problem.num_layers, seconds)
-    return tune_placement(problem, config, evaluate(problem, layouts, bounds, method, SearchStats()), begun)
+    return tune_placement(problem, settings, evaluate(problem, layouts, bounds, method, SearchStats()), begun)
 
 
-def tune_placement(problem, config, placement, begun):
+def tune_placement(problem, settings, placement, begun):
     """For the step, share the replicas' tokens out anew where that gains -> Placement, its search begun at that time."""
     from hpcmoe.placement.shares import tune_shares
 
-    settings = config.placement
     if settings.objective != "step" or not settings.replicate:
         return placement
     split = tune_shares(problem, placement.expert_of_replica, settings.search_seconds)

@@ -112,7 +112,7 @@ def propose_migration(job, tokens, step):
     (before, after), noise = predict_gain(job, tokens, layout.placement)
 
     # The gain in the steps for which the loads are trusted, against the cost.
-    one_expert, states = estimate_expert(config)
+    one_expert, states = estimate_expert(config.spec)
     num_bytes = one_expert * (states - trains(job)) // job.mesh.tensor_parallel  # gradients stay
     cost = estimate_move_seconds(solved, moves, num_bytes)
     horizon = min(rebalance.horizon or rebalance.every, config.run.steps - step)
@@ -140,7 +140,7 @@ def search_nearby(job, problem):
         seconds=settings.search_seconds, iterations=settings.search_iterations, seed=job.config.run.seed
     )
     layouts = refine(problem, present, job.config.rebalance.moves, orders)
-    layout = compare_with_methods(problem, job.config, evaluate_layouts(problem, job.config, layouts, "packed", 0.0))
+    layout = compare_with_methods(problem, settings, evaluate_layouts(problem, settings, layouts, "packed", 0.0))
     return layout, list_moves(problem, present, layouts)
 
 

@@ -48,7 +48,7 @@ def open_layer(comm, shape):
 
 def draw_expert(shape, expert):
     """Draw an expert's matrices as the layer of this shape has them -> dict up [F, H], down [H, F], float32."""
-    return make_expert_weights(make_config(shape), 0, expert, 0, 1)
+    return make_expert_weights(make_config(shape).spec, 0, expert, 0, 1)
 
 
 class Bare(torch.nn.Module):

@@ -100,7 +100,7 @@ def choose_width(mesh):
     wide = dataclasses.replace(
         CONFIG, model=dataclasses.replace(CONFIG.model, feed_forward=8192), placement=PlacementConfig()
     )
-    seconds_per_token = time_expert(wide, mesh, MOST_ROWS, HostDevice())
+    seconds_per_token = time_expert(wide.spec, mesh, MOST_ROWS, HostDevice())
     tokens = CONFIG.data.batch_sequences * CONFIG.model.sequence_length // mesh.world.size
     seconds = seconds_per_token * tokens * CONFIG.model.top_k * CONFIG.model.num_layers
     return max(round(8192 * TRANSFER_SECONDS / seconds / STEP), 1) * STEP

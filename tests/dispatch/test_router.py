@@ -97,7 +97,7 @@ def test_the_bias_chooses_and_weighs_nothing():
 
 def plain_probability(router, x, load, on):
     """The probability of expert 3 in softmax(logits), under the load where it acts on weights too -> [T]."""
-    pressure = router.config.load_feedback * load if on == "both" else 0
+    pressure = router.settings.load_feedback * load if on == "both" else 0
     return (x @ router.weight.detach().t() - pressure).softmax(dim=-1)[:, 3]
 
 

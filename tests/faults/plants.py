@@ -306,13 +306,13 @@ FAULTS = {
         "write/writer.py", "dataclasses.replace(piece, array=array)", "piece", "write/test_writer.py", 3
     ),
     "another model's checkpoint is taken up": plant(
-        "prepare/metadata.py",
+        "run/metadata.py",
         "if metadata.get(key, wants) != wants]",
         "if key not in metadata]",
-        "prepare/test_metadata.py",
+        "run/test_metadata.py",
     ),
     "a checkpoint of another step is taken up": plant(
-        "prepare/metadata.py", 'metadata.get("step") != step or "num', '"num', "prepare/test_metadata.py"
+        "run/metadata.py", 'metadata.get("step") != step or "num', '"num', "run/test_metadata.py"
     ),
     # CONFIG and ERRORS
     "more choices than experts": plant(

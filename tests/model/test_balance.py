@@ -54,7 +54,7 @@ def route_steps(batches, alpha, counted=False):
     chosen, loads = [], []
     for x in batches:
         routing = router(x, torch.from_numpy(load[0]).float())
-        stats = RoutingStats(config, [count_routings([routing]).numpy()], len(x), None)
+        stats = RoutingStats(config.model, [count_routings([routing]).numpy()], len(x), None)
         busy = stats.tokens_of_expert if counted else stats.utilisation
         load = update_load(load, busy, config.dispatch.load_window_steps)
         chosen.append(routing.experts)

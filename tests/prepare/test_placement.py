@@ -13,7 +13,14 @@ from hpcmoe.placement.demand import Loads
 from hpcmoe.placement.result import SearchStats
 from hpcmoe.placement.solve import compare_methods
 from hpcmoe.prepare.budget import MemoryBudget
-from hpcmoe.prepare.placement import describe_placement, format_placement, make_run_problem, place_experts, time_expert
+from hpcmoe.prepare.placement import (
+    Demand,
+    describe_placement,
+    format_placement,
+    make_run_problem,
+    place_experts,
+    time_expert,
+)
 
 ONES = Loads(tokens=np.ones((2, 1, 4)), node_names=())
 
@@ -33,8 +40,11 @@ def make_test_budget(topology, bytes_a_node=10**9, needs=0):
 
 
 def state(config, topology, mesh, loads=ONES, seconds_per_token=1e-6, **budget):
+    demand = Demand(
+        loads=loads, batch_sequences=config.data.batch_sequences, seconds_per_token=seconds_per_token, expert_bytes=100
+    )
     return make_run_problem(
-        config, topology, mesh, make_test_budget(topology, **budget), 100, (loads, seconds_per_token)
+        config.model, config.placement, demand, topology, mesh, make_test_budget(topology, **budget)
     )
 
 
@@ -75,20 +85,21 @@ def test_a_placement_is_taken_from_a_file(tmp_path):
     path.write_text("[[2, 0, 3, 1], [3, 2, 1, 0]]")
     config = make_config(placement__method=str(path))
     problem = state(config, make_topology(4, 2), make_mesh(4))
-    layout = place_experts(problem, config, make_test_budget(make_topology(4, 2)))
+    layout = place_experts(problem, config.placement, make_test_budget(make_topology(4, 2)), 0)
     assert layout.placement.expert_of_replica.tolist() == [[2, 0, 3, 1], [3, 2, 1, 0]]
     assert layout.placement.method == "file" and set(layout.seconds_of_method) == {"contiguous"}
     assert "placement file: objective step" in next(format_placement(layout, config.placement))
     path.write_text("[[2, 0, 3, 1], [2, 0, 3, 1], [2, 0, 3, 1]]")
     with pytest.raises(ConfigError) as refused:
-        place_experts(problem, config, make_test_budget(make_topology(4, 2)))
+        place_experts(problem, config.placement, make_test_budget(make_topology(4, 2)), 0)
     assert str(refused.value) == f"[placement] method = {path}: the list has 3 layers, layers = 2"
 
 
 def test_replicas_without_a_slot_for_them_are_told(caplog):
     for spare, told in ((0, 1), (1, 0)):
         config = make_config(placement__replicate=True, placement__spare_slots_per_rank=spare, placement__method="eplb")
-        place_experts(state(config, make_topology(4, 2), make_mesh(4)), config, make_test_budget(make_topology(4, 2)))
+        problem, budget = state(config, make_topology(4, 2), make_mesh(4)), make_test_budget(make_topology(4, 2))
+        place_experts(problem, config.placement, budget, 0)
         assert sum("no effect: [placement] replicate = true" in line for line in caplog.messages) == told
         caplog.clear()
 
@@ -104,7 +115,7 @@ def test_replicas_without_a_slot_for_them_are_told(caplog):
 def test_times_that_no_number_holds_are_one_line(part, value, said):
     problem = dataclasses.replace(state(make_config(), make_topology(4, 2), make_mesh(4)), **{part: value})
     with pytest.raises(ConfigError) as refused:
-        place_experts(problem, make_config(), None)
+        place_experts(problem, make_config().placement, None, 0)
     assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
     assert f"[model] num_layers = {problem.num_layers}" in str(refused.value)
 
@@ -113,7 +124,7 @@ def test_what_does_not_fit_is_told_with_what_else_takes_the_memory():
     problem = state(make_config(), make_topology(4, 2), make_mesh(4), bytes_a_node=1000, needs=450)
     budget = make_test_budget(make_topology(4, 2), 1000, 450)
     with pytest.raises(PlacementError) as refused:
-        place_experts(problem, make_config(), budget)
+        place_experts(problem, make_config().placement, budget, 0)
     said = str(refused.value)
     assert "4 experts x 2 layers x 100 B = 800 B do not fit" in said and "\n" not in said
     assert "of its node's memory each rank needs 450 B besides: process 450 B" in said
@@ -129,7 +140,7 @@ def make_layout(**changes):
     config = make_config(placement__search_iterations=5000, placement__search_seconds=60.0, **changes)
     topology = make_topology(4, 4)
     problem = state(config, topology, make_mesh(4), skewed(), 1e-9)
-    return problem, config, place_experts(problem, config, make_test_budget(topology))
+    return problem, config, place_experts(problem, config.placement, make_test_budget(topology), 0)
 
 
 def test_the_layout_beats_what_it_is_held_against():
@@ -156,7 +167,7 @@ def test_shares_are_tuned_for_the_step_alone_and_its_objective_is_of_them(object
     problem = dataclasses.replace(problem, tokens_of_rank=np.array([100.0, 2.0]))
     if objective == "ports":
         monkeypatch.setattr("hpcmoe.placement.shares.tune_shares", None)  # whoever calls it fails
-    placement = place_experts(problem, config, make_test_budget(make_topology(2, 2))).placement
+    placement = place_experts(problem, config.placement, make_test_budget(make_topology(2, 2)), 0).placement
     assert (placement.split is not None) == (objective == "step")
     if objective == "step":
         assert placement.objective_seconds == pytest.approx(2 * 51e-3, rel=1e-3)
@@ -196,10 +207,9 @@ def test_the_record_keeps_placement_and_figures():
 
 
 @pytest.mark.mpi
-def test_the_pace_is_the_configs_or_one_for_all_ranks(comm):
+def test_an_expert_is_timed_once_for_all_ranks(comm):
     mesh, device = SimpleNamespace(world=comm, tensor_parallel=1), SimpleNamespace(torch_device="cpu")
-    assert time_expert(make_config(placement__seconds_per_token=2.5), mesh, 10, device) == 2.5
-    times = comm.allgather(time_expert(make_config(), mesh, 10, device))
+    times = comm.allgather(time_expert(make_config().spec, mesh, 10, device))
     assert len(set(times)) == 1 and 0 < times[0] < 0.1
 
 
@@ -212,5 +222,6 @@ def test_a_job_counts_whose_tokens_ask_for_what(comm, shared):
         taken = job.meter.pop_tokens(job.topology.node_of_rank)
         assert (job.problem is None) == (comm.rank > 0)
     if comm.rank == 0:
+        assert job.problem.seconds_per_token == 1e-6  # the config's
         assert taken.shape == (2, min(2, comm.size), 4)
         assert np.array_equal(taken.sum(axis=1), outcome.stats.tokens_of_expert)

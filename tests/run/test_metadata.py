@@ -14,7 +14,7 @@ from small import make_config, open_small_job
 from hpcmoe.config import Config
 from hpcmoe.errors import CheckpointError
 from hpcmoe.main import check_checkpoint, make_start
-from hpcmoe.prepare.metadata import (
+from hpcmoe.run.metadata import (
     check_metadata,
     describe_checkpoint,
     describe_data,
