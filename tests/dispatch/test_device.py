@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from journeys import (
+from round_trips import (
     check_backward,
     check_forward,
     check_two_at_once,
