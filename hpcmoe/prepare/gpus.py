@@ -94,7 +94,7 @@ def open_device_dispatcher(mesh, device, sizes, routes, kind, trains):
         open_mpi_transport(mesh.group, sizes.row_bytes, bind_thread=device.bind_thread) as transport,
         open_backend_and_sums(mesh, device, sizes, kind, transport, trains) as (all_to_all, sum_groups),
     ):
-        yield DeviceDispatcher(all_to_all, transport, device, Clock(), (sizes, routes), sum_groups)
+        yield DeviceDispatcher(all_to_all, transport, device, Clock(), sizes, routes, sum_groups)
 
 
 @contextlib.contextmanager
