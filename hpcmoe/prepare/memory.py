@@ -229,7 +229,7 @@ class ActivationTracker:
 
     def observe(self, contexts, passing=()):
         """Add up what is held now, and what passes from stage to stage, and keep the most."""
-        found = find_arrays([[vars(context) for context in contexts], passing])
+        found = find_arrays([list(contexts), passing])
         self.in_flight = {address: size for address, size in map(locate, found) if address not in self.parameters}
         beside = [size for address, (_, size) in self.saved.items() if address not in self.in_flight]
         self.context_bytes, self.autograd_bytes = sum(self.in_flight.values()), sum(beside)
@@ -257,7 +257,7 @@ def find_arrays(value):
         for inner in value:
             yield from find_arrays(inner)
     elif dataclasses.is_dataclass(value):
-        yield from find_arrays([getattr(value, field.name) for field in dataclasses.fields(value)])
+        yield from find_arrays([getattr(value, field.name, None) for field in dataclasses.fields(value)])
 
 
 def locate(array):

@@ -5,6 +5,7 @@ import logging
 
 import numpy as np
 
+from hpcmoe.clock import Timer
 from hpcmoe.experts.shapes import estimate_expert
 from hpcmoe.placement.demand import Loads, make_probability
 from hpcmoe.placement.groups import fold_groups, fold_probability, list_groups
@@ -42,7 +43,7 @@ class Rebalancer:
         """After `step` steps, if it is time, solve anew and begin to move. Collective over all ranks."""
         if self.every == 0 or self.num_steps < LEAST_STEPS or step % self.every:
             return
-        with self.job.stepper.clock.stage("waiting"):
+        with self.job.stepper.clock.measure(Timer.WAITING):
             tokens = gather_by_node(self.job.mesh.world, self.parts, self.job.topology.node_of_rank)
             num_parts = min(self.num_steps, PARTS)
             self.parts, self.num_steps = 0, 0
