@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from journeys import check_backward, check_forward, check_pools_are_free, go, make_round_trip, run_both_ways
+from round_trips import check_backward, check_forward, check_pools_are_free, go, make_round_trip, run_both_ways
 from small import open_small_dispatcher
 
 from hpcmoe.comm.transport import MessageRequest

@@ -5,7 +5,8 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from journeys import (
+from kernels import compiler_for_host
+from round_trips import (
     check_backward,
     check_forward,
     check_two_at_once,
@@ -14,7 +15,6 @@ from journeys import (
     run_both_ways,
     run_forward,
 )
-from kernels import compiler_for_host
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.mpi import open_mpi_transport

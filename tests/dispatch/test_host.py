@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from journeys import (
+from round_trips import (
     check_backward,
     check_forward,
     check_pools_are_free,
