@@ -26,7 +26,7 @@ from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.state import TrainingState
 from hpcmoe.wait import barrier, gather_to_all
-from hpcmoe.write.loads import read_loads
+from hpcmoe.write.problem import read_loads
 
 SMALL = {
     "model.hidden": 8, "model.feed_forward": 12, "model.num_layers": 2, "model.num_heads": 2, "model.num_experts": 4,
