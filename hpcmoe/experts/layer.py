@@ -65,7 +65,7 @@ class MoELayer(nn.Module):
                     yield True
                 dispatcher.traffic.count_batches(context.layer, slots)
                 rows, _ = dispatcher.gather(places[part])
-                dispatcher.scatter(self.work(slots, rows, kept if context.training else None), places[part])
+                dispatcher.scatter(self.experts(slots, rows, kept if context.training else None), places[part])
             dispatcher.return_batch(context, batch)  # before anything else is done: the homes wait for it
             if context.training:
                 context.batches.append(batch)
@@ -75,22 +75,6 @@ class MoELayer(nn.Module):
     def split_chunks(self, batch):
         """Cut a batch into what is worked on at once -> (slice, ((slot, rows), ...)) of each."""
         return batch.split_chunks(self.dispatcher.sizes.batch_rows, apart=self.dispatcher.routes.same_order)
-
-    def work(self, slots, rows, kept):
-        """Let the experts in some slots work on rows [m, H] grouped by slot -> results [m, H], or this shard's part.
-
-        What their backward pass needs is added to `kept`, which is None in inference.
-        """
-        results = []
-        for slot, own in split_by_slot(slots, rows):
-            expert = self.experts.replicas[slot]
-            if kept is None:
-                results.append(expert(own))
-            else:
-                result, remembered = expert.forward_kept(own)
-                results.append(result)
-                kept.append(remembered)
-        return concatenate(results)
 
     def combine(self, context):
         """Weigh the K results of each token, all shards' parts, and add them to the residual -> the next x [T, H]."""
@@ -124,23 +108,11 @@ class MoELayer(nn.Module):
             for chunk, (part, slots) in enumerate(self.split_chunks(batch)):
                 if chunk > 0:
                     yield True
-                by_input, by_gate = self.work_back(slots, *dispatcher.gather(places[part]), kept)
+                by_input, by_gate = self.experts.backward(slots, *dispatcher.gather(places[part]), kept)
                 dispatcher.scatter(by_input, places[part], by_gate)
             dispatcher.return_batch(context, batch)
             yield True
         context.batches, context.kept = [], []
-
-    def work_back(self, slots, grads, gates, kept):
-        """Go back through the experts in some slots, grads [m, H] and gates [m] grouped by slot -> both gradients.
-
-        Each takes what it remembers from the end of `kept`, whose memory is then free for the next.
-        """
-        by_input, by_gate = [], []
-        for (slot, own), (_, own_gates) in zip(split_by_slot(slots, grads), split_by_slot(slots, gates), strict=True):
-            of_input, of_gate = self.experts.replicas[slot].backward(kept.pop(), own, own_gates)
-            by_input.append(of_input)
-            by_gate.append(of_gate)
-        return concatenate(by_input), concatenate(by_gate)
 
     def route_backward(self, context, grad_probability, grad_z):
         """Go back through router and dense part -> gradient of x [T, H].
@@ -158,15 +130,3 @@ class MoELayer(nn.Module):
         )
         context.output = context.x.grad
         yield True
-
-
-def split_by_slot(slots, rows):
-    """Split rows [m, ...] among slots, ((slot, rows), ...) -> (slot, its rows) of each; the last takes any padding."""
-    counts = [count for _, count in slots[:-1]]
-    parts = rows.split([*counts, len(rows) - sum(counts)])
-    return [(slot, part) for (slot, _), part in zip(slots, parts, strict=True)]
-
-
-def concatenate(parts):
-    """Join tensors along their rows; one alone is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,32 +1,34 @@
-"""How long an expert takes for one assignment: timed before anything runs, for the placement's cost model."""
+"""Seconds of an expert for one row: timed before anything runs, for the placement's cost model."""
 
 import statistics
 import time
 
 import torch
 
+from hpcmoe.config import Config
 from hpcmoe.experts.feed_forward import Expert
 from hpcmoe.experts.shapes import MATRICES, split_axis, weight_shape
 
-FIRST_SLICE = 256  # of feed_forward; a larger expert is timed by slices, for its work grows as they do
-ENOUGH_SECONDS = 0.002  # a pass that takes so long suffices
 MOST_ROWS = 512  # more rows hardly change the time of each
-PASSES = 3
+_FIRST_SLICE = 256  # of feed_forward; a larger expert is timed by slices, for its work grows as they do
+_ENOUGH_SECONDS = 0.002  # of a pass
+_PASSES = 3
 
 
-def time_row(config, tensor_parallel, rows, torch_device):
-    """Time an expert's forward pass on some rows -> seconds of one row: its shapes, precision and shard."""
+def time_row(config: Config, tensor_parallel: int, rows: int, torch_device: torch.device) -> float:
+    """Time an expert's forward pass, of its shapes, precision and shard, on some rows -> seconds of one row."""
     inner = config.model.feed_forward // tensor_parallel
-    rows, part = max(min(rows, MOST_ROWS), 1), min(inner, FIRST_SLICE)
+    rows, part = max(min(rows, MOST_ROWS), 1), min(inner, _FIRST_SLICE)
     while True:
         seconds = time_passes(config, part, rows, torch_device)
-        if part == inner or seconds >= ENOUGH_SECONDS:
+        if part == inner or seconds >= _ENOUGH_SECONDS:
             return seconds / rows * inner / part
         part = min(4 * part, inner)
 
 
-def time_passes(config, inner, rows, torch_device):
-    """Time a few passes of an expert `inner` wide on rows of zeros -> the seconds of the middle one."""
+def time_passes(config: Config, inner: int, rows: int, torch_device: torch.device) -> float:
+    """Time a few passes of an expert `inner` wide on rows of zeros -> their median seconds."""
+    # Build the expert and its rows.
     dtype = getattr(torch, config.model.dtype)
     weights = {}
     for name in MATRICES[config.experts.kind]:
@@ -36,10 +38,10 @@ def time_passes(config, inner, rows, torch_device):
     expert = Expert(config.experts.kind, weights, packed=config.run.mode == "infer").to(torch_device)
     x = torch.zeros(rows, config.model.hidden, dtype=dtype, device=torch_device)
 
-    taken = []
-    with torch.no_grad():
-        for _ in range(1 + PASSES):
-            begin = time.perf_counter()
-            expert(x)[0, 0].item()  # host waits for the device here
-            taken.append(time.perf_counter() - begin)
-    return statistics.median(taken[1:])  # the first warms up
+    # Time the passes; the first warms up.
+    times = []
+    for _ in range(1 + _PASSES):
+        begin = time.perf_counter()
+        expert(x)[0, 0].item()  # host waits for the device here
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])

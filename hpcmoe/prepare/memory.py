@@ -10,7 +10,7 @@ import torch
 from hpcmoe.dispatch.device import DeviceSizes
 from hpcmoe.dispatch.gate import load_acts_on_gates, renormalizes
 from hpcmoe.experts.shapes import MATRICES, estimate_expert
-from hpcmoe.gemm import adds_as_made, count_copy_bytes
+from hpcmoe.gemm import adds_in_place, count_cast_bytes
 from hpcmoe.model.text import VOCABULARY_SIZE
 from hpcmoe.prepare.budget import FLOAT32_BYTES, count_dense_parameters
 
@@ -100,7 +100,7 @@ def estimate_copies(config, tensor_parallel, slots, on_device):
     if on_device:
         each = 0 if dtype == of_parameters else dtype.itemsize
     else:
-        each = count_copy_bytes(dtype, of_parameters, not training)
+        each = count_cast_bytes(dtype, of_parameters, not training)
     return each * numbers * slots * model.num_layers
 
 
@@ -169,7 +169,7 @@ def estimate_working(config, mesh, slots, sizes):
     else:
         gated = config.experts.kind == "swiglu"
         width = max(hidden + 4 * part, 3 * hidden + 3 * part) if gated else 2 * hidden + 3 * part
-        product = 0 if wire == FLOAT32_BYTES or adds_as_made(sizes.dtype, hidden * part) else hidden * part
+        product = 0 if wire == FLOAT32_BYTES or adds_in_place(sizes.dtype, hidden * part) else hidden * part
     return (count_rows(config.model, mesh, slots, sizes) * width + product) * wire
 
 

@@ -13,8 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hpcmoe.experts.feed_forward import Expert
-from hpcmoe.experts.grouped import GroupedExperts
+from hpcmoe.experts.feed_forward import Expert, GroupedExperts
 from hpcmoe.experts.shapes import MATRICES
 from hpcmoe.prepare.memory import (
     ActivationTracker,
@@ -158,15 +157,15 @@ def test_experts_on_a_device_make_what_is_estimated(kind, dtype, mode):
     ]
     experts = GroupedExperts([Expert(kind, own) for own in weights])
     experts.stack_weights()
-    groups = experts.group([(0, num_rows // 2), (1, num_rows // 2)], torch.device("cpu"))
+    slots = [(0, num_rows // 2), (1, num_rows // 2)]
     x, gates, kept = torch.randn(num_rows, 64, dtype=precision), torch.rand(num_rows), []
     for _ in range(2 * trains):  # casts and gradients are there from the first pass on
-        experts(groups, x, kept)
+        experts(slots, x, kept)
     if trains:
-        experts.backward(groups, kept.pop(), x, gates)
-        most = find_peak(lambda: experts.backward(groups, kept.pop(), x.clone(), gates))
+        experts.backward(slots, x, gates, kept)
+        most = find_peak(lambda: experts.backward(slots, x.clone(), gates, kept))
     else:
-        most = find_peak(lambda: experts(groups, x.clone(), None))
+        most = find_peak(lambda: experts(slots, x.clone(), None))
     assert most == pytest.approx(estimate_working(config, mesh, 2, sizes), rel=0.05)
 
 
