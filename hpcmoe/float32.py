@@ -6,6 +6,8 @@ import typing
 LEAST, MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of float32's normal numbers
 _LARGEST_BELOW_ONE = 1 - 2.0**-24  # float32's last number before 1
 
+FLOAT32_BYTES = 4
+
 
 class InFloat32:
     """Marks, in the annotation of a key, a number that is used in float32."""

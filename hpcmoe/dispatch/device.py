@@ -17,38 +17,11 @@ from hpcmoe.comm.rows import RowView, replace_none_by_last
 from hpcmoe.comm.transport import HOMEWARD, Direction, MessageKind
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan, tag_of, tag_of_counts
 from hpcmoe.dispatch.router import repeat_for_shards
-from hpcmoe.dispatch.sizes import Sizes, round_rows
+from hpcmoe.dispatch.sizes import round_rows
 from hpcmoe.dispatch.traffic import make_traffic
 from hpcmoe.wait import Backoff, poke_all
 
-ALIGNMENT = 16  # bytes; GEMMs and memory assignments read no row faster than those that begin there
 PAUSES = 16  # between two looks at everything
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceSizes(Sizes):
-    """What buffers on a device hold."""
-
-    buffer_factor: float  # room for rows at the experts / those expected
-
-    @property
-    def row_bytes(self):
-        """Bytes of a token and its number on the wire."""
-        return -(-(self.hidden * self.dtype.itemsize + 4) // ALIGNMENT) * ALIGNMENT
-
-    @property
-    def home_rows(self):
-        """Rows of a micro-batch's assignments, and one that is zero."""
-        return self.tokens * self.top_k + 1
-
-    @property
-    def away_rows(self):
-        """Rows that find room at this rank's experts without growth."""
-        return max(int(self.expert_rows * self.buffer_factor), 1)
-
-    def buffer_bytes(self, _routes):
-        """Memory that messages take on this rank's device."""
-        return self.num_in_flight * (self.home_rows + self.away_rows) * self.row_bytes
 
 
 class Table:

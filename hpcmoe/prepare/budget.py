@@ -6,21 +6,11 @@ import numpy as np
 
 from hpcmoe.errors import ClusterError, PlacementError
 from hpcmoe.experts.shapes import estimate_expert
-from hpcmoe.model.text import VOCABULARY_SIZE
 from hpcmoe.placement.problem import format_size
 
-FLOAT32_BYTES = 4  # bytes
 GPU_LIBRARY_BYTES = 10**9  # of a rank's GPU for CUDA's kernels and cuBLAS, 0.2 GB on an H200, and holes in torch's pool
 COMMUNICATOR_BYTES = 16 * 10**8  # there, of an NCCL communicator; measured of two ranks that share an H200, NCCL 2.32
 _MAX_NODE_NAMES = 4  # of nodes that are alike, in a line
-
-
-def count_dense_parameters(model):
-    """Numbers outside the experts: embedding, positions, norms, attention, routers, head."""
-    block = model.hidden + model.num_experts * model.hidden
-    if model.attention:
-        block += model.hidden + 4 * model.hidden**2
-    return model.num_layers * block + model.hidden + (2 * VOCABULARY_SIZE + model.sequence_length) * model.hidden
 
 
 def check_budget(config, topology):
@@ -124,7 +114,7 @@ def share_gpu_memory(gpus):
     return np.array([least[name] / names.count(name) for name in names])
 
 
-def describe_budget(budget, topology, expert_bytes, num_layers):
+def format_budget(budget, topology, expert_bytes, num_layers):
     """Write the memory budget, a line for all nodes that are alike -> list of lines."""
     besides = join_needs(budget.needs, " + ")
     names_of_line = {}

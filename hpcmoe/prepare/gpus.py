@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import logging
-import math
 
 import numpy as np
-import torch
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.mpi import open_mpi_transport
@@ -18,13 +16,11 @@ from hpcmoe.comm.select import (
     select_backend,
     select_mpi_backend,
 )
-from hpcmoe.dispatch.device import DeviceDispatcher, DeviceSizes
+from hpcmoe.dispatch.device import DeviceDispatcher
 from hpcmoe.errors import ClusterError, on_root
 from hpcmoe.wait import gather_to_all
 
 log = logging.getLogger(__name__)
-
-_ALL_ROWS = 2**62  # of a GEMM: a GPU's are not cut
 
 
 def select_device_backend(config, world, device):
@@ -65,25 +61,6 @@ def format_shared_gpus(support_of_rank):
         yield f"ranks {ranks} share one GPU: good for tests, and no faster than one rank"
 
 
-def make_device_sizes(config, mesh):
-    """Compute how many rows a micro-batch brings at most to a rank's home, and likely to its experts -> DeviceSizes."""
-    model, pipeline = config.model, config.pipeline
-    sequences = math.ceil(math.ceil(config.data.batch_sequences / pipeline.micro_batches) / mesh.num_token_shares)
-    tokens, assignments = sequences * model.sequence_length, model.top_k * mesh.tensor_parallel
-    busy = mesh.expert_parallel if config.cluster.replicate else min(model.num_experts, mesh.expert_parallel)
-    return DeviceSizes(
-        hidden=model.hidden,
-        dtype=getattr(torch, model.dtype),
-        tokens=tokens,
-        top_k=assignments,
-        num_in_flight=1 if pipeline.schedule == "serial" else min(pipeline.in_flight, pipeline.micro_batches),
-        num_micro_batches=pipeline.micro_batches,
-        expert_rows=math.ceil(tokens * assignments * mesh.expert_parallel / busy),
-        buffer_factor=config.comm.buffer_factor,
-        batch_rows=_ALL_ROWS,
-    )
-
-
 @contextlib.contextmanager
 def open_device_dispatcher(mesh, device, sizes, routes, kind, trains):
     """Open what carries the rows of the ranks of mesh.group between its devices -> DeviceDispatcher.
@@ -120,14 +97,6 @@ def find_communicators(mesh, kind, trains):
         return {}
     sums = {"world": mesh.world, "dp": mesh.dp} if trains else {}
     return {"rows": mesh.group} | {name: comm for name, comm in sums.items() if comm.size > 1}
-
-
-def describe_device_sizes(sizes):
-    """Say what messages take on a rank's device -> lines."""
-    return [
-        f"rows, on each rank's device: {sizes.num_in_flight} x ({sizes.home_rows} + {sizes.away_rows}) rows of "
-        f"{sizes.row_bytes} B = {sizes.buffer_bytes(None) / 1e6:.1f} MB, for {sizes.num_in_flight} micro-batches in flight"
-    ]
 
 
 def record_gpu_memory(topology, share_of_gpu):

@@ -1,31 +1,33 @@
-"""The ways that rows take in this run, and what room they need on each."""
+"""The routes that rows take in this run, and the sizes of their buffers, from the config."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from hpcmoe.cluster.mesh import Mesh
+from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.mpi import read_max_tag
 from hpcmoe.comm.transport import count_tags
-from hpcmoe.dispatch.device import DeviceSizes
-from hpcmoe.dispatch.routes import make_routes
+from hpcmoe.config import Config
+from hpcmoe.dispatch.routes import Routes, make_routes
 from hpcmoe.dispatch.sizes import (
+    DeviceSizes,
     HostSizes,
-    choose_gemm_rows,
-    choose_message_tokens,
+    Sizes,
     count_messages,
-    fit_messages,
-    max_messages_sent,
+    make_device_sizes,
+    make_host_sizes,
 )
 from hpcmoe.errors import ConfigError
-from hpcmoe.prepare.gpus import describe_device_sizes
 from hpcmoe.wait import gather_to_all
 
 _SLOWER_LINK = 2.0  # times slower than a node's own memory: then a link is worth sums on the other side
 
 
-def find_routes(config, topology, mesh, slots):
-    """Find the ways of this rank's rows -> Routes. Collective over mesh.group."""
+def find_routes(config: Config, topology: Topology, mesh: Mesh, slots: int) -> Routes:
+    """Find the routes of this rank's rows. Collective over mesh.group."""
     nodes = np.array(gather_to_all(mesh.group, int(topology.node_of_rank[mesh.world.rank])))  # [P]
     assignments = config.model.top_k * mesh.tensor_parallel
     once = choose_once(config, topology, nodes, assignments)[np.ix_(nodes, nodes)]  # [P, P]
@@ -37,10 +39,10 @@ def find_routes(config, topology, mesh, slots):
     return make_routes(nodes, mesh.group.rank, slots, once[np.ix_(first, first)], same_order)
 
 
-def choose_once(config, topology, node_of_rank, assignments):
+def choose_once(config: Config, topology: Topology, node_of_rank: np.ndarray, assignments: int) -> np.ndarray:
     """Choose between which nodes a token goes once for all its experts there -> bool [nodes, nodes].
 
-    By itself where a node's memory is faster than the link, and another rank there can share what one lands.
+    "auto" does so where a node's memory is faster than the link, and another rank there can share what one receives.
     """
     num_local_peers = np.bincount(node_of_rank, minlength=topology.num_nodes)
     match config.comm.once_per_node:
@@ -56,50 +58,38 @@ def choose_once(config, topology, node_of_rank, assignments):
             return slower & (num_local_peers > 1)[None, :] & (assignments > 1)
 
 
-def make_host_sizes(config, topology, mesh, routes):
-    """Compute how many rows a micro-batch brings at most to a rank's home, and likely to its experts -> HostSizes."""
-    model, pipeline, cluster = config.model, config.pipeline, config.cluster
+def count_rows(config: Config, mesh: Mesh) -> Sizes:
+    """Compute how many rows a micro-batch has at most at a rank's home, and likely at its experts."""
+    model, pipeline = config.model, config.pipeline
     sequences = math.ceil(math.ceil(config.data.batch_sequences / pipeline.micro_batches) / mesh.num_token_shares)
-    tokens, num_ranks = sequences * model.sequence_length, mesh.expert_parallel * mesh.tensor_parallel
-    assignments = model.top_k * mesh.tensor_parallel  # of a token: one goes to each shard of each of its experts
-    dtype = getattr(torch, model.dtype)
-    row_bytes = model.hidden * dtype.itemsize
-    num_in_flight = 1 if pipeline.schedule == "serial" else min(pipeline.in_flight, pipeline.micro_batches)
-
+    tokens, top_k = sequences * model.sequence_length, model.top_k * mesh.tensor_parallel
     # With fewer experts than ranks and no replicas, the ranks that hold one serve the others too.
-    busy = mesh.expert_parallel if cluster.replicate else min(model.num_experts, mesh.expert_parallel)
-    expert_rows = math.ceil(tokens * assignments * mesh.expert_parallel / busy)
-
-    # Of these some come in messages, each token before and its results behind.
-    message_tokens, pool_rows, at_once = 1, 0, 0
-    if routes.min_local_peers < num_ranks:  # the same on all ranks
-        from_afar = 1 - routes.min_local_peers / num_ranks
-        expected = math.ceil(2 * config.comm.buffer_factor * expert_rows * from_afar)
-        most = config.comm.pool_bytes // (num_in_flight * row_bytes)
-        links = topology.bytes_per_second, topology.latency_seconds
-        wanted = config.comm.message_rows or choose_message_tokens(*links, row_bytes)
-        wanted = max(min(wanted, tokens), 1)
-        together = min(assignments, routes.most_served)
-        message_tokens, pool_rows, at_once = fit_messages(wanted, expected, most, together, row_bytes)
-    return HostSizes(
+    busy = mesh.expert_parallel if config.cluster.replicate else min(model.num_experts, mesh.expert_parallel)
+    return Sizes(
         hidden=model.hidden,
-        dtype=dtype,
+        dtype=getattr(torch, model.dtype),
         tokens=tokens,
-        top_k=assignments,
-        num_in_flight=num_in_flight,
+        top_k=top_k,
+        num_in_flight=1 if pipeline.schedule == "serial" else min(pipeline.in_flight, pipeline.micro_batches),
         num_micro_batches=pipeline.micro_batches,
-        expert_rows=expert_rows,
-        batch_rows=config.experts.gemm_rows or choose_gemm_rows(row_bytes),
-        message_tokens=message_tokens,
-        num_messages_sent=max_messages_sent(len(routes.receivers), tokens, assignments, message_tokens),
-        pool_rows=pool_rows,
-        messages_at_once=at_once,
-        in_order=pipeline.deterministic or config.run.mode == "train",
-        deterministic=pipeline.deterministic,
+        expert_rows=math.ceil(tokens * top_k * mesh.expert_parallel / busy),
+        batch_rows=config.experts.gemm_rows,
     )
 
 
-def check_tags(sizes, num_layers):
+def make_sizes(
+    config: Config, topology: Topology, mesh: Mesh, routes: Routes, on_device: bool
+) -> HostSizes | DeviceSizes:
+    """Compute the sizes of this rank's buffers. Raises ConfigError when [comm] pool_bytes is too small."""
+    rows, deterministic = count_rows(config, mesh), config.pipeline.deterministic
+    if on_device:
+        return make_device_sizes(rows, config.comm.buffer_factor)
+    links = topology.bytes_per_second, topology.latency_seconds
+    order = deterministic or config.run.mode == "train", deterministic
+    return make_host_sizes(rows, routes, links, config.comm, order)
+
+
+def check_tags(sizes: HostSizes | DeviceSizes, num_layers: int) -> None:
     """Raise ConfigError when this MPI has too few tags for a run's messages: rows between nodes, sums of gradients."""
     max_tag = read_max_tag()
     if num_layers > max_tag:  # 0 is of experts that move
@@ -118,18 +108,22 @@ def check_tags(sizes, num_layers):
         )
 
 
-def describe_sizes(sizes, routes):
-    """Say what messages take on a rank, and how they travel -> lines."""
+def format_sizes(sizes: HostSizes | DeviceSizes, routes: Routes) -> Iterator[str]:
+    """Format the sizes of a rank's buffers, and how its messages travel -> lines."""
+    in_flight = f"for {sizes.num_in_flight} micro-batches in flight"
     if isinstance(sizes, DeviceSizes):
-        return describe_device_sizes(sizes)
-    lines = [
-        f"rows, on each rank: {sizes.shared_bytes(routes) / 1e6:.1f} MB of memory that {len(routes.local_peers)} ranks of "
-        f"its node share + {sizes.send_bytes / 1e6:.1f} MB to send from, for {sizes.num_in_flight} micro-batches in flight"
-    ]
+        yield (
+            f"rows, on each rank's device: {sizes.num_in_flight} x ({sizes.home_rows} + {sizes.away_rows}) rows of "
+            f"{sizes.row_bytes} B = {sizes.buffer_bytes(None) / 1e6:.1f} MB, {in_flight}"
+        )
+        return
+    yield (
+        f"rows, on each rank: {sizes.shared_bytes(routes) / 1e6:.1f} MB of memory that {len(routes.local_peers)} ranks "
+        f"of its node share + {sizes.send_bytes / 1e6:.1f} MB to send from, {in_flight}"
+    )
     if sizes.num_messages_sent:
         once = f"{len(routes.receivers)} ranks" + " for all of their node" * (routes.most_served > routes.num_slots)
-        lines.append(
+        yield (
             f"between nodes: messages of at most {sizes.message_tokens} tokens to {once}; room for those that land: "
             f"{sizes.num_in_flight} x {sizes.pool_rows} rows"
         )
-    return lines

@@ -23,7 +23,6 @@ from hpcmoe.placement.problem import PlacementProblem, count_slots_per_rank
 from hpcmoe.prepare.budget import MemoryBudget, make_budget, share_gpu_memory
 from hpcmoe.prepare.gpus import (
     find_communicators,
-    make_device_sizes,
     open_device_dispatcher,
     record_gpu_memory,
     select_device_backend,
@@ -31,7 +30,7 @@ from hpcmoe.prepare.gpus import (
 from hpcmoe.prepare.memory import Memory, estimate_memory
 from hpcmoe.prepare.placement import RunPlacement, make_run_problem, place_experts, time_expert
 from hpcmoe.prepare.process import estimate_process
-from hpcmoe.prepare.sizes import check_tags, find_routes, make_host_sizes
+from hpcmoe.prepare.sizes import check_tags, find_routes, make_sizes
 from hpcmoe.report.meter import Meter
 from hpcmoe.run.step import Stepper
 from hpcmoe.wait import barrier, gather_to_all
@@ -75,11 +74,9 @@ def open_job(config, topology, mesh, split, loads):
     # Estimate what a rank needs besides experts, and place these in the rest of the memory.
     slots = count_slots_per_rank(config.model.num_experts, mesh.expert_parallel, config.cluster.spare_slots_per_rank)
     routes = find_routes(config, topology, mesh, slots)
+    sizes = on_all(world, lambda: make_sizes(config, topology, mesh, routes, on_device=kind != "window"))
     if kind == "window":
-        sizes = on_all(world, lambda: make_host_sizes(config, topology, mesh, routes))
         check_windows(world, topology, sizes, routes)
-    else:
-        sizes = make_device_sizes(config, mesh)
     on_all(world, lambda: check_tags(sizes, config.model.num_layers))
     buffer_bytes = max(gather_to_all(world, sizes.buffer_bytes(routes)))
     memory = estimate_memory(config, mesh, slots, sizes, buffer_bytes)

@@ -28,9 +28,10 @@ from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.rows import TorchRowOps
 from hpcmoe.comm.select import find_obstacles, read_transport_support
 from hpcmoe.comm.self_test import run_self_test
-from hpcmoe.dispatch.device import DeviceDispatcher, DeviceSizes
+from hpcmoe.dispatch.device import DeviceDispatcher
 from hpcmoe.dispatch.device_plan import DeviceBatch
 from hpcmoe.dispatch.routes import make_routes
+from hpcmoe.dispatch.sizes import DeviceSizes
 from hpcmoe.experts.feed_forward import Expert, GroupedExperts
 from hpcmoe.experts.products import GroupedProducts, find_grouped_gemm
 from hpcmoe.wait import gather_to_all

@@ -13,7 +13,7 @@ from small import make_config, make_topology
 from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.dispatch.sizes import MIN_BATCH_ROWS
 from hpcmoe.model.text import share_of
-from hpcmoe.prepare.sizes import choose_once, describe_sizes, find_routes, make_host_sizes
+from hpcmoe.prepare.sizes import choose_once, find_routes, format_sizes, make_sizes
 from hpcmoe.wait import gather_to_all
 
 
@@ -22,7 +22,7 @@ def make_sizes_of_run(config, num_ranks, num_nodes=1, once=False):
     mesh = SimpleNamespace(expert_parallel=num_ranks, tensor_parallel=1, num_token_shares=num_ranks)
     topology = make_topology(num_ranks, num_nodes)
     routes = make_routes(topology.node_of_rank, 0, 1, np.full((num_nodes, num_nodes), once))
-    return make_host_sizes(config, topology, mesh, routes)
+    return make_sizes(config, topology, mesh, routes, on_device=False)
 
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 9), st.integers(1, 3))
@@ -117,20 +117,21 @@ def test_what_messages_take_is_announced():
     topology = make_topology(4, 2)
     routes = make_routes(topology.node_of_rank, 0, 1, np.ones((2, 2), bool))
     sizes = make_sizes_of_run(config, 4, 2, once=True)
-    lines = describe_sizes(sizes, routes)
+    lines = list(format_sizes(sizes, routes))
     assert len(lines) == 2 and "2 ranks of its node share" in lines[0] and "for all of their node" in lines[1]
     assert f"at most {sizes.message_tokens} tokens" in lines[1] and f"2 x {sizes.pool_rows} rows" in lines[1]
-    assert len(describe_sizes(make_sizes_of_run(config, 4), make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))) == 1
+    assert len(list(format_sizes(make_sizes_of_run(config, 4), make_routes([0] * 4, 0, 1, np.ones((1, 1), bool))))) == 1
 
 
 def test_each_shard_of_an_expert_gets_a_copy_of_its_own():
     """Four ranks, two to an expert: each token has 2 experts x 2 shards, and a rank gets all rows of its experts."""
     config = make_config(model__num_experts=1, model__top_k=1)
     mesh = SimpleNamespace(expert_parallel=2, tensor_parallel=2, num_token_shares=4)
-    sizes = make_host_sizes(config, make_topology(4), mesh, make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))
+    routes = make_routes([0] * 4, 0, 1, np.ones((1, 1), bool))
+    sizes = make_sizes(config, make_topology(4), mesh, routes, on_device=False)
     assert (sizes.tokens, sizes.top_k, sizes.expert_rows) == (10, 2, 10 * 4)
     two = make_config(model__top_k=2)
-    sizes = make_host_sizes(two, make_topology(4), mesh, make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))
+    sizes = make_sizes(two, make_topology(4), mesh, routes, on_device=False)
     assert (sizes.top_k, sizes.expert_rows) == (4, 10 * 4)  # half of 4 x 10 x 2 copies
 
 
