@@ -1,4 +1,4 @@
-"""Sizes of the buffers that rows pass through, on host and device: computed and allocated once, the same at any step."""
+"""Sizes of the buffers that rows pass through, on host and device: computed and allocated once, constant over steps."""
 
 import dataclasses
 import math
@@ -117,6 +117,9 @@ class DeviceSizes(Sizes):
     def buffer_bytes(self, _routes: Routes | None) -> int:
         """Bytes of all message buffers on this rank's device."""
         return self.num_in_flight * (self.home_rows + self.away_rows) * self.row_bytes
+
+
+AnySizes = HostSizes | DeviceSizes
 
 
 def make_device_sizes(rows: Sizes, buffer_factor: float) -> DeviceSizes:

@@ -54,11 +54,12 @@ def backward(products: Products, kept: Kept, grad_y: Tensor, gates: Tensor) -> t
     # From here on gradients are times the gate.
     gates = gates.to(grad_y.dtype)[:, None]
     products.add_gradients("down", grad_y * gates, hidden)
-    grad_x = None
+    grad_x: Tensor | None = None
     for name, grad_inner in activation_backward(products.kind, inner, grad_hidden.mul_(gates)).items():
         products.add_gradients(name, grad_inner, x)
         part = products.multiply_back(name, grad_inner)
         grad_x = part if grad_x is None else grad_x.add_(part)
+    assert grad_x is not None  # every kind has a matrix besides down
     return grad_x, grad_gate
 
 
@@ -106,10 +107,6 @@ class Expert(nn.Module):
         """Compute x [n, H] -> y [n, H]."""
         return forward(self.products, x, kept)
 
-    def backward(self, kept: Kept, grad_y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of x and the gates, and add to those of the parameters."""
-        return backward(self.products, kept, grad_y, gates)
-
 
 class LocalExperts(nn.Module):
     """The replicas in this rank's slots, worked on one by one; an empty slot is an Identity that no row reaches."""
@@ -147,13 +144,17 @@ class LocalExperts(nn.Module):
 
         torch does not always show it: its fused AdamW and writes through .data leave a tensor's version as it was.
         """
-        for replica in self.local_replicas():
-            replica.products.refresh()
+        for weights in self.weights():
+            weights.refresh()
 
     @property
     def cast_bytes(self) -> int:
         """Bytes of the casts and packed copies of all replicas' weights."""
-        return sum(m.cast_bytes for replica in self.local_replicas() for m in replica.products.matrices.values())
+        return sum(weights.cast_bytes for weights in self.weights())
+
+    def weights(self) -> Sequence[ExpertProducts | StackedWeights]:
+        """Return what keeps casts of the replicas' weights."""
+        return [replica.products for replica in self.local_replicas()]
 
     def local_replicas(self) -> list[Expert]:
         """Return the replicas that are there, in the order of their slots."""
@@ -167,22 +168,17 @@ class GroupedExperts(LocalExperts):
         """Yield the products of all slots and the tensors [R, ...] as they are."""
         rows_of_slot = dict(slots)
         rows = [rows_of_slot.get(slot, 0) for slot, e in enumerate(self.replicas) if isinstance(e, Expert)]
-        yield GroupedProducts(self.weights, rows, tensors[0].device), *tensors
+        yield GroupedProducts(self.stacked, rows, tensors[0].device), *tensors
 
     def stack_weights(self) -> None:
         """Stack each weight of all replicas into one array, of which their parameters become views."""
         replicas = self.local_replicas()
         kind = replicas[0].kind if replicas else ""
-        self.weights = StackedWeights(kind, [dict(replica.named_parameters()) for replica in replicas])
+        self.stacked = StackedWeights(kind, [dict(replica.named_parameters()) for replica in replicas])
 
-    def refresh(self) -> None:
-        """Drop the casts: the weights have changed."""
-        self.weights.refresh()
-
-    @property
-    def cast_bytes(self) -> int:
-        """Bytes of the stacked weights in other precisions."""
-        return sum(cast.nbytes for cast in self.weights.casts.values())
+    def weights(self) -> Sequence[StackedWeights]:
+        """Return the stacked weights."""
+        return [self.stacked]
 
 
 def concatenate(parts: Sequence[Tensor]) -> Tensor:
@@ -207,11 +203,8 @@ def make_expert_weights(
 
 def make_empty_weights(config: Config, tensor_index: int, tensor_size: int) -> dict[str, Tensor]:
     """Allocate a shard of an expert whose weights are to come from another rank -> dict name: tensor."""
-    shards = {}
-    for name in MATRICES[config.experts.kind]:
-        shape = list(weight_shape(config.model, name))
-        shape[split_axis(name)] //= tensor_size
-        shards[name] = torch.empty(shape)
+    model, names = config.model, MATRICES[config.experts.kind]
+    shards = {name: torch.empty(weight_shape(model, name, model.feed_forward // tensor_size)) for name in names}
     return _add_biases(shards, config, tensor_index)
 
 

@@ -7,7 +7,7 @@ meanwhile: torch's other GEMM is less sensitive to uneven numbers of rows.
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,26 +23,8 @@ LARGE_MATRIX = 2**28  # numbers that it takes 0.1 ms to read, however few the ro
 _GEMM_ALIGNMENT_BYTES = 16  # where grouped GEMMs want each row to begin
 
 
-class Products(Protocol):
-    """The products that an expert's forward and backward consist of; rows [n, in] or [n, out] belong to its experts."""
-
-    kind: str  # of the experts: "gelu", "relu" or "swiglu"
-
-    def linear(self, name: str, x: Tensor, activation: str = "none") -> Tensor:
-        """Return activation(x W^T + b) [n, out] for the weight and bias of that name."""
-
-    def multiply_back(self, name: str, grad_y: Tensor) -> Tensor:
-        """Return grad_y W [n, in]."""
-
-    def add_gradients(self, name: str, grad_y: Tensor, x: Tensor) -> None:
-        """Add grad_y^T x to the weight's gradient, and grad_y's sum over rows to the bias's, both float32."""
-
-    def add_bias_product(self, total: Tensor, grad_y: Tensor) -> None:
-        """Add grad_y . down_bias to total [n] float32, where there is such a bias."""
-
-
 class ExpertProducts:
-    """The products of one expert, by the fastest GEMM of its device."""
+    """The products of one expert's rows [n, ...] with its weights and biases by name, by the fastest GEMM."""
 
     def __init__(self, kind: str, parameters: dict[str, Parameter], packed: bool) -> None:
         """parameters: name: weight [out, in] or bias [out]; packed: weights do not change, as in inference."""
@@ -51,18 +33,18 @@ class ExpertProducts:
         self.biases: dict[tuple[str, torch.dtype], Tensor] = {}  # in that precision
 
     def linear(self, name: str, x: Tensor, activation: str = "none") -> Tensor:
-        """Return activation(x W^T + b)."""
+        """Return activation(x W^T + b), [n, out]."""
         bias, key = self.parameters.get(f"{name}_bias"), (name, x.dtype)
         if bias is not None and key not in self.biases:
             self.biases[key] = bias.detach().to(x.dtype)
         return self.matrices[name].linear(x, self.biases.get(key), activation)
 
     def multiply_back(self, name: str, grad_y: Tensor) -> Tensor:
-        """Return grad_y W."""
+        """Return grad_y W, [n, in]."""
         return self.matrices[name].multiply_back(grad_y)
 
     def add_gradients(self, name: str, grad_y: Tensor, x: Tensor) -> None:
-        """Add to the gradients of a weight and its bias."""
+        """Add grad_y^T x to the weight's gradient, and grad_y's sum over rows to the bias's."""
         self.matrices[name].add_gradient(grad_y, x)
         if (bias := self.parameters.get(f"{name}_bias")) is not None:
             ensure_grad(bias).add_(grad_y.sum(dim=0, dtype=torch.float32))
@@ -78,6 +60,11 @@ class ExpertProducts:
         for matrix in self.matrices.values():
             matrix.refresh()
 
+    @property
+    def cast_bytes(self) -> int:
+        """Bytes of the weights' casts and packed copies."""
+        return sum(matrix.cast_bytes for matrix in self.matrices.values())
+
 
 class StackedWeights:
     """The weights of all experts of a rank, side by side for grouped products."""
@@ -86,27 +73,32 @@ class StackedWeights:
         """Stack each weight of the experts into one array, of which their parameters become views."""
         self.kind, self.parameters = kind, parameters
         self.casts: dict[tuple[str, torch.dtype], Tensor] = {}  # [e, out, in] in that precision
-        self.stacked: dict[str, Tensor] = {}  # [e, out, in]
+        self.arrays: dict[str, Tensor] = {}  # [e, out, in]
         for name in MATRICES[kind] if parameters else ():
-            self.stacked[name] = torch.stack([own[name].data for own in parameters])
-            for own, view in zip(parameters, self.stacked[name], strict=True):
+            self.arrays[name] = torch.stack([own[name].data for own in parameters])
+            for own, view in zip(parameters, self.arrays[name], strict=True):
                 own[name].data = view
 
     def cast(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return the weights of that name in a precision, [e, out, in]; a cast is kept until refresh()."""
-        if self.stacked[name].dtype == dtype:
-            return self.stacked[name]
+        if self.arrays[name].dtype == dtype:
+            return self.arrays[name]
         if (name, dtype) not in self.casts:
-            self.casts[name, dtype] = self.stacked[name].to(dtype)
+            self.casts[name, dtype] = self.arrays[name].to(dtype)
         return self.casts[name, dtype]
 
     def refresh(self) -> None:
         """Drop the casts of weights that have changed."""
         self.casts = {}
 
+    @property
+    def cast_bytes(self) -> int:
+        """Bytes of the casts."""
+        return sum(cast.nbytes for cast in self.casts.values())
+
 
 class GroupedProducts:
-    """The products of several experts at once."""
+    """The products of several experts at once: rows [R, ...] are sorted by expert, each has its own weights."""
 
     def __init__(self, weights: StackedWeights, rows: list[int], torch_device: torch.device) -> None:
         """rows [e]: how many belong to each expert, in the order of the weights."""
@@ -119,7 +111,7 @@ class GroupedProducts:
         return ends.to(self.torch_device, non_blocking=True)
 
     def linear(self, name: str, x: Tensor, activation: str = "none") -> Tensor:
-        """Return activation(x W^T + b), each expert's rows by its own weight."""
+        """Return activation(x W^T + b)."""
         y = multiply_grouped(x, self.weights.cast(name, x.dtype).transpose(1, 2), self)
         for bias, own in self.each(f"{name}_bias", y):
             own += bias.to(y.dtype)
@@ -141,7 +133,7 @@ class GroupedProducts:
         for bias, own, result in self.each("down_bias", grad_y, total):
             result += own.float() @ bias.float()
 
-    def each(self, name: str, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def each(self, name: str, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
         """Yield a parameter of each expert that has it and rows, and its rows of some tensors."""
         if not any(name in own for own in self.weights.parameters):
             return
@@ -151,10 +143,14 @@ class GroupedProducts:
                 yield parameters[name], *own_rows
 
 
+Products = ExpertProducts | GroupedProducts
+
+
 def multiply_grouped(x: Tensor, weights: Tensor, products: GroupedProducts) -> Tensor:
     """Multiply each expert's rows by its own weight: x [R, in] sorted by expert, weights [e, in, out] -> [R, out]."""
-    if can_group(x, weights) and not is_long(x, weights):
-        return find_grouped_gemm()(x, weights, offs=products.ends)
+    grouped_gemm = find_grouped_gemm() if can_group(x, weights) and not is_long(x, weights) else None
+    if grouped_gemm is not None:
+        return grouped_gemm(x, weights, offs=products.ends)
     y = x.new_empty(len(x), weights.shape[2])
     for own, weight, result in zip(x.split(products.rows), weights, y.split(products.rows), strict=True):
         if len(own):
@@ -166,7 +162,7 @@ def can_group(x: Tensor, weights: Tensor) -> bool:
     """Return True if torch has a grouped GEMM for these: of several experts, in bfloat16, with aligned rows."""
     aligned = all(size * x.element_size() % _GEMM_ALIGNMENT_BYTES == 0 for size in weights.shape[1:])
     fits = len(weights) > 1 and x.dtype == torch.bfloat16 and aligned
-    return fits and has_grouped_gemm(x.device) and find_grouped_gemm() is not None
+    return fits and has_grouped_gemm(x.device)
 
 
 def is_long(x: Tensor, weights: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 from hpcmoe.config import Config
 from hpcmoe.experts.feed_forward import Expert
-from hpcmoe.experts.shapes import MATRICES, split_axis, weight_shape
+from hpcmoe.experts.shapes import MATRICES, weight_shape
 
 MOST_ROWS = 512  # more rows hardly change the time of each
 _FIRST_SLICE = 256  # of feed_forward; a larger expert is timed by slices, for its work grows as they do
@@ -29,12 +29,8 @@ def time_row(config: Config, tensor_parallel: int, rows: int, torch_device: torc
 def time_passes(config: Config, inner: int, rows: int, torch_device: torch.device) -> float:
     """Time a few passes of an expert `inner` wide on rows of zeros -> their median seconds."""
     # Build the expert and its rows.
-    dtype = getattr(torch, config.model.dtype)
-    weights = {}
-    for name in MATRICES[config.experts.kind]:
-        shape = [*weight_shape(config.model, name)]
-        shape[split_axis(name)] = inner
-        weights[name] = torch.zeros(shape, dtype=dtype)
+    dtype, names = getattr(torch, config.model.dtype), MATRICES[config.experts.kind]
+    weights = {name: torch.zeros(weight_shape(config.model, name, inner), dtype=dtype) for name in names}
     expert = Expert(config.experts.kind, weights, packed=config.run.mode == "infer").to(torch_device)
     x = torch.zeros(rows, config.model.hidden, dtype=dtype, device=torch_device)
 

@@ -7,7 +7,7 @@ import torch
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.config import Config, Dispatch, Model, Write
 from hpcmoe.dispatch.gate import load_acts_on_gates, renormalizes
-from hpcmoe.dispatch.sizes import DeviceSizes, HostSizes, Sizes
+from hpcmoe.dispatch.sizes import AnySizes, DeviceSizes, HostSizes, Sizes
 from hpcmoe.experts.shapes import MATRICES, estimate_expert
 from hpcmoe.float32 import FLOAT32_BYTES
 from hpcmoe.gemm import adds_in_place, count_cast_bytes
@@ -55,9 +55,7 @@ class Memory:
         return parameters + self.gradients + self.optimizer + passing + self.snapshot
 
 
-def estimate_memory(
-    config: Config, mesh: Mesh, slots: int, sizes: HostSizes | DeviceSizes, buffer_bytes: int
-) -> Memory:
+def estimate_memory(config: Config, mesh: Mesh, slots: int, sizes: AnySizes, buffer_bytes: int) -> Memory:
     """Estimate the memory of a rank with all its slots full.
 
     Activations are those of a rank that receives FULLEST times the rows of an even load. The snapshot is that of rank
@@ -95,7 +93,7 @@ def keeps_snapshot(write: Write) -> bool:
 
 
 def estimate_copies(config: Config, tensor_parallel: int, slots: int, on_device: bool) -> int:
-    """Estimate the bytes of experts' matrices as products read them: cast in training, on the host packed in inference."""
+    """Estimate the bytes of copies of experts' matrices: cast in training, packed in inference on the host."""
     model, training, dtype = config.model, config.run.mode == "train", getattr(torch, config.model.dtype)
     numbers = len(MATRICES[config.experts.kind]) * model.hidden * model.feed_forward // tensor_parallel
     of_parameters = torch.float32 if training else dtype

@@ -13,6 +13,7 @@ from hpcmoe.comm.transport import count_tags
 from hpcmoe.config import Config
 from hpcmoe.dispatch.routes import Routes, make_routes
 from hpcmoe.dispatch.sizes import (
+    AnySizes,
     DeviceSizes,
     HostSizes,
     Sizes,
@@ -77,9 +78,7 @@ def count_rows(config: Config, mesh: Mesh) -> Sizes:
     )
 
 
-def make_sizes(
-    config: Config, topology: Topology, mesh: Mesh, routes: Routes, on_device: bool
-) -> HostSizes | DeviceSizes:
+def make_sizes(config: Config, topology: Topology, mesh: Mesh, routes: Routes, on_device: bool) -> AnySizes:
     """Compute the sizes of this rank's buffers. Raises ConfigError when [comm] pool_bytes is too small."""
     rows, deterministic = count_rows(config, mesh), config.pipeline.deterministic
     if on_device:
@@ -89,7 +88,7 @@ def make_sizes(
     return make_host_sizes(rows, routes, links, config.comm, order)
 
 
-def check_tags(sizes: HostSizes | DeviceSizes, num_layers: int) -> None:
+def check_tags(sizes: AnySizes, num_layers: int) -> None:
     """Raise ConfigError when this MPI has too few tags for a run's messages: rows between nodes, sums of gradients."""
     max_tag = read_max_tag()
     if num_layers > max_tag:  # 0 is of experts that move
@@ -108,7 +107,7 @@ def check_tags(sizes: HostSizes | DeviceSizes, num_layers: int) -> None:
         )
 
 
-def format_sizes(sizes: HostSizes | DeviceSizes, routes: Routes) -> Iterator[str]:
+def format_sizes(sizes: AnySizes, routes: Routes) -> Iterator[str]:
     """Format the sizes of a rank's buffers, and how its messages travel -> lines."""
     in_flight = f"for {sizes.num_in_flight} micro-batches in flight"
     if isinstance(sizes, DeviceSizes):

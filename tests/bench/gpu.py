@@ -89,8 +89,8 @@ def time_experts(device, num_experts, hidden, feed_forward, rows):
     experts.stack_weights()
     slots = [(slot, rows // num_experts) for slot in range(num_experts)]
     x = torch.randn(num_experts * (rows // num_experts), hidden, **draw)
-    groups = GroupedProducts(experts.weights, [rows // num_experts] * num_experts, device.torch_device)
-    calls = {"ours": lambda: experts(slots, x, None)} | theirs(experts.weights.stacked, groups, x)
+    groups = GroupedProducts(experts.stacked, [rows // num_experts] * num_experts, device.torch_device)
+    calls = {"ours": lambda: experts(slots, x, None)} | theirs(experts.stacked.arrays, groups, x)
     flops = 4 * len(x) * hidden * feed_forward
     rates = {name: flops / seconds for name, seconds in time_calls(device, calls, EXPERT_TIMES).items()}
     return {"experts": num_experts, "rows": len(x), "flops": rates}
