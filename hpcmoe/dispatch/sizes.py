@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.pool import RowPool
 from hpcmoe.comm.window import WindowSizes
-from hpcmoe.config import Comm
+from hpcmoe.config import CommConfig
 from hpcmoe.dispatch.plan import num_trailing_rows
 from hpcmoe.dispatch.routes import Routes
 from hpcmoe.errors import ConfigError
 
 MIN_BATCH_ROWS = 256  # of a GEMM: with fewer it is slower by the row, and reads its weights for little
-_PORTION_BYTES = 2**21  # of the rows that a GEMM takes: its input stays in a core's cache
+_PORTION_BYTES = 2**21  # of the rows that a GEMM takes
 _ALL_ROWS = 2**62  # of a GEMM on a GPU, which takes all rows at once
 _ALIGNMENT = 16  # bytes; GEMMs and copies on a GPU read no row faster than those that begin there
 
@@ -31,7 +32,7 @@ class Sizes:
     num_in_flight: int  # micro-batches in flight
     num_micro_batches: int
     expert_rows: int  # rows expected at this rank's experts
-    batch_rows: int  # of a GEMM, about; 0: chosen by the size of a row
+    batch_rows: int  # of a GEMM, about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,45 +124,38 @@ AnySizes = HostSizes | DeviceSizes
 
 
 def make_device_sizes(rows: Sizes, buffer_factor: float) -> DeviceSizes:
-    """Compute the buffers for so many rows on a device -> DeviceSizes."""
-    return DeviceSizes(**_fields(rows) | {"batch_rows": _ALL_ROWS}, buffer_factor=buffer_factor)
+    """Compute the buffers for so many rows on a device."""
+    return DeviceSizes(**dataclasses.asdict(rows) | {"batch_rows": _ALL_ROWS}, buffer_factor=buffer_factor)
 
 
 def make_host_sizes(
-    rows: Sizes, routes: Routes, links: tuple[np.ndarray, np.ndarray], comm: Comm, order: tuple[bool, bool]
+    rows: Sizes, comm: CommConfig, topology: Topology, routes: Routes, trains: bool, deterministic: bool
 ) -> HostSizes:
-    """Compute the buffers for so many rows on the host -> HostSizes; order: (in_order, deterministic).
+    """Compute the buffers for so many rows on the host.
 
-    links are those between nodes, (bytes_per_second, latency_seconds), [nodes, nodes] each. Raises ConfigError when
-    [comm] pool_bytes does not hold one token's message.
+    Some rows come in messages between nodes, each token before and its results behind. Raises ConfigError when [comm]
+    pool_bytes does not hold one token's message.
     """
-    row_bytes, num_ranks = rows.hidden * rows.dtype.itemsize, len(routes.publishers)
+    num_ranks, row_bytes = len(routes.publishers), rows.hidden * rows.dtype.itemsize
     message_tokens, pool_rows, at_once = 1, 0, 0
-
-    # Of the expected rows some come in messages, each token before and its results behind.
     if routes.min_local_peers < num_ranks:  # the same on all ranks
         remote_share = 1 - routes.min_local_peers / num_ranks
         expected = math.ceil(2 * comm.buffer_factor * rows.expert_rows * remote_share)
         most = comm.pool_bytes // (rows.num_in_flight * row_bytes)
+        links = topology.bytes_per_second, topology.latency_seconds
         wanted = comm.message_rows or choose_message_tokens(*links, row_bytes)
         wanted = max(min(wanted, rows.tokens), 1)
         together = min(rows.top_k, routes.most_served)
         message_tokens, pool_rows, at_once = fit_messages(wanted, expected, most, together, row_bytes)
-    in_order, deterministic = order
     return HostSizes(
-        **_fields(rows) | {"batch_rows": rows.batch_rows or max(MIN_BATCH_ROWS, _PORTION_BYTES // row_bytes)},
+        **dataclasses.asdict(rows),
         message_tokens=message_tokens,
         num_messages_sent=max_messages_sent(len(routes.receivers), rows.tokens, rows.top_k, message_tokens),
         pool_rows=pool_rows,
         messages_at_once=at_once,
-        in_order=in_order,
+        in_order=deterministic or trains,
         deterministic=deterministic,
     )
-
-
-def _fields(rows: Sizes) -> dict:
-    """Return the fields that all Sizes have, by name."""
-    return {field.name: getattr(rows, field.name) for field in dataclasses.fields(Sizes)}
 
 
 def make_pools(sizes: HostSizes, first_row: int) -> list[RowPool]:
@@ -217,6 +211,11 @@ def choose_message_tokens(bytes_per_second: np.ndarray, latency_seconds: np.ndar
     in_flight = (bytes_per_second * latency_seconds)[~np.eye(len(bytes_per_second), dtype=bool)]
     bytes_in_flight = float(in_flight.max()) if in_flight.size else 0.0
     return max(MIN_BATCH_ROWS, math.ceil(9 * bytes_in_flight / row_bytes))
+
+
+def choose_gemm_rows(row_bytes: int) -> int:
+    """Choose the rows of a GEMM: its input stays in a core's cache, and its weights are read for many rows."""
+    return max(MIN_BATCH_ROWS, _PORTION_BYTES // row_bytes)
 
 
 def group_peers(routes: Routes, sizes: HostSizes) -> list[list[int]]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpcmoe.config import Config
+from hpcmoe.config import NetworkSpec
 from hpcmoe.experts.products import ExpertProducts, GroupedProducts, Products, StackedWeights
 from hpcmoe.experts.shapes import MATRICES, split_axis, weight_shape
 from hpcmoe.gemm import activate
@@ -187,31 +187,31 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
 
 
 def make_expert_weights(
-    config: Config, layer: int, expert: int, tensor_index: int, tensor_size: int
+    spec: NetworkSpec, layer: int, expert: int, tensor_index: int, tensor_size: int
 ) -> dict[str, Tensor]:
     """Draw a logical expert's weights, the same on whichever rank it lives -> dict name: this rank's shard."""
-    model = config.model
-    (seed,) = np.random.SeedSequence([config.run.seed, layer, expert]).generate_state(1, np.uint64)
+    model = spec.model
+    (seed,) = np.random.SeedSequence([spec.seed, layer, expert]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(seed))
     shards = {}
-    for name in MATRICES[config.experts.kind]:
+    for name in MATRICES[spec.experts.kind]:
         rows, columns = weight_shape(model, name)
         whole = torch.randn(rows, columns, generator=generator) * columns**-0.5
         shards[name] = whole.chunk(tensor_size, dim=split_axis(name))[tensor_index].contiguous()
-    return _add_biases(shards, config, tensor_index)
+    return _add_biases(shards, spec, tensor_index)
 
 
-def make_empty_weights(config: Config, tensor_index: int, tensor_size: int) -> dict[str, Tensor]:
+def make_empty_weights(spec: NetworkSpec, tensor_index: int, tensor_size: int) -> dict[str, Tensor]:
     """Allocate a shard of an expert whose weights are to come from another rank -> dict name: tensor."""
-    model, names = config.model, MATRICES[config.experts.kind]
+    model, names = spec.model, MATRICES[spec.experts.kind]
     shards = {name: torch.empty(weight_shape(model, name, model.feed_forward // tensor_size)) for name in names}
-    return _add_biases(shards, config, tensor_index)
+    return _add_biases(shards, spec, tensor_index)
 
 
-def _add_biases(shards: dict[str, Tensor], config: Config, tensor_index: int) -> dict[str, Tensor]:
+def _add_biases(shards: dict[str, Tensor], spec: NetworkSpec, tensor_index: int) -> dict[str, Tensor]:
     """Add biases of zero to a shard's matrices, if experts have any."""
-    if config.experts.bias:
+    if spec.experts.bias:
         shards |= {f"{name}_bias": torch.zeros(len(matrix)) for name, matrix in shards.items() if name != "down"}
         if tensor_index == 0:  # added once, to the first rank's partial sum
-            shards["down_bias"] = torch.zeros(config.model.hidden)
+            shards["down_bias"] = torch.zeros(spec.model.hidden)
     return shards

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from hpcmoe.config import Config
+from hpcmoe.config import NetworkSpec
 from hpcmoe.experts.feed_forward import Expert
 from hpcmoe.experts.shapes import MATRICES, weight_shape
 
@@ -15,24 +15,24 @@ _ENOUGH_SECONDS = 0.002  # of a pass
 _PASSES = 3
 
 
-def time_row(config: Config, tensor_parallel: int, rows: int, torch_device: torch.device) -> float:
+def time_row(spec: NetworkSpec, tensor_parallel: int, rows: int, torch_device: torch.device) -> float:
     """Time an expert's forward pass, of its shapes, precision and shard, on some rows -> seconds of one row."""
-    inner = config.model.feed_forward // tensor_parallel
+    inner = spec.model.feed_forward // tensor_parallel
     rows, part = max(min(rows, MOST_ROWS), 1), min(inner, _FIRST_SLICE)
     while True:
-        seconds = time_passes(config, part, rows, torch_device)
+        seconds = time_passes(spec, part, rows, torch_device)
         if part == inner or seconds >= _ENOUGH_SECONDS:
             return seconds / rows * inner / part
         part = min(4 * part, inner)
 
 
-def time_passes(config: Config, inner: int, rows: int, torch_device: torch.device) -> float:
+def time_passes(spec: NetworkSpec, inner: int, rows: int, torch_device: torch.device) -> float:
     """Time a few passes of an expert `inner` wide on rows of zeros -> their median seconds."""
     # Build the expert and its rows.
-    dtype, names = getattr(torch, config.model.dtype), MATRICES[config.experts.kind]
-    weights = {name: torch.zeros(weight_shape(config.model, name, inner), dtype=dtype) for name in names}
-    expert = Expert(config.experts.kind, weights, packed=config.run.mode == "infer").to(torch_device)
-    x = torch.zeros(rows, config.model.hidden, dtype=dtype, device=torch_device)
+    dtype, names = getattr(torch, spec.model.dtype), MATRICES[spec.experts.kind]
+    weights = {name: torch.zeros(weight_shape(spec.model, name, inner), dtype=dtype) for name in names}
+    expert = Expert(spec.experts.kind, weights, packed=not spec.trains).to(torch_device)
+    x = torch.zeros(rows, spec.model.hidden, dtype=dtype, device=torch_device)
 
     # Time the passes; the first warms up.
     times = []

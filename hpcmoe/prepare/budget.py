@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpcmoe.cluster.topology import Topology
-from hpcmoe.config import Config
+from hpcmoe.config import NetworkSpec
 from hpcmoe.errors import ClusterError, PlacementError
 from hpcmoe.experts.shapes import estimate_expert
 from hpcmoe.placement.problem import format_size
@@ -22,12 +23,9 @@ COMMUNICATOR_BYTES = 16 * 10**8  # there, of an NCCL communicator; measured of t
 _MAX_NODE_NAMES = 4  # of nodes that are alike, in a line
 
 
-def check_budget(config: Config, topology: Topology) -> None:
-    """Raise PlacementError when all experts with their state take more than the memory of all nodes."""
-    if may_use_gpus(config, topology):
-        return  # how much they have is known when they are opened
-    model, (num_bytes, states) = config.model, estimate_expert(config)
-    copies = config.cluster.data_parallel
+def check_budget(spec: NetworkSpec, copies: int, topology: Topology) -> None:
+    """Raise PlacementError when all experts with their state, so many times, take more than all nodes' memory."""
+    model, (num_bytes, states) = spec.model, estimate_expert(spec)
     needed = copies * model.num_experts * model.num_layers * num_bytes * states
     there = int(topology.memory_bytes.sum())
     if needed > there:
@@ -38,10 +36,10 @@ def check_budget(config: Config, topology: Topology) -> None:
         )
 
 
-def may_use_gpus(config: Config, topology: Topology) -> bool:
+def may_use_gpus(device: str, memory_bytes_per_node: int, topology: Topology) -> bool:
     """Return True if experts may lie on GPUs whose memory [cluster] memory_bytes_per_node does not give."""
-    may = config.comm.device == "cuda" or (config.comm.device == "auto" and bool(topology.devices_of_node.any()))
-    return may and not config.cluster.memory_bytes_per_node
+    may = device == "cuda" or (device == "auto" and bool(topology.devices_of_node.any()))
+    return may and not memory_bytes_per_node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +114,18 @@ def share_gpu_memory(gpus: Sequence[tuple[str, int] | None]) -> np.ndarray | Non
     names = [name for name, _ in known]
     least = {name: min(free for other, free in known if other == name) for name in set(names)}
     return np.array([least[name] / names.count(name) for name in names])
+
+
+def record_gpu_memory(topology: Topology, share_of_gpu: np.ndarray | None) -> Topology:
+    """Return the topology with the free memory of each node's GPUs: share_of_gpu [ranks] of each rank, or None."""
+    if share_of_gpu is None:
+        return topology
+    free = [share_of_gpu[topology.ranks_of_node(node)].sum() for node in range(topology.num_nodes)]
+    return dataclasses.replace(
+        topology,
+        device_memory_bytes=np.array(free, np.int64),
+        source=topology.source | {"device memory": "CUDA, when the ranks opened their devices"},
+    )
 
 
 def format_budget(budget: MemoryBudget, topology: Topology, expert_bytes: int, num_layers: int) -> list[str]:

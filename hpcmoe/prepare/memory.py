@@ -1,11 +1,11 @@
-"""Memory of a rank, estimated from the config before anything is built."""
+"""Memory of a rank, estimated from the spec before anything is built."""
 
 from dataclasses import dataclass
 
 import torch
 
 from hpcmoe.cluster.mesh import Mesh
-from hpcmoe.config import Config, Dispatch, Model, Write
+from hpcmoe.config import DispatchConfig, ModelConfig, NetworkSpec
 from hpcmoe.dispatch.gate import load_acts_on_gates, renormalizes
 from hpcmoe.dispatch.sizes import AnySizes, DeviceSizes, HostSizes, Sizes
 from hpcmoe.experts.shapes import MATRICES, estimate_expert
@@ -55,22 +55,22 @@ class Memory:
         return parameters + self.gradients + self.optimizer + passing + self.snapshot
 
 
-def estimate_memory(config: Config, mesh: Mesh, slots: int, sizes: AnySizes, buffer_bytes: int) -> Memory:
+def estimate_memory(
+    spec: NetworkSpec, mesh: Mesh, slots: int, sizes: AnySizes, buffer_bytes: int,
+    *, shard_optimizer: bool = False, keeps_snapshot: bool = False, num_moves: int = 0,
+) -> Memory:  # fmt: skip
     """Estimate the memory of a rank with all its slots full.
 
+    num_moves: replicas of a layer that move at a time; keeps_snapshot: a thread writes checkpoints while steps go on.
     Activations are those of a rank that receives FULLEST times the rows of an even load. The snapshot is that of rank
     0, which saves the dense parts.
     """
-    model, training = config.model, config.run.mode == "train"
+    model, training = spec.model, spec.trains
     on_device = isinstance(sizes, DeviceSizes)
-    one_expert, states = estimate_expert(config)
+    one_expert, states = estimate_expert(spec)
     experts = one_expert * slots * model.num_layers // mesh.tensor_parallel
-    num_shares = mesh.world.size if config.train.shard_optimizer else 1
+    num_shares = mesh.world.size if shard_optimizer else 1
     dense = count_dense_parameters(model) * FLOAT32_BYTES
-    if training:
-        activations = estimate_activations(config, mesh, slots, sizes)
-    else:
-        activations = estimate_passing(config, mesh, sizes)
     return Memory(
         states=states,
         one_expert=one_expert,
@@ -79,23 +79,18 @@ def estimate_memory(config: Config, mesh: Mesh, slots: int, sizes: AnySizes, buf
         gradients=experts + dense if training else 0,
         optimizer=2 * (experts + dense // num_shares) if training else 0,
         buffers=buffer_bytes,
-        copies=estimate_copies(config, mesh.tensor_parallel, slots, on_device),
-        activations=activations,
-        working=estimate_working(config, mesh, slots, sizes) if on_device else 0,
-        moving=estimate_moving(config, mesh.tensor_parallel, on_device),
-        snapshot=3 * (experts + dense) if training and keeps_snapshot(config.write) else 0,
+        copies=estimate_copies(spec, mesh.tensor_parallel, slots, on_device),
+        activations=estimate_activations(spec, mesh, slots, sizes) if training else estimate_passing(spec, mesh, sizes),
+        working=estimate_working(spec, mesh, slots, sizes) if on_device else 0,
+        moving=estimate_moving(spec, num_moves, mesh.tensor_parallel, on_device),
+        snapshot=3 * (experts + dense) if training and keeps_snapshot else 0,
     )
 
 
-def keeps_snapshot(write: Write) -> bool:
-    """Return True if a thread writes checkpoints while the steps change the state."""
-    return write.asynchronous and write.checkpoint_every > 0
-
-
-def estimate_copies(config: Config, tensor_parallel: int, slots: int, on_device: bool) -> int:
+def estimate_copies(spec: NetworkSpec, tensor_parallel: int, slots: int, on_device: bool) -> int:
     """Estimate the bytes of copies of experts' matrices: cast in training, packed in inference on the host."""
-    model, training, dtype = config.model, config.run.mode == "train", getattr(torch, config.model.dtype)
-    numbers = len(MATRICES[config.experts.kind]) * model.hidden * model.feed_forward // tensor_parallel
+    model, training, dtype = spec.model, spec.trains, getattr(torch, spec.model.dtype)
+    numbers = len(MATRICES[spec.experts.kind]) * model.hidden * model.feed_forward // tensor_parallel
     of_parameters = torch.float32 if training else dtype
     if on_device:
         each = 0 if dtype == of_parameters else dtype.itemsize
@@ -104,26 +99,25 @@ def estimate_copies(config: Config, tensor_parallel: int, slots: int, on_device:
     return each * numbers * slots * model.num_layers
 
 
-def estimate_moving(config: Config, tensor_parallel: int, on_device: bool) -> int:
+def estimate_moving(spec: NetworkSpec, num_moves: int, tensor_parallel: int, on_device: bool) -> int:
     """Estimate the bytes of moving experts, a matrix of each at a time, that a rank's host holds at most."""
-    model, cluster = config.model, config.cluster
-    number = FLOAT32_BYTES if config.run.mode == "train" else getattr(torch, model.dtype).itemsize
-    matrices = cluster.rebalance_moves * model.hidden * model.feed_forward * number // tensor_parallel
-    return min(STAGING_BYTES, matrices) * (1 + on_device) if cluster.rebalance_every > 0 else 0
+    number = FLOAT32_BYTES if spec.trains else getattr(torch, spec.model.dtype).itemsize
+    matrices = num_moves * spec.model.hidden * spec.model.feed_forward * number // tensor_parallel
+    return min(STAGING_BYTES, matrices) * (1 + on_device)
 
 
-def estimate_activations(config: Config, mesh: Mesh, slots: int, sizes: Sizes) -> int:
+def estimate_activations(spec: NetworkSpec, mesh: Mesh, slots: int, sizes: Sizes) -> int:
     """Estimate the bytes that micro-batches in flight keep for their backward pass, when all have come to the head.
 
     The head's own arrays are there for one micro-batch at a time.
     """
-    model, tokens, wire = config.model, sizes.tokens, sizes.dtype.itemsize
+    model, tokens, wire = spec.model, sizes.tokens, sizes.dtype.itemsize
 
     # Count of each token in a layer: block input, normed input, both norms' inner results and scales; of the router the
     # log-sum, probabilities, and the weights where those are others.
-    own_weights = load_acts_on_gates(config.dispatch) and not renormalizes(config.dispatch, model.top_k)
+    own_weights = load_acts_on_gates(spec.dispatch) and not renormalizes(spec.dispatch, model.top_k)
     width = 3 * model.hidden + 2 + (1 + own_weights) * model.num_experts
-    token_bytes = FLOAT32_BYTES * width + count_choice_bytes(config.dispatch, mesh, sizes) * model.top_k
+    token_bytes = FLOAT32_BYTES * width + count_choice_bytes(spec.dispatch, mesh, sizes) * model.top_k
 
     # Count in attention also the residual, its norm, queries, keys and values, the heads' output and its log-sums; in
     # bfloat16 its weights, which are cast for each micro-batch.
@@ -133,7 +127,7 @@ def estimate_activations(config: Config, mesh: Mesh, slots: int, sizes: Sizes) -
         weights = wire * 4 * model.hidden**2 if wire < FLOAT32_BYTES else 0
 
     # Count of each row at its expert: input, what goes into the activation, and where it came from.
-    row_bytes = wire * (model.hidden + count_inner(config, mesh)) + 2 * _INDEX
+    row_bytes = wire * (model.hidden + count_inner(spec, mesh)) + 2 * _INDEX
     rows = count_fullest_rows(model, mesh, slots, sizes)
     of_layer = tokens * token_bytes + rows * row_bytes + weights + _EXPERT_BYTES * model.num_experts
 
@@ -144,19 +138,19 @@ def estimate_activations(config: Config, mesh: Mesh, slots: int, sizes: Sizes) -
     return sizes.num_in_flight * (model.num_layers * of_layer + of_ends) + of_head
 
 
-def estimate_passing(config: Config, mesh: Mesh, sizes: Sizes) -> int:
+def estimate_passing(spec: NetworkSpec, mesh: Mesh, sizes: Sizes) -> int:
     """Estimate the bytes of micro-batches in flight in inference: each layer's input and routing, until the last.
 
     The last layer has its router's input, and in attention its residual, until its results are home.
     """
-    model = config.model
-    choices = count_choice_bytes(config.dispatch, mesh, sizes) * model.top_k
+    model = spec.model
+    choices = count_choice_bytes(spec.dispatch, mesh, sizes) * model.top_k
     of_layer = sizes.tokens * (FLOAT32_BYTES * model.hidden + choices) + _EXPERT_BYTES * model.num_experts
     of_last = sizes.tokens * FLOAT32_BYTES * model.hidden * (1 + model.attention)
     return sizes.num_in_flight * (model.num_layers * of_layer + of_last)
 
 
-def count_choice_bytes(dispatch: Dispatch, mesh: Mesh, sizes: Sizes) -> int:
+def count_choice_bytes(dispatch: DispatchConfig, mesh: Mesh, sizes: Sizes) -> int:
     """Count the bytes that one of a token's K choices takes at its home in a layer."""
     shards = mesh.tensor_parallel
     routing = _INDEX + FLOAT32_BYTES  # expert and gate
@@ -169,30 +163,30 @@ def count_choice_bytes(dispatch: Dispatch, mesh: Mesh, sizes: Sizes) -> int:
     return routing + plan * shards
 
 
-def estimate_working(config: Config, mesh: Mesh, slots: int, sizes: Sizes) -> int:
+def estimate_working(spec: NetworkSpec, mesh: Mesh, slots: int, sizes: Sizes) -> int:
     """Estimate the bytes of arrays that experts on a GPU make of a batch at most at one time, besides what they keep.
 
     Forward: rows, what goes into the activation, results. Backward: gradients of all these and the activation's output;
     in bfloat16 also a matrix's gradient, unless it is added in float32 as it is made.
     """
-    hidden, wire = config.model.hidden, sizes.dtype.itemsize
-    part = config.model.feed_forward // mesh.tensor_parallel
-    gated, product = config.experts.kind == "swiglu", 0
-    if config.run.mode != "train":
+    hidden, wire = spec.model.hidden, sizes.dtype.itemsize
+    part = spec.model.feed_forward // mesh.tensor_parallel
+    gated, product = spec.experts.kind == "swiglu", 0
+    if not spec.trains:
         width = max(hidden + 2 * part, 2 * hidden + part) if gated else 2 * hidden + part
     else:
         width = max(hidden + 4 * part, 3 * hidden + 3 * part) if gated else 2 * hidden + 3 * part
         product = 0 if wire == FLOAT32_BYTES or adds_in_place(sizes.dtype, hidden * part) else hidden * part
-    return (count_fullest_rows(config.model, mesh, slots, sizes) * width + product) * wire
+    return (count_fullest_rows(spec.model, mesh, slots, sizes) * width + product) * wire
 
 
-def count_inner(config: Config, mesh: Mesh) -> int:
+def count_inner(spec: NetworkSpec, mesh: Mesh) -> int:
     """Count the numbers that go into an expert's activation, of one row on one shard."""
-    matrices = len(MATRICES[config.experts.kind]) - 1  # all but down
-    return matrices * config.model.feed_forward // mesh.tensor_parallel
+    matrices = len(MATRICES[spec.experts.kind]) - 1  # all but down
+    return matrices * spec.model.feed_forward // mesh.tensor_parallel
 
 
-def count_fullest_rows(model: Model, mesh: Mesh, slots: int, sizes: Sizes) -> int:
+def count_fullest_rows(model: ModelConfig, mesh: Mesh, slots: int, sizes: Sizes) -> int:
     """Count the rows of a micro-batch at the experts of the fullest rank, which has so many slots."""
     every = sizes.tokens * mesh.group.size * min(model.top_k, slots)  # a token has no expert twice
     return min(int(FULLEST * sizes.expert_rows), every)

@@ -10,16 +10,15 @@ from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.mpi import read_max_tag
 from hpcmoe.comm.transport import count_tags
-from hpcmoe.config import Config
+from hpcmoe.config import CommConfig, NetworkSpec, PipelineConfig
 from hpcmoe.dispatch.routes import Routes, make_routes
 from hpcmoe.dispatch.sizes import (
     AnySizes,
     DeviceSizes,
     HostSizes,
     Sizes,
+    choose_gemm_rows,
     count_messages,
-    make_device_sizes,
-    make_host_sizes,
 )
 from hpcmoe.errors import ConfigError
 from hpcmoe.wait import gather_to_all
@@ -27,26 +26,27 @@ from hpcmoe.wait import gather_to_all
 _SLOWER_LINK = 2.0  # times slower than a node's own memory: then a link is worth sums on the other side
 
 
-def find_routes(config: Config, topology: Topology, mesh: Mesh, slots: int) -> Routes:
-    """Find the routes of this rank's rows. Collective over mesh.group."""
+def find_routes(comm: CommConfig, topology: Topology, mesh: Mesh, slots: int, top_k: int, same_order: bool) -> Routes:
+    """Find the routes of this rank's rows by [comm]. Collective over mesh.group.
+
+    same_order: experts see rows in one order on all ranks, which costs overlap, for a rank's own rows are there first.
+    """
     nodes = np.array(gather_to_all(mesh.group, int(topology.node_of_rank[mesh.world.rank])))  # [P]
-    assignments = config.model.top_k * mesh.tensor_parallel
-    once = choose_once(config, topology, nodes, assignments)[np.ix_(nodes, nodes)]  # [P, P]
-    if not config.comm.shared_memory:  # each rank is a node of its own
+    once = choose_once(comm.once_per_node, topology, nodes, top_k * mesh.tensor_parallel)
+    once = once[np.ix_(nodes, nodes)]  # [P, P]
+    if not comm.shared_memory:  # each rank is a node of its own
         nodes, once = np.arange(len(nodes)), np.zeros_like(once)
     _, first, nodes = np.unique(nodes, return_index=True, return_inverse=True)
-    # One order for all ranks costs overlap, for a rank's own rows are there first: only where experts may move.
-    same_order = config.pipeline.deterministic and config.run.mode == "train" and config.cluster.rebalance_every > 0
     return make_routes(nodes, mesh.group.rank, slots, once[np.ix_(first, first)], same_order)
 
 
-def choose_once(config: Config, topology: Topology, node_of_rank: np.ndarray, assignments: int) -> np.ndarray:
+def choose_once(once_per_node: str, topology: Topology, node_of_rank: np.ndarray, assignments: int) -> np.ndarray:
     """Choose between which nodes a token goes once for all its experts there -> bool [nodes, nodes].
 
     "auto" does so where a node's memory is faster than the link, and another rank there can share what one receives.
     """
     num_local_peers = np.bincount(node_of_rank, minlength=topology.num_nodes)
-    match config.comm.once_per_node:
+    match once_per_node:
         case "on":
             return np.ones((topology.num_nodes, topology.num_nodes), bool)
         case "off":
@@ -59,33 +59,23 @@ def choose_once(config: Config, topology: Topology, node_of_rank: np.ndarray, as
             return slower & (num_local_peers > 1)[None, :] & (assignments > 1)
 
 
-def count_rows(config: Config, mesh: Mesh) -> Sizes:
+def make_sizes(spec: NetworkSpec, pipeline: PipelineConfig, batch_sequences: int, replicate: bool, mesh: Mesh) -> Sizes:
     """Compute how many rows a micro-batch has at most at a rank's home, and likely at its experts."""
-    model, pipeline = config.model, config.pipeline
-    sequences = math.ceil(math.ceil(config.data.batch_sequences / pipeline.micro_batches) / mesh.num_token_shares)
+    model, dtype = spec.model, getattr(torch, spec.model.dtype)
+    sequences = math.ceil(math.ceil(batch_sequences / pipeline.micro_batches) / mesh.num_token_shares)
     tokens, top_k = sequences * model.sequence_length, model.top_k * mesh.tensor_parallel
     # With fewer experts than ranks and no replicas, the ranks that hold one serve the others too.
-    busy = mesh.expert_parallel if config.cluster.replicate else min(model.num_experts, mesh.expert_parallel)
+    busy = mesh.expert_parallel if replicate else min(model.num_experts, mesh.expert_parallel)
     return Sizes(
         hidden=model.hidden,
-        dtype=getattr(torch, model.dtype),
+        dtype=dtype,
         tokens=tokens,
         top_k=top_k,
-        num_in_flight=1 if pipeline.schedule == "serial" else min(pipeline.in_flight, pipeline.micro_batches),
+        num_in_flight=pipeline.num_in_flight,
         num_micro_batches=pipeline.micro_batches,
         expert_rows=math.ceil(tokens * top_k * mesh.expert_parallel / busy),
-        batch_rows=config.experts.gemm_rows,
+        batch_rows=spec.experts.gemm_rows or choose_gemm_rows(model.hidden * dtype.itemsize),
     )
-
-
-def make_sizes(config: Config, topology: Topology, mesh: Mesh, routes: Routes, on_device: bool) -> AnySizes:
-    """Compute the sizes of this rank's buffers. Raises ConfigError when [comm] pool_bytes is too small."""
-    rows, deterministic = count_rows(config, mesh), config.pipeline.deterministic
-    if on_device:
-        return make_device_sizes(rows, config.comm.buffer_factor)
-    links = topology.bytes_per_second, topology.latency_seconds
-    order = deterministic or config.run.mode == "train", deterministic
-    return make_host_sizes(rows, routes, links, config.comm, order)
 
 
 def check_tags(sizes: AnySizes, num_layers: int) -> None:
