@@ -32,7 +32,7 @@ from hpcmoe.model.text import check_text, find_text
 from hpcmoe.output import StderrHandler, print_to_stdout
 from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
-from hpcmoe.prepare.budget import check_budget, describe_budget, may_use_gpus
+from hpcmoe.prepare.budget import check_budget, format_budget, may_use_gpus
 from hpcmoe.prepare.shards import resolve_tensor_parallel
 from hpcmoe.run.metadata import check_metadata, describe_checkpoint, log_changes
 from hpcmoe.wait import barrier
@@ -207,7 +207,7 @@ def list_written(config, folder):
 def log_plan(job):
     """Say what is about to run and how much memory it will take."""
     from hpcmoe.prepare.placement import format_placement
-    from hpcmoe.prepare.sizes import describe_sizes
+    from hpcmoe.prepare.sizes import format_sizes
     from hpcmoe.report.totals import format_sampling_floors
 
     memory, model, text_bytes = job.memory, job.config.model, len(job.training)
@@ -215,8 +215,8 @@ def log_plan(job):
         "%d layers x %d experts, top-%d, hidden %d, feed-forward %d; %.1f MB of text to train on",
         model.num_layers, model.num_experts, model.top_k, model.hidden, model.feed_forward, text_bytes / 1e6,
     )  # fmt: skip
-    budget_lines = describe_budget(job.budget, job.topology, memory.per_expert, model.num_layers)
-    size_lines = describe_sizes(job.stepper.dispatcher.sizes, job.stepper.dispatcher.routes)
+    budget_lines = format_budget(job.budget, job.topology, memory.per_expert, model.num_layers)
+    size_lines = format_sizes(job.stepper.dispatcher.sizes, job.stepper.dispatcher.routes)
     for line in [
         *budget_lines,
         *format_placement(job.run_placement, job.config.placement),

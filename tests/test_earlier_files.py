@@ -10,7 +10,6 @@ from hpcmoe.cluster.given import read_links
 from hpcmoe.config import read_config
 from hpcmoe.errors import ConfigError
 from hpcmoe.placement.demand import find_loads
-from hpcmoe.write.loads import read_loads
 from hpcmoe.write.problem import read_run_problem
 
 OLD = ROOT / "tests" / "old"
