@@ -17,7 +17,7 @@ from mpi4py import MPI
 
 from hpcmoe.arguments import Parser, name_program
 from hpcmoe.cluster.discover import read_host_name, read_topology
-from hpcmoe.cluster.launcher import check_launcher, find_launcher
+from hpcmoe.cluster.launcher import check_launcher, describe_launcher
 from hpcmoe.config import Cluster
 from hpcmoe.errors import HpcmoeError, exit_with, on_all, on_root
 from hpcmoe.interrupts import exit_on_signals, repeated_interrupts
@@ -116,7 +116,7 @@ def name_nccl(nccl):
 
 def describe_machine(topology):
     """Tell of ranks, nodes, links and Slurm -> list of (what, text)."""
-    lines = [("ranks", str(topology)), ("launcher", find_launcher())]
+    lines = [("ranks", str(topology)), ("launcher", describe_launcher())]
     if topology.num_nodes == 1:
         lines.append(("links", "all ranks are on one node"))
     else:
@@ -175,7 +175,7 @@ def describe_gpus(finds):
 
 def try_all(comm, device, support_of_rank):
     """Try each way on a small exchange, and tell what came of it. Collective over comm."""
-    from hpcmoe.comm.plain import PlainDevice
+    from hpcmoe.comm.device import PlainDevice
     from hpcmoe.comm.select import describe_row_ops, find_obstacles
     from hpcmoe.comm.self_test import run_self_test
 
