@@ -31,7 +31,7 @@ class InFlightBuffers:
         self.tokens = first_row + number * sizes.home_window_rows  # first row in the window
         self.results = self.tokens + sizes.tokens
         self.zero = self.tokens + sizes.home_window_rows - 1  # a row that nobody writes
-        self.send = device.make_buffer(sizes.sent_message_rows, sizes.row_bytes)
+        self.send = device.make_buffer(sizes.sent_message_rows, sizes.row_bytes).tensor
         self.exchange, self.direction = 0, None  # number of the one under way, from 1; which way it goes out
         self.requests, self.returns = [], []  # of messages from here, and of those that come back
         self.arrivals = None

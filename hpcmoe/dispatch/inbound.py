@@ -56,7 +56,7 @@ class Receiver:
         return number, words, self.receive_pool.transport.recv_words(words, sender, self.tag_of(MessageKind.HEADER))
 
     @property
-    def is_over(self):
+    def done(self):
         """Whether all messages have come and gone."""
         return not (self.headers or self.waiting or self.receiving or self.working or self.leaving)
 
@@ -108,7 +108,7 @@ class Receiver:
         while self.waiting:
             message = self.waiting[0]
             message_rows = self.receive_pool.message_rows(message)
-            first = pool.take(message_rows + message.num_assignments)
+            first = pool.allocate(message_rows + message.num_assignments)
             if first is None:
                 break
             message.first, moved = first, True
@@ -165,7 +165,7 @@ class Receiver:
         """Free the rows of the messages that have left."""
         left, self.leaving = part(self.leaving, is_done)
         for message in left:
-            self.receive_pool.pools[self.buffer_index].give_back(
+            self.receive_pool.pools[self.buffer_index].free(
                 message.first, self.receive_pool.message_rows(message) + message.num_assignments
             )
         return bool(left)
