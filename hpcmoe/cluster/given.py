@@ -5,7 +5,7 @@ import sys
 import numpy as np
 
 from hpcmoe.cluster.names import format_ambiguous, match_names
-from hpcmoe.cluster.topology import NO_UPLINKS, PORTS_TAKEN, ClusterLinks, load_topology, port_maxima
+from hpcmoe.cluster.topology import NO_UPLINKS, PORTS_TAKEN, ClusterLinks, find_port_maxima, load_topology
 from hpcmoe.errors import ClusterError
 
 
@@ -44,7 +44,7 @@ def config_links(cluster, node_names, rack_names):
     if not cluster.uplink_bytes_per_second:
         source["uplinks"] = NO_UPLINKS
 
-    egress, ingress = port_maxima(rates)
+    egress, ingress = find_port_maxima(rates)
     links = ClusterLinks(
         bytes_per_second=rates,
         latency_seconds=shaped(cluster.latency_seconds or np.zeros_like(rates), rates.shape, "latency_seconds"),

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 from mpi4py import MPI
 
-from hpcmoe.cluster.topology import port_maxima
+from hpcmoe.cluster.topology import find_port_maxima
 from hpcmoe.wait import Backoff, barrier, wait_all
 
 CHANNELS = 2  # messages of a flow that are under way at once
@@ -165,7 +165,7 @@ def infer_ports(own_rates, sent, received):
     Where that is less than its links carry one by one, it is the port's rate; else the port carries at least that.
     own_rates [nodes, nodes]: of each pair alone; sent, received [rounds, nodes]: with several at once.
     """
-    egress, ingress = port_maxima(own_rates)
+    egress, ingress = find_port_maxima(own_rates)
     return np.vstack([sent, egress]).max(axis=0), np.vstack([received, ingress]).max(axis=0)
 
 
