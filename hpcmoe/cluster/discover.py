@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from hpcmoe.cluster.given import take_links
+from hpcmoe.cluster.given import read_links
 from hpcmoe.cluster.machine import count_cuda_devices, read_memory_bytes, read_own_quotas, whole_cores
 from hpcmoe.cluster.measure.cluster import find_slow_links, measure_links
 from hpcmoe.cluster.racks import find_racks
 from hpcmoe.cluster.topology import ClusterLinks, Topology
-from hpcmoe.config import Cluster
+from hpcmoe.config import ClusterConfig
 from hpcmoe.environment import is_set, read_counts, read_memory, read_number, read_setting
 from hpcmoe.errors import on_all, on_root
 from hpcmoe.wait import barrier, broadcast, gather_to_all
@@ -58,7 +58,7 @@ def read_host_name() -> str:
     return read_setting("PMI_HOSTNAME") or read_setting("SLURMD_NODENAME") or MPI.Get_processor_name()
 
 
-def read_topology(comm: MPI.Intracomm, cluster: Cluster) -> Topology:
+def read_topology(comm: MPI.Intracomm, cluster: ClusterConfig) -> Topology:
     """Read where the ranks are, from MPI, Slurm, the system and [cluster]. Collective over comm.
 
     Raises ClusterError on all ranks when [cluster] or a links file does not fit the nodes.
@@ -106,14 +106,14 @@ def make_rank_info(leader: int) -> RankInfo:
     )
 
 
-def make_cluster_layout(infos: Sequence[RankInfo], cluster: Cluster) -> ClusterLayout:
+def make_cluster_layout(infos: Sequence[RankInfo], cluster: ClusterConfig) -> ClusterLayout:
     """Group the ranks by node, and the nodes by rack. Raises ClusterError for racks that do not fit."""
     node_of_rank = np.unique([info.leader for info in infos], return_inverse=True)[1].astype(np.int64)
     infos_of_node: list[list[RankInfo]] = [[] for _ in range(max(node_of_rank) + 1)]
     for node, info in zip(node_of_rank, infos, strict=True):
         infos_of_node[node].append(info)
     names = distinct([group[0].name for group in infos_of_node])
-    racks, source = find_racks(infos_of_node, names, cluster.rack_of_node)
+    racks, source = find_racks(infos_of_node, names, cluster.racks)
     rack_names = tuple(dict.fromkeys(racks))
     return ClusterLayout(
         node_of_rank=node_of_rank,
@@ -125,12 +125,12 @@ def make_cluster_layout(infos: Sequence[RankInfo], cluster: Cluster) -> ClusterL
     )
 
 
-def make_topology(layout: ClusterLayout, cluster: Cluster, measured: ClusterLinks | None) -> Topology:
+def make_topology(layout: ClusterLayout, cluster: ClusterConfig, measured: ClusterLinks | None) -> Topology:
     """Join the layout, the config and the measured links, if any. Raises ClusterError where they do not fit."""
     if cluster.links == "measure" and measured is not None:
         links, source = measured, dict.fromkeys(("links", "ports", "uplinks"), "measured")
     else:
-        links, source = take_links(cluster, layout.node_names, layout.rack_names)
+        links, source = read_links(cluster.links, layout.node_names, layout.rack_names)
     given, infos_of_node = cluster.memory_bytes_per_node, layout.infos_of_node
     memory = [given or min(info.memory_bytes for info in group) for group in infos_of_node]
     devices = [frozenset().union(*(info.devices for info in group)) for group in infos_of_node]

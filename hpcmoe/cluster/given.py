@@ -1,88 +1,118 @@
-"""Links that need no measuring: those of the config, and those that an earlier run's file has kept."""
+"""Links that need no measuring, from a file: written by hand, or kept by an earlier run."""
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from hpcmoe.cluster.names import format_ambiguous, match_names
-from hpcmoe.cluster.topology import NO_UPLINKS, PORTS_TAKEN, ClusterLinks, find_port_maxima, load_topology
+from hpcmoe.cluster.topology import (
+    NO_UPLINKS,
+    PORTS_TAKEN,
+    ClusterLinks,
+    Topology,
+    find_port_maxima,
+    make_saved_topology,
+    naming_file,
+    read_tree,
+)
 from hpcmoe.errors import ClusterError
+from hpcmoe.messages import one_line, show_value, suggest
+
+_KEYS = ("latency_seconds", "egress_bytes_per_second", "ingress_bytes_per_second", "uplink_bytes_per_second")
+_LISTS = ("bytes_per_second", *_KEYS)  # of a file by hand
+LinksAndSource = tuple[ClusterLinks, dict[str, str]]
 
 
-def take_links(cluster, node_names, rack_names):
-    """Take the links of [cluster] or of its links_file -> (ClusterLinks, dict fact: source).
+def read_links(path: str, node_names: Sequence[str], rack_names: Sequence[str]) -> LinksAndSource:
+    """Read the links of this run's nodes and racks from a file, with the source of each fact.
 
-    Raises ClusterError that names the key or file, and the entry, where they do not fit the nodes and racks.
+    The file is written by hand, five lists in the order of nodes and racks as in inputs/links.json, or a topology.json
+    of an earlier run, by names. Raises ClusterError that names the file and the entry where it does not fit.
     """
-    match cluster.links:
-        case "config":
-            where = "[cluster]"
-            links, source = config_links(cluster, node_names, rack_names)
-        case "file":
-            where = cluster.links_file
-            links, source = saved_links(load_topology(where), node_names, rack_names, where)
-        case _:
-            raise ValueError(cluster.links)
+    tree = read_tree(path)
+    if isinstance(tree, dict) and isinstance(tree.get("bytes_per_second"), list):
+        links, source = make_listed_links(tree, len(node_names), len(rack_names), path)
+    else:
+        with naming_file(path):
+            saved = make_saved_topology(tree)
+        links, source = saved_links(saved, node_names, rack_names, path)
 
-    check_rates(links.bytes_per_second, f"{where} bytes_per_second", node_names)
-    check_latencies(links.latency_seconds, f"{where} latency_seconds", node_names)
-    check_rates(links.egress_bytes_per_second, f"{where} egress_bytes_per_second", node_names)
-    check_rates(links.ingress_bytes_per_second, f"{where} ingress_bytes_per_second", node_names)
-    check_rates(links.uplink_bytes_per_second, f"{where} uplink_bytes_per_second", rack_names, most=np.inf)
+    # Rates are above 0; an uplink without limit is none, and a latency may be 0.
+    for key in _LISTS:
+        array, names = getattr(links, key), rack_names if key.startswith("uplink") else node_names
+        most = np.inf if key.startswith("uplink") else sys.float_info.max
+        right = (array >= 0) & np.isfinite(array) if key == "latency_seconds" else (array > 0) & (array <= most)
+        allowed = "0 or above" if key == "latency_seconds" else "above 0"
+        for index in np.argwhere(~right)[:1]:
+            place, of = "".join(f"[{i}]" for i in index), " to ".join(names[i] for i in index)
+            raise ClusterError(f"{path}: {key}: entry {place} = {array[tuple(index)]:g}, {of}, must be {allowed}")
     return links, source
 
 
-def config_links(cluster, node_names, rack_names):
-    """Take the links as [cluster] has them; what it leaves out is guessed, and said to be -> (ClusterLinks, source)."""
-    num_nodes, num_racks = len(node_names), len(rack_names)
-    source = {"links": "config", "ports": "config", "uplinks": "config"}
-    rates = shaped(cluster.bytes_per_second, (num_nodes, num_nodes), "bytes_per_second")
-    if not cluster.latency_seconds:
-        source["links"] = "config; latency not given, taken as 0"
-    if not (cluster.egress_bytes_per_second and cluster.ingress_bytes_per_second):
-        source["ports"] = f"config; {PORTS_TAKEN}"
-    if not cluster.uplink_bytes_per_second:
+def make_listed_links(tree: dict[str, Any], num_nodes: int, num_racks: int, path: str) -> LinksAndSource:
+    """Return the links that a file lists; what it leaves out is guessed, and the source says so."""
+    for key in tree:
+        if key not in _LISTS:
+            raise ClusterError(f"{path}: {one_line(key)}: unknown key{suggest(key, _LISTS)}")
+    given = {key: value for key, value in tree.items() if value != []}
+    source = dict.fromkeys(("links", "ports", "uplinks"), f"file {path}")
+    if "latency_seconds" not in given:
+        source["links"] = f"file {path}; latency not given, taken as 0"
+    if not {"egress_bytes_per_second", "ingress_bytes_per_second"} <= set(given):
+        source["ports"] = f"file {path}; {PORTS_TAKEN}"
+    if "uplink_bytes_per_second" not in given:
         source["uplinks"] = NO_UPLINKS
 
-    egress, ingress = find_port_maxima(rates)
-    links = ClusterLinks(
-        bytes_per_second=rates,
-        latency_seconds=shaped(cluster.latency_seconds or np.zeros_like(rates), rates.shape, "latency_seconds"),
-        egress_bytes_per_second=shaped(
-            cluster.egress_bytes_per_second or egress, (num_nodes,), "egress_bytes_per_second"
-        ),
-        ingress_bytes_per_second=shaped(
-            cluster.ingress_bytes_per_second or ingress, (num_nodes,), "ingress_bytes_per_second"
-        ),
-        uplink_bytes_per_second=shaped(
-            cluster.uplink_bytes_per_second or np.full(num_racks, np.inf), (num_racks,), "uplink_bytes_per_second"
-        ),
-    )
-    return links, source
+    # Each list has an entry a node or a rack, each matrix a row and a column a node.
+    rates = make_array(tree["bytes_per_second"], (num_nodes, num_nodes), f"{path}: bytes_per_second")
+    usual = (np.zeros_like(rates), *find_port_maxima(rates), np.full(num_racks, np.inf))
+    arrays = {
+        key: make_array(given[key], value.shape, f"{path}: {key}") if key in given else value
+        for key, value in zip(_KEYS, usual, strict=True)
+    }
+    return ClusterLinks(bytes_per_second=rates, **arrays), source
 
 
-def shaped(value, shape, key):
-    """Make an array of a key's value, whose shape must be this run's nodes or racks; else ClusterError."""
-    has = f"the run has {shape[0]} {'racks' if key.startswith('uplink') else 'nodes'}"
-    if len(shape) == 2:
-        widths = sorted({len(row) for row in value})
-        if len(value) != shape[0] or widths != [shape[1]]:
-            raise ClusterError(f"[cluster] {key} is {len(value)} x {' or '.join(map(str, widths))}, {has}")
-    elif len(value) != shape[0]:
-        raise ClusterError(f"[cluster] {key} has {len(value)} entries, {has}")
-    return np.array(value, np.float64)
+def make_array(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
+    """Return an array of a list, or list of lists, whose shape must be this run's nodes or racks -> float64 `shape`.
+
+    null is no limit. Raises ClusterError that begins with `what`, the file and key.
+    """
+    # Check the shape.
+    is_matrix = len(shape) == 2
+    rows = value if is_matrix else [value]
+    if not (isinstance(value, list) and all(isinstance(row, list) for row in rows)):
+        raise ClusterError(f"{what} must be a list{' of lists' * is_matrix}")
+    widths = sorted({len(row) for row in rows})
+    if len(value) != shape[0] or widths != [shape[-1]]:
+        has = f"is {len(value)} x {' or '.join(map(str, widths))}" if is_matrix else f"has {len(value)} entries"
+        raise ClusterError(f"{what} {has}, the run has {shape[0]} {'racks' if 'uplink' in what else 'nodes'}")
+
+    # Check the numbers.
+    for i, row in enumerate(rows):
+        for j, number in enumerate(row):
+            if not (number is None or type(number) in (int, float)):
+                place = f"[{i}][{j}]" if is_matrix else f"[{j}]"
+                raise ClusterError(f"{what}: entry {place} = {show_value(number)}: must be a number")
+    numbers = [[np.inf if number is None else number for number in row] for row in rows]
+    return np.array(numbers, np.float64).reshape(shape)
 
 
-def saved_links(saved, node_names, rack_names, path):
-    """Pick this run's nodes and racks by name from a Topology, which may hold more of them -> (ClusterLinks, source)."""
+def saved_links(saved: Topology, node_names: Sequence[str], rack_names: Sequence[str], path: str) -> LinksAndSource:
+    """Return the links of this run's nodes and racks, by name, from a Topology that may hold more of them."""
+    # Find the nodes, whose names may differ by a domain.
     found, ambiguous = match_names(node_names, saved.node_names)
     missing = [name for name in node_names if name not in found]
     if missing:
         unclear = f" ({format_ambiguous(ambiguous)})" if ambiguous else ""
         raise ClusterError(
-            f"[cluster] links_file = {path}: has no links of {', '.join(missing)}{unclear}; "
+            f"[cluster] links = {path}: has no links of {', '.join(missing)}{unclear}; "
             f"the run's nodes are {', '.join(node_names)}, the file's {', '.join(saved.node_names)}"
         )
+
+    # A guess of the file's own run stays one.
     nodes = [saved.node_names.index(found[name]) for name in node_names]
     uplink_of_rack = dict(zip(saved.rack_names, saved.uplink_bytes_per_second, strict=True))
     source = dict.fromkeys(("links", "ports", "uplinks"), f"file {path}")
@@ -102,21 +132,3 @@ def saved_links(saved, node_names, rack_names, path):
         uplink_bytes_per_second=np.array([uplink_of_rack.get(name, np.inf) for name in rack_names]),
     )
     return links, source
-
-
-def check_rates(rates, what, names, most=sys.float_info.max):
-    """Refuse bytes a second that are no number above 0, or above `most`, with the names they are of."""
-    check_entries(rates, ~((rates > 0) & (rates <= most)), what, names, "above 0")
-
-
-def check_latencies(seconds, what, names):
-    """Refuse seconds that are no finite number of 0 or above."""
-    check_entries(seconds, ~((seconds >= 0) & np.isfinite(seconds)), what, names, "0 or above")
-
-
-def check_entries(array, wrong, what, names, allowed):
-    """Raise ClusterError for the first entry that is wrong: a pair of names in a matrix, one in a list."""
-    for index in np.argwhere(wrong):
-        place = "".join(f"[{i}]" for i in index)
-        of = " to ".join(names[i] for i in index)
-        raise ClusterError(f"{what}: entry {place} = {array[tuple(index)]:g}, {of}, must be {allowed}")

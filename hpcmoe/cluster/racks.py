@@ -42,7 +42,7 @@ def find_racks(
     """
     if racks:
         if len(racks) != len(names):
-            raise ClusterError(f"[cluster] rack_of_node has {len(racks)} entries, the run has {len(names)} nodes")
+            raise ClusterError(f"[cluster] racks has {len(racks)} entries, the run has {len(names)} nodes")
         return racks, "config"
 
     # The tasks' own addresses cost nothing; Slurm's controller is asked where they do not tell all.

@@ -1,9 +1,10 @@
 """What is known of the nodes and of what joins them, and the file that keeps it for the next run."""
 
+import contextlib
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,9 +120,22 @@ def load_topology(path: str | pathlib.Path) -> Topology:
 
     Raises ClusterError that names what is wrong with the file.
     """
-    try:
-        tree = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    tree = read_tree(path)
+    with naming_file(path):
         return make_saved_topology(tree)
+
+
+def read_tree(path: str | pathlib.Path) -> Any:
+    """Read a file's JSON. Raises ClusterError that names what is wrong with the file."""
+    with naming_file(path):
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def naming_file(path: str | pathlib.Path) -> Iterator[None]:
+    """Raise what Python raises about a file, or about a missing or strange entry of it, as a ClusterError."""
+    try:
+        yield
     except OSError as error:
         raise ClusterError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:

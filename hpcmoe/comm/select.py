@@ -20,7 +20,7 @@ from hpcmoe.wait import gather_to_all
 
 if TYPE_CHECKING:
     from hpcmoe.comm.device import Device
-    from hpcmoe.config import Comm
+    from hpcmoe.config import CommConfig
 
 _MULTI_RANK_VERSION = 23000  # of NCCL, as it counts: 2.30 may run several ranks on one GPU
 
@@ -46,7 +46,7 @@ class SelectedBackend:
     reason: str
 
 
-def select_backend(config: Comm, support_of_rank: list[TransportSupport], schedule: str) -> SelectedBackend:
+def select_backend(config: CommConfig, support_of_rank: list[TransportSupport], schedule: str) -> SelectedBackend:
     """Select the backend for [comm] transport and buffers, from what each rank finds.
 
     Raises ClusterError when the config asks for what is not there.

@@ -292,5 +292,5 @@ def test_lists_of_hosts_are_expanded_as_far_as_they_are_whole(text, hosts, unrea
 
 
 def test_racks_of_the_config_must_fit():
-    with pytest.raises(ClusterError, match="rack_of_node has 1 entries, the run has 2 nodes"):
+    with pytest.raises(ClusterError, match="racks has 1 entries, the run has 2 nodes"):
         find_racks([[info("a")], [info("b")]], ("a", "b"), ("x",))

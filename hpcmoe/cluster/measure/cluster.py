@@ -18,7 +18,7 @@ from hpcmoe.cluster.measure.rounds import (
     uplinks_of,
 )
 from hpcmoe.cluster.topology import ClusterLinks
-from hpcmoe.config import Cluster
+from hpcmoe.config import ClusterConfig
 from hpcmoe.errors import ClusterError, on_root
 from hpcmoe.wait import broadcast
 
@@ -28,7 +28,9 @@ _MAX_REPEATED = 300  # links
 _DOUBTFUL, _SLOW = 0.85, 0.7  # of the median of its kind: a link below it is measured again, or named
 
 
-def measure_links(comm: MPI.Comm, node_of_rank: np.ndarray, rack_of_node: np.ndarray, cluster: Cluster) -> ClusterLinks:
+def measure_links(
+    comm: MPI.Comm, node_of_rank: np.ndarray, rack_of_node: np.ndarray, cluster: ClusterConfig
+) -> ClusterLinks:
     """Measure what joins the nodes, within [cluster] measure_seconds and measure_bytes.
 
     Collective over comm. Raises ClusterError on all ranks when measure_bytes is too few for a message to each node.

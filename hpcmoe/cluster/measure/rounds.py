@@ -104,7 +104,7 @@ def make_port_rounds(rack_of_node: np.ndarray, seconds: float) -> list[np.ndarra
 
 
 def make_stars(block: np.ndarray) -> list[np.ndarray]:
-    """Return rounds in which each node of a block sends to all others, then receives from them -> list of [flows, 2]."""
+    """Return rounds in which each node of a block sends to all others, then receives -> list of [flows, 2]."""
     outward = [np.array([(centre, peer) for peer in block if peer != centre]) for centre in block]
     return [flows for star in outward for flows in (star, star[:, ::-1])]
 
