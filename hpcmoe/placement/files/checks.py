@@ -170,7 +170,7 @@ def find_missing_capacity(problem):
     # A node's memory is of use as far as its slots go.
     needed, one = experts * layers, problem.expert_bytes
     by_slots = problem.slots_of_node * layers
-    held = np.minimum(by_slots, problem.memory_replicas)
+    held = problem.capacity_of_node
     if held.sum() >= needed:
         return
     work = f"E {experts} x layers {layers} = {needed} experts"
