@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import format_index, format_more, join_lines, one_line, show_value, suggest
+from hpcmoe.renamed import find_place
 
 if TYPE_CHECKING:  # rank 0 alone pays for this import
     from pydantic import TypeAdapter, ValidationError
@@ -105,5 +106,7 @@ def _format_errors(
     key = inner[0]
     what = f"{source_of(name, key)}: [{name}] {one_line(key)}"
     if key not in keys_of_section[name]:
-        return f"{what} = {show_value(tree[name][key])}: unknown key{suggest(key, keys_of_section[name])}"
+        place = find_place(name, key)
+        what = f"{what} = {show_value(tree[name][key])}"
+        return f"{what}: is now {place}" if place else f"{what}: unknown key{suggest(key, keys_of_section[name])}"
     return format_entry(what, tree, errors, 2)

@@ -148,7 +148,7 @@ def moved_by(device, row_ops, move):
 
 def make_moves(dispatcher, slots):
     """Make all moves of an exchange's rows -> dict name: (bytes, call); a token is read once for all its copies."""
-    handle = SimpleNamespace(plan=dispatcher.make_plan(slots, None), berth=0, layer=0, micro_batch=0)
+    handle = SimpleNamespace(plan=dispatcher.make_plan(slots, None), buffer_index=0, layer=0, micro_batch=0)
     while not dispatcher.poll_ready(handle):
         dispatcher.poke()
     sizes, device = dispatcher.sizes, dispatcher.device

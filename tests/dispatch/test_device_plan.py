@@ -39,10 +39,10 @@ def test_copies_lie_by_slot_and_dropped_ones_nowhere(num_tokens):
     plan = DevicePlan(torch.from_numpy(slots), torch.from_numpy(kept), 6, PlainDevice())
     counts = np.diff(plan.counts.fetched.numpy(), prepend=0)
     assert counts.tolist() == np.bincount(slots[kept], minlength=6).tolist()
-    assignments = plan.assignments.first(counts.sum()).order.numpy()
+    assignments = plan.assignments.limit_to(counts.sum()).order.numpy()
     assert slots.ravel()[assignments].tolist() == np.repeat(np.arange(6), counts).tolist()
-    assert plan.assignments.entries.flatten()[assignments].tolist() == list(range(counts.sum()))
-    assert (plan.assignments.entries[torch.from_numpy(~kept)] == -1).all()
+    assert plan.assignments.row_of_assignment.flatten()[assignments].tolist() == list(range(counts.sum()))
+    assert (plan.assignments.row_of_assignment[torch.from_numpy(~kept)] == -1).all()
 
 
 def test_a_batch_is_grouped_by_slot_and_within_it_by_rank():

@@ -49,7 +49,7 @@ FAULTS = {
     ),
     "a bound is met from too far": plant(
         "placement/cost.py",
-        "bound >= cost * (1 - MET)",
+        "bound >= cost * (1 - _BOUND_TOLERANCE)",
         "bound >= cost * (1 - 0.1)",
         "placement/test_result.py",
     ),
@@ -97,7 +97,10 @@ FAULTS = {
         PLAN,
     ),
     "a message's second part counts tokens from the first": plant(
-        "dispatch/plan.py", "(token_of_copy[inside] - begin).astype", "(token_of_copy[inside] - 0).astype", PLAN
+        "dispatch/plan.py",
+        "(token_of_assignment[inside] - begin).astype",
+        "(token_of_assignment[inside] - 0).astype",
+        PLAN,
     ),
     "all ranks send their single copies to one replica": plant(
         "dispatch/plan.py", "self.phase = rank * _GOLDEN_RATIO % 1.0", "self.phase = 0 * _GOLDEN_RATIO % 1.0", PLAN
@@ -157,8 +160,8 @@ FAULTS = {
     ),
     "a descriptor is written over while a local_peer reads it": plant(
         "comm/window.py",
-        "(self.consumed[:, berth] >= exchange - 2).all()",
-        "(self.consumed[:, berth] >= exchange - 3).all()",
+        "(self.consumed[:, buffer_index] >= exchange - 2).all()",
+        "(self.consumed[:, buffer_index] >= exchange - 3).all()",
         "comm/test_window.py",
     ),
     "a sum's parts are told apart by layer alone": plant(
@@ -181,8 +184,8 @@ FAULTS = {
     ),
     "a padded row is computed from what lay there": plant(
         "dispatch/host.py",
-        "plan.row_of_entry < 0, buffers.zero, berth",
-        "plan.row_of_entry < 0, buffers.results, berth",
+        "plan.row_of_entry < 0, buffers.zero, buffers",
+        "plan.row_of_entry < 0, buffers.results, buffers",
         EXCHANGE,
         3,
     ),
@@ -234,7 +237,7 @@ FAULTS = {
     ),
     "the norm counts every copy": plant(
         "run/optimizer.py",
-        "[copy for copy in self.shared.held_replicas() if copy.owned]",
+        "[replica for replica in self.shared.held_replicas() if replica.owned]",
         "list(self.shared.held_replicas())",
         ORACLE,
         3,
@@ -306,13 +309,13 @@ FAULTS = {
         "write/writer.py", "dataclasses.replace(piece, array=array)", "piece", "write/test_writer.py", 3
     ),
     "another model's checkpoint is taken up": plant(
-        "prepare/metadata.py",
+        "run/metadata.py",
         "if metadata.get(key, wants) != wants]",
         "if key not in metadata]",
-        "prepare/test_metadata.py",
+        "run/test_metadata.py",
     ),
     "a checkpoint of another step is taken up": plant(
-        "prepare/metadata.py", 'metadata.get("step") != step or "num', '"num', "prepare/test_metadata.py"
+        "run/metadata.py", 'metadata.get("step") != step or "num', '"num', "run/test_metadata.py"
     ),
     # CONFIG and ERRORS
     "more choices than experts": plant(
@@ -322,7 +325,7 @@ FAULTS = {
         "test_config.py",
     ),
     "shards that do not divide an expert": plant(
-        "contradictions.py", "model.feed_forward % max(cluster.tensor_parallel, 1) == 0,", "True,", "test_config.py"
+        "contradictions.py", "model.feed_forward % max(parallel.tensor, 1) == 0,", "True,", "test_config.py"
     ),
     "bad input ends with a bug's status": plant(
         "output.py", "EXIT_USER = 2 ", "EXIT_USER = 1 ", "test_errors.py -k 'shared_error or names_it'"
