@@ -85,6 +85,14 @@ def format_more(number: int) -> str:
     return f" (and {number} more)" * (number > 0)
 
 
+def format_size(num_bytes: int) -> str:
+    """Format a number of bytes with the unit that suits it."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes} B"
+
+
 def join_lines(lines: Iterable[str], most: int = 40) -> str:
     """Join the lines of errors; of very many the first."""
     lines = list(lines)

@@ -174,7 +174,7 @@ def place_case(arguments):
     logging.basicConfig(level=logging.INFO, format="hpcmoe: note: %(message)s", handlers=[StderrHandler()])
 
     # What compiles, or takes a second to import, waits until the input is known to be good.
-    from hpcmoe.placement.resources import compute_usage
+    from hpcmoe.placement.result import compute_usage
     from hpcmoe.placement.solve import compare_methods
     from hpcmoe.report.placement_tables import make_placement_tables
 
@@ -219,9 +219,7 @@ def search_placement(problem, arguments):
     begun = time.perf_counter()
     layouts = refine(problem, start, arguments.moves, SearchOptions(**options)) if arguments.moves else start
     search_stats = SearchStats(seconds=time.perf_counter() - begun)
-    return evaluate(
-        problem, layouts, bound_layers(problem, layouts, [None] * len(layouts), seconds / 2), "packed", search_stats
-    )
+    return evaluate(problem, layouts, bound_layers(problem, layouts, seconds / 2), "packed", search_stats)
 
 
 def read_start_layouts(problem, path):

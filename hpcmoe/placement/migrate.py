@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcmoe.placement.cost import list_resources, resource_seconds
+from hpcmoe.placement.cost import resource_seconds
+from hpcmoe.placement.resources import list_resources, port_seconds
 from hpcmoe.placement.search.layer_data import EMPTY
 
 
@@ -73,17 +74,7 @@ def estimate_move_seconds(problem, moves, bytes_of_expert):
     nodes = problem.node_of_rank
     sent = np.zeros((problem.num_nodes, problem.num_nodes))
     np.add.at(sent, (nodes[moves.source], nodes[moves.target]), float(bytes_of_expert))
-    crossing = np.where(np.eye(len(sent)), 0.0, sent)
-    racks = (problem.rack_of_node[:, None] == np.arange(len(problem.uplink_bytes_per_second))).astype(np.float64)
-    between = racks.T @ crossing @ racks
-    np.fill_diagonal(between, 0.0)
-    seconds = [
-        sent / problem.bytes_per_second,
-        crossing.sum(axis=1) / problem.egress_bytes_per_second,
-        crossing.sum(axis=0) / problem.ingress_bytes_per_second,
-        between.sum(axis=1) / problem.uplink_bytes_per_second,
-        between.sum(axis=0) / problem.uplink_bytes_per_second,
-    ]
+    seconds = [sent / problem.bytes_per_second, *port_seconds(problem, sent).values()]
     return max(float(array.max(initial=0.0)) for array in seconds)
 
 

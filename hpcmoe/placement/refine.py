@@ -6,12 +6,13 @@ import numpy as np
 
 from hpcmoe.placement.bounds.bounds import bound_layer
 from hpcmoe.placement.cost import layer_seconds
+from hpcmoe.placement.layouts import fits, match_memory, pad_slots, trim_slots
 from hpcmoe.placement.migrate import keep_slots
 from hpcmoe.placement.quotas import divide_memory, relax_evenness, widen_limits
 from hpcmoe.placement.search.anneal import TIE_FACTOR, Budget, reduce_crossing, search_layout
 from hpcmoe.placement.search.layer_data import EMPTY, make_layer_data
 from hpcmoe.placement.search.warm import compile_search
-from hpcmoe.placement.solve import LEAST_SECONDS, PROPOSALS_TO_TIDY, fits, match_memory, pad_slots, trim_slots
+from hpcmoe.placement.solve import LEAST_SECONDS, PROPOSALS_TO_TIDY
 
 _LEAST_GAIN = 0.005  # of a layer's cost; for less nothing moves
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from hpcmoe.errors import ClusterError, PlacementError
 from hpcmoe.experts.shapes import estimate_expert
+from hpcmoe.messages import format_size
 from hpcmoe.model.text import VOCABULARY_SIZE
-from hpcmoe.placement.problem import format_size
 
 FLOAT32_BYTES = 4  # bytes
 GPU_LIBRARY_BYTES = 10**9  # of a rank's GPU for CUDA's kernels and cuBLAS, 0.2 GB on an H200, and holes in torch's pool

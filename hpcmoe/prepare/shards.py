@@ -7,7 +7,7 @@ import numpy as np
 
 from hpcmoe.errors import on_all
 from hpcmoe.experts.shapes import estimate_expert
-from hpcmoe.placement.problem import format_size
+from hpcmoe.messages import format_size
 from hpcmoe.prepare.budget import FLOAT32_BYTES, count_dense_parameters, share_gpu_memory
 from hpcmoe.wait import gather_to_all
 

@@ -11,9 +11,9 @@ import pathlib
 import numpy as np
 
 from hpcmoe.errors import ConfigError
-from hpcmoe.messages import one_line
+from hpcmoe.messages import format_size, one_line
 from hpcmoe.placement.files.formats import check_range, read_slots
-from hpcmoe.placement.problem import PlacementProblem, format_size
+from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.placement.quotas import describe_unevenness
 from hpcmoe.placement.search.layer_data import EMPTY
 
@@ -83,10 +83,9 @@ def check_replicas(where, experts, problem):
     used = np.bincount(problem.node_of_rank, (experts != EMPTY).sum(axis=(0, 2)), problem.num_nodes).astype(np.int64)
     if (used > problem.memory_replicas).any():
         node = int(np.argmax(used - problem.memory_replicas))
-        name = problem.node_names[node] if problem.node_names else node
         raise ConfigError(
-            f"{where}: {used[node]} replicas on node {name} x {format_size(problem.expert_bytes)} are more than its "
-            f"{format_size(int(problem.memory_bytes[node]))} hold"
+            f"{where}: {used[node]} replicas on node {problem.name_node(node)} x {format_size(problem.expert_bytes)} "
+            f"are more than its {format_size(int(problem.memory_bytes[node]))} hold"
         )
 
 
