@@ -15,7 +15,6 @@ from hpcmoe.renamed import find_place
 
 if TYPE_CHECKING:  # rank 0 alone pays for this import
     from pydantic import TypeAdapter, ValidationError
-    from pydantic_core import ErrorDetails
 
 STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # what pydantic is to be picky about
 DEEPEST = 8  # lists within lists: no key takes as many
@@ -65,15 +64,15 @@ def make_json(value: object, depth: int = 0) -> object:
     return {"date": str(value)}
 
 
-def group_errors(invalid: ValidationError, depth: int) -> list[list[ErrorDetails]]:
-    """Group pydantic's errors by the key at a depth of the tree that they are of -> a list for each key."""
-    errors_of_key: dict[tuple[int | str, ...], list[ErrorDetails]] = {}
+def group_errors(invalid: ValidationError, depth: int) -> list[list[Any]]:
+    """Group pydantic's errors (dicts) by their key, at a depth of the tree -> a list for each key."""
+    errors_of_key: dict[tuple[int | str, ...], list[Any]] = {}
     for error in invalid.errors():
         errors_of_key.setdefault(error["loc"][:depth], []).append(error)
     return list(errors_of_key.values())
 
 
-def format_entry(name: str, tree: dict[str, Any], errors: Sequence[ErrorDetails], depth: int) -> str:
+def format_entry(name: str, tree: dict[str, Any], errors: Sequence[Any], depth: int) -> str:
     """Format a key's errors, by the first of them: `name[1][2] = value: must be a valid number (and 3 more)`.
 
     The key is at a depth of the tree.
@@ -91,7 +90,7 @@ def format_entry(name: str, tree: dict[str, Any], errors: Sequence[ErrorDetails]
 
 
 def _format_errors(
-    errors: list[ErrorDetails],
+    errors: list[Any],
     tree: dict[str, Any],
     source_of: Callable[..., str],
     keys_of_section: dict[str, list[str]],

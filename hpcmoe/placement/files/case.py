@@ -9,17 +9,18 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from hpcmoe.errors import ConfigError, PlacementError
 from hpcmoe.messages import format_more, one_line, show_value
-from hpcmoe.placement.files.checks import find_invalid_numbers, find_overflow, find_shape_mismatches, number_racks
+from hpcmoe.placement.files.checks import (
+    find_invalid_numbers,
+    find_overflow,
+    find_shape_mismatches,
+    number_racks,
+    to_integer,
+)
 from hpcmoe.placement.problem import PlacementProblem, check_problem
 from hpcmoe.reading import read_json
 from hpcmoe.validate import format_entry, group_errors
 
 _MOST_MEMORY_BYTES = 2**62  # a node's memory is counted in 64 bits
-
-
-def to_integer(value: object) -> object:
-    """Convert 16.0 to 16, which JSON does not distinguish; leave other values."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 _Count = Annotated[int, BeforeValidator(to_integer), Interval(ge=1, lt=2**31)]

@@ -34,6 +34,11 @@ CASE_NAMES = {  # of what a problem is made of, as a case file has them
 }  # fmt: skip
 
 
+def to_integer(value: object) -> object:
+    """Convert 16.0 to 16, which JSON does not distinguish; leave other values."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def find_shape_mismatches(case: Case) -> Iterator[str]:
     """Yield a line for each key whose lengths are not what other keys say, or that lacks its companion."""
     # Compare all lengths with the sizes that they should be.
@@ -114,7 +119,7 @@ def find_invalid_numbers(case: Case) -> Iterator[str]:
 
 
 def format_first(key: str, value: np.ndarray, wrong: np.ndarray, what: str) -> Iterator[str]:
-    """Format the first of a key's wrong entries -> one line, or none."""
+    """Yield a line for the first of a key's wrong entries, if there is one."""
     if wrong.any():
         index = tuple(np.argwhere(wrong)[0].tolist())
         yield f"{key}{format_index(index)} = {value[index]:.9g}: {what}{format_more(int(wrong.sum()) - 1)}"
