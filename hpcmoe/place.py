@@ -249,7 +249,7 @@ def read_start_layouts(problem: PlacementProblem, path: str) -> np.ndarray:
     if find_ending(path) == ".h5":
         from hpcmoe.write.problem import read_last_placement
 
-        layouts, notes = check_map(path, "its placement", read_last_placement(path), problem)
+        layouts, notes = check_map(path, "its placement", read_last_placement(pathlib.Path(path)), problem)
     else:
         layouts, notes = read_map(path, problem)
     print_notes(notes, f"{one_line(path)}: ")

@@ -7,7 +7,7 @@ import json
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import format_index, format_more, join_lines, one_line, show_value, suggest
@@ -21,10 +21,8 @@ DEEPEST = 8  # lists within lists: no key takes as many
 _MOST_BITS = 1000  # of a whole number: no key takes as many, and Python does not write thousands of digits
 OVERFLOWING = 10**400  # stands for any larger one: more than a float, too, can be
 
-Section = TypeVar("Section")
 
-
-def validate(cls: type[Section], tree: dict[str, Any], source_of: Callable[..., str]) -> Section:
+def validate(cls: type, tree: dict[str, Any], source_of: Callable[..., str]) -> Any:
     """Build a dataclass of a tree, its fields dataclasses too. Raises ConfigError with one line for each key at fault.
 
     source_of(section, key) or source_of(section) names where a value came from.
@@ -35,13 +33,14 @@ def validate(cls: type[Section], tree: dict[str, Any], source_of: Callable[..., 
         return make_validator(cls).validate_json(json.dumps(make_json(tree)))
     except ValidationError as invalid:
         errors_of_key = group_errors(invalid, 2)
-    keys_of_section = {part.name: [key.name for key in fields(part.type)] for part in fields(cls)}  # type: ignore[arg-type]  # a section's type is a dataclass
+    sections: dict[str, Any] = {part.name: part.type for part in fields(cls)}
+    keys_of_section = {name: [key.name for key in fields(section)] for name, section in sections.items()}
     lines = (_format_errors(errors, tree, source_of, keys_of_section) for errors in errors_of_key)
     raise ConfigError(join_lines(lines))
 
 
 @functools.cache
-def make_validator(cls: type[Section]) -> TypeAdapter[Section]:
+def make_validator(cls: type) -> TypeAdapter[Any]:
     """Make what reads a dataclass, once: it takes pydantic as long as a hundred readings."""
     from pydantic import TypeAdapter
 
@@ -83,7 +82,7 @@ def format_entry(name: str, tree: dict[str, Any], errors: Sequence[Any], depth: 
 
     # Leave types' names out of an entry's path: a key of several types has an error for each.
     index = [part for part in first["loc"][depth:] if isinstance(part, int)]
-    value = functools.reduce(operator.getitem, [*first["loc"][:depth], *index], tree)  # type: ignore[arg-type]  # by keys, then by indices
+    value = functools.reduce(operator.getitem, [*first["loc"][:depth], *index], tree)
     entries = {tuple(part for part in error["loc"] if isinstance(part, int)) for error in errors}
     what = first["msg"].replace("Input should", "must")
     return f"{name}{format_index(index)} = {show_value(value)}: {what}{format_more(len(entries) - 1)}"

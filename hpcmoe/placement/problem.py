@@ -31,7 +31,7 @@ class PlacementProblem:
     uplink_bytes_per_second: np.ndarray  # [racks], what leaves a rack, and as much what enters; inf: no limit
     memory_bytes: np.ndarray  # [nodes] int64, what is there for experts of all layers
     expert_bytes: int  # one expert of one layer
-    bytes_per_token: int
+    bytes_per_token: float
     seconds_per_token: float = 0.0  # that a rank computes on one assignment
     tokens_of_rank: np.ndarray  # [P] assignments of a layer and step whose home is that rank
     probability: np.ndarray  # [L, nodes, E] of each expert for tokens of that node; sums to 1 over E

@@ -35,7 +35,7 @@ def refine(problem: PlacementProblem, present: np.ndarray, most_moves: int, opti
         if start is None or not fits(data, start):
             continue
         held = list_held(start, problem.num_experts)
-        data = data._replace(already_held=held, most_moves=np.int64(most_moves))
+        data = data._replace(already_held=held, most_moves=most_moves)
 
         # Search on from there.
         left = (begun + options.seconds - time.perf_counter()) / (problem.num_layers - layer)
@@ -70,7 +70,7 @@ def undo_needless(
 ) -> np.ndarray:
     """Undo moves slot by slot, as long as the layer costs no more; old, new [S] -> [S]."""
     limit = layer_seconds(problem, layer, new) * TIE_FACTOR
-    for slot in np.flatnonzero(old != new):
+    for slot in np.flatnonzero(old != new).tolist():
         back = undo_slot(old, new, slot)
         at = trim_slots(problem, data, back)
         if at is not None and fits(data, at) and layer_seconds(problem, layer, back) <= limit:

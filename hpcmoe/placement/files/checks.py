@@ -58,11 +58,12 @@ def find_shape_mismatches(case: Case) -> Iterator[str]:
         yield f"{missing}: missing, but {here} is given"
 
     # Match uplinks with racks, and bound what an answer would hold.
-    if case.uplink is not None and case.rack is None:
-        yield f"uplink has {len(case.uplink)} entries, but rack is not given"
-    elif case.uplink is not None and number_racks(case.rack, len(case.uplink)) is None:
-        names = sorted(set(case.rack))
-        yield f"uplink has {len(case.uplink)} entries, rack names {len(names)} racks: {show_value(names)}"
+    if case.uplink is not None:
+        if case.rack is None:
+            yield f"uplink has {len(case.uplink)} entries, but rack is not given"
+        elif number_racks(case.rack, len(case.uplink)) is None:
+            names = sorted({*case.rack})
+            yield f"uplink has {len(case.uplink)} entries, rack names {len(names)} racks: {show_value(names)}"
     num_slots = case.layers * case.G * case.slots_per_gpu
     if num_slots > MOST_SLOTS:
         yield (
@@ -83,13 +84,13 @@ def _find_shape_mismatch(
     return next(filter(None, inner), None)
 
 
-def number_racks(rack: Sequence[int] | Sequence[str], num_uplinks: int) -> Sequence[int] | None:
+def number_racks(rack: Sequence[Any], num_uplinks: int) -> Sequence[int] | None:
     """Find the number of each node's uplink [nodes], or None where racks and uplinks do not match.
 
     Racks may be numbered as uplink is; else uplinks are in sorted order of the racks' names.
     """
     if all(isinstance(name, int) and 0 <= name < num_uplinks for name in rack):
-        return rack  # type: ignore[return-value]  # all are numbers
+        return rack
     names = sorted(set(rack))
     return [names.index(name) for name in rack] if len(names) == num_uplinks else None
 

@@ -39,7 +39,7 @@ class Cooling:
 
 # Measured on the families of tests/placement/families.py: a low exponent finds where replicas go, a high one ends it.
 FINISH = Cooling(until=1.0, hot=0.0, cold=0.0, doublings=7)
-FEW = (Cooling(until=0.9, hot=1e-3, cold=1e-4, doublings=6), FINISH)
+FEW: tuple[Cooling, ...] = (Cooling(until=0.9, hot=1e-3, cold=1e-4, doublings=6), FINISH)
 SINGLE = (Cooling(until=0.9, hot=0.05, cold=2e-3, doublings=6), FINISH)
 REPLICATED = (
     Cooling(until=0.1, hot=1e-3, cold=1e-4, doublings=6),
