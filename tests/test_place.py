@@ -258,8 +258,8 @@ def test_a_changed_case_is_placed_or_refused_in_lines(tmp_path, case, objective)
 BROKEN = {
     "sum of P[1] = 1.5: must be 1, to within 1e-06": put(make_case(), "P", 1, value=[1.5, *[0] * 7]),
     "B[1][2] = nan: must be finite and > 0": put(make_case(), "B", 1, 2, value=float("nan")),
-    "E = 9 experts > G 8 x slots_per_gpu 1 = 8 slots": make_case(experts=9),
-    "M sums to 400000000 bytes < E 8 x layers 3": make_case(M=[1e8] * 4),
+    "9 experts do not fit into 8 ranks x 1 slots = 8; E": make_case(experts=9),
+    "8 experts x 3 layers x 35 MB = 840 MB do not fit: node n0 with 100 MB": make_case(M=[1e8] * 4),
     "M[127] = nan: must be finite": put(
         make_case(128, 8, 256, 60), "M", 127, value=float("nan")
     ),
