@@ -39,12 +39,12 @@ class Routing:
 class Router(nn.Module):
     """The gate of one layer: logits = W_g x, softmax, top-k."""
 
-    def __init__(self, weight, top_k, config):
+    def __init__(self, weight, top_k, settings):
         super().__init__()
         self.weight = nn.Parameter(weight)  # [E, H] float32
         self.register_buffer("bias", torch.zeros(len(weight)))  # [E] float32, moved by the load, not by gradients
         self.top_k = top_k
-        self.config = config
+        self.settings = settings
 
     def forward(self, x, load):
         """Route tokens x [T, H] under the measured load [E] (tokens of an expert / expected; 1 is even) -> Routing.
@@ -54,10 +54,10 @@ class Router(nn.Module):
         logits = multiply(x.float(), self.weight)  # [T, E]
 
         # Let load and bias speak on the choice, and the load on the weights too where it is to.
-        pressure = self.config.load_feedback * load
+        pressure = self.settings.load_feedback * load
         experts = choose_largest(logits.detach() + (self.bias - pressure), self.top_k)  # [T, K]
-        weighing = pressure if load_acts_on_gates(self.config) else None
-        renormalize = renormalizes(self.config, self.top_k)
+        weighing = pressure if load_acts_on_gates(self.settings) else None
+        renormalize = renormalizes(self.settings, self.top_k)
         gates, probability_sum, z_sum = Softmax.apply(logits, weighing, experts, renormalize)
 
         kept = self.keep_within_capacity(experts)
@@ -75,10 +75,10 @@ class Router(nn.Module):
 
         C = ceil(capacity_factor x T x K / E) of this rank's micro-batch; a factor of 0 drops nothing: None.
         """
-        if self.config.capacity_factor == 0:
+        if self.settings.capacity_factor == 0:
             return None
         num_experts = len(self.weight)
-        capacity = math.ceil(self.config.capacity_factor * experts.numel() / num_experts)
+        capacity = math.ceil(self.settings.capacity_factor * experts.numel() / num_experts)
         chosen = nn.functional.one_hot(experts.T.flatten(), num_experts)  # [K * T, E], first choices first
         place = (chosen.cumsum(dim=0) * chosen).sum(
             dim=1

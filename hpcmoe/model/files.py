@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from hpcmoe.config import Data
+from hpcmoe.config import DataConfig
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import printable
 from hpcmoe.paths import expand_pattern
@@ -50,7 +50,7 @@ def make_stamp(info: os.stat_result) -> Stamp:
     return Stamp(size=info.st_size, mtime_ns=info.st_mtime_ns, ctime_ns=info.st_ctime_ns, inode=info.st_ino)
 
 
-def find_files(data: Data, own_folder: str | os.PathLike | None = None) -> dict[str, Stamp]:
+def find_files(data: DataConfig, own_folder: str | os.PathLike | None = None) -> dict[str, Stamp]:
     """Find the text files of [data], each once whatever its names -> {path: Stamp}, ordered by path.
 
     The run's own folder and those of earlier runs of its name hold no text. Logs the patterns without text and what was
@@ -86,7 +86,7 @@ def expand_placeholders(pattern: str, key: str) -> str:
     return expanded.replace("{stdlib}", sysconfig.get_path("stdlib")) if "{stdlib}" in expanded else expanded
 
 
-def log_left_out(data: Data, files: dict[str, Stamp], left_out: dict[str, str], silent: list[str]) -> None:
+def log_left_out(data: DataConfig, files: dict[str, Stamp], left_out: dict[str, str], silent: list[str]) -> None:
     """Log what was left out and the patterns without text. Raises ConfigError where no file has any."""
     named = "; ".join(silent[:_MAX_NAMED]) + f"; and {len(silent) - _MAX_NAMED} more" * (len(silent) > _MAX_NAMED)
     if not files:

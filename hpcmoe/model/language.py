@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hpcmoe.cluster.mesh import Mesh
-from hpcmoe.config import Config, Model
+from hpcmoe.config import ModelConfig, NetworkSpec
 from hpcmoe.dispatch.device import DeviceDispatcher
 from hpcmoe.dispatch.host import HostDispatcher
 from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
@@ -32,7 +32,7 @@ Draw = Callable[[int, int], torch.Tensor]  # random weights of so many rows and 
 class Dense(nn.Module):
     """The part of a block before its router: attention, if any, and the norm of the experts' input."""
 
-    def __init__(self, model: Model, draw: Draw):
+    def __init__(self, model: ModelConfig, draw: Draw):
         super().__init__()
         self.num_heads, self.sequence_length = model.num_heads, model.sequence_length
         self.dtype = getattr(torch, model.dtype)
@@ -68,10 +68,10 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class LanguageModel(nn.Module):
     """The network that an engine runs; it holds one step's batch, losses and routing counts while the step lasts."""
 
-    def __init__(self, config: Config, layers: Sequence[MoELayer], draw: Draw, mesh: Mesh, device: Device):
+    def __init__(self, spec: NetworkSpec, layers: Sequence[MoELayer], draw: Draw, mesh: Mesh, device: Device):
         super().__init__()
-        model = config.model
-        self.config, self.mesh, self.device = config, mesh, device
+        model = spec.model
+        self.spec, self.mesh, self.device = spec, mesh, device
         self.embedding = nn.Parameter(draw(VOCABULARY_SIZE, model.hidden) * model.hidden**0.5)
         self.positions = nn.Parameter(0.1 * draw(model.sequence_length, model.hidden) * model.hidden**0.5)
         self.layers = cast(Sequence[MoELayer], nn.ModuleList(layers))
@@ -107,7 +107,7 @@ class LanguageModel(nn.Module):
         self.num_tokens, self.purpose, self.watched = max(num_tokens, 1), purpose, watched
         self.load = self.device.copy_from_host(np.asarray(load, np.float32))
         self.loss_sum: Any = 0.0  # cross-entropy over this rank's tokens, nats
-        self.routing = RoutingSums(self.config, self.mesh, self.device, self.num_tokens)
+        self.routing = RoutingSums(self.spec, self.mesh, self.device, self.num_tokens)
         self.activations: dict[str, list[np.ndarray]] = {}  # of the watched layers, an array a micro-batch
 
     def embed(self, micro_batch: int) -> torch.Tensor:
@@ -169,27 +169,27 @@ class LanguageModel(nn.Module):
 
 
 def make_model(
-    config: Config,
+    spec: NetworkSpec,
     mesh: Mesh,
     placement: Placement,
     dispatcher: Dispatcher,
     device: Device,
 ) -> LanguageModel:
     """Build this rank's part of the network; the weights drawn are the same at any number of ranks."""
-    generator = torch.Generator().manual_seed(config.run.seed)
+    generator = torch.Generator().manual_seed(spec.seed)
 
     def draw(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator) * columns**-0.5
 
-    layers = [make_layer(config, mesh, placement, dispatcher, draw, layer) for layer in range(config.model.num_layers)]
-    network = LanguageModel(config, layers, draw, mesh, device).to(device.torch_device)
+    layers = [make_layer(spec, mesh, placement, dispatcher, draw, layer) for layer in range(spec.model.num_layers)]
+    network = LanguageModel(spec, layers, draw, mesh, device).to(device.torch_device)
     for layer in layers:
         layer.experts.stack_weights()
     return network
 
 
 def make_layer(
-    config: Config,
+    spec: NetworkSpec,
     mesh: Mesh,
     placement: Placement,
     dispatcher: Dispatcher,
@@ -197,38 +197,38 @@ def make_layer(
     layer: int,
 ) -> MoELayer:
     """Build a block: dense part and router whole, and the experts of this rank's slots."""
-    model = config.model
+    model = spec.model
     dense = Dense(model, draw)
-    router = Router(draw(model.num_experts, model.hidden), model.top_k, config.dispatch)
+    router = Router(draw(model.num_experts, model.hidden), model.top_k, spec.dispatch)
     expert_of_slot = placement.experts_of_rank(layer, mesh.expert_index)
-    replicas = [make_expert(config, mesh, layer, expert) for expert in expert_of_slot.tolist()]
+    replicas = [make_expert(spec, mesh, layer, expert) for expert in expert_of_slot.tolist()]
     at_once = isinstance(dispatcher, DeviceDispatcher)
     experts = (GroupedExperts if at_once else LocalExperts)(replicas)
-    chooser = make_chooser(config, mesh, placement, layer)
+    chooser = make_chooser(model.num_experts, mesh, placement, layer)
     return (GroupedLayer if at_once else MoELayer)(dense, router, experts, dispatcher, chooser)
 
 
-def make_chooser(config: Config, mesh: Mesh, placement: Placement, layer: int) -> SlotChooser:
+def make_chooser(num_experts: int, mesh: Mesh, placement: Placement, layer: int) -> SlotChooser:
     """Build the choice of replicas of a layer for this rank's tokens."""
     node = placement.node_of_rank[mesh.expert_index]
     return SlotChooser(
         placement.expert_of_replica[layer],
         placement.shares_of_node(layer, node),
         find_slots_of_shards(len(placement.rank_of_replica), placement.slots_per_rank, mesh.tensor_parallel),
-        config.model.num_experts,
+        num_experts,
         mesh.group.rank,
     )
 
 
-def make_expert(config: Config, mesh: Mesh, layer: int, expert: int) -> nn.Module:
+def make_expert(spec: NetworkSpec, mesh: Mesh, layer: int, expert: int) -> nn.Module:
     """Build this rank's shard of a logical expert, or an Identity for an empty slot (-1)."""
     if expert < 0:
         return nn.Identity()
-    return make_expert_from(config, make_expert_weights(config, layer, expert, mesh.tensor_index, mesh.tensor_parallel))
+    return make_expert_from(spec, make_expert_weights(spec, layer, expert, mesh.tensor_index, mesh.tensor_parallel))
 
 
-def make_expert_from(config: Config, weights: dict[str, torch.Tensor]) -> Expert:
+def make_expert_from(spec: NetworkSpec, weights: dict[str, torch.Tensor]) -> Expert:
     """Build an expert from a shard's weights, in the precision of the run."""
-    if config.run.mode == "infer":  # parameters that are not trained need no float32; router and norms keep it
-        weights = {name: weight.to(getattr(torch, config.model.dtype)) for name, weight in weights.items()}
-    return Expert(config.experts.kind, weights, packed=config.run.mode == "infer")
+    if not spec.trains:  # parameters that are not trained need no float32; router and norms keep it
+        weights = {name: weight.to(getattr(torch, spec.model.dtype)) for name, weight in weights.items()}
+    return Expert(spec.experts.kind, weights, packed=not spec.trains)

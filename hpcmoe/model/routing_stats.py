@@ -10,7 +10,7 @@ from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.cuda import CudaDevice
 from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.mpi import start_all_reduce
-from hpcmoe.config import Config
+from hpcmoe.config import NetworkSpec
 from hpcmoe.dispatch.router import Routing, load_balancing_grad, load_balancing_loss
 from hpcmoe.wait import wait_all
 
@@ -33,13 +33,13 @@ class RoutingStats:
 class RoutingSums:
     """Counts of a step's routings, micro-batch by micro-batch, and their sums over all ranks."""
 
-    def __init__(self, config: Config, mesh: Mesh, device: Device, num_tokens: int):
+    def __init__(self, spec: NetworkSpec, mesh: Mesh, device: Device, num_tokens: int):
         """num_tokens: of the step, over all ranks."""
-        self.config, self.mesh, self.device, self.num_tokens = config, mesh, device, num_tokens
+        self.spec, self.mesh, self.device, self.num_tokens = spec, mesh, device, num_tokens
         self.counted: dict = {}  # micro-batch: (this rank's counts, the event of their arrival on the host)
         self.counts: dict = {}  # micro-batch: (array, the request for its sum over all ranks, None when it is done)
         self.loss_grads: dict = {}  # micro-batch: gradients of the routing losses, [L, E + 1] on the device
-        self.own_tokens = np.zeros((config.model.num_layers, config.model.num_experts), np.int64)
+        self.own_tokens = np.zeros((spec.model.num_layers, spec.model.num_experts), np.int64)
 
     def add(self, micro_batch: int, routings: Sequence[Routing]) -> None:
         """Count the routings of all layers of a micro-batch, and start to sum them where the device has them ready."""
@@ -88,7 +88,7 @@ class RoutingSums:
 
     def compute_grads(self, counts: np.ndarray) -> np.ndarray:
         """Compute the routing losses' gradients of all layers from a micro-batch's counts -> float32 [L, E + 1]."""
-        dispatch, num_experts = self.config.dispatch, self.config.model.num_experts
+        dispatch, num_experts = self.spec.dispatch, self.spec.model.num_experts
         grads = np.full((len(counts), num_experts + 1), dispatch.z_loss_weight / self.num_tokens, np.float32)
         for layer, tokens in enumerate(torch.from_numpy(counts[:, :num_experts])):
             grads[layer, :-1] = dispatch.aux_loss_weight * load_balancing_grad(tokens, self.num_tokens)
@@ -97,7 +97,7 @@ class RoutingSums:
     def wait_stats(self) -> RoutingStats:
         """Wait for the sums of all micro-batches and return the step's RoutingStats."""
         counts = [self.wait(micro_batch) for micro_batch in sorted(self.counted.keys() | self.counts.keys())]
-        return make_routing_stats(counts, self.num_tokens, self.own_tokens, self.config.model.top_k)
+        return make_routing_stats(counts, self.num_tokens, self.own_tokens, self.spec.model.top_k)
 
 
 def make_routing_stats(counts: list[np.ndarray], num_tokens: int, own_tokens: np.ndarray, top_k: int) -> RoutingStats:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from hpcmoe.cluster.mesh import Mesh
-from hpcmoe.config import Data
+from hpcmoe.config import DataConfig
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import printable
 from hpcmoe.model.files import Stamp, find_files, make_stamp
@@ -24,7 +24,7 @@ _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1024  # of training and of validation, that ra
 log = logging.getLogger(__name__)
 
 
-def find_text(data: Data, sequence_length: int, own_folder: str | os.PathLike | None = None) -> Split:
+def find_text(data: DataConfig, sequence_length: int, own_folder: str | os.PathLike | None = None) -> Split:
     """Find the files of [data] and split them into training and validation.
 
     Nothing in the run's own folder is text. Raises ConfigError where nothing matches, a named file is missing, or a

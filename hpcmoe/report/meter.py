@@ -12,7 +12,7 @@ from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.model.language import Dispatcher
 from hpcmoe.model.routing_stats import RoutingStats
 from hpcmoe.report.batches import Batches
-from hpcmoe.report.metrics import LinkBalance, compute_balancedness, compute_link_balance, sum_own_links
+from hpcmoe.report.metrics import compute_balancedness, compute_link_balance, sum_own_links
 from hpcmoe.wait import wait_all
 
 STAGES = ("data", "dense", "route", "dispatch", "compute", "combine", "optimizer", "waiting")
@@ -28,7 +28,8 @@ class StepMetrics:
     num_tokens: int
     num_dropped: int
     utilisation: np.ndarray  # U_e [L, E]
-    links: LinkBalance  # dispatched tokens between ranks
+    link_tokens_mean: float  # dispatched tokens of a link between ranks
+    link_sigma: float  # their standard deviation / mean
     link_sigma_of_layer: np.ndarray  # [L]
     balancedness: float  # mean / max of the tokens that ranks serve, layer by layer
     balancedness_of_layer: np.ndarray  # [L]
@@ -37,11 +38,6 @@ class StepMetrics:
     def tokens_per_second(self) -> float:
         """Return the tokens of all ranks per wall-clock second."""
         return self.num_tokens / self.seconds
-
-    @property
-    def link_sigma(self) -> float:
-        """Return the standard deviation / mean of the tokens over the links."""
-        return self.links.sigma
 
 
 class Meter:
@@ -72,7 +68,7 @@ class Meter:
         # Sum over the ranks what was sent, and reduce it to figures of balance.
         assignments = np.stack([traffic.assignments[layer] for layer in sorted(traffic.assignments)])  # [L, P]
         served, sums, stages = self.sum_over_ranks(assignments, [spent.get(stage, 0.0) for stage in STAGES])
-        links, *links_of_layer = (compute_link_balance(*row) for row in sums)
+        (link_tokens_mean, link_sigma), *of_layers = (compute_link_balance(*row) for row in sums)
         balancedness_of_layer, balancedness = compute_balancedness(served)
         metrics = StepMetrics(
             seconds=seconds,
@@ -80,8 +76,9 @@ class Meter:
             num_tokens=stats.num_tokens,
             num_dropped=stats.num_dropped,
             utilisation=stats.utilisation,
-            links=links,
-            link_sigma_of_layer=np.array([layer.sigma for layer in links_of_layer]),
+            link_tokens_mean=link_tokens_mean,
+            link_sigma=link_sigma,
+            link_sigma_of_layer=np.array([sigma for _, sigma in of_layers]),
             balancedness=balancedness,
             balancedness_of_layer=balancedness_of_layer,
         )

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,21 +24,15 @@ class Recorder(Protocol):
         """Write what has been recorded, now and then."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkBalance:
-    """Balance of the tokens over the links, the ordered pairs of different ranks."""
+def compute_link_balance(total: float, total_of_squares: float, count: float) -> tuple[float, float]:
+    """Compute the mean of the tokens over the links, the ordered pairs of different ranks, and sigma = std / mean.
 
-    mean: float  # tokens of a link
-    sigma: float  # standard deviation / mean
-
-
-def compute_link_balance(total: float, total_of_squares: float, count: float) -> LinkBalance:
-    """Compute mean and sigma from the sum over the links and the sum of squares."""
+    total and total_of_squares are sums over the links.
+    """
     if count == 0 or total == 0:
-        return LinkBalance(mean=0.0, sigma=0.0)
+        return 0.0, 0.0
     mean = total / count
-    variance = max(total_of_squares / count - mean**2, 0.0)
-    return LinkBalance(mean=mean, sigma=math.sqrt(variance) / mean)
+    return mean, math.sqrt(max(total_of_squares / count - mean**2, 0.0)) / mean
 
 
 def sum_own_links(tokens_to_peer: np.ndarray, rank: int) -> np.ndarray:
@@ -97,38 +90,6 @@ def served_by_rank(placement: Placement, layer: int) -> tuple[np.ndarray, np.nda
     shares = np.stack([placement.shares_of_node(layer, node) * held for node in nodes])[node_of_rank]  # [P, S]
     of_ranks = shares.reshape(len(shares), -1, placement.slots_per_rank)
     return of_ranks.sum(axis=2), np.square(of_ranks).sum(axis=2)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bandwidth:
-    """Bandwidth that a run requires of its links and that it achieved. Bytes per second and link."""
-
-    num_links: int  # ordered pairs of different ranks, or of different nodes
-    plain: float  # tokens per second x token bytes / links
-    counted: float  # the same times assignments K, transfers there and back, and layers
-    achieved: float  # bytes that crossed these links / seconds / links
-    busiest: float  # the same for the link that carried most
-
-
-def compute_bandwidth(
-    bytes_of_link: np.ndarray, tokens_per_second: float, token_bytes: int, transfers_per_token: int, seconds: float
-) -> Bandwidth | None:
-    """Compute required and achieved bandwidth from bytes_of_link [n]; None where there is no link.
-
-    The plain formula is BW_min = tokens per second x token bytes / links. transfers_per_token is K x layers x (dispatch
-    and combine: 2 forward, 2 more backward).
-    """
-    if len(bytes_of_link) == 0:
-        return None
-    plain = tokens_per_second * token_bytes / len(bytes_of_link)
-    carried = bytes_of_link / seconds
-    return Bandwidth(
-        num_links=len(bytes_of_link),
-        plain=plain,
-        counted=plain * transfers_per_token,
-        achieved=float(carried.mean()),
-        busiest=float(carried.max()),
-    )
 
 
 def sum_links_by_node(of_ranks: np.ndarray, node_of_rank: np.ndarray) -> np.ndarray:

@@ -7,11 +7,10 @@ from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.prepare.memory import Memory
 from hpcmoe.prepare.process import count_unshared
 from hpcmoe.report.batches import rows_of_batches
-from hpcmoe.report.metrics import SIGMA_AIM, compute_bandwidth, sum_links_by_node
+from hpcmoe.report.metrics import SIGMA_AIM, sum_links_by_node
 from hpcmoe.report.totals import MeasuredRun, Totals
 
 _MAX_NODES, _MAX_LAYERS = 8, 8  # in a table
-_TRANSFERS = {"train": 4, "infer": 2}  # of an assignment in a layer: there and back, and the same backward
 _OBJECTIVES = {
     "links": "dispatch on the busiest link",
     "ports": "dispatch on the busiest link, NIC or uplink",
@@ -117,28 +116,25 @@ def find_group_links(mesh: Mesh) -> np.ndarray:
 
 
 def rows_between(what: str, bytes_of_link: np.ndarray, run: MeasuredRun, totals: Totals) -> Rows:
-    """List the bandwidth of the links [n] between ranks or nodes; nothing where there is only one of these."""
-    num_layers, sizes, transfers = (
-        run.config.model.num_layers,
-        run.stepper.dispatcher.sizes,
-        _TRANSFERS[run.config.run.mode],
-    )
-    bandwidth = compute_bandwidth(
-        bytes_of_link, totals.tokens_per_second, sizes.row_bytes, sizes.top_k * num_layers * transfers,
-        max(totals.seconds, 1e-9),
-    )  # fmt: skip
-    if bandwidth is None:
+    """List required and achieved bandwidth of the links [n] between ranks or nodes; nothing where there is none.
+
+    The plain formula is BW_min = tokens per second x token bytes / links. It is counted K x ways x layers times.
+    """
+    if len(bytes_of_link) == 0:
         return []
-    carried, unit = bytes_of_link / 1e6, "MB/s a link"
+    num_layers, sizes = run.spec.model.num_layers, run.stepper.dispatcher.sizes
+    ways = 4 if run.spec.trains else 2  # there and back, and the same backward
+    required = totals.tokens_per_second * sizes.row_bytes / len(bytes_of_link) / 1e6
+    carried, seconds, unit = bytes_of_link / 1e6, max(totals.seconds, 1e-9), "MB/s a link"
     sigma = carried.std() / max(carried.mean(), 1e-9)
     return [
-        (f"links between {what}s", f"{bandwidth.num_links}", "experts' rows alone, no sums of gradients"),
+        (f"links between {what}s", f"{len(carried)}", "experts' rows alone, no sums of gradients"),
         ("  bytes carried", f"{carried.min():.2f} / {carried.mean():.2f} / {carried.max():.2f}",
          f"MB a link, least / mean / most; sigma {sigma:.3f}"),
-        ("  required, BW_min", f"{bandwidth.plain / 1e6:.4f}", f"{unit}: tokens/s x token bytes / links"),
-        ("  required, counted", f"{bandwidth.counted / 1e6:.4f}",
-         f"{unit}, x {sizes.top_k} assignments x {transfers} ways x {num_layers} layers"),
-        ("  achieved", f"{bandwidth.achieved / 1e6:.4f}", f"{unit}; busiest {bandwidth.busiest / 1e6:.4f}"),
+        ("  required, BW_min", f"{required:.4f}", f"{unit}: tokens/s x token bytes / links"),
+        ("  required, counted", f"{required * sizes.top_k * ways * num_layers:.4f}",
+         f"{unit}, x {sizes.top_k} assignments x {ways} ways x {num_layers} layers"),
+        ("  achieved", f"{carried.mean() / seconds:.4f}", f"{unit}; busiest {carried.max() / seconds:.4f}"),
     ]  # fmt: skip
 
 

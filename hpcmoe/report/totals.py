@@ -8,9 +8,8 @@ import numpy as np
 
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.cluster.topology import Topology
-from hpcmoe.config import Config
+from hpcmoe.config import NetworkSpec
 from hpcmoe.errors import on_root
-from hpcmoe.model.text import count_sequences
 from hpcmoe.placement.result import Placement
 from hpcmoe.prepare.budget import MemoryBudget
 from hpcmoe.prepare.memory import Memory, measure_memory
@@ -25,7 +24,6 @@ from hpcmoe.wait import gather_to_all, wait_all
 class MeasuredRun(Protocol):
     """What the report reads of a run."""
 
-    config: Config
     topology: Topology
     mesh: Mesh
     run_placement: RunPlacement
@@ -34,6 +32,14 @@ class MeasuredRun(Protocol):
     stepper: Any  # its network, dispatcher and activation tracker
     meter: Meter
     staged_bytes: int  # the most that this rank has held of experts that move to it
+
+    @property
+    def spec(self) -> NetworkSpec:
+        """Return the network's keys."""
+
+    @property
+    def sequences_of_rank(self) -> np.ndarray:
+        """Return the sequences of a step's batch that each rank reads, [ranks]."""
 
     @property
     def placement(self) -> Placement:
@@ -75,7 +81,7 @@ def gather_totals(run: MeasuredRun, optimizer: Any, losses: dict[str, float], sn
 
     snapshot_bytes: of this rank's snapshot of the state for checkpoints.
     """
-    meter, world, model, dispatcher = run.meter, run.mesh.world, run.config.model, run.stepper.dispatcher
+    meter, world, model, dispatcher = run.meter, run.mesh.world, run.spec.model, run.stepper.dispatcher
 
     # Measure the memory of this rank, and gather that of all.
     measured = measure_memory(run.stepper.network, optimizer, dispatcher, run.stepper.tracker)
@@ -117,9 +123,8 @@ def gather_traffic(mesh: Mesh, bytes_to_peer: np.ndarray) -> np.ndarray | None:
 
 def compute_sampling_floors(run: MeasuredRun) -> tuple[float, np.ndarray]:
     """Compute the sampling floor of a step's link sigma -> (of all layers together, of each [L])."""
-    model, mesh, data = run.config.model, run.mesh, run.config.data
-    sequences = count_sequences(data.batch_sequences, run.config.pipeline.micro_batches, mesh.num_token_shares)
-    tokens = sequences[: mesh.group.size] * model.sequence_length  # of the first group
+    model = run.spec.model
+    tokens = run.sequences_of_rank[: run.mesh.group.size] * model.sequence_length  # of the first group
 
     def floor(layers: Iterable[int]) -> float:
         return compute_sampling_floor(run.placement, tokens, model.top_k, model.num_experts, layers)

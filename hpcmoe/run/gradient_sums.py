@@ -99,10 +99,17 @@ class SharedExperts:
 class GradientSums:
     """The sums of one step: dense gradients over all ranks, experts' over those that hold the same shard of them."""
 
-    def __init__(self, dense: FlatGradients, experts: SharedExperts, network: LanguageModel):
+    def __init__(
+        self,
+        dense: FlatGradients,
+        experts: SharedExperts,
+        network: LanguageModel,
+        bucket_bytes: int,
+        num_micro_batches: int,
+    ):
         """All sums start in finish() where bucket_bytes is 0, and where a GPU's gradients go by MPI."""
         self.dense, self.experts, self.mesh = dense, experts, network.mesh
-        bucket_bytes, groups = network.config.train.bucket_bytes, network.layers[0].dispatcher.sum_groups
+        groups = network.layers[0].dispatcher.sum_groups
         self.bucket = max(bucket_bytes // FLOAT32_BYTES, 1) if bucket_bytes else 2**31
         self.reducer: Any = (
             HostReducer(self.mesh, network.device, self.bucket)
@@ -110,7 +117,7 @@ class GradientSums:
             else NcclReducer(self.mesh, network.device, groups)
         )
         self.overlaps = bucket_bytes > 0 and self.reducer.can_overlap
-        self.num_micro_batches = network.config.pipeline.micro_batches
+        self.num_micro_batches = num_micro_batches
         self.tasks: list[Iterator] = []
         self.begin()
 

@@ -154,13 +154,13 @@ def resize_slots(job: Job, layer: int, placement: Placement) -> None:
     block, mesh = job.stepper.network.layers[layer], job.mesh
     before, after = (p.experts_of_rank(layer, mesh.expert_index) == EMPTY for p in (job.placement, placement))
     for slot in np.flatnonzero(before & ~after).tolist():
-        expert = make_expert_from(job.config, make_empty_weights(job.config, mesh.tensor_index, mesh.tensor_parallel))
+        expert = make_expert_from(job.spec, make_empty_weights(job.spec, mesh.tensor_index, mesh.tensor_parallel))
         block.experts.replicas[slot] = expert.to(job.stepper.network.device.torch_device)
     for slot in np.flatnonzero(after & ~before).tolist():
         block.experts.replicas[slot] = nn.Identity()
     if (before != after).any():
         block.experts.stack_weights()
-    block.chooser = make_chooser(job.config, mesh, placement, layer)
+    block.chooser = make_chooser(job.spec.model.num_experts, mesh, placement, layer)
 
 
 def expert_tensors(network: LanguageModel, optimizer: Optimizer | None, layer: int, slot: int) -> list[torch.Tensor]:

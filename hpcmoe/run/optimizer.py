@@ -14,7 +14,7 @@ from torch import nn
 
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.mpi import all_reduce
-from hpcmoe.config import Config, Train
+from hpcmoe.config import Config, TrainConfig
 from hpcmoe.model.language import LanguageModel
 from hpcmoe.placement.result import Placement
 from hpcmoe.run.gradient_sums import FlatGradients, GradientSums, SharedExperts
@@ -46,6 +46,7 @@ class Optimizer:
 
     def __init__(self, network: LanguageModel, placement: Placement, config: Config, mesh: Mesh):
         self.network, self.train, self.mesh = network, config.train, mesh
+        self.num_micro_batches = config.pipeline.micro_batches
         self.dense = FlatGradients(network.dense_parts())
         self.share_gradients(placement)
 
@@ -63,7 +64,9 @@ class Optimizer:
     def share_gradients(self, placement: Placement) -> None:
         """Sum the experts' gradients by a placement from the next step on."""
         self.shared = SharedExperts(placement, self.mesh.ep, self.network.layers)
-        self.sums = self.network.sums = GradientSums(self.dense, self.shared, self.network)
+        self.sums = self.network.sums = GradientSums(
+            self.dense, self.shared, self.network, self.train.bucket_bytes, self.num_micro_batches
+        )
 
     def follow_placement(self, placement: Placement, step: int) -> None:
         """Replace this rank's experts by those of another placement after a step; a new expert's moments are zero."""
@@ -174,6 +177,6 @@ def sum_squares(tensors: Sequence[torch.Tensor]) -> np.ndarray:
     return torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]).cpu().numpy() ** 2
 
 
-def learning_rate_at(number: int, train: Train) -> float:
+def learning_rate_at(number: int, train: TrainConfig) -> float:
     """Return the learning rate of step `number` (from 1): a linear rise, then constant."""
     return train.learning_rate * min(1.0, number / max(train.learning_rate_warmup_steps, 1))

@@ -36,12 +36,12 @@ _MIN_STEPS = 2  # of an interval
 
 
 class Rebalancer:
-    """Counts the loads of a run, and every [cluster] rebalance_every steps decides whether its experts move."""
+    """Counts the loads of a run, and every [rebalance] every steps decides whether its experts move."""
 
     def __init__(self, job: Job, optimizer: Optimizer | None, records: Recorder):
         """optimizer: None in inference."""
         self.job, self.optimizer, self.records = job, optimizer, records
-        self.every = job.config.cluster.rebalance_every
+        self.every = job.config.rebalance.every
         self.parts: Any = 0  # [_PARTS, L, E] assignments whose home is this rank
         self.num_steps = 0  # that are counted in them
         self.migration: Migration | None = None  # under way
@@ -98,10 +98,10 @@ class Rebalancer:
 
     def record_placement(self, step: int) -> None:
         """Record the placement from a step on."""
-        placement, cluster, self.is_new = self.job.placement, self.job.config.cluster, False
+        placement, settings, self.is_new = self.job.placement, self.job.config.placement, False
         experts = placement.expert_of_replica
         self.records.append(step, "cluster", "adopted", experts, "expert of each slot, from here on")
-        if self.every > 0 and cluster.replicate and cluster.objective == "step":
+        if self.every > 0 and settings.replicate and settings.objective == "step":
             split = placement.split
             if split is None:
                 split = np.full((len(experts), len(placement.distance), experts.shape[1]), np.nan)
@@ -113,17 +113,17 @@ def propose_migration(job: Job, tokens: np.ndarray, step: int) -> tuple[Migratio
 
     The search sees every other part; the rest predict its gain.
     """
-    config, cluster = job.config, job.config.cluster
+    config, rebalance = job.config, job.config.rebalance
     solved = make_measured_problem(job, tokens[0::2].sum(axis=0))
     layout, moves = search_nearby(job, solved)
     (before, after), noise = predict_gain(job, tokens, layout.placement)
 
     # Compare the gain in the steps for which the loads are trusted with the cost.
-    one_expert, states = estimate_expert(config)
-    num_bytes = one_expert * (states - trains(job)) // job.mesh.tensor_parallel  # without gradients
+    one_expert, states = estimate_expert(job.spec)
+    num_bytes = one_expert * (states - job.spec.trains) // job.mesh.tensor_parallel  # without gradients
     cost = estimate_move_seconds(solved, moves, num_bytes)
-    horizon = min(cluster.rebalance_horizon or cluster.rebalance_every, config.run.steps - step)
-    accepted = len(moves) > 0 and should_migrate(before - after, noise, cost, horizon, cluster.rebalance_margin)
+    horizon = min(rebalance.horizon or rebalance.every, config.run.steps - step)
+    accepted = len(moves) > 0 and should_migrate(before - after, noise, cost, horizon, rebalance.margin)
     decision = MigrationDecision(
         moves=moves,
         num_bytes=num_bytes * len(moves),
@@ -142,12 +142,12 @@ def search_nearby(job: Job, problem: PlacementProblem) -> tuple[RunPlacement, Mo
     from hpcmoe.placement.refine import refine  # imports numba and scipy, on rank 0 alone
     from hpcmoe.placement.solve import SearchOptions
 
-    cluster, present = job.config.cluster, job.placement.expert_of_replica
+    settings, present = job.config.placement, job.placement.expert_of_replica
     options = SearchOptions(
-        seconds=cluster.search_seconds, iterations=cluster.search_iterations, seed=job.config.run.seed
+        seconds=settings.search_seconds, iterations=settings.search_iterations, seed=job.config.run.seed
     )
-    layouts = refine(problem, present, cluster.rebalance_moves, options)
-    layout = compare_with_methods(problem, job.config, evaluate_layouts(problem, job.config, layouts, "packed", 0.0))
+    layouts = refine(problem, present, job.config.rebalance.moves, options)
+    layout = compare_with_methods(problem, settings, evaluate_layouts(problem, settings, layouts, "packed", 0.0))
     return layout, list_moves(problem, present, layouts)
 
 
@@ -156,18 +156,13 @@ def predict_gain(job: Job, tokens: np.ndarray, placement: Placement) -> tuple[li
 
     The noise is the gain's standard error in seconds, from the differences between all parts [parts, L, nodes, E].
     """
-    counts = (4, 3) if trains(job) else (2, 1)  # transfers, and computation in forward passes: backward takes two
+    counts = (4, 3) if job.spec.trains else (2, 1)  # transfers, and computation in forward passes: backward takes two
     both = [(p.expert_of_replica, p.split) for p in (job.placement, placement)]
     problems = [make_measured_problem(job, some) for some in (tokens[1::2].sum(axis=0), *tokens)]
     predicted, *parts = (
         [float(estimate_layer_seconds(problem, *experts, counts).sum()) for experts in both] for problem in problems
     )
     return predicted, standard_error([before - after for before, after in parts], len(tokens[1::2]))
-
-
-def trains(job: Job) -> bool:
-    """Return True if the run trains its experts."""
-    return job.config.run.mode == "train"
 
 
 def make_measured_problem(job: Job, tokens: np.ndarray) -> PlacementProblem:

@@ -49,7 +49,7 @@ def hash_parts(network: LanguageModel, shared: SharedExperts, mesh: Mesh) -> np.
     The dense parts in the order of their gradients; then, shard by shard, each layer's experts.
     """
     dense = [digest(parameters) for parameters in network.dense_parts().values()]
-    num_experts = network.config.model.num_experts
+    num_experts = network.spec.model.num_experts
     experts = np.full((mesh.tensor_parallel, len(network.layers), num_experts), NOT_HELD)
     for held in shared.held_replicas():
         replica = network.layers[held.layer].experts.replicas[held.slot]
@@ -73,7 +73,7 @@ def name_parts(network: LanguageModel, mesh: Mesh) -> list[str]:
         f"expert {expert} of layer {layer}" + f" (shard {shard} of {mesh.tensor_parallel})" * (mesh.tensor_parallel > 1)
         for shard in range(mesh.tensor_parallel)
         for layer in range(len(network.layers))
-        for expert in range(network.config.model.num_experts)
+        for expert in range(network.spec.model.num_experts)
     ]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpcmoe.config import Model
+from hpcmoe.config import ModelConfig
 from hpcmoe.experts.shapes import split_axis, weight_shape
 from hpcmoe.model.balance import read_biases, write_biases
 from hpcmoe.run.job import Job
@@ -97,7 +97,7 @@ def moments_of(optimizer: Optimizer, rows: nn.Parameter) -> dict[str, torch.Tens
     return {kind: state[name] for kind, name in MOMENTS.items()}
 
 
-def make_shared_slices(model: Model, owned: bool) -> dict[str, ArraySlice]:
+def make_shared_slices(model: ModelConfig, owned: bool) -> dict[str, ArraySlice]:
     """Return the slices of the arrays that are equal on all ranks, by name."""
     shape, keys = (model.num_layers, model.num_experts), ("[model] num_layers", "[model] num_experts")
     names = (LOAD, BIAS)

@@ -132,7 +132,7 @@ def record_step(records: Recorder, step: int, outcome: Outcome, metrics: StepMet
         ("run", "seconds", metrics.seconds, "s"),
         ("dispatch", "link_sigma", metrics.link_sigma, "1"),
         ("dispatch", "link_sigma_of_layer", metrics.link_sigma_of_layer, "1"),
-        ("dispatch", "link_tokens_mean", metrics.links.mean, "tokens"),
+        ("dispatch", "link_tokens_mean", metrics.link_tokens_mean, "tokens"),
         ("dispatch", "dropped", metrics.num_dropped, "copies"),
         ("dispatch", "aux_loss", outcome.stats.aux_loss, "1"),
         ("dispatch", "z_loss", outcome.stats.z_loss, "1"),

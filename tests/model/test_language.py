@@ -18,7 +18,7 @@ def draw(rows, columns):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("changes", [{}, {"cluster__tensor_parallel": 2}, {"cluster__data_parallel": 2}])
+@pytest.mark.parametrize("changes", [{}, {"parallel__tensor": 2}, {"parallel__data": 2}])
 def test_weights_are_drawn_alike_at_any_number_of_ranks_and_any_split(comm, shared, changes):
     if comm.size % 2 and changes:
         pytest.skip("needs an even number of ranks")

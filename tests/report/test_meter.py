@@ -66,8 +66,8 @@ def test_a_reading_is_of_this_step_and_of_all_ranks(comm, meter):
     of_layers = dispatched[:, ~np.eye(comm.size, dtype=bool)]
     others = of_layers.sum(axis=0)
     if comm.size > 1:
-        assert metrics.links.mean == pytest.approx(others.mean())
-        assert metrics.links.sigma == pytest.approx(others.std() / others.mean())
+        assert metrics.link_tokens_mean == pytest.approx(others.mean())
+        assert metrics.link_sigma == pytest.approx(others.std() / others.mean())
         assert metrics.link_sigma_of_layer == pytest.approx(of_layers.std(axis=1) / of_layers.mean(axis=1))
     served = dispatched.sum(axis=1)
     assert metrics.balancedness_of_layer == pytest.approx(served.mean(axis=1) / served.max(axis=1))
@@ -100,8 +100,8 @@ def test_what_ranks_serve_is_what_their_experts_were_asked_for(comm, shared, cha
     if comm.size % (tensor * data):
         pytest.skip("does not fit this number of ranks")
     experts = comm.size // (tensor * data)
-    shape = {"cluster__tensor_parallel": tensor, "cluster__data_parallel": data, "model__num_experts": experts}
-    with open_small_job(comm, shared, model__top_k=1, cluster__placement="contiguous", **shape) as (job, _, _):
+    shape = {"parallel__tensor": tensor, "parallel__data": data, "model__num_experts": experts}
+    with open_small_job(comm, shared, model__top_k=1, placement__method="contiguous", **shape) as (job, _, _):
         job.meter.start()
         outcome = job.stepper.run(job.training, np.arange(14), np.ones((2, experts)), "train")
         assignments = np.stack([job.stepper.dispatcher.traffic.assignments[layer] for layer in range(2)])

@@ -16,7 +16,6 @@ from launch import HANG_SECONDS, MPIRUN, ROOT
 
 from hpcmoe.report import progress
 from hpcmoe.report.meter import STAGES, StepMetrics
-from hpcmoe.report.metrics import LinkBalance
 from hpcmoe.report.progress import format_step, open_progress
 
 PROGRAM = "from hpcmoe.report.progress import find_terminal_width; print(find_terminal_width())"
@@ -24,7 +23,7 @@ LOSS = 2.34567
 METRICS = StepMetrics(
     seconds=0.5, seconds_of_stage=dict.fromkeys(STAGES, 0.0) | {"route": 0.012, "optimizer": 0.034},
     utilisation=np.array([[0.5, 1.0], [1.5, 1.0]]), num_dropped=7,
-    links=LinkBalance(mean=10.0, sigma=0.1234), link_sigma_of_layer=np.array([0.2, 0.31]),
+    link_tokens_mean=10.0, link_sigma=0.1234, link_sigma_of_layer=np.array([0.2, 0.31]),
     balancedness=0.754, balancedness_of_layer=np.array([0.7, 0.81]), num_tokens=500,
 )  # fmt: skip
 
