@@ -174,8 +174,8 @@ def train_or_infer(job, records, folder, start):
             records.flush()
             check_state(world, start.state, step, {LOAD: load})
             held = start.state.collect({LOAD: load})
-            pieces = (Piece(name=name, shape=shape, start=at, array=array) for name, shape, at, array in held)
-            writer.save(step, pieces, describe_checkpoint(job, step))
+            pieces = (Piece(name=part.name, shape=part.shape, start=part.start, array=array) for part, array in held)
+            writer.save(step, pieces, describe_checkpoint(config, step, world.size, len(job.training)))
 
     log_plan(job)
     with open_writer(world, folder, write.checkpoints_kept, write.asynchronous) as writer:
@@ -190,7 +190,10 @@ def resume(job, state, checkpoint):
     """Take the state from a checkpoint of any number of ranks -> (its step, its load). Collective over all ranks."""
     from hpcmoe.run.state import LOAD
 
-    wanted = [PieceSpec(name=n, shape=s, start=at, extent=e, keys=keys) for n, s, at, e, keys in state.list_wanted()]
+    wanted = [
+        PieceSpec(name=part.name, shape=part.shape, start=part.start, extent=part.extent, keys=part.keys)
+        for part in state.list_wanted()
+    ]
     arrays, metadata = read_pieces(job.mesh.world, checkpoint, wanted)
     step = step_of(checkpoint)
     log.info("resumed %s, step %d, written by %d ranks", checkpoint, step, metadata["num_ranks"])

@@ -109,8 +109,8 @@ def gather_logical(comm, state, array_of):
     Where ranks hold copies of a part they must agree bit for bit.
     """
     parts = [
-        (place.name, place.shape, place.start, place.extent, array_of(parameter).numpy(force=True).copy())
-        for parameter, place in state.slices.items()
+        (part.name, part.shape, part.start, part.extent, array_of(parameter).numpy(force=True).copy())
+        for parameter, part in state.slices.items()
     ]
     whole, seen = {}, {}
     for part in gather_to_all(comm, parts):
@@ -173,10 +173,10 @@ def gather_pieces(comm, state, shared):
     """Join what all ranks would save -> dict name: array; every number must be saved exactly once. Collective."""
     arrays, times = {}, {}
     for pieces in gather_to_all(comm, list(state.collect(shared))):
-        for name, shape, start, piece in pieces:
-            box = tuple(slice(first, first + count) for first, count in zip(start, piece.shape, strict=True))
-            arrays.setdefault(name, np.empty(shape, piece.dtype))[box] = piece
-            times.setdefault(name, np.zeros(shape, int))[box] += 1
+        for part, piece in pieces:
+            box = tuple(slice(first, first + count) for first, count in zip(part.start, piece.shape, strict=True))
+            arrays.setdefault(part.name, np.empty(part.shape, piece.dtype))[box] = piece
+            times.setdefault(part.name, np.zeros(part.shape, int))[box] += 1
     assert all((count == 1).all() for count in times.values()), "a number is saved by no rank, or by two"
     return arrays
 
