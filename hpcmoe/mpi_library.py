@@ -153,8 +153,8 @@ def build_if_needed(arguments: Sequence[str]) -> str | None:
 
 def build(arguments: Sequence[str]) -> int:
     """Build and install mpi4py by pip for the MPI on the PATH, with more of pip's arguments -> its status."""
-    environment = {**os.environ, "CFLAGS": f"{_CFLAGS} {os.environ.get('CFLAGS', '')}".strip()}
-    environment |= {"MPICC": mpicc} if (mpicc := find_mpicc()) else {}
+    flags = f"{_CFLAGS} {os.environ.get('CFLAGS', '')}".strip()
+    environment = {**os.environ, "MPICC": find_mpicc() or "", "CFLAGS": flags}
     command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments, *BUILD]
     return subprocess.run(command, env=environment).returncode
 

@@ -153,8 +153,11 @@ def write_rank_file(path: Path, pieces: Sequence[Piece]) -> tuple[int, str]:
 
 def publish(folder: Path, partial: Path, files: Sequence[RankFile], metadata: Metadata) -> None:
     """Write the master over the ranks' files and the list of checksums, then give the folder its name."""
-    # Check that the pieces tile each array.
-    specs_of_name = group_by_name(files)
+    # Group the pieces by array, and check that they tile it.
+    specs_of_name: dict[str, list[tuple[int, PieceSpec]]] = {}
+    for rank, file in enumerate(files):
+        for spec in file.specs:
+            specs_of_name.setdefault(spec.name, []).append((rank, spec))
     for name, specs in specs_of_name.items():
         check_tiling(name, [spec for _, spec in specs])
 
@@ -188,15 +191,6 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def group_by_name(files: Sequence[RankFile]) -> dict[str, list[tuple[int, PieceSpec]]]:
-    """Group all ranks' pieces by array -> {name: [(rank, spec), ...]}."""
-    specs_of_name: dict[str, list[tuple[int, PieceSpec]]] = {}
-    for rank, file in enumerate(files):
-        for spec in file.specs:
-            specs_of_name.setdefault(spec.name, []).append((rank, spec))
-    return specs_of_name
 
 
 def check_tiling(name: str, specs: Sequence[PieceSpec]) -> None:
