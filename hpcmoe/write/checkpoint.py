@@ -14,7 +14,7 @@ from mpi4py import MPI
 from hpcmoe.errors import CheckpointError, on_all, on_root, raise_or_return
 from hpcmoe.write.checksums import check_checksum, read_checksums
 from hpcmoe.write.hdf5 import Metadata, checkpoint_errors
-from hpcmoe.write.pieces import MASTER, Piece, Tasks, check_files, remove_folder, write_in_tasks
+from hpcmoe.write.pieces import MASTER, Piece, WriteTasks, check_files, remove_folder, write_in_tasks
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -23,7 +23,7 @@ _PARTIAL = re.compile(r"checkpoint-\d+(\.old)?\.partial")
 
 def save_checkpoint(
     comm: MPI.Comm, folder: Path, step: int, pieces: Sequence[Piece], metadata: Metadata, keep: int
-) -> Tasks:
+) -> WriteTasks:
     """Write folder/checkpoint-STEP, then remove all but the last `keep`, in tasks. Collective over comm.
 
     pieces: this rank's, which with the other ranks' tile each logical array; metadata: a flat dict of strings, numbers

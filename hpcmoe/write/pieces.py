@@ -23,8 +23,8 @@ METADATA = "metadata"  # one value each
 FILES = "files"  # name and bytes of each rank's file: a lost one would read as zeros
 _METADATA_BEFORE = "facts"  # the group of 0.2 and earlier
 
-Task = Callable[[], Any]  # needs no MPI: a thread may run it
-Tasks = Generator[Task, Any, None]  # yields tasks; is sent what returns a task's result, or raises its error
+WriteTask = Callable[[], Any]  # needs no MPI: a thread may run it
+WriteTasks = Generator[WriteTask, Any, None]  # yields tasks; is sent what returns a task's result, or raises its error
 Arrays = dict[tuple[str, tuple[int, ...]], np.ndarray]  # by name and start
 
 
@@ -84,7 +84,7 @@ def write_pieces(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata
     run_tasks(write_in_tasks(comm, folder, pieces, metadata))
 
 
-def run_tasks(tasks: Tasks) -> None:
+def run_tasks(tasks: WriteTasks) -> None:
     """Run the tasks of write_in_tasks at once, in this thread. Collective as they are."""
     task = None
     with contextlib.suppress(StopIteration):
@@ -92,7 +92,7 @@ def run_tasks(tasks: Tasks) -> None:
             task = tasks.send(task)
 
 
-def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata: Metadata) -> Tasks:
+def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata: Metadata) -> WriteTasks:
     """Write as write_pieces does, and yield what needs no MPI as tasks. Collective over comm.
 
     Send back either the task itself, which then runs here, or the `result` of its future.
