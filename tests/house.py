@@ -99,8 +99,8 @@ def find_dialect(trees):
     """List the names that hold a word of the old dialect."""
     for path, tree in trees.items():
         for name, line in list_defined(tree):
-            words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])([A-Z])", r"_\1", name).lower()))
-            if found := words & set(DIALECT.split()) - TERMS_OF.get(path, set()):
+            words = re.sub(r"(?<=[a-z])([A-Z])", r"_\1", name).lower().replace("in_flight", "")
+            if found := set(words.split("_")) & set(DIALECT.split()) - TERMS_OF.get(path, set()):
                 yield f"{path}:{line}: {name}: {', '.join(sorted(found))}"
 
 
