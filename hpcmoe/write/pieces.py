@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def write_pieces(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata
 
 
 def run_tasks(tasks: WriteTasks) -> None:
-    """Run the tasks of write_in_tasks at once, in this thread. Collective as they are."""
+    """Run the tasks of write_in_tasks at once, in this thread. Collective over their comm."""
     task = None
     with contextlib.suppress(StopIteration):
         while True:
@@ -116,7 +116,7 @@ def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metada
         raise
 
 
-def read_pieces(comm: MPI.Comm, folder: Path, wanted: Iterable[PieceSpec]) -> tuple[Arrays, Metadata]:
+def read_pieces(comm: MPI.Comm, folder: Path, wanted: Sequence[PieceSpec]) -> tuple[Arrays, Metadata]:
     """Read the boxes this rank wants -> ({(name, start): array}, metadata). Collective over comm.
 
     Any number of ranks may have written them. Raises CheckpointError on all ranks where a file is missing or cut
@@ -195,11 +195,13 @@ def remove_folder(folder: Path) -> None:
 
 def check_tiling(name: str, specs: Sequence[PieceSpec]) -> None:
     """Check that pieces make one array whole: one shape and dtype, within bounds, no two alike, none missing."""
+    # Compare shapes and dtypes.
     kinds = sorted({(spec.shape, spec.dtype) for spec in specs})
     if len(kinds) > 1:
         seen = " and ".join(f"{dtype} {list(shape)}" for shape, dtype in kinds)
         raise CheckpointError(f"pieces of {name} disagree on the whole: {seen}")
 
+    # Check the bounds, then count the elements: without two alike, as many as the array's are all of it.
     shape = kinds[0][0]
     for spec in specs:
         if not all(0 <= side.start <= side.stop <= size for side, size in zip(spec.box, shape, strict=True)):
@@ -233,15 +235,14 @@ def check_files(folder: Path) -> tuple[Metadata, dict[str, int]]:
             raise CheckpointError(f"{path} is not one of this program's masters")
         bytes_of_file = dict(zip(master[FILES]["name"].asstr()[:], master[FILES]["bytes"][:].tolist(), strict=True))
         group = master.get(METADATA, master.get(_METADATA_BEFORE, {}))
-        metadata = {name: read_entry(dataset) for name, dataset in group.items()}
-    for name, num_bytes in bytes_of_file.items():
-        check_exists(folder / name)
-        if (found := os.path.getsize(folder / name)) != num_bytes:
-            raise CheckpointError(f"{folder / name} is {found} bytes, {num_bytes} were written")
-    return metadata, bytes_of_file
+        for name, num_bytes in bytes_of_file.items():
+            check_exists(folder / name)
+            if (found := os.path.getsize(folder / name)) != num_bytes:
+                raise CheckpointError(f"{folder / name} is {found} bytes, {num_bytes} were written")
+        return {name: read_entry(dataset) for name, dataset in group.items()}, bytes_of_file
 
 
-def read_boxes(folder: Path, wanted: Iterable[PieceSpec]) -> Arrays:
+def read_boxes(folder: Path, wanted: Sequence[PieceSpec]) -> Arrays:
     """Read boxes from the master -> {(name, start): array}."""
     path = folder / MASTER
     with checkpoint_errors(path, "read"), h5py.File(path) as master:

@@ -28,6 +28,7 @@ def open_writer(comm: MPI.Comm, folder: Path, keep: int, asynchronous: bool) -> 
 
     The end waits for the checkpoint under way, also where an error that all ranks share ends the run.
     """
+    # Duplicate the communicator, so that messages do not mix with those of the steps.
     barrier(comm)
     own = comm.Dup()
     writer = Writer(own, folder, keep, asynchronous)
@@ -40,6 +41,8 @@ def open_writer(comm: MPI.Comm, folder: Path, keep: int, asynchronous: bool) -> 
             except CheckpointError as another:
                 raise_or_return(None, type(error)(f"{error}\n{another}"))
         raise
+
+    # Wait for the checkpoint under way, then free the communicator.
     writer.finish()
     writer.pool.shutdown()
     barrier(own)
