@@ -99,6 +99,15 @@ def find_communicators(mesh: Mesh, backend: str, trains: bool) -> dict[str, MPI.
     return {"rows": mesh.group} | {name: comm for name, comm in sums.items() if comm.size > 1}
 
 
+def open_dispatcher(
+    mesh: Mesh, device: Any, backend: str, sizes: HostSizes | DeviceSizes, routes: Routes, trains: bool
+) -> contextlib.AbstractContextManager[HostDispatcher | DeviceDispatcher]:
+    """Open what carries rows between the ranks of mesh.group. Collective over mesh.world, both ends."""
+    if isinstance(sizes, HostSizes):
+        return open_host_dispatcher(mesh.group, device, sizes, routes)
+    return open_device_dispatcher(mesh, device, backend, sizes, routes, trains)
+
+
 @contextlib.contextmanager
 def open_host_dispatcher(comm: MPI.Comm, device: Any, sizes: HostSizes, routes: Routes) -> Iterator[HostDispatcher]:
     """Open what carries rows by memory that a node's ranks share, and by messages. Collective over comm, both ends."""
@@ -117,7 +126,7 @@ def open_host_dispatcher(comm: MPI.Comm, device: Any, sizes: HostSizes, routes: 
 
 @contextlib.contextmanager
 def open_device_dispatcher(
-    mesh: Mesh, device: Any, sizes: DeviceSizes, routes: Routes, backend: str, trains: bool
+    mesh: Mesh, device: Any, backend: str, sizes: DeviceSizes, routes: Routes, trains: bool
 ) -> Iterator[DeviceDispatcher]:
     """Open what carries rows between the GPUs of mesh.group. Collective over mesh.world, both ends."""
     with contextlib.ExitStack() as opened:
