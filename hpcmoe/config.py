@@ -25,7 +25,6 @@ Positive32 = Annotated[float, Gt(0), InFloat32()]
 NotNegative32 = Annotated[float, Ge(0), InFloat32()]
 UpToOne32 = Annotated[float, Interval(ge=0, le=1), InFloat32()]
 BelowOne32 = Annotated[float, Interval(ge=0, lt=1), InFloat32()]
-Share = Annotated[float, Interval(gt=0, lt=1)]
 
 Section = TypeVar("Section")
 
@@ -170,7 +169,7 @@ class DataConfig:
 
     files: Annotated[tuple[str, ...], MinLen(1)] = ("{stdlib}/*.py", "{stdlib}/*/*.py")
     exclude: tuple[str, ...] = ("*/site-packages/*", "*/dist-packages/*", "*/test/*")
-    validation_share: Share = 0.1
+    validation_share: Annotated[float, Interval(gt=0, lt=1)] = 0.1
     batch_sequences: _Count = 64
     validation_sequences: _Count = 128
 
@@ -273,20 +272,19 @@ def list_keys() -> tuple[tuple[str, str, object], ...]:
     return tuple(
         (part.name, key.name, get_type_hints(part.type, include_extras=True)[key.name])
         for part in fields(cast(Any, Config))
-        for key in fields(part.type)
+        for key in fields(cast(Any, part.type))
     )
 
 
 def make_config(tree: dict[str, Any], source_of: Callable[..., str]) -> Config:
     """Check a parsed TOML tree -> Config. Raises ConfigError with one line per error."""
     config = validate(Config, tree, source_of)
-    if errors := [*find_invalid_values(config), *find_contradictions(config)]:
-        raise ConfigError(
-            join_lines(
-                f"{source_of(name, key)}: [{name}] {key} = {show_value(getattr(getattr(config, name), key))}: {what}"
-                for (name, key), what in errors
-            )
-        )
+    lines = [
+        f"{source_of(name, key)}: [{name}] {key} = {show_value(getattr(getattr(config, name), key))}: {what}"
+        for (name, key), what in [*find_invalid_values(config), *find_contradictions(config)]
+    ]
+    if lines:
+        raise ConfigError(join_lines(lines))
     return config
 
 

@@ -88,7 +88,8 @@ def run(comm: MPI.Comm, arguments: argparse.Namespace, opened: contextlib.ExitSt
     """Read, place, run, write; opened holds the run's folder until the end. Collective over comm."""
     # Check input and output first: what is wrong there need not wait for torch.
     config, text = on_root(comm, lambda: read_config(arguments.config, arguments.set))
-    on_root(comm, lambda: [log.warning("%s", note) for note in find_ineffective(config)])
+    for note in find_ineffective(config) if comm.rank == 0 else ():
+        log.warning("%s", note)
     folder = pathlib.Path(config.run.output, config.run.name)
     checkpoint = None if arguments.resume is None else find_checkpoint(comm, arguments.resume or folder)
     goes_on = checkpoint is not None and is_in_folder(checkpoint, folder)

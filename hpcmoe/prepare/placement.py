@@ -47,7 +47,7 @@ class RunPlacement:
 class Demand:
     """What a step asks of the experts."""
 
-    loads: Loads
+    loads: Loads | None  # on rank 0 alone
     batch_sequences: int
     seconds_per_token: float  # that an expert takes for an assignment, forward
     expert_bytes: int  # of one layer's, with all its state
@@ -62,6 +62,8 @@ def make_run_problem(
     budget: MemoryBudget,
 ) -> PlacementProblem:
     """Build the placement problem that all expert-parallel groups share."""
+    assert demand.loads is not None  # rank 0 states the problem
+
     # Fold the groups into one, each of whose ranks has the least memory of those in its place.
     groups = list_groups(mesh)
     nodes, network = fold_groups(topology, groups)
@@ -98,7 +100,7 @@ def time_expert(spec: NetworkSpec, mesh: Mesh, rows: int, device: Any) -> float:
 
 
 def place_experts(
-    problem: PlacementProblem, settings: PlacementConfig, budget: MemoryBudget | None, seed: int
+    problem: PlacementProblem, settings: PlacementConfig, budget: MemoryBudget, seed: int, rebalances: bool = False
 ) -> RunPlacement:
     """Solve the placement problem by [placement], and evaluate other methods.
 
@@ -117,6 +119,10 @@ def place_experts(
     if problem.count_latency and not problem.latency_seconds.any():
         log.warning("no effect: [placement] count_latency = true: no latency of any link is known")
 
+    if rebalances:  # compile the search now, and not in the midst of a step
+        from hpcmoe.placement.search.warm import compile_search  # imports numba and scipy: rank 0 alone pays for it
+
+        compile_search()
     try:
         placement = find_placement(problem, settings, seed)
     except PlacementError as error:
@@ -126,7 +132,7 @@ def place_experts(
 
 def compare_with_methods(problem: PlacementProblem, settings: PlacementConfig, placement: Placement) -> RunPlacement:
     """Evaluate what other methods would have given beside a placement."""
-    from hpcmoe.placement.solve import compare_methods  # imports numba and scipy: rank 0 alone pays for it
+    from hpcmoe.placement.solve import compare_methods
 
     others = ["contiguous"] + ["eplb"] * settings.compare_eplb
     seconds = compare_methods(problem, [method for method in others if method != settings.method])

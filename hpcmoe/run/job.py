@@ -149,8 +149,8 @@ def prepare(config: Config, cluster: Cluster) -> Prepared:
     sizes: HostSizes | DeviceSizes = make_device_sizes(common, config.comm.buffer_factor)
     if cluster.backend == "window":
         more = config.comm, topology, routes, spec.trains, config.pipeline.deterministic
-        sizes = on_all(world, lambda: make_host_sizes(common, *more))
-        check_windows(world, topology, sizes, routes)
+        sizes = host_sizes = on_all(world, lambda: make_host_sizes(common, *more))
+        check_windows(world, topology, host_sizes, routes)
     on_all(world, lambda: check_tags(sizes, spec.model.num_layers))
     buffer_bytes = max(gather_to_all(world, sizes.buffer_bytes(routes)))
 
@@ -179,7 +179,9 @@ def prepare(config: Config, cluster: Cluster) -> Prepared:
     problem = keep_on_root(
         world, lambda: make_run_problem(spec.model, config.placement, demand, topology, mesh, budget)
     )
-    run_placement = on_root(world, lambda: place_on_root(problem, config, budget))
+    run_placement = on_root(
+        world, lambda: place_experts(problem, config.placement, budget, config.run.seed, config.rebalance.every > 0)
+    )
     return Prepared(
         topology=topology,
         routes=routes,
@@ -189,15 +191,6 @@ def prepare(config: Config, cluster: Cluster) -> Prepared:
         problem=problem,
         run_placement=run_placement,
     )
-
-
-def place_on_root(problem: PlacementProblem, config: Config, budget: MemoryBudget) -> RunPlacement:
-    """Place the experts by [placement]. Not collective: rank 0 places them for all."""
-    if config.rebalance.every > 0:  # compile now, and not in the midst of a step
-        from hpcmoe.placement.search.warm import compile_search  # imports numba and scipy
-
-        compile_search()
-    return place_experts(problem, config.placement, budget, config.run.seed)
 
 
 def check_windows(world: MPI.Comm, topology: Topology, sizes: HostSizes, routes: Routes) -> None:
