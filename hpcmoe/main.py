@@ -34,7 +34,7 @@ from hpcmoe.model.text import check_text, find_text
 from hpcmoe.output import StderrHandler, print_to_stdout
 from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
-from hpcmoe.prepare.budget import check_budget, describe_budget, may_use_gpus
+from hpcmoe.prepare.budget import check_budget, format_budget, may_use_gpus
 from hpcmoe.prepare.shards import resolve_tensor_parallel
 from hpcmoe.run.metadata import check_metadata, describe_checkpoint, log_changes
 from hpcmoe.wait import barrier
@@ -43,14 +43,13 @@ from hpcmoe.write.activations import write_activations
 from hpcmoe.write.checkpoint import (
     find_checkpoint,
     is_in_folder,
-    load_checkpoint,
     newest_checkpoint,
     read_metadata,
     step_of,
 )
 from hpcmoe.write.folder import open_folder
-from hpcmoe.write.loads import read_loads
-from hpcmoe.write.pieces import Piece, PieceSpec
+from hpcmoe.write.pieces import Piece, PieceSpec, read_pieces
+from hpcmoe.write.problem import read_loads
 from hpcmoe.write.records import Records, open_records
 from hpcmoe.write.writer import open_writer
 
@@ -203,7 +202,7 @@ def resume(job: "Job", state: "TrainingState", checkpoint: pathlib.Path) -> tupl
     from hpcmoe.run.state import LOAD
 
     wanted = [PieceSpec(name=n, shape=s, start=at, extent=e, keys=keys) for n, s, at, e, keys in state.list_wanted()]
-    arrays, metadata = load_checkpoint(job.mesh.world, checkpoint, wanted)
+    arrays, metadata = read_pieces(job.mesh.world, checkpoint, wanted)
     step = step_of(checkpoint)
     log.info("resumed %s, step %d, written by %d ranks", checkpoint, step, metadata["num_ranks"])
     log_changes(metadata, job.config, len(job.training))
@@ -213,7 +212,7 @@ def resume(job: "Job", state: "TrainingState", checkpoint: pathlib.Path) -> tupl
 def log_plan(job: "Job") -> None:
     """Log what is about to run and how much memory it will take. Collective over all ranks."""
     from hpcmoe.prepare.placement import format_placement
-    from hpcmoe.prepare.sizes import describe_sizes
+    from hpcmoe.prepare.sizes import format_sizes
     from hpcmoe.report.totals import format_sampling_floors
 
     memory, model, text_bytes = job.memory, job.config.model, len(job.training)
@@ -223,9 +222,9 @@ def log_plan(job: "Job") -> None:
     )  # fmt: skip
     dispatcher = job.stepper.dispatcher
     for line in [
-        *describe_budget(job.budget, job.topology, memory.per_expert, model.num_layers),
+        *format_budget(job.budget, job.topology, memory.per_expert, model.num_layers),
         *format_placement(job.run_placement, job.config.placement),
-        *describe_sizes(dispatcher.sizes, dispatcher.routes),
+        *format_sizes(dispatcher.sizes, dispatcher.routes),
         format_sampling_floors(job),
     ]:
         log.info("%s", line)

@@ -10,8 +10,7 @@ from hpcmoe.cluster.given import read_links
 from hpcmoe.config import read_config
 from hpcmoe.errors import ConfigError
 from hpcmoe.placement.demand import find_loads
-from hpcmoe.write.loads import read_loads
-from hpcmoe.write.problem import read_run_problem
+from hpcmoe.write.problem import read_loads, read_run_problem
 
 OLD = ROOT / "tests" / "old"
 NEW = {  # the keys of OLD / "run.toml" that have another place now

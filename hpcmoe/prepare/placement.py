@@ -214,22 +214,3 @@ def format_placement(run_placement: RunPlacement, settings: PlacementConfig) -> 
 def format_milliseconds(seconds: float | None) -> str:
     """Format an objective in ms; None where a method finds no layout that fits."""
     return "finds no layout that fits" if seconds is None else f"{1e3 * seconds:.4g} ms"
-
-
-def describe_placement(records: Any, run_placement: RunPlacement) -> None:
-    """Write the placement and the figures of its search to a run's record."""
-    placement = run_placement.placement
-    units = {"split": "share of a node's tokens for the slot's expert"}
-    units |= dict.fromkeys(("objective_seconds", "lower_bound_seconds"), "s")
-    for name in (
-        "expert_of_replica", "rank_of_replica", "replica_count", "split", "objective", "cross_node_share", "link_sigma",
-        "objective_seconds", "lower_bound_seconds",
-    ):  # fmt: skip
-        if getattr(placement, name) is not None:
-            records.describe("cluster", name, getattr(placement, name), units.get(name, ""))
-    records.describe("cluster", "placement", placement.method)
-    records.describe("cluster", "optimal", placement.is_optimal)
-    records.describe("cluster", "search_seconds", placement.search_stats.seconds, "s")
-    records.describe("cluster", "search_proposals", placement.search_stats.num_proposals)
-    for method, seconds in run_placement.seconds_of_method.items():
-        records.describe("cluster", f"{method}_seconds", np.nan if seconds is None else seconds, "s")

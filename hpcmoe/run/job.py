@@ -16,9 +16,8 @@ from hpcmoe.comm.device import open_device
 from hpcmoe.comm.heap import keep_heap
 from hpcmoe.comm.window import check_shared_memory
 from hpcmoe.config import Config, NetworkSpec
-from hpcmoe.dispatch.device import DeviceSizes
 from hpcmoe.dispatch.routes import Routes
-from hpcmoe.dispatch.sizes import HostSizes
+from hpcmoe.dispatch.sizes import AnySizes, HostSizes, make_device_sizes, make_host_sizes
 from hpcmoe.errors import keep_on_root, on_all, on_root
 from hpcmoe.model.language import make_model
 from hpcmoe.model.split import Split
@@ -30,13 +29,9 @@ from hpcmoe.prepare.budget import MemoryBudget, make_budget, record_gpu_memory, 
 from hpcmoe.prepare.memory import Memory, estimate_memory
 from hpcmoe.prepare.placement import Demand, RunPlacement, make_run_problem, place_experts, time_expert
 from hpcmoe.prepare.process import estimate_process
-from hpcmoe.prepare.sizes import check_tags, find_routes, make_device_sizes, make_host_sizes, make_sizes
+from hpcmoe.prepare.sizes import check_tags, find_routes, make_sizes
 from hpcmoe.report.meter import Meter
-from hpcmoe.run.dispatchers import (
-    find_communicators,
-    open_dispatcher,
-    select_row_backend,
-)
+from hpcmoe.run.dispatchers import find_communicators, open_dispatcher, select_row_backend
 from hpcmoe.run.step import Stepper
 from hpcmoe.wait import gather_to_all
 
@@ -58,7 +53,7 @@ class Prepared:
 
     topology: Topology  # with the memory of the GPUs
     routes: Routes
-    sizes: HostSizes | DeviceSizes
+    sizes: AnySizes
     memory: Memory  # of a rank, as estimated
     budget: MemoryBudget
     problem: PlacementProblem | None  # that the first placement solves, on rank 0 alone
@@ -146,7 +141,7 @@ def prepare(config: Config, cluster: Cluster) -> Prepared:
     same_order = config.pipeline.deterministic and spec.trains and config.rebalance.every > 0
     routes = find_routes(config.comm, topology, mesh, slots, spec.model.top_k, same_order)
     common = make_sizes(spec, config.pipeline, config.data.batch_sequences, config.placement.replicate, mesh)
-    sizes: HostSizes | DeviceSizes = make_device_sizes(common, config.comm.buffer_factor)
+    sizes: AnySizes = make_device_sizes(common, config.comm.buffer_factor)
     if cluster.backend == "window":
         more = config.comm, topology, routes, spec.trains, config.pipeline.deterministic
         sizes = host_sizes = on_all(world, lambda: make_host_sizes(common, *more))
@@ -179,9 +174,12 @@ def prepare(config: Config, cluster: Cluster) -> Prepared:
     problem = keep_on_root(
         world, lambda: make_run_problem(spec.model, config.placement, demand, topology, mesh, budget)
     )
-    run_placement = on_root(
-        world, lambda: place_experts(problem, config.placement, budget, config.run.seed, config.rebalance.every > 0)
-    )
+
+    def place() -> RunPlacement:
+        assert problem is not None  # rank 0 has it
+        return place_experts(problem, config.placement, budget, config.run.seed, config.rebalance.every > 0)
+
+    run_placement = on_root(world, place)
     return Prepared(
         topology=topology,
         routes=routes,
