@@ -12,7 +12,7 @@ from hpcmoe.cluster.topology import (
     make_saved_topology,
     naming_file,
     port_maxima,
-    read_tree,
+    load_tree,
 )
 from hpcmoe.errors import ClusterError
 from hpcmoe.messages import one_line, show_value, suggest
@@ -32,7 +32,7 @@ def read_links(path, node_names, rack_names):
     The file is written by hand, five lists in the order of nodes and racks as in inputs/links.json, or a topology.json
     of an earlier run, by names. Raises ClusterError that names the file and the entry where it does not fit.
     """
-    tree = read_tree(path)
+    tree = load_tree(path)
     if isinstance(tree, dict) and isinstance(tree.get("bytes_per_second"), list):
         links, source = make_listed_links(tree, node_names, rack_names, path)
     else:
@@ -49,7 +49,7 @@ def read_links(path, node_names, rack_names):
 
 
 def make_listed_links(tree, node_names, rack_names, path):
-    """Take the links that a file lists; what it leaves out is guessed, and said to be -> (ClusterLinks, source)."""
+    """Build the links that a file lists, and guess what it leaves out -> (ClusterLinks, dict fact: source)."""
     num_nodes, num_racks = len(node_names), len(rack_names)
     for key in tree:
         if key not in LISTS:
@@ -64,7 +64,7 @@ def make_listed_links(tree, node_names, rack_names, path):
         source["uplinks"] = NO_UPLINKS
 
     # Each list has an entry a node or a rack, each matrix a row and a column a node.
-    rates = make_array(tree["bytes_per_second"], (num_nodes, num_nodes), f"{path}: bytes_per_second")
+    rates = make_links_array(tree["bytes_per_second"], (num_nodes, num_nodes), f"{path}: bytes_per_second")
     egress, ingress = port_maxima(rates)
     usual = {
         "latency_seconds": np.zeros_like(rates),
@@ -73,13 +73,13 @@ def make_listed_links(tree, node_names, rack_names, path):
         "uplink_bytes_per_second": np.full(num_racks, np.inf),
     }
     arrays = {
-        key: make_array(given[key], value.shape, f"{path}: {key}") if key in given else value
+        key: make_links_array(given[key], value.shape, f"{path}: {key}") if key in given else value
         for key, value in usual.items()
     }
     return ClusterLinks(bytes_per_second=rates, **arrays), source
 
 
-def make_array(value, shape, what):
+def make_links_array(value, shape, what):
     """Make an array of a list, or list of lists, whose shape must be this run's nodes or racks -> float64 `shape`.
 
     null is no limit. Raises ClusterError that begins with `what`, the file and key.

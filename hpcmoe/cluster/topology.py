@@ -125,12 +125,12 @@ def load_topology(path):
 
     Raises ClusterError that says what is wrong with the file.
     """
-    tree = read_tree(path)
+    tree = load_tree(path)
     with naming_file(path):
         return make_saved_topology(tree)
 
 
-def read_tree(path):
+def load_tree(path):
     """Read a file's JSON -> its tree. Raises ClusterError that says what is wrong with the file."""
     with naming_file(path):
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
@@ -138,7 +138,7 @@ def read_tree(path):
 
 @contextlib.contextmanager
 def naming_file(path):
-    """Turn what Python raises about a file, or about a missing or strange entry of it, into a ClusterError."""
+    """Convert what Python raises about a file, or about a missing or strange entry of it, to a ClusterError."""
     try:
         yield
     except OSError as error:
