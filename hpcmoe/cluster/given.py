@@ -9,10 +9,10 @@ from hpcmoe.cluster.topology import (
     NO_UPLINKS,
     PORTS_TAKEN,
     ClusterLinks,
+    load_tree,
     make_saved_topology,
     naming_file,
     port_maxima,
-    load_tree,
 )
 from hpcmoe.errors import ClusterError
 from hpcmoe.messages import one_line, show_value, suggest
