@@ -5,13 +5,13 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.cluster.topology import Topology
+from hpcmoe.comm.device import Device
 from hpcmoe.config import ModelConfig, NetworkSpec, PlacementConfig
 from hpcmoe.errors import ConfigError, PlacementError
 from hpcmoe.experts.timing import time_row
@@ -89,7 +89,7 @@ def make_run_problem(
     )
 
 
-def time_expert(spec: NetworkSpec, mesh: Mesh, rows: int, device: Any) -> float:
+def time_expert(spec: NetworkSpec, mesh: Mesh, rows: int, device: Device) -> float:
     """Measure an expert's forward pass on one assignment, on all ranks at once -> seconds, their median.
 
     Collective over mesh.world.
@@ -171,7 +171,7 @@ def evaluate_layouts(
     """Evaluate given layouts [L, S], with lower bounds computed within so many seconds."""
     from hpcmoe.placement.solve import bound_layers
 
-    begun, bounds = time.perf_counter(), bound_layers(problem, layouts, [None] * problem.num_layers, seconds)
+    begun, bounds = time.perf_counter(), bound_layers(problem, layouts, seconds)
     return tune_placement(problem, settings, evaluate(problem, layouts, bounds, method, SearchStats()), begun)
 
 

@@ -3,12 +3,12 @@
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 from mpi4py import MPI
 
 from hpcmoe.clock import Clock
 from hpcmoe.cluster.mesh import Mesh
+from hpcmoe.comm.device import Device
 from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.nccl import NcclAllToAll, find_nccl, open_nccl
 from hpcmoe.comm.select import (
@@ -34,7 +34,7 @@ from hpcmoe.wait import barrier, gather_to_all
 log = logging.getLogger(__name__)
 
 
-def select_row_backend(settings: CommConfig, schedule: str, world: MPI.Comm, device: Any) -> str:
+def select_row_backend(settings: CommConfig, schedule: str, world: MPI.Comm, device: Device) -> str:
     """Select what carries rows by [comm]: "window" on the host; "nccl", "direct" or "staged" between GPUs.
 
     Collective over world. Raises ClusterError on all ranks when only some have a GPU, or [comm] asks for what none has.
@@ -52,7 +52,7 @@ def select_row_backend(settings: CommConfig, schedule: str, world: MPI.Comm, dev
     return "window" if device.name == "host" else select_device_backend(settings, schedule, world, device).kind
 
 
-def select_device_backend(settings: CommConfig, schedule: str, world: MPI.Comm, device: Any) -> SelectedBackend:
+def select_device_backend(settings: CommConfig, schedule: str, world: MPI.Comm, device: Device) -> SelectedBackend:
     """Select what carries rows between the ranks' GPUs, and log it. Collective over world.
 
     Raises ClusterError on all ranks when [comm] asks for what is not there.
@@ -70,7 +70,7 @@ def select_device_backend(settings: CommConfig, schedule: str, world: MPI.Comm, 
 
 
 def try_nccl(
-    buffers: str, world: MPI.Comm, device: Any, selected: SelectedBackend, support_of_rank: list[TransportSupport]
+    buffers: str, world: MPI.Comm, device: Device, selected: SelectedBackend, support_of_rank: list[TransportSupport]
 ) -> SelectedBackend:
     """Keep NCCL if it can be set up among all ranks, else select MPI by [comm] buffers. Collective over world."""
     try:
@@ -101,7 +101,7 @@ def find_communicators(mesh: Mesh, backend: str, trains: bool) -> dict[str, MPI.
 
 
 def open_dispatcher(
-    mesh: Mesh, device: Any, backend: str, sizes: AnySizes, routes: Routes, trains: bool
+    mesh: Mesh, device: Device, backend: str, sizes: AnySizes, routes: Routes, trains: bool
 ) -> contextlib.AbstractContextManager[TokenDispatcher]:
     """Open what carries rows between the ranks of mesh.group. Collective over mesh.world, both ends."""
     if isinstance(sizes, HostSizes):
@@ -110,7 +110,7 @@ def open_dispatcher(
 
 
 @contextlib.contextmanager
-def open_host_dispatcher(comm: MPI.Comm, device: Any, sizes: HostSizes, routes: Routes) -> Iterator[HostDispatcher]:
+def open_host_dispatcher(comm: MPI.Comm, device: Device, sizes: HostSizes, routes: Routes) -> Iterator[HostDispatcher]:
     """Open what carries rows by memory that a node's ranks share, and by messages. Collective over comm, both ends."""
     barrier(comm)
     local_comm = comm.Split(int(routes.local_peers[0]), comm.rank)
@@ -127,7 +127,7 @@ def open_host_dispatcher(comm: MPI.Comm, device: Any, sizes: HostSizes, routes: 
 
 @contextlib.contextmanager
 def open_device_dispatcher(
-    mesh: Mesh, device: Any, backend: str, sizes: DeviceSizes, routes: Routes, trains: bool
+    mesh: Mesh, device: Device, backend: str, sizes: DeviceSizes, routes: Routes, trains: bool
 ) -> Iterator[DeviceDispatcher]:
     """Open what carries rows between the GPUs of mesh.group. Collective over mesh.world, both ends."""
     with contextlib.ExitStack() as opened:

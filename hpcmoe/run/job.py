@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from mpi4py import MPI
 from hpcmoe.cluster.machine import count_own_cores
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.cluster.topology import Topology
-from hpcmoe.comm.device import open_device
+from hpcmoe.comm.device import Device, open_device
 from hpcmoe.comm.heap import keep_heap
 from hpcmoe.comm.window import check_shared_memory
 from hpcmoe.config import Config, NetworkSpec
@@ -42,7 +41,7 @@ class Cluster:
 
     mesh: Mesh
     topology: Topology
-    device: Any
+    device: Device
     backend: str  # "window" on the host; "nccl", "direct" or "staged" between devices
     loads: Loads | None  # of the experts, on rank 0 alone
 
