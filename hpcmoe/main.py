@@ -83,7 +83,7 @@ def main() -> None:
         exit_with(comm, error, host)
 
 
-def run(comm: MPI.Comm, arguments: argparse.Namespace, opened: contextlib.ExitStack) -> None:
+def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.ExitStack) -> None:
     """Read, place, run, write; opened holds the run's folder until the end. Collective over comm."""
     # Check input and output first: what is wrong there need not wait for torch.
     config, text = on_root(comm, lambda: read_config(arguments.config, arguments.set))
@@ -134,7 +134,7 @@ def run(comm: MPI.Comm, arguments: argparse.Namespace, opened: contextlib.ExitSt
                 print_to_stdout(f"\n{table}\n\nwritten: {', '.join(map(str, written))}")
 
 
-def end_all_ranks(comm: MPI.Comm, opened: contextlib.ExitStack, ending: BaseException) -> None:
+def end_all_ranks(comm: MPI.Intracomm, opened: contextlib.ExitStack, ending: BaseException) -> None:
     """Close the run's folder as if an exception had come, and end all ranks. Not collective."""
     opened.__exit__(type(ending), ending, None)
     exit_with(comm, ending, read_host_name())
@@ -269,7 +269,7 @@ def read_run_arguments(words: list[str]) -> argparse.Namespace | None:
     return arguments
 
 
-def start_log(comm: MPI.Comm) -> None:
+def start_log(comm: MPI.Intracomm) -> None:
     """Start the log on standard error: of rank 0 from INFO on, of the others from WARNING."""
     logging.basicConfig(
         handlers=[StderrHandler()],

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def resolve_tensor_parallel(
-    comm: MPI.Comm, parallel: ParallelConfig, spec: NetworkSpec, topology: Topology, device: str
+    comm: MPI.Intracomm, parallel: ParallelConfig, spec: NetworkSpec, topology: Topology, device: str
 ) -> ParallelConfig:
     """Choose [parallel] tensor where it is 0 -> the section with its number. Collective over comm.
 
@@ -34,7 +34,7 @@ def resolve_tensor_parallel(
     return dataclasses.replace(parallel, tensor=chosen)
 
 
-def read_rank_bytes(comm: MPI.Comm, topology: Topology, device: str) -> int:
+def read_rank_bytes(comm: MPI.Intracomm, topology: Topology, device: str) -> int:
     """Return the bytes of the rank that has least memory. Collective over comm."""
     if device != "host":
         from hpcmoe.comm.device import open_device  # imports torch
