@@ -55,7 +55,7 @@ def read_run_problem(path: Path, **changes: Any) -> tuple[PlacementProblem, list
     return PlacementProblem(**fields | changes), notes
 
 
-def read_loads(path: Path) -> Loads:
+def read_loads(path: str | Path) -> Loads:
     """Read a run.h5 -> Loads: by node where they were recorded so, else of the last steps and all nodes together.
 
     Raises CheckpointError in one line where the file cannot be read or holds neither.

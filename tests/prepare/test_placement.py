@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from small import make_config, make_topology, open_small_job
 
+from hpcmoe.description import describe_placement
 from hpcmoe.errors import ConfigError, PlacementError
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.demand import Loads
@@ -15,7 +16,6 @@ from hpcmoe.placement.solve import compare_methods
 from hpcmoe.prepare.budget import MemoryBudget
 from hpcmoe.prepare.placement import (
     Demand,
-    describe_placement,
     format_placement,
     make_run_problem,
     place_experts,
