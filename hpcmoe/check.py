@@ -18,7 +18,7 @@ from mpi4py import MPI
 from hpcmoe.arguments import Parser, name_program
 from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.cluster.launcher import check_launcher, find_launcher
-from hpcmoe.config import Cluster
+from hpcmoe.config import ClusterConfig
 from hpcmoe.errors import HpcmoeError, exit_with, on_all, on_root
 from hpcmoe.interrupts import exit_on_signals, repeated_interrupts
 from hpcmoe.messages import one_line
@@ -73,7 +73,7 @@ def check(comm):
     from hpcmoe.comm.device import open_device
     from hpcmoe.comm.select import read_transport_support  # imports torch
 
-    topology = read_topology(comm, Cluster(measure_seconds=LINK_SECONDS))
+    topology = read_topology(comm, ClusterConfig(measure_seconds=LINK_SECONDS))
     here = topology.ranks_of_node(topology.node_of_rank[comm.rank]).tolist()
     device = on_all(comm, lambda: open_device("auto", here.index(comm.rank)))
     finds, support_of_rank = (gather_to_all(comm, own) for own in (find(), read_transport_support(comm, device)))

@@ -26,7 +26,6 @@ NotNegative32 = Annotated[float, Ge(0), InFloat32()]
 UpToOne32 = Annotated[float, Interval(ge=0, le=1), InFloat32()]
 BelowOne32 = Annotated[float, Interval(ge=0, lt=1), InFloat32()]
 Share = Annotated[float, Interval(gt=0, lt=1)]
-Matrix = tuple[tuple[float, ...], ...]
 
 
 def section(cls):
@@ -37,7 +36,7 @@ def section(cls):
 
 
 @section
-class Run:
+class RunConfig:
     """What to do, and under which name."""
 
     name: Annotated[str, MinLen(1), MaxLen(255)] = "run"
@@ -50,7 +49,7 @@ class Run:
 
 
 @section
-class Model:
+class ModelConfig:
     """The sizes that all chapters share."""
 
     hidden: _Count = 64
@@ -65,44 +64,27 @@ class Model:
 
 
 @section
-class Cluster:
-    """Where the run's ranks are, what joins them, and how experts are laid on them."""
+class ClusterConfig:
+    """Where the run's ranks are, and what joins them."""
 
-    data_parallel: _Count = 1
-    expert_parallel: _CountOrZero = 0
-    tensor_parallel: _CountOrZero = 0
-    links: Literal["measure", "config", "file"] = "measure"
+    links: str = "measure"
     measure_seconds: Positive = 2.0
     measure_bytes: Annotated[int, Interval(ge=1, lt=2**63)] = 2_000_000_000
-    links_file: str = ""
-    bytes_per_second: Matrix = ()
-    latency_seconds: Matrix = ()
-    egress_bytes_per_second: tuple[float, ...] = ()
-    ingress_bytes_per_second: tuple[float, ...] = ()
-    uplink_bytes_per_second: tuple[float, ...] = ()
-    rack_of_node: tuple[str, ...] = ()
+    racks: tuple[str, ...] = ()
     memory_bytes_per_node: Annotated[int, Interval(ge=0, lt=2**63)] = 0
-    placement: Literal["packed", "contiguous", "eplb", "file"] = "packed"
-    placement_file: str = ""
-    objective: Literal["links", "ports", "step"] = "step"
-    count_latency: bool = False
-    search_seconds: Positive = 1.0
-    search_iterations: _Count = 20000
-    compare_eplb: bool = False
-    probability: Literal["uniform", "config", "file"] = "uniform"
-    expert_probability: Matrix = ()
-    loads_file: str = ""
-    seconds_per_token: NotNegative = 0.0
-    replicate: bool = False
-    spare_slots_per_rank: Annotated[int, Interval(ge=0, le=1024)] = 0
-    rebalance_every: _CountOrZero = 0
-    rebalance_horizon: _CountOrZero = 0
-    rebalance_margin: NotNegative = 0.3
-    rebalance_moves: _Count = 8
 
 
 @section
-class Comm:
+class ParallelConfig:
+    """How the ranks share the network: the three sizes of the mesh."""
+
+    data: _Count = 1
+    expert: _CountOrZero = 0
+    tensor: _CountOrZero = 0
+
+
+@section
+class CommConfig:
     """What carries bytes."""
 
     device: Literal["auto", "host", "cuda"] = "auto"
@@ -116,7 +98,7 @@ class Comm:
 
 
 @section
-class Dispatch:
+class DispatchConfig:
     """How tokens choose experts."""
 
     renormalize: bool = True
@@ -130,7 +112,7 @@ class Dispatch:
 
 
 @section
-class Experts:
+class ExpertsConfig:
     """What an expert is."""
 
     kind: Literal["gelu", "relu", "swiglu"] = "gelu"
@@ -139,7 +121,7 @@ class Experts:
 
 
 @section
-class Pipeline:
+class PipelineConfig:
     """How micro-batches follow each other."""
 
     micro_batches: _Count = 2
@@ -147,9 +129,40 @@ class Pipeline:
     in_flight: _Count = 2
     deterministic: bool = True
 
+    @property
+    def num_in_flight(self) -> int:
+        """Micro-batches under way at once."""
+        return 1 if self.schedule == "serial" else min(self.in_flight, self.micro_batches)
+
 
 @section
-class Data:
+class PlacementConfig:
+    """Which rank holds which experts at first, and what is known of their loads."""
+
+    method: str = "packed"
+    objective: Literal["links", "ports", "step"] = "step"
+    count_latency: bool = False
+    search_seconds: Positive = 1.0
+    search_iterations: _Count = 20000
+    compare_eplb: bool = False
+    loads: str = "uniform"
+    seconds_per_token: NotNegative = 0.0
+    replicate: bool = False
+    spare_slots_per_rank: Annotated[int, Interval(ge=0, le=1024)] = 0
+
+
+@section
+class RebalanceConfig:
+    """When experts move to where the tokens measured would have them."""
+
+    every: _CountOrZero = 0
+    horizon: _CountOrZero = 0
+    margin: NotNegative = 0.3
+    moves: _Count = 8
+
+
+@section
+class DataConfig:
     """The text: bytes of files."""
 
     files: Annotated[tuple[str, ...], MinLen(1)] = ("{stdlib}/*.py", "{stdlib}/*/*.py")
@@ -160,7 +173,7 @@ class Data:
 
 
 @section
-class Train:
+class TrainConfig:
     """The optimizer."""
 
     learning_rate: Positive32 = 0.01
@@ -177,7 +190,7 @@ class Train:
 
 
 @section
-class Write:
+class WriteConfig:
     """What is kept."""
 
     checkpoint_every: _CountOrZero = 60
@@ -187,20 +200,45 @@ class Write:
     activations_every: _Count = 100
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkSpec:
+    """What a network is, and how its experts are kept: the sections that shape it, and of [run] what they lack."""
+
+    model: ModelConfig
+    dispatch: DispatchConfig
+    experts: ExpertsConfig
+    seed: int  # of the weights as drawn
+    trains: bool  # parameters in float32, with gradients and moments; else in the precision of [model] dtype
+
+
 @section
 class Config:
     """A whole run.toml: its sections, each key already checked."""
 
-    run: Run = field(default_factory=Run)
-    model: Model = field(default_factory=Model)
-    cluster: Cluster = field(default_factory=Cluster)
-    comm: Comm = field(default_factory=Comm)
-    dispatch: Dispatch = field(default_factory=Dispatch)
-    experts: Experts = field(default_factory=Experts)
-    pipeline: Pipeline = field(default_factory=Pipeline)
-    data: Data = field(default_factory=Data)
-    train: Train = field(default_factory=Train)
-    write: Write = field(default_factory=Write)
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    write: WriteConfig = field(default_factory=WriteConfig)
+
+    @property
+    def spec(self) -> NetworkSpec:
+        """What the chapters below run/ need to know of the network."""
+        return NetworkSpec(
+            model=self.model,
+            dispatch=self.dispatch,
+            experts=self.experts,
+            seed=self.run.seed,
+            trains=self.run.mode == "train",
+        )
 
 
 def read_config(path: str | PathLike, overrides: Sequence[str] = ()) -> tuple[Config, str]:

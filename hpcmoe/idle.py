@@ -48,42 +48,31 @@ def list_modes(config: object) -> list[Reason]:
 
 def list_cluster(config: object) -> list[Reason]:
     """List what links, placement and its moves leave out."""
-    cluster = config.cluster
-    links, method = f'[cluster] links = "{cluster.links}"', f'[cluster] placement = "{cluster.placement}"'
-    chances, still = f'[cluster] probability = "{cluster.probability}"', cluster.rebalance_every == 0
-    plain = cluster.placement in ("packed", "contiguous") and not cluster.replicate
+    cluster, placement, still = config.cluster, config.placement, config.rebalance.every == 0
+    method = f'[placement] method = "{placement.method}"'
+    plain = placement.method in ("packed", "contiguous") and not placement.replicate
     return [
-        (cluster.links != "measure", links, "cluster.measure_seconds cluster.measure_bytes"),
-        (cluster.links != "config", links,
-         "cluster.bytes_per_second cluster.latency_seconds cluster.egress_bytes_per_second "
-         "cluster.ingress_bytes_per_second cluster.uplink_bytes_per_second"),
-        (cluster.links != "file", links, "cluster.links_file"),
-        (cluster.links == "config" and not cluster.latency_seconds, f"{links}, latency_seconds = []",
-         "cluster.count_latency"),
-        (cluster.placement != "file", method, "cluster.placement_file"),
-        (cluster.placement == "eplb", f"{method} is what it would compare with", "cluster.compare_eplb"),
-        (cluster.placement != "packed" and still, f"{method} is not searched for", "cluster.search_iterations"),
-        (cluster.probability != "config", chances, "cluster.expert_probability"),
-        (cluster.probability != "file", chances, "cluster.loads_file"),
-        (still, "[cluster] rebalance_every = 0",
-         "cluster.rebalance_horizon cluster.rebalance_margin cluster.rebalance_moves"),
-        (plain and still, f"{method} with replicate = false and rebalance_every = 0 leaves them empty",
-         "cluster.spare_slots_per_rank"),
-        (cluster.expert_parallel == 1, "[cluster] expert_parallel = 1 has every expert on each rank",
-         "cluster.replicate cluster.rebalance_every"),
+        (cluster.links != "measure", f"[cluster] links = {show_value(cluster.links)}",
+         "cluster.measure_seconds cluster.measure_bytes"),
+        (placement.method == "eplb", f"{method} is what it would compare with", "placement.compare_eplb"),
+        (placement.method != "packed" and still, f"{method} is not searched for", "placement.search_iterations"),
+        (still, "[rebalance] every = 0", "rebalance.horizon rebalance.margin rebalance.moves"),
+        (plain and still, f"{method} with replicate = false and [rebalance] every = 0 leaves them empty",
+         "placement.spare_slots_per_rank"),
+        (config.parallel.expert == 1, "[parallel] expert = 1 has every expert on each rank",
+         "placement.replicate rebalance.every"),
     ]  # fmt: skip
 
 
 def list_comm(config: object) -> list[Reason]:
     """List what is not asked where there are no GPUs, or nothing but GPUs, or no other ranks."""
-    comm, cluster = config.comm, config.cluster
+    comm, parallel = config.comm, config.parallel
     return [
         (comm.device == "host", '[comm] device = "host" has no GPUs', "comm.transport comm.buffers"),
         (comm.transport == "nccl", '[comm] transport = "nccl"', "comm.buffers"),
         (comm.device == "cuda", '[comm] device = "cuda": no rows are cut or shared',
          "comm.message_rows comm.pool_bytes comm.shared_memory comm.once_per_node experts.gemm_rows"),
-        (cluster.expert_parallel == cluster.tensor_parallel == 1,
-         "[cluster] expert_parallel = tensor_parallel = 1: no row leaves its rank",
+        (parallel.expert == parallel.tensor == 1, "[parallel] expert = tensor = 1: no row leaves its rank",
          "comm.shared_memory comm.once_per_node comm.message_rows comm.buffer_factor comm.pool_bytes"),
         (not comm.shared_memory, "[comm] shared_memory = false: each rank is a node of its own", "comm.once_per_node"),
     ]  # fmt: skip
@@ -120,12 +109,12 @@ def list_turns(config: object) -> list[Reason]:
 
 def find_shortfalls(config: object) -> Iterator[str]:
     """Yield a line for each key that was set to more than others let it have."""
-    pipeline, steps, every = config.pipeline, config.run.steps, config.cluster.rebalance_every
+    pipeline, steps, every = config.pipeline, config.run.steps, config.rebalance.every
     most = pipeline.in_flight if pipeline.schedule == "serial" else pipeline.micro_batches
     if pipeline.in_flight > most and differs(config, "pipeline.in_flight"):
         yield f"[pipeline] in_flight = {pipeline.in_flight} acts as micro_batches = {most}"
     if every >= steps:
-        yield f"[cluster] rebalance_every = {every}: [run] steps = {steps} end before the first time"
+        yield f"[rebalance] every = {every}: [run] steps = {steps} end before the first time"
 
 
 def find_untrained(config: object) -> Iterator[str]:

@@ -32,9 +32,9 @@ from hpcmoe.model.text import check_text, find_text
 from hpcmoe.output import StderrHandler, print_to_stdout
 from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
-from hpcmoe.prepare.budget import check_budget, describe_budget
-from hpcmoe.prepare.metadata import check_metadata, describe_checkpoint, log_changes
+from hpcmoe.prepare.budget import check_budget, describe_budget, may_use_gpus
 from hpcmoe.prepare.shards import resolve_tensor_parallel
+from hpcmoe.run.metadata import check_metadata, describe_checkpoint, log_changes
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
@@ -89,16 +89,20 @@ def run(comm, arguments, opened):
     split = on_all(comm, lambda: check_text(split))
 
     # Read an earlier run's files before the folder, which may be theirs, is moved out of the way; measure after it.
-    loads = keep_on_root(comm, lambda: find_loads(config, read_loads))
-    topology = read_topology(comm, config.cluster) if config.cluster.links == "file" else None
+    loads = keep_on_root(comm, lambda: find_loads(config.placement.loads, config.model, read_loads))
+    topology = read_topology(comm, config.cluster) if config.cluster.links != "measure" else None
     opened.enter_context(open_folder(comm, config.run.output, config.run.name, resume=goes_on))
 
     # Find out where the ranks are and what joins them.
     topology = topology or read_topology(comm, config.cluster)
-    on_root(comm, lambda: check_budget(config, topology))
+    gpus = (
+        config.comm.device if may_use_gpus(config.comm.device, config.cluster.memory_bytes_per_node, topology) else None
+    )
+    if gpus is None:  # how much they have is known when they are opened
+        on_root(comm, lambda: check_budget(config.spec, config.parallel.data, topology))
     on_root(comm, lambda: save_topology(topology, folder / "topology.json"))
     log.info("%s", topology)
-    with open_mesh(comm, resolve_tensor_parallel(comm, config, topology)) as mesh:
+    with open_mesh(comm, resolve_tensor_parallel(comm, config.parallel, config.spec, topology, gpus)) as mesh:
         gc.disable()  # torch's import makes much that stays: a tenth of its time is looking through it for garbage
         with exit_on_signals(lambda ending: end_all_ranks(comm, opened, ending)):
             from hpcmoe.report.tables import make_table
@@ -216,7 +220,7 @@ def log_plan(job):
     size_lines = describe_sizes(job.stepper.dispatcher.sizes, job.stepper.dispatcher.routes)
     for line in [
         *budget_lines,
-        *format_placement(job.run_placement, job.config.cluster),
+        *format_placement(job.run_placement, job.config.placement),
         *size_lines,
         format_sampling_floors(job),
     ]:

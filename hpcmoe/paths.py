@@ -12,7 +12,12 @@ from hpcmoe.environment import read_setting
 from hpcmoe.errors import ConfigError, attempt
 from hpcmoe.messages import printable
 
-PATHS = (("run", "output"), ("cluster", "links_file"), ("cluster", "placement_file"), ("cluster", "loads_file"))
+PATHS = (("run", "output"), ("cluster", "links"), ("placement", "method"), ("placement", "loads"))
+WORDS_OR_PATH = {  # keys that take one of some words, or the path of a file
+    ("cluster", "links"): ("measure",),
+    ("placement", "method"): ("packed", "contiguous", "eplb"),
+    ("placement", "loads"): ("uniform",),
+}
 PATTERNS = (("data", "files"), ("data", "exclude"))  # stay as they are: the files that they name are found on rank 0
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
 
@@ -38,6 +43,11 @@ def expand_paths(config: Any, source_of: Callable[..., str]) -> Any:
     if any(errors):
         raise ConfigError("\n".join(str(error) for error in errors if error is not None))
     return config
+
+
+def is_path(value: str) -> bool:
+    """Return True if the value of a key of WORDS_OR_PATH is meant as a path: it has what no word has."""
+    return any(character in value for character in "/.~$")
 
 
 def expand_pattern(pattern: str, what: str) -> str:

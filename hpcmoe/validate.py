@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import join_lines, one_line, show_value, suggest
+from hpcmoe.renamed import find_place
 
 STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # what pydantic is to be picky about
 DEEPEST = 8  # lists within lists: no key takes as many
@@ -70,7 +71,8 @@ def _format_errors(
     key, *index = inner
     what = f"{source_of(name, key)}: [{name}] {one_line(key)} = {show_value(tree[name][key])}"
     if key not in keys_of_section[name]:
-        return f"{what}: unknown key{suggest(key, keys_of_section[name])}"
+        place = find_place(name, key)
+        return f"{what}: is now {place}" if place else f"{what}: unknown key{suggest(key, keys_of_section[name])}"
     entry = f"entry {index}: " if index else ""
     more = f" (and {len(others)} more)" if others else ""
     return f"{what}: {entry}{first['msg'].replace('Input should', 'must')}{more}"

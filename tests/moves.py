@@ -14,7 +14,7 @@ from hpcmoe.run.train import train_step
 from hpcmoe.wait import broadcast
 
 STEPS = 4
-MOVES = {"cluster__rebalance_every": 1000}  # never by itself
+MOVES = {"rebalance__every": 1000}  # never by itself
 
 
 def shuffle(problem, present, seed):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.dispatch.sizes import HostSizes, max_messages_sent
 from hpcmoe.model.text import find_text
 from hpcmoe.placement.demand import find_loads
+from hpcmoe.prepare.sizes import make_host_sizes
+from hpcmoe.prepare.sizes import make_sizes as make_run_sizes
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.state import TrainingState
@@ -28,8 +31,8 @@ from hpcmoe.write.loads import read_loads
 SMALL = {
     "model.hidden": 8, "model.feed_forward": 12, "model.num_layers": 2, "model.num_heads": 2, "model.num_experts": 4,
     "model.sequence_length": 5, "data.batch_sequences": 14, "pipeline.micro_batches": 3, "comm.buffer_factor": 1.0,
-    "data.validation_sequences": 9, "run.threads_per_rank": 1, "cluster.seconds_per_token": 1e-6,
-    "cluster.search_iterations": 50,
+    "data.validation_sequences": 9, "run.threads_per_rank": 1, "placement.seconds_per_token": 1e-6,
+    "placement.search_iterations": 50,
 }  # fmt: skip
 BY_CARRIER = {
     "direct": {"comm__transport": "mpi", "comm__buffers": "direct"},
@@ -47,6 +50,12 @@ def make_config(**changes):
         part = dataclasses.replace(getattr(config, section), **{key: value})
         config = dataclasses.replace(config, **{section: part})
     return config
+
+
+def make_sizes_of(config, mesh, topology, routes):
+    """The sizes that a config gives a rank on the host."""
+    common = make_run_sizes(config.spec, config.pipeline, config.data.batch_sequences, config.placement.replicate, mesh)
+    return make_host_sizes(common, config.comm, topology, routes, config.spec.trains, config.pipeline.deterministic)
 
 
 def make_topology(num_ranks, num_nodes=1):
@@ -70,18 +79,24 @@ def make_topology(num_ranks, num_nodes=1):
 
 
 @contextlib.contextmanager
-def open_small_job(comm, folder, num_nodes=1, text=RANDOM_TEXT, **changes):
-    """A job on a file of its own in `folder`, which all ranks see -> (Job, Optimizer if it trains, State)."""
+def open_small_job(comm, folder, num_nodes=1, text=RANDOM_TEXT, loads=None, **changes):
+    """A job on a file of its own in `folder`, which all ranks see, its loads rows of probabilities -> (Job, Optimizer if it trains, State)."""
     file = folder / "text.bin"
     if comm.rank == 0:
         file.write_bytes(text)
+        (folder / "loads.json").write_text(json.dumps(loads))
     barrier(comm)  # politely: rank 0 may still be with the oracle of the test before
+    changes |= {} if loads is None else {"placement__loads": str(folder / "loads.json")}
     config = make_config(data__files=(str(file),), data__exclude=(), **changes)
     split = find_text(config.data, config.model.sequence_length)
     with (
-        open_mesh(comm, config.cluster) as mesh,
+        open_mesh(comm, config.parallel) as mesh,
         open_job(
-            config, make_topology(comm.size, min(num_nodes, comm.size)), mesh, split, find_loads(config, read_loads)
+            config,
+            make_topology(comm.size, min(num_nodes, comm.size)),
+            mesh,
+            split,
+            find_loads(config.placement.loads, config.model, read_loads),
         ) as job,
     ):
         trains = config.run.mode == "train"

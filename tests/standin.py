@@ -325,7 +325,7 @@ def watch_job(monkeypatch, gpu=None, nccl_comm=None):
             yield WatchedTransport(transport, order)
 
     monkeypatch.setattr("hpcmoe.run.job.open_device", lambda kind, rank: device)
-    monkeypatch.setattr("hpcmoe.prepare.gpus.open_mpi_transport", open_watched)
+    monkeypatch.setattr("hpcmoe.run.dispatchers.open_mpi_transport", open_watched)
     lay = FlatGradients.__init__
 
     def lay_watched(gradients, parts):
@@ -334,7 +334,7 @@ def watch_job(monkeypatch, gpu=None, nccl_comm=None):
 
     monkeypatch.setattr(FlatGradients, "__init__", lay_watched)
     nccl = StandInNccl(nccl_comm, device) if nccl_comm else None
-    for module in ("hpcmoe.comm.select", "hpcmoe.prepare.gpus"):
+    for module in ("hpcmoe.comm.select", "hpcmoe.run.dispatchers"):
         monkeypatch.setattr(f"{module}.find_nccl", lambda: (nccl, None if nccl else "there is none here"))
     order.nccl = nccl
     with Watching(order):

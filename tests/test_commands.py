@@ -114,7 +114,7 @@ def test_inference_reports_its_throughput(two):
         ({"modle.top_k": 2}, "[modle]: unknown section"),
         ({"model.num_experts": 4096, "model.hidden": 8192, "model.feed_forward": 32768}, "do not fit"),
         ({"cluster.memory_bytes_per_node": 100000}, "do not fit"),
-        ({"cluster.tensor_parallel": 2}, "tensor_parallel"),
+        ({"parallel.tensor": 2}, "[parallel] tensor"),
         ({"data.files": '["/nowhere/*.txt"]'}, "/nowhere/*.txt"),
         ({"run.output": "/proc/nowhere"}, "[run] output"),
     ],
@@ -146,8 +146,8 @@ def check_error(command, said):
         (2, {"run.output": "/proc/nowhere"}, "[run] output"),
         (3, {"cluster.memory_bytes_per_node": 100000}, "do not fit"),
         pytest.param(
-            16, {"cluster.tensor_parallel": 2, "cluster.expert_parallel": 12},
-            "[cluster] expert_parallel = 12 must divide the 16 ranks", marks=pytest.mark.full,
+            16, {"parallel.tensor": 2, "parallel.expert": 12},
+            "[parallel] expert = 12 must divide the 16 ranks", marks=pytest.mark.full,
         ),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import tomllib
 
 import pytest
@@ -10,6 +11,7 @@ from launch import ROOT
 from hpcmoe.config import Config, list_keys, read_config
 from hpcmoe.errors import ConfigError
 from hpcmoe.overrides import kind_of, parse_override
+from hpcmoe.renamed import PLACE_OF_KEY
 
 KINDS = {(name, key): kind_of(annotation) for name, key, annotation in list_keys()}
 
@@ -79,7 +81,7 @@ def test_every_error_is_listed_at_once(file):
         ("[data]\nvalidation_share = 0.0", "[data] validation_share = 0.0: must be greater than 0"),
         ("[data]\nfiles = []", "[data] files = []: "),
         ("[data]\nfiles = ['a', 3]", "[data] files = ['a', 3]: entry [1]: must be a valid string"),
-        ("[cluster]\nbytes_per_second = [[1.0, 'x']]", "bytes_per_second = [[1.0, 'x']]: entry [0, 1]: must be"),
+        ("[cluster]\nracks = ['a', 3]", "[cluster] racks = ['a', 3]: entry [1]: must be a valid string"),
         ("[write]\nactivations_of_layers = [-1]", "activations_of_layers = [-1]: entry [0]: must be greater"),
         ("[dispatch]\nload_feedback = 1.5", "[dispatch] load_feedback = 1.5: must be less than or equal to 1"),
         ("[dispatch]\nbias_update_speed = 2.0", "[dispatch] bias_update_speed = 2.0: must be less than or equal to 1"),
@@ -98,9 +100,10 @@ def test_an_error_shows_file_section_key_value_and_what_is_allowed(file, text, s
     [
         ("[model]\ntop_k = 17", "[model] top_k = 17: must be at most num_experts = 16"),
         ("[model]\nnum_heads = 7", "[model] num_heads = 7: must divide hidden = 64"),
-        ("[cluster]\ntensor_parallel = 3", "[cluster] tensor_parallel = 3: must divide [model] feed_forward = 128"),
-        ('[cluster]\nlinks = "file"', "[cluster] links_file = '': must name a file when links = \"file\""),
-        ('[cluster]\nlinks = "config"', "[cluster] bytes_per_second = (): must be a matrix, nodes x nodes, when"),
+        ("[parallel]\ntensor = 3", "[parallel] tensor = 3: must divide [model] feed_forward = 128"),
+        ('[cluster]\nlinks = "file"', "[cluster] links = 'file': must be 'measure', or a file, whose path has a / or"),
+        ('[placement]\nmethod = "packd"', "[placement] method = 'packd': must be 'packed', 'contiguous', 'eplb', or a file"),
+        ('[placement]\nloads = ""', "[placement] loads = '': must be 'uniform', or a file, whose path has a / or a . in it"),
         ('[comm]\ndevice = "host"\ntransport = "nccl"', "[comm] transport = 'nccl': needs GPUs: [comm] device ="),
         ("[pipeline]\nmicro_batches = 65", "[pipeline] micro_batches = 65: must be at most [data] batch_sequences"),
         ("[write]\nactivations_of_layers = [0, 2]",
@@ -110,6 +113,27 @@ def test_an_error_shows_file_section_key_value_and_what_is_allowed(file, text, s
 def test_values_that_contradict_each_other_are_refused(file, text, said):
     (line,) = refusal(file, text)
     assert line.startswith(f"run.toml: {said}")
+
+
+OLD = (
+    "data_parallel", "expert_parallel", "tensor_parallel", "links_file", "bytes_per_second", "latency_seconds",
+    "egress_bytes_per_second", "ingress_bytes_per_second", "uplink_bytes_per_second", "rack_of_node", "placement",
+    "placement_file", "objective", "count_latency", "search_seconds", "search_iterations", "compare_eplb", "probability",
+    "expert_probability", "loads_file", "seconds_per_token", "replicate", "spare_slots_per_rank", "rebalance_every",
+    "rebalance_horizon", "rebalance_margin", "rebalance_moves",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OLD)
+def test_a_key_of_an_earlier_version_is_refused_with_its_new_place(file, key):
+    assert set(OLD) == set(PLACE_OF_KEY)
+    for line, source in (
+        (*refusal(file, f"[cluster]\n{key} = 1"), "run.toml"),
+        (*refusal(file, "", f"cluster.{key}=1"), f"--set cluster.{key}=1"),
+    ):
+        assert line.startswith(f"{source}: [cluster] {key} = 1: is now ")
+        section, name = re.search(r"\[(\w+)\] (\w+)", line.partition("is now ")[2]).groups()
+        assert (section, name) in KINDS
 
 
 def test_all_contradictions_are_listed_and_each_names_its_source(file):
@@ -124,9 +148,8 @@ def test_all_contradictions_are_listed_and_each_names_its_source(file):
     [
         "[model]\nnum_experts = 3\ntop_k = 3",
         "[model]\nattention = false\nnum_heads = 7",
-        "[cluster]\ntensor_parallel = 128",
-        '[cluster]\nlinks = "config"\nbytes_per_second = [[1, 2.5], [3e9, 4]]',
-        '[cluster]\nlinks = "file"\nlinks_file = "topology.json"',
+        "[parallel]\ntensor = 128",
+        '[cluster]\nlinks = "topology.json"\n[placement]\nmethod = "./packed"\nloads = "out/run/run.h5"',
         "[pipeline]\nmicro_batches = 64\ndeterministic = false",
         "[write]\nactivations_of_layers = [0, 1]",
         "[train]\nlearning_rate = 1\nclip_norm = 0\nbeta1 = 0",

@@ -16,8 +16,8 @@ SETTINGS = {
     "data.validation_sequences": "16",
     "write.checkpoint_every": "1",
     "write.asynchronous": "true",
-    "cluster.search_seconds": "0.05",
-    "cluster.seconds_per_token": "1e-6",
+    "placement.search_seconds": "0.05",
+    "placement.seconds_per_token": "1e-6",
 }
 
 

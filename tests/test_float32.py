@@ -67,7 +67,7 @@ def test_what_float32_has_is_taken(read):
 
 
 def test_other_numbers_keep_what_float64_has(read):
-    assert read("cluster.seconds_per_token=1e-50").cluster.seconds_per_token == 1e-50
+    assert read("placement.seconds_per_token=1e-50").placement.seconds_per_token == 1e-50
     assert find_range_error(1e-50, float) is None
 
 

@@ -10,7 +10,7 @@ from launch import ROOT
 
 GROUND = (
     "__version__", "output", "interrupts", "start", "segments", "mpi_library", "wait", "clock", "errors", "environment",
-    "messages", "paths", "arguments", "watch", "reading", "float32", "contradictions", "idle", "overrides", "validate",
+    "messages", "paths", "arguments", "watch", "reading", "float32", "renamed", "contradictions", "idle", "overrides", "validate",
     "config", "gemm",
 )  # fmt: skip
 CHAPTERS = sorted(folder.parent.name for folder in (ROOT / "hpcmoe").glob("*/__init__.py"))  # the alphabet is the order

@@ -18,28 +18,19 @@ def notes(tmp_path):
     [
         ("run.warmup_steps=3", []),
         ("model.num_heads=8", ["model.attention=false"]),
-        ("cluster.measure_seconds=9.0", ["cluster.links=file", "cluster.links_file=a.json"]),
-        ("cluster.links_file=a.json", []),
-        ("cluster.bytes_per_second=[[1e9]]", []),
-        ("cluster.latency_seconds=[[0.1]]", []),
-        ("cluster.egress_bytes_per_second=[1.0]", []),
-        ("cluster.uplink_bytes_per_second=[1.0]", []),
-        ("cluster.count_latency=true", ["cluster.links=config", "cluster.bytes_per_second=[[1e9]]"]),
-        ("cluster.placement_file=a.json", []),
-        ("cluster.compare_eplb=true", ["cluster.placement=eplb"]),
-        ("cluster.search_iterations=7", ["cluster.placement=contiguous"]),
-        ("cluster.expert_probability=[[1.0]]", []),
-        ("cluster.loads_file=a.h5", ["cluster.probability=config", "cluster.expert_probability=[[1.0]]"]),
-        ("cluster.rebalance_horizon=7", []),
-        ("cluster.rebalance_margin=0.7", []),
-        ("cluster.rebalance_moves=7", []),
-        ("cluster.spare_slots_per_rank=1", []),
-        ("cluster.replicate=true", ["cluster.expert_parallel=1"]),
+        ("cluster.measure_seconds=9.0", ["cluster.links=a.json"]),
+        ("placement.compare_eplb=true", ["placement.method=eplb"]),
+        ("placement.search_iterations=7", ["placement.method=contiguous"]),
+        ("rebalance.horizon=7", []),
+        ("rebalance.margin=0.7", []),
+        ("rebalance.moves=7", []),
+        ("placement.spare_slots_per_rank=1", []),
+        ("placement.replicate=true", ["parallel.expert=1"]),
         ("comm.transport=mpi", ["comm.device=host"]),
         ("comm.buffers=staged", ["comm.transport=nccl"]),
         ("comm.message_rows=7", ["comm.device=cuda"]),
         ("experts.gemm_rows=7", ["comm.device=cuda"]),
-        ("comm.pool_bytes=7", ["cluster.expert_parallel=1", "cluster.tensor_parallel=1"]),
+        ("comm.pool_bytes=7", ["parallel.expert=1", "parallel.tensor=1"]),
         ("comm.once_per_node=on", ["comm.shared_memory=false"]),
         ("dispatch.renormalize=false", ["model.top_k=16"]),
         ("dispatch.aux_loss_weight=0.5", ["model.top_k=16"]),
@@ -72,11 +63,11 @@ def test_a_key_without_effect_is_told_and_without_it_nothing_is(notes, idle, bec
     ("acts", "beside"),
     [
         ("run.warmup_steps=3", ["run.mode=infer"]),
-        ("cluster.rebalance_moves=7", ["cluster.rebalance_every=10"]),
-        ("cluster.spare_slots_per_rank=1", ["cluster.replicate=true"]),
-        ("cluster.spare_slots_per_rank=1", ["cluster.placement=file", "cluster.placement_file=a"]),
-        ("cluster.search_iterations=7", ["cluster.placement=contiguous", "cluster.rebalance_every=10"]),
-        ("cluster.count_latency=true", []),
+        ("rebalance.moves=7", ["rebalance.every=10"]),
+        ("placement.spare_slots_per_rank=1", ["placement.replicate=true"]),
+        ("placement.spare_slots_per_rank=1", ["placement.method=./a"]),
+        ("placement.search_iterations=7", ["placement.method=contiguous", "rebalance.every=10"]),
+        ("placement.count_latency=true", []),
         ("dispatch.load_feedback=0.5", ["model.top_k=16", "dispatch.load_feedback_on=both"]),
         ("dispatch.bias_update_speed=0.5", ["model.top_k=16", "dispatch.capacity_factor=0.5"]),
         ("dispatch.capacity_factor=7.9", []),
@@ -92,8 +83,8 @@ def test_a_key_that_acts_is_not_told(notes, acts, beside):
 
 
 def test_keys_of_one_reason_are_told_in_one_line(notes):
-    assert notes("cluster.rebalance_moves=7", "cluster.rebalance_margin=1.0") == [
-        "no effect: [cluster] rebalance_margin = 1.0, [cluster] rebalance_moves = 7: [cluster] rebalance_every = 0"
+    assert notes("rebalance.moves=7", "rebalance.margin=1.0") == [
+        "no effect: [rebalance] margin = 1.0, [rebalance] moves = 7: [rebalance] every = 0"
     ]
     assert notes() == []
 
@@ -103,8 +94,8 @@ def test_keys_of_one_reason_are_told_in_one_line(notes):
     [
         (["pipeline.in_flight=5"], "[pipeline] in_flight = 5 acts as micro_batches = 2"),
         (
-            ["cluster.rebalance_every=120"],
-            "[cluster] rebalance_every = 120: [run] steps = 120 end before the first time",
+            ["rebalance.every=120"],
+            "[rebalance] every = 120: [run] steps = 120 end before the first time",
         ),
         (["model.sequence_length=1"], "[model] sequence_length = 1 leaves queries and keys untrained"),
         (["model.num_experts=1", "model.top_k=1", "dispatch.z_loss_weight=0"], "leaves the routers untrained"),

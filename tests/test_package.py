@@ -115,7 +115,7 @@ def test_a_config_reads_back_as_it_was_written(tmp_path):
     file = tmp_path / "my.toml"
     file.write_text(
         '[run]\nname = "a \\"b\\" c:\\\\d \\u00fc \\U0001f600 \'"\nseed = 9223372036854775807\n'
-        "[cluster]\nbytes_per_second = [[1.5e9, 1e16], [2, 0.1]]\nrack_of_node = ['a', 'b']\nexpert_probability = []\n"
+        "[cluster]\nmeasure_seconds = 1e16\nracks = ['a', 'b']\n[placement]\nloads = './a.json'\n"
         "[model]\nattention = false\n[train]\nepsilon = 1e-8\nlearning_rate = 1\n"
         "[write]\nactivations_of_layers = [1, 0]\n"
     )

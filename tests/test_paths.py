@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpcmoe.config import Config, Run, read_config
+from hpcmoe.config import Config, RunConfig, read_config
 from hpcmoe.errors import ConfigError
 from hpcmoe.main import read_run_arguments
 from hpcmoe.paths import PATHS, expand_path, expand_paths, expand_pattern
@@ -73,7 +73,7 @@ def test_a_runs_name_that_no_folder_here_can_have_is_refused_in_one_line(monkeyp
 
     monkeypatch.setattr("os.fsencode", encode)  # as where the locale is C, and Python is told to believe it
     with pytest.raises(ConfigError, match=r"\[run\] name = .*: has characters that names of files here cannot have$"):
-        expand_paths(Config(run=Run(name="\u00fcn")), lambda *_: "x.toml")
+        expand_paths(Config(run=RunConfig(name="\u00fcn")), lambda *_: "x.toml")
 
 
 def test_home_is_the_users_own_where_the_environment_has_none(file, monkeypatch):
@@ -100,17 +100,17 @@ def test_every_path_of_the_config_is_expanded(file, tmp_path, key):
 
 def test_no_other_key_of_the_config_sounds_like_a_path():
     manual = (pathlib.Path(__file__).parents[1] / "inputs" / "run.toml").read_text()
-    named = {line.split(" ")[0] for line in manual.splitlines() if "_file " in line or line.startswith("output ")}
+    named = {line.split(" ")[0] for line in manual.splitlines() if "; or a file" in line or line.startswith("output ")}
     assert named == {key for _, key in PATHS}
 
 
 def test_every_path_that_stands_for_nothing_is_told_with_its_source(file):
     pathlib.Path(file).write_text('[run]\noutput = "$NOWHERE"\n[data]\nfiles = ["a", "~none/*"]\nexclude = ["a"]\n')
     with pytest.raises(ConfigError) as refused:
-        read_config(file, ["data.exclude=['${NOTHING}/*', 'b']", "cluster.loads_file=~/$NOWHERE"])
+        read_config(file, ["data.exclude=['${NOTHING}/*', 'b']", "placement.loads=~/$NOWHERE"])
     assert str(refused.value).splitlines() == [
         "run.toml: [run] output = '$NOWHERE': $NOWHERE is not set, or is empty",
-        "--set cluster.loads_file=~/$NOWHERE: [cluster] loads_file = '~/$NOWHERE': $NOWHERE is not set, or is empty",
+        "--set placement.loads=~/$NOWHERE: [placement] loads = '~/$NOWHERE': $NOWHERE is not set, or is empty",
         "run.toml: [data] files = '~none/*': no user none",
         "--set data.exclude=['${NOTHING}/*', 'b']: [data] exclude = '${NOTHING}/*': $NOTHING is not set, or is empty",
     ]

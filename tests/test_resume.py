@@ -20,22 +20,25 @@ MODEL = {
     "experts.bias": True, "write.asynchronous": True, "run.steps": 5, "write.checkpoint_every": 3,
     "dispatch.load_window_steps": 3,
 }  # fmt: skip
-SAVED = {"data_parallel": 2, "tensor_parallel": 2, "replicate": True, "spare_slots_per_rank": 1}
+SAVED = {
+    "parallel.data": 2, "parallel.tensor": 2, "placement.replicate": True, "placement.spare_slots_per_rank": 1,
+}  # fmt: skip
 SHAPES = {  # by the number of ranks
     3: {"data 1, expert 3, tensor 1": {}},
     4: {
-        "data 4, expert 1, tensor 1": {"data_parallel": 4},
-        "data 1, expert 2, tensor 2, replicas": {"tensor_parallel": 2, "replicate": True, "spare_slots_per_rank": 2},
+        "data 4, expert 1, tensor 1": {"parallel.data": 4},
+        "data 1, expert 2, tensor 2, replicas": {
+            "parallel.tensor": 2, "placement.replicate": True, "placement.spare_slots_per_rank": 2,
+        },
     },
     8: {"data 1, expert 8, tensor 1": {}},
-}
+}  # fmt: skip
 FULL = pytest.mark.full
 
 
-def settings_of(cluster):
+def settings_of(shape):
     """The keys of a run at one parallel shape, as the command line takes them."""
-    settings = MODEL | {f"cluster.{key}": value for key, value in cluster.items()}
-    return {key: str(value).lower() for key, value in settings.items()}
+    return {key: str(value).lower() for key, value in (MODEL | shape).items()}
 
 
 @pytest.fixture(scope="module", params=[8, pytest.param(16, marks=FULL)])

@@ -170,7 +170,7 @@ def run_on(hosts, num_ranks, *command):
 
 def measure_over_racks(hosts, folder):
     """Run the main job, a rank on each host -> the Topology that it found and wrote."""
-    rack_key = 'cluster.rack_of_node=["left", "left", "right", "right"]'
+    rack_key = 'cluster.racks=["left", "left", "right", "right"]'
     places = ["--set", f"run.output={folder}", "--set", rack_key, "--set", "cluster.measure_seconds=5.0"]
     main = [sys.executable, "-m", "hpcmoe.main", "inputs/run.toml", *SHORT, *places]
     ended = run_on(hosts, 4, *main)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from hpcmoe.cluster.given import take_links
+from hpcmoe.cluster.given import read_links
 from hpcmoe.cluster.launcher import find_launched as find_launched  # found here too
 from hpcmoe.cluster.machine import count_cuda_devices, read_memory_bytes, read_own_quotas, whole_cores
 from hpcmoe.cluster.measure.cluster import find_slow_links, measure_links
@@ -131,7 +131,7 @@ def make_topology(layout, cluster, measured):
     if cluster.links == "measure":
         links, source = measured, dict.fromkeys(("links", "ports", "uplinks"), "measured")
     else:
-        links, source = take_links(cluster, layout.node_names, layout.rack_names)
+        links, source = read_links(cluster.links, layout.node_names, layout.rack_names)
     infos_of_node = layout.infos_of_node
     memory = [cluster.memory_bytes_per_node or min(info.memory_bytes for info in group) for group in infos_of_node]
     return Topology(

@@ -1,76 +1,105 @@
-"""Links that need no measuring: those of the config, and those that an earlier run's file has kept."""
+"""Links that need no measuring, from a file: written by hand, or kept by an earlier run."""
 
 import sys
 
 import numpy as np
 
 from hpcmoe.cluster.names import format_ambiguous, match_names
-from hpcmoe.cluster.topology import NO_UPLINKS, PORTS_TAKEN, ClusterLinks, load_topology, port_maxima
+from hpcmoe.cluster.topology import (
+    NO_UPLINKS,
+    PORTS_TAKEN,
+    ClusterLinks,
+    make_saved_topology,
+    naming_file,
+    port_maxima,
+    read_tree,
+)
 from hpcmoe.errors import ClusterError
+from hpcmoe.messages import one_line, show_value, suggest
+
+LISTS = (  # of a file by hand
+    "bytes_per_second",
+    "latency_seconds",
+    "egress_bytes_per_second",
+    "ingress_bytes_per_second",
+    "uplink_bytes_per_second",
+)
 
 
-def take_links(cluster, node_names, rack_names):
-    """Take the links of [cluster] or of its links_file -> (ClusterLinks, dict fact: source).
+def read_links(path, node_names, rack_names):
+    """Read the links of this run's nodes and racks from a file -> (ClusterLinks, dict fact: source).
 
-    Raises ClusterError that names the key or file, and the entry, where they do not fit the nodes and racks.
+    The file is written by hand, five lists in the order of nodes and racks as in inputs/links.json, or a topology.json
+    of an earlier run, by names. Raises ClusterError that names the file and the entry where it does not fit.
     """
-    match cluster.links:
-        case "config":
-            where = "[cluster]"
-            links, source = config_links(cluster, node_names, rack_names)
-        case "file":
-            where = cluster.links_file
-            links, source = saved_links(load_topology(where), node_names, rack_names, where)
-        case _:
-            raise ValueError(cluster.links)
+    tree = read_tree(path)
+    if isinstance(tree, dict) and isinstance(tree.get("bytes_per_second"), list):
+        links, source = make_listed_links(tree, node_names, rack_names, path)
+    else:
+        with naming_file(path):
+            saved = make_saved_topology(tree)
+        links, source = saved_links(saved, node_names, rack_names, path)
 
-    check_rates(links.bytes_per_second, f"{where} bytes_per_second", node_names)
-    check_latencies(links.latency_seconds, f"{where} latency_seconds", node_names)
-    check_rates(links.egress_bytes_per_second, f"{where} egress_bytes_per_second", node_names)
-    check_rates(links.ingress_bytes_per_second, f"{where} ingress_bytes_per_second", node_names)
-    check_rates(links.uplink_bytes_per_second, f"{where} uplink_bytes_per_second", rack_names, most=np.inf)
+    check_rates(links.bytes_per_second, f"{path}: bytes_per_second", node_names)
+    check_latencies(links.latency_seconds, f"{path}: latency_seconds", node_names)
+    check_rates(links.egress_bytes_per_second, f"{path}: egress_bytes_per_second", node_names)
+    check_rates(links.ingress_bytes_per_second, f"{path}: ingress_bytes_per_second", node_names)
+    check_rates(links.uplink_bytes_per_second, f"{path}: uplink_bytes_per_second", rack_names, most=np.inf)
     return links, source
 
 
-def config_links(cluster, node_names, rack_names):
-    """Take the links as [cluster] has them; what it leaves out is guessed, and said to be -> (ClusterLinks, source)."""
+def make_listed_links(tree, node_names, rack_names, path):
+    """Take the links that a file lists; what it leaves out is guessed, and said to be -> (ClusterLinks, source)."""
     num_nodes, num_racks = len(node_names), len(rack_names)
-    source = {"links": "config", "ports": "config", "uplinks": "config"}
-    rates = shaped(cluster.bytes_per_second, (num_nodes, num_nodes), "bytes_per_second")
-    if not cluster.latency_seconds:
-        source["links"] = "config; latency not given, taken as 0"
-    if not (cluster.egress_bytes_per_second and cluster.ingress_bytes_per_second):
-        source["ports"] = f"config; {PORTS_TAKEN}"
-    if not cluster.uplink_bytes_per_second:
+    for key in tree:
+        if key not in LISTS:
+            raise ClusterError(f"{path}: {one_line(key)}: unknown key{suggest(key, LISTS)}")
+    given = {key: value for key, value in tree.items() if value != []}
+    source = dict.fromkeys(("links", "ports", "uplinks"), f"file {path}")
+    if "latency_seconds" not in given:
+        source["links"] = f"file {path}; latency not given, taken as 0"
+    if not {"egress_bytes_per_second", "ingress_bytes_per_second"} <= set(given):
+        source["ports"] = f"file {path}; {PORTS_TAKEN}"
+    if "uplink_bytes_per_second" not in given:
         source["uplinks"] = NO_UPLINKS
 
+    # Each list has an entry a node or a rack, each matrix a row and a column a node.
+    rates = make_array(tree["bytes_per_second"], (num_nodes, num_nodes), f"{path}: bytes_per_second")
     egress, ingress = port_maxima(rates)
-    links = ClusterLinks(
-        bytes_per_second=rates,
-        latency_seconds=shaped(cluster.latency_seconds or np.zeros_like(rates), rates.shape, "latency_seconds"),
-        egress_bytes_per_second=shaped(
-            cluster.egress_bytes_per_second or egress, (num_nodes,), "egress_bytes_per_second"
-        ),
-        ingress_bytes_per_second=shaped(
-            cluster.ingress_bytes_per_second or ingress, (num_nodes,), "ingress_bytes_per_second"
-        ),
-        uplink_bytes_per_second=shaped(
-            cluster.uplink_bytes_per_second or np.full(num_racks, np.inf), (num_racks,), "uplink_bytes_per_second"
-        ),
+    usual = {
+        "latency_seconds": np.zeros_like(rates),
+        "egress_bytes_per_second": egress,
+        "ingress_bytes_per_second": ingress,
+        "uplink_bytes_per_second": np.full(num_racks, np.inf),
+    }
+    arrays = {
+        key: make_array(given[key], value.shape, f"{path}: {key}") if key in given else value
+        for key, value in usual.items()
+    }
+    return ClusterLinks(bytes_per_second=rates, **arrays), source
+
+
+def make_array(value, shape, what):
+    """Make an array of a list, or list of lists, whose shape must be this run's nodes or racks -> float64 `shape`.
+
+    null is no limit. Raises ClusterError that begins with `what`, the file and key.
+    """
+    rows = value if len(shape) == 2 else [value]
+    if not (isinstance(value, list) and all(isinstance(row, list) for row in rows)):
+        raise ClusterError(f"{what} must be a list{' of lists' * (len(shape) == 2)}")
+    widths = sorted({len(row) for row in rows})
+    if len(value) != shape[0] or widths != [shape[-1]]:
+        has = f"{len(value)} x {' or '.join(map(str, widths))}" if len(shape) == 2 else f"{len(value)} entries"
+        has = f"is {has}" if len(shape) == 2 else f"has {has}"
+        raise ClusterError(f"{what} {has}, the run has {shape[0]} {'racks' if 'uplink' in what else 'nodes'}")
+    for i, row in enumerate(rows):
+        for j, number in enumerate(row):
+            if not (number is None or type(number) in (int, float)):
+                place = f"[{i}][{j}]" if len(shape) == 2 else f"[{j}]"
+                raise ClusterError(f"{what}: entry {place} = {show_value(number)}: must be a number")
+    return np.array([[np.inf if number is None else number for number in row] for row in rows], np.float64).reshape(
+        shape
     )
-    return links, source
-
-
-def shaped(value, shape, key):
-    """Make an array of a key's value, whose shape must be this run's nodes or racks; else ClusterError."""
-    has = f"the run has {shape[0]} {'racks' if key.startswith('uplink') else 'nodes'}"
-    if len(shape) == 2:
-        widths = sorted({len(row) for row in value})
-        if len(value) != shape[0] or widths != [shape[1]]:
-            raise ClusterError(f"[cluster] {key} is {len(value)} x {' or '.join(map(str, widths))}, {has}")
-    elif len(value) != shape[0]:
-        raise ClusterError(f"[cluster] {key} has {len(value)} entries, {has}")
-    return np.array(value, np.float64)
 
 
 def saved_links(saved, node_names, rack_names, path):
@@ -80,7 +109,7 @@ def saved_links(saved, node_names, rack_names, path):
     if missing:
         unclear = f" ({format_ambiguous(ambiguous)})" if ambiguous else ""
         raise ClusterError(
-            f"[cluster] links_file = {path}: has no links of {', '.join(missing)}{unclear}; "
+            f"[cluster] links = {path}: has no links of {', '.join(missing)}{unclear}; "
             f"the run's nodes are {', '.join(node_names)}, the file's {', '.join(saved.node_names)}"
         )
     nodes = [saved.node_names.index(found[name]) for name in node_names]

@@ -54,15 +54,12 @@ class Mesh:
 
 
 @contextlib.contextmanager
-def open_mesh(comm, cluster):
-    """Split comm into the groups that [cluster] asks for -> Mesh. Collective over comm, on entry and on exit.
+def open_mesh(comm, parallel):
+    """Split comm into the groups that [parallel] asks for -> Mesh. Collective over comm, on entry and on exit.
 
     Raises ClusterError on all ranks when the sizes do not fit the ranks.
     """
-    dp, ep, tp = on_root(
-        comm,
-        lambda: mesh_shape(comm.size, cluster.data_parallel, cluster.expert_parallel, cluster.tensor_parallel),
-    )
+    dp, ep, tp = on_root(comm, lambda: mesh_shape(comm.size, parallel.data, parallel.expert, parallel.tensor))
     data_index, expert_index, tensor_index = mesh_coordinates(comm.rank, ep, tp)
 
     # Each group is named by the coordinates that its ranks share and ordered by the others.
@@ -92,19 +89,19 @@ def mesh_shape(num_ranks, data_parallel, expert_parallel, tensor_parallel):
     """
     tensor_parallel = tensor_parallel or 1
     if num_ranks % tensor_parallel:
-        raise ClusterError(f"[cluster] tensor_parallel = {tensor_parallel} must divide the {num_ranks} ranks")
+        raise ClusterError(f"[parallel] tensor = {tensor_parallel} must divide the {num_ranks} ranks")
     tensor_groups = num_ranks // tensor_parallel
-    ranks = f"the {num_ranks} ranks / tensor_parallel {tensor_parallel} = {tensor_groups}"
-    for key, size in (("data_parallel", data_parallel), ("expert_parallel", expert_parallel)):
+    ranks = f"the {num_ranks} ranks / tensor {tensor_parallel} = {tensor_groups}"
+    for key, size in (("data", data_parallel), ("expert", expert_parallel)):
         if size and tensor_groups % size:
-            raise ClusterError(f"[cluster] {key} = {size} must divide {ranks}")
+            raise ClusterError(f"[parallel] {key} = {size} must divide {ranks}")
 
     expert_parallel = expert_parallel or tensor_groups // data_parallel
     product = data_parallel * expert_parallel * tensor_parallel
     if product != num_ranks:
         raise ClusterError(
-            f"[cluster] data_parallel {data_parallel} x expert_parallel {expert_parallel} "
-            f"x tensor_parallel {tensor_parallel} = {product} must equal the {num_ranks} ranks"
+            f"[parallel] data {data_parallel} x expert {expert_parallel} x tensor {tensor_parallel} = {product} must "
+            f"equal the {num_ranks} ranks"
         )
     return data_parallel, expert_parallel, tensor_parallel
 

@@ -31,10 +31,10 @@ def find_racks(infos_of_node, names, cluster):
 
     Nodes of which Slurm tells nothing are one rack, "unknown", beside those that it tells; a warning names them.
     """
-    racks = cluster.rack_of_node
+    racks = cluster.racks
     if racks:
         if len(racks) != len(names):
-            raise ClusterError(f"[cluster] rack_of_node has {len(racks)} entries, the run has {len(names)} nodes")
+            raise ClusterError(f"[cluster] racks has {len(racks)} entries, the run has {len(names)} nodes")
         return racks, "config"
 
     # The tasks' own addresses cost nothing; Slurm's controller is asked where they do not tell all.

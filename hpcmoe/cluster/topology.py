@@ -1,5 +1,6 @@
 """What is known of the nodes and of what joins them, and the file that keeps it for the next run."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -124,9 +125,22 @@ def load_topology(path):
 
     Raises ClusterError that says what is wrong with the file.
     """
-    try:
-        tree = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    tree = read_tree(path)
+    with naming_file(path):
         return make_saved_topology(tree)
+
+
+def read_tree(path):
+    """Read a file's JSON -> its tree. Raises ClusterError that says what is wrong with the file."""
+    with naming_file(path):
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def naming_file(path):
+    """Turn what Python raises about a file, or about a missing or strange entry of it, into a ClusterError."""
+    try:
+        yield
     except OSError as error:
         raise ClusterError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:

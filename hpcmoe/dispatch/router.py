@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from hpcmoe.config import Dispatch
+from hpcmoe.config import DispatchConfig
 from hpcmoe.dispatch.gate import load_acts_on_gates, renormalizes
 from hpcmoe.gemm import multiply
 
@@ -43,11 +43,11 @@ class Router(nn.Module):
 
     bias: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, top_k: int, config: Dispatch) -> None:
+    def __init__(self, weight: torch.Tensor, top_k: int, settings: DispatchConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)  # [E, H] float32
         self.register_buffer("bias", torch.zeros(len(weight)))  # [E] float32, moved by the load, not by gradients
-        self.top_k, self.config = top_k, config
+        self.top_k, self.settings = top_k, settings
 
     def forward(self, x: torch.Tensor, load: torch.Tensor) -> Routing:
         """Route tokens x [T, H] under the measured load [E] (tokens of an expert / expected; 1 is even).
@@ -57,10 +57,10 @@ class Router(nn.Module):
         logits = multiply(x.float(), self.weight)  # [T, E]
 
         # Push the choice by load and bias, and the gates by the load where it is to act on them.
-        pressure = self.config.load_feedback * load
+        pressure = self.settings.load_feedback * load
         experts = choose_largest(logits.detach() + (self.bias - pressure), self.top_k)  # [T, K]
-        weighing = pressure if load_acts_on_gates(self.config) else None
-        renormalize = renormalizes(self.config, self.top_k)
+        weighing = pressure if load_acts_on_gates(self.settings) else None
+        renormalize = renormalizes(self.settings, self.top_k)
         gates, probability_sum, z_sum = Softmax.apply(logits, weighing, experts, renormalize)
 
         # Drop what exceeds the experts' capacity.
@@ -79,10 +79,10 @@ class Router(nn.Module):
 
         C = ceil(capacity_factor x T x K / E) of this rank's micro-batch; a factor of 0 drops nothing: None.
         """
-        if self.config.capacity_factor == 0:
+        if self.settings.capacity_factor == 0:
             return None
         num_experts = len(self.weight)
-        capacity = math.ceil(self.config.capacity_factor * experts.numel() / num_experts)
+        capacity = math.ceil(self.settings.capacity_factor * experts.numel() / num_experts)
         chosen = nn.functional.one_hot(experts.T.flatten(), num_experts)  # [K * T, E], first choices first
         place = (chosen.cumsum(dim=0) * chosen).sum(dim=1)  # 1 for the first of its expert, 2 for the second ...
         return (place <= capacity).view(self.top_k, -1).T

@@ -144,33 +144,33 @@ class LocalExperts(nn.Module):
         return [replica for replica in self.replicas if isinstance(replica, Expert)]
 
 
-def make_expert_weights(config, layer, expert, tensor_index, tensor_size):
+def make_expert_weights(spec, layer, expert, tensor_index, tensor_size):
     """Draw a logical expert's weights, the same on whichever rank it lives -> dict name: this rank's shard."""
-    model, kind = config.model, config.experts.kind
-    (seed,) = np.random.SeedSequence([config.run.seed, layer, expert]).generate_state(1, np.uint64)
+    model, kind = spec.model, spec.experts.kind
+    (seed,) = np.random.SeedSequence([spec.seed, layer, expert]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(seed))
     shards = {}
     for name in MATRICES[kind]:
         rows, columns = weight_shape(model, name)
         whole = torch.randn(rows, columns, generator=generator) * columns**-0.5
         shards[name] = whole.chunk(tensor_size, dim=split_axis(name))[tensor_index].contiguous()
-    return add_biases(shards, config, tensor_index)
+    return add_biases(shards, spec, tensor_index)
 
 
-def make_empty_weights(config, tensor_index, tensor_size):
+def make_empty_weights(spec, tensor_index, tensor_size):
     """Make room for weights that are to come from another rank -> dict name: this rank's shard of whatever is there."""
     shards = {}
-    for name in MATRICES[config.experts.kind]:
-        shape = list(weight_shape(config.model, name))
+    for name in MATRICES[spec.experts.kind]:
+        shape = list(weight_shape(spec.model, name))
         shape[split_axis(name)] //= tensor_size
         shards[name] = torch.empty(shape)
-    return add_biases(shards, config, tensor_index)
+    return add_biases(shards, spec, tensor_index)
 
 
-def add_biases(shards, config, tensor_index):
+def add_biases(shards, spec, tensor_index):
     """Add biases of zero to a shard's matrices, if experts have any -> dict name: tensor."""
-    if config.experts.bias:
+    if spec.experts.bias:
         shards |= {f"{name}_bias": torch.zeros(len(matrix)) for name, matrix in shards.items() if name != "down"}
         if tensor_index == 0:  # added once, to the first rank's partial sum
-            shards["down_bias"] = torch.zeros(config.model.hidden)
+            shards["down_bias"] = torch.zeros(spec.model.hidden)
     return shards

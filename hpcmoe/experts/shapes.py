@@ -13,18 +13,17 @@ def split_axis(name):
     return 1 if name == "down" else 0
 
 
-def count_expert_parameters(config):
+def count_expert_parameters(model, experts):
     """Numbers in one logical expert: two matrices H x F (three when gated), and biases."""
-    model, names = config.model, MATRICES[config.experts.kind]
-    biases = (len(names) - 1) * model.feed_forward + model.hidden if config.experts.bias else 0
+    names = MATRICES[experts.kind]
+    biases = (len(names) - 1) * model.feed_forward + model.hidden if experts.bias else 0
     return len(names) * model.hidden * model.feed_forward + biases
 
 
-def estimate_expert(config):
+def estimate_expert(spec):
     """Bytes of one logical expert's parameters, and how many arrays of that size it keeps -> (bytes, arrays).
 
     Training keeps float32 parameters, gradients and two moments; inference the parameters in the model's precision.
     """
-    training = config.run.mode == "train"
-    itemsize = 2 if config.model.dtype == "bfloat16" and not training else 4
-    return count_expert_parameters(config) * itemsize, 4 if training else 1
+    itemsize = 2 if spec.model.dtype == "bfloat16" and not spec.trains else 4
+    return count_expert_parameters(spec.model, spec.experts) * itemsize, 4 if spec.trains else 1

@@ -14,27 +14,27 @@ MOST_ROWS = 512  # more rows hardly change the time of each
 PASSES = 3
 
 
-def time_row(config, tensor_parallel, rows, torch_device):
+def time_row(spec, tensor_parallel, rows, torch_device):
     """Time an expert's forward pass on some rows -> seconds of one row: its shapes, precision and shard."""
-    inner = config.model.feed_forward // tensor_parallel
+    inner = spec.model.feed_forward // tensor_parallel
     rows, part = max(min(rows, MOST_ROWS), 1), min(inner, FIRST_SLICE)
     while True:
-        seconds = time_passes(config, part, rows, torch_device)
+        seconds = time_passes(spec, part, rows, torch_device)
         if part == inner or seconds >= ENOUGH_SECONDS:
             return seconds / rows * inner / part
         part = min(4 * part, inner)
 
 
-def time_passes(config, inner, rows, torch_device):
+def time_passes(spec, inner, rows, torch_device):
     """Time a few passes of an expert `inner` wide on rows of zeros -> the seconds of the middle one."""
-    dtype = getattr(torch, config.model.dtype)
+    dtype = getattr(torch, spec.model.dtype)
     weights = {}
-    for name in MATRICES[config.experts.kind]:
-        shape = [*weight_shape(config.model, name)]
+    for name in MATRICES[spec.experts.kind]:
+        shape = [*weight_shape(spec.model, name)]
         shape[split_axis(name)] = inner
         weights[name] = torch.zeros(shape, dtype=dtype)
-    expert = Expert(config.experts.kind, weights, packed=config.run.mode == "infer").to(torch_device)
-    x = torch.zeros(rows, config.model.hidden, dtype=dtype, device=torch_device)
+    expert = Expert(spec.experts.kind, weights, packed=not spec.trains).to(torch_device)
+    x = torch.zeros(rows, spec.model.hidden, dtype=dtype, device=torch_device)
 
     taken = []
     with torch.no_grad():

@@ -58,10 +58,10 @@ def norm(x, weight):
 class LanguageModel(nn.Module):
     """The network that an engine runs; it holds one step's batch, losses and routing counts while the step lasts."""
 
-    def __init__(self, config, layers, draw, mesh, device):
+    def __init__(self, spec, layers, draw, mesh, device):
         super().__init__()
-        model = config.model
-        self.config, self.mesh, self.device = config, mesh, device
+        model = spec.model
+        self.spec, self.mesh, self.device = spec, mesh, device
         self.embedding = nn.Parameter(draw(VOCABULARY_SIZE, model.hidden) * model.hidden**0.5)
         self.positions = nn.Parameter(0.1 * draw(model.sequence_length, model.hidden) * model.hidden**0.5)
         self.layers = nn.ModuleList(layers)
@@ -173,7 +173,7 @@ class LanguageModel(nn.Module):
 
     def compute_routing_grads(self, counts):
         """Compute the routing losses' gradients of all layers from what a micro-batch counted -> float32 [L, E + 1]."""
-        dispatch, num_experts = self.config.dispatch, self.config.model.num_experts
+        dispatch, num_experts = self.spec.dispatch, self.spec.model.num_experts
         grads = np.full((len(counts), num_experts + 1), dispatch.z_loss_weight / self.num_tokens, np.float32)
         for layer, tokens in enumerate(torch.from_numpy(counts[:, :num_experts])):
             grads[layer, :-1] = dispatch.aux_loss_weight * load_balancing_grad(tokens, self.num_tokens)
@@ -200,14 +200,14 @@ class LanguageModel(nn.Module):
     def wait_routing_stats(self):
         """Wait for the whole step's routing, summed over ranks and micro-batches -> RoutingStats."""
         micro_batches = [self.wait_counts(micro_batch) for micro_batch in range(len(self.batches))]
-        return RoutingStats(self.config, micro_batches, self.num_tokens, self.own_tokens)
+        return RoutingStats(self.spec.model, micro_batches, self.num_tokens, self.own_tokens)
 
 
 class RoutingStats:
     """How a step's tokens were routed, over all ranks."""
 
-    def __init__(self, config, micro_batches, num_tokens, own_tokens):
-        num_experts = config.model.num_experts
+    def __init__(self, model, micro_batches, num_tokens, own_tokens):
+        num_experts = model.num_experts
         self.own_tokens = own_tokens  # [L, E] assignments of this rank alone
         self.tokens_of_expert = sum(micro_batches)[:, :num_experts]  # [L, E] assignments
         self.num_dropped = int(sum(micro_batches)[:, -1].sum())
@@ -217,7 +217,7 @@ class RoutingStats:
             for micro_batch in micro_batches
             for layer in micro_batch
         )
-        expected = num_tokens * config.model.top_k / num_experts
+        expected = num_tokens * model.top_k / num_experts
         self.utilisation = self.tokens_of_expert / expected  # U_e [L, E], actual / expected tokens
 
 
@@ -232,56 +232,54 @@ def count_routings(routings):
     return torch.cat([part.double() for part in (assignments, probabilities, z[:, None], drops[:, None])], dim=1)
 
 
-def make_model(config, mesh, placement, dispatcher, device):
+def make_model(spec, mesh, placement, dispatcher, device):
     """Build this rank's part of the network, its weights drawn alike at any number of ranks."""
-    generator = torch.Generator().manual_seed(config.run.seed)
+    generator = torch.Generator().manual_seed(spec.seed)
 
     def draw(rows, columns):
         return torch.randn(rows, columns, generator=generator) * columns**-0.5
 
-    layers = [
-        make_layer(config, mesh, placement, dispatcher, draw, number) for number in range(config.model.num_layers)
-    ]
-    network = LanguageModel(config, layers, draw, mesh, device).to(device.torch_device)
+    layers = [make_layer(spec, mesh, placement, dispatcher, draw, number) for number in range(spec.model.num_layers)]
+    network = LanguageModel(spec, layers, draw, mesh, device).to(device.torch_device)
     for layer in layers:
         layer.experts.stack_weights()
     return network
 
 
-def make_layer(config, mesh, placement, dispatcher, draw, number):
+def make_layer(spec, mesh, placement, dispatcher, draw, number):
     """Build block `number`: dense part and router whole, of the experts those in this rank's slots."""
-    model = config.model
+    model = spec.model
     dense = Dense(model, draw)
-    router = Router(draw(model.num_experts, model.hidden), model.top_k, config.dispatch)
+    router = Router(draw(model.num_experts, model.hidden), model.top_k, spec.dispatch)
     expert_of_slot = placement.experts_of_rank(number, mesh.expert_index)
-    replicas = [make_expert(config, mesh, number, expert) for expert in expert_of_slot.tolist()]
+    replicas = [make_expert(spec, mesh, number, expert) for expert in expert_of_slot.tolist()]
     at_once = dispatcher.works_at_once
     experts = (GroupedExperts if at_once else LocalExperts)(replicas)
-    chooser = make_chooser(config, mesh, placement, number)
+    chooser = make_chooser(model.num_experts, mesh, placement, number)
     return (GroupedLayer if at_once else MoELayer)(dense, router, experts, dispatcher, chooser)
 
 
-def make_chooser(config, mesh, placement, number):
+def make_chooser(num_experts, mesh, placement, number):
     """Build what sends this rank's tokens to the replicas of layer `number`."""
     node = placement.node_of_rank[mesh.expert_index]
     return SlotChooser(
         placement.expert_of_replica[number],
         placement.shares_of_node(number, node),
         find_slots_of_shards(len(placement.rank_of_replica), placement.slots_per_rank, mesh.tensor_parallel),
-        config.model.num_experts,
+        num_experts,
         mesh.group.rank,
     )
 
 
-def make_expert(config, mesh, layer, expert):
+def make_expert(spec, mesh, layer, expert):
     """Build this rank's shard of a logical expert, or an Identity for an empty slot (-1)."""
     if expert < 0:
         return nn.Identity()
-    return make_expert_from(config, make_expert_weights(config, layer, expert, mesh.tensor_index, mesh.tensor_parallel))
+    return make_expert_from(spec, make_expert_weights(spec, layer, expert, mesh.tensor_index, mesh.tensor_parallel))
 
 
-def make_expert_from(config, weights):
+def make_expert_from(spec, weights):
     """Build an expert of a shard's weights, in the precision that the run keeps them in."""
-    if config.run.mode == "infer":  # what is not trained needs no float32; router and norms keep theirs
-        weights = {name: weight.to(getattr(torch, config.model.dtype)) for name, weight in weights.items()}
-    return Expert(config.experts.kind, weights, packed=config.run.mode == "infer")
+    if not spec.trains:  # what is not trained needs no float32; router and norms keep theirs
+        weights = {name: weight.to(getattr(torch, spec.model.dtype)) for name, weight in weights.items()}
+    return Expert(spec.experts.kind, weights, packed=not spec.trains)

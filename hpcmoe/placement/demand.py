@@ -7,6 +7,8 @@ import numpy as np
 
 from hpcmoe.cluster.names import format_ambiguous, match_names
 from hpcmoe.errors import ConfigError
+from hpcmoe.messages import show_value
+from hpcmoe.reading import read_json
 
 log = logging.getLogger(__name__)
 _SUM_TOLERANCE = 1e-6  # by which a row of probabilities may miss 1
@@ -20,34 +22,34 @@ class Loads:
     node_names: tuple[str, ...]  # [nodes]; empty with one row for every node alike
 
 
-def find_loads(config, read_loads):
-    """Take the loads that [cluster] probability names -> Loads; ConfigError when they are not this model's.
+def find_loads(loads, model, read_loads):
+    """Find the loads that [placement] loads names -> Loads; ConfigError when they are not those of [model].
 
     read_loads(path) -> Loads of a run's record.
     """
-    model, cluster = config.model, config.cluster
-    match cluster.probability:
-        case "uniform":
-            return Loads(tokens=np.ones((model.num_layers, 1, model.num_experts)), node_names=())
-        case "config":
-            return Loads(tokens=check_rows(cluster.expert_probability, model), node_names=())
-        case "file":
-            return check_loads(read_loads(cluster.loads_file), model, cluster.loads_file)
-        case _:
-            raise ValueError(cluster.probability)
+    if loads == "uniform":
+        return Loads(tokens=np.ones((model.num_layers, 1, model.num_experts)), node_names=())
+    if loads.endswith(".json"):
+        return Loads(tokens=check_rows(read_json(loads), model, loads), node_names=())
+    return check_loads(read_loads(loads), model, loads)
 
 
-def check_rows(rows, model):
-    """Check the config's probabilities, a row or one a layer -> [L, 1, E], or ConfigError naming row and sum."""
-    what, num_layers, num_experts = "[cluster] expert_probability", model.num_layers, model.num_experts
+def check_rows(rows, model, path):
+    """Check a file's probabilities, a row or one a layer -> [L, 1, E], or ConfigError naming row and sum."""
+    what, num_layers, num_experts = f"[placement] loads = {path}", model.num_layers, model.num_experts
+    if not (isinstance(rows, list) and all(isinstance(row, list) for row in rows)):
+        raise ConfigError(f"{what}: must be a list of rows of numbers")
     if len(rows) not in (1, num_layers):
-        raise ConfigError(f"{what} has {len(rows)} rows, must have 1 or [model] num_layers = {num_layers}")
+        raise ConfigError(f"{what}: has {len(rows)} rows, must have 1 or [model] num_layers = {num_layers}")
     for number, row in enumerate(rows):
         if len(row) != num_experts:
             raise ConfigError(f"{what}: row [{number}] has {len(row)} entries, [model] num_experts = {num_experts}")
+        for expert, entry in enumerate(row):
+            if type(entry) not in (int, float):
+                raise ConfigError(f"{what}: entry [{number}][{expert}] = {show_value(entry)}, must be a number")
         if min(row) < 0:
             raise ConfigError(f"{what}: entry [{number}][{row.index(min(row))}] = {min(row):g}, must be 0 or above")
-        if abs(sum(row) - 1) > _SUM_TOLERANCE:
+        if not abs(sum(row) - 1) <= _SUM_TOLERANCE:
             raise ConfigError(f"{what}: row [{number}] sums to {sum(row):.8g}, must sum to 1")
     return np.broadcast_to(np.array(rows, np.float64)[:, None], (num_layers, 1, num_experts))
 
@@ -60,9 +62,9 @@ def check_loads(loads, model, path):
         ("num_experts", num_experts, model.num_experts),
     ):
         if has != wants:
-            raise ConfigError(f"[cluster] loads_file = {path}: its run had {key} = {has}, [model] {key} = {wants}")
+            raise ConfigError(f"[placement] loads = {path}: its run had {key} = {has}, [model] {key} = {wants}")
     if not (np.isfinite(loads.tokens) & (loads.tokens >= 0)).all() or (loads.tokens.sum(axis=(1, 2)) == 0).any():
-        raise ConfigError(f"[cluster] loads_file = {path}: holds a layer without tokens")
+        raise ConfigError(f"[placement] loads = {path}: holds a layer without tokens")
     return loads
 
 

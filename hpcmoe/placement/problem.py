@@ -106,7 +106,7 @@ def check_problem(problem):
     if experts > problem.num_ranks * slots:
         raise PlacementError(
             f"{experts} experts do not fit into {problem.num_ranks} ranks x {slots} slots = "
-            f"{problem.num_ranks * slots}; [model] num_experts, [cluster] spare_slots_per_rank"
+            f"{problem.num_ranks * slots}; [model] num_experts, [placement] spare_slots_per_rank"
         )
 
     # A node's memory beyond what its slots of all layers can hold is of no use.

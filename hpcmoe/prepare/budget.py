@@ -1,5 +1,6 @@
 """The memory that experts may take: a first look before torch is imported, then exactly, node by node."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +24,9 @@ def count_dense_parameters(model):
     return model.num_layers * block + model.hidden + (2 * VOCABULARY_SIZE + model.sequence_length) * model.hidden
 
 
-def check_budget(config, topology):
-    """Raise PlacementError when all experts with their state take more than the memory of all nodes."""
-    if may_use_gpus(config, topology):
-        return  # how much they have is known when they are opened
-    model, (num_bytes, states) = config.model, estimate_expert(config)
-    copies = config.cluster.data_parallel
+def check_budget(spec, copies, topology):
+    """Raise PlacementError when all experts with their state, so many times, take more than all nodes' memory."""
+    model, (num_bytes, states) = spec.model, estimate_expert(spec)
     needed = copies * model.num_experts * model.num_layers * num_bytes * states
     there = int(topology.memory_bytes.sum())
     if needed > there:
@@ -39,10 +37,10 @@ def check_budget(config, topology):
         )
 
 
-def may_use_gpus(config, topology):
-    """Whether experts will, or may, lie on GPUs whose memory is not told by [cluster] memory_bytes_per_node."""
-    may = config.comm.device == "cuda" or (config.comm.device == "auto" and bool(topology.devices_of_node.any()))
-    return may and not config.cluster.memory_bytes_per_node
+def may_use_gpus(device, memory_bytes_per_node, topology):
+    """Return True if experts will, or may, lie on GPUs whose memory [cluster] memory_bytes_per_node does not tell."""
+    may = device == "cuda" or (device == "auto" and bool(topology.devices_of_node.any()))
+    return may and not memory_bytes_per_node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +120,18 @@ def share_gpu_memory(gpus):
     names = [name for name, _ in gpus]
     least = {name: min(free for other, free in gpus if other == name) for name in set(names)}
     return np.array([least[name] / names.count(name) for name in names])
+
+
+def record_gpu_memory(topology, share_of_gpu):
+    """Keep in the topology what each node's GPUs have free for its ranks, share_of_gpu [ranks] or None -> Topology."""
+    if share_of_gpu is None:
+        return topology
+    free = [share_of_gpu[topology.ranks_of_node(node)].sum() for node in range(topology.num_nodes)]
+    return dataclasses.replace(
+        topology,
+        device_memory_bytes=np.array(free, np.int64),
+        source=topology.source | {"device memory": "CUDA, when the ranks opened their devices"},
+    )
 
 
 def describe_budget(budget, topology, expert_bytes, num_layers):

@@ -57,17 +57,19 @@ class Memory:
         return parameters + self.gradients + self.optimizer + passing + self.snapshot
 
 
-def estimate_memory(config, mesh, slots, sizes, buffer_bytes):
-    """Compute the memory of a rank with all its slots full from the config -> Memory.
+def estimate_memory(spec, mesh, slots, sizes, buffer_bytes, shard_optimizer=False, keeps_snapshot=False, num_moves=0):
+    """Compute the memory of a rank with all its slots full -> Memory.
+
+    num_moves: replicas of a layer that move at a time; keeps_snapshot: a thread writes checkpoints while steps go on.
 
     Activations are those of a rank that draws FULLEST times the rows of an even load. The snapshot is that of rank 0,
     which saves the dense parts.
     """
-    model, training, tensor_parallel = config.model, config.run.mode == "train", mesh.tensor_parallel
+    model, training, tensor_parallel = spec.model, spec.trains, mesh.tensor_parallel
     on_device = isinstance(sizes, DeviceSizes)
-    one_expert, states = estimate_expert(config)
+    one_expert, states = estimate_expert(spec)
     experts = one_expert * slots * model.num_layers // tensor_parallel
-    num_shares = mesh.world.size if config.train.shard_optimizer else 1
+    num_shares = mesh.world.size if shard_optimizer else 1
     dense = count_dense_parameters(model) * FLOAT32_BYTES
     return Memory(
         states=states,
@@ -77,25 +79,18 @@ def estimate_memory(config, mesh, slots, sizes, buffer_bytes):
         gradients=experts + dense if training else 0,
         optimizer=2 * (experts + dense // num_shares) if training else 0,
         buffers=buffer_bytes,
-        copies=estimate_copies(config, tensor_parallel, slots, on_device),
-        activations=estimate_activations(config, mesh, slots, sizes)
-        if training
-        else estimate_passing(config, mesh, sizes),
-        working=estimate_working(config, mesh, slots, sizes) if on_device else 0,
-        moving=estimate_moving(config, tensor_parallel, on_device),
-        snapshot=3 * (experts + dense) if training and keeps_snapshot(config.write) else 0,
+        copies=estimate_copies(spec, tensor_parallel, slots, on_device),
+        activations=estimate_activations(spec, mesh, slots, sizes) if training else estimate_passing(spec, mesh, sizes),
+        working=estimate_working(spec, mesh, slots, sizes) if on_device else 0,
+        moving=estimate_moving(spec, num_moves, tensor_parallel, on_device),
+        snapshot=3 * (experts + dense) if training and keeps_snapshot else 0,
     )
 
 
-def keeps_snapshot(write):
-    """Whether a thread writes checkpoints while the steps change the state."""
-    return write.asynchronous and write.checkpoint_every > 0
-
-
-def estimate_copies(config, tensor_parallel, slots, on_device):
+def estimate_copies(spec, tensor_parallel, slots, on_device):
     """Bytes of the experts' matrices as products read them: cast in training, packed in inference on the host."""
-    model, training, dtype = config.model, config.run.mode == "train", getattr(torch, config.model.dtype)
-    numbers = len(MATRICES[config.experts.kind]) * model.hidden * model.feed_forward // tensor_parallel
+    model, training, dtype = spec.model, spec.trains, getattr(torch, spec.model.dtype)
+    numbers = len(MATRICES[spec.experts.kind]) * model.hidden * model.feed_forward // tensor_parallel
     of_parameters = torch.float32 if training else dtype
     if on_device:
         each = 0 if dtype == of_parameters else dtype.itemsize
@@ -104,20 +99,20 @@ def estimate_copies(config, tensor_parallel, slots, on_device):
     return each * numbers * slots * model.num_layers
 
 
-def estimate_moving(config, tensor_parallel, on_device):
+def estimate_moving(spec, num_moves, tensor_parallel, on_device):
     """Bytes of experts on their way, a matrix of each at a time, that a rank's host holds at most."""
-    model, cluster = config.model, config.cluster
-    number = FLOAT32_BYTES if config.run.mode == "train" else getattr(torch, model.dtype).itemsize
-    matrices = cluster.rebalance_moves * model.hidden * model.feed_forward * number // tensor_parallel
-    return min(STAGING_BYTES, matrices) * (1 + on_device) if cluster.rebalance_every > 0 else 0
+    model = spec.model
+    number = FLOAT32_BYTES if spec.trains else getattr(torch, model.dtype).itemsize
+    matrices = num_moves * model.hidden * model.feed_forward * number // tensor_parallel
+    return min(STAGING_BYTES, matrices) * (1 + on_device)
 
 
-def estimate_activations(config, mesh, slots, sizes):
+def estimate_activations(spec, mesh, slots, sizes):
     """Bytes that the micro-batches in flight keep for their backward pass, on a rank with so many slots.
 
     At most when all of them have come to the head, of which one at a time has its own.
     """
-    model, dispatch, shards = config.model, config.dispatch, mesh.tensor_parallel
+    model, dispatch, shards = spec.model, spec.dispatch, mesh.tensor_parallel
     tokens, wire = sizes.tokens, sizes.dtype.itemsize
 
     # Count of each token in a layer: block input, normed input, both norms' inner results and scales; in attention also
@@ -130,7 +125,7 @@ def estimate_activations(config, mesh, slots, sizes):
         token_bytes += FLOAT32_BYTES * (2 * model.hidden + 1 + model.num_heads) + wire * 5 * model.hidden
 
     # Count of each assignment at its expert: input, what goes into the activation, and where it came from.
-    assignment_bytes = wire * (model.hidden + count_inner(config, mesh)) + 2 * INDEX
+    assignment_bytes = wire * (model.hidden + count_inner(spec, mesh)) + 2 * INDEX
     assignments = count_rows(model, mesh, slots, sizes)
 
     # Count in bfloat16 the weights of attention as products read them: cast for each micro-batch.
@@ -156,27 +151,27 @@ def count_choice_bytes(dispatch, shards, sizes):
     return routing + plan * shards
 
 
-def estimate_working(config, mesh, slots, sizes):
+def estimate_working(spec, mesh, slots, sizes):
     """Bytes of the arrays that experts on a GPU make of a batch at most at one time, besides what they keep.
 
     Forward: rows, what goes into the activation, results. Back: gradients of all these and what the activation gave; in
     bfloat16 also a matrix's gradient, unless it is added up in float32 as it is made.
     """
-    hidden, wire = config.model.hidden, sizes.dtype.itemsize
-    part = config.model.feed_forward // mesh.tensor_parallel
-    if config.run.mode != "train":
-        width, product = 2 * hidden + count_inner(config, mesh), 0
+    hidden, wire = spec.model.hidden, sizes.dtype.itemsize
+    part = spec.model.feed_forward // mesh.tensor_parallel
+    if not spec.trains:
+        width, product = 2 * hidden + count_inner(spec, mesh), 0
     else:
-        gated = config.experts.kind == "swiglu"
+        gated = spec.experts.kind == "swiglu"
         width = max(hidden + 4 * part, 3 * hidden + 3 * part) if gated else 2 * hidden + 3 * part
         product = 0 if wire == FLOAT32_BYTES or adds_as_made(sizes.dtype, hidden * part) else hidden * part
-    return (count_rows(config.model, mesh, slots, sizes) * width + product) * wire
+    return (count_rows(spec.model, mesh, slots, sizes) * width + product) * wire
 
 
-def count_inner(config, mesh):
+def count_inner(spec, mesh):
     """Count the numbers that go into an expert's activation, of one row on one shard."""
-    matrices = len(MATRICES[config.experts.kind]) - 1  # all but the one that leads down
-    return matrices * config.model.feed_forward // mesh.tensor_parallel
+    matrices = len(MATRICES[spec.experts.kind]) - 1  # all but the one that leads down
+    return matrices * spec.model.feed_forward // mesh.tensor_parallel
 
 
 def count_rows(model, mesh, slots, sizes):
@@ -185,13 +180,13 @@ def count_rows(model, mesh, slots, sizes):
     return min(int(FULLEST * sizes.expert_rows), every)
 
 
-def estimate_passing(config, mesh, sizes):
+def estimate_passing(spec, mesh, sizes):
     """Bytes that the micro-batches in flight hold in inference: each layer's input and routing, until the last.
 
     The last layer has its router's input, and in attention its residual, until its results are home.
     """
-    model = config.model
-    choices = count_choice_bytes(config.dispatch, mesh.tensor_parallel, sizes) * model.top_k
+    model = spec.model
+    choices = count_choice_bytes(spec.dispatch, mesh.tensor_parallel, sizes) * model.top_k
     of_layer = sizes.tokens * (FLOAT32_BYTES * model.hidden + choices) + EXPERT_BYTES * model.num_experts
     of_last = sizes.tokens * FLOAT32_BYTES * model.hidden * (1 + model.attention)
     return sizes.num_in_flight * (model.num_layers * of_layer + of_last)

@@ -10,7 +10,8 @@ import torch
 
 from hpcmoe.errors import ConfigError, PlacementError
 from hpcmoe.experts.timing import time_row
-from hpcmoe.placement.demand import make_probability
+from hpcmoe.paths import WORDS_OR_PATH
+from hpcmoe.placement.demand import Loads, make_probability
 from hpcmoe.placement.files.checks import find_overflow
 from hpcmoe.placement.files.maps import read_map
 from hpcmoe.placement.groups import fold_groups, fold_memory, fold_probability, list_groups
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _RATES = {"B": "bytes", "nic_out": "egress_bytes", "nic_in": "ingress_bytes", "uplink": "uplink_bytes"}
 _KEYS = {part: f"{rate}_per_second" for part, rate in _RATES.items()} | {  # what the parts of a problem are in a run
-    "seconds_per_token": "[cluster] seconds_per_token", "L": "latency_seconds",
+    "seconds_per_token": "[placement] seconds_per_token", "L": "latency_seconds",
     "tokens": "a step", "layers": "[model] num_layers",
 }  # fmt: skip
 
@@ -36,47 +37,54 @@ class RunPlacement:
     seconds_of_method: dict[str, float | None]  # objective by method; None where it finds no layout that fits
 
 
-def make_run_problem(config, topology, mesh, budget, bytes_of_expert, demand):
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What a step asks of the experts."""
+
+    loads: Loads
+    batch_sequences: int
+    seconds_per_token: float  # that an expert takes for an assignment, forward
+    expert_bytes: int  # of one layer's, with all its state
+
+
+def make_run_problem(model, settings, demand, topology, mesh, budget):
     """State the placement problem that all expert-parallel groups share -> PlacementProblem.
 
-    An expert takes bytes_of_expert with all its state; demand is (Loads, seconds an expert takes for an assignment).
+    model is [model], settings [placement].
     """
-    model, cluster, (loads, seconds_per_token) = config.model, config.cluster, demand
     groups = list_groups(mesh)
     nodes, network = fold_groups(topology, groups)
     rank_bytes = (budget.bytes_for_experts / budget.num_ranks)[topology.node_of_rank]
     homes = mesh.data_parallel * mesh.expert_parallel  # a tensor-parallel group's ranks are one
-    assignments = config.data.batch_sequences * model.sequence_length * model.top_k / homes
+    assignments = demand.batch_sequences * model.sequence_length * model.top_k / homes
     return PlacementProblem(
         num_layers=model.num_layers,
         num_experts=model.num_experts,
-        slots_per_rank=count_slots_per_rank(model.num_experts, mesh.expert_parallel, cluster.spare_slots_per_rank),
-        replicate=cluster.replicate,
+        slots_per_rank=count_slots_per_rank(model.num_experts, mesh.expert_parallel, settings.spare_slots_per_rank),
+        replicate=settings.replicate,
         memory_bytes=fold_memory(rank_bytes, groups, network["node_of_rank"], mesh.tensor_parallel),
-        expert_bytes=bytes_of_expert,
+        expert_bytes=demand.expert_bytes,
         bytes_per_token=model.hidden * getattr(torch, model.dtype).itemsize,
-        seconds_per_token=seconds_per_token,
+        seconds_per_token=demand.seconds_per_token,
         tokens_of_rank=np.full(mesh.expert_parallel, assignments),
-        probability=fold_probability(make_probability(loads, topology.node_names), nodes),
-        objective=cluster.objective,
-        count_latency=cluster.count_latency,
+        probability=fold_probability(make_probability(demand.loads, topology.node_names), nodes),
+        objective=settings.objective,
+        count_latency=settings.count_latency,
         **network,
     )
 
 
-def time_expert(config, mesh, rows, device):
-    """Take the seconds of an assignment in an expert from the config, or time it on all ranks at once: their median.
+def time_expert(spec, mesh, rows, device):
+    """Time an assignment in an expert on all ranks at once -> seconds, their median.
 
     Forward alone, as the links' one way is. Collective over mesh.world.
     """
-    if config.cluster.seconds_per_token > 0:
-        return config.cluster.seconds_per_token
     barrier(mesh.world)
-    taken = time_row(config, mesh.tensor_parallel, rows, device.torch_device)
+    taken = time_row(spec, mesh.tensor_parallel, rows, device.torch_device)
     return statistics.median(gather_to_all(mesh.world, taken))
 
 
-def place_experts(problem, config, budget):
+def place_experts(problem, settings, budget, seed):
     """Solve the placement problem, and evaluate what else could have been -> RunPlacement; PlacementError tells the memory.
 
     Raises ConfigError where rates and seconds are such that no time can be computed from them.
@@ -85,79 +93,76 @@ def place_experts(problem, config, budget):
         raise ConfigError(line)
     if problem.replicate and problem.num_ranks * problem.slots_per_rank == problem.num_experts:
         log.warning(
-            "no effect: [cluster] replicate = true: all %d ranks x %d slots are taken by one replica of each of the %d "
-            "experts; [cluster] spare_slots_per_rank makes room",
+            "no effect: [placement] replicate = true: all %d ranks x %d slots are taken by one replica of each of the %d "
+            "experts; [placement] spare_slots_per_rank makes room",
             problem.num_ranks, problem.slots_per_rank, problem.num_experts,
         )  # fmt: skip
+    if problem.count_latency and not problem.latency_seconds.any():
+        log.warning("no effect: [placement] count_latency = true: no latency of any link is known")
     try:
-        placement = find_placement(problem, config)
+        placement = find_placement(problem, settings, seed)
     except PlacementError as error:
         raise PlacementError(f"{error}; {budget}") from None
-    return compare_with_methods(problem, config, placement)
+    return compare_with_methods(problem, settings, placement)
 
 
-def compare_with_methods(problem, config, placement):
+def compare_with_methods(problem, settings, placement):
     """Weigh what other methods would have given beside a placement -> RunPlacement."""
     from hpcmoe.placement.solve import compare_methods  # imports numba and scipy: rank 0 alone pays for it
 
-    cluster = config.cluster
-    others = [method for method in ("contiguous", "eplb") if method == "contiguous" or cluster.compare_eplb]
+    others = [method for method in ("contiguous", "eplb") if method == "contiguous" or settings.compare_eplb]
     return RunPlacement(
         placement=placement,
-        seconds_of_method=compare_methods(problem, [method for method in others if method != cluster.placement]),
+        seconds_of_method=compare_methods(problem, [method for method in others if method != settings.method]),
     )
 
 
-def find_placement(problem, config):
+def find_placement(problem, settings, seed):
     """Place by the config's method, within its time, and for the step tune the replicas' shares -> Placement."""
-    from hpcmoe.placement.search.warm import compile_search
     from hpcmoe.placement.solve import make_placement
 
-    if config.cluster.rebalance_every > 0:  # now, and not in the midst of a step
-        compile_search()
-    cluster, begun = config.cluster, time.perf_counter()
-    if cluster.placement == "file":
-        layouts = read_placement_file(problem, cluster.placement_file)
-        return evaluate_layouts(problem, config, layouts, "file", cluster.search_seconds / 2)
+    begun = time.perf_counter()
+    if settings.method not in WORDS_OR_PATH["placement", "method"]:
+        layouts = read_placement_file(problem, settings.method)
+        return evaluate_layouts(problem, settings, layouts, "file", settings.search_seconds / 2)
     placement = make_placement(
         problem,
-        cluster.placement,
-        seconds=cluster.search_seconds,
-        iterations=cluster.search_iterations,
-        seed=config.run.seed,
+        settings.method,
+        seconds=settings.search_seconds,
+        iterations=settings.search_iterations,
+        seed=seed,
     )
     if uneven := describe_unevenness(problem, placement.expert_of_replica):
         log.warning("placement %s: %s", placement.method, uneven)
-    return tune_placement(problem, config, placement, begun)
+    return tune_placement(problem, settings, placement, begun)
 
 
 def read_placement_file(problem, path):
-    """Read where [cluster] placement_file has the experts -> [L, S], or ConfigError."""
+    """Read where [placement] method has the experts -> [L, S], or ConfigError."""
     try:
         layouts, notes = read_map(path, problem)
     except ConfigError as error:
-        raise ConfigError(f"[cluster] placement_file = {error}") from None
+        raise ConfigError(f"[placement] method = {error}") from None
     for note in notes:
-        log.warning("[cluster] placement_file = %s: %s", path, note)
+        log.warning("[placement] method = %s: %s", path, note)
     return layouts
 
 
-def evaluate_layouts(problem, config, layouts, method, seconds):
+def evaluate_layouts(problem, settings, layouts, method, seconds):
     """Weigh layouts [L, S] that are there already, bounding them in so many seconds -> Placement."""
     from hpcmoe.placement.solve import bound_layers
 
     begun, bounds = time.perf_counter(), bound_layers(problem, layouts, [None] * problem.num_layers, seconds)
-    return tune_placement(problem, config, evaluate(problem, layouts, bounds, method, SearchStats()), begun)
+    return tune_placement(problem, settings, evaluate(problem, layouts, bounds, method, SearchStats()), begun)
 
 
-def tune_placement(problem, config, placement, begun):
+def tune_placement(problem, settings, placement, begun):
     """For the step, share the replicas' tokens out anew where that gains -> Placement, its search begun at that time."""
     from hpcmoe.placement.shares import tune_shares
 
-    cluster = config.cluster
-    if cluster.objective != "step" or not cluster.replicate:
+    if settings.objective != "step" or not settings.replicate:
         return placement
-    split = tune_shares(problem, placement.expert_of_replica, cluster.search_seconds)
+    split = tune_shares(problem, placement.expert_of_replica, settings.search_seconds)
     if split is None:
         return placement
 
@@ -168,7 +173,7 @@ def tune_placement(problem, config, placement, begun):
     return evaluate(problem, placement.expert_of_replica, bounds, placement.method, search_stats, split)
 
 
-def format_placement(layout, cluster):
+def format_placement(layout, settings):
     """Say what the search found, within what, and what else could have been -> lines for the log."""
     placement = layout.placement
     yield (
@@ -178,8 +183,8 @@ def format_placement(layout, cluster):
     )
     if placement.search_stats.cut_short:
         yield (
-            f"the clock ended the search after {placement.search_stats.seconds:.2f} s, before [cluster] search_iterations = "
-            f"{cluster.search_iterations}: another run may place its experts otherwise; more [cluster] search_seconds "
+            f"the clock ended the search after {placement.search_stats.seconds:.2f} s, before [placement] search_iterations = "
+            f"{settings.search_iterations}: another run may place its experts otherwise; more [placement] search_seconds "
             "or fewer iterations make runs repeat"
         )
 

@@ -8,54 +8,57 @@ import numpy as np
 from hpcmoe.errors import on_all
 from hpcmoe.experts.shapes import estimate_expert
 from hpcmoe.placement.problem import format_size
-from hpcmoe.prepare.budget import FLOAT32_BYTES, count_dense_parameters, may_use_gpus, share_gpu_memory
+from hpcmoe.prepare.budget import FLOAT32_BYTES, count_dense_parameters, share_gpu_memory
 from hpcmoe.wait import gather_to_all
 
 log = logging.getLogger(__name__)
 
 
-def resolve_tensor_parallel(comm, config, topology):
-    """Choose [cluster] tensor_parallel where it is 0 -> the section with its number. Collective over comm."""
-    if config.cluster.tensor_parallel:
-        return config.cluster
-    rank_bytes = read_rank_bytes(comm, config, topology)
-    chosen, arithmetic = choose_tensor_parallel(config, comm.size, rank_bytes)
+def resolve_tensor_parallel(comm, parallel, spec, topology, gpus):
+    """Choose [parallel] tensor where it is 0 -> the section with its number. Collective over comm.
+
+    gpus is [comm] device where experts may lie on GPUs, else None.
+    """
+    if parallel.tensor:
+        return parallel
+    rank_bytes = read_rank_bytes(comm, topology, gpus)
+    chosen, arithmetic = choose_tensor_parallel(parallel, spec, comm.size, rank_bytes)
     log.info("%s", arithmetic)
-    return dataclasses.replace(config.cluster, tensor_parallel=chosen)
+    return dataclasses.replace(parallel, tensor=chosen)
 
 
-def read_rank_bytes(comm, config, topology):
+def read_rank_bytes(comm, topology, gpus):
     """Find the memory of the rank that has least of it -> bytes. Collective over comm."""
-    if may_use_gpus(config, topology):
+    if gpus is not None:
         from hpcmoe.comm.device import open_device  # imports torch
 
         here = list(topology.ranks_of_node(topology.node_of_rank[comm.rank]))
-        device = on_all(comm, lambda: open_device(config.comm.device, here.index(comm.rank)))
+        device = on_all(comm, lambda: open_device(gpus, here.index(comm.rank)))
         share_of_gpu = share_gpu_memory(gather_to_all(comm, device.read_memory()))
         if share_of_gpu is not None:
             return int(share_of_gpu.min())
     return int((topology.memory_bytes / np.bincount(topology.node_of_rank)).min())
 
 
-def choose_tensor_parallel(config, num_ranks, rank_bytes):
+def choose_tensor_parallel(parallel, spec, num_ranks, rank_bytes):
     """Choose the fewest ranks that can hold an expert with all its state -> (ranks, the arithmetic as text).
 
     One expert of one layer is the least that a rank holds, beside dense parts with their state. Where no number is
     enough it is 1: the placement then tells what does not fit.
     """
-    cluster, (one_expert, states) = config.cluster, estimate_expert(config)
-    dense = count_dense_parameters(config.model) * FLOAT32_BYTES * states
+    one_expert, states = estimate_expert(spec)
+    dense = count_dense_parameters(spec.model) * FLOAT32_BYTES * states
     needed, left = one_expert * states, max(rank_bytes - dense, 0)
-    others = cluster.data_parallel * max(cluster.expert_parallel, 1)
+    others = parallel.data * max(parallel.expert, 1)
     may_share = [
         n for n in range(1, num_ranks + 1)
-        if num_ranks % (others * n) == 0 and config.model.feed_forward % n == 0
-        and (cluster.expert_parallel == 0 or others * n == num_ranks)
+        if num_ranks % (others * n) == 0 and spec.model.feed_forward % n == 0
+        and (parallel.expert == 0 or others * n == num_ranks)
     ]  # fmt: skip
     chosen = next((n for n in may_share if needed <= n * left), 1)
     return chosen, (
         f"an expert with its state takes {format_size(needed)}, a rank has {format_size(rank_bytes)} - dense parts "
-        f"{format_size(dense)} = {format_size(left)}: tensor_parallel {chosen}"
+        f"{format_size(dense)} = {format_size(left)}: [parallel] tensor = {chosen}"
         + " does not suffice"
         * (needed > chosen * left)
     )

@@ -47,7 +47,7 @@ class BatchSizes:
 
 def sum_batches(job) -> BatchSizes:
     """Sum the batches over all ranks. Collective over mesh.world."""
-    world, model = job.mesh.world, job.config.model
+    world, model = job.mesh.world, job.spec.model
     job.meter.batches.credit_experts(job.placement, job.mesh.expert_index)
     sums = np.zeros((2, model.num_layers, model.num_experts), np.int64)
     extremes = np.full_like(sums, np.iinfo(np.int64).min)  # the least as its negative

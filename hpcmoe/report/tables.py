@@ -9,7 +9,10 @@ from hpcmoe.report.metrics import SIGMA_AIM, compare_bandwidth, sum_links_by_nod
 
 MOST_NODES_IN_A_TABLE = 8
 MOST_LAYERS_IN_A_TABLE = 8
-TRANSFERS = {"train": 4, "infer": 2}  # of an assignment in a layer: there and back, and the same backward
+TRANSFERS = {
+    True: 4,
+    False: 2,
+}  # in training, and in inference: of an assignment in a layer: there and back, and the same backward
 
 
 def make_table(job, totals):
@@ -98,8 +101,8 @@ def exchange_links(mesh):
 
 def links_between(what, bytes_of_link, job, totals):
     """List the bandwidth of the links [n] between ranks or nodes; nothing where there is only one of these."""
-    model, sizes = job.config.model, job.stepper.dispatcher.sizes
-    transfers = sizes.top_k * model.num_layers * TRANSFERS[job.config.run.mode]
+    model, sizes = job.spec.model, job.stepper.dispatcher.sizes
+    transfers = sizes.top_k * model.num_layers * TRANSFERS[job.spec.trains]
     seconds = max(totals.seconds, 1e-9)
     bandwidth = compare_bandwidth(bytes_of_link, totals.tokens_per_second, sizes.row_bytes, transfers, seconds)
     if bandwidth is None:
@@ -107,7 +110,7 @@ def links_between(what, bytes_of_link, job, totals):
     carried = bytes_of_link / 1e6
     sigma = carried.std() / max(carried.mean(), 1e-9)
     unit = "MB/s a link"
-    counted = f"{unit}, x {sizes.top_k} assignments x {TRANSFERS[job.config.run.mode]} ways x {model.num_layers} layers"
+    counted = f"{unit}, x {sizes.top_k} assignments x {TRANSFERS[job.spec.trains]} ways x {model.num_layers} layers"
     return [
         (f"links between {what}s", f"{bandwidth.num_links}", "experts' rows alone, no sums of gradients"),
         ("  bytes carried", f"{carried.min():.2f} / {carried.mean():.2f} / {carried.max():.2f}",

@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 
 from hpcmoe.errors import on_root
-from hpcmoe.model.text import count_sequences
 from hpcmoe.prepare.memory import Memory, measure_memory
 from hpcmoe.prepare.process import ProcessMemory, count_unshared, mean_of_fullest_node, read_process
 from hpcmoe.report.batches import BatchSizes, record_batches, sum_batches
@@ -92,11 +91,8 @@ def gather_traffic(job):
 
 def compute_sampling_floors(job):
     """Compute the sampling floor of a step's link sigma -> (of all layers together, of each [L])."""
-    model, mesh = job.config.model, job.mesh
-    sequences = count_sequences(
-        job.config.data.batch_sequences, job.config.pipeline.micro_batches, mesh.num_token_shares
-    )
-    tokens = sequences[: mesh.group.size] * model.sequence_length  # of the first group
+    model = job.spec.model
+    tokens = job.sequences_of_rank[: job.mesh.group.size] * model.sequence_length  # of the first group
 
     def floor(layers):
         return compute_sampling_floor(job.placement, tokens, model.top_k, model.num_experts, layers)

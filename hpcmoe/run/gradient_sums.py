@@ -17,13 +17,13 @@ GATHERED = 2**22  # numbers of others' gradients that a rank holds at once, 16 M
 class GradientSums:
     """The sums of one step: dense gradients over all ranks, experts' over those that hold the same shard of them."""
 
-    def __init__(self, dense, experts, network):
+    def __init__(self, dense, experts, network, bucket_bytes, num_micro_batches):
         """dense: FlatGradients, experts: SharedExperts.
 
         All begins in finish() with bucket_bytes 0, and where a GPU's gradients go by MPI.
         """
         self.dense, self.experts, self.mesh = dense, experts, network.mesh
-        bucket_bytes, groups = network.config.train.bucket_bytes, network.layers[0].dispatcher.sum_groups
+        groups = network.layers[0].dispatcher.sum_groups
         self.bucket = max(bucket_bytes // FLOAT32_BYTES, 1) if bucket_bytes else 2**31
         self.reducer = (
             HostReducer(self.mesh, network.device, self.bucket)
@@ -31,7 +31,7 @@ class GradientSums:
             else NcclReducer(self.mesh, network.device, groups)
         )
         self.overlaps = bucket_bytes > 0 and self.reducer.can_overlap
-        self.num_micro_batches = network.config.pipeline.micro_batches
+        self.num_micro_batches = num_micro_batches
         self.jobs = []
         self.begin()
 

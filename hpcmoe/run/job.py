@@ -1,45 +1,74 @@
 """A run put together: text, device, placement, transport, dispatcher, network."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
-from hpcmoe.clock import Clock
 from hpcmoe.cluster.discover import Topology
 from hpcmoe.cluster.machine import count_own_cores
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.device import open_device
 from hpcmoe.comm.heap import keep_heap
-from hpcmoe.comm.mpi import open_mpi_transport
-from hpcmoe.comm.transport import Loopback
-from hpcmoe.comm.window import check_shared_memory, open_window
-from hpcmoe.config import Config
+from hpcmoe.comm.window import check_shared_memory
+from hpcmoe.config import Config, NetworkSpec
+from hpcmoe.dispatch.device import DeviceDispatcher, DeviceSizes
 from hpcmoe.dispatch.host import HostDispatcher
-from hpcmoe.errors import ClusterError, keep_on_root, on_all, on_root
+from hpcmoe.dispatch.routes import Routes
+from hpcmoe.dispatch.sizes import HostSizes
+from hpcmoe.errors import keep_on_root, on_all, on_root
 from hpcmoe.model.language import make_model
-from hpcmoe.model.text import Text
+from hpcmoe.model.split import Split
+from hpcmoe.model.text import Text, count_sequences
+from hpcmoe.placement.demand import Loads
 from hpcmoe.placement.problem import PlacementProblem, count_slots_per_rank
-from hpcmoe.prepare.budget import MemoryBudget, make_budget, share_gpu_memory
-from hpcmoe.prepare.gpus import (
-    find_communicators,
-    make_device_sizes,
-    open_device_dispatcher,
-    record_gpu_memory,
-    select_device_backend,
-)
+from hpcmoe.placement.result import Placement
+from hpcmoe.prepare.budget import MemoryBudget, make_budget, record_gpu_memory, share_gpu_memory
 from hpcmoe.prepare.memory import Memory, estimate_memory
-from hpcmoe.prepare.placement import RunPlacement, make_run_problem, place_experts, time_expert
+from hpcmoe.prepare.placement import Demand, RunPlacement, make_run_problem, place_experts, time_expert
 from hpcmoe.prepare.process import estimate_process
-from hpcmoe.prepare.sizes import check_tags, find_routes, make_host_sizes
+from hpcmoe.prepare.sizes import check_tags, find_routes, make_device_sizes, make_host_sizes, make_sizes
 from hpcmoe.report.meter import Meter
+from hpcmoe.run.dispatchers import (
+    find_communicators,
+    open_device_dispatcher,
+    open_host_dispatcher,
+    select_row_backend,
+)
 from hpcmoe.run.step import Stepper
-from hpcmoe.wait import barrier, gather_to_all
+from hpcmoe.wait import gather_to_all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Where a run is prepared for: ranks, nodes, this rank's device, and what carries rows between the ranks."""
+
+    mesh: Mesh
+    topology: Topology
+    device: Any
+    backend: str  # "window" on the host; "nccl", "direct" or "staged" between devices
+    loads: Loads | None  # of the experts, on rank 0 alone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What is known of a run before anything of it is open."""
+
+    topology: Topology  # with the memory of the GPUs
+    routes: Routes
+    sizes: HostSizes | DeviceSizes
+    memory: Memory  # of a rank, as estimated
+    budget: MemoryBudget
+    problem: PlacementProblem | None  # that the first placement solves, on rank 0 alone
+    run_placement: RunPlacement
 
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """What training and inference work with; its layout changes when experts move (hpcmoe.run.rebalance)."""
+    """What training and inference work with; its placement changes when experts move (hpcmoe.run.rebalance)."""
 
     config: Config
     topology: Topology
@@ -55,65 +84,130 @@ class Job:
     staged_bytes: int = 0  # the most that this rank has held of experts on their way to it
 
     @property
-    def placement(self):
-        """Where the experts are now -> Placement."""
+    def placement(self) -> Placement:
+        """Where the experts are now."""
         return self.run_placement.placement
+
+    @property
+    def spec(self) -> NetworkSpec:
+        """What the network is."""
+        return self.config.spec
+
+    @property
+    def sequences_of_rank(self) -> np.ndarray:
+        """Sequences of a step's batch that each rank reads, [ranks]."""
+        data, pipeline = self.config.data, self.config.pipeline
+        return count_sequences(data.batch_sequences, pipeline.micro_batches, self.mesh.num_token_shares)
 
 
 @contextlib.contextmanager
-def open_job(config, topology, mesh, split, loads):
-    """Build everything that a run works with, its text split -> Job. Collective over mesh.world, both ends.
+def open_job(config: Config, topology: Topology, mesh: Mesh, split: Split, loads: Loads | None) -> Iterator[Job]:
+    """Open everything that a run works with, its text split -> Job. Collective over mesh.world, both ends.
 
-    loads tell rank 0 what the experts' tokens will be; the other ranks may give None.
+    loads are the experts' on rank 0; the other ranks may give None.
     """
     world, here = mesh.world, topology.ranks_of_node(topology.node_of_rank[mesh.world.rank])
     torch.set_num_threads(config.run.threads_per_rank or min(choose_threads(topology, world.rank), count_own_cores()))
     keep_heap()
     device = on_all(world, lambda: open_device(config.comm.device, list(here).index(world.rank)))
-    kind, trains = select_backend(config, world, device), config.run.mode == "train"
-
-    # Estimate what a rank needs besides experts, and place these in the rest of the memory.
-    slots = count_slots_per_rank(config.model.num_experts, mesh.expert_parallel, config.cluster.spare_slots_per_rank)
-    routes = find_routes(config, topology, mesh, slots)
-    if kind == "window":
-        sizes = on_all(world, lambda: make_host_sizes(config, topology, mesh, routes))
-        check_windows(world, topology, sizes, routes)
-    else:
-        sizes = make_device_sizes(config, mesh)
-    on_all(world, lambda: check_tags(sizes, config.model.num_layers))
-    buffer_bytes = max(gather_to_all(world, sizes.buffer_bytes(routes)))
-    memory = estimate_memory(config, mesh, slots, sizes, buffer_bytes)
-    gpus = share_gpu_memory(gather_to_all(world, device.read_memory()))  # asked when every rank has opened its device
-    topology = record_gpu_memory(topology, gpus)
-    communicators = find_communicators(mesh, kind, trains).values()
-    share_of_gpu = None if config.cluster.memory_bytes_per_node else gpus
-    budget = find_budget(topology, world, memory, share_of_gpu, sum(comm.size > 1 for comm in communicators), trains)
-    seconds = time_expert(config, mesh, sizes.expert_rows // slots, device)
-    problem = keep_on_root(
-        world, lambda: make_run_problem(config, topology, mesh, budget, memory.per_expert, (loads, seconds))
-    )
-    layout = on_root(world, lambda: place_experts(problem, config, budget))
-
-    opened = (
-        open_host_dispatcher(mesh.group, device, sizes, routes)
-        if kind == "window"
-        else open_device_dispatcher(mesh, device, sizes, routes, kind, trains)
-    )
-    with opened as dispatcher:
-        network = make_model(config, mesh, layout.placement, dispatcher, device)
+    backend = select_row_backend(config.comm, config.pipeline.schedule, world, device)
+    cluster = Cluster(mesh=mesh, topology=topology, device=device, backend=backend, loads=loads)
+    prepared = prepare(config, cluster)
+    with open_dispatcher(prepared, cluster, config.spec.trains) as dispatcher:
+        network = make_model(config.spec, mesh, prepared.run_placement.placement, dispatcher, device)
         yield Job(
             config=config,
-            topology=topology,
+            topology=prepared.topology,
             mesh=mesh,
-            run_placement=layout,
-            problem=problem,
-            budget=budget,
-            memory=memory,
+            run_placement=prepared.run_placement,
+            problem=prepared.problem,
+            budget=prepared.budget,
+            memory=prepared.memory,
             stepper=Stepper(config, mesh, network, dispatcher),
             meter=Meter(dispatcher, mesh),
             training=Text(split.training),
             validation=Text(split.validation),
         )
+
+
+def prepare(config: Config, cluster: Cluster) -> Prepared:
+    """Compute sizes, memory and placement -> Prepared; nothing is opened. Collective over mesh.world: it gathers.
+
+    Raises ConfigError, ClusterError or PlacementError on all ranks where something does not fit.
+    """
+    mesh, topology, spec = cluster.mesh, cluster.topology, config.spec
+    world = mesh.world
+
+    # Compute how many rows come to a rank at most, and the buffers for them.
+    slots = count_slots_per_rank(spec.model.num_experts, mesh.expert_parallel, config.placement.spare_slots_per_rank)
+    same_order = config.pipeline.deterministic and spec.trains and config.rebalance.every > 0
+    routes = find_routes(config.comm, topology, mesh, slots, spec.model.top_k, same_order)
+    sizes = make_sizes(spec, config.pipeline, config.data.batch_sequences, config.placement.replicate, mesh)
+    if cluster.backend == "window":
+        more = config.comm, topology, routes, spec.trains, config.pipeline.deterministic
+        sizes = on_all(world, lambda common=sizes: make_host_sizes(common, *more))
+        check_windows(world, topology, sizes, routes)
+    else:
+        sizes = make_device_sizes(sizes, config.comm.buffer_factor)
+    on_all(world, lambda: check_tags(sizes, spec.model.num_layers))
+    buffer_bytes = max(gather_to_all(world, sizes.buffer_bytes(routes)))
+
+    # Estimate what a rank needs besides experts, which leaves the rest of the memory to these.
+    memory = estimate_memory(
+        spec, mesh, slots, sizes, buffer_bytes,
+        shard_optimizer=config.train.shard_optimizer,
+        keeps_snapshot=config.write.asynchronous and config.write.checkpoint_every > 0,
+        num_moves=config.rebalance.moves if config.rebalance.every > 0 else 0,
+    )  # fmt: skip
+    gpus = share_gpu_memory(gather_to_all(world, cluster.device.read_memory()))  # asked when every rank has its device
+    topology = record_gpu_memory(topology, gpus)
+    process_bytes = estimate_process(world, topology.node_of_rank, spec.trains)
+    share_of_gpu = None if config.cluster.memory_bytes_per_node else gpus
+    num_groups = sum(comm.size > 1 for comm in find_communicators(mesh, cluster.backend, spec.trains).values())
+    budget = on_all(world, lambda: make_budget(topology, memory, process_bytes, share_of_gpu, num_groups))
+
+    # Place the experts, on rank 0 for all.
+    seconds = config.placement.seconds_per_token or time_expert(spec, mesh, sizes.expert_rows // slots, cluster.device)
+    demand = Demand(
+        loads=cluster.loads,
+        batch_sequences=config.data.batch_sequences,
+        seconds_per_token=seconds,
+        expert_bytes=memory.per_expert,
+    )
+    problem = keep_on_root(
+        world, lambda: make_run_problem(spec.model, config.placement, demand, topology, mesh, budget)
+    )
+    run_placement = on_root(world, lambda: place_on_root(problem, config, budget))
+    return Prepared(
+        topology=topology,
+        routes=routes,
+        sizes=sizes,
+        memory=memory,
+        budget=budget,
+        problem=problem,
+        run_placement=run_placement,
+    )
+
+
+def place_on_root(problem: PlacementProblem, config: Config, budget: MemoryBudget) -> RunPlacement:
+    """Place the experts by [placement]. Not collective: rank 0 does it for all."""
+    if config.rebalance.every > 0:  # compile now, and not in the midst of a step
+        from hpcmoe.placement.search.warm import compile_search  # imports numba and scipy
+
+        compile_search()
+    return place_experts(problem, config.placement, budget, config.run.seed)
+
+
+@contextlib.contextmanager
+def open_dispatcher(prepared: Prepared, cluster: Cluster, trains: bool) -> Iterator[HostDispatcher | DeviceDispatcher]:
+    """Open what carries the rows between the ranks. Collective over mesh.world, both ends."""
+    mesh, device, sizes, routes = cluster.mesh, cluster.device, prepared.sizes, prepared.routes
+    if cluster.backend == "window":
+        opened = open_host_dispatcher(mesh.group, device, sizes, routes)
+    else:
+        opened = open_device_dispatcher(mesh, device, sizes, routes, cluster.backend, trains)
+    with opened as dispatcher:
+        yield dispatcher
 
 
 def check_windows(world, topology, sizes, routes):
@@ -125,52 +219,7 @@ def check_windows(world, topology, sizes, routes):
     on_all(world, lambda: check_shared_memory(sum(num_bytes for other, num_bytes in everyone if other == node)))
 
 
-def select_backend(config, world, device):
-    """Find who carries the ranks' rows: "window" on the host, else what select_device_backend chooses. Collective over world.
-
-    Raises ClusterError on all ranks when only some have a GPU, or none has and [comm] asks for what GPUs have.
-    """
-    names = gather_to_all(world, device.name)
-    if len(set(names)) > 1:
-        ranks = ", ".join(str(rank) for rank, name in enumerate(names) if name == "host")
-        on_root(world, lambda: _reject(f'[comm] device = "{config.comm.device}": ranks {ranks} have no GPU, others do'))
-    if device.name == "host":
-        if config.comm.transport == "nccl":
-            on_root(world, lambda: _reject('[comm] transport = "nccl": the ranks have no GPU; use "auto", or "mpi"'))
-        return "window"
-    if config.comm.once_per_node == "on":
-        on_root(world, lambda: _reject('[comm] once_per_node = "on": between GPUs each copy is sent; use "auto"'))
-    return select_device_backend(config, world, device).kind
-
-
-def _reject(text):
-    """Raise ClusterError."""
-    raise ClusterError(text)
-
-
-def find_budget(topology, world, memory, share_of_gpu, num_communicators, trains):
-    """Find the memory of each node for experts, a GPU's where they lie there -> MemoryBudget. Collective over world."""
-    process_bytes = estimate_process(world, topology.node_of_rank, trains)
-    return on_all(world, lambda: make_budget(topology, memory, process_bytes, share_of_gpu, num_communicators))
-
-
 def choose_threads(topology, rank):
     """Share a node's cores among its ranks -> threads of each, at least one."""
     node = topology.node_of_rank[rank]
     return max(int(topology.cores_of_node[node]) // len(topology.ranks_of_node(node)), 1)
-
-
-@contextlib.contextmanager
-def open_host_dispatcher(comm, device, sizes, routes):
-    """Open what carries the rows among the ranks of comm -> HostDispatcher. Collective over comm, both ends."""
-    barrier(comm)
-    local_comm = comm.Split(int(routes.local_peers[0]), comm.rank)
-    one_node = len(routes.local_peers) == comm.size
-    with (
-        open_window(local_comm, sizes.window_sizes(routes)) as window,
-        contextlib.nullcontext(Loopback(comm.rank, comm.size))
-        if one_node
-        else open_mpi_transport(comm, sizes.row_bytes) as transport,
-    ):
-        yield HostDispatcher(transport, window, device, Clock(), sizes, routes)
-    local_comm.Free()

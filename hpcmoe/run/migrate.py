@@ -126,14 +126,14 @@ def resize_slots(job, layer, placement):
     for slot, (before, after) in enumerate(zip(*held, strict=True)):
         if before == EMPTY != after:
             expert = make_expert_from(
-                job.config, make_empty_weights(job.config, mesh.tensor_index, mesh.tensor_parallel)
+                job.config.spec, make_empty_weights(job.config.spec, mesh.tensor_index, mesh.tensor_parallel)
             )
             block.experts.replicas[slot] = expert.to(job.stepper.network.device.torch_device)
         elif after == EMPTY != before:
             block.experts.replicas[slot] = nn.Identity()
     if any((before == EMPTY) != (after == EMPTY) for before, after in zip(*held, strict=True)):
         block.experts.stack_weights()
-    block.chooser = make_chooser(job.config, mesh, placement, layer)
+    block.chooser = make_chooser(job.config.model.num_experts, mesh, placement, layer)
 
 
 def expert_tensors(network, optimizer, layer, slot):

@@ -110,6 +110,7 @@ class Optimizer:
 
     def __init__(self, network, placement, config, mesh):
         self.network, self.train, self.mesh = network, config.train, mesh
+        self.num_micro_batches = config.pipeline.micro_batches
         self.dense = FlatGradients(network.dense_parts())
         self.share_gradients(placement)
 
@@ -127,7 +128,9 @@ class Optimizer:
     def share_gradients(self, placement):
         """Sum the experts' gradients from now on as a placement has them, between two steps."""
         self.shared = SharedExperts(placement, self.mesh.ep, self.network.layers)
-        self.sums = self.network.sums = GradientSums(self.dense, self.shared, self.network)
+        self.sums = self.network.sums = GradientSums(
+            self.dense, self.shared, self.network, self.train.bucket_bytes, self.num_micro_batches
+        )
 
     def follow_placement(self, placement, step):
         """Take on what this rank has under another placement, after so many steps; moments of a new expert are zero."""

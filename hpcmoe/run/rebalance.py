@@ -29,12 +29,12 @@ LEAST_STEPS = 2  # that tell anything
 
 
 class Rebalancer:
-    """Watches the loads of a run, and every [cluster] rebalance_every steps asks whether its experts should move."""
+    """Watches the loads of a run, and every [rebalance] every steps asks whether its experts should move."""
 
     def __init__(self, job, optimizer, records):
         """optimizer: None in inference; records takes append(step, chapter, name, value, unit)."""
         self.job, self.optimizer, self.records = job, optimizer, records
-        self.every = job.config.cluster.rebalance_every
+        self.every = job.config.rebalance.every
         self.parts, self.num_steps = 0, 0  # [PARTS, L, E] assignments whose home is this rank, of so many steps
         self.migration, self.decision = None, None  # under way, and why
         self.is_new = True  # is the placement of the next step to be recorded?
@@ -90,11 +90,11 @@ class Rebalancer:
 
     def record_placement(self, step):
         """Record where the experts are from a step on."""
-        placement, cluster, self.is_new = self.job.placement, self.job.config.cluster, False
+        placement, settings, self.is_new = self.job.placement, self.job.config.placement, False
         self.records.append(
             step, "cluster", "adopted", placement.expert_of_replica, "expert of each slot, from here on"
         )
-        if self.every > 0 and cluster.replicate and cluster.objective == "step":
+        if self.every > 0 and settings.replicate and settings.objective == "step":
             split = placement.split
             if split is None:
                 layers, slots = placement.expert_of_replica.shape
@@ -107,17 +107,17 @@ def propose_migration(job, tokens, step):
 
     Every other part is solved for, and the rest, of which the search knows nothing, tell what it gains.
     """
-    config, cluster = job.config, job.config.cluster
+    config, rebalance = job.config, job.config.rebalance
     solved = make_measured_problem(job, tokens[0::2].sum(axis=0))
     layout, moves = search_nearby(job, solved)
     (before, after), noise = predict_gain(job, tokens, layout.placement)
 
     # The gain in the steps for which the loads are trusted, against the cost.
-    one_expert, states = estimate_expert(config)
+    one_expert, states = estimate_expert(config.spec)
     num_bytes = one_expert * (states - trains(job)) // job.mesh.tensor_parallel  # gradients stay
     cost = estimate_move_seconds(solved, moves, num_bytes)
-    horizon = min(cluster.rebalance_horizon or cluster.rebalance_every, config.run.steps - step)
-    accepted = len(moves) > 0 and should_migrate(before - after, noise, cost, horizon, cluster.rebalance_margin)
+    horizon = min(rebalance.horizon or rebalance.every, config.run.steps - step)
+    accepted = len(moves) > 0 and should_migrate(before - after, noise, cost, horizon, rebalance.margin)
     decision = MigrationDecision(
         moves=moves,
         num_bytes=num_bytes * len(moves),
@@ -136,12 +136,12 @@ def search_nearby(job, problem):
     from hpcmoe.placement.refine import refine  # imports numba and scipy: rank 0 alone pays for it
     from hpcmoe.placement.solve import SearchOptions
 
-    cluster, present = job.config.cluster, job.placement.expert_of_replica
+    settings, present = job.config.placement, job.placement.expert_of_replica
     orders = SearchOptions(
-        seconds=cluster.search_seconds, iterations=cluster.search_iterations, seed=job.config.run.seed
+        seconds=settings.search_seconds, iterations=settings.search_iterations, seed=job.config.run.seed
     )
-    layouts = refine(problem, present, cluster.rebalance_moves, orders)
-    layout = compare_with_methods(problem, job.config, evaluate_layouts(problem, job.config, layouts, "packed", 0.0))
+    layouts = refine(problem, present, job.config.rebalance.moves, orders)
+    layout = compare_with_methods(problem, settings, evaluate_layouts(problem, settings, layouts, "packed", 0.0))
     return layout, list_moves(problem, present, layouts)
 
 

@@ -43,7 +43,7 @@ def hash_parts(network, shared, mesh):
     Dense parts of each layer, what is before and what is behind them; then shard by shard each layer's experts.
     """
     dense = [digest(parameters) for parameters in network.dense_parts().values()]
-    num_experts = network.config.model.num_experts
+    num_experts = network.spec.model.num_experts
     experts = np.full((mesh.tensor_parallel, len(network.layers), num_experts), NOT_HELD)
     for copy in shared.held_replicas():
         replica = network.layers[copy.layer].experts.replicas[copy.slot]
@@ -65,7 +65,7 @@ def name_parts(network, mesh):
     dense = [names.get(stage, f"the dense parts of layer {layer}") for stage, layer in network.dense_parts()]
     shards = [f" (shard {shard} of {mesh.tensor_parallel})" * (mesh.tensor_parallel > 1)
               for shard in range(mesh.tensor_parallel)]  # fmt: skip
-    numbers = range(network.config.model.num_experts)
+    numbers = range(network.spec.model.num_experts)
     return dense + [
         f"expert {expert} of layer {layer}{shard}"
         for shard in shards for layer in range(len(network.layers)) for expert in numbers

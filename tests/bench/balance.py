@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from hpcmoe.cluster.discover import read_topology
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.config import Cluster, Config, Dispatch, Pipeline, Run, Train
+from hpcmoe.config import Config, DispatchConfig, PipelineConfig, PlacementConfig, RunConfig, TrainConfig
 from hpcmoe.errors import on_root
 from hpcmoe.model.balance import even_load
 from hpcmoe.model.text import find_text
@@ -31,7 +31,7 @@ EXPONENT, COMMON = (
     0.5,
     1.0,
 )  # of the routers' skew: at first the k-th expert then has about k ** -1 of the first's tokens
-OFF = Dispatch(load_feedback=0.0, aux_loss_weight=0.0)
+OFF = DispatchConfig(load_feedback=0.0, aux_loss_weight=0.0)
 MECHANISMS = {
     "none": OFF,
     "feedback 0.1 on selection": replace(OFF, load_feedback=0.1),
@@ -41,9 +41,9 @@ MECHANISMS = {
     "bias 0.03": replace(OFF, bias_update_speed=0.03),
 }
 CONFIG = Config(
-    cluster=Cluster(placement="contiguous", seconds_per_token=1e-6),
-    pipeline=Pipeline(micro_batches=1),
-    train=Train(learning_rate=0.001, validate_every=10**6),  # validates at the last step
+    placement=PlacementConfig(method="contiguous", seconds_per_token=1e-6),
+    pipeline=PipelineConfig(micro_batches=1),
+    train=TrainConfig(learning_rate=0.001, validate_every=10**6),  # validates at the last step
 )
 SERIES = {"loss": "train/loss", "sigma": "dispatch/link_sigma", "balancedness": "experts/balancedness",
           "utilisation": "experts/utilisation", "seconds": "run/seconds"}  # fmt: skip
@@ -56,12 +56,12 @@ def measure(folder, num_ranks=RANKS, steps=STEPS, names=tuple(MECHANISMS)):
 
 def work(comm, steps, *names):
     """Train by each mechanism, one after the other -> figures by mechanism, and the floor. Collective over comm."""
-    config = replace(CONFIG, run=Run(steps=int(steps), threads_per_rank=1))
+    config = replace(CONFIG, run=RunConfig(steps=int(steps), threads_per_rank=1))
     topology = read_topology(comm, config.cluster)
     split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length))
-    loads = find_loads(config, read_loads)  # all experts alike
+    loads = find_loads(config.placement.loads, config.model, read_loads)  # all experts alike
     figures = {"ranks": comm.size, "steps": config.run.steps, "mechanisms": {}}
-    with open_mesh(comm, config.cluster) as mesh:
+    with open_mesh(comm, config.parallel) as mesh:
         for name in names:
             with open_job(replace(config, dispatch=MECHANISMS[name]), topology, mesh, split, loads) as job:
                 figures["mechanisms"][name] = train_skewed(job)

@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.cluster.mesh import open_mesh
+from hpcmoe.config import RebalanceConfig
 from hpcmoe.errors import exit_with, on_root
 from hpcmoe.model.balance import even_load
 from hpcmoe.model.text import find_text
@@ -48,10 +49,10 @@ def main(path, every, sequences):
     before = make_weights(topology.rack_of_node, config.model.num_layers, config.model.num_experts, SEED)
     after = shift_weights(before, topology.rack_of_node, HOT)
     loads = Loads(tokens=count_choices(before, config.model.top_k, SEED), node_names=topology.node_names)
-    with open_mesh(comm, config.cluster) as mesh, contextlib.ExitStack() as stack:
+    with open_mesh(comm, config.parallel) as mesh, contextlib.ExitStack() as stack:
         runs = {}
         for name in NAMES:
-            own = make_config(sequences, rebalance_every=every if name == "moves" else 2**30)
+            own = make_config(sequences, every if name == "moves" else 2**30)
             job = stack.enter_context(open_job(own, topology, mesh, split, loads))
             draw_routers(job, before)
             runs[name] = (job, *make_step(job))
@@ -77,11 +78,11 @@ def describe(runs, every):
     return {"every": every, "told": told}
 
 
-def make_config(sequences, **cluster):
-    """Make the placement bench's config with a smaller batch and other keys of [cluster]."""
-    cluster = {"seconds_per_token": SECONDS_PER_TOKEN} | cluster
+def make_config(sequences, every=0):
+    """Make the placement bench's config with a smaller batch, rebalanced every so many steps."""
     data = dataclasses.replace(CONFIG.data, batch_sequences=sequences)
-    return dataclasses.replace(CONFIG, data=data, cluster=dataclasses.replace(CONFIG.cluster, **cluster))
+    placement = dataclasses.replace(CONFIG.placement, seconds_per_token=SECONDS_PER_TOKEN)
+    return dataclasses.replace(CONFIG, data=data, placement=placement, rebalance=RebalanceConfig(every=every))
 
 
 def make_step(job):

@@ -7,7 +7,7 @@ from bench.stages import carry, finish
 
 from hpcmoe.cluster.discover import read_topology
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.config import Cluster, Config, Data, Dispatch, Model, Pipeline, Run
+from hpcmoe.config import Config, DataConfig, DispatchConfig, ModelConfig, PipelineConfig, PlacementConfig, RunConfig
 from hpcmoe.errors import on_root
 from hpcmoe.experts.feed_forward import make_expert_weights
 from hpcmoe.experts.layer import LayerContext
@@ -23,15 +23,15 @@ SEED = 3
 def make_config(shape):
     """State a run of this layer alone, its experts laid on the ranks in order -> Config."""
     return Config(
-        run=Run(mode="train" if shape.training else "infer", threads_per_rank=1, seed=SEED),
-        model=Model(
+        run=RunConfig(mode="train" if shape.training else "infer", threads_per_rank=1, seed=SEED),
+        model=ModelConfig(
             hidden=shape.hidden, feed_forward=shape.feed_forward, num_layers=1, num_experts=shape.experts,
             top_k=shape.top_k, attention=False, sequence_length=SEQUENCE, dtype=shape.dtype,
         ),
-        cluster=Cluster(placement="contiguous", seconds_per_token=1e-6),
-        dispatch=Dispatch(load_feedback=0.0),
-        pipeline=Pipeline(micro_batches=1, schedule="serial", deterministic=False),
-        data=Data(batch_sequences=shape.ranks * shape.tokens // SEQUENCE),
+        placement=PlacementConfig(method="contiguous", seconds_per_token=1e-6),
+        dispatch=DispatchConfig(load_feedback=0.0),
+        pipeline=PipelineConfig(micro_batches=1, schedule="serial", deterministic=False),
+        data=DataConfig(batch_sequences=shape.ranks * shape.tokens // SEQUENCE),
     )  # fmt: skip
 
 
@@ -41,14 +41,14 @@ def open_layer(comm, shape):
     config = make_config(shape)
     topology = read_topology(comm, config.cluster)
     split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length))
-    loads = find_loads(config, read_loads)
-    with open_mesh(comm, config.cluster) as mesh, open_job(config, topology, mesh, split, loads) as job:
+    loads = find_loads(config.placement.loads, config.model, read_loads)
+    with open_mesh(comm, config.parallel) as mesh, open_job(config, topology, mesh, split, loads) as job:
         yield Layer(job)
 
 
 def draw_expert(shape, expert):
     """Draw an expert's matrices as the layer of this shape has them -> dict up [F, H], down [H, F], float32."""
-    return make_expert_weights(make_config(shape), 0, expert, 0, 1)
+    return make_expert_weights(make_config(shape).spec, 0, expert, 0, 1)
 
 
 class Bare(torch.nn.Module):

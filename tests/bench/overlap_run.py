@@ -17,7 +17,17 @@ from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.mpi import all_reduce
-from hpcmoe.config import Cluster, Comm, Config, Data, Dispatch, Model, Pipeline, Run
+from hpcmoe.config import (
+    ClusterConfig,
+    CommConfig,
+    Config,
+    DataConfig,
+    DispatchConfig,
+    ModelConfig,
+    PipelineConfig,
+    PlacementConfig,
+    RunConfig,
+)
 from hpcmoe.errors import exit_with, on_root
 from hpcmoe.experts.timing import MOST_ROWS
 from hpcmoe.model.balance import even_load
@@ -29,18 +39,16 @@ from hpcmoe.wait import barrier
 from hpcmoe.write.loads import read_loads
 
 CONFIG = Config(
-    run=Run(mode="infer", threads_per_rank=1),
-    model=Model(
+    run=RunConfig(mode="infer", threads_per_rank=1),
+    model=ModelConfig(
         hidden=512, feed_forward=512, num_layers=2, num_experts=4, top_k=2, attention=False, sequence_length=64
     ),
-    cluster=Cluster(
-        rack_of_node=("left", "left", "right", "right"), measure_seconds=4.0, placement="contiguous",
-        seconds_per_token=1e-6,
-    ),
-    comm=Comm(once_per_node="off"),
-    dispatch=Dispatch(load_feedback=0.0),
-    pipeline=Pipeline(micro_batches=8, deterministic=False),
-    data=Data(batch_sequences=256),
+    cluster=ClusterConfig(racks=("left", "left", "right", "right"), measure_seconds=4.0),
+    placement=PlacementConfig(method="contiguous", seconds_per_token=1e-6),
+    comm=CommConfig(once_per_node="off"),
+    dispatch=DispatchConfig(load_feedback=0.0),
+    pipeline=PipelineConfig(micro_batches=8, deterministic=False),
+    data=DataConfig(batch_sequences=256),
 )  # fmt: skip
 STEP = 256  # between widths
 TRANSFER_SECONDS = 3.0  # that a step's rows take over these hosts' links
@@ -64,10 +72,10 @@ def main(path, what, rounds):
     comm = MPI.COMM_WORLD
     topology = read_topology(comm, CONFIG.cluster)
     split = on_root(comm, lambda: find_text(CONFIG.data, CONFIG.model.sequence_length))
-    with open_mesh(comm, CONFIG.cluster) as mesh, contextlib.ExitStack() as stack:
+    with open_mesh(comm, CONFIG.parallel) as mesh, contextlib.ExitStack() as stack:
         jobs = {}
         for name, config in (make_schedules(mesh) if what == "schedules" else make_ways()).items():
-            loads = find_loads(config, read_loads)
+            loads = find_loads(config.placement.loads, config.model, read_loads)
             jobs[name] = stack.enter_context(open_job(config, topology, mesh, split, loads))
         figures = measure(jobs, comm, rounds, apart=what == "schedules")
         for name, job in jobs.items():
@@ -89,8 +97,10 @@ def make_schedules(mesh):
 def choose_width(mesh):
     """Choose how wide experts are, so that their work takes about as long as transfers. Collective over mesh.world."""
     torch.set_num_threads(CONFIG.run.threads_per_rank)
-    wide = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, feed_forward=8192), cluster=Cluster())
-    seconds_per_token = time_expert(wide, mesh, MOST_ROWS, HostDevice())
+    wide = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, feed_forward=8192), placement=PlacementConfig()
+    )
+    seconds_per_token = time_expert(wide.spec, mesh, MOST_ROWS, HostDevice())
     tokens = CONFIG.data.batch_sequences * CONFIG.model.sequence_length // mesh.world.size
     seconds = seconds_per_token * tokens * CONFIG.model.top_k * CONFIG.model.num_layers
     return max(round(8192 * TRANSFER_SECONDS / seconds / STEP), 1) * STEP

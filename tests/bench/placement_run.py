@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.config import Cluster, Config, Data, Model, Pipeline, Run
+from hpcmoe.config import ClusterConfig, Config, DataConfig, ModelConfig, PipelineConfig, RunConfig
 from hpcmoe.errors import exit_with, on_root
 from hpcmoe.experts.layer import LayerContext
 from hpcmoe.model.balance import even_load
@@ -31,30 +31,30 @@ METHODS = ("packed", "contiguous")
 WARMUP = 1  # pairs that do not count
 SEED = 5
 CONFIG = Config(
-    run=Run(threads_per_rank=1),
-    model=Model(
+    run=RunConfig(threads_per_rank=1),
+    model=ModelConfig(
         hidden=1024, feed_forward=16, num_layers=2, num_experts=16, top_k=2, attention=False, sequence_length=64
     ),
-    cluster=Cluster(rack_of_node=("left", "left", "right", "right"), measure_seconds=8.0),
-    pipeline=Pipeline(micro_batches=2),
+    cluster=ClusterConfig(racks=("left", "left", "right", "right"), measure_seconds=8.0),
+    pipeline=PipelineConfig(micro_batches=2),
 )
 
 
 def main(path, pairs, sequences):
     """Measure and write path on rank 0. Collective over all ranks."""
-    comm, config = MPI.COMM_WORLD, dataclasses.replace(CONFIG, data=Data(batch_sequences=sequences))
+    comm, config = MPI.COMM_WORLD, dataclasses.replace(CONFIG, data=DataConfig(batch_sequences=sequences))
     topology = read_topology(comm, config.cluster)
     split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length))
     weights = make_weights(topology.rack_of_node, config.model.num_layers, config.model.num_experts, SEED)
     counts = count_choices(weights, config.model.top_k, SEED)
     loads = Loads(tokens=counts, node_names=topology.node_names)
-    with open_mesh(comm, config.cluster) as mesh:
+    with open_mesh(comm, config.parallel) as mesh:
         with open_jobs(config, topology, mesh, split, (loads, weights)) as jobs:
             steppers = {method: make_stepper(job) for method, job in jobs.items()}
             figures = {"step_seconds": time_pairs(steppers, comm, pairs)}
 
         # A whole batch at once: what goes out is then as much as the links carry while one waits for the other.
-        whole = dataclasses.replace(config, pipeline=Pipeline(micro_batches=1))
+        whole = dataclasses.replace(config, pipeline=PipelineConfig(micro_batches=1))
         with open_jobs(whole, topology, mesh, split, (loads, weights)) as jobs:
             exchangers = {method: make_exchanger(job) for method, job in jobs.items()}
             figures |= {"exchange_seconds": time_pairs(exchangers, comm, pairs)}
@@ -70,7 +70,7 @@ def open_jobs(config, topology, mesh, split, skew):
     with contextlib.ExitStack() as stack:
         jobs = {}
         for method in METHODS:
-            placed = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, placement=method))
+            placed = dataclasses.replace(config, placement=dataclasses.replace(config.placement, method=method))
             jobs[method] = stack.enter_context(open_job(placed, topology, mesh, split, loads))
             for number, layer in enumerate(jobs[method].stepper.network.layers):
                 of_node = weights[number, topology.node_of_rank[mesh.world.rank]]

@@ -49,7 +49,7 @@ class DrawnRouter(Router):
 
     def __init__(self, router, weights, seed):
         """router is the network's own; weights [E] of this rank's node in this layer; seed of this rank and layer."""
-        super().__init__(router.weight.data, router.top_k, router.config)
+        super().__init__(router.weight.data, router.top_k, router.settings)
         self.weights, self.random = weights, np.random.default_rng(seed)
 
     def forward(self, x, load):

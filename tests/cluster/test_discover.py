@@ -1,6 +1,7 @@
 """Where the ranks are, and how each fact is found."""
 
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ from launch import MPIRUN, run
 from hpcmoe.cluster import discover as chapter
 from hpcmoe.cluster.discover import RankInfo, make_cluster_layout, make_topology, read_topology
 from hpcmoe.cluster.topology import ClusterLinks, Topology
-from hpcmoe.config import Cluster
+from hpcmoe.config import ClusterConfig
 from hpcmoe.errors import ClusterError
 from hpcmoe.wait import gather_to_all
 
@@ -36,14 +37,14 @@ def info(leader=0, **facts):
 
 def topology_of(infos, cluster=None):
     """Make the topology of infos, with all links measured as 1."""
-    layout = make_cluster_layout(infos, cluster or Cluster())
+    layout = make_cluster_layout(infos, cluster or ClusterConfig())
     nodes, racks = len(layout.node_names), len(layout.rack_names)
     ones = ClusterLinks(
         bytes_per_second=np.ones((nodes, nodes)), latency_seconds=np.ones((nodes, nodes)),
         egress_bytes_per_second=np.ones(nodes), ingress_bytes_per_second=np.ones(nodes),
         uplink_bytes_per_second=np.ones(racks),
     )  # fmt: skip
-    return make_topology(layout, cluster or Cluster(), ones)
+    return make_topology(layout, cluster or ClusterConfig(), ones)
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_memory_is_the_node_s_least_or_the_config_s():
     infos = [info(0, memory_bytes=5), info(0, memory_bytes=4), info(2, memory_bytes=7)]
     assert topology_of(infos).memory_bytes.tolist() == [4, 7]
     assert topology_of(infos).source["memory"] == "system"
-    made = topology_of(infos, Cluster(memory_bytes_per_node=3))
+    made = topology_of(infos, ClusterConfig(memory_bytes_per_node=3))
     assert (made.memory_bytes.tolist(), made.source["memory"]) == ([3, 3], "config")
 
 
@@ -172,7 +173,7 @@ def test_nonsense_that_one_rank_sees_is_refused_by_all(comm, alone):
     if comm.rank == comm.size - 1:
         alone.setenv("SLURM_MEM_PER_NODE", "lots")
     with pytest.raises(ClusterError, match=rf"^\[rank {comm.size - 1} of .* SLURM_MEM_PER_NODE = 'lots'") as refused:
-        read_topology(comm, Cluster(measure_seconds=0.1))
+        read_topology(comm, ClusterConfig(measure_seconds=0.1))
     assert refused.value.shared
 
 
@@ -219,14 +220,14 @@ def seats_at(addresses):
 
 
 def test_racks_of_the_config_come_first(alone):
-    made = topology_of(seats_at(FOUR), Cluster(rack_of_node=("b", "a", "b", "a")))
+    made = topology_of(seats_at(FOUR), ClusterConfig(racks=("b", "a", "b", "a")))
     assert (made.rack_names, made.rack_of_node.tolist()) == (("b", "a"), [0, 1, 0, 1])
     assert (made.num_racks, made.source["racks"]) == (2, "config")
 
 
 def test_racks_for_another_number_of_nodes_are_refused():
-    with pytest.raises(ClusterError, match=r"\[cluster\] rack_of_node has 3 entries, the run has 4 nodes"):
-        topology_of(seats_at(FOUR), Cluster(rack_of_node=("a", "a", "b")))
+    with pytest.raises(ClusterError, match=r"\[cluster\] racks has 3 entries, the run has 4 nodes"):
+        topology_of(seats_at(FOUR), ClusterConfig(racks=("a", "a", "b")))
 
 
 def test_racks_are_read_from_slurm_s_addresses(alone):
@@ -240,12 +241,14 @@ def test_racks_that_nobody_tells_are_one():
     assert (made.rack_names, made.source["racks"]) == (("rack0",), "no word of racks: one for all")
 
 
-def test_links_that_are_given_are_taken_with_their_sources():
-    keys = Cluster(links="config", bytes_per_second=((9.0, 2.0), (3.0, 9.0)), rack_of_node=("a", "b"))
+def test_links_that_are_given_are_taken_with_their_sources(tmp_path):
+    file = tmp_path / "links.json"
+    file.write_text('{"bytes_per_second": [[9, 2], [3, 9]]}')
+    keys = ClusterConfig(links=str(file), racks=("a", "b"))
     made = topology_of([info(0), info(1)], keys)
     assert made.egress_bytes_per_second.tolist() == [2, 3]
     assert made.uplink_bytes_per_second.tolist() == [np.inf, np.inf]
-    assert (made.source["racks"], made.source["links"]) == ("config", "config; latency not given, taken as 0")
+    assert (made.source["racks"], made.source["links"]) == ("config", f"file {file}; latency not given, taken as 0")
 
 
 def test_slow_links_are_told_by_name_a_few_of_them(rank_0, caplog):
@@ -269,7 +272,7 @@ def test_slow_links_are_told_by_name_a_few_of_them(rank_0, caplog):
 
 @pytest.mark.mpi
 def test_all_ranks_read_the_same_topology(comm):
-    made = read_topology(comm, Cluster(measure_seconds=0.5))
+    made = read_topology(comm, ClusterConfig(measure_seconds=0.5))
     for other in gather_to_all(comm, made):
         assert_same(other, made)
     assert made.node_of_rank.shape == (comm.size,)
@@ -280,18 +283,20 @@ def test_all_ranks_read_the_same_topology(comm):
 
 
 @pytest.mark.mpi
-def test_all_ranks_share_the_refusal_of_links_that_do_not_fit(comm):
-    size = comm.size + 1  # more nodes than there can be
+def test_all_ranks_share_the_refusal_of_links_that_do_not_fit(comm, shared):
+    size, file = comm.size + 1, shared / "links.json"  # more nodes than there can be
+    if comm.rank == 0:
+        file.write_text(json.dumps({"bytes_per_second": [[1] * size] * size}))
     with pytest.raises(ClusterError, match=rf"is {size} x {size}, the run has \d+ nodes") as refused:
-        read_topology(comm, Cluster(links="config", bytes_per_second=((1.0,) * size,) * size))
+        read_topology(comm, ClusterConfig(links=str(file)))
     assert refused.value.shared
 
 
 PRINT = """
 from mpi4py import MPI
 from hpcmoe.cluster.discover import read_host_name, read_topology
-from hpcmoe.config import Cluster
-made = read_topology(MPI.COMM_WORLD, Cluster(measure_seconds=0.5))
+from hpcmoe.config import ClusterConfig
+made = read_topology(MPI.COMM_WORLD, ClusterConfig(measure_seconds=0.5))
 assert made.node_names[made.node_of_rank[MPI.COMM_WORLD.rank]] == read_host_name()
 if MPI.COMM_WORLD.rank == 0:
     print(made.node_names, made.node_of_rank.tolist(), bool((made.bytes_per_second > 1e6).all()))

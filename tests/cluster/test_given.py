@@ -1,32 +1,48 @@
-"""Links of the config or of an earlier run's file: taken by name, guessed where left out, refused where they conflict."""
+"""Links of a file, by hand or of an earlier run: taken by name, guessed where left out, refused where they conflict."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from cluster.example import example
+from launch import ROOT
 
-from hpcmoe.cluster.given import take_links
+from hpcmoe.cluster.given import read_links
 from hpcmoe.cluster.topology import NO_UPLINKS, PORTS_TAKEN, save_topology
-from hpcmoe.config import Cluster
 from hpcmoe.errors import ClusterError
 
 EVEN = ((1.0, 1.0), (1.0, 1.0))
 
 
-def take(nodes=("n0", "n1"), racks=("left", "right"), **keys):
-    """Take the links of [cluster] with these keys."""
-    return take_links(Cluster(**{"links": "config"} | keys), nodes, racks)
+def take(folder, **lists):
+    """Write a file by hand, then read links from it."""
+    (folder / "links.json").write_text(json.dumps(lists))
+    return read_links("links.json", ("n0", "n1"), ("left", "right"))
 
 
-def take_saved(folder, saved, **names):
-    """Save a topology, then take links from its file."""
+def take_saved(folder, saved, nodes=("n0", "n1"), racks=("left", "right")):
+    """Save a topology, then read links from its file."""
     save_topology(saved, folder / "topology.json")
-    return take(links="file", links_file=str(folder / "topology.json"), **names)
+    return read_links(str(folder / "topology.json"), nodes, racks)
 
 
-def test_links_of_the_config_are_taken_as_they_are():
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder that messages need not name."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_example_is_one_of_two_nodes_in_a_rack():
+    links, source = read_links(ROOT / "inputs" / "links.json", ("a", "b"), ("rack",))
+    assert links.bytes_per_second.tolist() == [[2e10, 1e9], [1e9, 2e10]] and links.uplink_bytes_per_second == [np.inf]
+    assert set(source.values()) == {f"file {ROOT / 'inputs' / 'links.json'}"}
+
+
+def test_links_by_hand_are_taken_as_they_are(here):
     links, source = take(
+        here,
         bytes_per_second=((1e9, 1e8), (2e8, 1e9)), latency_seconds=((0.0, 1e-5), (2e-5, 0.0)),
         egress_bytes_per_second=(3e8, 4e8), ingress_bytes_per_second=(5e8, 6e8), uplink_bytes_per_second=(7e8, 8e8),
     )  # fmt: skip
@@ -35,67 +51,78 @@ def test_links_of_the_config_are_taken_as_they_are():
     assert links.egress_bytes_per_second.tolist() == [3e8, 4e8]
     assert links.ingress_bytes_per_second.tolist() == [5e8, 6e8]
     assert links.uplink_bytes_per_second.tolist() == [7e8, 8e8]
-    assert source == {"links": "config", "ports": "config", "uplinks": "config"}
+    assert source == dict.fromkeys(("links", "ports", "uplinks"), "file links.json")
 
 
-def test_what_the_config_leaves_out_is_guessed_and_said_to_be():
-    links, source = take(bytes_per_second=((9.0, 1.0), (2.0, 9.0)))
+def test_what_the_file_leaves_out_is_guessed_and_said_to_be(here):
+    links, source = take(here, bytes_per_second=((9.0, 1.0), (2.0, 9.0)))
     assert not links.latency_seconds.any()
     assert links.egress_bytes_per_second.tolist() == [1, 2]
     assert links.ingress_bytes_per_second.tolist() == [2, 1]
     assert np.isinf(links.uplink_bytes_per_second).all()
     assert source == {
-        "links": "config; latency not given, taken as 0", "ports": f"config; {PORTS_TAKEN}", "uplinks": NO_UPLINKS,
+        "links": "file links.json; latency not given, taken as 0", "ports": f"file links.json; {PORTS_TAKEN}",
+        "uplinks": NO_UPLINKS,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"bytes_per_second": ((1.0,) * 3,) * 3}, "[cluster] bytes_per_second is 3 x 3, the run has 2 nodes"),
-        ({"bytes_per_second": ((1.0, 1.0), (1.0,))}, "[cluster] bytes_per_second is 2 x 1 or 2, the run has 2 nodes"),
+        ({"bytes_per_second": ((1.0,) * 3,) * 3}, "links.json: bytes_per_second is 3 x 3, the run has 2 nodes"),
+        ({"bytes_per_second": ((1.0, 1.0), (1.0,))}, "links.json: bytes_per_second is 2 x 1 or 2, the run has 2 nodes"),
         (
             {"bytes_per_second": ((1.0, 0.0), (1.0, 1.0))},
-            "[cluster] bytes_per_second: entry [0][1] = 0, n0 to n1, must be above 0",
+            "links.json: bytes_per_second: entry [0][1] = 0, n0 to n1, must be above 0",
         ),
         (
             {"bytes_per_second": ((1.0, 1.0), (-2e9, 1.0))},
-            "[cluster] bytes_per_second: entry [1][0] = -2e+09, n1 to n0, must be above 0",
+            "links.json: bytes_per_second: entry [1][0] = -2e+09, n1 to n0, must be above 0",
         ),
         (
             {"bytes_per_second": ((1.0, 1.0), (1.0, float("nan")))},
-            "[cluster] bytes_per_second: entry [1][1] = nan, n1 to n1, must be above 0",
+            "links.json: bytes_per_second: entry [1][1] = nan, n1 to n1, must be above 0",
         ),
         (
             {"latency_seconds": ((0.0, -1.0), (0.0, 0.0))},
-            "[cluster] latency_seconds: entry [0][1] = -1, n0 to n1, must be 0 or above",
+            "links.json: latency_seconds: entry [0][1] = -1, n0 to n1, must be 0 or above",
         ),
-        ({"latency_seconds": ((0.0,),)}, "[cluster] latency_seconds is 1 x 1, the run has 2 nodes"),
+        ({"latency_seconds": ((0.0,),)}, "links.json: latency_seconds is 1 x 1, the run has 2 nodes"),
         (
             {"egress_bytes_per_second": (1.0,)},
-            "[cluster] egress_bytes_per_second has 1 entries, the run has 2 nodes",
+            "links.json: egress_bytes_per_second has 1 entries, the run has 2 nodes",
         ),
         (
             {"egress_bytes_per_second": (1.0, 0.0)},
-            "[cluster] egress_bytes_per_second: entry [1] = 0, n1, must be above 0",
+            "links.json: egress_bytes_per_second: entry [1] = 0, n1, must be above 0",
         ),
         (
             {"ingress_bytes_per_second": (float("inf"), 1.0)},
-            "[cluster] ingress_bytes_per_second: entry [0] = inf, n0, must be above 0",
+            "links.json: ingress_bytes_per_second: entry [0] = inf, n0, must be above 0",
         ),
         (
+            {"uplink_bytes_per_second": [1, "fast"]},
+            "links.json: uplink_bytes_per_second: entry [1] = 'fast': must be a number",
+        ),
+        (
+            {"latency_seconds": [[0, True], [0, 0]]},
+            "links.json: latency_seconds: entry [0][1] = True: must be a number",
+        ),
+        ({"latency_seconds": 3}, "links.json: latency_seconds must be a list of lists"),
+        ({"latency": [[0, 1], [1, 0]]}, "links.json: latency: unknown key; did you mean latency_seconds?"),
+        (
             {"uplink_bytes_per_second": (1.0,) * 3},
-            "[cluster] uplink_bytes_per_second has 3 entries, the run has 2 racks",
+            "links.json: uplink_bytes_per_second has 3 entries, the run has 2 racks",
         ),
         (
             {"uplink_bytes_per_second": (1.0, -1.0)},
-            "[cluster] uplink_bytes_per_second: entry [1] = -1, right, must be above 0",
+            "links.json: uplink_bytes_per_second: entry [1] = -1, right, must be above 0",
         ),
     ],
 )
-def test_links_of_the_config_that_do_not_fit_are_refused(keys, message):
+def test_links_by_hand_that_do_not_fit_are_refused(here, keys, message):
     with pytest.raises(ClusterError) as refused:
-        take(**{"bytes_per_second": EVEN} | keys)
+        take(here, **{"bytes_per_second": EVEN} | keys)
     assert str(refused.value) == message
 
 
@@ -152,4 +179,4 @@ def test_nodes_that_the_file_lacks_are_named(tmp_path):
 def test_figures_of_a_file_that_cannot_be_are_refused(tmp_path, fields, message):
     with pytest.raises(ClusterError) as refused:
         take_saved(tmp_path, dataclasses.replace(example(), **fields))
-    assert str(refused.value).startswith(f"{tmp_path / 'topology.json'} {message}")
+    assert str(refused.value).startswith(f"{tmp_path / 'topology.json'}: {message}")

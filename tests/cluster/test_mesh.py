@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 from hpcmoe.cluster.mesh import mesh_coordinates, mesh_shape, open_mesh
-from hpcmoe.config import Cluster
+from hpcmoe.config import ParallelConfig
 from hpcmoe.errors import ClusterError
 from hpcmoe.wait import gather_to_all
 
@@ -28,11 +28,11 @@ def test_expert_parallel_zero_takes_what_is_left(ranks, asked, shape):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ((1, 12, 2), "[cluster] expert_parallel = 12 must divide the 16 ranks / tensor_parallel 2 = 8"),
-        ((3, 0, 2), "[cluster] data_parallel = 3 must divide the 16 ranks / tensor_parallel 2 = 8"),
-        ((1, 0, 3), "[cluster] tensor_parallel = 3 must divide the 16 ranks"),
-        ((1, 4, 2), "[cluster] data_parallel 1 x expert_parallel 4 x tensor_parallel 2 = 8 must equal the 16 ranks"),
-        ((8, 8, 1), "[cluster] data_parallel 8 x expert_parallel 8 x tensor_parallel 1 = 64 must equal the 16 ranks"),
+        ((1, 12, 2), "[parallel] expert = 12 must divide the 16 ranks / tensor 2 = 8"),
+        ((3, 0, 2), "[parallel] data = 3 must divide the 16 ranks / tensor 2 = 8"),
+        ((1, 0, 3), "[parallel] tensor = 3 must divide the 16 ranks"),
+        ((1, 4, 2), "[parallel] data 1 x expert 4 x tensor 2 = 8 must equal the 16 ranks"),
+        ((8, 8, 1), "[parallel] data 8 x expert 8 x tensor 1 = 64 must equal the 16 ranks"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_arithmetic(asked, message):
@@ -58,7 +58,7 @@ def shapes_of(ranks):
 @pytest.mark.mpi
 def test_each_group_holds_the_ranks_that_differ_in_its_coordinate_alone(comm):
     for dp, ep, tp in shapes_of(comm.size):
-        with open_mesh(comm, Cluster(data_parallel=dp, expert_parallel=ep, tensor_parallel=tp)) as mesh:
+        with open_mesh(comm, ParallelConfig(data=dp, expert=ep, tensor=tp)) as mesh:
             assert (mesh.data_parallel, mesh.expert_parallel, mesh.tensor_parallel) == (dp, ep, tp)
             data, expert, tensor = mesh.data_index, mesh.expert_index, mesh.tensor_index
             assert (mesh.dp.rank, mesh.ep.rank, mesh.world.rank) == (data, expert, comm.rank)
@@ -70,7 +70,7 @@ def test_each_group_holds_the_ranks_that_differ_in_its_coordinate_alone(comm):
 
 @pytest.mark.mpi
 def test_all_ranks_share_the_refusal(comm):
-    asked = Cluster(tensor_parallel=comm.size + 1)
+    asked = ParallelConfig(tensor=comm.size + 1)
     with pytest.raises(ClusterError, match=f"must divide the {comm.size} ranks") as refused, open_mesh(comm, asked):
         pass
     assert refused.value.shared
@@ -81,6 +81,6 @@ def test_all_ranks_share_the_refusal(comm):
 def test_meshes_are_freed(comm, times):
     # MPICH has room for 2048 communicators at once.
     for _ in range(times):
-        with open_mesh(comm, Cluster()) as mesh:
+        with open_mesh(comm, ParallelConfig()) as mesh:
             pass
         assert all(group == MPI.COMM_NULL for group in (mesh.world, mesh.group, mesh.ep, mesh.dp))

@@ -7,7 +7,7 @@ from mpi4py import MPI
 
 from hpcmoe.comm.plain import PlainDevice
 from hpcmoe.comm.select import TransportSupport, name_version, open_all_to_all, read_transport_support, select_backend
-from hpcmoe.config import Comm
+from hpcmoe.config import CommConfig
 from hpcmoe.errors import ClusterError
 
 NO, YES = "MPI says no", "MPI says yes"
@@ -51,7 +51,7 @@ REFUSALS = {
 @pytest.mark.parametrize("case", CHOICES)
 def test_the_choice_and_its_reason(case):
     keys, support_of_rank, kind, reason = CHOICES[case]
-    selected = select_backend(Comm(**keys), support_of_rank, "overlap")
+    selected = select_backend(CommConfig(**keys), support_of_rank, "overlap")
     assert selected.kind == kind and reason in selected.reason and "\n" not in selected.reason
 
 
@@ -59,14 +59,14 @@ def test_the_choice_and_its_reason(case):
 def test_what_is_not_there_is_refused_in_one_line(case):
     keys, support_of_rank, text = REFUSALS[case]
     with pytest.raises(ClusterError, match=text) as refused:
-        select_backend(Comm(**keys), support_of_rank, "overlap")
+        select_backend(CommConfig(**keys), support_of_rank, "overlap")
     assert "\n" not in str(refused.value) and str(refused.value).startswith("[comm] ")
 
 
 def test_nccl_wants_the_same_order_on_all_ranks():
-    assert select_backend(Comm(), having("a", "b"), "arrival").kind == "direct"
+    assert select_backend(CommConfig(), having("a", "b"), "arrival").kind == "direct"
     with pytest.raises(ClusterError, match="arrival"):
-        select_backend(Comm(transport="nccl"), having("a", "b"), "arrival")
+        select_backend(CommConfig(transport="nccl"), having("a", "b"), "arrival")
 
 
 def test_a_rank_without_a_gpu_sees_no_nccl():

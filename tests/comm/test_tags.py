@@ -81,8 +81,8 @@ def test_tags_grow_neither_with_experts_nor_with_the_layers_of_an_exchange(comm,
 
     monkeypatch.setattr(sums, "HostReducer", NotingReducer)
     monkeypatch.setattr(mpi, "MpiTransport", NotingTransport)
-    changes = MOVES | {"model__num_experts": 5, "model__num_layers": 4, "cluster__replicate": True}
-    changes |= {"cluster__spare_slots_per_rank": 1, "pipeline__in_flight": 3, "pipeline__schedule": schedule}
+    changes = MOVES | {"model__num_experts": 5, "model__num_layers": 4, "placement__replicate": True}
+    changes |= {"placement__spare_slots_per_rank": 1, "pipeline__in_flight": 3, "pipeline__schedule": schedule}
     expected = run_steps(comm, shared, (1, 2), **changes)
     assert of_rows == []
     apart = run_steps(comm, shared, (1, 2), comm__shared_memory=False, comm__message_rows=4, **changes)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpcmoe.config import Dispatch
+from hpcmoe.config import DispatchConfig
 from hpcmoe.dispatch.router import Router, Softmax, load_balancing_grad, load_balancing_loss
 
 NUM_TOKENS, NUM_EXPERTS, HIDDEN = 23, 5, 4
@@ -56,7 +56,7 @@ def draw(num_tokens, seed):
 @pytest.mark.parametrize("top_k", [1, 2, NUM_EXPERTS])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case.values())))
 def test_routing_equals_a_loop_over_tokens(case, top_k, bias):
-    config = Dispatch(**case)
+    config = DispatchConfig(**case)
     weight, x, load = draw(NUM_TOKENS, seed=top_k)
     router = Router(torch.from_numpy(weight), top_k, config)
     router.bias += bias * torch.arange(NUM_EXPERTS).remainder(2)
@@ -82,7 +82,7 @@ def test_the_bias_chooses_and_weighs_nothing():
     """Where all experts are chosen a bias changes nothing, not the gates either; where one is, it decides which."""
     weight, x, load = (torch.from_numpy(array) for array in draw(NUM_TOKENS, seed=0))
     for on in ("selection", "both"):
-        router, biased = (Router(weight, NUM_EXPERTS, Dispatch(load_feedback_on=on)) for _ in range(2))
+        router, biased = (Router(weight, NUM_EXPERTS, DispatchConfig(load_feedback_on=on)) for _ in range(2))
         biased.bias[3] = 1e3
         plain, moved = (dense_gates(r(x, load)) for r in (router, biased))
         assert torch.allclose(plain, moved, rtol=1e-6)
@@ -97,7 +97,7 @@ def test_the_bias_chooses_and_weighs_nothing():
 
 def plain_probability(router, x, load, on):
     """The probability of expert 3 in softmax(logits), under the load where it acts on weights too -> [T]."""
-    pressure = router.config.load_feedback * load if on == "both" else 0
+    pressure = router.settings.load_feedback * load if on == "both" else 0
     return (x @ router.weight.detach().t() - pressure).softmax(dim=-1)[:, 3]
 
 
@@ -111,7 +111,7 @@ def dense_gates(routing):
 def test_the_gradients_are_those_of_finite_differences(renormalize, on):
     """In float64, of the gates by the tokens and of both losses; what is chosen stays so over such small steps."""
     weight, x, load = (torch.from_numpy(array).double() for array in draw(NUM_TOKENS, seed=0))
-    config = Dispatch(renormalize=renormalize, load_feedback=0.7, load_feedback_on=on)
+    config = DispatchConfig(renormalize=renormalize, load_feedback=0.7, load_feedback_on=on)
     logits = (x @ weight.t()).requires_grad_()
     pressure = config.load_feedback * load if on == "both" else None
     experts = (logits.detach() - config.load_feedback * load).topk(2).indices
@@ -120,7 +120,7 @@ def test_the_gradients_are_those_of_finite_differences(renormalize, on):
 
 def test_no_tokens_give_an_empty_routing():
     weight, x, load = (torch.from_numpy(array) for array in draw(0, seed=0))
-    routing = Router(weight, 2, Dispatch(capacity_factor=1.0))(x, load)
+    routing = Router(weight, 2, DispatchConfig(capacity_factor=1.0))(x, load)
     assert routing.experts.shape == routing.gates.shape == routing.kept.shape == (0, 2)
     assert routing.tokens_of_expert.tolist() == [0] * NUM_EXPERTS
     assert routing.num_dropped == 0 and routing.z_sum.item() == 0 and not routing.probability_sum.any()
@@ -129,14 +129,14 @@ def test_no_tokens_give_an_empty_routing():
 def test_the_router_computes_in_float32_whatever_comes():
     weight, x, load = (torch.from_numpy(array) for array in draw(NUM_TOKENS, seed=0))
     rounded = x.bfloat16()
-    router = Router(weight, 2, Dispatch())
+    router = Router(weight, 2, DispatchConfig())
     routing, expected = router(rounded, load), router(rounded.float(), load)
     assert routing.gates.dtype == torch.float32 and torch.equal(routing.gates, expected.gates)
 
 
 def test_a_dropped_copy_has_no_gradient():
     weight, x, load = (torch.from_numpy(array) for array in draw(NUM_TOKENS, seed=0))
-    routing = Router(weight, 2, Dispatch(capacity_factor=0.5, renormalize=False))(x.requires_grad_(), load)
+    routing = Router(weight, 2, DispatchConfig(capacity_factor=0.5, renormalize=False))(x.requires_grad_(), load)
     routing.gates.sum().backward()
     lost = ~routing.kept.any(dim=1)
     assert lost.any() and not x.grad[lost].any() and x.grad[~lost].any(dim=1).all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small import make_config, make_sizes, make_topology
+from small import make_config, make_sizes, make_sizes_of, make_topology
 
 from hpcmoe.comm.pool import RowPool
 from hpcmoe.dispatch.plan import make_plan
@@ -22,7 +22,6 @@ from hpcmoe.dispatch.sizes import (
     round_rows,
 )
 from hpcmoe.errors import ConfigError
-from hpcmoe.prepare.sizes import make_host_sizes
 
 
 @given(st.integers(1, 500), st.integers(0, 3000), st.integers(1, 4000), st.integers(1, 8), st.integers(8, 4096))
@@ -119,7 +118,7 @@ def make_sizes_of_run(num_ranks, top_k, once, **changes):
     mesh = SimpleNamespace(
         expert_parallel=num_ranks, num_token_shares=num_ranks, tensor_parallel=1, data_parallel=1
     )  # fmt: skip
-    return make_host_sizes(config, make_topology(num_ranks, num_nodes), mesh, routes), routes
+    return make_sizes_of(config, mesh, make_topology(num_ranks, num_nodes), routes), routes
 
 
 @pytest.mark.parametrize("once", [True, False])

@@ -162,8 +162,8 @@ def test_local_experts_count_the_copies_of_their_matrices():
 @pytest.mark.parametrize("tensor_size", [2, 3, 4])
 def test_shards_join_to_the_whole_and_their_partial_sums_add_up(kind, tensor_size):
     config = make_config(experts__kind=kind, experts__bias=True)
-    whole = make_expert_weights(config, 1, 2, 0, 1)
-    shards = [make_expert_weights(config, 1, 2, index, tensor_size) for index in range(tensor_size)]
+    whole = make_expert_weights(config.spec, 1, 2, 0, 1)
+    shards = [make_expert_weights(config.spec, 1, 2, index, tensor_size) for index in range(tensor_size)]
     for name in MATRICES[kind]:
         assert torch.equal(torch.cat([shard[name] for shard in shards], dim=split_axis(name)), whole[name])
         assert all(shard[name].is_contiguous() for shard in shards)
@@ -191,23 +191,23 @@ def test_shards_join_to_the_whole_and_their_partial_sums_add_up(kind, tensor_siz
 
 def test_each_expert_of_each_layer_and_seed_has_weights_of_its_own():
     drawn = [
-        make_expert_weights(make_config(run__seed=seed), layer, expert, 0, 1)["up"]
+        make_expert_weights(make_config(run__seed=seed).spec, layer, expert, 0, 1)["up"]
         for seed in range(2) for layer in range(2) for expert in range(3)
     ]  # fmt: skip
     for index, weights in enumerate(drawn):
         assert not any(torch.equal(weights, other) for other in drawn[:index])
-    again = make_expert_weights(make_config(run__seed=1), 1, 2, 0, 1)["up"]
+    again = make_expert_weights(make_config(run__seed=1).spec, 1, 2, 0, 1)["up"]
     assert torch.equal(again, drawn[-1])
 
 
 @pytest.mark.parametrize("seed", [20_240_601, 2**32])
 def test_any_seed_the_config_allows_draws_weights(seed):
-    assert make_expert_weights(make_config(run__seed=seed), 1, 2, 0, 1)["up"].any()
+    assert make_expert_weights(make_config(run__seed=seed).spec, 1, 2, 0, 1)["up"].any()
 
 
 def test_weights_have_the_variance_of_one_over_their_inputs():
     config = make_config(model__hidden=100, model__feed_forward=400)
-    weights = make_expert_weights(config, 0, 0, 0, 1)
+    weights = make_expert_weights(config.spec, 0, 0, 0, 1)
     assert weights["up"].shape == (400, 100) and weights["down"].shape == (100, 400)
     assert weights["up"].std().item() == pytest.approx(0.1, rel=0.02)
     assert weights["down"].std().item() == pytest.approx(0.05, rel=0.02)

@@ -6,7 +6,7 @@ import torch
 from small import make_dispatcher
 from torch import nn
 
-from hpcmoe.config import Dispatch
+from hpcmoe.config import DispatchConfig
 from hpcmoe.dispatch.plan import SlotChooser
 from hpcmoe.dispatch.router import Router
 from hpcmoe.experts.feed_forward import Expert, LocalExperts
@@ -36,7 +36,7 @@ def make_layer(capacity_factor=0.0):
         )
         for expert in EXPERT_OF_SLOT.tolist()
     ]  # fmt: skip
-    router = Router(draw(NUM_EXPERTS, HIDDEN, seed=5), TOP_K, Dispatch(capacity_factor=capacity_factor))
+    router = Router(draw(NUM_EXPERTS, HIDDEN, seed=5), TOP_K, DispatchConfig(capacity_factor=capacity_factor))
     experts = LocalExperts(replicas)
     chooser = SlotChooser(EXPERT_OF_SLOT, (EXPERT_OF_SLOT >= 0).astype(float), SLOTS, NUM_EXPERTS, 0)
     return MoELayer(Double(), router, experts, make_dispatcher(HIDDEN, slots=4, batch_rows=4), chooser)

@@ -309,13 +309,13 @@ FAULTS = {
         "write/writer.py", "dataclasses.replace(piece, array=array)", "piece", "write/test_writer.py", 3
     ),
     "another model's checkpoint is taken up": plant(
-        "prepare/metadata.py",
+        "run/metadata.py",
         "if metadata.get(key, wants) != wants]",
         "if key not in metadata]",
-        "prepare/test_metadata.py",
+        "run/test_metadata.py",
     ),
     "a checkpoint of another step is taken up": plant(
-        "prepare/metadata.py", 'metadata.get("step") != step or "num', '"num', "prepare/test_metadata.py"
+        "run/metadata.py", 'metadata.get("step") != step or "num', '"num', "run/test_metadata.py"
     ),
     # CONFIG and ERRORS
     "more choices than experts": plant(
@@ -325,7 +325,7 @@ FAULTS = {
         "test_config.py",
     ),
     "shards that do not divide an expert": plant(
-        "contradictions.py", "model.feed_forward % max(cluster.tensor_parallel, 1) == 0,", "True,", "test_config.py"
+        "contradictions.py", "model.feed_forward % max(parallel.tensor, 1) == 0,", "True,", "test_config.py"
     ),
     "bad input ends with a bug's status": plant(
         "output.py", "EXIT_USER = 2 ", "EXIT_USER = 1 ", "test_errors.py -k 'shared_error or names_it'"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import make_config
 
-from hpcmoe.config import Dispatch
+from hpcmoe.config import DispatchConfig
 from hpcmoe.dispatch.router import Router
 from hpcmoe.model.balance import even_load, read_biases, update_biases, update_load, write_biases
 from hpcmoe.model.language import RoutingStats, count_routings
@@ -54,7 +54,7 @@ def route_steps(batches, alpha, counted=False):
     chosen, loads = [], []
     for x in batches:
         routing = router(x, torch.from_numpy(load[0]).float())
-        stats = RoutingStats(config, [count_routings([routing]).numpy()], len(x), None)
+        stats = RoutingStats(config.model, [count_routings([routing]).numpy()], len(x), None)
         busy = stats.tokens_of_expert if counted else stats.utilisation
         load = update_load(load, busy, config.dispatch.load_window_steps)
         chosen.append(routing.experts)
@@ -90,7 +90,9 @@ def test_alpha_evens_alike_whatever_is_drawn(alpha):
 
 def make_layers(num_layers, num_experts):
     """Routers as a network's layers have them."""
-    return [SimpleNamespace(router=Router(torch.zeros(num_experts, HIDDEN), 1, Dispatch())) for _ in range(num_layers)]
+    return [
+        SimpleNamespace(router=Router(torch.zeros(num_experts, HIDDEN), 1, DispatchConfig())) for _ in range(num_layers)
+    ]
 
 
 def test_biases_move_by_the_sign_of_what_an_expert_lacks():
@@ -104,7 +106,7 @@ def test_biases_move_by_the_sign_of_what_an_expert_lacks():
 
 
 def test_biases_even_out_a_router_that_prefers_some():
-    config = dataclasses.replace(Dispatch(), load_feedback=0.0)
+    config = dataclasses.replace(DispatchConfig(), load_feedback=0.0)
     weight = 0.3 * torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
     weight[:, 0] = -0.4 * torch.arange(EXPERTS)
     layers, busiest = [SimpleNamespace(router=Router(weight, 2, config))], []

@@ -8,7 +8,7 @@ import sysconfig
 
 import pytest
 
-from hpcmoe.config import Data
+from hpcmoe.config import DataConfig
 from hpcmoe.errors import ConfigError
 from hpcmoe.model.files import Stamp, find_files, match
 
@@ -31,7 +31,7 @@ def write(*paths, text=b"some text"):
 
 def find(*patterns, exclude=(), own_folder=None):
     """Find files -> list of paths."""
-    return list(find_files(Data(files=patterns, exclude=tuple(exclude)), own_folder))
+    return list(find_files(DataConfig(files=patterns, exclude=tuple(exclude)), own_folder))
 
 
 def refusal(*patterns, **more):
@@ -56,7 +56,7 @@ def test_patterns_find_files_in_the_order_of_their_paths(here):
 def test_stdlib_is_pythons_own_library():
     stdlib = sysconfig.get_path("stdlib")
     assert str(pathlib.Path(stdlib, "ast.py")) in find("{stdlib}/*.py")
-    found = find_files(Data())
+    found = find_files(DataConfig())
     assert list(found) == sorted(found) and sum(stamp.size for stamp in found.values()) > 5_000_000
     assert not any("site-packages" in path or "/test/" in path for path in found)
 

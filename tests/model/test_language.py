@@ -17,7 +17,7 @@ def draw(rows, columns):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("changes", [{}, {"cluster__tensor_parallel": 2}, {"cluster__data_parallel": 2}])
+@pytest.mark.parametrize("changes", [{}, {"parallel__tensor": 2}, {"parallel__data": 2}])
 def test_weights_are_drawn_alike_at_any_number_of_ranks_and_any_split(comm, shared, changes):
     if comm.size % 2 and changes:
         pytest.skip("needs an even number of ranks")
@@ -68,7 +68,7 @@ def test_each_layers_routing_is_counted_in_a_row(kept):
 def test_routing_stats_add_up_micro_batches():
     config = make_config(model__num_experts=2, model__top_k=1, model__num_layers=1)
     first, second = np.array([[3.0, 1, 2.5, 1.5, 7, 2]]), np.array([[0.0, 4, 1, 3, 5, 0]])
-    stats = RoutingStats(config, [first, second], num_tokens=8, own_tokens=np.array([[2, 1]]))
+    stats = RoutingStats(config.model, [first, second], num_tokens=8, own_tokens=np.array([[2, 1]]))
     assert stats.tokens_of_expert.tolist() == [[3, 5]]
     assert stats.utilisation.tolist() == [[0.75, 1.25]]
     assert stats.num_dropped == 2 and stats.z_loss == 12 / 8

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.config import Cluster, Data
+from hpcmoe.config import DataConfig, ParallelConfig
 from hpcmoe.errors import ConfigError
 from hpcmoe.model.split import Span, Split
 from hpcmoe.model.text import (
@@ -46,7 +46,7 @@ def write(**sizes):
 
 def find(*patterns, share=0.25, sequence_length=10, **more):
     """Find and split text."""
-    return find_text(Data(files=patterns, exclude=(), validation_share=share), sequence_length, **more)
+    return find_text(DataConfig(files=patterns, exclude=(), validation_share=share), sequence_length, **more)
 
 
 def test_both_sizes_are_in_the_log(here, caplog):
@@ -275,6 +275,6 @@ def test_every_rank_reads_a_share_of_its_own_at_any_parallel_sizes(comm, tmp_pat
     text = Text([Span(path=str(tmp_path / "long.txt"), first=0, length=500)])
     starts = np.arange(13) * 7
     tensor_parallel = 2 - comm.size % 2
-    with open_mesh(comm, Cluster(tensor_parallel=tensor_parallel)) as mesh:
+    with open_mesh(comm, ParallelConfig(tensor=tensor_parallel)) as mesh:
         (batch,) = read_micro_batches(text, starts, 6, 1, mesh)
         assert np.array_equal(np.concatenate(gather_to_all(mesh.world, batch)), text.sequences(starts, 6))

@@ -1,5 +1,6 @@
 """Probabilities are alike, the config's, or those of recorded loads; what does not fit is told with its arithmetic."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,29 +12,29 @@ from hypothesis.extra.numpy import arrays
 from hpcmoe.errors import ConfigError
 from hpcmoe.placement.demand import Loads, find_loads, make_probability
 
-
-def make_config(num_layers=2, num_experts=3, **cluster):
-    usual = {"probability": "uniform", "expert_probability": (), "loads_file": "old/run.h5"}
-    return SimpleNamespace(
-        model=SimpleNamespace(num_layers=num_layers, num_experts=num_experts),
-        cluster=SimpleNamespace(**(usual | cluster)),
-    )
+MODEL = SimpleNamespace(num_layers=2, num_experts=3)
 
 
-def refusal(config, loads=None):
+def refusal(path, loads=None):
     with pytest.raises(ConfigError) as refused:
-        find_loads(config, lambda path: loads)
+        find_loads(str(path), MODEL, lambda path: loads)
     return str(refused.value)
 
 
+def write(folder, rows):
+    """Write rows of probabilities -> the file."""
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder / "rows.json"
+
+
 def test_by_default_all_experts_are_alike():
-    probability = make_probability(find_loads(make_config(), None), ("a", "b"))
+    probability = make_probability(find_loads("uniform", MODEL, None), ("a", "b"))
     assert probability.shape == (2, 2, 3) and np.allclose(probability, 1 / 3)
 
 
-def test_the_config_gives_a_row_for_all_layers_or_one_each():
+def test_a_file_gives_a_row_for_all_layers_or_one_each(tmp_path):
     for rows in (((0.5, 0.25, 0.25),), ((0.5, 0.25, 0.25), (0, 0, 1.0))):
-        loads = find_loads(make_config(probability="config", expert_probability=rows), None)
+        loads = find_loads(str(write(tmp_path, rows)), MODEL, None)
         probability = make_probability(loads, ("a", "b", "c"))
         assert probability.shape == (2, 3, 3)
         assert all(np.allclose(probability[layer], rows[layer % len(rows)]) for layer in range(2))
@@ -45,12 +46,17 @@ def test_the_config_gives_a_row_for_all_layers_or_one_each():
         (((1.0, 0, 0),) * 3, "has 3 rows, must have 1 or [model] num_layers = 2"),
         (((0.5, 0.5),), "row [0] has 2 entries, [model] num_experts = 3"),
         (((0.5, 0.25, 0.25), (0.5, 0.3, 0.25)), "row [1] sums to 1.05, must sum to 1"),
+        ((("a", 0, 0),), "entry [0][0] = 'a', must be a number"),
+        (((True, 0, 0),), "entry [0][0] = True, must be a number"),
+        (((float("nan"), 0, 0),), "row [0] sums to nan, must sum to 1"),
+        ({"rows": 1}, "must be a list of rows of numbers"),
+        ((1.0, 0.0, 0.0), "must be a list of rows of numbers"),
         (((1.5, -0.25, -0.25),), "entry [0][1] = -0.25, must be 0 or above"),
     ],
 )
-def test_rows_that_do_not_fit_are_refused(rows, said):
-    told = refusal(make_config(probability="config", expert_probability=rows))
-    assert told == f"[cluster] expert_probability{':' if said[0] in 're' else ''} {said}"
+def test_rows_that_do_not_fit_are_refused(tmp_path, rows, said):
+    file = write(tmp_path, rows)
+    assert refusal(file) == f"[placement] loads = {file}: {said}"
 
 
 @pytest.mark.parametrize(
@@ -63,8 +69,8 @@ def test_rows_that_do_not_fit_are_refused(rows, said):
     ],
 )
 def test_loads_of_another_model_are_refused(tokens, said):
-    told = refusal(make_config(probability="file"), Loads(tokens=tokens, node_names=()))
-    assert told == f"[cluster] loads_file = old/run.h5: {said}"
+    told = refusal("old/run.h5", Loads(tokens=tokens, node_names=()))
+    assert told == f"[placement] loads = old/run.h5: {said}"
 
 
 def test_recorded_loads_are_found_by_the_nodes_names():

@@ -258,7 +258,7 @@ def test_too_many_experts_for_the_slots_are_refused():
     with pytest.raises(PlacementError) as refused:
         make_placement(make_problem([2, 2], 9, 2))
     assert str(refused.value) == (
-        "9 experts do not fit into 4 ranks x 2 slots = 8; [model] num_experts, [cluster] spare_slots_per_rank"
+        "9 experts do not fit into 4 ranks x 2 slots = 8; [model] num_experts, [placement] spare_slots_per_rank"
     )
 
 

@@ -168,7 +168,7 @@ def test_experts_on_a_device_make_what_is_estimated(kind, dtype, mode):
         most = find_peak(lambda: experts.backward(groups, kept.pop(), x.clone(), gates))
     else:
         most = find_peak(lambda: experts(groups, x.clone(), None))
-    assert most == pytest.approx(estimate_working(config, mesh, 2, sizes), rel=0.05)
+    assert most == pytest.approx(estimate_working(config.spec, mesh, 2, sizes), rel=0.05)
 
 
 def find_peak(call):

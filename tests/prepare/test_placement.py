@@ -13,7 +13,14 @@ from hpcmoe.placement.demand import Loads
 from hpcmoe.placement.result import SearchStats
 from hpcmoe.placement.solve import compare_methods
 from hpcmoe.prepare.budget import MemoryBudget
-from hpcmoe.prepare.placement import describe_placement, format_placement, make_run_problem, place_experts, time_expert
+from hpcmoe.prepare.placement import (
+    Demand,
+    describe_placement,
+    format_placement,
+    make_run_problem,
+    place_experts,
+    time_expert,
+)
 
 ONES = Loads(tokens=np.ones((2, 1, 4)), node_names=())
 
@@ -33,15 +40,18 @@ def make_test_budget(topology, bytes_a_node=10**9, needs=0):
 
 
 def state(config, topology, mesh, loads=ONES, seconds_per_token=1e-6, **budget):
+    demand = Demand(
+        loads=loads, batch_sequences=config.data.batch_sequences, seconds_per_token=seconds_per_token, expert_bytes=100
+    )
     return make_run_problem(
-        config, topology, mesh, make_test_budget(topology, **budget), 100, (loads, seconds_per_token)
+        config.model, config.placement, demand, topology, mesh, make_test_budget(topology, **budget)
     )
 
 
 def test_the_problem_is_that_of_config_and_topology():
     topology = dataclasses.replace(make_topology(4, 4), rack_of_node=np.array([0, 0, 1, 1]), rack_names=("a", "b"),
                                    uplink_bytes_per_second=np.array([1e8, 2e8]))  # fmt: skip
-    config = make_config(cluster__objective="ports", cluster__count_latency=True, cluster__spare_slots_per_rank=1)
+    config = make_config(placement__objective="ports", placement__count_latency=True, placement__spare_slots_per_rank=1)
     problem = state(config, topology, make_mesh(4))
     assert problem.tokens_of_rank.tolist() == [14 * 5 * 2 / 4] * 4
     assert (problem.objective, problem.count_latency, problem.slots_per_rank) == ("ports", True, 2)
@@ -73,23 +83,24 @@ def test_an_experts_memory_is_that_of_its_tensor_parallel_group():
 def test_a_placement_is_taken_from_a_file(tmp_path):
     path = tmp_path / "map.json"
     path.write_text("[[2, 0, 3, 1], [3, 2, 1, 0]]")
-    config = make_config(cluster__placement="file", cluster__placement_file=str(path))
+    config = make_config(placement__method=str(path))
     problem = state(config, make_topology(4, 2), make_mesh(4))
-    layout = place_experts(problem, config, make_test_budget(make_topology(4, 2)))
+    layout = place_experts(problem, config.placement, make_test_budget(make_topology(4, 2)), 0)
     assert layout.placement.expert_of_replica.tolist() == [[2, 0, 3, 1], [3, 2, 1, 0]]
     assert layout.placement.method == "file" and set(layout.seconds_of_method) == {"contiguous"}
-    assert "placement file: objective step" in next(format_placement(layout, config.cluster))
+    assert "placement file: objective step" in next(format_placement(layout, config.placement))
     path.write_text("[[2, 0, 3, 1], [2, 0, 3, 1], [2, 0, 3, 1]]")
     with pytest.raises(ConfigError) as refused:
-        place_experts(problem, config, make_test_budget(make_topology(4, 2)))
-    assert str(refused.value) == f"[cluster] placement_file = {path}: the list has 3 layers, layers = 2"
+        place_experts(problem, config.placement, make_test_budget(make_topology(4, 2)), 0)
+    assert str(refused.value) == f"[placement] method = {path}: the list has 3 layers, layers = 2"
 
 
 def test_replicas_without_a_slot_for_them_are_told(caplog):
     for spare, told in ((0, 1), (1, 0)):
-        config = make_config(cluster__replicate=True, cluster__spare_slots_per_rank=spare, cluster__placement="eplb")
-        place_experts(state(config, make_topology(4, 2), make_mesh(4)), config, make_test_budget(make_topology(4, 2)))
-        assert sum("no effect: [cluster] replicate = true" in line for line in caplog.messages) == told
+        config = make_config(placement__replicate=True, placement__spare_slots_per_rank=spare, placement__method="eplb")
+        problem, budget = state(config, make_topology(4, 2), make_mesh(4)), make_test_budget(make_topology(4, 2))
+        place_experts(problem, config.placement, budget, 0)
+        assert sum("no effect: [placement] replicate = true" in line for line in caplog.messages) == told
         caplog.clear()
 
 
@@ -97,14 +108,14 @@ def test_replicas_without_a_slot_for_them_are_told(caplog):
     ("part", "value", "said"),
     [
         ("bytes_per_second", np.full((2, 2), 1e-320), "bytes_per_second: at worst inf s"),
-        ("seconds_per_token", 1e300, "[cluster] seconds_per_token: at worst"),
+        ("seconds_per_token", 1e300, "[placement] seconds_per_token: at worst"),
         ("latency_seconds", np.full((2, 2), 1e200), "latency_seconds: at worst"),
     ],
 )
 def test_times_that_no_number_holds_are_one_line(part, value, said):
     problem = dataclasses.replace(state(make_config(), make_topology(4, 2), make_mesh(4)), **{part: value})
     with pytest.raises(ConfigError) as refused:
-        place_experts(problem, make_config(), None)
+        place_experts(problem, make_config().placement, None, 0)
     assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
     assert f"[model] num_layers = {problem.num_layers}" in str(refused.value)
 
@@ -113,7 +124,7 @@ def test_what_does_not_fit_is_told_with_what_else_takes_the_memory():
     problem = state(make_config(), make_topology(4, 2), make_mesh(4), bytes_a_node=1000, needs=450)
     budget = make_test_budget(make_topology(4, 2), 1000, 450)
     with pytest.raises(PlacementError) as refused:
-        place_experts(problem, make_config(), budget)
+        place_experts(problem, make_config().placement, budget, 0)
     said = str(refused.value)
     assert "4 experts x 2 layers x 100 B = 800 B do not fit" in said and "\n" not in said
     assert "of its node's memory each rank needs 450 B besides: process 450 B" in said
@@ -126,23 +137,23 @@ def skewed(num_nodes=4):
 
 
 def make_layout(**changes):
-    config = make_config(cluster__search_iterations=5000, cluster__search_seconds=60.0, **changes)
+    config = make_config(placement__search_iterations=5000, placement__search_seconds=60.0, **changes)
     topology = make_topology(4, 4)
     problem = state(config, topology, make_mesh(4), skewed(), 1e-9)
-    return problem, config, place_experts(problem, config, make_test_budget(topology))
+    return problem, config, place_experts(problem, config.placement, make_test_budget(topology), 0)
 
 
 def test_the_layout_beats_what_it_is_held_against():
-    problem, config, layout = make_layout(cluster__compare_eplb=True)
+    problem, config, layout = make_layout(placement__compare_eplb=True)
     assert set(layout.seconds_of_method) == {"contiguous", "eplb"}
     for method, seconds in layout.seconds_of_method.items():
         assert (
             seconds == compare_methods(problem, [method])[method] and layout.placement.objective_seconds < 0.7 * seconds
         )
     assert set(make_layout()[2].seconds_of_method) == {"contiguous"}
-    plain = make_layout(cluster__placement="contiguous")[2]
+    plain = make_layout(placement__method="contiguous")[2]
     assert plain.placement.method == "contiguous" and plain.seconds_of_method == {}
-    again = make_layout(cluster__compare_eplb=True)[2]
+    again = make_layout(placement__compare_eplb=True)[2]
     assert np.array_equal(again.placement.expert_of_replica, layout.placement.expert_of_replica)
 
 
@@ -150,13 +161,13 @@ def test_the_layout_beats_what_it_is_held_against():
 def test_shares_are_tuned_for_the_step_alone_and_its_objective_is_of_them(objective, monkeypatch):
     """One node has nearly all tokens: nearest first, it would serve them alone."""
     config = make_config(
-        cluster__objective=objective, cluster__replicate=True, cluster__search_seconds=60.0, model__num_experts=1
+        placement__objective=objective, placement__replicate=True, placement__search_seconds=60.0, model__num_experts=1
     )
     problem = state(config, make_topology(2, 2), make_mesh(2), Loads(tokens=np.ones((2, 1, 1)), node_names=()), 1e-3)
     problem = dataclasses.replace(problem, tokens_of_rank=np.array([100.0, 2.0]))
     if objective == "ports":
         monkeypatch.setattr("hpcmoe.placement.shares.tune_shares", None)  # whoever calls it fails
-    placement = place_experts(problem, config, make_test_budget(make_topology(2, 2))).placement
+    placement = place_experts(problem, config.placement, make_test_budget(make_topology(2, 2)), 0).placement
     assert (placement.split is not None) == (objective == "step")
     if objective == "step":
         assert placement.objective_seconds == pytest.approx(2 * 51e-3, rel=1e-3)
@@ -167,26 +178,26 @@ def test_shares_are_tuned_for_the_step_alone_and_its_objective_is_of_them(object
 
 
 def test_the_log_tells_what_was_found_and_whether_the_clock_ended_it():
-    problem, config, layout = make_layout(cluster__compare_eplb=True)
-    [line] = format_placement(layout, config.cluster)
+    problem, config, layout = make_layout(placement__compare_eplb=True)
+    [line] = format_placement(layout, config.placement)
     found, bound = (1e3 * getattr(layout.placement, f"{name}_seconds") for name in ("objective", "lower_bound"))
     assert line.startswith(f"placement packed: objective step {found:.4g} ms a step, lower bound {bound:.4g} ms")
     assert f"; contiguous {1e3 * layout.seconds_of_method['contiguous']:.4g} ms; eplb" in line
     assert ("optimal" in line) == layout.placement.is_optimal
     nothing = dataclasses.replace(layout, seconds_of_method={"eplb": None})
-    assert next(format_placement(nothing, config.cluster)).endswith("; eplb finds no layout that fits")
+    assert next(format_placement(nothing, config.placement)).endswith("; eplb finds no layout that fits")
 
     late = dataclasses.replace(
         layout.placement, search_stats=SearchStats(seconds=61.0, num_proposals=9, cut_short=True)
     )
-    _, warning = format_placement(dataclasses.replace(layout, placement=late), config.cluster)
+    _, warning = format_placement(dataclasses.replace(layout, placement=late), config.placement)
     assert "the clock ended the search after 61.00 s" in warning and "search_iterations = 5000" in warning
 
 
 def test_the_record_keeps_placement_and_figures():
     kept = {}
     records = SimpleNamespace(describe=lambda chapter, name, value, unit="": kept.update({(chapter, name): value}))
-    layout = make_layout(cluster__compare_eplb=True)[2]
+    layout = make_layout(placement__compare_eplb=True)[2]
     describe_placement(records, dataclasses.replace(layout, seconds_of_method={"contiguous": 2.0, "eplb": None}))
     assert {chapter for chapter, _ in kept} == {"cluster"}
     assert np.array_equal(kept["cluster", "expert_of_replica"], layout.placement.expert_of_replica)
@@ -196,10 +207,9 @@ def test_the_record_keeps_placement_and_figures():
 
 
 @pytest.mark.mpi
-def test_the_pace_is_the_configs_or_one_for_all_ranks(comm):
+def test_an_expert_is_timed_once_for_all_ranks(comm):
     mesh, device = SimpleNamespace(world=comm, tensor_parallel=1), SimpleNamespace(torch_device="cpu")
-    assert time_expert(make_config(cluster__seconds_per_token=2.5), mesh, 10, device) == 2.5
-    times = comm.allgather(time_expert(make_config(), mesh, 10, device))
+    times = comm.allgather(time_expert(make_config().spec, mesh, 10, device))
     assert len(set(times)) == 1 and 0 < times[0] < 0.1
 
 
@@ -212,5 +222,6 @@ def test_a_job_counts_whose_tokens_ask_for_what(comm, shared):
         taken = job.meter.pop_tokens(job.topology.node_of_rank)
         assert (job.problem is None) == (comm.rank > 0)
     if comm.rank == 0:
+        assert job.problem.seconds_per_token == 1e-6  # the config's
         assert taken.shape == (2, min(2, comm.size), 4)
         assert np.array_equal(taken.sum(axis=1), outcome.stats.tokens_of_expert)

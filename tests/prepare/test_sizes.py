@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small import make_config, make_topology
+from small import make_config, make_sizes_of, make_topology
 
 from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.dispatch.sizes import MIN_BATCH_ROWS
 from hpcmoe.model.text import share_of
-from hpcmoe.prepare.sizes import choose_once, describe_sizes, find_routes, make_host_sizes
+from hpcmoe.prepare.sizes import choose_once, describe_sizes, find_routes
 from hpcmoe.wait import gather_to_all
 
 
@@ -22,7 +22,7 @@ def make_sizes_of_run(config, num_ranks, num_nodes=1, once=False):
     mesh = SimpleNamespace(expert_parallel=num_ranks, tensor_parallel=1, num_token_shares=num_ranks)
     topology = make_topology(num_ranks, num_nodes)
     routes = make_routes(topology.node_of_rank, 0, 1, np.full((num_nodes, num_nodes), once))
-    return make_host_sizes(config, topology, mesh, routes)
+    return make_sizes_of(config, mesh, topology, routes)
 
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 9), st.integers(1, 3))
@@ -63,7 +63,7 @@ def test_training_keeps_its_batches_and_determinism_their_order(deterministic, m
     ("changes", "expert_rows"),
     [
         ({"model__num_experts": 2}, 40),  # two of four ranks serve all
-        ({"model__num_experts": 2, "cluster__replicate": True}, 20),
+        ({"model__num_experts": 2, "placement__replicate": True}, 20),
         ({"model__num_experts": 4}, 20),
         ({"model__num_experts": 9}, 20),
     ],
@@ -108,8 +108,7 @@ def test_a_token_goes_once_to_a_node_where_asked_or_where_the_link_is_slow_and_m
         bytes_per_second=np.array([[8e9, 4e9, 1e9], [1e9, 8e9, 1e9], [1e9, 1e9, 8e9]]),
         rack_of_node=np.array([0, 0, 1]),
     )
-    config = make_config(comm__once_per_node=key)
-    assert choose_once(config, topology, np.array([0, 0, 0, 1, 1, 2]), top_k).tolist() == once
+    assert choose_once(key, topology, np.array([0, 0, 0, 1, 1, 2]), top_k).tolist() == once
 
 
 def test_what_messages_take_is_announced():
@@ -127,10 +126,10 @@ def test_each_shard_of_an_expert_gets_a_copy_of_its_own():
     """Four ranks, two to an expert: each token has 2 experts x 2 shards, and a rank gets all rows of its experts."""
     config = make_config(model__num_experts=1, model__top_k=1)
     mesh = SimpleNamespace(expert_parallel=2, tensor_parallel=2, num_token_shares=4)
-    sizes = make_host_sizes(config, make_topology(4), mesh, make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))
+    sizes = make_sizes_of(config, mesh, make_topology(4), make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))
     assert (sizes.tokens, sizes.top_k, sizes.expert_rows) == (10, 2, 10 * 4)
     two = make_config(model__top_k=2)
-    sizes = make_host_sizes(two, make_topology(4), mesh, make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))
+    sizes = make_sizes_of(two, mesh, make_topology(4), make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))
     assert (sizes.top_k, sizes.expert_rows) == (4, 10 * 4)  # half of 4 x 10 x 2 copies
 
 
@@ -139,7 +138,7 @@ def test_each_shard_of_an_expert_gets_a_copy_of_its_own():
 def test_ranks_of_a_node_are_mates_unless_the_key_forbids(comm, shared_memory):
     config = make_config(comm__shared_memory=shared_memory)
     mesh = SimpleNamespace(group=comm, world=comm, tensor_parallel=1)
-    routes = find_routes(config, make_topology(comm.size, min(2, comm.size)), mesh, 1)
+    routes = find_routes(config.comm, make_topology(comm.size, min(2, comm.size)), mesh, 1, 2, False)
     nodes = np.arange(comm.size) * min(2, comm.size) // comm.size
     own = np.flatnonzero(nodes == nodes[comm.rank]) if shared_memory else [comm.rank]
     assert routes.local_peers.tolist() == list(own)

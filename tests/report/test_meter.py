@@ -104,8 +104,8 @@ def test_what_ranks_serve_is_what_their_experts_were_asked_for(comm, shared, cha
     if comm.size % (tensor * data):
         pytest.skip("does not fit this number of ranks")
     experts = comm.size // (tensor * data)
-    shape = {"cluster__tensor_parallel": tensor, "cluster__data_parallel": data, "model__num_experts": experts}
-    with open_small_job(comm, shared, model__top_k=1, cluster__placement="contiguous", **shape) as (job, _, _):
+    shape = {"parallel__tensor": tensor, "parallel__data": data, "model__num_experts": experts}
+    with open_small_job(comm, shared, model__top_k=1, placement__method="contiguous", **shape) as (job, _, _):
         job.meter.start()
         outcome = job.stepper.run(job.training, np.arange(14), np.ones((2, experts)), "train")
         assignments = np.stack([job.stepper.dispatcher.traffic.assignments[layer] for layer in range(2)])

@@ -55,7 +55,7 @@ def test_every_copy_crosses_a_link_or_stays_there_and_back(comm, shared, mode):
 def test_links_of_a_parallel_shape_are_those_of_its_groups(comm, shared):
     if comm.size % 2:
         pytest.skip("needs an even number of ranks")
-    _, totals, _, _ = run_job(comm, shared, cluster__data_parallel=2)
+    _, totals, _, _ = run_job(comm, shared, parallel__data=2)
     half = comm.size // 2
     assert not totals.bytes_of_link[:half, half:].any() and not totals.bytes_of_link[half:, :half].any()
     assert totals.bytes_of_link[:half, :half].any() and totals.bytes_of_link[half:, half:].any()

@@ -87,7 +87,7 @@ def test_ranks_that_share_the_load_keep_what_is_estimated_for_even_rows(comm, sh
     if case == "shards" and comm.size % 2:
         pytest.skip("needs an even number of ranks")
     monkeypatch.setattr("hpcmoe.prepare.memory.FULLEST", 1.0)
-    changes = {"num_nodes": comm.size} if case == "nodes" else {"cluster__tensor_parallel": 2}
+    changes = {"num_nodes": comm.size} if case == "nodes" else {"parallel__tensor": 2}
     with open_job(comm, shared, data__batch_sequences=6 * comm.size, **changes) as job:
         of_ranks = gather_to_all(comm, measure(job))
     assert np.mean(of_ranks) == pytest.approx(job.memory.activations, rel=2 * NEAR)

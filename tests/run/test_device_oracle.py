@@ -26,7 +26,7 @@ CASES = {
         "data__batch_sequences": 2, "pipeline__micro_batches": 2, "model__num_experts": 1, "model__top_k": 1
     },
     "capacity": {"dispatch__capacity_factor": 0.5},
-    "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 3},
+    "replicas": {"placement__replicate": True, "placement__spare_slots_per_rank": 1, "model__num_experts": 3},
 }  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def test_lanes_may_start_in_any_order(comm, shared, monkeypatch, way):
 SHAPES = {
     "biases": {"experts__bias": True},
     "gated, dropped": {"experts__kind": "swiglu", "dispatch__capacity_factor": 0.5},
-    "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 3},
+    "replicas": {"placement__replicate": True, "placement__spare_slots_per_rank": 1, "model__num_experts": 3},
 }
 
 
@@ -88,7 +88,7 @@ SHAPES = {
 @pytest.mark.parametrize(("way", "case"), table(BY_CARRIER, SHAPES))
 def test_copies_go_to_all_shards_of_their_expert(comm, shared, monkeypatch, way, case):
     shards = next((n for n in (2, 3) if comm.size % n == 0), 1)
-    changes = {"cluster__tensor_parallel": shards} | SHAPES[case]
+    changes = {"parallel__tensor": shards} | SHAPES[case]
     assert step(comm, shared, monkeypatch, way, **changes).races == []
 
 
@@ -98,8 +98,8 @@ def test_copies_go_to_all_shards_of_their_expert(comm, shared, monkeypatch, way,
 def test_gradients_of_data_parallel_groups_are_summed(comm, shared, monkeypatch, way, inside):
     """Each group with shards of its experts, or with copies, where there are ranks for it."""
     shares = next((n for n in (2, 3) if comm.size % n == 0), 1)
-    within = {"cluster__tensor_parallel": 2 if comm.size == 4 else 1} if inside == "shards" else CASES["replicas"]
-    assert step(comm, shared, monkeypatch, way, cluster__data_parallel=shares, **within).races == []
+    within = {"parallel__tensor": 2 if comm.size == 4 else 1} if inside == "shards" else CASES["replicas"]
+    assert step(comm, shared, monkeypatch, way, parallel__data=shares, **within).races == []
 
 
 @pytest.mark.mpi

@@ -25,7 +25,7 @@ CASES = {
     },
     "ranks without tokens": {"data__batch_sequences": 2, "pipeline__micro_batches": 2},
     "capacity": {"dispatch__capacity_factor": 0.5},
-    "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 3},
+    "replicas": {"placement__replicate": True, "placement__spare_slots_per_rank": 1, "model__num_experts": 3},
     "one expert": {"model__num_experts": 1, "model__top_k": 1},
     "small buckets": {"train__bucket_bytes": 200},
 }  # fmt: skip
@@ -56,13 +56,13 @@ def test_step_equals_the_oracle(comm, shared, way, case):
 def test_tensor_and_data_parallel_equal_the_oracle(comm, shared, way):
     if comm.size < 4:
         pytest.skip("needs 4 ranks")
-    check_against_oracle(comm, shared, cluster__tensor_parallel=2, cluster__data_parallel=2, **way[1])
+    check_against_oracle(comm, shared, parallel__tensor=2, parallel__data=2, **way[1])
 
 
 def test_data_parallel_groups_with_copies_equal_the_oracle(comm, shared, way):
     if comm.size < 4:
         pytest.skip("needs 4 ranks")
-    check_against_oracle(comm, shared, cluster__data_parallel=2, **way[1] | CASES["replicas"])
+    check_against_oracle(comm, shared, parallel__data=2, **way[1] | CASES["replicas"])
 
 
 @pytest.mark.parametrize("changes", [{"train__shard_optimizer": True}, MOVES | {"moves_after": (1,)}])

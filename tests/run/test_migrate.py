@@ -31,9 +31,9 @@ NEAR = {  # to rounding
 }
 
 GROUPS = {
-    "tensor": {"cluster__tensor_parallel": 2, "model__feed_forward": 32},
-    "data": {"cluster__data_parallel": 2},
-    "data, buckets": {"cluster__data_parallel": 2, "train__bucket_bytes": 400, "train__shard_optimizer": True},
+    "tensor": {"parallel__tensor": 2, "model__feed_forward": 32},
+    "data": {"parallel__data": 2},
+    "data, buckets": {"parallel__data": 2, "train__bucket_bytes": 400, "train__shard_optimizer": True},
 }
 
 
@@ -58,8 +58,8 @@ def test_a_move_leaves_training_as_it_was_to_rounding(comm, shared, case):
 def test_copies_of_an_expert_move_too(comm, shared):
     """Every copy stays the same bit for bit, which gather_logical asserts; their gradients are summed elsewhere."""
     changes = {
-        "cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 5, "num_nodes": 2,
-        "cluster__probability": "config", "cluster__expert_probability": ((0.4, 0.2, 0.2, 0.1, 0.1),),
+        "placement__replicate": True, "placement__spare_slots_per_rank": 1, "model__num_experts": 5, "num_nodes": 2,
+        "loads": ((0.4, 0.2, 0.2, 0.1, 0.1),),
     }  # fmt: skip
     stays, moves = (run_steps(comm, shared, after, **MOVES | changes) for after in ((), (1, 2, 3)))
     assert_near(stays, moves)

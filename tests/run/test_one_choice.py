@@ -8,7 +8,7 @@ from against_oracle import check_against_oracle, whole_batches
 from small import BY_CARRIER, gather_logical, open_small_job
 from standin import watch_job
 
-from hpcmoe.config import Dispatch
+from hpcmoe.config import DispatchConfig
 from hpcmoe.dispatch.gate import renormalizes
 from hpcmoe.dispatch.router import Router, Softmax
 
@@ -19,7 +19,7 @@ CASES = {
     "load on both": {"dispatch__load_feedback_on": "both", "dispatch__load_feedback": 0.7},
     "load on selection": {"dispatch__load_feedback": 0.7},
     "tokens that lose their one expert": {"dispatch__capacity_factor": 0.5},
-    "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 3},
+    "replicas": {"placement__replicate": True, "placement__spare_slots_per_rank": 1, "model__num_experts": 3},
     "gated, biases": {"experts__kind": "swiglu", "experts__bias": True, "bias": 0.3},
 }
 
@@ -47,8 +47,8 @@ def routers(gradients):
 
 
 def test_one_expert_is_weighed_by_its_probability_and_several_as_asked():
-    assert [renormalizes(Dispatch(renormalize=True), top_k) for top_k in (1, 2, 5)] == [False, True, True]
-    assert not any(renormalizes(Dispatch(renormalize=False), top_k) for top_k in (1, 2, 5))
+    assert [renormalizes(DispatchConfig(renormalize=True), top_k) for top_k in (1, 2, 5)] == [False, True, True]
+    assert not any(renormalizes(DispatchConfig(renormalize=False), top_k) for top_k in (1, 2, 5))
 
 
 @pytest.mark.parametrize("on", ["selection", "both"])
@@ -56,7 +56,7 @@ def test_one_expert_is_weighed_by_its_probability_and_several_as_asked():
 def test_the_gate_of_one_choice_has_the_gradient_of_a_plain_softmax(on, dtype):
     random = torch.Generator().manual_seed(0)
     weight, x, load = (torch.randn(shape, generator=random) for shape in ((5, 4), (23, 4), (5,)))
-    router, grad = Router(weight.clone(), 1, Dispatch(load_feedback=0.7, load_feedback_on=on)), torch.arange(23.0)
+    router, grad = Router(weight.clone(), 1, DispatchConfig(load_feedback=0.7, load_feedback_on=on)), torch.arange(23.0)
     routing = router(x.to(dtype), load)
     (routing.gates[:, 0] @ grad).backward()
 
@@ -81,7 +81,7 @@ def test_the_gradient_of_one_choice_is_that_of_finite_differences(on):
 def test_a_token_that_lost_its_one_expert_teaches_nothing():
     random = torch.Generator().manual_seed(2)
     weight, x = torch.randn(5, 4, generator=random), torch.randn(23, 4, generator=random).requires_grad_()
-    routing = Router(weight, 1, Dispatch(capacity_factor=0.5))(x, torch.ones(5))
+    routing = Router(weight, 1, DispatchConfig(capacity_factor=0.5))(x, torch.ones(5))
     routing.gates.sum().backward()
     lost = ~routing.kept[:, 0]
     assert 0 < lost.sum() < 23 and not routing.gates[lost].any() and not x.grad[lost].any()

@@ -14,16 +14,16 @@ from small import gather_logical, open_small_job
 
 from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.reduce import HostReducer
-from hpcmoe.config import Train
+from hpcmoe.config import TrainConfig
 from hpcmoe.run.optimizer import AdamW, FlatGradients, cut_rows, learning_rate_at
 from hpcmoe.run.train import train_step
 from hpcmoe.wait import gather_to_all
 
 
 def test_the_learning_rate_rises_linearly_and_then_stays():
-    train = Train(learning_rate=0.4, learning_rate_warmup_steps=4)
+    train = TrainConfig(learning_rate=0.4, learning_rate_warmup_steps=4)
     assert [learning_rate_at(step, train) for step in (1, 2, 4, 5, 100)] == pytest.approx([0.1, 0.2, 0.4, 0.4, 0.4])
-    assert learning_rate_at(1, Train(learning_rate=0.4, learning_rate_warmup_steps=0)) == 0.4
+    assert learning_rate_at(1, TrainConfig(learning_rate=0.4, learning_rate_warmup_steps=0)) == 0.4
 
 
 @pytest.mark.mpi
@@ -43,8 +43,8 @@ def test_flat_gradients_are_the_parameters_own_and_sum_over_ranks(comm):
 def test_every_copy_of_an_expert_gets_the_sum_in_rank_order(comm, shared):
     """Gradients that round differently in any other order."""
     changes = {
-        "model__num_experts": 2, "cluster__replicate": True, "cluster__spare_slots_per_rank": 1,
-        "cluster__probability": "config", "cluster__expert_probability": ((0.9, 0.1),),
+        "model__num_experts": 2, "placement__replicate": True, "placement__spare_slots_per_rank": 1,
+        "loads": ((0.9, 0.1),),
     }  # fmt: skip
     with open_small_job(comm, shared, **changes) as (job, optimizer, _):
         layers, sharing = job.stepper.network.layers, optimizer.shared
@@ -68,7 +68,7 @@ def test_every_copy_of_an_expert_gets_the_sum_in_rank_order(comm, shared):
         assert comm.size == 1 or any(len(copy.ranks) > 1 for copy in sharing.held_replicas())
 
 
-GROUPS = {"model__num_experts": 2, "cluster__replicate": True, "cluster__spare_slots_per_rank": 2}
+GROUPS = {"model__num_experts": 2, "placement__replicate": True, "placement__spare_slots_per_rank": 2}
 
 
 @pytest.mark.mpi
@@ -76,7 +76,7 @@ GROUPS = {"model__num_experts": 2, "cluster__replicate": True, "cluster__spare_s
 def test_sums_beside_the_backward_pass_are_those_after_it(comm, shared, schedule):
     """Buckets of 200 bytes, of 4 MB and none at all, with copies and, where ranks are even, two groups of them."""
     norms, gradients, early = [], [], []
-    changes = GROUPS | {"cluster__data_parallel": 2 - comm.size % 2, "pipeline__schedule": schedule}
+    changes = GROUPS | {"parallel__data": 2 - comm.size % 2, "pipeline__schedule": schedule}
     for bucket_bytes in (0, 200, 4_000_000):
         changes |= {"train__bucket_bytes": bucket_bytes, "pipeline__deterministic": schedule != "arrival"}
         with open_small_job(comm, shared, **changes) as (job, optimizer, state):

@@ -24,8 +24,8 @@ CASES = {
     "tiny batches": {"experts__gemm_rows": 3},
     "serial": {"pipeline__schedule": "serial"},
     "three in flight": {"pipeline__in_flight": 3},
-    "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1, "model__num_experts": 3},
-    "contiguous": {"cluster__placement": "contiguous", "model__num_experts": 5},
+    "replicas": {"placement__replicate": True, "placement__spare_slots_per_rank": 1, "model__num_experts": 3},
+    "contiguous": {"placement__method": "contiguous", "model__num_experts": 5},
     "biases, capacity": {"bias": 1.0, "dispatch__capacity_factor": 0.8},
 }
 
@@ -77,9 +77,9 @@ MIXTURES = {
     | {"model__attention": False, "experts__kind": "swiglu", "experts__bias": True},
     "once a node, ranks without tokens": ONCE | {"data__batch_sequences": 2, "pipeline__micro_batches": 2},
     "messages, ranks without tokens": MESSAGES | {"data__batch_sequences": 2, "pipeline__micro_batches": 2},
-    "once a node, replicas": ONCE | {"cluster__replicate": True, "cluster__spare_slots_per_rank": 2},
+    "once a node, replicas": ONCE | {"placement__replicate": True, "placement__spare_slots_per_rank": 2},
     "once a node, replicas, any order": ONCE
-    | {"cluster__replicate": True, "cluster__spare_slots_per_rank": 2, "pipeline__deterministic": False},
+    | {"placement__replicate": True, "placement__spare_slots_per_rank": 2, "pipeline__deterministic": False},
 }
 
 # What else a run may be: with ways and orders, room and balancing the axes of a table.
@@ -104,8 +104,8 @@ TOKENS = {
 }
 REPLICAS = {
     "no replica": {},
-    "spare slot": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1},
-    "two spare": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 2},
+    "spare slot": {"placement__replicate": True, "placement__spare_slots_per_rank": 1},
+    "two spare": {"placement__replicate": True, "placement__spare_slots_per_rank": 2},
 }
 GATES = {"gates that sum to 1": {}, "gates as they are": {"dispatch__renormalize": False}}
 BALANCE = {"usual balance": {}, **{name: OFF_ALONE | MECHANISMS[name] for name in ("none", "bias", "all at once")}}
@@ -198,11 +198,11 @@ def test_parallel_shapes_equal_the_oracle(comm, shared, shape):
     if comm.size % 2:
         pytest.skip("needs an even number of ranks")
     changes = {
-        "tensor": {"cluster__tensor_parallel": 2, "experts__bias": True},
-        "data": {"cluster__data_parallel": 2},
-        "both": {"cluster__tensor_parallel": 2, "cluster__data_parallel": comm.size // 2, "experts__kind": "swiglu"},
-        "tensor on nodes": {"cluster__tensor_parallel": 2, "num_nodes": comm.size // 2, "comm__once_per_node": "on"},
-        "data on nodes": {"cluster__data_parallel": 2, "num_nodes": comm.size, "comm__message_rows": 3},
+        "tensor": {"parallel__tensor": 2, "experts__bias": True},
+        "data": {"parallel__data": 2},
+        "both": {"parallel__tensor": 2, "parallel__data": comm.size // 2, "experts__kind": "swiglu"},
+        "tensor on nodes": {"parallel__tensor": 2, "num_nodes": comm.size // 2, "comm__once_per_node": "on"},
+        "data on nodes": {"parallel__data": 2, "num_nodes": comm.size, "comm__message_rows": 3},
     }[shape]
     check_against_oracle(comm, shared, **changes)
 
@@ -236,7 +236,7 @@ def test_all_tokens_to_one_expert(comm, shared, way):
 @pytest.mark.mpi
 def test_training_equals_adamw_on_the_oracle(comm, shared):
     """Five steps, clipped and warmed up, give the losses and weights of torch's AdamW on the oracle."""
-    changes = {"train__clip_norm": 0.5, "train__learning_rate_warmup_steps": 3, "cluster__replicate": True}
+    changes = {"train__clip_norm": 0.5, "train__learning_rate_warmup_steps": 3, "placement__replicate": True}
     with open_small_job(comm, shared, model__num_experts=3, **changes) as (job, optimizer, state):
         train, load = job.config.train, np.ones((2, 3))
         weights = {name: w.requires_grad_() for name, w in gather_logical(comm, state, lambda p: p.data).items()}

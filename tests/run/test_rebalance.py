@@ -11,11 +11,11 @@ from hpcmoe.run.rebalance import make_measured_problem, propose_migration
 from hpcmoe.run.train import train
 
 SKEWED = {
-    "num_nodes": 2, "cluster__placement": "contiguous", "cluster__objective": "links", "run__steps": 7,
-    "run__warmup_steps": 0, "cluster__rebalance_every": 3, "comm__once_per_node": "off", "train__validate_every": 4,
-    "cluster__search_seconds": 20.0, "cluster__search_iterations": 1000,
+    "num_nodes": 2, "placement__method": "contiguous", "placement__objective": "links", "run__steps": 7,
+    "run__warmup_steps": 0, "rebalance__every": 3, "comm__once_per_node": "off", "train__validate_every": 4,
+    "placement__search_seconds": 20.0, "placement__search_iterations": 1000,
 }  # fmt: skip
-LONG = {"run__steps": 10**7, "cluster__rebalance_horizon": 10**6}  # so that moves cost nothing in comparison
+LONG = {"run__steps": 10**7, "rebalance__horizon": 10**6}  # so that moves cost nothing in comparison
 
 
 def find_holders(job, layer):
@@ -53,7 +53,7 @@ def test_training_moves_its_experts_once_and_loses_nothing(comm, shared):
     if comm.size == 1:
         pytest.skip("needs two nodes")
     moves, first, last = run(comm, shared)
-    stays, _, same = run(comm, shared, cluster__rebalance_margin=1e9)
+    stays, _, same = run(comm, shared, rebalance__margin=1e9)
     assert (same == first).all() and (last != first).any()
     assert list(moves["cluster/adopted"]) == [1, 4] and list(stays["cluster/adopted"]) == [1]
     assert np.array_equal(moves["cluster/adopted"][1], first) and np.array_equal(moves["cluster/adopted"][4], last)

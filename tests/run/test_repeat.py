@@ -19,9 +19,9 @@ MODES = {
     "messages": {"comm__shared_memory": False, "comm__message_rows": 3, "comm__pool_bytes": 5000},
     "nodes": NODES | {"comm__once_per_node": "off"},
     "once a node": NODES | {"comm__once_per_node": "on", "comm__pool_bytes": 5000, "experts__gemm_rows": 9},
-    "replicas": NODES | {"cluster__replicate": True, "cluster__spare_slots_per_rank": 2},
+    "replicas": NODES | {"placement__replicate": True, "placement__spare_slots_per_rank": 2},
     "bfloat16": NODES | {"model__dtype": "bfloat16"},
-    "small buckets": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 2, "train__bucket_bytes": 100},
+    "small buckets": {"placement__replicate": True, "placement__spare_slots_per_rank": 2, "train__bucket_bytes": 100},
 }
 
 

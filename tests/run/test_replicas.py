@@ -11,8 +11,8 @@ from hpcmoe.run.replicas import NOT_HELD, check_replicas, describe_ranks, digest
 from hpcmoe.wait import gather_to_all
 
 COPIES = {
-    "model__num_experts": 2, "cluster__replicate": True, "cluster__spare_slots_per_rank": 1,
-    "cluster__placement": "contiguous",
+    "model__num_experts": 2, "placement__replicate": True, "placement__spare_slots_per_rank": 1,
+    "placement__method": "contiguous",
 }  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def check(job, optimizer):
 
 @pytest.mark.mpi
 def test_copies_that_train_together_stay_alike(comm, shared):
-    changes = COPIES | {"cluster__data_parallel": 2 - comm.size % 2}
+    changes = COPIES | {"parallel__data": 2 - comm.size % 2}
     with open_small_job(comm, shared, **changes) as (job, optimizer, _):
         for number in range(1, 5):
             optimizer.zero_gradients()
@@ -41,7 +41,7 @@ def test_copies_that_train_together_stay_alike(comm, shared):
 def test_an_expert_of_which_one_copy_differs_is_named_with_layer_and_ranks(comm, shared, tensor_parallel):
     if comm.size % tensor_parallel:
         pytest.skip("does not fit this number of ranks")
-    changes = COPIES | {"cluster__tensor_parallel": tensor_parallel}
+    changes = COPIES | {"parallel__tensor": tensor_parallel}
     with open_small_job(comm, shared, **changes) as (job, optimizer, _):
         of_ranks = gather_to_all(comm, [(c.layer, c.expert) for c in optimizer.shared.held_replicas()])
         holders = [rank for rank in range(tensor_parallel - 1, comm.size, tensor_parallel) if (1, 0) in of_ranks[rank]]

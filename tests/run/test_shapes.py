@@ -55,7 +55,7 @@ def name_shape(shape):
 
 def keys_of(shape, **changes):
     """The keys of a parallel shape, with others."""
-    names = ("cluster__data_parallel", "cluster__expert_parallel", "cluster__tensor_parallel")
+    names = ("parallel__data", "parallel__expert", "parallel__tensor")
     return QUICK | dict(zip(names, shape, strict=True)) | changes
 
 
@@ -64,7 +64,7 @@ def keys_of_model(experts, kind, attention):
     num_experts, replicas = experts
     return {
         "model__num_experts": num_experts, "experts__kind": kind, "experts__bias": kind == "swiglu",
-        "model__attention": attention, "cluster__replicate": replicas, "cluster__spare_slots_per_rank": int(replicas),
+        "model__attention": attention, "placement__replicate": replicas, "placement__spare_slots_per_rank": int(replicas),
     }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_thirty_steps_give_the_same_losses_at_every_shape(comm, shared, most):
     assert len(expected) == STEPS and expected[-1] < expected[0] - 0.2
     shapes = shapes_of(comm.size)
     for number, shape in enumerate(shapes[:: math.ceil(len(shapes) / most)]):
-        replicas = {"cluster__replicate": number % 2 == 0, "cluster__spare_slots_per_rank": 1}
+        replicas = {"placement__replicate": number % 2 == 0, "placement__spare_slots_per_rank": 1}
         losses = train_losses(comm, shared, **keys_of(shape, **model | replicas))
         assert losses == pytest.approx(expected, rel=1e-4), name_shape(shape)
     alone.Free()

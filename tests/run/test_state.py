@@ -13,20 +13,20 @@ from hpcmoe.wait import gather_to_all
 SHAPES = {
     "one group": {},
     "biases, gated": {"experts__bias": True, "experts__kind": "swiglu"},
-    "replicas": {"cluster__replicate": True, "cluster__spare_slots_per_rank": 1},
+    "replicas": {"placement__replicate": True, "placement__spare_slots_per_rank": 1},
     "more experts": {"model__num_experts": 7},
-    "tensor": {"cluster__tensor_parallel": 2, "experts__bias": True},
-    "data": {"cluster__data_parallel": 2},
-    "both": {"cluster__tensor_parallel": 2, "cluster__data_parallel": 2},
+    "tensor": {"parallel__tensor": 2, "experts__bias": True},
+    "data": {"parallel__data": 2},
+    "both": {"parallel__tensor": 2, "parallel__data": 2},
     "sharded": {"train__shard_optimizer": True, "experts__bias": True},
-    "sharded, data": {"train__shard_optimizer": True, "cluster__data_parallel": 2},
+    "sharded, data": {"train__shard_optimizer": True, "parallel__data": 2},
 }
 
 
 def shape_for(comm, name):
     """The keys of a parallel shape, or skip where it does not fit the ranks."""
     changes = SHAPES[name]
-    if comm.size % (changes.get("cluster__tensor_parallel", 1) * changes.get("cluster__data_parallel", 1)):
+    if comm.size % (changes.get("parallel__tensor", 1) * changes.get("parallel__data", 1)):
         pytest.skip("does not fit this number of ranks")
     return changes
 

@@ -20,7 +20,7 @@ def gradients(job):
 @pytest.mark.mpi
 @pytest.mark.parametrize("purpose", ["train", "evaluate", "infer"])
 def test_a_step_counts_all_tokens_and_only_training_leaves_gradients(comm, shared, purpose):
-    with open_small_job(comm, shared, cluster__tensor_parallel=2 - comm.size % 2) as (job, optimizer, _):
+    with open_small_job(comm, shared, parallel__tensor=2 - comm.size % 2) as (job, optimizer, _):
         optimizer.zero_gradients()
         outcome = job.stepper.run(job.training, np.arange(14), LOAD, purpose)
         assert outcome.num_tokens == 14 * 5

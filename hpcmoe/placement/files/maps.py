@@ -61,7 +61,7 @@ def fit_slots(where: str, experts: np.ndarray, slots_per_rank: int) -> np.ndarra
         layer, rank = np.argwhere(num_held > slots_per_rank)[0]
         raise ConfigError(
             f"{where} has {num_held[layer, rank]} experts on rank {rank} of layer {layer}: must be at most "
-            f"{slots_per_rank}; [cluster] spare_slots_per_rank, slots_per_gpu of a case"
+            f"{slots_per_rank}; [placement] spare_slots_per_rank, slots_per_gpu of a case"
         )
     if experts.shape[2] > slots_per_rank:
         order = np.argsort(experts == EMPTY, axis=2, kind="stable")

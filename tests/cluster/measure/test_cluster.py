@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hpcmoe.cluster.measure import cluster as measure
 from hpcmoe.cluster.measure.pairs import SIZES
-from hpcmoe.config import Cluster
+from hpcmoe.config import ClusterConfig
 from hpcmoe.errors import ClusterError
 from hpcmoe.wait import gather_to_all
 
@@ -94,7 +94,7 @@ class Counted:
 def test_all_is_measured_within_its_seconds_and_bytes_and_all_ranks_know_it(comm, num_bytes, num_racks):
     counted, nodes = Counted(comm), comm.size
     rack_of_node = np.arange(nodes) * min(num_racks, nodes) // nodes
-    keys = Cluster(measure_seconds=0.6, measure_bytes=num_bytes)
+    keys = ClusterConfig(measure_seconds=0.6, measure_bytes=num_bytes)
     begin = time.monotonic()
     links = measure.measure_links(counted, np.arange(nodes), rack_of_node, keys)  # as if each rank were a node
     assert time.monotonic() - begin < 100.0  # on a busy machine
@@ -116,7 +116,7 @@ def test_all_is_measured_within_its_seconds_and_bytes_and_all_ranks_know_it(comm
 
 @pytest.mark.mpi
 def test_ranks_of_one_node_measure_their_node(comm):
-    links = measure.measure_links(comm, np.zeros(comm.size, np.int64), np.zeros(1, np.int64), Cluster())
+    links = measure.measure_links(comm, np.zeros(comm.size, np.int64), np.zeros(1, np.int64), ClusterConfig())
     assert links.bytes_per_second.shape == (1, 1) and links.bytes_per_second[0, 0] > 1e7
     assert links.egress_bytes_per_second.tolist() == links.ingress_bytes_per_second.tolist()
     assert links.egress_bytes_per_second[0] == links.bytes_per_second[0, 0]
@@ -138,6 +138,6 @@ def test_a_link_that_was_disturbed_is_measured_again(comm, monkeypatch):
 
     measure_pairs = measure.measure_pairs
     monkeypatch.setattr(measure, "measure_pairs", disturbed)
-    links = measure.measure_links(comm, np.arange(comm.size), np.zeros(comm.size, np.int64), Cluster())
+    links = measure.measure_links(comm, np.arange(comm.size), np.zeros(comm.size, np.int64), ClusterConfig())
     assert links.bytes_per_second[0, 1] > 1e6
     assert links.latency_seconds[0, 1] < 9.0

@@ -14,7 +14,7 @@ from small import make_config, open_small_job
 from hpcmoe.config import Config
 from hpcmoe.errors import CheckpointError
 from hpcmoe.main import check_checkpoint, make_start
-from hpcmoe.prepare.metadata import (
+from hpcmoe.run.metadata import (
     check_metadata,
     describe_checkpoint,
     describe_data,
@@ -34,6 +34,9 @@ OF_OLD = {
 SAME_FUNCTION = {  # keys that change when, where or in what order the same is computed, or what is read and kept
     "run": "name mode steps warmup_steps output threads_per_rank",
     "cluster": "*",
+    "parallel": "*",
+    "placement": "*",
+    "rebalance": "*",
     "comm": "*",
     "experts": "gemm_rows",
     "pipeline": "schedule in_flight deterministic",
@@ -102,7 +105,7 @@ def test_each_key_that_differs_has_a_line():
         ({"dispatch__load_feedback": 0.0}, {"dispatch__load_feedback": 0.0, "dispatch__load_feedback_on": "both"}),
         ({"model__top_k": 1}, {"model__top_k": 1, "dispatch__renormalize": False}),
         ({"model__dtype": "bfloat16"}, {"run__mode": "infer"}),
-        ({}, {"pipeline__micro_batches": 2, "pipeline__schedule": "serial", "cluster__replicate": True}),
+        ({}, {"pipeline__micro_batches": 2, "pipeline__schedule": "serial", "placement__replicate": True}),
         ({}, {"dispatch__bias_update_speed": 0.1, "train__learning_rate": 1.0, "data__batch_sequences": 5}),
     ],
 )

@@ -1,14 +1,11 @@
 """Where NCCL is there but cannot be set up, rows go by MPI as [comm] buffers says, and the log says why."""
 
-from types import SimpleNamespace
-
 import pytest
 from mpi4py import MPI
 
 from hpcmoe.comm.select import SelectedBackend, TransportSupport
-from hpcmoe.config import Comm
 from hpcmoe.errors import ClusterError
-from hpcmoe.prepare.gpus import try_nccl
+from hpcmoe.run.dispatchers import try_nccl
 
 NCCL = SelectedBackend(kind="nccl", reason="each rank has a GPU")
 FAULT = "NCCL cannot be set up: no memory"
@@ -28,12 +25,12 @@ def broken(monkeypatch):
     def refuse(*_):
         raise ClusterError(FAULT)
 
-    monkeypatch.setattr("hpcmoe.prepare.gpus.open_nccl", refuse)
+    monkeypatch.setattr("hpcmoe.run.dispatchers.open_nccl", refuse)
 
 
 def try_nccl_or_mpi(buffers, takes_pointers):
     """Try NCCL -> SelectedBackend."""
-    return try_nccl(SimpleNamespace(comm=Comm(buffers=buffers)), MPI.COMM_SELF, None, NCCL, see(takes_pointers))
+    return try_nccl(buffers, MPI.COMM_SELF, None, NCCL, see(takes_pointers))
 
 
 @pytest.mark.parametrize(
