@@ -23,36 +23,8 @@ from hpcmoe.dispatch.dispatcher import Chunk, ExchangeId, ExchangeProgress
 from hpcmoe.dispatch.plan import SlotChooser
 from hpcmoe.dispatch.router import Routing, repeat_for_shards
 from hpcmoe.dispatch.routes import Routes
-from hpcmoe.dispatch.sizes import Sizes, round_rows
+from hpcmoe.dispatch.sizes import DeviceSizes, round_rows
 from hpcmoe.wait import Backoff
-
-ALIGNMENT = 16  # bytes; GEMMs and memory copies read no row faster than those that begin there
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceSizes(Sizes):
-    """What buffers on a device hold."""
-
-    buffer_factor: float  # room for rows at the experts / those expected
-
-    @property
-    def row_bytes(self) -> int:
-        """Return the bytes of a token and its gate on the wire."""
-        return -(-(self.hidden * self.dtype.itemsize + 4) // ALIGNMENT) * ALIGNMENT
-
-    @property
-    def home_rows(self) -> int:
-        """Return the rows of a micro-batch's assignments, and one that is zero."""
-        return self.tokens * self.top_k + 1
-
-    @property
-    def away_rows(self) -> int:
-        """Return the rows for which there is room at this rank's experts without growth."""
-        return max(int(self.expert_rows * self.buffer_factor), 1)
-
-    def buffer_bytes(self, _routes: Routes | None) -> int:
-        """Return the bytes of a rank's buffers on its device."""
-        return self.num_in_flight * (self.home_rows + self.away_rows) * self.row_bytes
 
 
 class Table:

@@ -92,28 +92,12 @@ class MoELayer(nn.Module):
                     yield True
                 dispatcher.traffic.count_batches(context.layer, chunk.slots)
                 rows, _ = dispatcher.gather(chunk.rows)
-                dispatcher.scatter(self.work(chunk.slots, rows, kept if context.training else None), chunk.rows)
+                dispatcher.scatter(self.experts(chunk.slots, rows, kept if context.training else None), chunk.rows)
             dispatcher.return_batch(context.handle, batch)  # before anything else is done: the homes wait for it
             if context.training:
                 context.batches.append(batch)
                 context.kept.append(kept)
             yield True
-
-    def work(self, slots: Slots, rows: torch.Tensor, kept: list[Any] | None) -> torch.Tensor:
-        """Return the results [m, H] of the experts in some slots for rows [m, H] grouped by slot, or this shard's part.
-
-        What their backward pass needs is added to `kept`, which is None in inference.
-        """
-        results = []
-        for slot, own in split_by_slot(slots, rows):
-            expert = self.experts.replicas[slot]
-            if kept is None:
-                results.append(expert(own))
-            else:
-                result, remembered = expert.forward_kept(own)
-                results.append(result)
-                kept.append(remembered)
-        return concatenate(results)
 
     def combine(self, context: LayerContext) -> Iterator[bool]:
         """Add the results of each token, times their gates, to the residual: the next x [T, H]."""
@@ -143,25 +127,11 @@ class MoELayer(nn.Module):
             for number, chunk in enumerate(dispatcher.split(context.handle, batch)):
                 if number > 0:
                     yield True
-                grad_x, grad_gates = self.work_back(chunk.slots, *dispatcher.gather(chunk.rows), kept)
+                grad_x, grad_gates = self.experts.backward(chunk.slots, *dispatcher.gather(chunk.rows), kept)
                 dispatcher.scatter(grad_x, chunk.rows, grad_gates)
             dispatcher.return_batch(context.handle, batch)
             yield True
         context.batches, context.kept = [], []
-
-    def work_back(
-        self, slots: Slots, grads: torch.Tensor, gates: torch.Tensor, kept: list[Any]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Go back through the experts in some slots, grads [m, H] and gates [m] grouped by slot -> both gradients.
-
-        Each takes what it remembers from the end of `kept`, whose memory is then free for the next.
-        """
-        grads_x, grads_gates = [], []
-        for (slot, own), (_, own_gates) in zip(split_by_slot(slots, grads), split_by_slot(slots, gates), strict=True):
-            grad_x, grad_gates = self.experts.replicas[slot].backward(kept.pop(), own, own_gates)
-            grads_x.append(grad_x)
-            grads_gates.append(grad_gates)
-        return concatenate(grads_x), concatenate(grads_gates)
 
     def route_backward(
         self, context: LayerContext, grad_probability: torch.Tensor, grad_z: torch.Tensor
@@ -182,15 +152,3 @@ class MoELayer(nn.Module):
         assert context.x.grad is not None
         context.output = context.x.grad
         yield True
-
-
-def split_by_slot(slots: Slots, rows: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """Split rows [m, ...] among slots -> (slot, its rows) of each; the last takes any padding."""
-    counts = [count for _, count in slots[:-1]]
-    parts = rows.split([*counts, len(rows) - sum(counts)])
-    return [(slot, part) for (slot, _), part in zip(slots, parts, strict=True)]
-
-
-def concatenate(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Concatenate tensors along their rows; one alone is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

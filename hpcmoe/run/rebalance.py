@@ -79,7 +79,7 @@ class Rebalancer:
             step, len(decision.moves), decision.num_bytes / 1e6, seconds, decision.cost_seconds,
         )  # fmt: skip
         for name, value, unit in (
-            ("moved", len(decision.moves), "copies"),
+            ("moved", len(decision.moves), "replicas"),
             ("moved_bytes", decision.num_bytes, "B, of an expert-parallel group"),
             ("move_seconds", seconds, "s, beside the step's work"),
             ("move_seconds_predicted", decision.cost_seconds, "s, alone"),
@@ -92,14 +92,14 @@ class Rebalancer:
         """Record where the experts are from a step on."""
         placement, settings, self.is_new = self.job.placement, self.job.config.placement, False
         self.records.append(
-            step, "cluster", "adopted", placement.expert_of_replica, "expert of each slot, from here on"
+            step, "cluster", "migrated", placement.expert_of_replica, "expert of each slot, from here on"
         )
         if self.every > 0 and settings.replicate and settings.objective == "step":
             split = placement.split
             if split is None:
                 layers, slots = placement.expert_of_replica.shape
                 split = np.full((layers, len(placement.distance), slots), np.nan)
-            self.records.append(step, "cluster", "adopted_split", split, "share of a node's tokens; NaN: the nearest")
+            self.records.append(step, "cluster", "migrated_split", split, "share of a node's tokens; NaN: the nearest")
 
 
 def propose_migration(job, tokens, step):

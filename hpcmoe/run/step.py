@@ -11,7 +11,7 @@ from hpcmoe.model.language import RoutingStats
 from hpcmoe.model.text import BlankText, read_micro_batches
 from hpcmoe.pipeline.engine import Engine
 from hpcmoe.pipeline.schedule import make_schedule
-from hpcmoe.prepare.memory import ActivationTracker
+from hpcmoe.prepare.activations import ActivationTracker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,7 +93,7 @@ def report_step(records, progress, step, outcome, metrics):
         ("dispatch", "link_sigma", metrics.links.sigma, "1"),
         ("dispatch", "link_sigma_of_layer", metrics.link_sigma_of_layer, "1"),
         ("dispatch", "link_tokens_mean", metrics.links.mean, "tokens"),
-        ("dispatch", "dropped", stats.num_dropped, "copies"),
+        ("dispatch", "dropped", stats.num_dropped, "assignments"),
         ("dispatch", "aux_loss", stats.aux_loss, "1"),
         ("dispatch", "z_loss", stats.z_loss, "1"),
         ("experts", "utilisation", stats.utilisation, "actual/expected tokens"),

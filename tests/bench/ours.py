@@ -14,7 +14,7 @@ from hpcmoe.experts.layer import LayerContext
 from hpcmoe.model.text import find_text
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.run.job import open_job
-from hpcmoe.write.loads import read_loads
+from hpcmoe.write.problem import read_loads
 
 SEQUENCE = 16  # tokens; without attention it matters only that it divides the tokens of a rank
 SEED = 3

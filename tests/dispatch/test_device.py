@@ -22,8 +22,9 @@ from hpcmoe.comm.plain import PlainDevice
 from hpcmoe.comm.rows import KernelRowOps
 from hpcmoe.comm.select import open_all_to_all
 from hpcmoe.comm.transport import HOMEWARD, Direction
-from hpcmoe.dispatch.device import DeviceDispatcher, DeviceSizes
+from hpcmoe.dispatch.device import DeviceDispatcher
 from hpcmoe.dispatch.routes import make_routes
+from hpcmoe.dispatch.sizes import DeviceSizes
 from hpcmoe.wait import gather_to_all
 
 HIDDEN, TOP_K, SLOTS = 4, 3, 2

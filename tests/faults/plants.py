@@ -127,18 +127,18 @@ FAULTS = {
     ),
     # EXPERTS
     "the gate's gradient forgets the output's bias": plant(
-        "experts/feed_forward.py", "grad_gate += grad_y.float() @ self.down_bias.float()", "pass", FFN
+        "experts/products.py", "total += grad_y.float() @ bias.float()", "pass", FFN
     ),
     "the down matrix learns from gradients without gates": plant(
         "experts/feed_forward.py",
-        'self.add_gradients("down", grad_y * gates, hidden)',
-        'self.add_gradients("down", grad_y, hidden)',
+        'products.add_gradients("down", grad_y * gates, hidden)',
+        'products.add_gradients("down", grad_y, hidden)',
         FFN,
     ),
     "a gated expert goes back through the wrong half": plant(
         "experts/feed_forward.py",
-        'activate_back(grad_y * up, gate, "silu")',
-        'activate_back(grad_y * gate, gate, "silu")',
+        "silu_backward(grad_hidden * up, gate)",
+        "silu_backward(grad_hidden * gate, gate)",
         FFN,
     ),
     "every shard adds the output's bias": plant(
@@ -149,7 +149,7 @@ FAULTS = {
         4,
     ),
     "biases are those of before the step": plant(
-        "experts/feed_forward.py", "        self.biases = {}\n        for matrix", "        for matrix", FFN
+        "experts/products.py", "        self.biases = {}\n        for matrix", "        for matrix", FFN
     ),
     # EXCHANGE and what carries it
     "local peers are told before the rows are there": plant(

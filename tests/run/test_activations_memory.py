@@ -9,7 +9,7 @@ from small import open_small_job
 from torch import nn
 
 from hpcmoe.experts.layer import LayerContext
-from hpcmoe.prepare.memory import ActivationTracker, find_arrays, locate
+from hpcmoe.prepare.activations import ActivationTracker, find_arrays, locate
 from hpcmoe.wait import gather_to_all
 
 NEAR = 0.04  # relative: the rows of a portion are rounded up, tensors of a few numbers are not counted
