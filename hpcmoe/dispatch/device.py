@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.all_to_all import AllToAll, Request, Transfer
@@ -38,7 +39,7 @@ class Table:
     def __len__(self) -> int:
         return len(self.buffer)
 
-    def view(self, order: torch.Tensor | None = None, num_rows: int | None = None) -> RowView:
+    def view(self, order: Tensor | None = None, num_rows: int | None = None) -> RowView:
         """Return rows in an order, or the first num_rows, or all, as row ops read or write them."""
         end = num_rows if order is None else None
         return RowView(values=self.rows[:end], gate_values=self.gate_values[:end], order=order)
@@ -73,7 +74,7 @@ class DeviceRows:
     """Rows of a batch at this rank's experts."""
 
     away: Table
-    order: torch.Tensor | None  # [n] int64; None: the first n
+    order: Tensor | None  # [n] int64; None: the first n
     num_rows: int
 
 
@@ -139,7 +140,7 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
         homeward = self.find_buffers(exchange).homeward
         return plan.counts.poll(self.transport, counts_tag) and (homeward is None or homeward.send_done)
 
-    def dispatch(self, plan: DevicePlan, rows: torch.Tensor, gates: torch.Tensor, exchange: ExchangeId) -> DeviceHandle:
+    def dispatch(self, plan: DevicePlan, rows: Tensor, gates: Tensor, exchange: ExchangeId) -> DeviceHandle:
         """Pack rows [T, H], and gates [T, K] beside them, by destination, and send them to their experts."""
         buffers, counts = self.find_buffers(exchange), plan.counts
         self.pack(plan, rows, gates, buffers)
@@ -175,7 +176,7 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
             backoff.pause()
         self.all_to_all.poke()  # which holds a transfer's buffers until it has seen that it is over
 
-    def pack(self, plan: DevicePlan, rows: torch.Tensor, gates: torch.Tensor, buffers: DeviceInFlightBuffers) -> None:
+    def pack(self, plan: DevicePlan, rows: Tensor, gates: Tensor, buffers: DeviceInFlightBuffers) -> None:
         """Write a row for each assignment that is sent, and its gate, into the buffer at home: permutation 1."""
         assignments = plan.assignments.limit_to(int(plan.counts.send_edges[-1]))
         self.device.row_ops.permute(rows.contiguous(), gates, assignments, buffers.home.view())
@@ -203,7 +204,7 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
             rows = DeviceRows(away=handle.buffers.away, order=batch.order, num_rows=batch.num_rows)
             yield Chunk(rows=rows, slots=slots)
 
-    def gather(self, rows: DeviceRows) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, rows: DeviceRows) -> tuple[Tensor, Tensor]:
         """Return these rows [n, H] and their gates [n], both fresh: permutation 2."""
         values = rows.away.rows.new_empty(rows.num_rows, self.sizes.hidden)
         gates = rows.away.gate_values.new_empty(rows.num_rows)
@@ -211,7 +212,7 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
         self.device.row_ops.move(rows.away.view(rows.order, rows.num_rows), target)
         return values, gates
 
-    def scatter(self, results: torch.Tensor, rows: DeviceRows, grad_gates: torch.Tensor | None = None) -> None:
+    def scatter(self, results: Tensor, rows: DeviceRows, grad_gates: Tensor | None = None) -> None:
         """Write results [n, H], and gradients of gates [n] if any, to the rows from which they were computed."""
         source = RowView(values=results.contiguous(), gate_values=grad_gates)
         self.device.row_ops.move(source, rows.away.view(rows.order))
@@ -238,11 +239,11 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
         self.device.compute_stream.wait_event(homeward.event)
         return True
 
-    def combine(self, handle: DeviceHandle, gates: torch.Tensor) -> torch.Tensor:
+    def combine(self, handle: DeviceHandle, gates: Tensor) -> Tensor:
         """Return the results, times gates [T, K], summed by token -> fresh [T, H] float32: permutation 3."""
         return self.device.row_ops.sum(handle.buffers.home.rows, handle.plan.assignments.row_of_assignment, gates)
 
-    def gather_gate_grads(self, handle: DeviceHandle) -> torch.Tensor:
+    def gather_gate_grads(self, handle: DeviceHandle) -> Tensor:
         """Return the gradients of the gates that came with the results -> [T, K] float32, 0 where none was sent."""
         gate_values = handle.buffers.home.gate_values
         rows = replace_none_by_last(handle.plan.assignments.row_of_assignment, gate_values)

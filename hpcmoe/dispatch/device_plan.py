@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hpcmoe.comm.transport import MessageRequest, Transport
 from hpcmoe.dispatch.plan import LARGEST_POINT, SlotChooser
@@ -19,7 +20,7 @@ class DevicePlan:
 
     __slots__ = ("assignments", "counts", "top_k")
 
-    def __init__(self, slots: torch.Tensor, kept: torch.Tensor | None, num_slots: int, device: Any) -> None:
+    def __init__(self, slots: Tensor, kept: Tensor | None, num_slots: int, device: Any) -> None:
         """slots [T, K], kept [T, K] bool or None (all), on the device; num_slots of all ranks."""
         self.top_k = slots.shape[1]
         self.assignments, ends = device.row_ops.sort_by_slot(slots, kept, num_slots)  # RowsOfAssignments, [num_slots]
@@ -29,7 +30,7 @@ class DevicePlan:
 class Counts:
     """How many rows go from this rank to each slot, and come to its own from each rank, once other ranks were asked."""
 
-    def __init__(self, ends: torch.Tensor, event: Any) -> None:
+    def __init__(self, ends: Tensor, event: Any) -> None:
         """ends: int64 [P * s] on the host, where each slot's rows end; there when the event has happened."""
         self.ends, self.event = ends, event
         self.leaving: np.ndarray  # [P, s] int64, once they are known
@@ -73,7 +74,7 @@ class DeviceBatch:
         """coming [P, s]: rows from each rank for each slot, which lie by rank and within it by slot."""
         self.rows_of_slot = coming.sum(axis=0)  # [s]
         self.num_rows = int(self.rows_of_slot.sum())
-        self.order: torch.Tensor | None = None  # [R] where each row lies; None: they lie so
+        self.order: Tensor | None = None  # [R] where each row lies; None: they lie so
         if min(coming.shape) > 1:
             first, lengths = edges_of(coming.ravel())[:-1].reshape(coming.shape), coming.T.ravel()
             shifts = first.T.ravel() - edges_of(lengths)[:-1]
@@ -88,7 +89,7 @@ class DeviceChooser:
         self.slots = torch.from_numpy(chooser.slots).to(torch_device)
         self.edges = torch.from_numpy(chooser.edges).to(torch_device)
 
-    def choose(self, experts: torch.Tensor) -> torch.Tensor:
+    def choose(self, experts: Tensor) -> Tensor:
         """Return the slots [T, K * shards] for experts [T, K]."""
         if self.unique:
             return self.slots[experts].flatten(1)
