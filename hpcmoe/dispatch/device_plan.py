@@ -18,34 +18,24 @@ from hpcmoe.dispatch.plan import LARGEST_POINT, SlotChooser
 class DevicePlan:
     """What one micro-batch exchanges in one layer: on the device where each assignment lies, on the host the counts."""
 
-    __slots__ = ("assignments", "counts", "top_k")
-
     def __init__(self, slots: Tensor, kept: Tensor | None, num_slots: int, device: Any) -> None:
         """slots [T, K], kept [T, K] bool or None (all), on the device; num_slots of all ranks."""
         self.top_k = slots.shape[1]
         self.assignments, ends = device.row_ops.sort_by_slot(slots, kept, num_slots)  # RowsOfAssignments, [num_slots]
-        self.counts = Counts(*device.copy_to_host(ends))
-
-
-class Counts:
-    """How many rows go from this rank to each slot, and come to its own from each rank, once other ranks were asked."""
-
-    def __init__(self, ends: Tensor, event: Any) -> None:
-        """ends: int64 [P * s] on the host, where each slot's rows end; there when the event has happened."""
-        self.ends, self.event = ends, event
-        self.leaving: np.ndarray  # [P, s] int64, once they are known
-        self.coming: np.ndarray  # [P, s] int64
+        self.ends, self.event = device.copy_to_host(ends)  # where each slot's rows end, once the event has happened
+        self.leaving: np.ndarray  # [P, s] int64, rows from this rank to each slot, once they are known
+        self.coming: np.ndarray  # [P, s] int64, rows from each rank to this one's slots
         self.requests: list[MessageRequest] | None = None
 
-    def poll(self, transport: Transport, tag: int) -> bool:
-        """Return True if both are known; send a rank's own to each other rank as soon as the device has counted."""
+    def poll_counts(self, transport: Transport, tag: int) -> bool:
+        """Return True if all counts are known; send this rank's to each other rank once the device has counted."""
         if self.requests is None:
             if not self.event.query():
                 return False
-            self.exchange(transport, tag)
+            self.exchange_counts(transport, tag)
         return all(request.done for request in self.requests or ())
 
-    def exchange(self, transport: Transport, tag: int) -> None:
+    def exchange_counts(self, transport: Transport, tag: int) -> None:
         """Send each rank what goes to its slots, and start to receive what comes from it."""
         self.leaving = np.diff(self.ends.numpy(), prepend=0).reshape(transport.size, -1)
         self.coming = np.empty_like(self.leaving)

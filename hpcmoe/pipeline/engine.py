@@ -168,7 +168,11 @@ class Engine:
             case Stage.HEAD:
                 while self.num_heads < m:
                     yield False
-                self.pass_head(m, training)
+                contexts = [self.contexts[number, m] for number in range(len(network.layers))]
+                self.values[m] = network.head(m, self.values.pop(m), contexts)
+                self.num_heads += 1
+                if not training:  # no way down needs them
+                    self.contexts = {key: context for key, context in self.contexts.items() if key[1] != m}
             case Stage.COMBINE_BACKWARD:
                 yield from layer.combine_backward(self.contexts[at], self.values.pop(m))
             case Stage.COMPUTE_BACKWARD:
@@ -182,15 +186,6 @@ class Engine:
                 network.embed_backward(m, self.values.pop(m))
             case _:
                 raise ValueError(f"unknown stage {op.stage}")
-
-    def pass_head(self, m: int, training: bool) -> None:
-        """Give a micro-batch to the head."""
-        contexts = [self.contexts[number, m] for number in range(len(self.network.layers))]
-        self.values[m] = self.network.head(m, self.values.pop(m), contexts)
-        self.num_heads += 1
-        if not training:  # no way down needs them
-            for number in range(len(contexts)):
-                del self.contexts[number, m]
 
 
 def is_heavy(lane: Lane) -> bool:
