@@ -6,9 +6,10 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from types import FrameType
 from typing import NamedTuple
 
-from hpcmoe.interrupts import TERMINATION_SIGNALS, Interrupted, ignore_signals
+from hpcmoe.interrupts import TERMINATION_SIGNALS, Interrupted, ignore_signals, list_not_ignored
 from hpcmoe.output import DRAIN_SECONDS, print_to_stderr
 
 HYDRA_KEY = "MPI_LOCALNRANKS"  # of MPICH's launcher and its kin alone
@@ -63,13 +64,12 @@ LAUNCHERS = (  # those within others first
 def prepare_process() -> None:
     """Prepare the process for the imports of a program. Call once, as the first thing."""
     open_standard_files()
-    for number in TERMINATION_SIGNALS:
-        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, exit_on_signal)
+    for number in {signal.SIGINT, *list_not_ignored(*TERMINATION_SIGNALS)}:
+        signal.signal(number, exit_on_signal)
 
 
 def open_standard_files() -> None:
-    """Open those of the files 0, 1 and 2 that are closed: else a file that is opened next takes what others print."""
+    """Open those of the files 0, 1 and 2 that are closed: else the next file to be opened gets what others print."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
@@ -84,7 +84,7 @@ def find_rank(environ: Mapping[str, str]) -> str:
     return next((environ[key].strip() for key in keys if key in environ), "0")
 
 
-def exit_on_signal(number: int, _) -> None:
+def exit_on_signal(number: int, _: FrameType | None) -> None:
     """End this process and its job at once: they have begun nothing yet."""
     ignore_signals()
     ending = Interrupted(number)
@@ -100,7 +100,7 @@ def exit_on_signal(number: int, _) -> None:
 
 
 def abort_job(status: int) -> None:
-    """Have Hydra end all ranks: it lets them wait in MPI's start for one that has ended before its own."""
+    """Abort all ranks of a Hydra job: in MPI's start they would wait for one that has ended before its own."""
     if HYDRA_KEY in os.environ and "PMI_FD" in os.environ:
         with contextlib.suppress(OSError, ValueError):
             os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=%d\n" % status)  # PMI-1

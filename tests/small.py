@@ -17,16 +17,15 @@ from hpcmoe.comm.window import make_private_window, open_window
 from hpcmoe.config import Config
 from hpcmoe.dispatch.host import HostDispatcher
 from hpcmoe.dispatch.routes import make_routes
-from hpcmoe.dispatch.sizes import HostSizes, max_messages_sent
+from hpcmoe.dispatch.sizes import HostSizes, make_host_sizes, max_messages_sent
 from hpcmoe.model.text import find_text
 from hpcmoe.placement.demand import find_loads
-from hpcmoe.prepare.sizes import make_host_sizes
 from hpcmoe.prepare.sizes import make_sizes as make_run_sizes
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.state import TrainingState
 from hpcmoe.wait import barrier, gather_to_all
-from hpcmoe.write.loads import read_loads
+from hpcmoe.write.problem import read_loads
 
 SMALL = {
     "model.hidden": 8, "model.feed_forward": 12, "model.num_layers": 2, "model.num_heads": 2, "model.num_experts": 4,

@@ -23,7 +23,7 @@ from launch import ROOT, Running, run
 from hpcmoe.place import main
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.files.case import Case, read_case
-from hpcmoe.write.hdf5 import write_value
+from hpcmoe.write.hdf5 import write_entry
 from hpcmoe.write.problem import record_problem
 
 FEW = ("--iterations", "200", "--budget", "1")
@@ -140,7 +140,7 @@ def test_a_run_can_be_placed_again(tmp_path):
 
             def describe(self, chapter, name, value, unit=""):
                 """Write a fact."""
-                write_value(file.require_group(chapter), name, value, unit)
+                write_entry(file.require_group(chapter), name, value, unit)
 
         record_problem(Records(), problem)
     status, _, errors = place(tmp_path / "run.h5", "-o", tmp_path / "out.json")
@@ -161,7 +161,7 @@ def test_a_run_can_be_placed_again(tmp_path):
             == expected.tolist()
         )
         with h5py.File(tmp_path / "run.h5", "a") as file:
-            file.require_group("cluster/adopted").require_dataset("value", data=layouts, shape=layouts.shape, dtype=int)
+            file.require_group("cluster/migrated").require_dataset("value", data=layouts, shape=layouts.shape, dtype=int)
 
     (tmp_path / "run.h5").write_text("{}")
     status, _, errors = place(tmp_path / "run.h5")

@@ -58,7 +58,7 @@ def read_host_name() -> str:
     return read_setting("PMI_HOSTNAME") or read_setting("SLURMD_NODENAME") or MPI.Get_processor_name()
 
 
-def read_topology(comm: MPI.Intracomm, cluster: ClusterConfig) -> Topology:
+def read_topology(comm: MPI.Comm, cluster: ClusterConfig) -> Topology:
     """Read where the ranks are, from MPI, Slurm, the system and [cluster]. Collective over comm.
 
     Raises ClusterError on all ranks when [cluster] or a links file does not fit the nodes.
@@ -83,7 +83,7 @@ def log_slow_links(topology: Topology) -> None:
         log.warning("links far slower than the median of their kind, in a rack or between: %s%s", told, more)
 
 
-def read_rank_info(comm: MPI.Intracomm) -> RankInfo:
+def read_rank_info(comm: MPI.Comm) -> RankInfo:
     """Read what this rank finds on its node. Collective over comm."""
     barrier(comm)
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)

@@ -46,9 +46,9 @@ class Device(Protocol):
     name: str
     torch_device: torch.device
     row_ops: RowOps
-    compute_stream: Stream
-    send_stream: Stream
-    recv_stream: Stream
+    compute_stream: Any  # a Stream, as the next two: torch's own on a GPU
+    send_stream: Any
+    recv_stream: Any
 
     def bind_thread(self) -> None:
         """Make this device the calling thread's own."""

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 
 from hpcmoe.errors import on_root
-from hpcmoe.prepare.memory import Memory, measure_memory
+from hpcmoe.prepare.activations import measure_memory
+from hpcmoe.prepare.memory import Memory
 from hpcmoe.prepare.process import ProcessMemory, count_unshared, mean_of_fullest_node, read_process
 from hpcmoe.report.batches import BatchSizes, record_batches, sum_batches
 from hpcmoe.report.metrics import SIGMA_AIM, compute_sampling_floor

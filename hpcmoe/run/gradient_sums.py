@@ -7,7 +7,7 @@ ranks under any schedule: head, last layer ... first layer, embedding. So all ra
 """
 
 from hpcmoe.comm.reduce import HostReducer, NcclReducer
-from hpcmoe.prepare.budget import FLOAT32_BYTES
+from hpcmoe.float32 import FLOAT32_BYTES
 from hpcmoe.wait import Backoff
 
 FIRST_TAG = 1  # of a layer's sums; MPI keeps the order of the experts in it. 0 is of experts that move

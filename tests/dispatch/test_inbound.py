@@ -9,7 +9,7 @@ import torch
 from hpcmoe.comm.pool import RowPool
 from hpcmoe.comm.transport import Direction, MessageKind, MessageRequest, make_message_tag
 from hpcmoe.comm.window import WindowSizes, make_private_window
-from hpcmoe.dispatch.inbound import InboundMessage, ReceivePool, Receiver, see_trailer
+from hpcmoe.dispatch.inbound import InboundMessage, ReceivePool, Receiver, view_trailer
 from hpcmoe.dispatch.routes import make_routes
 
 HIDDEN, ROW_BYTES, MAX_PARCELS = 4, 16, 3
@@ -57,8 +57,8 @@ def make_message(tokens, token_of_assignment, numbers):
     num_assignments = len(token_of_assignment)
     rows = np.zeros((len(tokens) + -(-8 * num_assignments // ROW_BYTES), ROW_BYTES), np.uint8)
     rows[: len(tokens)] = np.asarray(tokens, np.float32).view(np.uint8)
-    see_trailer(rows[len(tokens) :], num_assignments)[0][:] = token_of_assignment
-    see_trailer(rows[len(tokens) :], num_assignments)[1][:] = numbers
+    view_trailer(rows[len(tokens) :], num_assignments)[0][:] = token_of_assignment
+    view_trailer(rows[len(tokens) :], num_assignments)[1][:] = numbers
     return rows
 
 
@@ -100,7 +100,7 @@ def test_a_guest_goes_all_its_way(receive_pool, weigh):
     rows, request = post.sends[1, tag_of(MessageKind.RETURN)]
     sums = rows[:2].view(np.float32)
     assert sums[:, 0].tolist() == ([20, 300.5] if weigh else [10, 101])
-    assert [part.tolist() for part in see_trailer(rows[2:], 3)] == [[1, 0, 1], [7, 8, 9]]
+    assert [part.tolist() for part in view_trailer(rows[2:], 3)] == [[1, 0, 1], [7, 8, 9]]
     assert receive_pool.pools[0].runs == [(7, 23)] and not receiver.poke()
     request.complete()
     assert receiver.poke() and receiver.done and receive_pool.pools[0].runs == [(0, 30)]
