@@ -28,7 +28,7 @@ class Task(Protocol):
         """Return True if nothing of it is left."""
 
     def poke(self) -> bool:
-        """Progress without waiting. Return True if anything moved."""
+        """Advance without waiting. Return True if anything moved."""
 
 
 _Task = TypeVar("_Task", bound=Task)

@@ -78,9 +78,9 @@ def log_slow_links(topology: Topology) -> None:
     """Log which links stayed far slower than others of their kind, by name."""
     slow, names = find_slow_links(topology.bytes_per_second, topology.rack_of_node), topology.node_names
     if slow:
-        told = ", ".join(f"{names[i]} to {names[j]} ({share:.0%})" for i, j, share in slow[:_MAX_NAMED])
+        named = ", ".join(f"{names[i]} to {names[j]} ({share:.0%})" for i, j, share in slow[:_MAX_NAMED])
         more = f" and {len(slow) - _MAX_NAMED} more" * (len(slow) > _MAX_NAMED)
-        log.warning("links far slower than the median of their kind, in a rack or between: %s%s", told, more)
+        log.warning("links far slower than the median of their kind, in a rack or between: %s%s", named, more)
 
 
 def read_rank_info(comm: MPI.Comm) -> RankInfo:

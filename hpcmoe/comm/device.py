@@ -34,7 +34,7 @@ class Stream(Protocol):
         """Mark the work given to the stream so far, and return the Event."""
 
     def wait_event(self, event: Any) -> None:
-        """Have what the stream is given from now on wait for an Event."""
+        """Make what the stream is given from now on wait for an Event."""
 
 
 class Device(Protocol):
@@ -55,7 +55,7 @@ class Device(Protocol):
         return None
 
     def use(self, stream: Any) -> contextlib.AbstractContextManager:
-        """Have torch work on a stream within the with-block."""
+        """Make torch work on a stream within the with-block."""
         return contextlib.nullcontext()
 
     def make_buffer(self, num_rows: int, row_bytes: int) -> Buffer:

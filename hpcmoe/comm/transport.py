@@ -89,7 +89,7 @@ class Transport(Protocol):
         raise RuntimeError(f"nothing is carried between this rank and {peer}")
 
     def poke(self) -> bool:
-        """Let messages progress and mark the requests that are done, without waiting. Return True if any is."""
+        """Advance messages and mark the requests that are done, without waiting. Return True if any is."""
 
 
 class Loopback(Transport):
