@@ -37,7 +37,7 @@ class WeightMatrix:
 
     @property
     def cast_bytes(self) -> int:
-        """Bytes of the copies that are kept."""
+        """Return the bytes of the copies that are kept."""
         copies = [weight for weight in self.weights.values() if weight.dtype != self.parameter.dtype]
         copies += [pack for dtype, pack in self.packs.items() if pack is not self.weights[dtype]]
         return sum(torch.ops.mkldnn._nbytes(copy) if copy.is_mkldnn else copy.nbytes for copy in copies)

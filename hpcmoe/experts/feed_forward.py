@@ -72,7 +72,7 @@ def apply_activation(kind: str, inner: Sequence[Tensor]) -> Tensor:
 
 
 def activation_backward(kind: str, inner: Sequence[Tensor], grad_hidden: Tensor) -> dict[str, Tensor]:
-    """Go back through the activation, overwriting grad_hidden [n, F] -> dict weight name: gradient of its product."""
+    """Compute the gradients of what went into the activation, by weight name, overwriting grad_hidden [n, F]."""
     match kind:
         case "gelu":
             return {"up": torch.ops.aten.gelu_backward(grad_hidden, inner[0])}
@@ -137,7 +137,7 @@ class LocalExperts(nn.Module):
             yield self.replicas[slot].products, *own
 
     def stack_weights(self) -> None:
-        """Leave each replica's weights where they are: the experts take turns."""
+        """Keep each replica's weights where they are: the experts take turns."""
 
     def refresh(self) -> None:
         """Drop all casts and packed copies of weights: they have changed.
@@ -149,7 +149,7 @@ class LocalExperts(nn.Module):
 
     @property
     def cast_bytes(self) -> int:
-        """Bytes of the casts and packed copies of all replicas' weights."""
+        """Return the bytes of the casts and packed copies of all replicas' weights."""
         return sum(weights.cast_bytes for weights in self.weights())
 
     def weights(self) -> Sequence[ExpertProducts | StackedWeights]:
@@ -171,7 +171,7 @@ class GroupedExperts(LocalExperts):
         yield GroupedProducts(self.stacked, rows, tensors[0].device), *tensors
 
     def stack_weights(self) -> None:
-        """Stack each weight of all replicas into one array, of which their parameters become views."""
+        """Copy each weight of all replicas into one array, of which their parameters become views."""
         replicas = self.local_replicas()
         kind = replicas[0].kind if replicas else ""
         self.stacked = StackedWeights(kind, [dict(replica.named_parameters()) for replica in replicas])

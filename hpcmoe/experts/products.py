@@ -62,7 +62,7 @@ class ExpertProducts:
 
     @property
     def cast_bytes(self) -> int:
-        """Bytes of the weights' casts and packed copies."""
+        """Return the bytes of the weights' casts and packed copies."""
         return sum(matrix.cast_bytes for matrix in self.matrices.values())
 
 
@@ -93,7 +93,7 @@ class StackedWeights:
 
     @property
     def cast_bytes(self) -> int:
-        """Bytes of the casts."""
+        """Return the bytes of the casts."""
         return sum(cast.nbytes for cast in self.casts.values())
 
 
@@ -106,7 +106,7 @@ class GroupedProducts:
 
     @functools.cached_property
     def ends(self) -> Tensor:
-        """Where the rows of each expert end, on the device: [e] int32."""
+        """Return where the rows of each expert end, on the device: [e] int32."""
         ends = torch.from_numpy(np.cumsum(self.rows, dtype=np.int32))
         return ends.to(self.torch_device, non_blocking=True)
 

@@ -93,7 +93,7 @@ def locate(array: Tensor | np.ndarray) -> tuple[int, int]:
 
 def measure_memory(
     network: LanguageModel,
-    optimizer: object | None,
+    adamw: torch.optim.AdamW | None,
     dispatcher: HostDispatcher | DeviceDispatcher,
     tracker: ActivationTracker,
 ) -> Memory:
@@ -102,9 +102,9 @@ def measure_memory(
     num_replicas = sum(len(local.local_replicas()) for local in experts)
     expert_bytes = sum(p.nbytes for local in experts for p in local.parameters())
     parameters = list(network.parameters())
-    states = [] if optimizer is None else optimizer.adamw.state.values()
+    states = [] if adamw is None else adamw.state.values()
     return Memory(
-        states=4 if optimizer else 1,
+        states=4 if adamw else 1,
         one_expert=expert_bytes * network.mesh.tensor_parallel // max(num_replicas, 1),
         experts=expert_bytes,
         dense=sum(p.nbytes for p in parameters) - expert_bytes,

@@ -37,7 +37,7 @@ class ProcessMemory:
 
     @property
     def libraries(self) -> int:
-        """Code and files that other processes have too; alone on its node a process has them unshared."""
+        """Return the bytes of code and files that other processes have too; a process alone has them unshared."""
         return max(self.resident - self.unshared - self.shared_memory, 0)
 
 

@@ -49,7 +49,8 @@ def gather_totals(job, optimizer, losses, snapshot_bytes):
     snapshot_bytes: what this rank's copy of the state for checkpoints takes.
     """
     meter, world = job.meter, job.mesh.world
-    measured = measure_memory(job.stepper.network, optimizer, job.stepper.dispatcher, job.stepper.tracker)
+    stepper, adamw = job.stepper, optimizer and optimizer.adamw
+    measured = measure_memory(stepper.network, adamw, stepper.dispatcher, stepper.tracker)
     measured = dataclasses.replace(measured, snapshot=snapshot_bytes, moving=job.staged_bytes)
     process = read_process()
     beside = process.unshared - count_unshared(measured, job.stepper.dispatcher)
