@@ -41,14 +41,13 @@ from hpcmoe.write.activations import write_activations
 from hpcmoe.write.checkpoint import (
     find_checkpoint,
     is_in_folder,
-    load_checkpoint,
     newest_checkpoint,
     read_metadata,
     step_of,
 )
 from hpcmoe.write.folder import open_folder
-from hpcmoe.write.loads import read_loads
-from hpcmoe.write.pieces import Piece, PieceSpec
+from hpcmoe.write.pieces import Piece, PieceSpec, read_pieces
+from hpcmoe.write.problem import read_loads
 from hpcmoe.write.records import open_records
 from hpcmoe.write.writer import open_writer
 
@@ -192,7 +191,7 @@ def resume(job, state, checkpoint):
     from hpcmoe.run.state import LOAD
 
     wanted = [PieceSpec(name=n, shape=s, start=at, extent=e, keys=keys) for n, s, at, e, keys in state.list_wanted()]
-    arrays, metadata = load_checkpoint(job.mesh.world, checkpoint, wanted)
+    arrays, metadata = read_pieces(job.mesh.world, checkpoint, wanted)
     step = step_of(checkpoint)
     log.info("resumed %s, step %d, written by %d ranks", checkpoint, step, metadata["num_ranks"])
     log_changes(metadata, job.config, len(job.training))

@@ -25,7 +25,7 @@ from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.state import TrainingState
 from hpcmoe.wait import barrier, gather_to_all
-from hpcmoe.write.loads import read_loads
+from hpcmoe.write.problem import read_loads
 
 SMALL = {
     "model.hidden": 8, "model.feed_forward": 12, "model.num_layers": 2, "model.num_heads": 2, "model.num_experts": 4,
@@ -144,10 +144,18 @@ def open_small_dispatcher(comm, hidden, num_nodes=1, once=False, hesitate=None, 
     sizes = make_sizes(routes, hidden=hidden, **{key: value for key, value in changes.items() if key != "slots"})
     with (
         open_window(local_comm, sizes.window_sizes(routes)) as window,
-        open_mpi_transport(comm, sizes.row_bytes, hesitate) as transport,
+        open_mpi_transport(comm, sizes.row_bytes) as transport,
     ):
+        hesitate_to_poke(transport, hesitate)
         yield make_dispatcher(hidden, transport, window, node_of_rank, once, **changes)
     local_comm.Free()
+
+
+def hesitate_to_poke(transport, hesitate):
+    """Let nothing progress in a transport while hesitate(), if any, is true."""
+    poke = transport.poke
+    if hesitate is not None:
+        transport.poke = lambda: not hesitate() and poke()
 
 
 def make_sizes(routes, **sizes):

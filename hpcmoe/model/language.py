@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from hpcmoe.comm.mpi import start_all_reduce
-from hpcmoe.dispatch.device import DeviceDispatcher
 from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
 from hpcmoe.dispatch.router import Router, load_balancing_grad, load_balancing_loss
 from hpcmoe.experts.feed_forward import Expert, GroupedExperts, LocalExperts, make_expert_weights
@@ -253,7 +252,7 @@ def make_layer(spec, mesh, placement, dispatcher, draw, number):
     router = Router(draw(model.num_experts, model.hidden), model.top_k, spec.dispatch)
     expert_of_slot = placement.experts_of_rank(number, mesh.expert_index)
     replicas = [make_expert(spec, mesh, number, expert) for expert in expert_of_slot.tolist()]
-    at_once = isinstance(dispatcher, DeviceDispatcher)
+    at_once = dispatcher.works_at_once
     experts = (GroupedExperts if at_once else LocalExperts)(replicas)
     chooser = make_chooser(model.num_experts, mesh, placement, number)
     return MoELayer(dense, router, experts, dispatcher, chooser)

@@ -50,7 +50,7 @@ class ActivationTracker:
 
     def observe(self, contexts: Iterable[object], passing: object = ()) -> None:
         """Add up what contexts hold now, and what passes from stage to stage."""
-        found = find_arrays([[vars(context) for context in contexts], passing])
+        found = find_arrays([list(contexts), passing])
         self.in_flight = {address: size for address, size in map(locate, found) if address not in self.parameters}
         beside = [size for address, (_, size) in self.saved.items() if address not in self.in_flight]
         self.context_bytes, self.autograd_bytes = sum(self.in_flight.values()), sum(beside)
@@ -78,7 +78,7 @@ def find_arrays(value: object) -> Iterator[Tensor | np.ndarray]:
         for inner in value:
             yield from find_arrays(inner)
     elif dataclasses.is_dataclass(value):
-        yield from find_arrays([getattr(value, field.name) for field in dataclasses.fields(value)])
+        yield from find_arrays([getattr(value, field.name, None) for field in dataclasses.fields(value)])
 
 
 def locate(array: Tensor | np.ndarray) -> tuple[int, int]:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpcmoe.clock import Timer
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.report.batches import Batches
 from hpcmoe.report.metrics import LinkBalance, compute_balancedness, compute_link_balance, sum_own_links
 from hpcmoe.wait import wait_all
 
-STAGES = ("data", "dense", "route", "dispatch", "compute", "combine", "optimizer", "waiting")
+STAGES = tuple(Timer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

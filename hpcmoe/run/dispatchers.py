@@ -132,4 +132,4 @@ def open_device_dispatcher(
         else:
             sum_groups = None
             all_to_all = opened.enter_context(open_all_to_all(backend, mesh.group, device, sizes.row_bytes, transport))
-        yield DeviceDispatcher(all_to_all, transport, device, Clock(), (sizes, routes), sum_groups)
+        yield DeviceDispatcher(all_to_all, transport, device, Clock(), sizes, routes, sum_groups)

@@ -5,6 +5,7 @@ import logging
 
 import numpy as np
 
+from hpcmoe.clock import Timer
 from hpcmoe.experts.shapes import estimate_expert
 from hpcmoe.placement.demand import Loads, make_probability
 from hpcmoe.placement.groups import fold_groups, fold_probability, list_groups
@@ -42,7 +43,7 @@ class Rebalancer:
         """After `step` steps, if it is time, solve anew and begin to move. Collective over all ranks."""
         if self.every == 0 or self.num_steps < LEAST_STEPS or step % self.every:
             return
-        with self.job.stepper.clock.stage("waiting"):
+        with self.job.stepper.clock.measure(Timer.WAITING):
             tokens = gather_by_node(self.job.mesh.world, self.parts, self.job.topology.node_of_rank)
             num_parts = min(self.num_steps, PARTS)
             self.parts, self.num_steps = 0, 0
@@ -78,7 +79,7 @@ class Rebalancer:
             step, len(decision.moves), decision.num_bytes / 1e6, seconds, decision.cost_seconds,
         )  # fmt: skip
         for name, value, unit in (
-            ("moved", len(decision.moves), "copies"),
+            ("moved", len(decision.moves), "replicas"),
             ("moved_bytes", decision.num_bytes, "B, of an expert-parallel group"),
             ("move_seconds", seconds, "s, beside the step's work"),
             ("move_seconds_predicted", decision.cost_seconds, "s, alone"),
@@ -91,14 +92,14 @@ class Rebalancer:
         """Record where the experts are from a step on."""
         placement, settings, self.is_new = self.job.placement, self.job.config.placement, False
         self.records.append(
-            step, "cluster", "adopted", placement.expert_of_replica, "expert of each slot, from here on"
+            step, "cluster", "migrated", placement.expert_of_replica, "expert of each slot, from here on"
         )
         if self.every > 0 and settings.replicate and settings.objective == "step":
             split = placement.split
             if split is None:
                 layers, slots = placement.expert_of_replica.shape
                 split = np.full((layers, len(placement.distance), slots), np.nan)
-            self.records.append(step, "cluster", "adopted_split", split, "share of a node's tokens; NaN: the nearest")
+            self.records.append(step, "cluster", "migrated_split", split, "share of a node's tokens; NaN: the nearest")
 
 
 def propose_migration(job, tokens, step):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpcmoe.clock import Timer
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.errors import attempt, on_all, raise_or_return
 from hpcmoe.model.language import RoutingStats
@@ -28,7 +29,7 @@ class Stepper:
     def __init__(self, config, mesh, network, dispatcher):
         self.config, self.mesh, self.network, self.dispatcher = config, mesh, network, dispatcher
         self.clock = dispatcher.clock
-        self.engine = Engine(network, dispatcher, dispatcher.sizes.num_in_flight)
+        self.engine = Engine(network, dispatcher)
         self.tracker = ActivationTracker(network)
         pipeline, num_layers = config.pipeline, config.model.num_layers
         self.schedules = {
@@ -45,12 +46,12 @@ class Stepper:
         text. Collective over all ranks.
         """
         length = self.config.model.sequence_length
-        with self.clock.stage("data"):
+        with self.clock.measure(Timer.DATA):
             batches, error = self.read(text, starts)
         num_tokens = len(starts) * length
         self.network.begin(batches, num_tokens, load, purpose, watched_layers)
         self.run_engine(purpose == "train")
-        with self.clock.stage("waiting"):
+        with self.clock.measure(Timer.WAITING):
             stats = self.network.wait_routing_stats()
             sums = all_reduce(self.mesh.world, np.array([float(self.network.loss_sum), error is not None]))
             loss_sum, num_faults = sums.tolist()

@@ -2,6 +2,7 @@
 
 import logging
 
+from hpcmoe.clock import Timer
 from hpcmoe.model.balance import update_biases, update_load
 from hpcmoe.model.text import draw_starts, even_starts, share_of
 from hpcmoe.report.progress import open_progress
@@ -50,11 +51,11 @@ def train_step(job, optimizer, load, step):
     starts = draw_starts(len(job.training), config.data.batch_sequences, length, config.run.seed, step)
     optimizer.zero_gradients()
     outcome = job.stepper.run(job.training, starts, load, "train", layers_to_write(config, step))
-    with job.stepper.clock.stage("optimizer"):
+    with job.stepper.clock.measure(Timer.OPTIMIZER):
         norm = optimizer.step(step)
     check_finite(step, config, loss=outcome.loss, norm_of_the_gradients=norm)
     if is_due(step, config.train.check_every, config.run.steps):
-        with job.stepper.clock.stage("optimizer"):
+        with job.stepper.clock.measure(Timer.OPTIMIZER):
             check_replicas(job.stepper.network, optimizer.shared, job.mesh, step)
     return outcome, norm
 
@@ -92,7 +93,7 @@ def report_step(records, progress, step, outcome, metrics):
         ("dispatch", "link_sigma", metrics.links.sigma, "1"),
         ("dispatch", "link_sigma_of_layer", metrics.link_sigma_of_layer, "1"),
         ("dispatch", "link_tokens_mean", metrics.links.mean, "tokens"),
-        ("dispatch", "dropped", stats.num_dropped, "copies"),
+        ("dispatch", "dropped", stats.num_dropped, "assignments"),
         ("dispatch", "aux_loss", stats.aux_loss, "1"),
         ("dispatch", "z_loss", stats.z_loss, "1"),
         ("experts", "utilisation", stats.utilisation, "actual/expected tokens"),

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hpcmoe.experts.feed_forward import Expert, GroupedExperts
+from hpcmoe.experts.layer import LayerContext
 from hpcmoe.experts.shapes import MATRICES
 from hpcmoe.prepare.activations import ActivationTracker, find_arrays, measure_memory
 from hpcmoe.prepare.memory import Memory, estimate_working
@@ -249,15 +250,10 @@ def test_the_tracker_counts_saved_tensors_once_and_no_parameters():
 
 
 def test_the_tracker_counts_what_flights_keep():
-    class LayerContext:
-        """Holds a tensor, a view of it, and another in a list."""
-
-        def __init__(self):
-            self.x = torch.ones(4)
-            self.batches = [(self.x[:2], torch.ones(6))]
-
-    tracker = ActivationTracker(nn.Linear(1, 1))
-    tracker.observe([LayerContext()])
+    x = torch.ones(4)
+    context = LayerContext(layer=0, micro_batch=0, training=True, batches=[(x[:2], torch.ones(6))])
+    context.x, tracker = x, ActivationTracker(nn.Linear(1, 1))
+    tracker.observe([context])
     assert tracker.peak_bytes == (4 + 6) * 4
 
 
