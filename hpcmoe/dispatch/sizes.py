@@ -136,6 +136,7 @@ def make_host_sizes(
     Some rows come in messages between nodes, each token before and its results behind. Raises ConfigError when [comm]
     pool_bytes does not hold one token's message.
     """
+    # Size messages between nodes and the pool where they are received, where there are other nodes.
     num_ranks, row_bytes = len(routes.publishers), rows.hidden * rows.dtype.itemsize
     message_tokens, pool_rows, at_once = 1, 0, 0
     if routes.min_local_peers < num_ranks:  # the same on all ranks
@@ -190,6 +191,7 @@ def fit_messages(
 
     A message must fit whole; where the limit is tight it is made smaller. Raises ConfigError when not one token fits.
     """
+    # Halve a message until it fits whole.
     while message_tokens > 1 and count_inbound_rows(message_tokens, assignments_of_token, row_bytes) > most_rows:
         message_tokens = -(-message_tokens // 2)
     least = count_inbound_rows(message_tokens, assignments_of_token, row_bytes)
@@ -198,6 +200,8 @@ def fit_messages(
             f"[comm] pool_bytes: has {most_rows} rows of {row_bytes} B for each micro-batch in flight, "
             f"and a token with its results takes {least} where it lands"
         )
+
+    # Fill the limit with as many as are expected.
     pool_rows = min(max(expected_rows, least), most_rows)
     at_once = (pool_rows // least + 1) // 2  # with one less there, one of the gaps between them is still large enough
     return message_tokens, pool_rows, at_once

@@ -28,7 +28,7 @@ def forward(products: Products, x: Tensor, kept: list[Kept] | None = None) -> Te
     x's precision and is a partial sum under tensor parallelism. Gated: Shazeer 2020, arXiv:2002.05202.
     """
     kind = products.kind
-    if kept is not None:
+    if kept is not None:  # what goes into the activation is wanted before it
         inner = tuple(products.linear(name, x) for name in MATRICES[kind] if name != "down")
         kept.append((x, *inner))
         hidden = apply_activation(kind, inner)
@@ -46,12 +46,13 @@ def backward(products: Products, kept: Kept, grad_y: Tensor, gates: Tensor) -> t
     -> (grad_x [n, H] in grad_y's precision, grad_gate [n] float32), both partial sums under tensor parallelism. Adds to
     the parameters' gradients. grad_gate = grad_y . y = (grad_y W_down) . hidden + grad_y . down_bias.
     """
+    # Propagate to the hidden numbers and the gate.
     x, *inner = kept
     hidden, grad_hidden = apply_activation(products.kind, inner), products.multiply_back("down", grad_y)
     grad_gate = (grad_hidden * hidden).sum(dim=1).float()  # adds in float32, rounds the sum
     products.add_bias_product(grad_gate, grad_y)
 
-    # From here on gradients are times the gate.
+    # Propagate to the weights and the input: from here on gradients are times the gate.
     gates = gates.to(grad_y.dtype)[:, None]
     products.add_gradients("down", grad_y * gates, hidden)
     grad_x: Tensor | None = None

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpcmoe.dispatch.device import DeviceDispatcher
-from hpcmoe.dispatch.host import HostDispatcher
+from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.model.language import LanguageModel
 from hpcmoe.prepare.memory import Memory
 
@@ -94,10 +93,11 @@ def locate(array: Tensor | np.ndarray) -> tuple[int, int]:
 def measure_memory(
     network: LanguageModel,
     adamw: torch.optim.AdamW | None,
-    dispatcher: HostDispatcher | DeviceDispatcher,
+    dispatcher: TokenDispatcher,
     tracker: ActivationTracker,
 ) -> Memory:
     """Add up the arrays that are really there -> Memory; one_expert is a local one times its shards."""
+    # Count the parameters of the experts.
     experts = [layer.experts for layer in network.layers]
     num_replicas = sum(len(local.local_replicas()) for local in experts)
     expert_bytes = sum(p.nbytes for local in experts for p in local.parameters())

@@ -65,6 +65,7 @@ def estimate_memory(
     Activations are those of a rank that receives FULLEST times the rows of an even load. The snapshot is that of rank
     0, which saves the dense parts.
     """
+    # Count the parameters of the experts and of all else.
     model, training = spec.model, spec.trains
     on_device = isinstance(sizes, DeviceSizes)
     one_expert, states = estimate_expert(spec)
