@@ -85,7 +85,7 @@ def gather_totals(run: MeasuredRun, optimizer: Any, losses: dict[str, float], sn
     meter, world, model, dispatcher = run.meter, run.mesh.world, run.spec.model, run.stepper.dispatcher
 
     # Measure the memory of this rank, and gather that of all.
-    measured = measure_memory(run.stepper.network, optimizer, dispatcher, run.stepper.tracker)
+    measured = measure_memory(run.stepper.network, optimizer and optimizer.adamw, dispatcher, run.stepper.tracker)
     measured = dataclasses.replace(measured, snapshot=snapshot_bytes, moving=run.staged_bytes)
     process = read_process()
     beside = process.unshared - count_unshared(measured, dispatcher)
