@@ -325,7 +325,7 @@ FAULTS = {
         "test_config.py",
     ),
     "shards that do not divide an expert": plant(
-        "contradictions.py", "model.feed_forward % max(parallel.tensor, 1) == 0,", "True,", "test_config.py"
+        "contradictions.py", "model.feed_forward % max(config.parallel.tensor, 1) == 0,", "True,", "test_config.py"
     ),
     "bad input ends with a bug's status": plant(
         "output.py", "EXIT_USER = 2 ", "EXIT_USER = 1 ", "test_errors.py -k 'shared_error or names_it'"
