@@ -55,7 +55,7 @@ class DeviceInFlightBuffers:
 
     def is_over(self) -> bool:
         """Return True if nothing is under way from or to these rows."""
-        return all(request is None or request.is_over() for request in (self.outward, self.homeward))
+        return all(request is None or request.done for request in (self.outward, self.homeward))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

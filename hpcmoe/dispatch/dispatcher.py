@@ -58,7 +58,9 @@ class Chunk:
 class Task(Protocol):
     """What goes on in the background, over many steps."""
 
-    is_over: bool
+    @property
+    def done(self) -> bool:
+        """Return True once nothing is left to do."""
 
     def poke(self) -> bool:
         """Progress without waiting, and return True if anything moved."""

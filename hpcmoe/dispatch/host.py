@@ -36,7 +36,7 @@ class InFlightBuffers:
         self.tokens = first_row + index * sizes.home_window_rows  # first row in the window
         self.results = self.tokens + sizes.tokens
         self.zero = self.tokens + sizes.home_window_rows - 1  # a row that nobody writes
-        self.send = device.make_buffer(sizes.sent_message_rows, sizes.row_bytes)
+        self.send = device.make_buffer(sizes.sent_message_rows, sizes.row_bytes).tensor
         self.num_exchanges = 0
         self.requests: list[MessageRequest] = []  # of messages from here
 

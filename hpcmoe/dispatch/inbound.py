@@ -69,7 +69,7 @@ class Receiver:
         return number, words, self.transport.recv_words(words, sender, self.tag_of(MessageKind.HEADER))
 
     @property
-    def is_over(self) -> bool:
+    def done(self) -> bool:
         """Return True if all messages have come and gone."""
         return not (self.headers or self.waiting or self.receiving or self.working or self.leaving)
 
@@ -119,7 +119,7 @@ class Receiver:
         while self.waiting:
             message = self.waiting[0]
             message_rows = self.pool.message_rows(message)
-            first = self.pool.pools[self.buffer_index].take(message_rows + message.num_assignments)
+            first = self.pool.pools[self.buffer_index].allocate(message_rows + message.num_assignments)
             if first is None:
                 break
             message.first, moved = first, True
@@ -166,7 +166,7 @@ class Receiver:
         left, self.leaving = partition(self.leaving, InboundMessage.is_done)
         for message in left:
             num_rows = self.pool.message_rows(message) + message.num_assignments
-            self.pool.pools[self.buffer_index].give_back(message.first, num_rows)
+            self.pool.pools[self.buffer_index].free(message.first, num_rows)
         return bool(left)
 
 
