@@ -35,7 +35,7 @@ def describe_tokens(records, job):
     """Keep the tokens that each node asked of each expert since this was kept last. Collective over all ranks."""
     tokens = job.meter.pop_tokens(job.topology.node_of_rank)
     if tokens is not None:
-        records.describe("experts", "tokens_of_node", tokens, "copies")
+        records.describe("experts", "tokens_of_node", tokens, "assignments")
 
 
 def read_versions():

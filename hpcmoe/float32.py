@@ -1,9 +1,10 @@
-"""Numbers that float32 arithmetic takes: what it makes of them must still be what the key allows."""
+"""Numbers of the config that float32 arithmetic uses: their float32 value must still be what the key allows."""
 
 import struct
 import typing
 
 LEAST, MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of float32's normal numbers
+FLOAT32_BYTES = 4
 _LARGEST_BELOW_ONE = 1 - 2.0**-24  # float32's last number before 1
 
 
@@ -12,7 +13,7 @@ class InFloat32:
 
 
 def find_range_error(value: float, annotation: object) -> str | None:
-    """Say what a number must be that float32 would make 0, infinite or its own excluded bound; None if it fits."""
+    """Return what a number must be that float32 would make 0, infinite or its own excluded bound, or None."""
     bounds = typing.get_args(annotation)[1:]
     if not any(isinstance(bound, InFloat32) for bound in bounds):
         return None
@@ -25,5 +26,5 @@ def find_range_error(value: float, annotation: object) -> str | None:
 
 
 def round_to_float32(value: float) -> float:
-    """Return the float32 number nearest to one that is not too large for it."""
+    """Return the nearest float32 number."""
     return struct.unpack("f", struct.pack("f", value))[0]

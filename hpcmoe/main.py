@@ -32,7 +32,7 @@ from hpcmoe.model.text import check_text, find_text
 from hpcmoe.output import StderrHandler, print_to_stdout
 from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
-from hpcmoe.prepare.budget import check_budget, describe_budget, may_use_gpus
+from hpcmoe.prepare.budget import check_budget, format_budget, may_use_gpus
 from hpcmoe.prepare.shards import resolve_tensor_parallel
 from hpcmoe.run.metadata import check_metadata, describe_checkpoint, log_changes
 from hpcmoe.wait import barrier
@@ -41,14 +41,13 @@ from hpcmoe.write.activations import write_activations
 from hpcmoe.write.checkpoint import (
     find_checkpoint,
     is_in_folder,
-    load_checkpoint,
     newest_checkpoint,
     read_metadata,
     step_of,
 )
 from hpcmoe.write.folder import open_folder
-from hpcmoe.write.loads import read_loads
-from hpcmoe.write.pieces import Piece, PieceSpec
+from hpcmoe.write.pieces import Piece, PieceSpec, read_pieces
+from hpcmoe.write.problem import read_loads
 from hpcmoe.write.records import open_records
 from hpcmoe.write.writer import open_writer
 
@@ -195,7 +194,7 @@ def resume(job, state, checkpoint):
         PieceSpec(name=part.name, shape=part.shape, start=part.start, extent=part.extent, keys=part.keys)
         for part in state.list_wanted()
     ]
-    arrays, metadata = load_checkpoint(job.mesh.world, checkpoint, wanted)
+    arrays, metadata = read_pieces(job.mesh.world, checkpoint, wanted)
     step = step_of(checkpoint)
     log.info("resumed %s, step %d, written by %d ranks", checkpoint, step, metadata["num_ranks"])
     log_changes(metadata, job.config, len(job.training))
@@ -211,7 +210,7 @@ def list_written(config, folder):
 def log_plan(job):
     """Say what is about to run and how much memory it will take."""
     from hpcmoe.prepare.placement import format_placement
-    from hpcmoe.prepare.sizes import describe_sizes
+    from hpcmoe.prepare.sizes import format_sizes
     from hpcmoe.report.totals import format_sampling_floors
 
     memory, model, text_bytes = job.memory, job.config.model, len(job.training)
@@ -219,8 +218,8 @@ def log_plan(job):
         "%d layers x %d experts, top-%d, hidden %d, feed-forward %d; %.1f MB of text to train on",
         model.num_layers, model.num_experts, model.top_k, model.hidden, model.feed_forward, text_bytes / 1e6,
     )  # fmt: skip
-    budget_lines = describe_budget(job.budget, job.topology, memory.per_expert, model.num_layers)
-    size_lines = describe_sizes(job.stepper.dispatcher.sizes, job.stepper.dispatcher.routes)
+    budget_lines = format_budget(job.budget, job.topology, memory.per_expert, model.num_layers)
+    size_lines = format_sizes(job.stepper.dispatcher.sizes, job.stepper.dispatcher.routes)
     for line in [
         *budget_lines,
         *format_placement(job.run_placement, job.config.placement),

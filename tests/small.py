@@ -17,16 +17,15 @@ from hpcmoe.comm.window import make_private_window, open_window
 from hpcmoe.config import Config
 from hpcmoe.dispatch.host import HostDispatcher
 from hpcmoe.dispatch.routes import make_routes
-from hpcmoe.dispatch.sizes import HostSizes, max_messages_sent
+from hpcmoe.dispatch.sizes import HostSizes, make_host_sizes, max_messages_sent
 from hpcmoe.model.text import find_text
 from hpcmoe.placement.demand import find_loads
-from hpcmoe.prepare.sizes import make_host_sizes
 from hpcmoe.prepare.sizes import make_sizes as make_run_sizes
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.state import TrainingState
 from hpcmoe.wait import barrier, gather_to_all
-from hpcmoe.write.loads import read_loads
+from hpcmoe.write.problem import read_loads
 
 SMALL = {
     "model.hidden": 8, "model.feed_forward": 12, "model.num_layers": 2, "model.num_heads": 2, "model.num_experts": 4,
@@ -145,10 +144,18 @@ def open_small_dispatcher(comm, hidden, num_nodes=1, once=False, hesitate=None, 
     sizes = make_sizes(routes, hidden=hidden, **{key: value for key, value in changes.items() if key != "slots"})
     with (
         open_window(local_comm, sizes.window_sizes(routes)) as window,
-        open_mpi_transport(comm, sizes.row_bytes, hesitate) as transport,
+        open_mpi_transport(comm, sizes.row_bytes) as transport,
     ):
+        hesitate_to_poke(transport, hesitate)
         yield make_dispatcher(hidden, transport, window, node_of_rank, once, **changes)
     local_comm.Free()
+
+
+def hesitate_to_poke(transport, hesitate):
+    """Let nothing progress in a transport while hesitate(), if any, is true."""
+    poke = transport.poke
+    if hesitate is not None:
+        transport.poke = lambda: not hesitate() and poke()
 
 
 def make_sizes(routes, **sizes):

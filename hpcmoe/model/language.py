@@ -12,20 +12,18 @@ import torch
 from torch import nn
 
 from hpcmoe.cluster.mesh import Mesh
+from hpcmoe.comm.device import Device
 from hpcmoe.config import ModelConfig, NetworkSpec
-from hpcmoe.dispatch.device import DeviceDispatcher
-from hpcmoe.dispatch.host import HostDispatcher
+from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
 from hpcmoe.dispatch.router import Router
-from hpcmoe.experts.feed_forward import Expert, LocalExperts, make_expert_weights
-from hpcmoe.experts.grouped import GroupedExperts, GroupedLayer
+from hpcmoe.experts.feed_forward import Expert, GroupedExperts, LocalExperts, make_expert_weights
 from hpcmoe.experts.layer import LayerContext, MoELayer
 from hpcmoe.gemm import multiply
-from hpcmoe.model.routing_stats import Device, RoutingSums
+from hpcmoe.model.routing_stats import RoutingSums
 from hpcmoe.model.text import VOCABULARY_SIZE
 from hpcmoe.placement.result import Placement
 
-Dispatcher = HostDispatcher | DeviceDispatcher
 Draw = Callable[[int, int], torch.Tensor]  # random weights of so many rows and columns
 
 
@@ -172,7 +170,7 @@ def make_model(
     spec: NetworkSpec,
     mesh: Mesh,
     placement: Placement,
-    dispatcher: Dispatcher,
+    dispatcher: TokenDispatcher,
     device: Device,
 ) -> LanguageModel:
     """Build this rank's part of the network; the weights drawn are the same at any number of ranks."""
@@ -192,7 +190,7 @@ def make_layer(
     spec: NetworkSpec,
     mesh: Mesh,
     placement: Placement,
-    dispatcher: Dispatcher,
+    dispatcher: TokenDispatcher,
     draw: Draw,
     layer: int,
 ) -> MoELayer:
@@ -202,10 +200,9 @@ def make_layer(
     router = Router(draw(model.num_experts, model.hidden), model.top_k, spec.dispatch)
     expert_of_slot = placement.experts_of_rank(layer, mesh.expert_index)
     replicas = [make_expert(spec, mesh, layer, expert) for expert in expert_of_slot.tolist()]
-    at_once = isinstance(dispatcher, DeviceDispatcher)
-    experts = (GroupedExperts if at_once else LocalExperts)(replicas)
+    experts = (GroupedExperts if dispatcher.works_at_once else LocalExperts)(replicas)
     chooser = make_chooser(model.num_experts, mesh, placement, layer)
-    return (GroupedLayer if at_once else MoELayer)(dense, router, experts, dispatcher, chooser)
+    return MoELayer(dense, router, experts, dispatcher, chooser)
 
 
 def make_chooser(num_experts: int, mesh: Mesh, placement: Placement, layer: int) -> SlotChooser:

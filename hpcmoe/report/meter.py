@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from hpcmoe.clock import Timer
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.mpi import all_reduce
-from hpcmoe.model.language import Dispatcher
+from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.model.routing_stats import RoutingStats
 from hpcmoe.report.batches import Batches
 from hpcmoe.report.metrics import compute_balancedness, compute_link_balance, sum_own_links
 from hpcmoe.wait import wait_all
 
-STAGES = ("data", "dense", "route", "dispatch", "compute", "combine", "optimizer", "waiting")
+STAGES = tuple(Timer)
 MEANS = ("utilisation", "balancedness", "balancedness_of_layer", "link_sigma", "link_sigma_of_layer")  # over the steps
 
 
@@ -24,7 +25,7 @@ class StepMetrics:
     """Figures of one step, over all ranks."""
 
     seconds: float  # wall-clock, on this rank
-    seconds_of_stage: dict[str, float]  # mean over the ranks
+    seconds_of_stage: dict[Timer, float]  # mean over the ranks
     num_tokens: int
     num_dropped: int
     utilisation: np.ndarray  # U_e [L, E]
@@ -43,7 +44,7 @@ class StepMetrics:
 class Meter:
     """Reads clock and traffic at the end of each step, and sums the steps' figures."""
 
-    def __init__(self, dispatcher: Dispatcher, mesh: Mesh):
+    def __init__(self, dispatcher: TokenDispatcher, mesh: Mesh):
         self.dispatcher, self.mesh, self.clock = dispatcher, mesh, dispatcher.clock
         self.rows_to_peer = np.zeros(dispatcher.transport.size, dtype=np.int64)
         self.own_tokens: Any = 0  # [L, E] assignments whose home is this rank, since pop_tokens

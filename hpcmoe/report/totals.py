@@ -6,13 +6,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hpcmoe.clock import Timer
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.config import NetworkSpec
 from hpcmoe.errors import on_root
 from hpcmoe.placement.result import Placement
+from hpcmoe.prepare.activations import measure_memory
 from hpcmoe.prepare.budget import MemoryBudget
-from hpcmoe.prepare.memory import Memory, measure_memory
+from hpcmoe.prepare.memory import Memory
 from hpcmoe.prepare.placement import RunPlacement
 from hpcmoe.prepare.process import ProcessMemory, count_unshared, mean_of_fullest_node, read_process
 from hpcmoe.report.batches import BatchSizes, record_batches
@@ -54,7 +56,7 @@ class Totals:
     num_tokens: int
     num_dropped: int
     seconds: float  # wall-clock of rank 0
-    seconds_of_stage: dict[str, float]  # mean over the ranks
+    seconds_of_stage: dict[Timer, float]  # mean over the ranks
     bytes_of_link: np.ndarray | None  # [P, P] bytes sent from rank to rank; on rank 0 alone
     utilisation: np.ndarray  # U_e [L, E], mean over the steps
     balancedness: float  # of the ranks, mean / max of the tokens served; mean over the steps

@@ -23,10 +23,10 @@ from hpcmoe.comm.select import (
 from hpcmoe.comm.transport import Loopback
 from hpcmoe.comm.window import open_window
 from hpcmoe.config import CommConfig
-from hpcmoe.dispatch.device import DeviceDispatcher, DeviceSizes
+from hpcmoe.dispatch.device import DeviceDispatcher
 from hpcmoe.dispatch.host import HostDispatcher
 from hpcmoe.dispatch.routes import Routes
-from hpcmoe.dispatch.sizes import HostSizes
+from hpcmoe.dispatch.sizes import DeviceSizes, HostSizes
 from hpcmoe.errors import ClusterError, on_root, raise_or_return
 from hpcmoe.wait import barrier, gather_to_all
 
@@ -132,4 +132,4 @@ def open_device_dispatcher(
         else:
             sum_groups = None
             all_to_all = opened.enter_context(open_all_to_all(backend, mesh.group, device, sizes.row_bytes, transport))
-        yield DeviceDispatcher(all_to_all, transport, device, Clock(), (sizes, routes), sum_groups)
+        yield DeviceDispatcher(all_to_all, transport, device, Clock(), sizes, routes, sum_groups)

@@ -17,10 +17,10 @@ from torch import nn
 
 from hpcmoe.comm.reduce import HostReducer, NcclReducer
 from hpcmoe.experts.layer import MoELayer
+from hpcmoe.float32 import FLOAT32_BYTES
 from hpcmoe.model.language import LanguageModel
 from hpcmoe.pipeline.schedule import Op
 from hpcmoe.placement.result import Placement
-from hpcmoe.prepare.budget import FLOAT32_BYTES
 from hpcmoe.wait import Backoff
 
 _FIRST_TAG = 1  # of a layer's sums; MPI keeps the order of the experts in it. 0 is of migrations

@@ -15,10 +15,10 @@ from hpcmoe.comm.device import open_device
 from hpcmoe.comm.heap import keep_heap
 from hpcmoe.comm.window import check_shared_memory
 from hpcmoe.config import Config, NetworkSpec
-from hpcmoe.dispatch.device import DeviceDispatcher, DeviceSizes
+from hpcmoe.dispatch.device import DeviceDispatcher
 from hpcmoe.dispatch.host import HostDispatcher
 from hpcmoe.dispatch.routes import Routes
-from hpcmoe.dispatch.sizes import HostSizes
+from hpcmoe.dispatch.sizes import AnySizes, make_device_sizes, make_host_sizes
 from hpcmoe.errors import keep_on_root, on_all, on_root
 from hpcmoe.model.language import make_model
 from hpcmoe.model.split import Split
@@ -30,7 +30,7 @@ from hpcmoe.prepare.budget import MemoryBudget, make_budget, record_gpu_memory, 
 from hpcmoe.prepare.memory import Memory, estimate_memory
 from hpcmoe.prepare.placement import Demand, RunPlacement, make_run_problem, place_experts, time_expert
 from hpcmoe.prepare.process import estimate_process
-from hpcmoe.prepare.sizes import check_tags, find_routes, make_device_sizes, make_host_sizes, make_sizes
+from hpcmoe.prepare.sizes import check_tags, find_routes, make_sizes
 from hpcmoe.report.meter import Meter
 from hpcmoe.run.dispatchers import (
     find_communicators,
@@ -59,7 +59,7 @@ class Prepared:
 
     topology: Topology  # with the memory of the GPUs
     routes: Routes
-    sizes: HostSizes | DeviceSizes
+    sizes: AnySizes
     memory: Memory  # of a rank, as estimated
     budget: MemoryBudget
     problem: PlacementProblem | None  # that the first placement solves, on rank 0 alone

@@ -42,7 +42,7 @@ class Migration:
     """A background task of the dispatcher: sends and receives experts, layer by layer."""
 
     def __init__(self, comm: MPI.Comm, layers: list[LayerMoves]):
-        self.comm, self.is_over = comm, False
+        self.comm, self.done = comm, False
         self.started = time.perf_counter()
         self.seconds, self.staged_bytes = 0.0, 0  # its duration, and the most that was held
         for layer in layers:
@@ -64,7 +64,7 @@ class Migration:
                 layer.experts.refresh()
             layer.experts.awaits_weights = False
             yield True
-        self.is_over, self.seconds = True, time.perf_counter() - self.started
+        self.done, self.seconds = True, time.perf_counter() - self.started
 
     def swap_pieces(self, layer: LayerMoves, pieces: Sequence[torch.Tensor]) -> Iterator[bool]:
         """Send a piece of each expert that leaves; when it has left, write one of each that comes in its place."""

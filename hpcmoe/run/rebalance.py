@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcmoe.clock import Timer
 from hpcmoe.experts.shapes import estimate_expert
 from hpcmoe.model.routing_stats import RoutingStats
 from hpcmoe.placement.demand import Loads, make_probability
@@ -52,7 +53,7 @@ class Rebalancer:
         """Solve anew after `step` steps, where it is due, and start to move the experts. Collective over world."""
         if self.every == 0 or self.num_steps < _MIN_STEPS or step % self.every:
             return
-        with self.job.stepper.clock.stage("waiting"):
+        with self.job.stepper.clock.measure(Timer.WAITING):
             tokens = gather_by_node(self.job.mesh.world, self.parts, self.job.topology.node_of_rank)
             num_parts = min(self.num_steps, _PARTS)
             self.parts, self.num_steps = 0, 0
@@ -87,7 +88,7 @@ class Rebalancer:
             step, len(decision.moves), decision.num_bytes / 1e6, seconds, decision.cost_seconds,
         )  # fmt: skip
         for name, value, unit in (
-            ("moved", len(decision.moves), "copies"),
+            ("moved", len(decision.moves), "replicas"),
             ("moved_bytes", decision.num_bytes, "B, of an expert-parallel group"),
             ("move_seconds", seconds, "s, beside the step's work"),
             ("move_seconds_predicted", decision.cost_seconds, "s, alone"),
@@ -100,12 +101,12 @@ class Rebalancer:
         """Record the placement from a step on."""
         placement, settings, self.is_new = self.job.placement, self.job.config.placement, False
         experts = placement.expert_of_replica
-        self.records.append(step, "cluster", "adopted", experts, "expert of each slot, from here on")
+        self.records.append(step, "cluster", "migrated", experts, "expert of each slot, from here on")
         if self.every > 0 and settings.replicate and settings.objective == "step":
             split = placement.split
             if split is None:
                 split = np.full((len(experts), len(placement.distance), experts.shape[1]), np.nan)
-            self.records.append(step, "cluster", "adopted_split", split, "share of a node's tokens; NaN: the nearest")
+            self.records.append(step, "cluster", "migrated_split", split, "share of a node's tokens; NaN: the nearest")
 
 
 def propose_migration(job: Job, tokens: np.ndarray, step: int) -> tuple[MigrationDecision, RunPlacement | None]:

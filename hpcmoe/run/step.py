@@ -6,16 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from hpcmoe.clock import Timer
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.config import Config
+from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.errors import attempt, on_all, raise_or_return
-from hpcmoe.model.language import Dispatcher, LanguageModel
+from hpcmoe.model.language import LanguageModel
 from hpcmoe.model.routing_stats import RoutingStats
 from hpcmoe.model.text import BlankText, Text, read_micro_batches
 from hpcmoe.pipeline.engine import Engine
 from hpcmoe.pipeline.schedule import make_schedule
-from hpcmoe.prepare.memory import ActivationTracker
+from hpcmoe.prepare.activations import ActivationTracker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +31,11 @@ class Outcome:
 class Stepper:
     """Runs a network over batches of text."""
 
-    def __init__(self, config: Config, mesh: Mesh, network: LanguageModel, dispatcher: Dispatcher):
+    def __init__(self, config: Config, mesh: Mesh, network: LanguageModel, dispatcher: TokenDispatcher):
         self.config, self.mesh, self.network, self.dispatcher = config, mesh, network, dispatcher
         self.clock, self.tracker = dispatcher.clock, ActivationTracker(network)
         pipeline, num_layers, in_flight = config.pipeline, config.model.num_layers, dispatcher.sizes.num_in_flight
-        self.engine = Engine(network, dispatcher, in_flight)
+        self.engine = Engine(network, dispatcher)
         self.schedules = {
             training: make_schedule(pipeline.schedule, num_layers, pipeline.micro_batches, in_flight, training)
             for training in (True, False)
@@ -49,7 +51,7 @@ class Stepper:
         """
         # A step that some ranks cannot read runs on zeros there, ends on all, and is then rejected by all.
         rest = starts, self.config.model.sequence_length, self.config.pipeline.micro_batches, self.mesh
-        with self.clock.stage("data"):
+        with self.clock.measure(Timer.DATA):
             batches, error = attempt(lambda: read_micro_batches(text, *rest))
             if error is not None:
                 batches = read_micro_batches(BlankText(), *rest)
@@ -59,7 +61,7 @@ class Stepper:
         self.run_engine(purpose == "train")
 
         # Sum routings, losses and errors over all ranks.
-        with self.clock.stage("waiting"):
+        with self.clock.measure(Timer.WAITING):
             stats = self.network.routing.wait_stats()
             sums = all_reduce(self.mesh.world, np.array([float(self.network.loss_sum), error is not None]))
             loss_sum, num_errors = sums.tolist()

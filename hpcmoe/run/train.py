@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from hpcmoe.clock import Timer
 from hpcmoe.config import Config
 from hpcmoe.model.balance import update_biases, update_load
 from hpcmoe.model.text import draw_starts, even_starts, share_of
@@ -85,11 +86,11 @@ def train_step(job: Job, optimizer: Optimizer, load: np.ndarray, step: int) -> t
     config = job.config
     optimizer.zero_gradients()
     outcome = job.stepper.run(job.training, draw_batch(job, step), load, "train", layers_to_write(config, step))
-    with job.stepper.clock.stage("optimizer"):
+    with job.stepper.clock.measure(Timer.OPTIMIZER):
         norm = optimizer.step(step)
     check_finite(step, config, loss=outcome.loss, norm_of_the_gradients=norm)
     if is_due(step, config.train.check_every, config.run.steps):
-        with job.stepper.clock.stage("optimizer"):
+        with job.stepper.clock.measure(Timer.OPTIMIZER):
             check_shared_parameters(job.stepper.network, optimizer.shared, job.mesh, step)
     return outcome, norm
 
@@ -133,7 +134,7 @@ def record_step(records: Recorder, step: int, outcome: Outcome, metrics: StepMet
         ("dispatch", "link_sigma", metrics.link_sigma, "1"),
         ("dispatch", "link_sigma_of_layer", metrics.link_sigma_of_layer, "1"),
         ("dispatch", "link_tokens_mean", metrics.link_tokens_mean, "tokens"),
-        ("dispatch", "dropped", metrics.num_dropped, "copies"),
+        ("dispatch", "dropped", metrics.num_dropped, "assignments"),
         ("dispatch", "aux_loss", outcome.stats.aux_loss, "1"),
         ("dispatch", "z_loss", outcome.stats.z_loss, "1"),
         ("experts", "utilisation", metrics.utilisation, "actual/expected tokens"),

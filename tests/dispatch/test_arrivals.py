@@ -34,18 +34,18 @@ def test_a_batch_holds_its_descriptors_rows_grouped_by_slot_and_descriptor(count
 
 @given(slips_of, st.integers(1, 9))
 def test_portions_take_every_row_once_and_are_about_so_long(counts, about):
-    """Slots with few rows share chunks, none of which could have taken the next; of many, split_chunks are even."""
+    """Slots with few rows share chunks, none of which could have taken the next; of many, chunks are even."""
     batch, row = make_batch([(n, 0) for n in range(len(counts))], np.zeros(len(counts), np.int64), counts), 0
     slot_of_row = np.repeat(np.arange(counts.shape[1]), batch.rows_of_slot)
-    split_chunks = list(batch.split_chunks(about))
-    for part, slots in split_chunks:
+    chunks = list(batch.split(about))
+    for part, slots in chunks:
         assert part.start == row <= part.stop and part.stop - row == sum(rows for _, rows in slots)
         assert slot_of_row[part].tolist() == [slot for slot, rows in slots for _ in range(rows)]
         assert part.stop - row <= max(1.5 * about, 1)
         row = part.stop
     assert row == counts.sum()
 
-    for (before, slots), (_, others) in itertools.pairwise(split_chunks):
+    for (before, slots), (_, others) in itertools.pairwise(chunks):
         (slot, _), (other, rows) = slots[-1], others[0]
         if slot == other:
             assert abs(before.stop - before.start - rows) <= 1
@@ -57,11 +57,11 @@ def test_apart_a_slots_portions_depend_on_its_own_rows_alone():
     alone, few, many = (make_batch([(0, 0)], [0], np.array([counts])) for counts in ([0, 7, 0], [2, 7, 1], [90, 7, 30]))
     for about in (5, 10, 200):
         sizes = [
-            [rows for _, slots in batch.split_chunks(about, apart=True) for slot, rows in slots if slot == 1]
+            [rows for _, slots in batch.split(about, apart=True) for slot, rows in slots if slot == 1]
             for batch in (alone, few, many)
         ]
         assert sizes[0] == sizes[1] == sizes[2]
-        assert all(len(slots) == 1 for _, slots in few.split_chunks(about, apart=True))
+        assert all(len(slots) == 1 for _, slots in few.split(about, apart=True))
 
 
 def make_board(node_of_rank, rank, once, max_messages=3, num_slots=2):
@@ -109,8 +109,8 @@ def test_descriptors_are_seen_once_as_they_come_and_then_marked_as_taken(once):
     for descriptor, (first, start, counts) in rows.items():
         assert arrivals.seen[descriptor][:2] == (first, start if sum(counts) else 0) or not sum(counts)
         if sum(counts):
-            batch = arrivals.batch_of([descriptor])
-            assert arrivals.rows(batch).tolist() == list(range(first + start, first + start + sum(counts)))
+            batch = arrivals.build_batch([descriptor])
+            assert arrivals.find_rows(batch).tolist() == list(range(first + start, first + start + sum(counts)))
 
 
 def test_an_earlier_exchanges_descriptors_are_not_taken_for_this_ones():
@@ -131,9 +131,9 @@ def test_rows_are_found_where_they_lie_this_time():
         descriptor = announce(routes, windows, 1, 0, 1, exchange, first, np.array([[2, 1]]))
         assert not batches or not arrivals.has(batches[0])
         arrivals.poll()
-        batches.append(arrivals.batch_of([descriptor]))
+        batches.append(arrivals.build_batch([descriptor]))
         assert arrivals.has(batches[0])
-        assert arrivals.rows(batches[0]).tolist() == [first, first + 1, first + 2]
+        assert arrivals.find_rows(batches[0]).tolist() == [first, first + 1, first + 2]
         assert not windows[0].done.any() or exchange == 2
         arrivals.finish(batches[-1])
         assert windows[0].done[0, 0][descriptor] == exchange
@@ -145,7 +145,7 @@ def test_runs_hold_no_more_messages_than_find_room_and_are_the_same_for_all_mate
     for rank in (0, 1):
         routes, windows = make_board(node_of_rank, rank, True)
         arrivals, peers = Arrivals(windows[rank], routes, 0, 1), [2, 3, 4]
-        runs = arrivals.runs(peers, at_once)
+        runs = arrivals.read_in_order(peers, at_once)
         assert next(runs) is None
         for peer, num_descriptors in ((4, 3), (3, 0), (2, 2)):
             for number in range(max(num_descriptors, 1)):
@@ -170,7 +170,7 @@ def test_runs_hold_no_more_messages_than_find_room_and_are_the_same_for_all_mate
 def test_runs_go_on_only_as_far_as_descriptors_are_there():
     routes, windows = make_board([0, 0, 1], 0, False)
     arrivals = Arrivals(windows[0], routes, 0, 1)
-    runs = arrivals.runs([1, 2], 1)
+    runs = arrivals.read_in_order([1, 2], 1)
     announce(routes, windows, 2, 0, 2, 1, 0, np.ones((2, 2), int))
     arrivals.poll()
     assert next(runs) is None  # rank 1's come first
@@ -190,12 +190,12 @@ def test_whoever_is_first_goes_first_unless_the_order_is_fixed():
             batch_rows=1, deterministic=deterministic,
         )  # fmt: skip
         assert dispatcher.groups == [[0], [1]]
-        arrivals = dispatcher.in_flight_buffers[0].arrivals = Arrivals(dispatcher.window, dispatcher.routes, 0, 1)
-        batches = dispatcher.receive(SimpleNamespace(buffer_index=0))
+        handle = SimpleNamespace(arrivals=Arrivals(dispatcher.window, dispatcher.routes, 0, 1))
+        batches = dispatcher.receive(handle)
         dispatcher.window.descriptors[1, 0, 1, 0] = [1, 5, 1, 2, 0]
         first = next(batches)
         assert (first is None) if deterministic else (first.descriptors == ((1, 0),))
         dispatcher.window.descriptors[0, 0, 1, 0] = [1, 0, 1, 3, 0]
         rest = [batch.descriptors for batch in batches if batch is not None]
         assert rest == ([((0, 0),), ((1, 0),)] if deterministic else [((0, 0),)])
-        assert len(arrivals.expected) == 0
+        assert len(handle.arrivals.expected) == 0

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from journeys import (
+from round_trips import (
     check_backward,
     check_forward,
     check_pools_are_free,
@@ -20,6 +20,7 @@ from small import make_dispatcher, open_small_dispatcher
 
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.comm.transport import HOMEWARD, Direction
+from hpcmoe.dispatch.dispatcher import ExchangeId
 from hpcmoe.wait import gather_to_all
 
 HIDDEN, TOP_K, SLOTS = 4, 3, 2
@@ -188,29 +189,25 @@ def test_nothing_is_announced_before_it_has_been_read(comm):
     """A rank that is far ahead waits with its next exchange until its local_peers have seen the last but one."""
     with open_small_dispatcher(comm, HIDDEN, **SIZES) as dispatcher:
         round_trip = make_round_trip(dispatcher, 5, seed=7, kept_share=0.0)
+        exchange, handles = ExchangeId(0, 0, Direction.DISPATCH), []
         for number in range(1, 4):
-            assert dispatcher.poll_ready(round_trip) == (number < 3)
+            assert dispatcher.poll_ready(round_trip.plan, exchange) == (number < 3)
             if number < 3:
-                dispatcher.dispatch(round_trip, round_trip.x, round_trip.gates, Direction.DISPATCH)
-            assert dispatcher.poll_results(round_trip)  # it has no assignments
+                handles.append(dispatcher.dispatch(round_trip.plan, round_trip.x, round_trip.gates, exchange))
+            assert dispatcher.poll_results(handles[-1])  # it has no assignments
         comm.Barrier()
-        for number in (1, 2):  # nobody has looked so far: see both now, the second with its buffers' own eyes
-            arrivals = dispatcher.in_flight_buffers[0].arrivals
-            arrivals.exchange, arrivals.expected = (
-                number,
-                np.array([(local_peer, 0) for local_peer in range(comm.size)]),
-            )
-            arrivals.poll()
+        for handle in handles:  # nobody has read so far
+            handle.arrivals.poll()
         comm.Barrier()
-        assert dispatcher.poll_ready(round_trip)
+        assert dispatcher.poll_ready(round_trip.plan, exchange)
 
 
 def test_what_the_experts_take_is_padded_to_a_few_sizes_and_the_rest_counts_for_nothing():
     dispatcher = make_dispatcher(HIDDEN, top_k=1, slots=1, tokens=300)
     round_trip = make_round_trip(dispatcher, 300, seed=8, kept_share=1.0)
-    dispatcher.dispatch(round_trip, round_trip.x, round_trip.gates, Direction.DISPATCH)
-    batch = next(dispatcher.receive(round_trip))
-    places = dispatcher.find_rows(round_trip, batch)
+    exchange = ExchangeId(0, 0, Direction.DISPATCH)
+    handle = dispatcher.dispatch(round_trip.plan, round_trip.x, round_trip.gates, exchange)
+    places = handle.arrivals.find_rows(next(dispatcher.receive(handle)))
     for count in (1, 63, 65, 200, 297):
         rows, numbers = dispatcher.gather(places[:count])
         assert count <= len(rows) == len(numbers) <= 1.04 * count

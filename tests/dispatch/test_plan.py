@@ -11,7 +11,7 @@ from hpcmoe.dispatch.plan import (
     find_slots_of_shards,
     make_plan,
     num_trailing_rows,
-    place_among_equals,
+    number_equals,
     ranges,
 )
 from hpcmoe.dispatch.routes import make_routes
@@ -77,17 +77,17 @@ def test_a_message_holds_each_of_its_tokens_once_and_says_whose_each_copy_is(cho
 def test_entries_cover_exactly_what_comes_home(choice):
     """A row for each of the window's assignments, and one for each token of a message, entered at one of its assignments."""
     (_, slots, kept, _), plan = choice, plan_of(choice)
-    assert plan.row_of_entry.shape == plan.is_sum.shape == slots.shape and plan.top_k == slots.shape[1]
-    entered = plan.row_of_entry[plan.row_of_entry >= 0]
+    assert plan.row_of_assignment.shape == plan.is_sum.shape == slots.shape and plan.top_k == slots.shape[1]
+    entered = plan.row_of_assignment[plan.row_of_assignment >= 0]
     rows = list(range(len(plan.assignments)))
     for message in plan.messages:
         rows += range(message.first, message.first + message.num_tokens)
-    assert sorted(entered) == rows and kept[plan.row_of_entry >= 0].all()
-    assert plan.row_of_entry.ravel()[plan.assignments].tolist() == list(range(len(plan.assignments)))
+    assert sorted(entered) == rows and kept[plan.row_of_assignment >= 0].all()
+    assert plan.row_of_assignment.ravel()[plan.assignments].tolist() == list(range(len(plan.assignments)))
     assert not plan.is_sum.ravel()[plan.assignments].any()
     for message in plan.messages:
         for place, token in enumerate(message.tokens):
-            (k,) = np.flatnonzero(plan.row_of_entry[token] == message.first + place)
+            (k,) = np.flatnonzero(plan.row_of_assignment[token] == message.first + place)
             assert plan.is_sum[token, k] and token * slots.shape[1] + k in message.assignments
     assert plan.is_sum.sum() == sum(message.num_tokens for message in plan.messages)
 
@@ -132,7 +132,7 @@ def test_ranges_are_joined(pairs):
 @given(st.lists(st.integers(0, 4)))
 def test_occurrences_are_numbered(values):
     slowly = [values[:index].count(value) for index, value in enumerate(values)]
-    assert place_among_equals(np.array(values, np.int64)).tolist() == slowly
+    assert number_equals(np.array(values, np.int64)).tolist() == slowly
 
 
 def test_shares_run_up_to_exactly_one_within_each_expert():

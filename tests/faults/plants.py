@@ -27,24 +27,24 @@ ROUTER, FFN, STATE = "dispatch/test_router.py", "experts/test_feed_forward.py", 
 FAULTS = {
     # PLACEMENT: what a layout costs, and how the memory is dealt.
     "a link is priced the wrong way round": plant(
-        "placement/cost.py", "sent * problem.link_cost +", "sent.T * problem.link_cost +", "placement/test_cost.py"
+        "placement/resources.py", "sent * problem.link_cost +", "sent.T * problem.link_cost +", "placement/test_cost.py"
     ),
     "what stays on a node loads its port": plant(
-        "placement/cost.py",
+        "placement/resources.py",
         "np.where(np.eye(len(sent)), 0.0, sent)",
         "np.where(np.eye(len(sent)), sent, sent)",
         "placement/test_cost.py",
     ),
     "racks in and out change places": plant(
-        "placement/cost.py",
-        '"uplink_in": between.sum(axis=0)',
-        '"uplink_in": between.sum(axis=1)',
+        "placement/resources.py",
+        "between.sum(axis=1), between.sum(axis=0))",
+        "between.sum(axis=0), between.sum(axis=1))",
         "placement/test_cost.py",
     ),
     "a farther tier takes tokens too": plant(
         "placement/cost.py",
-        "problem.distance[:, nodes] <= tier) / count",
-        "problem.distance[:, nodes] <= 2) / count",
+        "distance[:, order] == np.repeat(np.minimum.reduceat(distance[:, order], first, axis=1), size, axis=1)",
+        "distance[:, order] <= 2",
         "placement/test_cost.py",
     ),
     "a bound is met from too far": plant(
@@ -127,18 +127,18 @@ FAULTS = {
     ),
     # EXPERTS
     "the gate's gradient forgets the output's bias": plant(
-        "experts/feed_forward.py", "grad_gate += grad_y.float() @ self.down_bias.float()", "pass", FFN
+        "experts/products.py", "total += grad_y.float() @ bias.float()", "pass", FFN
     ),
     "the down matrix learns from gradients without gates": plant(
         "experts/feed_forward.py",
-        'self.add_gradients("down", grad_y * gates, hidden)',
-        'self.add_gradients("down", grad_y, hidden)',
+        'products.add_gradients("down", grad_y * gates, hidden)',
+        'products.add_gradients("down", grad_y, hidden)',
         FFN,
     ),
     "a gated expert goes back through the wrong half": plant(
         "experts/feed_forward.py",
-        'activate_back(grad_y * up, gate, "silu")',
-        'activate_back(grad_y * gate, gate, "silu")',
+        "silu_backward(grad_hidden * up, gate)",
+        "silu_backward(grad_hidden * gate, gate)",
         FFN,
     ),
     "every shard adds the output's bias": plant(
@@ -149,7 +149,7 @@ FAULTS = {
         4,
     ),
     "biases are those of before the step": plant(
-        "experts/feed_forward.py", "        self.biases = {}\n        for matrix", "        for matrix", FFN
+        "experts/products.py", "        self.biases = {}\n        for matrix", "        for matrix", FFN
     ),
     # EXCHANGE and what carries it
     "local peers are told before the rows are there": plant(
@@ -184,8 +184,8 @@ FAULTS = {
     ),
     "a padded row is computed from what lay there": plant(
         "dispatch/host.py",
-        "plan.row_of_entry < 0, buffers.zero, buffers",
-        "plan.row_of_entry < 0, buffers.results, buffers",
+        "plan.row_of_assignment < 0, zero, first",
+        "plan.row_of_assignment < 0, first, first",
         EXCHANGE,
         3,
     ),
@@ -194,21 +194,21 @@ FAULTS = {
     ),
     "the numbers of a landed message are another's": plant(
         "dispatch/inbound.py",
-        "gate_values[:] = self.window.gate_values[results]",
-        "gate_values[:] = self.window.gate_values[results][::-1]",
+        "        gates[:] = self.window.gate_values[results]",
+        "        gates[:] = self.window.gate_values[results][::-1]",
         ORACLE,
         3,
     ),
     "a batch takes the local peers' rows before this one": plant(
         "dispatch/arrivals.py",
-        "counts[:, :local_index].sum(axis=(1, 2))",
-        "counts[:, : local_index + 1].sum(axis=(1, 2))",
+        "counts[:, :index].sum(axis=(1, 2))",
+        "counts[:, : index + 1].sum(axis=(1, 2))",
         EXCHANGE,
         3,
     ),
     "home does not wait for messages": plant(
         "dispatch/host.py",
-        "        if not all(request.done for request in buffers.returns):\n            return False\n",
+        "        if not all(request.done for request in handle.returns):\n            return False\n",
         "",
         "dispatch/test_delays.py",
         3,

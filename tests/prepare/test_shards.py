@@ -8,7 +8,7 @@ import pytest
 from small import make_config, make_topology
 
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.prepare.budget import count_dense_parameters
+from hpcmoe.model.shapes import count_dense_parameters
 from hpcmoe.prepare.shards import choose_tensor_parallel, resolve_tensor_parallel
 
 EXPERT = 2 * 8 * 12 * 4 * 4  # bytes of an expert with gradients and moments: two matrices 8 x 12 in float32

@@ -23,7 +23,7 @@ from hpcmoe.run.metadata import (
     log_changes,
 )
 from hpcmoe.write.checkpoint import read_metadata, save_checkpoint
-from hpcmoe.write.pieces import Piece
+from hpcmoe.write.pieces import Piece, run_tasks
 
 OLD = pathlib.Path(__file__).with_name("checkpoint_without_gate.tar.xz")  # as written before gates were recorded
 OF_OLD = {
@@ -150,7 +150,7 @@ def test_inference_is_told_of_other_micro_batches_where_each_has_a_capacity(capl
 def test_facts_come_back_from_a_checkpoint_as_they_were(tmp_path):
     config = make_config(dispatch__load_feedback=0.3, experts__kind="swiglu", model__top_k=1)
     piece = Piece(name="x", shape=(1,), start=(0,), array=np.ones(1))
-    save_checkpoint(MPI.COMM_SELF, tmp_path, 3, [piece], make_metadata(config), 1)
+    run_tasks(save_checkpoint(MPI.COMM_SELF, tmp_path, 3, [piece], make_metadata(config), 1))
     metadata = read_metadata(tmp_path / "checkpoint-3")
     assert metadata == make_metadata(config)
     check_metadata(metadata, config, tmp_path, 3)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hpcmoe.errors import CheckpointError
-from hpcmoe.write.loads import read_loads
+from hpcmoe.write.problem import read_loads
 from hpcmoe.write.records import Records
 
 

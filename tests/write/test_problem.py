@@ -9,7 +9,7 @@ from cases import make_case, make_domains, write_case
 
 from hpcmoe.errors import CheckpointError
 from hpcmoe.placement.files.case import read_case
-from hpcmoe.write.hdf5 import write_value
+from hpcmoe.write.hdf5 import write_entry
 from hpcmoe.write.problem import read_run_problem, record_problem
 
 
@@ -22,7 +22,7 @@ class Facts:
     def describe(self, chapter, name, value, unit=""):
         """Write a fact."""
         with h5py.File(self.path, "a") as file:
-            write_value(file.require_group(chapter), name, value, unit)
+            write_entry(file.require_group(chapter), name, value, unit)
 
 
 def keep(tmp_path, case):
