@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hpcmoe.clock import Timer
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.config import NetworkSpec
@@ -55,7 +56,7 @@ class Totals:
     num_tokens: int
     num_dropped: int
     seconds: float  # wall-clock of rank 0
-    seconds_of_stage: dict[str, float]  # mean over the ranks
+    seconds_of_stage: dict[Timer, float]  # mean over the ranks
     bytes_of_link: np.ndarray | None  # [P, P] bytes sent from rank to rank; on rank 0 alone
     utilisation: np.ndarray  # U_e [L, E], mean over the steps
     balancedness: float  # of the ranks, mean / max of the tokens served; mean over the steps
