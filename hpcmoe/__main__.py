@@ -5,26 +5,21 @@ import sys
 
 from hpcmoe import __version__
 from hpcmoe.messages import show_value, suggest
-from hpcmoe.mpi_library import EXIT_USER, describe_missing, import_mpi
-from hpcmoe.output import print_to_stderr, print_to_stdout
+from hpcmoe.mpi_library import describe_missing, import_mpi
+from hpcmoe.output import EXIT_USER, print_to_stderr, print_to_stdout
 from hpcmoe.start import prepare_process
 
 COMMANDS = {  # name: (module, whether it starts MPI, what it does, an example)
     "run": ("hpcmoe.main", True, "train or run a model on MPI ranks", "mpirun -n 4 hpcmoe run inputs/run.toml"),
     "place": ("hpcmoe.place", False, "place experts by themselves", "hpcmoe place inputs/case.json --budget 5"),
     "check": ("hpcmoe.check", True, "show and try what there is to run on", "mpirun -n 2 hpcmoe check"),
-    "config": (
-        "hpcmoe.settings",
-        False,
-        "show every key, check a config",
-        "hpcmoe config my.toml",
-    ),
+    "config": ("hpcmoe.settings", False, "show every key, check a config", "hpcmoe config my.toml"),
 }
 
 
-def main(words: list[str] | None = None) -> int | None:
-    """Run the command that the first word names -> exit status."""
-    name, *rest = (sys.argv[1:] if words is None else words) or ["--help"]
+def main(arguments: list[str] | None = None) -> int | None:
+    """Run the command that the first argument names -> exit status."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     match name:
         case "-h" | "--help" | "help":
             print_to_stdout(describe_commands())
@@ -35,6 +30,8 @@ def main(words: list[str] | None = None) -> int | None:
     if name not in COMMANDS:
         print_to_stderr([f"hpcmoe: command line: {show_value(name)}: unknown command{suggest(name, COMMANDS)}"])
         return EXIT_USER
+
+    # Import the program, which may take seconds, and run it.
     sys.argv = [f"hpcmoe {name}", *rest]
     prepare_process()
     module, needs_mpi, *_ = COMMANDS[name]

@@ -1,38 +1,77 @@
-"""Where the seconds of a step went: one running total a stage, the inner stage's time taken off the outer's."""
+"""Where the seconds of a step went: a running total for each timer, an inner stage's time taken off the outer's."""
 
 import contextlib
+import enum
 import time
+from collections.abc import Iterator
+
+
+class Timer(enum.StrEnum):
+    """What a step's seconds are reported under, in the order of the report."""
+
+    DATA = "data"
+    DENSE = "dense"
+    ROUTE = "route"
+    DISPATCH = "dispatch"
+    COMPUTE = "compute"
+    COMBINE = "combine"
+    OPTIMIZER = "optimizer"
+    WAITING = "waiting"
+
+
+class Stage(enum.StrEnum):
+    """A stage of a micro-batch: its name, the timer of its work, and the timer of the time spent waiting for it."""
+
+    report_as: Timer
+    wait_as: Timer
+
+    EMBED = "embed", Timer.DENSE, Timer.DENSE
+    ROUTE = "route", Timer.ROUTE, Timer.ROUTE
+    DISPATCH = "dispatch", Timer.DISPATCH, Timer.DISPATCH
+    COMPUTE = "compute", Timer.COMPUTE, Timer.DISPATCH
+    COMBINE = "combine", Timer.COMBINE, Timer.COMBINE
+    HEAD = "head", Timer.DENSE, Timer.WAITING
+    COMBINE_BACKWARD = "combine_backward", Timer.COMBINE, Timer.COMBINE
+    COMPUTE_BACKWARD = "compute_backward", Timer.COMPUTE, Timer.DISPATCH
+    ROUTE_BACKWARD = "route_backward", Timer.DENSE, Timer.COMBINE
+    EMBED_BACKWARD = "embed_backward", Timer.DENSE, Timer.DENSE
+
+    def __new__(cls, name: str, report_as: Timer, wait_as: Timer) -> "Stage":
+        """Make a member whose value is its name."""
+        member = str.__new__(cls, name)
+        member._value_, member.report_as, member.wait_as = name, report_as, wait_as
+        return member
 
 
 class Clock:
-    """Adds up wall-clock seconds by stage name."""
+    """Adds up wall-clock seconds by timer."""
 
-    def __init__(self):
-        self.seconds = {}
-        self.running = []
+    def __init__(self) -> None:
+        self.seconds: dict[Timer, float] = {}
+        self.running: list[Timer] = []
         self.since = 0.0
 
     @contextlib.contextmanager
-    def stage(self, name):
-        """Count the time of the with-block to this stage, and to no stage around it."""
+    def measure(self, timer: Timer) -> Iterator[None]:
+        """Count the time of the with-block to this timer, and to no timer around it."""
         self.charge()
-        self.running.append(name)
+        self.running.append(timer)
         try:
             yield
         finally:
             self.charge()
             self.running.pop()
 
-    def charge(self):
-        """Book the time since the last change to the stage that has been running."""
+    def charge(self) -> None:
+        """Add the time since the last change to the timer that has been running."""
         now = time.perf_counter()
         if self.running:
-            name = self.running[-1]
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - self.since
+            timer = self.running[-1]
+            self.seconds[timer] = self.seconds.get(timer, 0.0) + now - self.since
         self.since = now
 
-    def pop_seconds(self):
-        """Return the totals since the last call -> dict stage: seconds, and start again from zero."""
+    def pop_seconds(self) -> dict[Timer, float]:
+        """Return the totals since the last call, and start again from zero."""
         self.charge()
         totals, self.seconds = self.seconds, {}
         return totals

@@ -10,6 +10,7 @@ MOST_DIGITS = 15  # of a number that anybody sets: 10^15 megabytes are more than
 POWER_OF_UNIT = {"K": 10, "": 20, "M": 20, "G": 30, "T": 40, "P": 50}  # Slurm's: a number alone is megabytes
 NCCL_SHARES = "NCCL_MULTI_RANK_GPU_ENABLE"  # 1: NCCL 2.30 and later may run several ranks on one GPU
 NCCL_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"  # 1: several communicators may be busy at once, in the order of the calls
+UCX_CUDA = {"all", "cuda", "cuda_copy"}  # UCX's names for what tells a GPU's memory from the host's
 
 
 def read_environment() -> Mapping[str, str]:
@@ -54,15 +55,15 @@ def read_counts(name: str, environ: Mapping[str, str] = os.environ) -> list[int]
     """Read a number for each node, repeated as Slurm does, 72(x2),36 -> [72, 72, 36]; [] where there is none."""
     text, counts = read_setting(name, environ), []
     for entry in text.split(",") if text else []:
-        told = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,6})\))?", entry.strip())
-        if told is None:
+        match = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,6})\))?", entry.strip())
+        if match is None:
             raise wrong(name, text, "a number for each node, such as 72(x2),36")
-        counts += [int(told[1])] * int(told[2] or 1)
+        counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
 
 def is_natural(text: str) -> bool:
-    """Return True for digits alone, few enough for a number that anybody means."""
+    """Return True if a text is digits alone, few enough for a number that anybody means."""
     return re.fullmatch(f"[0-9]{{1,{MOST_DIGITS}}}", text) is not None
 
 
@@ -82,9 +83,36 @@ def may_share_gpus() -> bool:
     return read_setting(NCCL_SHARES) == "1"
 
 
-def have_nccl_keep_order() -> None:
-    """Have NCCL start what several communicators do in the order of the calls, unless the user has said otherwise."""
+def keep_nccl_order() -> None:
+    """Set NCCL to launch what several communicators do in the order of the calls, where the user has not."""
     os.environ.setdefault(NCCL_ORDER, "1")
+
+
+def find_ucx_obstacle(mpi_name: str, netmod: str) -> str:
+    """Return what keeps UCX from carrying all messages of an MPI, a GPU's too, in a few words; "" where nothing does.
+
+    netmod: the network module that an MPICH takes by itself.
+    """
+    for key in ("UCX_TLS", "MPI_UCX_TLS"):
+        transports = read_setting(key)
+        if transports and not knows_cuda(transports):
+            return f"{key}={transports} leaves out cuda_copy"
+    match mpi_name:
+        case "Open MPI":
+            key, value = "OMPI_MCA_pml", "ucx"
+        case "MPICH":
+            netmod = read_setting("MPIR_CVAR_CH4_NETMOD") or netmod
+            if netmod != "ucx":
+                return f"MPICH goes by {netmod or 'another way'}"
+            key, value = "MPIR_CVAR_NOLOCAL", "1"  # else ranks of a node share memory, which is the host's
+        case _:
+            return f"what {mpi_name} leaves to it is not known"
+    return "" if read_setting(key) == value else f"{mpi_name} leaves all messages to it only with {key}={value}"
+
+
+def knows_cuda(transports: str) -> bool:
+    """Return True if a list of UCX's transports, or with ^ of those left out, leaves one that knows a GPU's memory."""
+    return transports.startswith("^") == UCX_CUDA.isdisjoint(transports.removeprefix("^").split(","))
 
 
 def find_job() -> tuple[str, str]:

@@ -1,60 +1,66 @@
-"""How a rank fails: together with the others when all can know why, alone and loudly when only it knows."""
+"""How a rank fails: together with the others where all can know why, alone and loudly where only it knows."""
 
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from hpcmoe.interrupts import Interrupted, ignore_signals
 from hpcmoe.output import DRAIN_SECONDS, EXIT_USER, print_to_stderr
 from hpcmoe.wait import barrier, broadcast, gather_to_all
 
-EXIT_BUG = 1  # anything else, shown with its traceback
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+EXIT_BUG = 1  # the status of any other error, shown with its traceback
 EXIT_BARRIER_SECONDS = 5.0  # how long a failing rank waits for the others before it aborts them
 WAIT_FOR_ROOT_SECONDS = 3.0  # how long an interrupted rank waits for rank 0 to speak for all
 
+Result = TypeVar("Result")
+
 
 class HpcmoeError(Exception):
-    """An error that the user or the machine can mend; its text is one line per error, with the arithmetic."""
+    """An error that the user can correct; its text is one line per error, with the arithmetic."""
 
     shared = False  # True once every rank holds the same error
 
 
 class ConfigError(HpcmoeError):
-    """A key, value or file of the input is wrong."""
+    """A wrong key, value or file of the input."""
 
 
 class ClusterError(HpcmoeError):
-    """The ranks, nodes, links or launcher are not what the run needs."""
+    """Ranks, nodes, links or a launcher that are not what the run needs."""
 
 
 class PlacementError(HpcmoeError):
-    """The experts do not fit on the ranks."""
+    """Experts that do not fit on the ranks."""
 
 
 class TrainingError(HpcmoeError):
-    """Training has left the numbers: a loss or a gradient is not finite."""
+    """A loss or a gradient that is not finite."""
 
 
 class CheckpointError(HpcmoeError):
-    """Something could not be written, or what was read back is not whole."""
+    """Something that could not be written, or was read back incomplete."""
 
 
-def on_root(comm, fn):
-    """Run fn on rank 0 and give every rank its result, or raise its HpcmoeError. Collective over comm."""
+def on_root(comm: "MPI.Comm", fn: Callable[[], Result]) -> Result:
+    """Run fn on rank 0 -> its result, or its HpcmoeError, on every rank. Collective over comm."""
     result, error = attempt(fn) if comm.rank == 0 else (None, None)
-    result, error = broadcast(comm, (result, error))
-    return raise_or_return(result, error)
+    return raise_or_return(*broadcast(comm, (result, error)))
 
 
-def keep_on_root(comm, fn):
+def keep_on_root(comm: "MPI.Comm", fn: Callable[[], Result]) -> Result | None:
     """Run fn on rank 0 -> its result there and None elsewhere, or its HpcmoeError on all. Collective over comm."""
     result, error = attempt(fn) if comm.rank == 0 else (None, None)
     return raise_or_return(result, broadcast(comm, error))
 
 
-def on_all(comm, fn):
+def on_all(comm: "MPI.Comm", fn: Callable[[], Result]) -> Result:
     """Run fn on every rank -> its result here; the lowest failing rank's HpcmoeError on all. Collective over comm."""
     result, error = attempt(fn)
     errors = [(rank, other) for rank, other in enumerate(gather_to_all(comm, error)) if other is not None]
@@ -64,7 +70,7 @@ def on_all(comm, fn):
     return raise_or_return(result, error)
 
 
-def attempt(fn):
+def attempt(fn: Callable[[], Result]) -> tuple[Any, HpcmoeError | None]:
     """Call fn -> (result, None) or (None, the HpcmoeError it raised); other exceptions pass."""
     try:
         return fn(), None
@@ -72,7 +78,7 @@ def attempt(fn):
         return None, error
 
 
-def raise_or_return(result, error):
+def raise_or_return(result: Result, error: HpcmoeError | None) -> Result:
     """Raise the error that all ranks share, or return the result."""
     if error is not None:
         error.shared = True
@@ -80,8 +86,9 @@ def raise_or_return(result, error):
     return result
 
 
-def exit_with(comm, error, host):
-    """End this process because of error: all together where every rank knows it, else by aborting the others."""
+def exit_with(comm: "MPI.Comm", error: BaseException, host: str) -> NoReturn:
+    """End this process because of an error: all ranks together where each has it, else by aborting the others."""
+    # End together where every rank has the error.
     if isinstance(error, HpcmoeError) and error.shared:
         if comm.rank == 0:
             print_to_stderr(f"hpcmoe: {line}" for line in str(error).splitlines())
@@ -89,30 +96,25 @@ def exit_with(comm, error, host):
             sys.exit(EXIT_USER)
         abort_ranks(comm, EXIT_USER)
 
-    # Ctrl-C reaches all ranks, and one line is enough; a signal may reach this one alone.
+    # Print one line after Ctrl-C, which reaches all ranks; a signal may reach this one alone.
     ignore_signals()
+    own = f"[rank {comm.rank} of {comm.size}, {host}]"
     if isinstance(error, KeyboardInterrupt):
         ending = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
         if comm.rank > 0:
             time.sleep(WAIT_FOR_ROOT_SECONDS)
-        whose = f"[rank {comm.rank} of {comm.size}, {host}]" if comm.rank > 0 else "hpcmoe:"
-        print_to_stderr([f"{whose} {ending}"])
+        print_to_stderr([f"{own if comm.rank > 0 else 'hpcmoe:'} {ending}"])
         abort_ranks(comm, ending.status)
 
-    # Only this rank knows: say who it is on each line, then take the others down.
+    # Print what only this rank knows, with its name on each line, then abort the others.
     expected = isinstance(error, HpcmoeError)
-    lines = str(error).splitlines() if expected else format_traceback(error)
-    print_to_stderr(f"[rank {comm.rank} of {comm.size}, {host}] {line}" for line in lines)
+    text = str(error) if expected else "".join(traceback.format_exception(error))
+    print_to_stderr(f"{own} {line}" for line in text.splitlines())
     abort_ranks(comm, EXIT_USER if expected else EXIT_BUG)
 
 
-def abort_ranks(comm, status):
-    """Take all ranks down, once what was said has had time to come out."""
+def abort_ranks(comm: "MPI.Comm", status: int) -> NoReturn:
+    """Abort all ranks, once what was printed has had time to come out."""
     time.sleep(DRAIN_SECONDS)
     comm.Abort(status)
     os._exit(status)  # MPICH 5 comes back from it, and is ended by its launcher a moment later
-
-
-def format_traceback(error):
-    """Format an exception -> its traceback, line by line."""
-    return "".join(traceback.format_exception(error)).splitlines()

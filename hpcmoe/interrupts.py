@@ -1,11 +1,12 @@
-"""Ctrl-C and termination as an exception that gets out of whatever swallows it; what then tidies up is left alone."""
+"""Ctrl-C and termination as an exception that is raised until it ends the program, but never during clean-up."""
 
 import contextlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 
-REPEAT_SECONDS = 0.5  # between two exceptions, until one has got out
+REPEAT_SECONDS = 0.5  # between two exceptions, until one ends the block
 TERMINATION_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -26,32 +27,30 @@ class Interrupted(KeyboardInterrupt):
 
 
 def name_signal(number: int) -> str:
-    """Return a signal's number and name: signal 15 (SIGTERM)."""
+    """Format a signal's number and name: signal 15 (SIGTERM)."""
     return f"signal {number:d} ({signal.Signals(number).name})"
 
 
 @contextlib.contextmanager
-def repeated_interrupts():
-    """Within, raise Interrupted at Ctrl-C or SIGTERM, again and again until it has got out: in the main thread alone.
+def repeated_interrupts() -> Iterator[None]:
+    """Raise Interrupted in the block at Ctrl-C or SIGTERM, repeatedly until it ends the block. Main thread only.
 
-    Numba loses one that comes while it looks at the types of a call's arguments, and an import may turn one into
-    another exception. Once one has come, further signals are ignored: the process is ending.
+    Numba loses one that comes while it determines the types of a call's arguments, and an import may convert one to
+    another exception. Later signals are ignored: the process is ending.
     """
-    received = []
+    received: list[int] = []
 
-    def interrupt(number, _):
+    def interrupt(number: int, _: FrameType | None) -> None:
         if number in TERMINATION_SIGNALS:
             received.append(number)
             ignore_signals()
         signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS)
         raise Interrupted(received[0])
 
-    # A signal that whoever started the process had ignored, as nohup does, stays ignored; Ctrl-C is asked for by hand.
-    numbers = [
-        n for n in (*TERMINATION_SIGNALS, signal.SIGALRM) if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN
-    ]
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    complain, sys.unraisablehook = sys.unraisablehook, ignore_lost_interrupts(sys.unraisablehook)
+    # Install the handler, but leave ignored what the parent process ignored, as under nohup; never Ctrl-C.
+    numbers = list_not_ignored(*TERMINATION_SIGNALS, signal.SIGALRM)
+    before = {number: signal.signal(number, interrupt) for number in {signal.SIGINT, *numbers}}
+    report, sys.unraisablehook = sys.unraisablehook, ignore_lost_interrupts(sys.unraisablehook)
     try:
         yield
     except Exception as error:
@@ -60,24 +59,24 @@ def repeated_interrupts():
         raise
     finally:
         stop_repeating()
-        sys.unraisablehook = complain
+        sys.unraisablehook = report
         for number, handler in before.items():
             if not received or number == signal.SIGALRM:
                 signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def exit_on_signals(end: Callable[[Interrupted], None]):
-    """Within, have a signal call end(Interrupted), which does not return: code in C++ may not bear an exception.
+def exit_on_signals(end: Callable[[Interrupted], None]) -> Iterator[None]:
+    """Call end(Interrupted), which does not return, at a signal in the block: C++ code may not pass on an exception.
 
-    So it is as torch is imported: its bindings import Python's modules, and abort the process where one raises.
+    So do imports of torch: its bindings import Python modules, and abort the process where one raises.
     """
 
-    def interrupt(number, _):
+    def interrupt(number: int, _: FrameType | None) -> None:
         ignore_signals()
         end(Interrupted(number))
 
-    before = {n: signal.signal(n, interrupt) for n in TERMINATION_SIGNALS if signal.getsignal(n) != signal.SIG_IGN}
+    before = {number: signal.signal(number, interrupt) for number in list_not_ignored(*TERMINATION_SIGNALS)}
     try:
         yield
     finally:
@@ -85,9 +84,14 @@ def exit_on_signals(end: Callable[[Interrupted], None]):
             signal.signal(number, handler)
 
 
-def ignore_lost_interrupts(complain):
-    """Return a hook that passes over interrupts lost in a destructor: the next one comes soon."""
-    return lambda lost: None if issubclass(lost.exc_type, KeyboardInterrupt) else complain(lost)
+def list_not_ignored(*numbers: int) -> list[int]:
+    """List the signals that are not ignored."""
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def ignore_lost_interrupts(report: Callable) -> Callable:
+    """Return a hook that ignores interrupts lost in a destructor: the next one comes soon."""
+    return lambda lost: None if issubclass(lost.exc_type, KeyboardInterrupt) else report(lost)
 
 
 def ignore_signals() -> None:
@@ -97,5 +101,5 @@ def ignore_signals() -> None:
 
 
 def stop_repeating() -> None:
-    """Raise no further Interrupted: the last one has reached what tidies up."""
+    """Raise no further Interrupted: clean-up has begun."""
     signal.setitimer(signal.ITIMER_REAL, 0)

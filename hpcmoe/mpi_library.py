@@ -7,31 +7,33 @@ source for that MPI. Its arguments go to pip.
 
 import contextlib
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 import warnings
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from types import ModuleType
 
-from hpcmoe.output import DRAIN_SECONDS, EXIT_USER, print_to_stderr
+from hpcmoe.output import EXIT_USER, exit_with_line, print_to_stderr
 from hpcmoe.segments import clear_segments
 from hpcmoe.start import find_rank
 
-NUMBERS = ("PMI_RANK", "PMI_SIZE", "PMI_FD")  # that MPICH reads as it starts, and aborts where they are none
-START_SECONDS = 60.0  # for two ranks to start
-TRIAL = "import os; from mpi4py import MPI; os.write(1, b'size %d\\n' % MPI.COMM_WORLD.size)"
+_NUMBERS = ("PMI_RANK", "PMI_SIZE", "PMI_FD")  # that MPICH reads as it starts, and aborts where they are none
+_START_SECONDS = 60.0  # for two ranks to start
+_PROGRAM = "import os; from mpi4py import MPI; os.write(1, b'size %d\\n' % MPI.COMM_WORLD.size)"
 BUILD = ("--no-binary", "mpi4py", "--no-cache-dir", "--force-reinstall", "--no-deps", "mpi4py")
-CFLAGS = "-O1 -g0"  # thin wrappers, whose optimising takes minutes; what the user has set comes after it
+_CFLAGS = "-O1 -g0"  # thin wrappers, which take minutes to optimise; the user's own flags come after it
 
 
-def import_mpi():
-    """Clear MPI's way and import mpi4py's MPI, which starts it -> that; leave with one line where it cannot be."""
+def import_mpi() -> ModuleType:
+    """Import mpi4py's MPI, which starts it -> that module; exit with one line where it cannot be imported."""
     clear_segments()
-    error = find_bad_variable(os.environ)
-    if error is not None:
-        exit_with_line(error, is_first=True)
+    if line := find_bad_variable(os.environ):
+        exit_with_line(line, is_first=True)
+
+    # Start MPI, which mpi4py else does at its import; check_launcher reports what mpi4py would warn of.
     try:
         import mpi4py
 
@@ -39,7 +41,7 @@ def import_mpi():
         from mpi4py import MPI
 
         with hide_pmix(MPI.Get_library_version(), os.environ), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="suspicious MPI execution environment")  # check_launcher says it
+            warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
             if not MPI.Is_initialized():  # python -m mpi4py has
                 MPI.Init_thread()
     except (ImportError, RuntimeError, OSError) as error:
@@ -47,9 +49,9 @@ def import_mpi():
     return MPI
 
 
-def find_bad_variable(environ) -> str | None:
+def find_bad_variable(environ: Mapping[str, str]) -> str | None:
     """Find a variable of a launcher that is no number where an MPI wants one -> what is wrong, as one line, or None."""
-    for name in NUMBERS:
+    for name in _NUMBERS:
         text = environ.get(name, "").strip()
         if text and not (text.isascii() and text.isdecimal()):
             return f"the environment's {name} = {text[:40]!r}: must be a whole number; whoever starts the run sets it"
@@ -57,30 +59,21 @@ def find_bad_variable(environ) -> str | None:
 
 
 @contextlib.contextmanager
-def hide_pmix(library: str, environ):
-    """Within, hide a PMIx launcher from an MPICH that does not speak PMIx, and would abort: it starts alone instead.
+def hide_pmix(library: str, environ: MutableMapping[str, str]) -> Iterator[None]:
+    """Hide a PMIx launcher in the block from an MPICH without PMIx, which would abort: it starts alone instead.
 
-    Where a launcher within that one speaks PMI, as mpirun in a task of srun --mpi=pmix, it starts by that.
+    Where a launcher within that one uses PMI, as mpirun in a task of srun --mpi=pmix, it starts by that.
     """
-    is_deaf = library.startswith("MPICH Version") and "pmix" not in library.lower()
-    hidden = {name: environ.pop(name) for name in list(environ) if is_deaf and name.startswith("PMIX_")}
+    is_without_pmix = library.startswith("MPICH Version") and "pmix" not in library.lower()
+    hidden = {name: environ.pop(name) for name in list(environ) if is_without_pmix and name.startswith("PMIX_")}
     try:
         yield
     finally:
         environ.update(hidden)
 
 
-def exit_with_line(line: str, is_first: bool):
-    """End this process with status 2; the first of the ranks writes the line, the others give it time to come out."""
-    if is_first:
-        print_to_stderr([f"hpcmoe: {line}"])
-    else:
-        time.sleep(DRAIN_SECONDS)
-    sys.exit(EXIT_USER)
-
-
 def describe_error(error: BaseException) -> str:
-    """Format why mpi4py's MPI cannot be imported, and the command that mends it, as one line."""
+    """Format why mpi4py's MPI cannot be imported, and the command that corrects it, as one line."""
     if isinstance(error, ModuleNotFoundError):
         return describe_missing(error)
     reason = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
@@ -88,7 +81,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def describe_missing(error: ModuleNotFoundError) -> str:
-    """Format that a package is missing, which tells of an environment that is not active, and what mends it."""
+    """Format that a package is missing, as where the environment is not active, and the remedy."""
     packages = "mpi4py mpich" if error.name == "mpi4py" else error.name
     return (
         f"{error.name} is not installed in {sys.prefix}: activate hpcmoe's environment (source .venv/bin/activate), "
@@ -97,8 +90,8 @@ def describe_missing(error: ModuleNotFoundError) -> str:
 
 
 def describe_start() -> str:
-    """Name the mpirun that starts this environment's ranks, or what makes another do."""
-    mpirun = pathlib.Path(sys.prefix, "bin", "mpirun")
+    """Name the mpirun that starts this environment's ranks, or the command that makes another one start them."""
+    mpirun = Path(sys.prefix, "bin", "mpirun")
     if mpirun.is_file():
         return f"start with {mpirun}"
     return f"start with the mpirun of that MPI, or {describe_cure()}"
@@ -117,14 +110,14 @@ def describe_cure() -> str:
 
 
 def find_missing_tools() -> list[str]:
-    """List what a build of mpi4py lacks, each with Debian's package."""
-    header = pathlib.Path(sysconfig.get_path("include"), "Python.h")
-    checks = (
-        (find_mpicc() is not None, "mpicc (Debian: libmpich-dev or libopenmpi-dev)"),
-        (header.is_file(), "Python.h (Debian: python3-dev)"),
-        (shutil.which("cc") or shutil.which("gcc"), "a C compiler (Debian: gcc)"),
-    )
-    return [name for is_there, name in checks if not is_there]
+    """List what is missing for a build of mpi4py, each with Debian's package."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    found = {
+        "mpicc (Debian: libmpich-dev or libopenmpi-dev)": find_mpicc() is not None,
+        "Python.h (Debian: python3-dev)": header.is_file(),
+        "a C compiler (Debian: gcc)": shutil.which("cc") or shutil.which("gcc"),
+    }
+    return [name for name, is_found in found.items() if not is_found]
 
 
 def find_mpicc() -> str | None:
@@ -132,54 +125,61 @@ def find_mpicc() -> str | None:
     if os.environ.get("MPICC"):
         return os.environ["MPICC"]
     mpirun = shutil.which("mpirun")
-    beside = mpirun and shutil.which("mpicc", path=str(pathlib.Path(mpirun).parent))
+    beside = mpirun and shutil.which("mpicc", path=str(Path(mpirun).parent))
     return beside or shutil.which("mpicc")
 
 
-def main(words=None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Make mpi4py fit the mpirun on the PATH -> exit status."""
+    error = build_if_needed(sys.argv[1:] if arguments is None else arguments)
+    if error is not None:
+        print_to_stderr([f"hpcmoe: {error}"])
+    return 0 if error is None else EXIT_USER
+
+
+def build_if_needed(arguments: Sequence[str]) -> str | None:
+    """Build mpi4py unless two ranks start together -> what is wrong, as one line, or None."""
     error = check_ranks()
     if error is None:
-        return 0
-    missing = find_missing_tools()
-    if missing:
-        print_to_stderr([f"hpcmoe: {error}; to build mpi4py for that MPI, install {', '.join(missing)}"])
-        return EXIT_USER
+        return None
+    if missing := find_missing_tools():
+        return f"{error}; to build mpi4py for that MPI, install {', '.join(missing)}"
     print_to_stderr([f"hpcmoe: {error}: building mpi4py from source with {find_mpicc()}, some minutes"])
-    if build(sys.argv[1:] if words is None else words) != 0:
-        print_to_stderr(["hpcmoe: mpi4py could not be built: see pip's lines above"])
-        return EXIT_USER
+    if build(arguments) != 0:
+        return "mpi4py could not be built: see pip's lines above"
     error = check_ranks()
-    if error is not None:
-        print_to_stderr([f"hpcmoe: {error}, though mpi4py was built with {find_mpicc()}: are they of one MPI?"])
-        return EXIT_USER
-    return 0
+    return error and f"{error}, though mpi4py was built with {find_mpicc()}: are they of one MPI?"
 
 
-def build(words) -> int:
-    """Have pip build and install mpi4py for the MPI on the PATH, with more of pip's arguments -> its status."""
-    environment = {**os.environ, "MPICC": find_mpicc(), "CFLAGS": f"{CFLAGS} {os.environ.get('CFLAGS', '')}".strip()}
-    command = [sys.executable, "-m", "pip", "install", "--quiet", *words, *BUILD]
+def build(arguments: Sequence[str]) -> int:
+    """Build and install mpi4py by pip for the MPI on the PATH, with more of pip's arguments -> its status."""
+    flags = f"{_CFLAGS} {os.environ.get('CFLAGS', '')}".strip()
+    environment = {**os.environ, "MPICC": find_mpicc() or "", "CFLAGS": flags}
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments, *BUILD]
     return subprocess.run(command, env=environment).returncode
 
 
 def check_ranks() -> str | None:
-    """Start two ranks by the mpirun on the PATH -> what is wrong, or None when each sees a world of two."""
+    """Start two ranks by the mpirun on the PATH -> what is wrong, or None where each sees a world of two."""
     mpirun = shutil.which("mpirun")
     if mpirun is None:
         return "no mpirun is on the PATH"
-    command = [mpirun, "-n", "2", sys.executable, "-c", TRIAL]
+
+    # Start them.
+    command = [mpirun, "-n", "2", sys.executable, "-c", _PROGRAM]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=START_SECONDS)
+        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_START_SECONDS)
     except subprocess.TimeoutExpired:
-        return f"two ranks by {mpirun} have not ended after {START_SECONDS:.0f} s"
+        return f"two ranks by {mpirun} have not ended after {_START_SECONDS:.0f} s"
+
+    # Compare the sizes of their worlds; without any, find the line that names the error.
     sizes = [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("size ")]
     if sizes == ["2", "2"]:
         return None
     if sizes:
         return f"two ranks by {mpirun} see worlds of {', '.join(sizes)}: mpi4py has loaded another MPI's library"
-    said = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
-    cause = next((line for line in said if "Error: " in line), said[-1] if said else f"status {ended.returncode}")
+    lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()] or [f"status {ended.returncode}"]
+    cause = next((line for line in lines if "Error: " in line), lines[-1])
     return f"two ranks by {mpirun} do not start: {cause}"
 
 

@@ -4,11 +4,12 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterable
-from typing import TextIO
+from typing import NoReturn, TextIO
 
-EXIT_USER = 2  # a program's status where the user can mend what is wrong: bad input, a machine that does not fit
-DRAIN_SECONDS = 0.2  # for a launcher to hand on what was said: what it has not read when a rank aborts is lost
+EXIT_USER = 2  # the status of an error that the user can correct: bad input, a machine that does not fit
+DRAIN_SECONDS = 0.2  # for a launcher to forward output: what it has not read when a rank aborts is lost
 
 
 def print_to_stdout(text: str) -> None:
@@ -17,8 +18,17 @@ def print_to_stdout(text: str) -> None:
 
 
 def print_to_stderr(lines: Iterable[str]) -> None:
-    """Write lines to standard error at once, so that ranks do not cut into each other."""
+    """Write lines to standard error in one call, so that those of several ranks do not mix."""
     write(sys.stderr, "".join(f"{line}\n" for line in lines))
+
+
+def exit_with_line(line: str, is_first: bool) -> NoReturn:
+    """End this process with EXIT_USER; the first of the ranks writes the line, the others wait until it is out."""
+    if is_first:
+        print_to_stderr([f"hpcmoe: {line}"])
+    else:
+        time.sleep(DRAIN_SECONDS)
+    sys.exit(EXIT_USER)
 
 
 def write(stream: TextIO | None, text: str) -> None:
@@ -33,8 +43,8 @@ def write(stream: TextIO | None, text: str) -> None:
         discard_output(stream)
 
 
-def discard_output(stream: TextIO | None) -> None:
-    """Send what a broken stream still holds to nowhere, else Python complains of it at its end, by status 120."""
+def discard_output(stream: TextIO) -> None:
+    """Redirect a broken stream to nowhere, or Python would fail to flush it at its end, with status 120."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: there is none
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -42,8 +52,8 @@ def discard_output(stream: TextIO | None) -> None:
 
 
 class StderrHandler(logging.StreamHandler):
-    """Log to standard error, or to nowhere once that is broken."""
+    """A handler that logs to standard error, or to nowhere once that is broken."""
 
-    def handleError(self, record):  # noqa: N802
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Drop the record, and those that follow."""
         discard_output(self.stream)

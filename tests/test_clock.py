@@ -26,11 +26,11 @@ def wall(monkeypatch):
 def test_an_inner_stage_is_taken_off_the_outer(wall):
     c = Clock()
     wall.now += 100  # no stage: nobody's
-    with c.stage("compute"):
+    with c.measure("compute"):
         wall.now += 1
-        with c.stage("dispatch"):
+        with c.measure("dispatch"):
             wall.now += 10
-        with c.stage("compute"):  # a stage within itself counts once
+        with c.measure("compute"):  # a stage within itself counts once
             wall.now += 2
         wall.now += 4
     wall.now += 100
@@ -40,8 +40,8 @@ def test_an_inner_stage_is_taken_off_the_outer(wall):
 
 def test_a_stage_that_fails_is_booked_and_over(wall):
     c = Clock()
-    with c.stage("data"):
-        with pytest.raises(ValueError), c.stage("route"):
+    with c.measure("data"):
+        with pytest.raises(ValueError), c.measure("route"):
             wall.now += 3
             raise ValueError
         wall.now += 1
@@ -50,7 +50,7 @@ def test_a_stage_that_fails_is_booked_and_over(wall):
 
 def test_taking_within_a_stage_cuts_it_in_two(wall):
     c = Clock()
-    with c.stage("compute"):
+    with c.measure("compute"):
         wall.now += 1
         assert c.pop_seconds() == {"compute": 1}
         wall.now += 2
@@ -65,7 +65,7 @@ def test_stages_sum_to_the_elapsed_time(nest):
     c = Clock()
 
     def walk(nest, depth):
-        with c.stage(f"depth {depth}"):
+        with c.measure(f"depth {depth}"):
             for inner in nest:
                 walk(inner, depth + 1)
 

@@ -4,12 +4,11 @@ import sys
 
 import pytest
 
-from hpcmoe import mpi_library
+from hpcmoe import mpi_library, output
 from hpcmoe.mpi_library import (
     BUILD,
     check_ranks,
     describe_error,
-    exit_with_line,
     find_bad_variable,
     find_missing_tools,
     find_mpicc,
@@ -84,10 +83,10 @@ def test_the_mpicc_beside_the_mpirun_is_taken_unless_one_is_named(tools, monkeyp
     ],
 )
 def test_one_rank_speaks(environ, first, monkeypatch, capsys):
-    monkeypatch.setattr(mpi_library, "DRAIN_SECONDS", 0)
+    monkeypatch.setattr(output, "DRAIN_SECONDS", 0)
     assert (find_rank(environ) == "0") is first
     with pytest.raises(SystemExit) as ended:
-        exit_with_line("why", first)
+        output.exit_with_line("why", first)
     assert ended.value.code == 2 and capsys.readouterr().err == "hpcmoe: why\n" * first
 
 

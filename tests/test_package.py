@@ -69,7 +69,7 @@ def test_place_and_config_need_no_mpi(tmp_path):
 def test_a_package_that_is_missing_is_one_line_and_status_2(monkeypatch, capsys):
     """As where the environment is not active."""
     monkeypatch.setitem(command.COMMANDS, "config", ("no_such_package", False, "", ""))
-    monkeypatch.setattr(command, "prepare", lambda: None)
+    monkeypatch.setattr(command, "prepare_process", lambda: None)
     assert command.main(["config"]) == 2
     assert re.fullmatch(r"hpcmoe: no_such_package is not installed in .* activate .*\n", capsys.readouterr().err)
 

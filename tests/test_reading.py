@@ -48,7 +48,7 @@ def test_marks_and_line_ends_of_other_systems_are_read(tmp_path, content):
         (b'[data]\nfiles = ["a", "\\u2028"]', "must hold no line breaks"),
         (b"[[run]]\nseed = 1", "[run]: [{'seed': 1}]: must be a section"),
         (b"[run]\nname = '" + b"x" * 5000 + b"'", "String should have at most 255 characters"),
-        (b"[data]\nfiles = [" + b"1, " * 100000 + b"]", "entry [0]: must be a valid string (and 1"),
+        (b"[data]\nfiles = [" + b"1, " * 100000 + b"]", "files[0] = 1: must be a valid string (and 1"),
         (b"[run]\nwarmup_steps = -0.0", "must be a valid integer"),
     ],
 )  # fmt: skip
@@ -119,7 +119,7 @@ def test_any_value_is_shown_short_and_on_one_line():
     deep = [[[[[[[]]]]]], {"a\n": {"b": [1] * 99}}]
     for value in ("x" * 10**6, "\n\x1b\udcff\u2028", 10**10000, [10**10000] * 9, deep, b"\n", None):
         assert show_value(value).isprintable() and len(show_value(value)) <= 121
-    assert show_value("a") == "'a'" and show_value([1, 2.5, True]) == "[1, 2.5, True]"
+    assert show_value("a") == "'a'" and show_value([1, 2.5, True]) == "[1, 2.5, true]"
 
 
 def test_a_long_text_keeps_both_ends():

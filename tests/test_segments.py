@@ -9,7 +9,7 @@ import pytest
 from launch import run
 from mpi4py import MPI
 
-from hpcmoe import errors, segments
+from hpcmoe import output, segments
 
 LONG_AGO = 1_000_000.0
 REAL = segments.PROCESSES
@@ -122,12 +122,12 @@ def test_another_user_s_segment_of_our_name_is_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("place", "speaks"), [("0", True), ("3", False)])
 def test_what_blocks_is_named_once_with_the_cure(tmp_path, monkeypatch, capsys, place, speaks):
     path = leave(tmp_path, "mpich_shm_eb421bf2_1")
-    monkeypatch.setattr(segments, "DRAIN_SECONDS", 0.0)
+    monkeypatch.setattr(output, "DRAIN_SECONDS", 0.0)
     for key, value in {"SLURM_LOCALID": place, "PMI_JOBID": "1.0", "SLURMD_NODENAME": "node7"}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(SystemExit) as left:
         segments.exit_blocked(path)
-    assert left.value.code == segments.EXIT_USER == errors.EXIT_USER
+    assert left.value.code == output.EXIT_USER
     said = capsys.readouterr().err
     assert said.count("\n") == said.count(f"hpcmoe: node7: {path} of user {path.stat().st_uid}, left by") == int(speaks)
     assert ("have its owner or root remove it, or submit the job anew" in said) is speaks

@@ -1,4 +1,4 @@
-"""Functions stay short, public ones are explained, run.toml is the whole manual, no machine is named."""
+"""Functions stay short, public ones are explained and typed, names are the field's, run.toml is the whole manual."""
 
 import ast
 import dataclasses
@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import tomllib
 
+import house
 import pytest
 from launch import ROOT
 
@@ -67,6 +68,31 @@ def test_what_is_public_has_a_docstring():
     assert [name_of(file) for file in FILES if not ast.get_docstring(ast.parse(file.read_text()))] == []
     public = [(name_of(file), node) for file in FILES for node in explained(file)]
     assert [(name, node.name) for name, node in public if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("rule", house.RULES)
+def test_the_house_rules_hold(rule):
+    assert list(house.RULES[rule](house.parse(ROOT))) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "found"),
+    [
+        ("one public name, one thing", "def send(): pass", ["send"]),
+        ("one public name, one thing", "_send = main = log = 1", []),
+        ("docstrings begin with a plain imperative", 'def f():\n    """Tell of rows."""', ["f"]),
+        ("docstrings begin with a plain imperative", 'def is_f():\n    """Return whether."""', ["is_f"]),
+        ("docstrings begin with a plain imperative", 'def is_f():\n    """Return True if it is."""', []),
+        ("no word of the old dialect", "def f(x_slope): mate_rank = x_slope", ["x_slope", "mate_rank"]),
+        ("no word of the old dialect", "slate = template", []),
+        ("public functions are annotated", "class A:\n    def f(self, x: int, y): pass", ["A.f"]),
+        ("public functions are annotated", "def f(x: int) -> int: return x\ndef _g(y): pass", []),
+    ],
+)
+def test_the_house_rules_find_what_breaks_them(rule, text, found):
+    trees = {"a.py": ast.parse(text), "b.py": ast.parse(text if rule.startswith("one") else "")}
+    lines = [line for line in house.RULES[rule](trees) if line.startswith("a.py")]
+    assert [line.split(": ")[1].split(" ")[0] for line in lines] == found
 
 
 def test_run_toml_shows_every_key_at_its_default():

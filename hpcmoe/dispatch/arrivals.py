@@ -1,42 +1,49 @@
 """What has been announced to the experts of this rank, and how it is put together into batches.
 
-A descriptor on a local peer's descriptor table says where rows for the experts of this rank lie, grouped by slot: the local peer's own tokens, or
-those of another node that it has landed.
+A descriptor in a local peer's table says where rows for the experts of this rank lie, grouped by slot: the peer's own
+tokens, or those of another node that it has received.
 """
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from hpcmoe.comm.window import DESCRIPTOR_WORDS
+from hpcmoe.comm.window import DESCRIPTOR_WORDS, Window
 from hpcmoe.dispatch.plan import ranges
+from hpcmoe.dispatch.routes import Routes
 
-MAX_CHUNK_FACTOR = 1.5  # x the rows it is to have, as rounding to whole chunks gives
+MAX_CHUNK_FACTOR = 1.5  # x the rows that a chunk is to have, as rounding to whole chunks gives
+Key = tuple[int, int]  # of a descriptor: the local peer that published it, and its number in that peer's table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
     """Rows of some descriptors on which the local experts work at once, grouped by slot and within it by descriptor."""
 
-    descriptors: tuple  # (publisher, descriptor) of each
+    descriptors: tuple[Key, ...]
     descriptor_of_row: np.ndarray  # [n] int64, which of these a row belongs to
     offset_of_row: np.ndarray  # [n] int64, its place in that descriptor's rows
     rows_of_slot: np.ndarray  # [s] int64
 
-    def split_chunks(self, about_rows, apart=False):
-        """Cut the rows into what is gathered, worked on and laid down at once -> (slice, ((slot, rows), ...)) of each.
+    def split(self, about_rows: int, apart: bool = False) -> Iterator[tuple[slice, list[tuple[int, int]]]]:
+        """Yield the chunks into which the rows are cut: a slice, and (slot, rows) of each slot in it.
 
-        A slot with many rows has several chunks, as even as can be; slots with few rows share one, or, so that none
-        depends on another, have one each. None has more than MAX_CHUNK_FACTOR x about_rows.
+        A slot with many rows has several chunks, as even as can be. Slots with few rows share one or, apart, have one
+        each, so that none depends on another. None has more than MAX_CHUNK_FACTOR x about_rows.
         """
-        begin, end, shared = 0, 0, []  # of the chunk that is not full yet
+        begin, end = 0, 0  # of the chunk that is not full yet
+        shared: list[tuple[int, int]] = []
         for slot, rows in enumerate(self.rows_of_slot.tolist()):
+            # Close the shared chunk where this slot's rows would be too many in it.
             if shared and (apart or end - begin + rows > MAX_CHUNK_FACTOR * about_rows):
                 yield slice(begin, end), shared
                 begin, shared = end, []
+
+            # Cut a slot with many rows into chunks of its own.
             edges = cut_evenly(end, rows, max(round(rows / about_rows), 1))
             if len(edges) > 2:
                 yield from ((slice(*ends), [(slot, ends[1] - ends[0])]) for ends in itertools.pairwise(edges))
@@ -48,13 +55,13 @@ class Batch:
             yield slice(begin, end), shared
 
 
-def cut_evenly(begin, count, parts):
-    """Cut a range into parts as even as can be -> their edges, one more than parts."""
+def cut_evenly(begin: int, count: int, parts: int) -> list[int]:
+    """Return the edges [parts + 1] that cut a range into parts as even as can be."""
     return [begin + count * part // parts for part in range(parts + 1)]
 
 
-def make_batch(descriptors, starts, counts):
-    """Put together the rows of descriptors [n]: at starts [n], counts [n, s] of them for each slot of this rank -> Batch."""
+def make_batch(descriptors: Sequence[Key], starts: Sequence[int], counts: np.ndarray) -> Batch:
+    """Return the rows of descriptors [n] as a batch: they begin at starts [n], counts [n, s] of them for each slot."""
     first = np.asarray(starts)[:, None] + np.cumsum(counts, axis=1) - counts  # [n, s]
     of_descriptor, by_slot = np.tile(np.arange(len(descriptors)), counts.shape[1]), counts.T.ravel()  # [s * n]
     return Batch(
@@ -66,58 +73,60 @@ def make_batch(descriptors, starts, counts):
 
 
 class Descriptor(NamedTuple):
-    """What a descriptor says to this rank."""
+    """The part of a descriptor that concerns this rank."""
 
     first: int  # row of the window where its rows begin
     start: int  # of them, those for the local peers before this one
     counts: np.ndarray  # [s] int64, rows for each slot of this rank
     num_rows: int  # their sum
-    num_descriptors: int  # that its peer has in this exchange, told by the first of them
+    num_descriptors: int  # that its peer has in this exchange, in the first of them
 
 
 class Arrivals:
-    """The descriptors of one exchange, as this rank sees them come."""
+    """The descriptors of one exchange, read as they are published."""
 
-    def __init__(self, window, routes, buffer_index, exchange):
+    def __init__(self, window: Window, routes: Routes, buffer_index: int, exchange: int) -> None:
+        """exchange: the number of the exchange in these in-flight buffers, from 1."""
         self.window, self.routes, self.buffer_index, self.exchange = window, routes, buffer_index, exchange
-        self.seen = {}  # (publisher, descriptor): Descriptor
-        self.expected = np.stack(
-            self.find_descriptors(np.arange(len(routes.publishers))), axis=1
-        )  # [n, 2], not yet seen
+        self.seen: dict[Key, Descriptor] = {}
+        self.expected = np.stack(self.find_descriptors(np.arange(len(routes.publishers))), axis=1)  # [n, 2], not seen
 
-    def find_descriptors(self, peer, number=0):
-        """Find where peers' rows are announced -> (publishers, descriptors); number counts the messages of another node's."""
+    def find_descriptors(self, peer: int | np.ndarray, number: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return where peers' rows are announced: publishers and descriptors; number counts another node's messages."""
         inbound = self.routes.inbound_index[peer]
         return self.routes.publishers[peer], (inbound >= 0) * (1 + inbound * self.window.sizes.max_messages + number)
 
-    def poll(self):
-        """See what is new -> the descriptors with rows for this rank that were not there before."""
+    def poll(self) -> list[Key]:
+        """Read new descriptors, and return those with rows for this rank."""
         if len(self.expected) == 0:
             return []
-        descriptors = self.window.descriptors[:, self.buffer_index, self.exchange % 2]
-        there = descriptors[self.expected[:, 0], self.expected[:, 1], 0] == self.exchange
+        table = self.window.descriptors[:, self.buffer_index, self.exchange % 2]
+        there = table[self.expected[:, 0], self.expected[:, 1], 0] == self.exchange
         if not there.any():
             return []
         self.window.sync()
         fresh, self.expected = self.expected[there], self.expected[~there]
-        found = self.read(fresh, descriptors[fresh[:, 0], fresh[:, 1]])
+        found = self.read(fresh, table[fresh[:, 0], fresh[:, 1]])
         if len(self.expected) == 0:
             self.window.mark_consumed(self.buffer_index, self.exchange)
         return found
 
-    def read(self, fresh, words):
-        """Take in descriptors [n, 2], by their words [n, ...] -> those with rows for this rank.
+    def read(self, fresh: np.ndarray, words: np.ndarray) -> list[Key]:
+        """Read descriptors [n, 2] from their words [n, ...], and return those with rows for this rank.
 
-        The first of several of one peer tells how many follow, which are expected from now on.
+        The first of several of one peer has their number: the others are expected from now on.
         """
-        counts, local_index = (
+        # Read where this rank's rows begin among those of a descriptor, and how many there are for each slot.
+        counts, index = (
             words[:, DESCRIPTOR_WORDS:].reshape(len(words), -1, self.routes.num_slots),
             self.routes.local_index,
         )
-        own, starts = counts[:, local_index], counts[:, :local_index].sum(axis=(1, 2)).tolist()
+        own, starts = counts[:, index], counts[:, :index].sum(axis=(1, 2)).tolist()
         totals, (firsts, nums_descriptors) = own.sum(axis=1).tolist(), words[:, 1:DESCRIPTOR_WORDS].T.tolist()
-        found = list(map(tuple, fresh.tolist()))
+        found: list[Key] = [(publisher, descriptor) for publisher, descriptor in fresh.tolist()]
         self.seen.update(zip(found, map(Descriptor, firsts, starts, own, totals, nums_descriptors), strict=True))
+
+        # Expect the others of each peer.
         more = [
             (publisher, descriptor + number)
             for (publisher, descriptor), num_descriptors in zip(found, nums_descriptors, strict=True)
@@ -125,64 +134,63 @@ class Arrivals:
         ]
         if more:
             self.expected = np.concatenate([self.expected, more])
-        return [descriptor for descriptor, total in zip(found, totals, strict=True) if total]
+        return [key for key, total in zip(found, totals, strict=True) if total]
 
-    def runs(self, peers, at_once):
-        """Yield the descriptors of these peers in order, in lists for a batch each, and None until the next are all there.
+    def read_in_order(self, peers: Sequence[int], at_once: int) -> Iterator[list[Key] | None]:
+        """Yield the descriptors of these peers in order, in lists for a batch each, and None until the next are there.
 
-        At most at_once messages that one rank lands are in a list, since no more need have room there together; and all
-        local peers cut the same lists. Where each rank lands its own, and all meet rows in the same order, a local peer's rows
-        count as a message too: then all ranks cut alike.
+        A list has at most at_once messages that one rank receives: no more need fit into its pool together. All local
+        peers cut the same lists. Where each rank receives its own, and all meet rows in the same order, a local peer's
+        rows count as a message too: then all ranks cut alike.
         """
-        run, landed, once = [], Counter(), None
+        group, received, once = list[Key](), Counter[int | None](), None
         alike = self.routes.same_order and not self.routes.once.any()
         for peer in peers:
-            if once not in (
-                None,
-                self.routes.once[peer],
-            ):  # local peers do not all see the messages that serve one of them
-                yield run
-                run, landed = [], Counter()
+            # Begin anew between messages for one rank and for all: local peers do not all see the former.
+            if once not in (None, self.routes.once[peer]):
+                yield group
+                group, received = [], Counter()
             once = self.routes.once[peer]
+
+            # Add the peer's descriptors, and end the list before its messages could be too many for the pool.
             number, num_descriptors = 0, 1
             while number < num_descriptors:
-                descriptor = tuple(map(int, self.find_descriptors(peer, number)))
-                while descriptor not in self.seen:
+                publisher, descriptor = self.find_descriptors(peer, number)
+                key = int(publisher), int(descriptor)
+                while key not in self.seen:
                     yield None
-                seen = self.seen[descriptor]
+                seen = self.seen[key]
                 num_descriptors = seen.num_descriptors if number == 0 else num_descriptors
-                run += [descriptor] if seen.num_rows else []
+                group += [key] if seen.num_rows else []
                 number += 1
                 if num_descriptors == 0 or (self.routes.inbound_index[peer] < 0 and not (alike and seen.num_rows)):
                     continue
-                lands = None if alike else descriptor[0]
-                landed[lands] += 1
-                if landed[lands] == at_once:  # there may be no room for the next before these are done
-                    yield run
-                    run, landed = [], Counter()
-        yield run
+                receiver = None if alike else key[0]
+                received[receiver] += 1
+                if received[receiver] == at_once:
+                    yield group
+                    group, received = [], Counter()
+        yield group
 
-    def count_rows(self, descriptors):
-        """Count the rows that these descriptors have for this rank."""
-        return sum(self.seen[descriptor].num_rows for descriptor in descriptors)
+    def count_rows(self, descriptors: Sequence[Key]) -> int:
+        """Return how many rows these descriptors have for this rank."""
+        return sum(self.seen[key].num_rows for key in descriptors)
 
-    def batch_of(self, descriptors):
-        """Put together what these descriptors have for this rank, at least one of them -> Batch."""
-        seen = [self.seen[descriptor] for descriptor in descriptors]
-        return make_batch(
-            descriptors, [descriptor.start for descriptor in seen], np.array([descriptor.counts for descriptor in seen])
-        )
+    def build_batch(self, descriptors: Sequence[Key]) -> Batch:
+        """Build a batch of what these descriptors have for this rank, at least one of them."""
+        seen = [self.seen[key] for key in descriptors]
+        return make_batch(descriptors, [own.start for own in seen], np.array([own.counts for own in seen]))
 
-    def has(self, batch):
-        """Whether all descriptors of a batch, made in an earlier exchange of the same plans, have been seen."""
-        return all(descriptor in self.seen for descriptor in batch.descriptors)
+    def has(self, batch: Batch) -> bool:
+        """Return True if all descriptors of a batch, of an earlier exchange of the same plans, have been read."""
+        return all(key in self.seen for key in batch.descriptors)
 
-    def rows(self, batch):
-        """Find where a batch's results go, now -> rows of the window [n] int64."""
-        firsts = np.array([self.seen[descriptor].first for descriptor in batch.descriptors])
+    def find_rows(self, batch: Batch) -> np.ndarray:
+        """Return the rows of the window [n] int64 where a batch's results go in this exchange."""
+        firsts = np.array([self.seen[key].first for key in batch.descriptors])
         return firsts[batch.descriptor_of_row] + batch.offset_of_row
 
-    def finish(self, batch):
-        """Tell the homes that a batch's results are laid down."""
+    def finish(self, batch: Batch) -> None:
+        """Mark a batch's descriptors as done: their results are written."""
         for publisher, descriptor in batch.descriptors:
             self.window.mark_done(self.buffer_index, self.exchange, publisher, descriptor)

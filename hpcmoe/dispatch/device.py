@@ -1,69 +1,47 @@
 """Rows leave for their experts and return, on GPUs: the same two ways as on the host, from device to device.
 
-outward   dispatch, and the backward of combine    tokens gathered by destination, sent, sorted by expert
+outward   dispatch, and the backward of combine    tokens gathered by destination, sent, gathered by expert
 homeward  combine, and the backward of dispatch    results sent from where the tokens lay, to where these were packed
 
-A row is as wide as a token and ends in a number of its own. The host knows how many rows go where, and nothing else:
-packing, transfer, experts, return and sum follow each other by events.
+A row is as wide as a token and ends in a gate. The host knows how many rows go where, and nothing else: packing,
+transfer, experts, return and sum follow each other by events.
 """
 
 import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from hpcmoe.comm.all_to_all import Transfer
+from hpcmoe.clock import Clock
+from hpcmoe.comm.all_to_all import AllToAll, Transfer, TransferRequest
+from hpcmoe.comm.device import Device
 from hpcmoe.comm.rows import RowView, replace_none_by_last
-from hpcmoe.comm.transport import HOMEWARD, Direction, MessageKind
-from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan, tag_of, tag_of_counts
-from hpcmoe.dispatch.router import repeat_for_shards
-from hpcmoe.dispatch.sizes import Sizes, round_rows
-from hpcmoe.dispatch.traffic import make_traffic
-from hpcmoe.wait import Backoff, poke_all
-
-ALIGNMENT = 16  # bytes; GEMMs and memory assignments read no row faster than those that begin there
-PAUSES = 16  # between two looks at everything
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceSizes(Sizes):
-    """What buffers on a device hold."""
-
-    buffer_factor: float  # room for rows at the experts / those expected
-
-    @property
-    def row_bytes(self):
-        """Bytes of a token and its number on the wire."""
-        return -(-(self.hidden * self.dtype.itemsize + 4) // ALIGNMENT) * ALIGNMENT
-
-    @property
-    def home_rows(self):
-        """Rows of a micro-batch's assignments, and one that is zero."""
-        return self.tokens * self.top_k + 1
-
-    @property
-    def away_rows(self):
-        """Rows that find room at this rank's experts without growth."""
-        return max(int(self.expert_rows * self.buffer_factor), 1)
-
-    def buffer_bytes(self, _routes):
-        """Memory that messages take on this rank's device."""
-        return self.num_in_flight * (self.home_rows + self.away_rows) * self.row_bytes
+from hpcmoe.comm.transport import Direction, MessageKind, Transport
+from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan
+from hpcmoe.dispatch.dispatcher import Chunk, ExchangeId, ExchangeProgress
+from hpcmoe.dispatch.plan import SlotChooser
+from hpcmoe.dispatch.router import Routing, repeat_for_shards
+from hpcmoe.dispatch.routes import Routes
+from hpcmoe.dispatch.sizes import DeviceSizes, round_rows
+from hpcmoe.wait import Backoff
 
 
 class Table:
-    """A buffer of message rows, seen as scalars."""
+    """A buffer of message rows, as typed views of the same memory."""
 
-    def __init__(self, sizes, device, num_rows):
+    def __init__(self, sizes: DeviceSizes, device: Device, num_rows: int) -> None:
         self.buffer = device.make_buffer(num_rows, sizes.row_bytes)
         self.rows = self.buffer.tensor.view(sizes.dtype)[:, : sizes.hidden]  # [n, H]
-        self.gate_values = self.buffer.tensor.view(torch.float32)[:, -1]  # [n], one a row
+        self.gate_values = self.buffer.tensor.view(torch.float32)[:, -1]  # [n], at the end of each row
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.buffer)
 
-    def part(self, order=None, num_rows=None):
-        """See rows in an order, or the first num_rows, or all, as a move reads or writes them -> RowView."""
+    def view(self, order: Tensor | None = None, num_rows: int | None = None) -> RowView:
+        """Return rows in an order, or the first num_rows, or all, as row ops read or write them."""
         end = num_rows if order is None else None
         return RowView(values=self.rows[:end], gate_values=self.gate_values[:end], order=order)
 
@@ -71,124 +49,117 @@ class Table:
 class DeviceInFlightBuffers:
     """Where one micro-batch in flight has its rows, at home and at this rank's experts."""
 
-    def __init__(self, sizes, device):
+    def __init__(self, sizes: DeviceSizes, device: Device) -> None:
         self.home = Table(sizes, device, sizes.home_rows)  # assignments out, and their results back
         self.away = Table(sizes, device, sizes.away_rows)  # others' assignments, and their results
-        self.direction = None
-        self.outward = self.homeward = None  # Request
+        self.outward: TransferRequest | None = None
+        self.homeward: TransferRequest | None = None
 
-    def is_over(self):
-        """Whether nothing is under way from or to these rows."""
-        return all(request is None or request.is_over() for request in (self.outward, self.homeward))
+    def is_over(self) -> bool:
+        """Return True if nothing is under way from or to these rows."""
+        return all(request is None or request.done for request in (self.outward, self.homeward))
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Rows of a buffers: where a batch's rows lie."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DeviceHandle:
+    """An exchange that has been dispatched: what receive, return_batch and combine need to know of it."""
 
+    exchange: ExchangeId
+    plan: DevicePlan
     buffers: DeviceInFlightBuffers
-    order: torch.Tensor | None  # [n] int64; None: the first n
-    num_rows: int
-
-    def __getitem__(self, part):
-        """Mean a chunk: all of them, for a batch has no other."""
-        if part != slice(0, self.num_rows):
-            raise IndexError(f"{part} of {self.num_rows} rows that are worked on at once")
-        return self
+    outward: TransferRequest
 
 
-class DeviceDispatcher:
-    """Carries the rows of one expert-parallel group for all layers and micro-batches."""
+class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
+    """Carries rows from device to device (see TokenDispatcher)."""
 
-    def __init__(self, all_to_all, transport, device, clock, ways, sum_groups=None):
-        """all_to_all takes the rows; transport, by MPI, the counts; ways are (DeviceSizes, Routes).
+    works_at_once = True
 
-        sum_groups: NCCL's Groups that sum gradients, by name, where it carries the rows of a training.
+    def __init__(
+        self,
+        all_to_all: AllToAll,
+        transport: Transport,
+        device: Device,
+        clock: Clock,
+        sizes: DeviceSizes,
+        routes: Routes,
+        sum_groups: dict[str, Any] | None = None,
+    ) -> None:
+        """all_to_all carries the rows; transport, by MPI, the counts.
+
+        sum_groups: NCCL's groups that sum gradients, by name, where it carries the rows of a training.
         """
-        self.all_to_all, self.transport, self.device, self.clock = all_to_all, transport, device, clock
-        (self.sizes, self.routes), self.sum_groups = ways, sum_groups
-        self.num_slots = len(self.routes.place_of_slot)
-        self.in_flight_buffers = [DeviceInFlightBuffers(self.sizes, device) for _ in range(self.sizes.num_in_flight)]
+        super().__init__(transport, clock, all_to_all)
+        self.all_to_all, self.device, self.sizes, self.routes = all_to_all, device, sizes, routes
+        self.sum_groups = sum_groups
+        self.num_slots = len(routes.place_of_slot)
+        self.in_flight_buffers = [DeviceInFlightBuffers(sizes, device) for _ in range(sizes.num_in_flight)]
         device.row_ops.prepare(self.in_flight_buffers[0].home.rows)
-        self.choosers, self.background_tasks = weakref.WeakKeyDictionary(), []
-        self.traffic = make_traffic(self.transport.size)
+        self.choosers = weakref.WeakKeyDictionary[SlotChooser, DeviceChooser]()
 
-    def pop_traffic(self):
-        """Return what was sent since the last call -> Traffic."""
-        traffic, self.traffic = self.traffic, make_traffic(self.transport.size)
-        return traffic
-
-    def register(self, task):
-        """Poke this too from now on, until it is over."""
-        self.background_tasks.append(task)
-
-    def poke(self):
-        """Let messages and background tasks progress, without waiting -> whether anything moved."""
-        return self.transport.poke() | self.all_to_all.poke() | poke_all(self.background_tasks)
-
-    def read_sequence_number(self):
-        """Nothing is told but by messages."""
-        return 0
-
-    def wait_for_change(self, backoff, before):
-        """Pause, a few times at most, until a message has moved."""
-        for _ in range(PAUSES):
-            backoff.pause()
-            if self.poke():
-                return
+    def poke(self) -> bool:
+        """Let messages and tasks progress without waiting, and return True if anything moved."""
+        return self.poke_messages()
 
     @property
-    def buffer_bytes(self):
-        """Memory that messages take on this rank's device."""
-        return (
-            sum(len(buffer) for buffers in self.in_flight_buffers for buffer in (buffers.home, buffers.away))
-            * self.sizes.row_bytes
-        )
+    def buffer_bytes(self) -> int:
+        """Return the bytes of this rank's buffers on the device."""
+        tables = [table for buffers in self.in_flight_buffers for table in (buffers.home, buffers.away)]
+        return sum(map(len, tables)) * self.sizes.row_bytes
 
     @property
-    def is_idle(self):
-        """Whether this rank has nothing left to do for others."""
+    def is_idle(self) -> bool:
+        """Return True if this rank has nothing left to do for others."""
         return not self.background_tasks and all(buffers.is_over() for buffers in self.in_flight_buffers)
 
-    def plan(self, routing, chooser):
-        """Choose a replica for each assignment of a Routing, and find its way -> DevicePlan, made on the device."""
+    def plan(self, routing: Routing, chooser: SlotChooser) -> DevicePlan:
+        """Choose a replica for each assignment of a Routing, and return the plan of its exchanges, on the device."""
         if chooser not in self.choosers:
             self.choosers[chooser] = DeviceChooser(chooser, self.device.torch_device)
         slots = self.choosers[chooser].choose(routing.experts)
-        return self.make_plan(slots, repeat_for_shards(routing.kept, slots.shape[1] // routing.experts.shape[1]))
+        num_shards, kept = slots.shape[1] // routing.experts.shape[1], routing.kept
+        return self.make_plan(slots, None if kept is None else repeat_for_shards(kept, num_shards))
 
-    def make_plan(self, slots, kept):
-        """Find the way of each kept assignment -> DevicePlan: slots [T, K], kept [T, K] bool, or None where all are."""
+    def make_plan(self, slots: Any, kept: Any) -> DevicePlan:
+        """Return the plan for assignments to slots [T, K], kept [T, K] bool, or None where all are."""
         slots = torch.as_tensor(slots, device=self.device.torch_device)
         kept = None if kept is None else torch.as_tensor(kept, device=self.device.torch_device)
         return DevicePlan(slots, kept, self.num_slots, self.device)
 
-    def poll_ready(self, handle):
-        """Whether the next transfer of a micro-batch can begin: all counts are known, and its rows are free."""
-        buffers, counts = self.in_flight_buffers[handle.buffer_index], handle.plan.counts
-        known = counts.poll(self.transport, tag_of_counts(handle))
-        return known and (buffers.homeward is None or buffers.homeward.send_done)
+    def poll_ready(self, plan: DevicePlan, exchange: ExchangeId) -> bool:
+        """Return True if an exchange can start: all counts are known, and its rows free. Send this rank's counts."""
+        counts_tag = exchange._replace(direction=Direction.DISPATCH).tag(MessageKind.HEADER)
+        homeward = self.find_buffers(exchange).homeward
+        return plan.poll_counts(self.transport, counts_tag) and (homeward is None or homeward.send_done)
 
-    def dispatch(self, handle, rows, gates, direction):
-        """Pack the tokens' rows [T, H], and each assignment's gate [T, K], and send them to their experts."""
-        buffers, counts = self.in_flight_buffers[handle.buffer_index], handle.plan.counts
-        self.pack(handle, rows, gates)
-        buffers.direction, buffers.outward, buffers.homeward = direction, None, None
-        self.make_room(buffers, int(counts.recv_edges[-1]))
-        sides = {"send": buffers.home.buffer, "send_edges": counts.send_edges,
-                 "recv": buffers.away.buffer, "recv_edges": counts.recv_edges}  # fmt: skip
-        transfer, ready = self.make_transfer(handle, direction, **sides), self.device.compute_stream.record_event()
-        buffers.outward = self.all_to_all.start(transfer, ready, None)
-        self.count(handle, direction)
+    def dispatch(self, plan: DevicePlan, rows: Tensor, gates: Tensor, exchange: ExchangeId) -> DeviceHandle:
+        """Pack rows [T, H], and gates [T, K] beside them, by destination, and send them to their experts."""
+        buffers = self.find_buffers(exchange)
+        self.pack(plan, rows, gates, buffers)
+        buffers.outward = buffers.homeward = None
+        self.reserve(buffers, int(plan.recv_edges[-1]))
+        outward = Transfer(
+            tag=exchange.tag(MessageKind.ROWS),
+            name=str(exchange),
+            send=buffers.home.buffer,
+            send_edges=plan.send_edges,
+            recv=buffers.away.buffer,
+            recv_edges=plan.recv_edges,
+        )
+        buffers.outward = self.all_to_all.start(outward, self.device.compute_stream.record_event(), None)
+        leaving = plan.leaving.sum(axis=1)
+        self.count_rows(exchange.direction, slice(None), leaving)
+        self.count_assignments(exchange, leaving)
+        return DeviceHandle(exchange=exchange, plan=plan, buffers=buffers, outward=buffers.outward)
 
-    def make_room(self, buffers, num_rows):
-        """Have room for as many rows of others; where a buffer must grow the host waits for the device."""
+    def reserve(self, buffers: DeviceInFlightBuffers, num_rows: int) -> None:
+        """Grow the buffer for others' rows where these are too many; the host then waits for the device."""
         if num_rows > len(buffers.away):
             self.settle()
-            buffers.away = None  # so that its memory can be had again
+            del buffers.away  # so that its memory can be had again
             buffers.away = Table(self.sizes, self.device, round_rows(num_rows))
 
-    def settle(self):
+    def settle(self) -> None:
         """Wait until the device has done what it was given, while messages go on and errors are noticed."""
         streams, backoff = (self.device.compute_stream, self.device.send_stream, self.device.recv_stream), Backoff()
         events = [stream.record_event() for stream in streams]
@@ -197,87 +168,73 @@ class DeviceDispatcher:
             backoff.pause()
         self.all_to_all.poke()  # which holds a transfer's buffers until it has seen that it is over
 
-    def count(self, handle, direction):
-        """Count what leaves for the experts."""
-        leaving = handle.plan.counts.leaving.sum(axis=1)
-        self.traffic.rows[direction] += leaving
-        if direction == Direction.DISPATCH:
-            self.traffic.assignments[handle.layer] = self.traffic.assignments.get(handle.layer, 0) + leaving
+    def pack(self, plan: DevicePlan, rows: Tensor, gates: Tensor, buffers: DeviceInFlightBuffers) -> None:
+        """Write a row for each assignment that is sent, and its gate, into the buffer at home: permutation 1."""
+        assignments = plan.assignments.limit_to(int(plan.send_edges[-1]))
+        self.device.row_ops.permute(rows.contiguous(), gates, assignments, buffers.home.view())
 
-    def pack(self, handle, rows, gates):
-        """Lay a row for each assignment that is sent, and its gate, into the buffer at home, by destination."""
-        buffers, plan = self.in_flight_buffers[handle.buffer_index], handle.plan
-        assignments = plan.assignments.limit_to(int(plan.counts.send_edges[-1]))
-        self.device.row_ops.permute(rows.contiguous(), gates, assignments, buffers.home.part())
-
-    def make_transfer(self, handle, direction, **sides):
-        """Describe one way of a handle's rows -> Transfer."""
-        name = f"{direction.name.lower()} of layer {handle.layer}, micro-batch {handle.micro_batch}"
-        return Transfer(tag=tag_of(handle, direction, MessageKind.ROWS), name=name, **sides)
-
-    def receive(self, handle):
+    def receive(self, handle: DeviceHandle) -> Iterator[DeviceBatch | None]:
         """Yield None until the rows for this rank's experts are on their way in order, then all of them as a batch."""
-        yield from self.until_landed(handle)
-        yield DeviceBatch(handle.plan.counts.coming, self.device)
+        yield from self.until_received(handle)
+        yield DeviceBatch(handle.plan.coming, self.device)
 
-    def receive_again(self, handle, batches):
-        """Yield None until the rows are here again, then the number of the one batch."""
-        yield from self.until_landed(handle)
+    def receive_again(self, handle: DeviceHandle, batches: Sequence[DeviceBatch]) -> Iterator[int | None]:
+        """Yield None until the rows are here again, then the index of the one batch."""
+        yield from self.until_received(handle)
         yield from range(len(batches))
 
-    def until_landed(self, handle):
-        """Yield None until what came out may be worked on, by whatever the compute stream does next."""
-        buffers = self.in_flight_buffers[handle.buffer_index]
-        while not buffers.outward.recv_done:
+    def until_received(self, handle: DeviceHandle) -> Iterator[None]:
+        """Yield None until rows may be read by whatever the compute stream is given next, which is made to wait."""
+        while not handle.outward.recv_done:
             yield None
-        self.device.compute_stream.wait_event(buffers.outward.event)
+        self.device.compute_stream.wait_event(handle.outward.event)
 
-    def find_rows(self, handle, batch):
-        """Find where a batch's rows lie, and its results are to be laid -> Places."""
-        return Places(self.in_flight_buffers[handle.buffer_index], batch.order, batch.num_rows)
+    def split(self, handle: DeviceHandle, batch: DeviceBatch) -> Iterator[Chunk]:
+        """Yield the one chunk of a batch, if it has rows: the GEMMs of all slots are one."""
+        if batch.num_rows:
+            slots = [(slot, rows) for slot, rows in enumerate(batch.rows_of_slot.tolist()) if rows]
+            yield Chunk(rows=handle.buffers.away.view(batch.order, batch.num_rows), slots=slots)
 
-    def gather(self, places):
-        """Gather the rows at these places [n] -> (fresh [n, H], their gate values [n])."""
-        away = places.buffers.away
-        rows = away.rows.new_empty(places.num_rows, self.sizes.hidden)
-        gate_values = away.gate_values.new_empty(places.num_rows)
-        self.device.row_ops.move(
-            away.part(places.order, places.num_rows), RowView(values=rows, gate_values=gate_values)
-        )
-        return rows, gate_values
+    def gather(self, rows: RowView) -> tuple[Tensor, Tensor]:
+        """Return these rows [n, H] and their gates [n], both fresh: permutation 2."""
+        num_rows = len(rows.values if rows.order is None else rows.order)
+        values = rows.values.new_empty(num_rows, self.sizes.hidden)
+        gates = rows.values.new_empty(num_rows, dtype=torch.float32)
+        self.device.row_ops.move(rows, RowView(values=values, gate_values=gates))
+        return values, gates
 
-    def scatter(self, rows, places, gate_values=None):
-        """Lay rows [n, H], and gate values [n] if any, down where the rows were from which they were computed."""
-        source = RowView(values=rows.contiguous(), gate_values=gate_values)
-        self.device.row_ops.move(source, places.buffers.away.part(places.order))
+    def scatter(self, results: Tensor, rows: RowView, grad_gates: Tensor | None = None) -> None:
+        """Write results [n, H], and gradients of gates [n] if any, to the rows from which they were computed."""
+        self.device.row_ops.move(RowView(values=results.contiguous(), gate_values=grad_gates), rows)
 
-    def return_batch(self, handle, batch):
+    def return_batch(self, handle: DeviceHandle, batch: DeviceBatch) -> None:
         """Send the results home, to where their tokens were packed."""
-        buffers, counts = self.in_flight_buffers[handle.buffer_index], handle.plan.counts
-        direction = HOMEWARD[buffers.direction]
-        sides = {"send": buffers.away.buffer, "send_edges": counts.recv_edges,
-                 "recv": buffers.home.buffer, "recv_edges": counts.send_edges}  # fmt: skip
-        buffers.homeward = self.all_to_all.start(
-            self.make_transfer(handle, direction, **sides), self.device.compute_stream.record_event(), buffers.outward
+        exchange, plan, buffers = handle.exchange, handle.plan, handle.buffers
+        homeward = Transfer(
+            tag=exchange.back().tag(MessageKind.ROWS),
+            name=str(exchange.back()),
+            send=buffers.away.buffer,
+            send_edges=plan.recv_edges,
+            recv=buffers.home.buffer,
+            recv_edges=plan.send_edges,
         )
-        self.traffic.rows[direction] += counts.coming.sum(axis=1)
+        buffers.homeward = self.all_to_all.start(homeward, self.device.compute_stream.record_event(), handle.outward)
+        self.count_rows(exchange.back().direction, slice(None), plan.coming.sum(axis=1))
 
-    def poll_results(self, handle):
-        """Whether a micro-batch's results are home for whatever the compute stream does next."""
-        buffers = self.in_flight_buffers[handle.buffer_index]
-        if buffers.homeward is None or not buffers.homeward.recv_done:
+    def poll_results(self, handle: DeviceHandle) -> bool:
+        """Return True if all results are home; the compute stream is then made to wait for them."""
+        homeward = handle.buffers.homeward
+        if homeward is None or not homeward.recv_done:
             return False
-        self.device.compute_stream.wait_event(buffers.homeward.event)
+        self.device.compute_stream.wait_event(homeward.event)
         return True
 
-    def combine(self, handle, gates):
-        """Sum the rows that came home by token, an assignment's times its gate [T, K] -> fresh [T, H] float32."""
-        buffers = self.in_flight_buffers[handle.buffer_index]
-        return self.device.row_ops.sum(buffers.home.rows, handle.plan.assignments.row_of_assignment, gates)
+    def combine(self, handle: DeviceHandle, gates: Tensor) -> Tensor:
+        """Return the results, times gates [T, K], summed by token -> fresh [T, H] float32: permutation 3."""
+        return self.device.row_ops.sum(handle.buffers.home.rows, handle.plan.assignments.row_of_assignment, gates)
 
-    def gather_gate_grads(self, handle):
-        """Gather the gradients of the gates -> [T, K] float32, 0 where there is no assignment."""
-        buffers = self.in_flight_buffers[handle.buffer_index]
-        gate_values = buffers.home.gate_values
+    def gather_gate_grads(self, handle: DeviceHandle) -> Tensor:
+        """Return the gradients of the gates that came with the results -> [T, K] float32, 0 where none was sent."""
+        gate_values = handle.buffers.home.gate_values
         rows = replace_none_by_last(handle.plan.assignments.row_of_assignment, gate_values)
         return gate_values.index_select(0, rows.flatten()).view(rows.shape)

@@ -1,30 +1,100 @@
-"""The feed-forward networks of this rank's replicas: one GEMM pair (or three) an expert, and the way back by hand.
+"""The feed-forward networks of this rank's replicas: their forward and backward, over products one by one or grouped.
 
 Under tensor parallelism the first matrix is split by columns and the second by rows over the group, so that each rank
 computes a partial sum of the output (Shoeybi et al. 2019, arXiv:1909.08053, section 3). Each goes to the token's home,
 which adds them up with the K results: the reduce-scatter of the group is part of combine.
 """
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hpcmoe.config import NetworkSpec
+from hpcmoe.experts.products import ExpertProducts, GroupedProducts, Products, StackedWeights
 from hpcmoe.experts.shapes import MATRICES, split_axis, weight_shape
-from hpcmoe.gemm import WeightMatrix, activate, activate_back, ensure_grad
+from hpcmoe.gemm import activate
+
+Slots = Sequence[tuple[int, int]]  # (slot, rows) of each slot that has rows, in the order of the rows
+Kept = tuple[Tensor, ...]  # what one forward pass leaves for backward: x, and what goes into the activation
+
+
+@torch.no_grad()
+def forward(products: Products, x: Tensor, kept: list[Kept] | None = None) -> Tensor:
+    """Compute y = W_down act(W_up x), or W_down (silu(W_gate x) * W_up x) when gated: x [n, H] -> y [n, H], n >= 1.
+
+    What backward() needs is appended to kept, None in inference: n * (H + F) numbers, n * (H + 2 F) when gated. y has
+    x's precision and is a partial sum under tensor parallelism. Gated: Shazeer 2020, arXiv:2002.05202.
+    """
+    kind = products.kind
+    if kept is not None:  # what goes into the activation is wanted before it
+        inner = tuple(products.linear(name, x) for name in MATRICES[kind] if name != "down")
+        kept.append((x, *inner))
+        hidden = apply_activation(kind, inner)
+    elif kind == "swiglu":
+        hidden = products.linear("gate", x, "silu").mul_(products.linear("up", x))
+    else:
+        hidden = products.linear("up", x, kind)
+    return products.linear("down", hidden)
+
+
+@torch.no_grad()
+def backward(products: Products, kept: Kept, grad_y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute gradients from grad_y [n, H], that of the output to which y came as gate * y, and gates [n] float32.
+
+    -> (grad_x [n, H] in grad_y's precision, grad_gate [n] float32), both partial sums under tensor parallelism. Adds to
+    the parameters' gradients. grad_gate = grad_y . y = (grad_y W_down) . hidden + grad_y . down_bias.
+    """
+    # Propagate to the hidden numbers and the gate.
+    x, *inner = kept
+    hidden, grad_hidden = apply_activation(products.kind, inner), products.multiply_back("down", grad_y)
+    grad_gate = (grad_hidden * hidden).sum(dim=1).float()  # adds in float32, rounds the sum
+    products.add_bias_product(grad_gate, grad_y)
+
+    # Propagate to the weights and the input: from here on gradients are times the gate.
+    gates = gates.to(grad_y.dtype)[:, None]
+    products.add_gradients("down", grad_y * gates, hidden)
+    grad_x: Tensor | None = None
+    for name, grad_inner in activation_backward(products.kind, inner, grad_hidden.mul_(gates)).items():
+        products.add_gradients(name, grad_inner, x)
+        part = products.multiply_back(name, grad_inner)
+        grad_x = part if grad_x is None else grad_x.add_(part)
+    assert grad_x is not None  # every kind has a matrix besides down
+    return grad_x, grad_gate
+
+
+def apply_activation(kind: str, inner: Sequence[Tensor]) -> Tensor:
+    """Apply the activation to what goes into it, [n, F] each (gate and up when gated) -> hidden [n, F]."""
+    if kind == "swiglu":
+        gate, up = inner
+        return activate(gate, "silu").mul_(up)
+    return activate(inner[0], kind)
+
+
+def activation_backward(kind: str, inner: Sequence[Tensor], grad_hidden: Tensor) -> dict[str, Tensor]:
+    """Compute the gradients of what went into the activation, by weight name, overwriting grad_hidden [n, F]."""
+    match kind:
+        case "gelu":
+            return {"up": torch.ops.aten.gelu_backward(grad_hidden, inner[0])}
+        case "relu":
+            return {"up": torch.ops.aten.threshold_backward(grad_hidden, inner[0], 0)}
+        case "swiglu":
+            gate, up = inner
+            grad_gate = torch.ops.aten.silu_backward(grad_hidden * up, gate)
+            return {"gate": grad_gate, "up": grad_hidden.mul_(activate(gate, "silu"))}
+        case _:
+            raise ValueError(f"unknown kind of expert {kind}")
 
 
 class Expert(nn.Module):
-    """One replica: y = W_down act(W_up x), or y = W_down (silu(W_gate x) * W_up x) when gated (Shazeer 2020,
-    arXiv:2002.05202).
+    """One replica of an expert. Autograd has no part in it: forward() keeps what backward() needs."""
 
-    Autograd has no part in it: forward_kept() hands out what backward() asks for.
-    """
+    def __init__(self, kind: str, weights: dict[str, Tensor], packed: bool = False) -> None:
+        """weights: up, gate [F, H], down [H, F]; biases up_bias, gate_bias [F], down_bias [H].
 
-    def __init__(self, kind, weights, packed=False):
-        """weights: dict name: tensor; up, gate [F, H], down [H, F]; biases up_bias, gate_bias [F], down_bias [H].
-
-        packed: the weights rest, as in inference: each is packed at its first use. In training it was not worth it
-        at 2048 rows a step or fewer.
+        packed: the weights do not change, as in inference: each is packed at its first use. In training that did not
+        pay at 2048 rows a step or fewer.
         """
         super().__init__()
         if kind not in MATRICES:
@@ -32,143 +102,115 @@ class Expert(nn.Module):
         self.kind = kind
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight))
-        self.matrices = {name: WeightMatrix(getattr(self, name), packed) for name in MATRICES[kind]}
-        self.biases = {}  # (name, dtype): in that precision
+        self.products = ExpertProducts(kind, dict(self.named_parameters()), packed)
 
-    @torch.no_grad()
-    def forward(self, x):
-        """x [n, H] -> y [n, H] in x's precision, n at least 1; a partial sum under tensor parallelism."""
-        if self.kind == "swiglu":
-            hidden = self.linear("gate", x, "silu").mul_(self.linear("up", x))
-        else:
-            hidden = self.linear("up", x, self.kind)
-        return self.linear("down", hidden)
-
-    @torch.no_grad()
-    def forward_kept(self, x):
-        """The same -> (y, kept): x and what went into the activation, all that backward() needs. n * (H + F) numbers,
-        n * (H + 2 F) when gated."""
-        inner = tuple(self.linear(name, x) for name in MATRICES[self.kind] if name != "down")
-        return self.linear("down", self.work(inner)), (x, *inner)
-
-    @torch.no_grad()
-    def backward(self, kept, grad_y, gates):
-        """Go back from grad_y [n, H], the gradient of the output to which y came as gate * y, gates [n] float32
-        -> (grad_x [n, H] in grad_y's precision, grad_gate [n] float32).
-
-        Adds to the parameters' gradients. grad_gate = grad_y . y = (grad_y W_down) . hidden + grad_y . down_bias, and
-        like grad_x a partial sum under tensor parallelism.
-        """
-        x, *inner = kept
-        hidden, grad_hidden = self.work(inner), self.matrices["down"].back(grad_y)
-        grad_gate = (grad_hidden * hidden).sum(dim=1).float()  # adds in float32, rounds the sum
-        if hasattr(self, "down_bias"):
-            grad_gate += grad_y.float() @ self.down_bias.float()
-
-        # From here on gradients are times the gate.
-        gates = gates.to(grad_y.dtype)[:, None]
-        self.add_gradients("down", grad_y * gates, hidden)
-        grads_inner = self.work_back(inner, grad_hidden.mul_(gates))
-        grad_x = None
-        for name, grad_inner in grads_inner.items():
-            self.add_gradients(name, grad_inner, x)
-            part = self.matrices[name].back(grad_inner)
-            grad_x = part if grad_x is None else grad_x.add_(part)
-        return grad_x, grad_gate
-
-    def work(self, inner):
-        """Apply the activation to what went into it, [n, F] each -> hidden [n, F]."""
-        if self.kind == "swiglu":
-            gate, up = inner
-            return activate(gate, "silu").mul_(up)
-        return activate(inner[0], self.kind)
-
-    def work_back(self, inner, grad_y):
-        """Go back through the activation from grad_y [n, F] of hidden -> dict name: gradient [n, F] of its product."""
-        if self.kind == "swiglu":
-            gate, up = inner
-            return {"gate": activate_back(grad_y * up, gate, "silu"), "up": grad_y.mul_(activate(gate, "silu"))}
-        return {"up": activate_back(grad_y, inner[0], self.kind)}
-
-    def linear(self, name, x, activation="none"):
-        """Multiply by a matrix of this expert, with its bias."""
-        bias, key = getattr(self, f"{name}_bias", None), (name, x.dtype)
-        if bias is not None and key not in self.biases:
-            self.biases[key] = bias.detach().to(x.dtype)
-        return self.matrices[name].linear(x, self.biases.get(key), activation)
-
-    def add_gradients(self, name, grad_y, x):
-        """Add to the gradients of a matrix and its bias."""
-        self.matrices[name].add_gradient(grad_y, x)
-        if hasattr(self, f"{name}_bias"):
-            ensure_grad(getattr(self, f"{name}_bias")).add_(grad_y.sum(dim=0, dtype=torch.float32))
-
-    def refresh(self):
-        """Make copies of the weights anew at the next use: they have changed.
-
-        torch does not always tell: its fused AdamW and writes through .data leave a tensor's version as it was.
-        """
-        self.biases = {}
-        for matrix in self.matrices.values():
-            matrix.refresh()
-
-    @property
-    def cast_bytes(self):
-        """Bytes of the copies, cast and packed, of the matrices."""
-        return sum(matrix.cast_bytes for matrix in self.matrices.values())
+    def forward(self, x: Tensor, kept: list[Kept] | None = None) -> Tensor:
+        """Compute x [n, H] -> y [n, H]."""
+        return forward(self.products, x, kept)
 
 
 class LocalExperts(nn.Module):
-    """The replicas in this rank's slots, an empty slot being an Identity that no row ever reaches."""
+    """The replicas in this rank's slots, worked on one by one; an empty slot is an Identity that no row reaches."""
 
-    def __init__(self, replicas):
+    def __init__(self, replicas: Sequence[nn.Module]) -> None:
         super().__init__()
         self.replicas = nn.ModuleList(replicas)
         self.awaits_weights = False  # while weights are on their way from other ranks
 
-    def stack_weights(self):
-        """Leave each replica's matrices where they are: the experts take turns."""
+    def forward(self, slots: Slots, rows: Tensor, kept: list[Kept] | None) -> Tensor:
+        """Compute rows [m, H] grouped by slot -> results [m, H]; what backward() needs is appended to kept, if any."""
+        return concatenate([forward(products, own, kept) for products, own in self.split(slots, rows)])
 
-    def refresh(self):
-        """Tell all replicas that their weights have changed."""
-        for replica in self.local_replicas():
-            replica.refresh()
+    def backward(self, slots: Slots, grads: Tensor, gates: Tensor, kept: list[Kept]) -> tuple[Tensor, Tensor]:
+        """Compute from grads [m, H] and gates [m], grouped by slot, the gradients of rows [m, H] and gates [m].
+
+        Each product takes what it kept from the end of `kept`, whose memory is then free for the next.
+        """
+        parts = [backward(products, kept.pop(), *own) for products, *own in self.split(slots, grads, gates)]
+        grads_x, grads_gate = zip(*parts, strict=True)
+        return concatenate(grads_x), concatenate(grads_gate)
+
+    def split(self, slots: Slots, *tensors: Tensor) -> Iterator[tuple]:
+        """Yield each slot's products and its rows of some tensors [m, ...]; the last slot takes any padding."""
+        counts = [rows for _, rows in slots[:-1]]
+        parts = [tensor.split([*counts, len(tensor) - sum(counts)]) for tensor in tensors]
+        for (slot, _), *own in zip(slots, *parts, strict=True):
+            yield self.replicas[slot].products, *own
+
+    def stack_weights(self) -> None:
+        """Keep each replica's weights where they are: the experts take turns."""
+
+    def refresh(self) -> None:
+        """Drop all casts and packed copies of weights: they have changed.
+
+        torch does not always show it: its fused AdamW and writes through .data leave a tensor's version as it was.
+        """
+        for weights in self.weights():
+            weights.refresh()
 
     @property
-    def cast_bytes(self):
-        """Bytes of the copies of all replicas' matrices."""
-        return sum(replica.cast_bytes for replica in self.local_replicas())
+    def cast_bytes(self) -> int:
+        """Return the bytes of the casts and packed copies of all replicas' weights."""
+        return sum(weights.cast_bytes for weights in self.weights())
 
-    def local_replicas(self):
-        """List the replicas that are there."""
+    def weights(self) -> Sequence[ExpertProducts | StackedWeights]:
+        """Return what keeps casts of the replicas' weights."""
+        return [replica.products for replica in self.local_replicas()]
+
+    def local_replicas(self) -> list[Expert]:
+        """Return the replicas that are there, in the order of their slots."""
         return [replica for replica in self.replicas if isinstance(replica, Expert)]
 
 
-def make_expert_weights(spec, layer, expert, tensor_index, tensor_size):
+class GroupedExperts(LocalExperts):
+    """The replicas in this rank's slots, worked on at once: their weights are stacked."""
+
+    def split(self, slots: Slots, *tensors: Tensor) -> Iterator[tuple]:
+        """Yield the products of all slots and the tensors [R, ...] as they are."""
+        rows_of_slot = dict(slots)
+        rows = [rows_of_slot.get(slot, 0) for slot, e in enumerate(self.replicas) if isinstance(e, Expert)]
+        yield GroupedProducts(self.stacked, rows, tensors[0].device), *tensors
+
+    def stack_weights(self) -> None:
+        """Copy each weight of all replicas into one array, of which their parameters become views."""
+        replicas = self.local_replicas()
+        kind = replicas[0].kind if replicas else ""
+        self.stacked = StackedWeights(kind, [dict(replica.named_parameters()) for replica in replicas])
+
+    def weights(self) -> Sequence[StackedWeights]:
+        """Return the stacked weights."""
+        return [self.stacked]
+
+
+def concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate tensors along their rows; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def make_expert_weights(
+    spec: NetworkSpec, layer: int, expert: int, tensor_index: int, tensor_size: int
+) -> dict[str, Tensor]:
     """Draw a logical expert's weights, the same on whichever rank it lives -> dict name: this rank's shard."""
-    model, kind = spec.model, spec.experts.kind
+    model = spec.model
     (seed,) = np.random.SeedSequence([spec.seed, layer, expert]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(seed))
     shards = {}
-    for name in MATRICES[kind]:
+    for name in MATRICES[spec.experts.kind]:
         rows, columns = weight_shape(model, name)
         whole = torch.randn(rows, columns, generator=generator) * columns**-0.5
         shards[name] = whole.chunk(tensor_size, dim=split_axis(name))[tensor_index].contiguous()
-    return add_biases(shards, spec, tensor_index)
+    return _add_biases(shards, spec, tensor_index)
 
 
-def make_empty_weights(spec, tensor_index, tensor_size):
-    """Make room for weights that are to come from another rank -> dict name: this rank's shard of whatever is there."""
-    shards = {}
-    for name in MATRICES[spec.experts.kind]:
-        shape = list(weight_shape(spec.model, name))
-        shape[split_axis(name)] //= tensor_size
-        shards[name] = torch.empty(shape)
-    return add_biases(shards, spec, tensor_index)
+def make_empty_weights(spec: NetworkSpec, tensor_index: int, tensor_size: int) -> dict[str, Tensor]:
+    """Allocate a shard of an expert whose weights are to come from another rank -> dict name: tensor."""
+    model, names = spec.model, MATRICES[spec.experts.kind]
+    shards = {name: torch.empty(weight_shape(model, name, model.feed_forward // tensor_size)) for name in names}
+    return _add_biases(shards, spec, tensor_index)
 
 
-def add_biases(shards, spec, tensor_index):
-    """Add biases of zero to a shard's matrices, if experts have any -> dict name: tensor."""
+def _add_biases(shards: dict[str, Tensor], spec: NetworkSpec, tensor_index: int) -> dict[str, Tensor]:
+    """Add biases of zero to a shard's matrices, if experts have any."""
     if spec.experts.bias:
         shards |= {f"{name}_bias": torch.zeros(len(matrix)) for name, matrix in shards.items() if name != "down"}
         if tensor_index == 0:  # added once, to the first rank's partial sum

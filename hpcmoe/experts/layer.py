@@ -8,165 +8,144 @@ to wait is a generator: it yields True after a piece of work and False when ther
 runs it may do something else meanwhile. Autograd works in the dense part and the router alone.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hpcmoe.clock import Timer
 from hpcmoe.comm.transport import Direction
-from hpcmoe.dispatch.router import repeat_for_shards
+from hpcmoe.dispatch.dispatcher import ExchangeId, TokenDispatcher
+from hpcmoe.dispatch.plan import SlotChooser
+from hpcmoe.dispatch.router import Router, Routing, repeat_for_shards
+from hpcmoe.experts.feed_forward import Kept, LocalExperts
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
 class LayerContext:
-    """What one micro-batch leaves behind in one layer on its way up, for its way down."""
+    """What one micro-batch leaves behind in one layer in its forward pass, for its backward pass."""
 
-    def __init__(self, layer, micro_batch, buffer_index, training):
-        self.layer, self.micro_batch, self.buffer_index = layer, micro_batch, buffer_index
-        self.training = training
-        self.batches, self.kept = [], []  # of the local experts: Batches, and what each of their chunks kept
+    layer: int
+    micro_batch: int
+    training: bool
+    x: Tensor = field(init=False)  # [T, H], the input of the dense part
+    residual: Tensor = field(init=False)  # [T, H]
+    normed: Tensor = field(init=False)  # [T, H], the router's input
+    routing: Routing = field(init=False)
+    gates: Tensor = field(init=False)  # [T, K * shards] float32
+    plan: Any = field(init=False)  # the dispatcher's, as the handle and batches
+    handle: Any = field(init=False)  # of the exchange under way
+    batches: list[Any] = field(default_factory=list)  # of this rank's experts
+    kept: list[list[Kept]] = field(default_factory=list)  # of each batch, what its experts need for their backward
+    output: Tensor = field(init=False)  # [T, H], the next layer's x; after the backward pass the gradient of x
+    grad_output: Tensor = field(init=False)  # [T, H]
 
 
 class MoELayer(nn.Module):
     """A block of the network: `dense` up to the router's input, then the experts, with a residual around both."""
 
-    def __init__(self, dense, router, experts, dispatcher, chooser):
+    def __init__(
+        self, dense: nn.Module, router: Router, experts: LocalExperts, dispatcher: TokenDispatcher, chooser: SlotChooser
+    ) -> None:
         """dense: x [T, H] -> (residual, normed) [T, H]; chooser: experts [T, K] -> slots [T, K * shards]."""
         super().__init__()
         self.dense, self.router, self.experts = dense, router, experts
         self.dispatcher, self.chooser = dispatcher, chooser
 
-    def route(self, context, x, load):
-        """Choose experts for the tokens x [T, H], and the way of each assignment to them."""
+    def route(self, context: LayerContext, x: Tensor, load: Tensor) -> None:
+        """Choose experts for the tokens x [T, H], and plan the way of each assignment to them."""
         context.x = x.detach().requires_grad_(context.training)
-        with self.dispatcher.clock.stage("dense"):
+        with self.dispatcher.clock.measure(Timer.DENSE):
             context.residual, context.normed = self.dense(context.x)
         context.routing = self.router(context.normed, load)
         context.plan = self.dispatcher.plan(context.routing, self.chooser)
-        num_shards = context.plan.top_k // context.routing.gates.shape[1]  # an assignment goes to all of its expert's
+        num_shards = context.plan.top_k // context.routing.gates.shape[1]  # one assignment to each shard of an expert
         context.gates = repeat_for_shards(context.routing.gates.detach(), num_shards)
 
-    def dispatch(self, context):
-        """Offer the tokens to their experts."""
-        while not self.dispatcher.poll_ready(context):
+    def dispatch(self, context: LayerContext) -> Iterator[bool]:
+        """Send the tokens to their experts."""
+        yield from self.start(context, context.normed.detach(), Direction.DISPATCH)
+
+    def start(self, context: LayerContext, rows: Tensor, direction: Direction) -> Iterator[bool]:
+        """Start an exchange of rows [T, H] as soon as it can."""
+        exchange = ExchangeId(context.layer, context.micro_batch, direction)
+        while not self.dispatcher.poll_ready(context.plan, exchange):
             yield False
-        self.dispatcher.dispatch(context, context.normed.detach(), context.gates, Direction.DISPATCH)
+        context.handle = self.dispatcher.dispatch(context.plan, rows, context.gates, exchange)
         yield True
 
-    def compute(self, context):
-        """Let the experts work on rows as they come, and lay the results down at the tokens' homes."""
+    def compute(self, context: LayerContext) -> Iterator[bool]:
+        """Compute on rows as they come, and scatter the results to where they go home from."""
         dispatcher = self.dispatcher
         while self.experts.awaits_weights:
             yield False
-        for batch in dispatcher.receive(context):
+        for batch in dispatcher.receive(context.handle):
             if batch is None:
                 yield False
                 continue
-            places, kept = dispatcher.find_rows(context, batch), []
-            for number, (part, slots) in enumerate(self.split_chunks(batch)):
+            kept: list[Kept] = []
+            for number, chunk in enumerate(dispatcher.split(context.handle, batch)):
                 if number > 0:
                     yield True
-                dispatcher.traffic.count_batches(context.layer, slots)
-                rows, _ = dispatcher.gather(places[part])
-                dispatcher.scatter(self.work(slots, rows, kept if context.training else None), places[part])
-            dispatcher.return_batch(context, batch)  # before anything else is done: the homes wait for it
+                dispatcher.traffic.count_batches(context.layer, chunk.slots)
+                rows, _ = dispatcher.gather(chunk.rows)
+                dispatcher.scatter(self.experts(chunk.slots, rows, kept if context.training else None), chunk.rows)
+            dispatcher.return_batch(context.handle, batch)  # before anything else is done: the homes wait for it
             if context.training:
                 context.batches.append(batch)
                 context.kept.append(kept)
             yield True
 
-    def split_chunks(self, batch):
-        """Cut a batch into what is worked on at once -> (slice, ((slot, rows), ...)) of each."""
-        return batch.split_chunks(self.dispatcher.sizes.batch_rows, apart=self.dispatcher.routes.same_order)
-
-    def work(self, slots, rows, kept):
-        """Let the experts in some slots work on rows [m, H] grouped by slot -> results [m, H], or this shard's part.
-
-        What their backward pass needs is added to `kept`, which is None in inference.
-        """
-        results = []
-        for slot, own in split_by_slot(slots, rows):
-            expert = self.experts.replicas[slot]
-            if kept is None:
-                results.append(expert(own))
-            else:
-                result, remembered = expert.forward_kept(own)
-                results.append(result)
-                kept.append(remembered)
-        return concatenate(results)
-
-    def combine(self, context):
-        """Weigh the K results of each token, all shards' parts, and add them to the residual -> the next x [T, H]."""
-        while not self.dispatcher.poll_results(context):
+    def combine(self, context: LayerContext) -> Iterator[bool]:
+        """Add the results of each token, times their gates, to the residual: the next x [T, H]."""
+        while not self.dispatcher.poll_results(context.handle):
             yield False
-        total = self.dispatcher.combine(context, context.gates)
+        total = self.dispatcher.combine(context.handle, context.gates)
         residual = context.residual.detach()
         context.output = total.add_(residual) if total.dtype == residual.dtype else residual + total
         if not context.training:
-            context.residual = context.normed = None  # nothing will ask for them
+            del context.residual, context.normed  # nothing will ask for them
         yield True
 
-    def combine_backward(self, context, grad):
-        """Send the experts the next x's gradient [T, H], with the gates that each assignment's share of it has."""
-        while not self.dispatcher.poll_ready(context):
-            yield False
-        context.grad = grad
-        self.dispatcher.dispatch(context, grad, context.gates, Direction.COMBINE_BACKWARD)
-        yield True
+    def combine_backward(self, context: LayerContext, grad_output: Tensor) -> Iterator[bool]:
+        """Send the gradient of the next x [T, H] to the experts, with each assignment's gate."""
+        context.grad_output = grad_output
+        yield from self.start(context, grad_output, Direction.COMBINE_BACKWARD)
 
-    def compute_backward(self, context):
-        """Go back through the experts as gradients come, and scatter those of their inputs and of the gates."""
+    def compute_backward(self, context: LayerContext) -> Iterator[bool]:
+        """Compute the gradients of inputs and gates at the experts, as gradients come, and scatter them."""
         dispatcher = self.dispatcher
-        for number in dispatcher.receive_again(context, context.batches):
-            if number is None:
+        for index in dispatcher.receive_again(context.handle, context.batches):
+            if index is None:
                 yield False
                 continue
-            batch, kept = context.batches[number], context.kept[number][::-1]
-            places = dispatcher.find_rows(context, batch)
-            context.kept[number] = None
-            for chunk, (part, slots) in enumerate(self.split_chunks(batch)):
-                if chunk > 0:
+            batch, kept = context.batches[index], context.kept[index][::-1]
+            context.kept[index] = []
+            for number, chunk in enumerate(dispatcher.split(context.handle, batch)):
+                if number > 0:
                     yield True
-                by_input, by_gate = self.work_back(slots, *dispatcher.gather(places[part]), kept)
-                dispatcher.scatter(by_input, places[part], by_gate)
-            dispatcher.return_batch(context, batch)
+                grad_x, grad_gates = self.experts.backward(chunk.slots, *dispatcher.gather(chunk.rows), kept)
+                dispatcher.scatter(grad_x, chunk.rows, grad_gates)
+            dispatcher.return_batch(context.handle, batch)
             yield True
         context.batches, context.kept = [], []
 
-    def work_back(self, slots, grads, gates, kept):
-        """Go back through the experts in some slots, grads [m, H] and gates [m] grouped by slot -> both gradients.
-
-        Each takes what it remembers from the end of `kept`, whose memory is then free for the next.
-        """
-        by_input, by_gate = [], []
-        for (slot, own), (_, own_gates) in zip(split_by_slot(slots, grads), split_by_slot(slots, gates), strict=True):
-            of_input, of_gate = self.experts.replicas[slot].backward(kept.pop(), own, own_gates)
-            by_input.append(of_input)
-            by_gate.append(of_gate)
-        return concatenate(by_input), concatenate(by_gate)
-
-    def route_backward(self, context, grad_probability, grad_z):
+    def route_backward(self, context: LayerContext, grad_probability: Tensor, grad_z: Tensor) -> Iterator[bool]:
         """Go back through router and dense part -> gradient of x [T, H].
 
         grad_probability [E] and grad_z [] are the routing losses' gradients with respect to the routing's sums.
         """
-        while not self.dispatcher.poll_results(context):
+        while not self.dispatcher.poll_results(context.handle):
             yield False
         routing = context.routing
-        grad_normed = self.dispatcher.combine(context, torch.ones_like(context.gates)).float()
-        of_shards = self.dispatcher.gather_gate_grads(context).unflatten(1, (routing.gates.shape[1], -1))
+        grad_normed = self.dispatcher.combine(context.handle, torch.ones_like(context.gates)).float()
+        of_shards = self.dispatcher.gather_gate_grads(context.handle).unflatten(1, (routing.gates.shape[1], -1))
         torch.autograd.backward(
             [context.residual, context.normed, routing.gates, routing.probability_sum, routing.z_sum],
-            [context.grad, grad_normed, of_shards.sum(dim=2), grad_probability, grad_z],
+            [context.grad_output, grad_normed, of_shards.sum(dim=2), grad_probability, grad_z],
         )
+        assert context.x.grad is not None
         context.output = context.x.grad
         yield True
-
-
-def split_by_slot(slots, rows):
-    """Split rows [m, ...] among slots, ((slot, rows), ...) -> (slot, its rows) of each; the last takes any padding."""
-    counts = [count for _, count in slots[:-1]]
-    parts = rows.split([*counts, len(rows) - sum(counts)])
-    return [(slot, part) for (slot, _), part in zip(slots, parts, strict=True)]
-
-
-def concatenate(parts):
-    """Join tensors along their rows; one alone is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

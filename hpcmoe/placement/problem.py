@@ -31,7 +31,7 @@ class PlacementProblem:
     uplink_bytes_per_second: np.ndarray  # [racks], what leaves a rack, and as much what enters; inf: no limit
     memory_bytes: np.ndarray  # [nodes] int64, what is there for experts of all layers
     expert_bytes: int  # one expert of one layer
-    bytes_per_token: int
+    bytes_per_token: float
     seconds_per_token: float = 0.0  # that a rank computes on one assignment
     tokens_of_rank: np.ndarray  # [P] assignments of a layer and step whose home is that rank
     probability: np.ndarray  # [L, nodes, E] of each expert for tokens of that node; sums to 1 over E
@@ -110,13 +110,20 @@ def count_slots_per_rank(num_experts: int, num_ranks: int, spare: int) -> int:
     return -(-num_experts // num_ranks) + spare
 
 
-def check_problem(problem: PlacementProblem) -> None:
-    """Raise PlacementError unless every layer's experts fit into the slots, and all layers' into the memory."""
+def check_problem(
+    problem: PlacementProblem,
+    slot_keys: str = "[model] num_experts, [placement] spare_slots_per_rank",
+    memory_keys: str = "[model] num_experts, [cluster] memory_bytes_per_node",
+) -> None:
+    """Raise PlacementError unless every layer's experts fit into the slots, and all layers' into the memory.
+
+    The message ends with the keys by which the user can change that.
+    """
     experts, layers, slots = problem.num_experts, problem.num_layers, problem.slots_per_rank
     if experts > problem.num_ranks * slots:
         raise PlacementError(
             f"{experts} experts do not fit into {problem.num_ranks} ranks x {slots} slots = "
-            f"{problem.num_ranks * slots}; [model] num_experts, [placement] spare_slots_per_rank"
+            f"{problem.num_ranks * slots}; {slot_keys}"
         )
 
     # A node's memory beyond what its slots of all layers can hold is of no use.
@@ -127,6 +134,5 @@ def check_problem(problem: PlacementProblem) -> None:
             f"{experts} experts x {layers} layers x {format_size(problem.expert_bytes)} = "
             f"{format_size(experts * layers * problem.expert_bytes)} do not fit: node {problem.name_node(tightest)} "
             f"with {format_size(problem.memory_bytes[tightest])} and {by_slots[tightest]} slots holds "
-            f"{holds[tightest]} of {experts * layers}, all {len(holds)} nodes {holds.sum()}; "
-            "[model] num_experts, [cluster] memory_bytes_per_node"
+            f"{holds[tightest]} of {experts * layers}, all {len(holds)} nodes {holds.sum()}; {memory_keys}"
         )

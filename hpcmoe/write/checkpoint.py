@@ -3,77 +3,87 @@
 import contextlib
 import logging
 import os
-import pathlib
 import re
 import shutil
 import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, on_all, on_root, raise_or_return
-from hpcmoe.write.hdf5 import raise_as_checkpoint_error
-from hpcmoe.write.pieces import check_files, discard, read_pieces, run_tasks, write_in_tasks
-from hpcmoe.write.verify import verify_master, verify_pieces
+from hpcmoe.write.checksums import check_checksum, read_checksums
+from hpcmoe.write.hdf5 import Metadata, checkpoint_errors
+from hpcmoe.write.pieces import MASTER, Piece, WriteTasks, check_files, remove_folder, write_in_tasks
 
 log = logging.getLogger(__name__)
-NAME = re.compile(r"checkpoint-(\d+)")
-PARTIAL = re.compile(r"checkpoint-\d+(\.old)?\.partial")
+_NAME = re.compile(r"checkpoint-(\d+)")
+_PARTIAL = re.compile(r"checkpoint-\d+(\.old)?\.partial")
 
 
-def save_checkpoint(comm, folder, step, pieces, facts, keep):
-    """Write folder/checkpoint-STEP, then remove all but the last `keep`. Collective over comm.
+def save_checkpoint(
+    comm: MPI.Comm, folder: Path, step: int, pieces: Sequence[Piece], metadata: Metadata, keep: int
+) -> WriteTasks:
+    """Write folder/checkpoint-STEP, then remove all but the last `keep`, in tasks. Collective over comm.
 
-    pieces: this rank's, which with the other ranks' tile each logical array; facts: a flat dict of strings, numbers
+    pieces: this rank's, which with the other ranks' tile each logical array; metadata: a flat dict of strings, numbers
     and small arrays, as rank 0 has them. Raises CheckpointError on all ranks; earlier checkpoints then stay.
+    pieces.run_tasks runs the tasks, pieces.read_pieces reads the checkpoint.
     """
-    run_tasks(save_in_tasks(comm, folder, step, pieces, facts, keep))
-
-
-def save_in_tasks(comm, folder, step, pieces, facts, keep):
-    """Save as save_checkpoint does, by turns as write_in_tasks. Collective over comm."""
     started = time.monotonic()
-    yield from write_in_tasks(comm, folder / f"checkpoint-{step}", pieces, facts)
+    yield from write_in_tasks(comm, folder / f"checkpoint-{step}", pieces, metadata)
     pruned = yield lambda: prune(folder, step, keep) if comm.rank == 0 else None
     on_all(comm, pruned)
     log.info("step %d: checkpoint written in %.2f s", step, time.monotonic() - started)
 
 
-def load_checkpoint(comm, folder, wanted):
-    """Read the parts this rank wants -> ({(name, start): array}, facts). Collective over comm.
-
-    Any number of ranks may have written them. Raises CheckpointError on all ranks.
-    """
-    return read_pieces(comm, folder, wanted)
+def read_metadata(folder: Path) -> Metadata:
+    """Read a checkpoint's metadata alone, before anything is built or moved for it. Raises CheckpointError."""
+    metadata, _ = check_files(folder)
+    return metadata
 
 
-def read_metadata(folder: pathlib.Path) -> dict:
-    """Read a checkpoint's facts alone, before anything is built or moved for it. Raises CheckpointError."""
-    facts, _ = check_files(folder)
-    return facts
-
-
-def find_checkpoint(comm, where):
+def find_checkpoint(comm: MPI.Comm, where: Path | str) -> Path:
     """Find the checkpoint to resume, `where` itself or the newest in it, and verify it -> its path.
 
     Collective over comm. Raises CheckpointError on all ranks where there is none, or where it is not whole: then the
-    line offers another.
+    line suggests another.
     """
-
-    def choose():
-        with raise_as_checkpoint_error(where, "read"):
-            return choose_checkpoint(pathlib.Path(where))
-
-    found = on_root(comm, choose)
+    found = on_root(comm, lambda: choose_checkpoint(Path(where)))
     try:
         verify_pieces(comm, found)
     except CheckpointError as error:
-        offer = on_root(comm, lambda: suggest_another(found))
-        raise_or_return(None, CheckpointError(f"{error}; {offer}"))
+        suggestion = on_root(comm, lambda: suggest_another(found))
+        raise_or_return(None, CheckpointError(f"{error}; {suggestion}"))
     return found
 
 
-def suggest_another(path):
-    """Say which checkpoint to resume in place of a damaged one: the last before it, else the first after it."""
+def verify_pieces(comm: MPI.Comm, folder: Path) -> None:
+    """Check that each file of a folder that write_pieces wrote is there, whole and unaltered. Collective over comm.
+
+    Raises CheckpointError on all ranks: one line that names a file and what is wrong with it.
+    """
+
+    def check_own() -> None:
+        for name in names[comm.rank :: comm.size]:
+            check_checksum(folder / name, digest_of_name)
+
+    digest_of_name, names = on_root(comm, lambda: verify_master(folder))
+    on_all(comm, check_own)
+
+
+def verify_master(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Check the list of checksums and the master -> (digest by name, names of the ranks' files, the largest first)."""
+    digest_of_name = read_checksums(folder)
+    check_checksum(folder / MASTER, digest_of_name)  # before HDF5 reads it
+    _, bytes_of_file = check_files(folder)
+    return digest_of_name, sorted(bytes_of_file, key=lambda name: bytes_of_file[name], reverse=True)
+
+
+def suggest_another(path: Path) -> str:
+    """Find a checkpoint to resume in place of a damaged one: the last before it, else the first after it."""
     own = step_of(path)
-    folder = path.parent if NAME.fullmatch(path.name) else path.resolve().parent
+    folder = path.parent if _NAME.fullmatch(path.name) else path.resolve().parent
     others = list_checkpoints(folder)
     for step in sorted(others, key=lambda step: (step > own, abs(step - own))):
         with contextlib.suppress(CheckpointError):
@@ -83,48 +93,49 @@ def suggest_another(path):
     return "there is no other that can be read"
 
 
-def step_of(checkpoint):
-    """Read the step in a checkpoint's name."""
-    return int(NAME.fullmatch(checkpoint.resolve().name)[1])
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(checkpoint.resolve().name.removeprefix("checkpoint-"))
 
 
-def is_in_folder(checkpoint, folder):
+def is_in_folder(checkpoint: Path, folder: Path) -> bool:
     """Return True if a checkpoint is one of this folder's, whatever the links on the way."""
     with contextlib.suppress(ValueError):  # a name that no file can have
         return os.path.dirname(os.path.realpath(checkpoint)) == os.path.realpath(folder)
     return False
 
 
-def choose_checkpoint(where):
-    """Take a checkpoint's own path, or the newest in a run's folder."""
-    if not where.is_dir():
-        raise CheckpointError(f"{where}: no such folder, so no checkpoint to resume")
-    found = where if NAME.fullmatch(where.resolve().name) else newest_checkpoint(where)
+def choose_checkpoint(where: Path) -> Path:
+    """Choose a checkpoint's own path, or the newest in a run's folder."""
+    with checkpoint_errors(where, "read"):
+        if not where.is_dir():
+            raise CheckpointError(f"{where}: no such folder, so no checkpoint to resume")
+        found = where if _NAME.fullmatch(where.resolve().name) else newest_checkpoint(where)
     if found is None:
         raise CheckpointError(f"{where}: no checkpoint to resume")
     return found
 
 
-def newest_checkpoint(folder):
+def newest_checkpoint(folder: Path) -> Path | None:
     """Find the finished checkpoint of the highest step -> its path, or None."""
     found = list_checkpoints(folder)
     return found[max(found)] if found else None
 
 
-def list_checkpoints(folder):
+def list_checkpoints(folder: Path) -> dict[int, Path]:
     """List the finished checkpoints of a run's folder -> {step: path}."""
-    paths = ((NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*"))
+    paths = ((_NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*"))
     return {int(match[1]): path for match, path in paths if match}
 
 
-def prune(folder, step, keep):
+def prune(folder: Path, step: int, keep: int) -> None:
     """Remove the oldest checkpoints beyond `keep`, those of a course this run left, and what kills left behind."""
     found = list_checkpoints(folder)
     earlier = sorted(other for other in found if other <= step)
     later = [other for other in found if other > step]  # the run resumed from before them
-    with raise_as_checkpoint_error(folder, "written"):
+    with checkpoint_errors(folder, "written"):
         for old in earlier[:-keep] + later:
-            discard(found[old])
+            remove_folder(found[old])
         for stale in folder.glob("checkpoint-*.partial"):
-            if PARTIAL.fullmatch(stale.name):
+            if _PARTIAL.fullmatch(stale.name):
                 shutil.rmtree(stale)

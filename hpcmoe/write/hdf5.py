@@ -1,4 +1,4 @@
-"""HDF5 on this program's terms: facts that come back as they were, files replaced whole, refusals in one line."""
+"""HDF5 on this program's terms: values come back as they were, files are replaced whole, errors take one line."""
 
 import contextlib
 import errno
@@ -6,54 +6,57 @@ import itertools
 import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
 from hpcmoe.errors import CheckpointError
 
-HDF5_ERRORS = (
-    OSError,
-    RuntimeError,
-    KeyError,
-)  # h5py: RuntimeError where closing fails, KeyError where an entry is damaged
+# h5py raises RuntimeError where closing fails, KeyError where an entry is damaged.
+HDF5_ERRORS = (OSError, RuntimeError, KeyError)
+_LOCKED = "another process, a viewer or another run, has it open"
 
-LOCKED = "another process, a viewer or another run, has it open"
+Value = np.ndarray | str | int | float | bool | list | dict[str, str]
+Metadata = Mapping[str, Any]  # flat, of such values
 
 
 @contextlib.contextmanager
-def raise_as_checkpoint_error(path, verb):
-    """Turn the system's refusal inside the block into a CheckpointError: `path: cannot be {verb}: reason`."""
+def checkpoint_errors(path: Path | str, verb: str) -> Iterator[None]:
+    """Convert the system's errors inside the block to a CheckpointError: `path: cannot be {verb}: reason`."""
     try:
         yield
     except HDF5_ERRORS as error:
         raise CheckpointError(f"{path}: cannot be {verb}: {describe_os_error(error)}") from error
 
 
-def describe_os_error(error):
-    """Name the system's reason for an error in a few words, and the cure where it is HDF5's lock on a file."""
+def describe_os_error(error: Exception) -> str:
+    """Return the system's reason for an error in a few words, with the remedy where it is HDF5's lock on a file."""
     number = find_errno(error)
     if number is None:
         return str(error).partition("\n")[0]
     if "unable to lock file" not in str(error):
         return os.strerror(number)
     if number == errno.EAGAIN:
-        return f"{LOCKED}: close it, or start with HDF5_USE_FILE_LOCKING=FALSE where nobody has it open"
+        return f"{_LOCKED}: close it, or start with HDF5_USE_FILE_LOCKING=FALSE where nobody has it open"
     return f"{os.strerror(number)}: the file system refuses HDF5's lock; start with HDF5_USE_FILE_LOCKING=FALSE"
 
 
-def is_system_error(error):
-    """Return True if the system refused, not the file's content."""
-    return find_errno(error) is not None
-
-
-def find_errno(error):
-    """Return the system's number of an error, or None; HDF5 hides it in its text."""
+def find_errno(error: BaseException | None) -> int | None:
+    """Return the system's number of an error, which HDF5 hides in its text; None where the file's content is wrong."""
     hidden = re.search(r"errno = (\d+)", str(error))
     return getattr(error, "errno", None) or (int(hidden[1]) if hidden else None)
 
 
-def open_unbuffered(path, create):
+def check_exists(path: Path) -> None:
+    """Raise CheckpointError where a file is missing."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+
+
+def open_unbuffered(path: Path, create: bool) -> h5py.File:
     """Open an HDF5 file to write -> File, whose data goes to the system at once.
 
     With HDF5's own buffers a full disk shows only as a dataset is released: there h5py loses the error, and the
@@ -70,13 +73,13 @@ def open_unbuffered(path, create):
 
 
 @contextlib.contextmanager
-def open_replacement(path):
-    """Open a copy of an HDF5 file, or a new one; it takes the file's place when the block ends well.
+def open_replacement(path: Path) -> Iterator[h5py.File]:
+    """Open a copy of an HDF5 file, or a new one; it replaces the file when the block ends without an error.
 
-    Whoever reads meanwhile, and whoever comes after a crash or on a full disk, finds the file as it was.
+    A concurrent reader, and whoever comes after a crash or on a full disk, finds the file as it was.
     """
     partial = path.with_name(f"{path.name}.partial")
-    with raise_as_checkpoint_error(path, "written"):
+    with checkpoint_errors(path, "written"):
         try:
             create = not path.exists()
             if not create:
@@ -89,14 +92,16 @@ def open_replacement(path):
             raise
 
 
-def free_name(path):
-    """Find the first name of PATH.1, PATH.2, ... that is free."""
-    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-    return next(name for name in numbered if not name.exists())
+def list_numbered(path: Path) -> Iterator[Path]:
+    """Yield the free names PATH.N, N from the number after the highest that there is."""
+    pattern = re.compile(rf"{re.escape(path.name)}\.(\d{{1,9}})")
+    used = [int(match[1]) for match in map(pattern.fullmatch, os.listdir(path.parent)) if match]
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1 + max(used, default=0)))
+    return (name for name in numbered if not os.path.lexists(name))
 
 
-def write_value(group, name, value, unit=None):
-    """Store an array, number, string, list of strings or dict of strings (as rows of key and value)."""
+def write_entry(group: h5py.Group, name: str, value: Value, unit: str | None = None) -> None:
+    """Write an array, number, string, list of strings or dict of strings (as rows of key and value)."""
     rows = np.array([*value.items()], dtype=str).reshape(-1, 2) if isinstance(value, dict) else np.asarray(value)
     dtype = h5py.string_dtype() if rows.dtype.kind == "U" else rows.dtype
     dataset = group.create_dataset(name, data=rows.astype(dtype), dtype=dtype)
@@ -104,14 +109,14 @@ def write_value(group, name, value, unit=None):
         dataset.attrs["unit"] = unit
 
 
-def read_value(dataset):
-    """Read back a fact -> str, int, float or bool where it is one value, else an array."""
+def read_entry(dataset: h5py.Dataset) -> Any:
+    """Read what write_entry wrote -> str, int, float or bool where it is one value, else an array."""
     value = dataset.asstr()[()] if h5py.check_string_dtype(dataset.dtype) else dataset[()]
     return value.item() if isinstance(value, np.generic) else value
 
 
-def sync(path):
-    """Have a file's or a folder's bytes on the disk itself before going on."""
+def sync(path: Path) -> None:
+    """Wait until the bytes of a file or folder are on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

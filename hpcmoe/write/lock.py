@@ -1,8 +1,8 @@
 """A lock in a run's folder, so that two runs never write into one: who holds it, and when it no longer counts.
 
-It is made by O_EXCL, which network file systems keep too. A holder on this machine is looked for by its process and
-that one's start, so that a recycled number is not believed. A holder elsewhere cannot be asked: it gives a sign of life
-by the lock's time of change, in the file server's clock, and without one for STALE_SECONDS the lock is cleared.
+It is made by O_EXCL, which network file systems keep too. A holder on this machine is found by its process and that
+one's start, which differs where the number is recycled. A holder elsewhere keeps a heartbeat: it renews the lock's time
+of change, in the file server's clock. Without one for STALE_SECONDS the lock is removed.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import os
-import pathlib
 import pwd
 import signal
 import socket
@@ -18,28 +17,30 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from hpcmoe.environment import find_job
 from hpcmoe.errors import ConfigError
 
 LOCK = "run.lock"
-HEARTBEAT_SECONDS = 20.0  # between two signs of life
+HEARTBEAT_SECONDS = 20.0  # between two
 STALE_SECONDS = 180.0  # without one
-CLEAR_SECONDS = 0.05  # for another process to clear a lock
 READ_SECONDS = 1.0  # until a lock just made has its text
+_CLEAR_SECONDS = 0.05  # for another process to remove a stale lock
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """Who holds a lock."""
+    """A lock's holder."""
 
     token: str  # of this holder alone
     host: str
-    machine: str  # which kernel runs and which processes it shows: of the same one, processes can be looked for
+    machine: str  # the running kernel and its process namespace: in the same one, processes can be found
     process: int
-    started: int  # the process's start, in ticks of that kernel
+    started: int  # when that process began, in ticks of that kernel
     user: str
     job: str  # Slurm's; empty elsewhere
     restarts: str  # of the job, which keeps its number when it is requeued
@@ -51,7 +52,7 @@ class Holder:
 
 
 def make_holder() -> Holder:
-    """Describe this process as a holder."""
+    """Make a Holder of this process."""
     job, restarts = find_job()
     return Holder(
         token=uuid.uuid4().hex,
@@ -67,9 +68,9 @@ def make_holder() -> Holder:
 
 
 def name_machine() -> str:
-    """Name the running kernel and this process's view of its processes; empty where the system does not tell."""
+    """Name the running kernel and this process's process namespace; empty where the system does not tell."""
     with contextlib.suppress(OSError):
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return ""
 
@@ -83,18 +84,18 @@ def name_user() -> str:
 
 
 def read_process_start(process: int) -> int:
-    """Read when a process of this machine began, in ticks -> 0 where it is gone, or dead and not yet buried."""
+    """Read when a process of this machine began, in ticks -> 0 where it is gone, or a zombie."""
     try:
-        state, *fields = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return 0
     return 0 if state in "ZX" else int(fields[18])
 
 
-def acquire_lock(folder: pathlib.Path, own: Holder) -> None:
-    """Take the lock of a folder, clearing one that is stale. Not collective: rank 0 alone.
+def acquire_lock(folder: Path, own: Holder) -> None:
+    """Acquire the lock of a folder, in place of one that is stale. Not collective: rank 0 alone.
 
-    Raises ConfigError that names who holds it; OSError where it cannot be written.
+    Raises ConfigError that names the holder, OSError where the lock cannot be written.
     """
     path = folder / LOCK
     while True:
@@ -106,8 +107,8 @@ def acquire_lock(folder: pathlib.Path, own: Holder) -> None:
             clear_stale(path, own)
 
 
-def write_lock(path: pathlib.Path, own: Holder) -> None:
-    """Make the lock, or raise FileExistsError."""
+def write_lock(path: Path, own: Holder) -> None:
+    """Create the lock. Raises FileExistsError where there is one."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         os.write(file, json.dumps(dataclasses.asdict(own)).encode())
@@ -119,21 +120,23 @@ def write_lock(path: pathlib.Path, own: Holder) -> None:
         os.close(file)
 
 
-def clear_stale(path: pathlib.Path, own: Holder) -> None:
-    """Remove a lock that no longer counts; raise ConfigError where it does."""
+def clear_stale(path: Path, own: Holder) -> None:
+    """Remove a stale lock. Raises ConfigError where it is not stale."""
     if explain_stale(path, read_lock(path), own) is None:
         return
 
-    # One at a time, and after another look: what a second process removes may be the first one's new lock.
+    # One process at a time does so, and checks again: what a second one removes may be the first one's new lock.
     clearing = path.with_name(f"{path.name}.clearing")
     try:
         os.close(os.open(clearing, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
     except FileExistsError:
-        time.sleep(CLEAR_SECONDS)
+        time.sleep(_CLEAR_SECONDS)
         with contextlib.suppress(FileNotFoundError):
             if measure_heartbeat_age(clearing) > STALE_SECONDS:  # killed midway
                 clearing.unlink()
         return
+
+    # Remove it.
     try:
         held = read_lock(path)
         why = explain_stale(path, held, own)
@@ -144,38 +147,42 @@ def clear_stale(path: pathlib.Path, own: Holder) -> None:
         clearing.unlink(missing_ok=True)
 
 
-def explain_stale(path: pathlib.Path, held: Holder | None, own: Holder) -> str | None:
-    """Say why a lock no longer counts -> None where it has gone meanwhile; ConfigError where it counts."""
+def explain_stale(path: Path, held: Holder | None, own: Holder) -> str | None:
+    """Return why a lock is stale, None where it is gone meanwhile. Raises ConfigError where it is not stale."""
     try:
-        silent_seconds, is_empty = measure_heartbeat_age(path), path.stat().st_size == 0
+        age_seconds, is_empty = measure_heartbeat_age(path), path.stat().st_size == 0
     except FileNotFoundError:
         return None
+
+    # A lock without a holder may be that of a run killed as it made it.
+    silent = f"no heartbeat for {age_seconds:.0f} s" if age_seconds > STALE_SECONDS else ""
     cure = f"wait for it or take another [run] name; if it is gone, remove {path}"
     if held is None:
-        if is_empty and silent_seconds > STALE_SECONDS:
-            return f"no sign of life for {silent_seconds:.0f} s"
+        if is_empty and silent:
+            return silent
         raise ConfigError(f"{path.parent} is in use by another run, which its lock does not name: {cure}")
 
+    # Find the holder's process on this machine; elsewhere only its job and its heartbeat are known.
     if held.machine and held.machine == own.machine:
         if read_process_start(held.process) != held.started:
             return "that process is gone"
     elif held.job and held.job == own.job and held.restarts != own.restarts:
         return "the job was requeued"
-    elif silent_seconds > STALE_SECONDS:
-        return f"no sign of life for {silent_seconds:.0f} s"
+    elif silent:
+        return silent
     else:
-        cure += f" (cleared by itself {STALE_SECONDS:.0f} s after its last sign of life, {silent_seconds:.0f} s ago)"
+        cure += f" (cleared by itself {STALE_SECONDS:.0f} s after its last heartbeat, {age_seconds:.0f} s ago)"
     raise ConfigError(f"{path.parent} is in use by {held}: {cure}")
 
 
-def measure_heartbeat_age(path: pathlib.Path) -> float:
-    """Measure how long ago a lock's holder gave a sign of life, both times by the file server's clock."""
+def measure_heartbeat_age(path: Path) -> float:
+    """Measure the time since a lock's last heartbeat, by the file server's clock."""
     with path.open("rb") as lock, tempfile.NamedTemporaryFile(dir=path.parent) as now:  # opening asks the server anew
         return os.fstat(now.fileno()).st_mtime - os.fstat(lock.fileno()).st_mtime
 
 
-def read_lock(path: pathlib.Path) -> Holder | None:
-    """Read who holds a lock -> None where it does not tell, not even in a while."""
+def read_lock(path: Path) -> Holder | None:
+    """Read a lock -> its holder, or None where it names none within READ_SECONDS."""
     deadline = time.monotonic() + READ_SECONDS
     while True:
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -187,12 +194,12 @@ def read_lock(path: pathlib.Path) -> Holder | None:
         time.sleep(READ_SECONDS / 20)
 
 
-def holds_lock(folder: pathlib.Path, own: Holder) -> bool:
+def holds_lock(folder: Path, own: Holder) -> bool:
     """Return True if the lock of a folder is still this holder's."""
     return read_lock(folder / LOCK) == own
 
 
-def release_lock(folder: pathlib.Path, own: Holder) -> None:
+def release_lock(folder: Path, own: Holder) -> None:
     """Remove the lock of a folder if it is this holder's. Not collective: any rank of the run may."""
     with contextlib.suppress(OSError):
         if holds_lock(folder, own):
@@ -200,11 +207,11 @@ def release_lock(folder: pathlib.Path, own: Holder) -> None:
 
 
 @contextlib.contextmanager
-def heartbeat(folder: pathlib.Path, own: Holder):
-    """Within, show that the holder lives, by a thread; end this process should another have taken the lock."""
+def heartbeat(folder: Path, own: Holder) -> Iterator[None]:
+    """Renew the lock in a thread within the block; end this process should another have taken the lock."""
     over = threading.Event()
 
-    def beat():
+    def beat() -> None:
         while not over.wait(HEARTBEAT_SECONDS):
             held = read_lock(folder / LOCK)
             if held is not None and held != own:

@@ -1,43 +1,52 @@
-"""Arrays that many ranks hold in pieces: one file a rank under a master that shows each whole, or nothing at all."""
+"""Arrays that many ranks hold in pieces: one file per rank under a master that shows each array whole, or nothing."""
 
 import contextlib
 import math
 import os
 import shutil
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
+from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, on_all, on_root
 from hpcmoe.wait import barrier
 from hpcmoe.write.checksums import compute_digest, write_checksums
-from hpcmoe.write.hdf5 import open_unbuffered, raise_as_checkpoint_error, read_value, sync, write_value
+from hpcmoe.write.hdf5 import Metadata, check_exists, checkpoint_errors, open_unbuffered, read_entry, sync, write_entry
 
 MASTER = "master.h5"  # holds a virtual dataset for each array, and besides them:
-FACTS = "facts"  # one value each
+METADATA = "metadata"  # one value each
 FILES = "files"  # name and bytes of each rank's file: a lost one would read as zeros
+_METADATA_BEFORE = "facts"  # the group of 0.2 and earlier
+
+WriteTask = Callable[[], Any]  # needs no MPI: a thread may run it
+WriteTasks = Generator[WriteTask, Any, None]  # yields tasks; is sent what returns a task's result, or raises its error
+Arrays = dict[tuple[str, tuple[int, ...]], np.ndarray]  # by name and start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PieceSpec:
     """A box of a logical array, which a rank holds or wants."""
 
-    name: str  # HDF5 path of the array, at least one axis; not under facts/ or files/
+    name: str  # HDF5 path of the array, at least one axis; not under metadata/ or files/
     shape: tuple[int, ...]  # of the whole array
     start: tuple[int, ...]  # where the box begins
-    extent: tuple[int, ...]  # how far it goes along each axis
+    extent: tuple[int, ...]  # its length along each axis
     dtype: str = ""  # NumPy's name; empty: any
     keys: tuple[str, ...] = ()  # of the config, axis by axis, to be named where the shape differs
 
     @property
-    def box(self):
-        """The index of this part in the whole array."""
+    def box(self) -> tuple[slice, ...]:
+        """Return the index of the box in the whole array."""
         return tuple(slice(first, first + count) for first, count in zip(self.start, self.extent, strict=True))
 
     @property
-    def source(self):
-        """The path of this part in the file of the rank that holds it."""
+    def source(self) -> str:
+        """Return the path of the box in the file of the rank that holds it."""
         return f"{self.name}/{'.'.join(map(str, self.start))}"
 
 
@@ -51,10 +60,10 @@ class Piece:
     array: np.ndarray
 
     @property
-    def part(self):
-        """Where the piece lies, without its data."""
-        extent = self.array.shape
-        return PieceSpec(name=self.name, shape=self.shape, start=self.start, extent=extent, dtype=self.array.dtype.name)
+    def spec(self) -> PieceSpec:
+        """Return the piece's box and dtype, without its data."""
+        extent, dtype = self.array.shape, self.array.dtype.name
+        return PieceSpec(name=self.name, shape=self.shape, start=self.start, extent=extent, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,109 +72,119 @@ class RankFile:
 
     num_bytes: int  # 0 where it has no piece and needs no file
     digest: str
-    parts: list[PieceSpec]
+    specs: list[PieceSpec]
 
 
-def write_pieces(comm, folder, pieces, facts):
-    """Write this rank's pieces and the facts; the folder appears when all is on disk. Collective over comm.
+def write_pieces(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata: Metadata) -> None:
+    """Write this rank's pieces and the metadata; the folder appears when all is on disk. Collective over comm.
 
-    The pieces of all ranks must tile each array. facts is a flat dict of strings, numbers and small arrays, as
+    The pieces of all ranks must tile each array. metadata is a flat dict of strings, numbers and small arrays, as
     rank 0 has them. Where one rank fails all raise its CheckpointError, and no folder appears.
     """
-    run_tasks(write_in_tasks(comm, folder, pieces, facts))
+    run_tasks(write_in_tasks(comm, folder, pieces, metadata))
 
 
-def run_tasks(turns):
-    """Go through the turns of some writing on the spot. Collective as they are."""
-    work = None
+def run_tasks(tasks: WriteTasks) -> None:
+    """Run the tasks of write_in_tasks at once, in this thread. Collective over their comm."""
+    task = None
     with contextlib.suppress(StopIteration):
         while True:
-            work = turns.send(work)
+            task = tasks.send(task)
 
 
-def write_in_tasks(comm, folder, pieces, facts):
-    """Write as write_pieces does, and yield as functions what needs no MPI: a thread may do it. Collective over comm.
+def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata: Metadata) -> WriteTasks:
+    """Write as write_pieces does, and yield what needs no MPI as tasks. Collective over comm.
 
-    What tells how a function ended is to be sent back: the function itself, which then does its work, or its future's
-    result.
+    Send back either the task itself, which then runs here, or the `result` of its future.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     held = [piece for piece in pieces if piece.array.size > 0]
     try:
+        # Write one file per rank.
         on_root(comm, lambda: make_empty(partial))
-        written = yield lambda: write_rank_file(partial / name_file(comm.rank), held)
+        written = yield lambda: write_rank_file(partial / name_rank_file(comm.rank), held)
         num_bytes, digest = on_all(comm, written)
         barrier(comm)
-        own = RankFile(num_bytes=num_bytes, digest=digest, parts=[piece.part for piece in pieces])
+
+        # Write the master on rank 0, and give the folder its name.
+        own = RankFile(num_bytes=num_bytes, digest=digest, specs=[piece.spec for piece in pieces])
         files = comm.gather(own)
-        finished = yield lambda: finish(folder, partial, files, facts) if comm.rank == 0 else None
-        on_all(comm, finished)
+        published = yield lambda: publish(folder, partial, files, metadata) if files is not None else None
+        on_all(comm, published)
     except CheckpointError:
         on_root(comm, lambda: shutil.rmtree(partial, ignore_errors=True))
         raise
 
 
-def read_pieces(comm, folder, wanted):
-    """Read the parts this rank wants, whoever wrote them -> ({(name, start): array}, facts). Collective over comm.
+def read_pieces(comm: MPI.Comm, folder: Path, wanted: Sequence[PieceSpec]) -> tuple[Arrays, Metadata]:
+    """Read the boxes this rank wants -> ({(name, start): array}, metadata). Collective over comm.
 
-    Raises CheckpointError where a file is missing or cut short, or an array is unknown or of another shape;
-    verify_pieces finds what is altered.
+    Any number of ranks may have written them. Raises CheckpointError on all ranks where a file is missing or cut
+    short, or an array is unknown or of another shape; verify_pieces finds what is altered.
     """
-    facts, _ = on_root(comm, lambda: check_files(folder))
-    return on_all(comm, lambda: read_specs(folder, wanted)), facts
+    metadata, _ = on_root(comm, lambda: check_files(folder))
+    return on_all(comm, lambda: read_boxes(folder, wanted)), metadata
 
 
-def name_file(rank):
-    """Name the file of a rank."""
+def name_rank_file(rank: int) -> str:
+    """Return the name of a rank's file."""
     return f"rank{rank:04d}.h5"
 
 
-def make_empty(folder):
+def make_empty(folder: Path) -> None:
     """Make an empty folder, in place of what a killed run may have left."""
-    with raise_as_checkpoint_error(folder, "written"):
+    with checkpoint_errors(folder, "written"):
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
 
 
-def write_rank_file(path, pieces):
+def write_rank_file(path: Path, pieces: Sequence[Piece]) -> tuple[int, str]:
     """Write one rank's pieces -> (bytes, digest) of its file; without pieces it writes none."""
     if not pieces:
         return 0, ""
-    with raise_as_checkpoint_error(path, "written"):
+    with checkpoint_errors(path, "written"):
         with open_unbuffered(path, create=True) as file:
             for piece in pieces:
-                file.create_dataset(piece.part.source, data=piece.array)
+                file.create_dataset(piece.spec.source, data=piece.array)
         sync(path)
         return path.stat().st_size, compute_digest(path)
 
 
-def finish(folder, partial, files, facts):
-    """Write the master over the files [ranks] and the list of checksums, then give the folder its name."""
-    parts_of_name = group_by_name(files)
-    for name, parts in parts_of_name.items():
-        check_tiling(name, [part for _, part in parts])
+def publish(folder: Path, partial: Path, files: Sequence[RankFile], metadata: Metadata) -> None:
+    """Write the master over the ranks' files and the list of checksums, then give the folder its name."""
+    # Group the pieces by array, and check that they tile it.
+    specs_of_name: dict[str, list[tuple[int, PieceSpec]]] = {}
+    for rank, file in enumerate(files):
+        for spec in file.specs:
+            specs_of_name.setdefault(spec.name, []).append((rank, spec))
+    for name, specs in specs_of_name.items():
+        check_tiling(name, [spec for _, spec in specs])
 
-    with raise_as_checkpoint_error(partial / MASTER, "written"):
+    # Write the master, then the list of checksums.
+    written = {name_rank_file(rank): file for rank, file in enumerate(files) if file.num_bytes > 0}
+    with checkpoint_errors(partial / MASTER, "written"):
         with open_unbuffered(partial / MASTER, create=True) as master:
-            for name, parts in parts_of_name.items():
-                write_virtual(master, name, parts)
-            for name, value in facts.items():
-                write_value(master.require_group(FACTS), name, value)
-            write_files(master.create_group(FILES), files)
+            for name, specs in specs_of_name.items():
+                write_virtual(master, name, specs)
+            for name, value in metadata.items():
+                write_entry(master.require_group(METADATA), name, value)
+            group = master.create_group(FILES)
+            write_entry(group, "name", np.array([*written], dtype=str))
+            write_entry(group, "bytes", np.array([file.num_bytes for file in written.values()], dtype=np.int64))
         sync(partial / MASTER)
-    digests = {name_file(rank): file.digest for rank, file in enumerate(files) if file.num_bytes > 0}
+    digests = {name: file.digest for name, file in written.items()}
     write_checksums(partial, {MASTER: compute_digest(partial / MASTER)} | digests)
 
-    # A folder of that name is of an earlier course of the run: it goes at the last moment.
-    with raise_as_checkpoint_error(folder, "written"):
+    # Rename at the last moment: a folder of that name is of a course that this run left.
+    with checkpoint_errors(folder, "written"):
         sync(partial)
-        discard(folder)
+        remove_folder(folder)
         partial.rename(folder)
         sync(folder.parent)
 
 
-def discard(folder):
+def remove_folder(folder: Path) -> None:
     """Remove a folder so that a kill midway leaves none of its name."""
     if folder.exists():
         doomed = folder.with_name(f"{folder.name}.old.partial")
@@ -174,98 +193,74 @@ def discard(folder):
         shutil.rmtree(doomed)
 
 
-def group_by_name(files):
-    """Sort all ranks' parts by array -> {name: [(rank, part), ...]}."""
-    parts_of_name = {}
-    for rank, file in enumerate(files):
-        for part in file.parts:
-            parts_of_name.setdefault(part.name, []).append((rank, part))
-    return parts_of_name
-
-
-def check_tiling(name, parts):
-    """Check that parts make one array whole: one shape and dtype, within bounds, no two alike, none missing."""
-    kinds = sorted({(part.shape, part.dtype) for part in parts})
+def check_tiling(name: str, specs: Sequence[PieceSpec]) -> None:
+    """Check that pieces make one array whole: one shape and dtype, within bounds, no two alike, none missing."""
+    # Compare shapes and dtypes.
+    kinds = sorted({(spec.shape, spec.dtype) for spec in specs})
     if len(kinds) > 1:
         seen = " and ".join(f"{dtype} {list(shape)}" for shape, dtype in kinds)
         raise CheckpointError(f"pieces of {name} disagree on the whole: {seen}")
 
+    # Check the bounds, then count the elements: without two alike, as many as the array's are all of it.
     shape = kinds[0][0]
-    for part in parts:
-        if not all(0 <= side.start <= side.stop <= size for side, size in zip(part.box, shape, strict=True)):
-            raise CheckpointError(f"piece of {name} {list(shape)} lies outside: {part.extent} from {part.start}")
-    filled = [part for part in parts if math.prod(part.extent) > 0]
-    twice = len(filled) - len({part.start for part in filled})
-    held, size = sum(math.prod(part.extent) for part in filled), math.prod(shape)
+    for spec in specs:
+        if not all(0 <= side.start <= side.stop <= size for side, size in zip(spec.box, shape, strict=True)):
+            raise CheckpointError(f"piece of {name} {list(shape)} lies outside: {spec.extent} from {spec.start}")
+    filled = [spec for spec in specs if math.prod(spec.extent) > 0]
+    twice = len(filled) - len({spec.start for spec in filled})
+    held, size = sum(math.prod(spec.extent) for spec in filled), math.prod(shape)
     if twice or held != size:
         raise CheckpointError(f"pieces of {name} {list(shape)} hold {held} of {size} elements, {twice} pieces twice")
 
 
-def write_virtual(master, name, parts):
-    """Write the dataset that shows the parts [(rank, part), ...] of an array as a whole."""
-    _, whole = parts[0]
+def write_virtual(master: h5py.File, name: str, specs: Sequence[tuple[int, PieceSpec]]) -> None:
+    """Write the dataset that shows the pieces [(rank, spec), ...] of an array as a whole."""
+    _, whole = specs[0]
     if math.prod(whole.shape) == 0:
         master.create_dataset(name, whole.shape, whole.dtype)
         return
     layout = h5py.VirtualLayout(whole.shape, whole.dtype)
-    for rank, part in parts:
-        if math.prod(part.extent) > 0:
-            layout[part.box] = h5py.VirtualSource(name_file(rank), part.source, part.extent, part.dtype)
+    for rank, spec in specs:
+        if math.prod(spec.extent) > 0:
+            layout[spec.box] = h5py.VirtualSource(name_rank_file(rank), spec.source, spec.extent, spec.dtype)
     master.create_virtual_dataset(name, layout)
 
 
-def write_files(group, files):
-    """Record each rank's file and its size."""
-    bytes_of_file = {name_file(rank): file.num_bytes for rank, file in enumerate(files) if file.num_bytes > 0}
-    write_value(group, "name", np.array([*bytes_of_file], dtype=str))
-    write_value(group, "bytes", np.array([*bytes_of_file.values()], dtype=np.int64))
-
-
-def check_files(folder):
-    """Check that each rank's file is there with all its bytes -> (the facts, {name: bytes} of the ranks' files)."""
+def check_files(folder: Path) -> tuple[Metadata, dict[str, int]]:
+    """Check that each rank's file is there with all its bytes -> (metadata, {name: bytes} of the ranks' files)."""
     path = folder / MASTER
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    with raise_as_checkpoint_error(path, "read"), h5py.File(path) as master:
+    check_exists(path)
+    with checkpoint_errors(path, "read"), h5py.File(path) as master:
         if FILES not in master:
             raise CheckpointError(f"{path} is not one of this program's masters")
-        names, sizes = (read_value(master[FILES][what]).tolist() for what in ("name", "bytes"))
-        for name, num_bytes in zip(names, sizes, strict=True):
-            check_size(folder / name, num_bytes)
-        facts = {name: read_value(dataset) for name, dataset in master.get(FACTS, {}).items()}
-        return facts, dict(zip(names, sizes, strict=True))
+        bytes_of_file = dict(zip(master[FILES]["name"].asstr()[:], master[FILES]["bytes"][:].tolist(), strict=True))
+        group = master.get(METADATA, master.get(_METADATA_BEFORE, {}))
+        for name, num_bytes in bytes_of_file.items():
+            check_exists(folder / name)
+            if (found := os.path.getsize(folder / name)) != num_bytes:
+                raise CheckpointError(f"{folder / name} is {found} bytes, {num_bytes} were written")
+        return {name: read_entry(dataset) for name, dataset in group.items()}, bytes_of_file
 
 
-def check_size(path, num_bytes):
-    """Check that a file is there with all its bytes."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    if os.path.getsize(path) != num_bytes:
-        raise CheckpointError(f"{path} is {os.path.getsize(path)} bytes, {num_bytes} were written")
-
-
-def read_specs(folder, wanted):
-    """Read parts from the master -> {(name, start): array}."""
+def read_boxes(folder: Path, wanted: Sequence[PieceSpec]) -> Arrays:
+    """Read boxes from the master -> {(name, start): array}."""
     path = folder / MASTER
-    with raise_as_checkpoint_error(path, "read"), h5py.File(path) as master:
-        for part in wanted:
-            check_spec(master, path, part)
-        return {(part.name, part.start): master[part.name][part.box] for part in wanted}
+    with checkpoint_errors(path, "read"), h5py.File(path) as master:
+        for spec in wanted:
+            check_array(master, path, spec)
+        return {(spec.name, spec.start): master[spec.name][spec.box] for spec in wanted}
 
 
-def check_spec(master, path, part):
+def check_array(master: h5py.File, path: Path, spec: PieceSpec) -> None:
     """Check that the master's array is the one wanted."""
-    if not isinstance(master.get(part.name), h5py.Dataset):
-        raise CheckpointError(f"{path}: checkpoint has no {part.name}, this model wants it {list(part.shape)}")
-    dataset = master[part.name]
-    if dataset.shape != part.shape:
-        sizes = zip(part.keys, dataset.shape, part.shape, strict=False)
-        keys = [key for key, has, wants in sizes if has != wants]
-        raise CheckpointError(
-            f"{path}: checkpoint has {part.name} {list(dataset.shape)}, this model wants {list(part.shape)}"
-            + (f": {', '.join(keys)}" if keys else "")
-        )
-    if part.dtype and dataset.dtype.name != part.dtype:
-        raise CheckpointError(
-            f"{path}: checkpoint has {part.name} as {dataset.dtype.name}, this model wants {part.dtype}"
-        )
+    dataset = master.get(spec.name)
+    if not isinstance(dataset, h5py.Dataset):
+        raise CheckpointError(f"{path}: checkpoint has no {spec.name}, this model wants it {list(spec.shape)}")
+    found = f"{path}: checkpoint has {spec.name}"
+    if dataset.shape != spec.shape:
+        sizes = zip(spec.keys, dataset.shape, spec.shape, strict=False)
+        keys = ", ".join(key for key, has, wants in sizes if has != wants)
+        wants = f"{list(dataset.shape)}, this model wants {list(spec.shape)}"
+        raise CheckpointError(f"{found} {wants}" + (f": {keys}" if keys else ""))
+    if spec.dtype and dataset.dtype.name != spec.dtype:
+        raise CheckpointError(f"{found} as {dataset.dtype.name}, this model wants {spec.dtype}")

@@ -1,55 +1,78 @@
-"""The placement problem that a run had, kept in its record, so that it can be placed again with the loads it saw."""
+"""What an earlier run's record holds for placement: its problem, the loads that it saw, its last placement."""
 
 import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 
 from hpcmoe.errors import CheckpointError
-from hpcmoe.placement.demand import make_probability
+from hpcmoe.placement.demand import Loads, make_probability
 from hpcmoe.placement.problem import PlacementProblem
-from hpcmoe.write.hdf5 import raise_as_checkpoint_error, read_value
-from hpcmoe.write.loads import read_loads
+from hpcmoe.write.hdf5 import checkpoint_errors, read_entry
 
-CHAPTER = "problem"
-FIELDS = [field.name for field in dataclasses.fields(PlacementProblem) if field.name != "even"]  # every run's is
+if TYPE_CHECKING:
+    from hpcmoe.write.records import Records  # which would start MPI
+
+_CHAPTER = "problem"
+_FIELDS = [field.name for field in dataclasses.fields(PlacementProblem) if field.name != "even"]  # every run's is
+_BY_NODE, _BY_STEP, _NODE_NAMES = "experts/tokens_of_node", "experts/utilisation/value", "cluster/node_names"
+_MIGRATED = "cluster/migrated/value", "cluster/adopted/value"  # of today, and of 0.2 and earlier
+_LAST_STEPS = 10  # of a record without tokens by node
 
 
-def record_problem(records, problem):
-    """Keep a problem, field by field; where all nodes' probabilities are equal, one row for them all."""
-    for name in FIELDS:
+def record_problem(records: "Records", problem: PlacementProblem) -> None:
+    """Record a problem, field by field; where all nodes' probabilities are equal, one row for them all."""
+    for name in _FIELDS:
         value = getattr(problem, name)
         if name == "probability" and (value == value[:, :1]).all():
             value = value[:, :1]
-        records.describe(CHAPTER, name, list(value) if isinstance(value, tuple) else value)
+        records.describe(_CHAPTER, name, list(value) if isinstance(value, tuple) else value)
 
 
-def read_run_problem(path, **changes):
+def read_run_problem(path: Path, **changes: Any) -> tuple[PlacementProblem, list[str]]:
     """Read a run.h5 -> (PlacementProblem with the loads that the run saw, notes); changes replace its other fields.
 
     Raises CheckpointError in one line where the file cannot be read or holds no problem.
     """
-    with raise_as_checkpoint_error(path, "read"), h5py.File(path) as file:
-        group = file.get(CHAPTER, {})
-        if missing := [name for name in FIELDS if name not in group]:
-            raise CheckpointError(f"{path}: holds no {CHAPTER}/{missing[0]}; must be the run.h5 of a finished start")
-        facts = {name: read_value(group[name]) for name in FIELDS}
+    # Read the fields.
+    with checkpoint_errors(path, "read"), h5py.File(path) as file:
+        group = file.get(_CHAPTER, {})
+        if missing := [name for name in _FIELDS if name not in group]:
+            raise CheckpointError(f"{path}: holds no {_CHAPTER}/{missing[0]}; must be the run.h5 of a finished start")
+        fields = {name: read_entry(group[name]) for name in _FIELDS}
 
-    facts["node_names"] = tuple(np.atleast_1d(facts["node_names"]))
+    # Take the probabilities from the loads, else as the run began.
+    fields["node_names"] = tuple(np.atleast_1d(fields["node_names"]))
     try:
-        facts["probability"] = make_probability(read_loads(path), facts["node_names"])
+        fields["probability"] = make_probability(read_loads(path), fields["node_names"])
         notes = ["probabilities are those of the tokens that the run routed"]
     except CheckpointError:
         notes = ["the run took no step: probabilities are those that it began with"]
-        shape = facts["num_layers"], len(facts["rack_of_node"]), facts["num_experts"]
-        facts["probability"] = np.broadcast_to(facts["probability"], shape)
-    return PlacementProblem(**facts | changes), notes
+        shape = fields["num_layers"], len(fields["rack_of_node"]), fields["num_experts"]
+        fields["probability"] = np.broadcast_to(fields["probability"], shape)
+    return PlacementProblem(**fields | changes), notes
 
 
-def read_last_placement(path):
+def read_loads(path: str | Path) -> Loads:
+    """Read a run.h5 -> Loads: by node where they were recorded so, else of the last steps and all nodes together.
+
+    Raises CheckpointError in one line where the file cannot be read or holds neither.
+    """
+    with checkpoint_errors(path, "read"), h5py.File(path) as file:
+        if isinstance(file.get(_BY_NODE), h5py.Dataset) and file[_BY_NODE].ndim == 3:
+            names = tuple(np.atleast_1d(read_entry(file[_NODE_NAMES])))
+            return Loads(tokens=file[_BY_NODE][:], node_names=names)
+        if isinstance(file.get(_BY_STEP), h5py.Dataset) and file[_BY_STEP].ndim == 3 and len(file[_BY_STEP]) > 0:
+            return Loads(tokens=file[_BY_STEP][-_LAST_STEPS:].mean(axis=0)[:, None], node_names=())
+    raise CheckpointError(f"{path}: holds no tokens of experts; must be the run.h5 of a run that took a step")
+
+
+def read_last_placement(path: Path) -> np.ndarray:
     """Read where the experts of a run were at last -> [L, S] int64; CheckpointError in one line."""
-    with raise_as_checkpoint_error(path, "read"), h5py.File(path) as file:
-        adopted = file.get("cluster/adopted/value", ())
-        if len(adopted):
-            return adopted[-1]
+    with checkpoint_errors(path, "read"), h5py.File(path) as file:
+        for name in _MIGRATED:
+            if name in file and len(file[name]):
+                return file[name][-1]
         return file["cluster/expert_of_replica"][:]

@@ -1,155 +1,148 @@
-"""The run's record, out/NAME/run.h5: figures of every step and facts of the whole, which rank 0 alone writes."""
+"""The run's record, out/NAME/run.h5: metrics of every step and values of the whole run, which rank 0 alone writes."""
 
 import contextlib
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import h5py
 import numpy as np
+from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, on_root
-from hpcmoe.write.hdf5 import (
-    HDF5_ERRORS,
-    describe_os_error,
-    free_name,
-    is_system_error,
-    open_replacement,
-    raise_as_checkpoint_error,
-    write_value,
-)
+from hpcmoe.write.hdf5 import Value, checkpoint_errors, find_errno, list_numbered, open_replacement, write_entry
 
-CHUNK_ROWS = 256  # of a metric that is one number
-CHUNK_BYTES = 65536  # of a metric that is an array
-FLUSH_SECONDS = 1.0  # between two flushes
-FLUSH_SHARE = 0.02  # of a run's time may go into flushes, however large its file
+_CHUNK_ROWS = 256  # of a metric that is one number
+_CHUNK_BYTES = 65536  # of a metric that is an array
+_FLUSH_SECONDS = 1.0  # between two flushes
+_FLUSH_SHARE = 0.02  # of a run's time may go into flushes, however large its file
 
 
 @contextlib.contextmanager
-def open_records(comm, folder, keep_until_step=None):
-    """Open folder/run.h5 -> Records, which on ranks other than 0 keep nothing. Collective over comm.
+def open_records(comm: MPI.Comm, folder: Path, keep_until_step: int | None = None) -> Iterator["Records | NullRecords"]:
+    """Open folder/run.h5 -> Records, or NullRecords on ranks other than 0. Collective over comm.
 
     The file is new; or, with keep_until_step, the existing one without what came after that step. What is
-    buffered is written on the way out, whatever the way. Raises CheckpointError.
+    buffered is written at the end, whatever ends the block. Raises CheckpointError.
     """
     path = folder / "run.h5"
-    on_root(comm, lambda: begin(path, keep_until_step))
-    records = Records(path) if comm.rank == 0 else NullRecords()
+    on_root(comm, lambda: create_or_truncate(path, keep_until_step))
+    records = (Records if comm.rank == 0 else NullRecords)(path)
     try:
         yield records
     except BaseException:
-        with contextlib.suppress(CheckpointError):  # what ended the run is the better news
+        with contextlib.suppress(CheckpointError):  # the error that ended the run matters more
             records.flush()
         raise
     on_root(comm, records.flush)
 
 
-def begin(path, keep_until_step):
-    """Start a new file, or cut the old one back to a step; one that cannot be read is kept beside."""
-    cuts = None if keep_until_step is None else count_rows_until(path, keep_until_step)
-    with raise_as_checkpoint_error(path, "written"):
-        if cuts is None and path.exists():
-            path.rename(free_name(path))
+def create_or_truncate(path: Path, keep_until_step: int | None) -> None:
+    """Create a new file, or truncate the old one to a step; one that cannot be read is kept under another name."""
+    num_rows_of_metric = None if keep_until_step is None else count_rows_until(path, keep_until_step)
+    with checkpoint_errors(path, "written"):
+        if num_rows_of_metric is None and path.exists():
+            path.rename(next(list_numbered(path)))
     with open_replacement(path) as file:
-        for name, num_rows in (cuts or {}).items():
+        for name, num_rows in (num_rows_of_metric or {}).items():
             file[name]["step"].resize(num_rows, axis=0)
             file[name]["value"].resize(num_rows, axis=0)
 
 
-def count_rows_until(path, step):
-    """Count the entries up to a step -> {metric: its number of rows}, or None where the file is missing or damaged.
+def count_rows_until(path: Path, step: int) -> dict[str, int] | None:
+    """Count the rows up to a step -> {metric: its number of rows}, or None where the file is missing or damaged.
 
     Raises CheckpointError where the system keeps it from being read.
     """
-    cuts = {}
+    num_rows_of_metric = {}
 
-    def visit(name, entry):
+    def visit(name: str, entry: h5py.Group | h5py.Dataset) -> None:
         if isinstance(entry, h5py.Group) and "step" in entry and "value" in entry:
-            cuts[name] = int(np.searchsorted(entry["step"][:], step, side="right"))
+            num_rows_of_metric[name] = int(np.searchsorted(entry["step"][:], step, side="right"))
 
+    # Visit every metric; an error that the system does not explain is the file's.
     if not path.exists():
         return None
     try:
-        with h5py.File(path) as file:
+        with checkpoint_errors(path, "read"), h5py.File(path) as file:
             file.visititems(visit)
-    except HDF5_ERRORS as error:
-        if is_system_error(error):
-            raise CheckpointError(f"{path}: cannot be read: {describe_os_error(error)}") from error
+    except CheckpointError as error:
+        if find_errno(error.__cause__) is not None:
+            raise
         return None
-    return cuts
+    return num_rows_of_metric
 
 
 class Records:
-    """The record of a run: /chapter/name holds `step` [n] and `value` [n, ...] of a metric, or one fact.
+    """The record of a run: /chapter/name holds `step` [n] and `value` [n, ...] of a metric, or one value.
 
-    Steps of a metric come in ascending order. Entries wait in memory until a flush, which replaces the file
+    Steps of a metric come in ascending order. Rows wait in memory until a flush, which replaces the file
     whole: it can be read at any time, and after any crash it holds all that was flushed.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         self.path = path
-        self.metrics = {}  # (chapter, name, unit) -> steps, values
-        self.facts = {}  # (chapter, name) -> value, unit
-        self.due = time.monotonic() + FLUSH_SECONDS
+        self.metrics: dict[tuple[str, str, str], tuple[list, list]] = {}  # (chapter, name, unit): steps, values
+        self.values: dict[tuple[str, str], tuple[Value, str]] = {}  # (chapter, name): value, unit
+        self.due = time.monotonic() + _FLUSH_SECONDS
 
-    def append(self, step, chapter, name, value, unit=""):
-        """Note a metric of a step: a number, kept as float64, or an array, kept in its own dtype."""
+    def append(self, step: int, chapter: str, name: str, value: np.ndarray | float, unit: str = "") -> None:
+        """Append a step's value to a metric: a number, kept as float64, or an array, kept in its own dtype."""
         value = np.array(value)
         steps, values = self.metrics.setdefault((chapter, name, unit), ([], []))
         steps.append(step)
         values.append(value.astype(np.float64) if value.ndim == 0 else value)
 
-    def describe(self, chapter, name, value, unit=""):
-        """Note a fact of the whole run: an array, number, string, list or dict of strings; the last one counts."""
-        self.facts[chapter, name] = (np.array(value) if isinstance(value, np.ndarray) else value, unit)
+    def describe(self, chapter: str, name: str, value: Value, unit: str = "") -> None:
+        """Record a value of the whole run; the last one of a name counts."""
+        self.values[chapter, name] = (np.array(value) if isinstance(value, np.ndarray) else value, unit)
 
-    def flush(self):
+    def flush(self) -> None:
         """Write what is buffered; raises CheckpointError, and keeps the file as it was, where that fails."""
         started = time.monotonic()
-        if self.metrics or self.facts:
+        if self.metrics or self.values:
+            # Replace values, append to metrics.
             with open_replacement(self.path) as file:
-                for (chapter, name), (value, unit) in self.facts.items():
-                    replace_fact(file.require_group(chapter), name, value, unit)
+                for (chapter, name), (value, unit) in self.values.items():
+                    group = file.require_group(chapter)
+                    if name in group:
+                        del group[name]
+                    write_entry(group, name, value, unit)
                 for (chapter, name, unit), (steps, values) in self.metrics.items():
                     append_rows(file.require_group(chapter), name, unit, np.array(steps), np.stack(values))
             self.metrics.clear()
-            self.facts.clear()
-        ended = time.monotonic()
-        self.due = ended + max(FLUSH_SECONDS, (ended - started) / FLUSH_SHARE)
+            self.values.clear()
 
-    def flush_if_due(self):
+        # Wait longer after a long flush.
+        ended = time.monotonic()
+        self.due = ended + max(_FLUSH_SECONDS, (ended - started) / _FLUSH_SHARE)
+
+    def flush_if_due(self) -> None:
         """Flush about once a second, less often once that would take more than its share of the run."""
         if time.monotonic() >= self.due:
             self.flush()
 
 
-class NullRecords:
-    """The record as the other ranks see it: nothing to keep."""
+class NullRecords(Records):
+    """The record on ranks other than 0, which keeps nothing."""
 
-    def append(self, step, chapter, name, value, unit=""):
-        """Keep nothing."""
+    def append(self, *_: object, **__: object) -> None:
+        """Ignore the call."""
 
-    def describe(self, chapter, name, value, unit=""):
-        """Keep nothing."""
-
-    def flush(self):
-        """Write nothing."""
-
-    def flush_if_due(self):
-        """Write nothing."""
+    describe = flush = flush_if_due = append
 
 
-def replace_fact(group, name, value, unit):
-    """Write a fact in place of the one of that name."""
-    if name in group:
-        del group[name]
-    write_value(group, name, value, unit)
-
-
-def append_rows(group, name, unit, steps, values):
-    """Add rows, steps [n] and values [n, ...], to a metric of a chapter's group."""
+def append_rows(group: h5py.Group, name: str, unit: str, steps: np.ndarray, values: np.ndarray) -> None:
+    """Append rows, steps [n] and values [n, ...], to a metric of a chapter's group."""
+    # Rename a metric whose rows differ in shape or dtype, as after a resume on other ranks.
     metric = group.get(name)
-    if metric is not None and not takes(metric["value"], values):
-        retire(group, name)
-        metric = None
+    if metric is not None:
+        kept = metric["value"]
+        if kept.shape[1:] != values.shape[1:] or kept.dtype != values.dtype:
+            rename_or_delete(group, name)
+            metric = None
+
+    # Append to the metric, or to a new one.
     if metric is None:
         metric = make_metric(group, name, values)
     metric.attrs["unit"] = unit
@@ -158,30 +151,24 @@ def append_rows(group, name, unit, steps, values):
         dataset[-len(rows) :] = rows
 
 
-def takes(dataset, values):
-    """Whether rows of these values fit a dataset; after a resume on other ranks they may not."""
-    return dataset.shape[1:] == values.shape[1:] and dataset.dtype == values.dtype
-
-
-def retire(group, name):
-    """Leave a metric of another shape under a name of its own, NAME_until_STEP, unless it is empty."""
+def rename_or_delete(group: h5py.Group, name: str) -> None:
+    """Rename a metric to NAME_until_STEP; delete it where it is empty."""
     steps = group[name]["step"]
-    if len(steps) > 0:
-        kept = f"{name}_until_{steps[-1]}"
-        while kept in group:  # of a shape that a resume had before
-            kept += "_again"
-        group.move(name, kept)
-    else:
+    if len(steps) == 0:
         del group[name]
+        return
+    kept = f"{name}_until_{steps[-1]}"
+    while kept in group:  # of a shape that a resume had before
+        kept += "_again"
+    group.move(name, kept)
 
 
-def make_metric(group, name, values):
+def make_metric(group: h5py.Group, name: str, values: np.ndarray) -> h5py.Group:
     """Make an empty metric for rows like these."""
     metric = group.create_group(name)
-    num_rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // max(1, values[0].nbytes)))
-    row_chunk = tuple(max(1, extent) for extent in values.shape[1:])
-    metric.create_dataset("step", (0,), np.int64, maxshape=(None,), chunks=(CHUNK_ROWS,))
-    metric.create_dataset(
-        "value", (0, *values.shape[1:]), values.dtype, maxshape=(None, *values.shape[1:]), chunks=(num_rows, *row_chunk)
-    )
+    num_rows = min(_CHUNK_ROWS, max(1, _CHUNK_BYTES // max(1, values[0].nbytes)))
+    chunks = (num_rows, *(max(1, extent) for extent in values.shape[1:]))
+    metric.create_dataset("step", (0,), np.int64, maxshape=(None,), chunks=(_CHUNK_ROWS,))
+    shape, largest = (0, *values.shape[1:]), (None, *values.shape[1:])
+    metric.create_dataset("value", shape, values.dtype, maxshape=largest, chunks=chunks)
     return metric

@@ -1,4 +1,4 @@
-"""Checkpoints at once, or by a thread while the steps go on; what is MPI's stays with the main thread."""
+"""Checkpoints at once, or by a thread while the steps go on; MPI stays with the main thread."""
 
 import collections
 import concurrent.futures
@@ -6,27 +6,32 @@ import contextlib
 import dataclasses
 import logging
 import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, HpcmoeError, raise_or_return
 from hpcmoe.wait import barrier, wait_all
-from hpcmoe.write.checkpoint import save_checkpoint, save_in_tasks
+from hpcmoe.write.checkpoint import save_checkpoint
+from hpcmoe.write.hdf5 import Metadata
+from hpcmoe.write.pieces import Piece, WriteTasks, run_tasks
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def open_writer(comm, folder, keep, asynchronous):
+def open_writer(comm: MPI.Comm, folder: Path, keep: int, asynchronous: bool) -> Iterator["Writer"]:
     """Open what saves the checkpoints of a run's folder and keeps the last `keep` -> Writer. Collective, both ends.
 
-    The end waits for the checkpoint that is being written, also where an error that all ranks share ends the run.
+    The end waits for the checkpoint under way, also where an error that all ranks share ends the run.
     """
+    # Duplicate the communicator, so that messages do not mix with those of the steps.
     barrier(comm)
     own = comm.Dup()
-    pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
-    writer = Writer(own, folder, keep, pool)
+    writer = Writer(own, folder, keep, asynchronous)
     try:
         yield writer
     except HpcmoeError as error:
@@ -36,93 +41,87 @@ def open_writer(comm, folder, keep, asynchronous):
             except CheckpointError as another:
                 raise_or_return(None, type(error)(f"{error}\n{another}"))
         raise
+
+    # Wait for the checkpoint under way, then free the communicator.
     writer.finish()
-    if pool is not None:
-        pool.shutdown()
+    writer.pool.shutdown()
     barrier(own)
     own.Free()
 
 
 class Writer:
-    """Saves checkpoints, one at a time."""
+    """What saves checkpoints, one at a time."""
 
-    def __init__(self, comm, folder, keep, pool):
-        self.comm, self.folder, self.keep = comm, folder, keep
-        self.pool = pool  # a thread; None: checkpoints are written at once
-        self.copies = []  # arrays, kept from one checkpoint to the next
-        self.turns = None  # of the checkpoint that is being written
-        self.work = None  # this rank's part of the turn, a future
-        self.question = None  # whether all ranks' threads are done: (request, array)
+    def __init__(self, comm: MPI.Comm, folder: Path, keep: int, asynchronous: bool):
+        self.comm, self.folder, self.keep, self.asynchronous = comm, folder, keep, asynchronous
+        self.pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")  # whose thread starts with the first task
+        self.snapshots: list[np.ndarray] = []  # kept from one checkpoint to the next
+        self.under_way: tuple[WriteTasks, concurrent.futures.Future[Any]] | None = None  # the checkpoint and its task
+        self.vote: tuple[MPI.Request, np.ndarray] | None = None  # on whether all ranks' tasks are done
 
     @property
-    def snapshot_bytes(self):
-        """What the copies take, for the thread to write from."""
-        return sum(array.nbytes for array in self.copies)
+    def snapshot_bytes(self) -> int:
+        """Return the size of the snapshots that the thread writes from."""
+        return sum(array.nbytes for array in self.snapshots)
 
-    def save(self, step, pieces, facts):
-        """Save as save_checkpoint does; where a thread writes, return once the pieces are copied. Collective over comm.
+    def save(self, step: int, pieces: Iterable[Piece], metadata: Metadata) -> None:
+        """Save as save_checkpoint does; where a thread writes, return after a snapshot. Collective over comm.
 
-        A checkpoint that is still being written is waited for. Raises its error, or this one's, on all ranks.
+        Wait first for the checkpoint under way. Raises its error, or this one's, on all ranks.
         """
-        if self.pool is None:
-            save_checkpoint(self.comm, self.folder, step, list(pieces), facts, self.keep)
+        if not self.asynchronous:
+            run_tasks(save_checkpoint(self.comm, self.folder, step, list(pieces), metadata, self.keep))
             return
         started = time.monotonic()
-        if self.turns is not None:
+        if self.under_way is not None:
             self.finish()
             log.info("step %d: waited %.2f s for the last checkpoint's writing", step, time.monotonic() - started)
-        copied = self.copy(pieces)
-        self.turns = save_in_tasks(self.comm, self.folder, step, copied, facts, self.keep)
-        self.go_on(None)
+        snapshot = self.take_snapshot(pieces)
+        self.advance(save_checkpoint(self.comm, self.folder, step, snapshot, metadata, self.keep))
         log.info("step %d: the checkpoint held the steps up for %.3f s", step, time.monotonic() - started)
 
-    def poll(self):
-        """Go on with what the threads of all ranks have done. Collective over comm, once a step.
+    def poll(self) -> None:
+        """Start the next task once the threads of all ranks are done. Collective over comm, once a step.
 
-        Whether all have is asked at one step and answered by the next: nobody waits.
+        The vote that one step starts is over by the next: nobody waits.
         """
-        if self.hear():
-            self.go_on(self.work.result)
-        if self.turns is not None:
-            self.ask()
+        if self.under_way is not None and self.finish_vote():
+            self.advance(*self.under_way)
+        if self.under_way is not None:
+            done = np.array([self.under_way[1].done()], dtype=np.int32)
+            self.vote = self.comm.Iallreduce(MPI.IN_PLACE, done, MPI.MIN), done
 
-    def finish(self):
-        """Wait until all of the checkpoint under way is on disk. Collective over comm. Raises its CheckpointError."""
-        while self.turns is not None:
-            self.hear()
-            concurrent.futures.wait([self.work])
-            self.go_on(self.work.result)
+    def finish(self) -> None:
+        """Wait until the checkpoint under way is on disk. Collective over comm. Raises its CheckpointError."""
+        while self.under_way is not None:
+            self.finish_vote()
+            concurrent.futures.wait([self.under_way[1]])
+            self.advance(*self.under_way)
 
-    def copy(self, pieces):
-        """Copy pieces, into arrays of the last time wherever one fits -> pieces."""
+    def take_snapshot(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """Copy pieces, into arrays of the last snapshot wherever one fits."""
         spare = collections.defaultdict(list)
-        for array in self.copies:
+        for array in self.snapshots:
             spare[array.shape, array.dtype].append(array)
-        copied, self.copies = [], []
+        copied, self.snapshots = [], []
         for piece in pieces:
             fitting = spare[piece.array.shape, piece.array.dtype]
             array = fitting.pop() if fitting else np.empty(piece.array.shape, piece.array.dtype)
             np.copyto(array, piece.array)
-            self.copies.append(array)
+            self.snapshots.append(array)
             copied.append(dataclasses.replace(piece, array=array))
         return copied
 
-    def ask(self):
-        """Start to ask whether all ranks' threads are done. Collective over comm."""
-        done = np.array([self.work.done()], dtype=np.int32)
-        self.question = self.comm.Iallreduce(MPI.IN_PLACE, done, MPI.MIN), done
-
-    def hear(self):
-        """Take the answer, alike on all ranks, of what was asked -> whether all are done; False if nothing was."""
-        if self.question is None:
+    def finish_vote(self) -> bool:
+        """Wait for the vote under way -> whether all ranks' tasks are done; False without a vote."""
+        if self.vote is None:
             return False
-        (request, done), self.question = self.question, None
+        (request, done), self.vote = self.vote, None
         wait_all([request])
         return bool(done[0])
 
-    def go_on(self, ended):
-        """Tell the turns how their last work ended, and give the thread its next. Collective over comm."""
-        turns, self.turns = self.turns, None  # an error leaves nothing to wait for
+    def advance(self, tasks: WriteTasks, running: concurrent.futures.Future[Any] | None = None) -> None:
+        """Send the tasks the last one's result, and start the next in the thread. Collective over comm."""
+        self.under_way = None  # an error leaves nothing to wait for
         with contextlib.suppress(StopIteration):
-            self.work = self.pool.submit(turns.send(ended))
-            self.turns = turns
+            self.under_way = tasks, self.pool.submit(tasks.send(running and running.result))

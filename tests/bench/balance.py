@@ -23,7 +23,7 @@ from hpcmoe.report.totals import compute_sampling_floors
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.train import train
-from hpcmoe.write.loads import read_loads
+from hpcmoe.write.problem import read_loads
 
 RANKS, STEPS = 16, 60
 LAST = 10  # steps at the end that count as after

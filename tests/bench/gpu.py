@@ -8,7 +8,6 @@ import contextlib
 import math
 import statistics
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,11 +27,14 @@ from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.rows import TorchRowOps
 from hpcmoe.comm.select import find_obstacles, read_transport_support
 from hpcmoe.comm.self_test import run_self_test
-from hpcmoe.dispatch.device import DeviceDispatcher, DeviceSizes
+from hpcmoe.comm.transport import Direction
+from hpcmoe.dispatch.device import DeviceDispatcher
 from hpcmoe.dispatch.device_plan import DeviceBatch
+from hpcmoe.dispatch.dispatcher import ExchangeId
 from hpcmoe.dispatch.routes import make_routes
-from hpcmoe.experts.feed_forward import Expert
-from hpcmoe.experts.grouped import GroupedExperts, find_grouped_gemm
+from hpcmoe.dispatch.sizes import DeviceSizes
+from hpcmoe.experts.feed_forward import Expert, GroupedExperts
+from hpcmoe.experts.products import GroupedProducts, find_grouped_gemm
 from hpcmoe.wait import gather_to_all
 
 HIDDEN, FEED_FORWARD, TOKENS, TOP_K = 8192, 32768, 10000, 2  # the published sizes, of a rank
@@ -86,17 +88,18 @@ def time_experts(device, num_experts, hidden, feed_forward, rows):
     ]  # fmt: skip
     experts = GroupedExperts([Expert("gelu", own) for own in weights])
     experts.stack_weights()
-    groups = experts.group([(slot, rows // num_experts) for slot in range(num_experts)], device.torch_device)
-    x = torch.randn(sum(groups.rows), hidden, **draw)
-    calls = {"ours": lambda: experts(groups, x, None)} | theirs(experts.joined, groups, x)
+    slots = [(slot, rows // num_experts) for slot in range(num_experts)]
+    x = torch.randn(num_experts * (rows // num_experts), hidden, **draw)
+    groups = GroupedProducts(experts.stacked, [rows // num_experts] * num_experts, device.torch_device)
+    calls = {"ours": lambda: experts(slots, x, None)} | theirs(experts.stacked.arrays, groups, x)
     flops = 4 * len(x) * hidden * feed_forward
     rates = {name: flops / seconds for name, seconds in time_calls(device, calls, EXPERT_TIMES).items()}
     return {"experts": num_experts, "rows": len(x), "flops": rates}
 
 
-def theirs(joined, groups, x):
+def theirs(stacked, groups, x):
     """What torch offers for a block on rows x -> calls by name: one matrix for all, grouped products, one by one."""
-    up, down = (joined[name].transpose(1, 2) for name in ("up", "down"))  # [e, in, out]
+    up, down = (stacked[name].transpose(1, 2) for name in ("up", "down"))  # [e, in, out]
     product, parts = find_grouped_gemm(), list(zip(x.split(groups.rows), up, down, strict=True))
     calls = {"dense": lambda: (x @ up[0]) @ down[0]}
     if product is not None and has_grouped_gemm(x.device):
@@ -113,7 +116,7 @@ def time_kernels(device, hidden, tokens):
     comm, random = MPI.COMM_SELF, np.random.default_rng(0)
     routes = make_routes((0,), 0, 16, np.zeros((1, 1), bool))
     with open_mpi_transport(comm, sizes.row_bytes, bind_thread=device.bind_thread) as transport:
-        dispatcher = DeviceDispatcher(DirectAllToAll(transport, device), transport, device, Clock(), (sizes, routes))
+        dispatcher = DeviceDispatcher(DirectAllToAll(transport, device), transport, device, Clock(), sizes, routes)
         slots = np.argsort(random.random((tokens, 16)), axis=1)[:, :TOP_K]
         source, target = (torch.empty_like(dispatcher.in_flight_buffers[0].home.buffer.tensor) for _ in range(2))
         calls, num_bytes = {"copy": lambda: target.copy_(source)}, {"copy": 2 * source.nbytes}
@@ -148,19 +151,20 @@ def moved_by(device, row_ops, move):
 
 def make_moves(dispatcher, slots):
     """Make all moves of an exchange's rows -> dict name: (bytes, call); a token is read once for all its copies."""
-    handle = SimpleNamespace(plan=dispatcher.make_plan(slots, None), buffer_index=0, layer=0, micro_batch=0)
-    while not dispatcher.poll_ready(handle):
+    plan, exchange = dispatcher.make_plan(slots, None), ExchangeId(0, 0, Direction.DISPATCH)
+    while not dispatcher.poll_ready(plan, exchange):
         dispatcher.poke()
-    sizes, device = dispatcher.sizes, dispatcher.device
+    sizes, device, buffers = dispatcher.sizes, dispatcher.device, dispatcher.in_flight_buffers[0]
     x = torch.randn(sizes.tokens, sizes.hidden, device=device.torch_device)
     gates = torch.full((sizes.tokens, sizes.top_k), 0.5, device=device.torch_device)
-    places = dispatcher.find_rows(handle, DeviceBatch(handle.plan.counts.coming, device))
-    rows, _ = dispatcher.gather(places)
+    handle = dispatcher.dispatch(plan, x, gates, exchange)
+    (chunk,) = dispatcher.split(handle, DeviceBatch(plan.coming, device))
+    rows, _ = dispatcher.gather(chunk.rows)
     copies = rows.nbytes
     return {
-        "pack": (copies + x.nbytes, lambda: dispatcher.pack(handle, x, gates)),
-        "take": (2 * copies, lambda: dispatcher.gather(places)),
-        "lay": (2 * copies, lambda: dispatcher.scatter(rows, places)),
+        "pack": (copies + x.nbytes, lambda: dispatcher.pack(plan, x, gates, buffers)),
+        "take": (2 * copies, lambda: dispatcher.gather(chunk.rows)),
+        "lay": (2 * copies, lambda: dispatcher.scatter(rows, chunk.rows)),
         "sum": (copies + x.nbytes, lambda: dispatcher.combine(handle, gates)),
     }
 

@@ -74,7 +74,7 @@ def main(path, every, sequences):
 
 def describe(runs, every):
     """Tell what moved -> dict for JSON."""
-    told = {name: entry for name, entry in runs["moves"][2].values.items() if not name.startswith("adopted")}
+    told = {name: entry for name, entry in runs["moves"][2].values.items() if not name.startswith("migrated")}
     return {"every": every, "told": told}
 
 

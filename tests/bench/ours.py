@@ -14,7 +14,7 @@ from hpcmoe.experts.layer import LayerContext
 from hpcmoe.model.text import find_text
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.run.job import open_job
-from hpcmoe.write.loads import read_loads
+from hpcmoe.write.problem import read_loads
 
 SEQUENCE = 16  # tokens; without attention it matters only that it divides the tokens of a rank
 SEED = 3
@@ -76,11 +76,11 @@ class Layer:
     def forward(self, x):
         """x [T, H] float32 -> the next layer's x [T, H]."""
         with torch.no_grad():
-            return self.rise(LayerContext(0, 0, 0, False), x)
+            return self.rise(LayerContext(layer=0, micro_batch=0, training=False), x)
 
     def train(self, x, grad):
         """Go up from x [T, H] and down from the gradient of the result -> gradient of x; weights' gradients add up."""
-        context = LayerContext(0, 0, 0, True)
+        context = LayerContext(layer=0, micro_batch=0, training=True)
         with torch.enable_grad():
             self.rise(context, x)
             finish(self.dispatcher, self.layer.combine_backward(context, grad))
@@ -99,7 +99,7 @@ class Layer:
 
     def route(self, x):
         """Choose experts for x [T, H] -> what `carry` takes."""
-        context = LayerContext(0, 0, 0, False)
+        context = LayerContext(layer=0, micro_batch=0, training=False)
         with torch.no_grad():
             self.layer.route(context, x, self.load)
         return context

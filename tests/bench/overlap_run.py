@@ -36,7 +36,7 @@ from hpcmoe.placement.demand import find_loads
 from hpcmoe.prepare.placement import time_expert
 from hpcmoe.run.job import open_job
 from hpcmoe.wait import barrier
-from hpcmoe.write.loads import read_loads
+from hpcmoe.write.problem import read_loads
 
 CONFIG = Config(
     run=RunConfig(mode="infer", threads_per_rank=1),

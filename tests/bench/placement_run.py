@@ -95,7 +95,7 @@ def make_exchanger(job):
         network.begin(batches, len(starts) * length, even_load(len(network.layers), config.model.num_experts), "infer")
         with torch.no_grad():
             return sum(
-                time_carry(job, LayerContext(number, micro_batch, 0, False))
+                time_carry(job, LayerContext(layer=number, micro_batch=micro_batch, training=False))
                 for number in range(len(network.layers))
                 for micro_batch in range(config.pipeline.micro_batches)
             )

@@ -6,44 +6,43 @@ from hpcmoe.wait import Backoff
 def finish(dispatcher, pieces):
     """Do a stage to its end, letting messages progress."""
     backoff = Backoff()
-    sequence_number = dispatcher.read_sequence_number()
+    moved = dispatcher.poke()
     for worked in pieces:
-        if dispatcher.poke() or worked:
+        if worked or moved:
             backoff.reset()
         else:
-            dispatcher.wait_for_change(backoff, sequence_number)
-        sequence_number = dispatcher.read_sequence_number()
+            dispatcher.wait_for_change(backoff)
+        moved = dispatcher.poke()
 
 
-def echo(dispatcher, handle):
-    """Lay rows down at home as they come, as experts would that do nothing: a stage in place of `compute`."""
+def return_rows(dispatcher, handle):
+    """Return rows as they come, as experts would that do nothing: a stage in place of `compute`."""
     for batch in dispatcher.receive(handle):
         if batch is None:
             yield False
             continue
-        places = dispatcher.find_rows(handle, batch)
-        for part, _ in batch.split_chunks(dispatcher.sizes.batch_rows):
-            rows, _ = dispatcher.gather(places[part])
-            dispatcher.scatter(rows, places[part])
+        for chunk in dispatcher.split(handle, batch):
+            rows, _ = dispatcher.gather(chunk.rows)
+            dispatcher.scatter(rows, chunk.rows)
             yield True
         dispatcher.return_batch(handle, batch)
 
 
-def come_home(dispatcher, handle):
+def wait_results(dispatcher, handle):
     """Wait until all rows are home: a stage in place of `combine`, which then sums them."""
     while not dispatcher.poll_results(handle):
         yield False
 
 
 def serve(dispatcher):
-    """Wait until nothing is left to do for others, who may be waiting for what lands here: a stage after the last."""
+    """Wait until nothing is left to do for others, who may wait for what this rank receives: a stage after the last."""
     while not dispatcher.is_idle:
         yield False
 
 
-def carry(layer, handle):
+def carry(layer, context):
     """Dispatch a routed micro-batch, and have its rows come home from experts who do nothing."""
-    finish(layer.dispatcher, layer.dispatch(handle))
-    finish(layer.dispatcher, echo(layer.dispatcher, handle))
-    finish(layer.dispatcher, come_home(layer.dispatcher, handle))
+    finish(layer.dispatcher, layer.dispatch(context))
+    finish(layer.dispatcher, return_rows(layer.dispatcher, context.handle))
+    finish(layer.dispatcher, wait_results(layer.dispatcher, context.handle))
     finish(layer.dispatcher, serve(layer.dispatcher))

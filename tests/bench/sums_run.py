@@ -30,7 +30,7 @@ from hpcmoe.placement.demand import find_loads
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.train import train_step
-from hpcmoe.write.loads import read_loads
+from hpcmoe.write.problem import read_loads
 
 CONFIG = Config(
     run=RunConfig(threads_per_rank=1),

@@ -5,8 +5,7 @@ import torch
 from moves import MOVES, assert_near, run_steps
 
 from hpcmoe.comm import mpi
-from hpcmoe.dispatch.device import DeviceSizes
-from hpcmoe.dispatch.sizes import HostSizes
+from hpcmoe.dispatch.sizes import DeviceSizes, HostSizes
 from hpcmoe.errors import ConfigError
 from hpcmoe.prepare import sizes as ways
 from hpcmoe.run import gradient_sums as sums

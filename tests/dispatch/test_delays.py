@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from journeys import check_backward, check_forward, check_pools_are_free, go, make_round_trip, run_both_ways
+from round_trips import check_backward, check_forward, check_pools_are_free, go, make_round_trip, run_both_ways
 from small import open_small_dispatcher
 
 from hpcmoe.comm.transport import MessageRequest
@@ -59,7 +59,7 @@ class LateSends:
 
     def send_rows(self, rows, peer, tag):
         """Note the message down."""
-        request = MessageRequest()
+        request = MessageRequest(sends=True)
         self.waiting.append((rows, peer, tag, request))
         return request
 
@@ -70,7 +70,8 @@ class LateSends:
             self.under_way.append((self.send(*message), request))
         moved = self.progress()
         for sent, request in self.under_way:
-            request.done = sent.done
+            if sent.done:
+                request.complete()
         self.under_way = [entry for entry in self.under_way if not entry[1].done]
         return moved
 
@@ -99,7 +100,7 @@ def run(dispatcher, delays, seed, **how):
     favourite = shares.choice([None, None, shares.randrange(len(dispatcher.routes.place_of_slot))])
     how |= {"favourite": favourite, "kept_share": shares.choice([0.2, 0.9, 1.0])}
     round_trips = [
-        make_round_trip(dispatcher, count, seed, buffer_index, **how) for buffer_index, count in enumerate(counts)
+        make_round_trip(dispatcher, count, seed, micro_batch, **how) for micro_batch, count in enumerate(counts)
     ]
     ways = [run_both_ways(dispatcher, round_trip) for round_trip in round_trips]
     shares = random.Random(f"{dispatcher.routes.rank} {seed}")  # from here on ranks differ
@@ -110,7 +111,7 @@ def run(dispatcher, delays, seed, **how):
 @pytest.fixture(params=[(shape, mode) for shape in SHAPES for mode in MODES],
                 ids=lambda p: f"{p[0][0]} nodes{', once' * p[0][1]}, {p[1]}")  # fmt: skip
 def slow(comm, request, monkeypatch):
-    """Open an exchange in which everything dawdles -> (dispatcher, delays, mode)."""
+    """Open an exchange in which everything is delayed at random -> (dispatcher, delays, mode)."""
     shape, mode = request.param
     if shape[0] > comm.size:
         pytest.skip(f"needs {shape[0]} ranks")

@@ -5,7 +5,8 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from journeys import (
+from kernels import compiler_for_host
+from round_trips import (
     check_backward,
     check_forward,
     check_two_at_once,
@@ -14,16 +15,16 @@ from journeys import (
     run_both_ways,
     run_forward,
 )
-from kernels import compiler_for_host
 
 from hpcmoe.clock import Clock
+from hpcmoe.comm.device import PlainDevice
 from hpcmoe.comm.mpi import open_mpi_transport
-from hpcmoe.comm.plain import PlainDevice
 from hpcmoe.comm.rows import KernelRowOps
 from hpcmoe.comm.select import open_all_to_all
 from hpcmoe.comm.transport import HOMEWARD, Direction
-from hpcmoe.dispatch.device import DeviceDispatcher, DeviceSizes
+from hpcmoe.dispatch.device import DeviceDispatcher
 from hpcmoe.dispatch.routes import make_routes
+from hpcmoe.dispatch.sizes import DeviceSizes
 from hpcmoe.wait import gather_to_all
 
 HIDDEN, TOP_K, SLOTS = 4, 3, 2
@@ -43,7 +44,7 @@ def open_dispatcher(comm, kind="direct", row_ops=None, **changes):
         open_mpi_transport(comm, sizes.row_bytes) as transport,
         open_all_to_all(kind, comm, device, sizes.row_bytes, transport) as all_to_all,
     ):
-        yield DeviceDispatcher(all_to_all, transport, device, Clock(), (sizes, routes))
+        yield DeviceDispatcher(all_to_all, transport, device, Clock(), sizes, routes)
 
 
 @pytest.mark.mpi

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpcmoe.comm.plain import PlainDevice
+from hpcmoe.comm.device import PlainDevice
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan
 from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
 
@@ -33,13 +33,13 @@ def test_without_replicas_each_expert_has_its_slot():
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 25])
-def test_copies_lie_by_slot_and_dropped_ones_nowhere(num_tokens):
+def test_assignments_are_sorted_by_slot_and_dropped_ones_nowhere(num_tokens):
     random = np.random.default_rng(num_tokens)
     slots, kept = random.integers(0, 6, (num_tokens, 2)), random.random((num_tokens, 2)) < 0.7
     plan = DevicePlan(torch.from_numpy(slots), torch.from_numpy(kept), 6, PlainDevice())
-    counts = np.diff(plan.counts.fetched.numpy(), prepend=0)
+    counts = np.diff(plan.ends.numpy(), prepend=0)
     assert counts.tolist() == np.bincount(slots[kept], minlength=6).tolist()
-    assignments = plan.assignments.limit_to(counts.sum()).order.numpy()
+    assignments = plan.assignments.limit_to(counts.sum()).assignment_of_row.numpy()
     assert slots.ravel()[assignments].tolist() == np.repeat(np.arange(6), counts).tolist()
     assert plan.assignments.row_of_assignment.flatten()[assignments].tolist() == list(range(counts.sum()))
     assert (plan.assignments.row_of_assignment[torch.from_numpy(~kept)] == -1).all()
@@ -50,5 +50,4 @@ def test_a_batch_is_grouped_by_slot_and_within_it_by_rank():
     batch = DeviceBatch(coming, PlainDevice())
     label = np.repeat(np.arange(9), coming.ravel())  # rank * 3 + slot of each row, as they lie
     assert [divmod(int(own), 3)[::-1] for own in label[batch.order]] == sorted(divmod(int(n), 3)[::-1] for n in label)
-    assert list(batch.split_chunks(1)) == [(slice(0, 9), [(0, 3), (2, 6)])]
-    assert list(DeviceBatch(np.zeros((2, 2), int), PlainDevice()).split_chunks(1)) == []
+    assert batch.rows_of_slot.tolist() == [3, 0, 6] and batch.num_rows == 9

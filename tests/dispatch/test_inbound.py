@@ -9,10 +9,10 @@ import torch
 from hpcmoe.comm.pool import RowPool
 from hpcmoe.comm.transport import Direction, MessageKind, MessageRequest, make_message_tag
 from hpcmoe.comm.window import WindowSizes, make_private_window
-from hpcmoe.dispatch.inbound import InboundMessage, ReceivePool, Receiver, see_trailer
+from hpcmoe.dispatch.inbound import InboundMessage, ReceivePool, Receiver, view_trailer
 from hpcmoe.dispatch.routes import make_routes
 
-HIDDEN, ROW_BYTES, MAX_PARCELS = 4, 16, 3
+HIDDEN, ROW_BYTES, MAX_MESSAGES = 4, 16, 3
 
 
 class Post:
@@ -22,22 +22,22 @@ class Post:
         self.receives, self.sends = {}, {}
 
     def recv_words(self, words, peer, tag):
-        return self.receives.setdefault((peer, tag), (words, MessageRequest()))[1]
+        return self.receives.setdefault((peer, tag), (words, MessageRequest(sends=False)))[1]
 
     def recv_rows(self, rows, peer, tag):
-        return self.receives.setdefault((peer, tag), (rows, MessageRequest()))[1]
+        return self.receives.setdefault((peer, tag), (rows, MessageRequest(sends=False)))[1]
 
     def send_rows(self, rows, peer, tag):
-        return self.sends.setdefault((peer, tag), (rows, MessageRequest()))[1]
+        return self.sends.setdefault((peer, tag), (rows, MessageRequest(sends=False)))[1]
 
     def bring(self, peer, tag, content):
         array, request = self.receives[peer, tag]
         array.reshape(-1)[: content.size] = content.ravel()
-        request.done = True
+        request.complete()
 
 
 def tag_of(part, message=0):
-    return make_message_tag(0, part, message, MAX_PARCELS)
+    return make_message_tag(0, part, message, MAX_MESSAGES)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def receive_pool(request):
     rows = getattr(request, "param", 30)
     routes = make_routes([0, 1, 2], 0, 2, np.zeros((3, 3), bool))
     sizes = WindowSizes(
-        rows=rows, row_bytes=ROW_BYTES, num_in_flight=1, max_senders=2, max_messages=MAX_PARCELS, num_slots=2
+        rows=rows, row_bytes=ROW_BYTES, num_in_flight=1, max_senders=2, max_messages=MAX_MESSAGES, num_slots=2
     )
     how = SimpleNamespace(dtype=torch.float32, in_order=True)
     return ReceivePool(Post(), make_private_window(sizes), routes, [RowPool(0, rows)], how, lambda *counted: None)
@@ -57,8 +57,8 @@ def make_message(tokens, token_of_assignment, numbers):
     num_assignments = len(token_of_assignment)
     rows = np.zeros((len(tokens) + -(-8 * num_assignments // ROW_BYTES), ROW_BYTES), np.uint8)
     rows[: len(tokens)] = np.asarray(tokens, np.float32).view(np.uint8)
-    see_trailer(rows[len(tokens) :], num_assignments)[0][:] = token_of_assignment
-    see_trailer(rows[len(tokens) :], num_assignments)[1][:] = numbers
+    view_trailer(rows[len(tokens) :], num_assignments)[0][:] = token_of_assignment
+    view_trailer(rows[len(tokens) :], num_assignments)[1][:] = numbers
     return rows
 
 
@@ -68,7 +68,7 @@ def header(*messages):
 
 
 @pytest.mark.parametrize("weigh", [True, False])
-def test_a_guest_goes_all_its_way(receive_pool, weigh):
+def test_a_message_goes_all_its_way(receive_pool, weigh):
     receiver, window, post = (
         Receiver(receive_pool, 0, 1, Direction.DISPATCH if weigh else Direction.COMBINE_BACKWARD, tag_of),
         receive_pool.window,
@@ -77,7 +77,7 @@ def test_a_guest_goes_all_its_way(receive_pool, weigh):
     assert not receiver.poke()
     post.bring(1, tag_of(MessageKind.HEADER), header((2, 2, 1)))
     post.bring(2, tag_of(MessageKind.HEADER), header())
-    assert receiver.poke() and window.descriptors[0, 0, 1, 1 + MAX_PARCELS, :3].tolist() == [
+    assert receiver.poke() and window.descriptors[0, 0, 1, 1 + MAX_MESSAGES, :3].tolist() == [
         1,
         0,
         0,
@@ -90,7 +90,7 @@ def test_a_guest_goes_all_its_way(receive_pool, weigh):
     dispatcher, first, num_descriptors, *counts = window.descriptors[0, 0, 1, 1].tolist()
     assert (dispatcher, first, num_descriptors, counts) == (1, 4, 1, [2, 1])
     assert window.sources[4:7].tolist() == [1, 0, 1] and window.gate_values[4:7].tolist() == [0.5, 2, 3]
-    assert not receiver.poke() and not receiver.is_over
+    assert not receiver.poke() and not receiver.done
 
     # Results are summed by token, weighed or not, and the assignments' numbers go home with them.
     window.table(torch.float32)[4:7] = torch.tensor([[1.0], [10.0], [100.0]])
@@ -100,14 +100,14 @@ def test_a_guest_goes_all_its_way(receive_pool, weigh):
     rows, request = post.sends[1, tag_of(MessageKind.RETURN)]
     sums = rows[:2].view(np.float32)
     assert sums[:, 0].tolist() == ([20, 300.5] if weigh else [10, 101])
-    assert [part.tolist() for part in see_trailer(rows[2:], 3)] == [[1, 0, 1], [7, 8, 9]]
+    assert [part.tolist() for part in view_trailer(rows[2:], 3)] == [[1, 0, 1], [7, 8, 9]]
     assert receive_pool.pools[0].runs == [(7, 23)] and not receiver.poke()
-    request.done = True
-    assert receiver.poke() and receiver.is_over and receive_pool.pools[0].runs == [(0, 30)]
+    request.complete()
+    assert receiver.poke() and receiver.done and receive_pool.pools[0].runs == [(0, 30)]
 
 
 @pytest.mark.parametrize("receive_pool", [16], indirect=True)
-def test_guests_wait_for_room_in_order(receive_pool):
+def test_messages_wait_for_room_in_order(receive_pool):
     """Ten rows of sixteen are taken: the next has no room, and the small one behind it waits its turn."""
     receiver, post = Receiver(receive_pool, 0, 1, Direction.DISPATCH, tag_of), receive_pool.transport
     post.bring(1, tag_of(MessageKind.HEADER), header((4, 4, 0), (4, 2, 2), (1, 1, 0)))
@@ -121,10 +121,10 @@ def test_guests_wait_for_room_in_order(receive_pool):
         receiver.poke()
         receive_pool.window.mark_done(0, 1, 0, 1 + number)
         receiver.poke()
-        post.sends[1, tag_of(MessageKind.RETURN, number)][1].done = True
+        post.sends[1, tag_of(MessageKind.RETURN, number)][1].complete()
         receiver.poke()
         receiver.poke()
-    assert receiver.is_over and receive_pool.pools[0].runs == [(0, 16)]
+    assert receiver.done and receive_pool.pools[0].runs == [(0, 16)]
 
 
 @pytest.mark.parametrize("in_order", [True, False])
@@ -140,13 +140,13 @@ def test_headers_are_read_in_the_senders_order_where_it_is_fixed(receive_pool, i
     assert [message.sender for message in receiver.receiving] == ([1, 2] if in_order else [2, 1])
 
 
-def test_nothing_is_posted_over_what_a_mate_has_not_read(receive_pool):
+def test_nothing_is_posted_over_what_a_local_peer_has_not_read(receive_pool):
     receiver, post = Receiver(receive_pool, 0, 3, Direction.DISPATCH, tag_of), receive_pool.transport
     post.bring(1, tag_of(MessageKind.HEADER), header())
     post.bring(2, tag_of(MessageKind.HEADER), header())
     assert not receiver.poke() and not receive_pool.window.descriptors.any()
     receive_pool.window.mark_consumed(0, 1)
-    assert receiver.poke() and receiver.is_over
+    assert receiver.poke() and receiver.done
 
 
 def test_a_header_has_words_for_each_slot_that_the_sender_serves():

@@ -47,8 +47,8 @@ def test_so_many_messages_find_room_together_whatever_lies_there(tokens, expecte
     for _ in range(100):
         wish = random.choice([full, random.randint(1, full)])
         while len(held) >= at_once:
-            pool.give_back(*held.pop(random.randrange(len(held))))
-        first = pool.take(wish)
+            pool.free(*held.pop(random.randrange(len(held))))
+        first = pool.allocate(wish)
         assert first is not None
         held.append((first, wish))
 
@@ -89,7 +89,7 @@ def test_numbers_of_rows_are_rounded_up_to_a_few_sizes(count):
 
 
 @given(st.integers(1, 20), st.integers(1, 3), st.integers(1, 6), st.booleans(), st.integers(0, 99))
-def test_no_plan_needs_more_rows_than_its_berth_has(tokens, top_k, message_tokens, once, seed):
+def test_no_plan_needs_more_rows_than_its_buffers_have(tokens, top_k, message_tokens, once, seed):
     routes = make_routes([0, 0, 1, 1, 2], seed % 5, 1, np.full((3, 3), once))
     sizes = make_sizes(routes, hidden=3, tokens=tokens, top_k=top_k, message_tokens=message_tokens, num_in_flight=2)
     random = np.random.default_rng(seed)
@@ -124,7 +124,7 @@ def make_sizes_of_run(num_ranks, top_k, once, **changes):
 @pytest.mark.parametrize("once", [True, False])
 @pytest.mark.parametrize("top_k", [2, 4, 8])
 def test_at_4096_ranks_on_512_nodes_buffers_are_little_larger_than_at_1024(top_k, once):
-    """Rows and pool do not grow with the ranks but for the last, part-filled message to each, and the table_bytes's words."""
+    """Rows and pool do not grow with the ranks but for the last, part-filled message to each, and the table."""
     figures = {}
     for num_ranks in (1024, 4096):
         sizes, routes = make_sizes_of_run(num_ranks, top_k, once)

@@ -7,7 +7,7 @@ from small import make_config
 from torch import nn
 
 from hpcmoe import gemm
-from hpcmoe.experts.feed_forward import MATRICES, Expert, LocalExperts, make_expert_weights, split_axis
+from hpcmoe.experts.feed_forward import MATRICES, Expert, LocalExperts, backward, make_expert_weights, split_axis
 
 KINDS = list(MATRICES)
 
@@ -64,9 +64,10 @@ def test_an_expert_computes_its_formula(kind, bias, dtype, packed, multiplier):
         y = expert(x)
         assert y.dtype == dtype and y.is_contiguous() and not y.requires_grad
         assert near(y, by_formula(kind, {name: w.to(dtype).double() for name, w in weights.items()}, x.double()), dtype)
-        again, kept = expert.forward_kept(x)
+        kept = []
+        again = expert(x, kept)
         assert near(again, y.double(), dtype)
-        assert sum(tensor.numel() for tensor in kept) == num_rows * (6 + 10 * (len(MATRICES[kind]) - 1))
+        assert sum(tensor.numel() for tensor in kept[0]) == num_rows * (6 + 10 * (len(MATRICES[kind]) - 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -85,12 +86,14 @@ def test_an_expert_goes_back_as_autograd_does_on_the_formula(kind, bias, dtype, 
         grad_y = draw(num_rows, 6, seed=num_rows + 1).to(dtype)
         gates = draw(num_rows, seed=num_rows + 2).sigmoid()
         gates[num_rows // 2] = 0
-        batches.append((x, grad_y, gates, expert.forward_kept(x)[1]))
+        kept = []
+        expert(x, kept)
+        batches.append((x, grad_y, gates, kept[0]))
 
     found, expected = [], []
     for x, grad_y, gates, kept in batches:
         before = grad_y.clone(), gates.clone()
-        grad_x, grad_gate = expert.backward(kept, grad_y, gates)
+        grad_x, grad_gate = backward(expert.products, kept, grad_y, gates)
         assert torch.equal(grad_y, before[0]) and torch.equal(gates, before[1])
         assert grad_x.dtype == dtype and grad_gate.dtype == torch.float32 and grad_x.is_contiguous()
 
@@ -113,8 +116,9 @@ def test_changed_weights_count_after_refresh(dtype, write):
     """All of them, the biases too, however they were written."""
     weights, x = draw_weights("swiglu", True), draw(9, 6, seed=5).to(dtype)
     expert = Expert("swiglu", weights, packed=write == "in place")
-    before, kept = expert.forward_kept(x)
-    expert.backward(kept, before, torch.ones(9))
+    kept = []
+    before = expert(x, kept)
+    backward(expert.products, kept.pop(), before, torch.ones(9))
     expert(x)
 
     if write == "by fused AdamW":
@@ -128,12 +132,12 @@ def test_changed_weights_count_after_refresh(dtype, write):
     LocalExperts([nn.Identity(), expert]).refresh()
 
     now = {name: parameter.detach().to(dtype).double() for name, parameter in expert.named_parameters()}
-    y, kept = expert.forward_kept(x)
+    y = expert(x, kept)
     expected = by_formula("swiglu", now, x.double())
     assert near(y, expected, dtype) and near(expert(x), expected, dtype) and not near(before, expected, dtype)
     fresh = Expert("swiglu", {name: parameter.detach().clone() for name, parameter in expert.named_parameters()})
-    grad_x, _ = fresh.backward(kept, before, torch.ones(9))
-    assert torch.allclose(expert.backward(kept, before, torch.ones(9))[0], grad_x)
+    grad_x, _ = backward(fresh.products, kept[0], before, torch.ones(9))
+    assert torch.allclose(backward(expert.products, kept[0], before, torch.ones(9))[0], grad_x)
 
 
 def test_an_unknown_kind_is_refused():
@@ -151,7 +155,7 @@ def test_local_experts_count_the_copies_of_their_matrices():
     for expert in replicas:
         expert(draw(3, 6))
     assert experts.cast_bytes == 0
-    itemsize = gemm.count_copy_bytes(torch.bfloat16, torch.float32, False)
+    itemsize = gemm.count_cast_bytes(torch.bfloat16, torch.float32, False)
     replicas[0](draw(3, 6).bfloat16())
     assert experts.cast_bytes == 2 * 60 * itemsize
     replicas[2](draw(3, 6).bfloat16())
@@ -183,7 +187,8 @@ def test_shards_join_to_the_whole_and_their_partial_sums_add_up(kind, tensor_siz
     # Gradients of input and gates are partial sums too.
     def go_back(weights):
         expert = Expert(kind, weights)
-        return expert.backward(expert.forward_kept(x)[1], draw(5, config.model.hidden, seed=1), draw(5, seed=2))
+        expert(x, kept := [])
+        return backward(expert.products, kept[0], draw(5, config.model.hidden, seed=1), draw(5, seed=2))
 
     for parts, joined in zip(zip(*map(go_back, shards), strict=True), go_back(whole), strict=True):
         assert torch.allclose(sum(parts), joined, atol=1e-5)

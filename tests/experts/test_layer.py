@@ -43,7 +43,7 @@ def make_layer(capacity_factor=0.0):
 
 
 def run_forward(layer, x, training):
-    context = LayerContext(0, 0, 0, training)
+    context = LayerContext(layer=0, micro_batch=0, training=training)
     layer.route(context, x, torch.ones(NUM_EXPERTS))
     for stage in (layer.dispatch, layer.compute, layer.combine):
         go(layer, stage(context))
@@ -120,9 +120,9 @@ def test_a_micro_batch_without_tokens_passes():
 
 
 def test_the_experts_work_comes_in_pieces():
-    """Eleven tokens' twenty-two copies, about four rows at once, and no slot's rows with another's."""
+    """Eleven tokens' twenty-two assignments, about four rows at once, and no slot's rows with another's."""
     layer = make_layer()
-    context = LayerContext(0, 0, 0, True)
+    context = LayerContext(layer=0, micro_batch=0, training=True)
     layer.route(context, draw(TOKENS, HIDDEN, seed=7), torch.ones(NUM_EXPERTS))
     go(layer, layer.dispatch(context))
     pieces = sum(max(round(rows / 4), rows > 0) for rows in context.plan.counts.ravel().tolist())

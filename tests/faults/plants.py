@@ -127,18 +127,18 @@ FAULTS = {
     ),
     # EXPERTS
     "the gate's gradient forgets the output's bias": plant(
-        "experts/feed_forward.py", "grad_gate += grad_y.float() @ self.down_bias.float()", "pass", FFN
+        "experts/products.py", "total += grad_y.float() @ bias.float()", "pass", FFN
     ),
     "the down matrix learns from gradients without gates": plant(
         "experts/feed_forward.py",
-        'self.add_gradients("down", grad_y * gates, hidden)',
-        'self.add_gradients("down", grad_y, hidden)',
+        'products.add_gradients("down", grad_y * gates, hidden)',
+        'products.add_gradients("down", grad_y, hidden)',
         FFN,
     ),
     "a gated expert goes back through the wrong half": plant(
         "experts/feed_forward.py",
-        'activate_back(grad_y * up, gate, "silu")',
-        'activate_back(grad_y * gate, gate, "silu")',
+        "silu_backward(grad_hidden * up, gate)",
+        "silu_backward(grad_hidden * gate, gate)",
         FFN,
     ),
     "every shard adds the output's bias": plant(
@@ -149,7 +149,7 @@ FAULTS = {
         4,
     ),
     "biases are those of before the step": plant(
-        "experts/feed_forward.py", "        self.biases = {}\n        for matrix", "        for matrix", FFN
+        "gemm.py", "(self.weights, self.packs, self.biases):", "(self.weights, self.packs):", FFN
     ),
     # EXCHANGE and what carries it
     "local peers are told before the rows are there": plant(
@@ -184,8 +184,8 @@ FAULTS = {
     ),
     "a padded row is computed from what lay there": plant(
         "dispatch/host.py",
-        "plan.row_of_entry < 0, buffers.zero, buffers",
-        "plan.row_of_entry < 0, buffers.results, buffers",
+        "plan.row_of_assignment < 0, zero, first",
+        "plan.row_of_assignment < 0, first, first",
         EXCHANGE,
         3,
     ),
@@ -194,21 +194,21 @@ FAULTS = {
     ),
     "the numbers of a landed message are another's": plant(
         "dispatch/inbound.py",
-        "gate_values[:] = self.window.gate_values[results]",
-        "gate_values[:] = self.window.gate_values[results][::-1]",
+        "        gates[:] = self.window.gate_values[results]",
+        "        gates[:] = self.window.gate_values[results][::-1]",
         ORACLE,
         3,
     ),
     "a batch takes the local peers' rows before this one": plant(
         "dispatch/arrivals.py",
-        "counts[:, :local_index].sum(axis=(1, 2))",
-        "counts[:, : local_index + 1].sum(axis=(1, 2))",
+        "counts[:, :index].sum(axis=(1, 2))",
+        "counts[:, : index + 1].sum(axis=(1, 2))",
         EXCHANGE,
         3,
     ),
     "home does not wait for messages": plant(
         "dispatch/host.py",
-        "        if not all(request.done for request in buffers.returns):\n            return False\n",
+        "        if not all(request.done for request in handle.returns):\n            return False\n",
         "",
         "dispatch/test_delays.py",
         3,
@@ -222,7 +222,7 @@ FAULTS = {
         3,
     ),
     "sums over groups take others' experts for their own": plant(
-        "run/optimizer.py",
+        "run/gradient_sums.py",
         "key=lambda slot: ranks_of[slot][0] != comm.rank)",
         "key=lambda slot: ranks_of[slot][0] == comm.rank)",
         "run/test_shapes.py -k 'dp2 and ep2 and tp1 and every_model'",
@@ -271,7 +271,7 @@ FAULTS = {
         3,
     ),
     "moments of a share lie at its first row": plant(
-        "run/state.py", "(piece.first, *place.start[1:])", "(0, *place.start[1:])", STATE, 3
+        "run/state.py", "(rows.first, *part.start[1:])", "(0, *part.start[1:])", STATE, 3
     ),
     # THE LOAD
     "biases push towards busy experts": plant(
@@ -301,7 +301,7 @@ FAULTS = {
     ),
     "an altered file passes": plant(
         "write/checksums.py",
-        "if compute_digest(path) != sums[path.name]:",
+        "if compute_digest(path) != digest_of_name[path.name]:",
         "if len(compute_digest(path)) != 64:",
         "write/test_checksums.py write/test_verify.py",
     ),
@@ -325,7 +325,7 @@ FAULTS = {
         "test_config.py",
     ),
     "shards that do not divide an expert": plant(
-        "contradictions.py", "model.feed_forward % max(parallel.tensor, 1) == 0,", "True,", "test_config.py"
+        "contradictions.py", "model.feed_forward % max(config.parallel.tensor, 1) == 0,", "True,", "test_config.py"
     ),
     "bad input ends with a bug's status": plant(
         "output.py", "EXIT_USER = 2 ", "EXIT_USER = 1 ", "test_errors.py -k 'shared_error or names_it'"

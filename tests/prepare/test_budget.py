@@ -12,7 +12,7 @@ from hpcmoe.prepare.budget import (
     COMMUNICATOR_BYTES,
     GPU_LIBRARY_BYTES,
     check_budget,
-    describe_budget,
+    format_budget,
     make_budget,
     may_use_gpus,
     share_gpu_memory,
@@ -87,7 +87,7 @@ def test_ranks_of_one_gpu_share_what_is_free_of_it():
 
 def test_nodes_that_are_alike_share_a_line():
     topology = dataclasses.replace(make_topology(12, 6), memory_bytes=np.array([5000, 5000, 9000, 5000, 5000, 5000]))
-    lines = describe_budget(make_budget(topology, MEMORY, 20, None), topology, 100, 2)
+    lines = format_budget(make_budget(topology, MEMORY, 20, None), topology, 100, 2)
     besides = "process 20 B + messages 7 B + dense parts 40 B + matrices cast or packed 6 B + activations 100 B"
     besides += " + experts at work 5 B"
     assert lines == [

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from small import open_small_job
 
-from hpcmoe.dispatch.device import DeviceSizes
+from hpcmoe.dispatch.sizes import DeviceSizes
 from hpcmoe.prepare.memory import Memory
 from hpcmoe.prepare.process import (
     STEP_BYTES,
     ProcessMemory,
     count_unshared,
-    load_what_steps_load,
     mean_of_fullest_node,
+    peak_resident_bytes,
+    preload_libraries,
     read_process,
     read_status,
 )
@@ -73,7 +74,7 @@ def test_a_window_of_several_ranks_is_not_unshared_and_on_gpus_only_copies_are()
 
 
 def test_what_the_first_backward_pass_loads_is_there_before_it():
-    load_what_steps_load(trains=True, places=True)
+    preload_libraries(trains=True, places=True)
     assert {"sympy", "numba", "hpcmoe.placement.solve"} <= sys.modules.keys()
 
 
@@ -82,7 +83,7 @@ def test_the_table_lets_like_stand_beside_like(comm, shared):
     """What is unshared is the arrays and the process itself, as computed and as measured, whoever shares the window."""
     with open_small_job(comm, shared) as (job, optimizer, _):
         job.meter.start()
-        job.meter.read(train_step(job, optimizer, np.ones((2, 4)), 1)[0])
+        job.meter.read(train_step(job, optimizer, np.ones((2, 4)), 1)[0].stats)
         totals = gather_totals(job, optimizer, {}, 0)
         totals = dataclasses.replace(totals, bytes_of_link=np.zeros((comm.size, comm.size)))
         table, dispatcher = make_table(job, totals), job.stepper.dispatcher
@@ -100,3 +101,9 @@ def test_the_table_lets_like_stand_beside_like(comm, shared):
         assert [f"{number} MB" for number in shown] == [format_bytes(value) for value in values], label
     own = totals.unshared_bytes - totals.process_bytes  # the mean of the ranks' arrays
     assert 0 < own <= totals.measured.total
+
+
+def test_a_process_takes_at_least_what_it_holds():
+    before = peak_resident_bytes()
+    ballast = np.ones(64 * 2**20, np.uint8)
+    assert peak_resident_bytes() >= max(before, ballast.nbytes)

@@ -13,7 +13,7 @@ from small import make_config, make_sizes_of, make_topology
 from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.dispatch.sizes import MIN_BATCH_ROWS
 from hpcmoe.model.text import share_of
-from hpcmoe.prepare.sizes import choose_once, describe_sizes, find_routes
+from hpcmoe.prepare.sizes import choose_once, find_routes, format_sizes
 from hpcmoe.wait import gather_to_all
 
 
@@ -116,10 +116,10 @@ def test_what_messages_take_is_announced():
     topology = make_topology(4, 2)
     routes = make_routes(topology.node_of_rank, 0, 1, np.ones((2, 2), bool))
     sizes = make_sizes_of_run(config, 4, 2, once=True)
-    lines = describe_sizes(sizes, routes)
+    lines = list(format_sizes(sizes, routes))
     assert len(lines) == 2 and "2 ranks of its node share" in lines[0] and "for all of their node" in lines[1]
     assert f"at most {sizes.message_tokens} tokens" in lines[1] and f"2 x {sizes.pool_rows} rows" in lines[1]
-    assert len(describe_sizes(make_sizes_of_run(config, 4), make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))) == 1
+    assert len(list(format_sizes(make_sizes_of_run(config, 4), make_routes([0] * 4, 0, 1, np.ones((1, 1), bool))))) == 1
 
 
 def test_each_shard_of_an_expert_gets_a_copy_of_its_own():

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import pathlib
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,12 +18,12 @@ from hpcmoe.run.metadata import (
     describe_checkpoint,
     describe_data,
     describe_function,
-    describe_sizes,
+    describe_shapes,
     describe_training,
     log_changes,
 )
 from hpcmoe.write.checkpoint import read_metadata, save_checkpoint
-from hpcmoe.write.pieces import Piece
+from hpcmoe.write.pieces import Piece, run_tasks
 
 OLD = pathlib.Path(__file__).with_name("checkpoint_without_gate.tar.xz")  # as written before gates were recorded
 OF_OLD = {
@@ -61,14 +60,13 @@ FUNCTION = {  # what differs: (in the checkpoint, in the run, the line's words)
 
 
 def make_metadata(config, step=3, text_bytes=4000):
-    """The metadata that a run of a config would write."""
-    job = SimpleNamespace(config=config, mesh=SimpleNamespace(world=MPI.COMM_SELF), training=np.zeros(text_bytes))
-    return describe_checkpoint(job, step)
+    """Return the metadata that a run of a config would write."""
+    return describe_checkpoint(config, step, 1, text_bytes)
 
 
 def test_every_key_is_of_the_function_of_its_training_of_the_data_or_of_none():
     config = make_config()
-    told = {*describe_sizes(config), *describe_function(config), *describe_training(config), *describe_data(config, 1)}
+    told = {*describe_shapes(config), *describe_function(config), *describe_training(config), *describe_data(config, 1)}
     for section in dataclasses.fields(Config):
         free = SAME_FUNCTION.get(section.name, "").split()
         for key in dataclasses.fields(section.default_factory):
@@ -152,7 +150,7 @@ def test_inference_is_told_of_other_micro_batches_where_each_has_a_capacity(capl
 def test_facts_come_back_from_a_checkpoint_as_they_were(tmp_path):
     config = make_config(dispatch__load_feedback=0.3, experts__kind="swiglu", model__top_k=1)
     piece = Piece(name="x", shape=(1,), start=(0,), array=np.ones(1))
-    save_checkpoint(MPI.COMM_SELF, tmp_path, 3, [piece], make_metadata(config), 1)
+    run_tasks(save_checkpoint(MPI.COMM_SELF, tmp_path, 3, [piece], make_metadata(config), 1))
     metadata = read_metadata(tmp_path / "checkpoint-3")
     assert metadata == make_metadata(config)
     check_metadata(metadata, config, tmp_path, 3)

@@ -55,8 +55,8 @@ def test_training_moves_its_experts_once_and_loses_nothing(comm, shared):
     moves, first, last = run(comm, shared)
     stays, _, same = run(comm, shared, rebalance__margin=1e9)
     assert (same == first).all() and (last != first).any()
-    assert list(moves["cluster/adopted"]) == [1, 4] and list(stays["cluster/adopted"]) == [1]
-    assert np.array_equal(moves["cluster/adopted"][1], first) and np.array_equal(moves["cluster/adopted"][4], last)
+    assert list(moves["cluster/migrated"]) == [1, 4] and list(stays["cluster/migrated"]) == [1]
+    assert np.array_equal(moves["cluster/migrated"][1], first) and np.array_equal(moves["cluster/migrated"][4], last)
     assert moves["cluster/moved"][4] == ((first != last) & (last >= 0)).sum() and moves["cluster/move_seconds"][4] > 0
     assert moves["cluster/gain_seconds_predicted"][4] > 1.3 * moves["cluster/move_seconds_predicted"][4] > 0
     for name in ("train/loss", "train/gradient_norm", "train/validation_loss"):
@@ -68,7 +68,7 @@ def test_inference_moves_its_experts(comm, shared):
     if comm.size == 1:
         pytest.skip("needs two nodes")
     moves, first, last = run(comm, shared, run__mode="infer", model__dtype="bfloat16")
-    assert list(moves["cluster/adopted"]) == [1, 4] and (last != first).any()
+    assert list(moves["cluster/migrated"]) == [1, 4] and (last != first).any()
 
 
 @pytest.mark.mpi

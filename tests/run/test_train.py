@@ -38,8 +38,8 @@ def test_the_loss_falls_on_a_text_that_repeats_itself(comm, shared):
 def test_every_step_is_recorded_once_and_saved(comm, shared):
     losses, values, saved = run_training(comm, shared, write__activations_of_layers=(1,), write__activations_every=5)
     per_step = {name for name, series in values.items() if list(series) == list(range(1, 13))}
-    assert values.keys() - per_step == {"train/validation_loss", "cluster/adopted"}
-    assert list(values["cluster/adopted"]) == [1]
+    assert values.keys() - per_step == {"train/validation_loss", "cluster/migrated"}
+    assert list(values["cluster/migrated"]) == [1]
     assert per_step >= {
         "train/loss", "train/gradient_norm", "run/tokens_per_second", "run/seconds", "run/seconds_optimizer",
         "dispatch/link_sigma", "dispatch/dropped", "dispatch/aux_loss", "experts/utilisation",

@@ -23,7 +23,7 @@ def test_rows_in_rank_order(comm, shared, num_rows_of_rank):
     write_activations(comm, shared, 100, make_rows(num_rows_of_rank, comm.rank))
     total = sum(num_rows_of_rank)
     with h5py.File(shared / "activations-100" / "master.h5") as master:
-        assert master["facts/step"][()] == 100
+        assert master["metadata/step"][()] == 100
         assert master["layer0/input"].shape == (total, 8) and master["layer0/input"].dtype == np.float32
         assert master["layer0/input"][:, 3].tolist() == list(range(total))
         assert master["layer0/experts"][:].tolist() == [[row, -row] for row in range(total)]

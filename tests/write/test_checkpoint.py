@@ -5,8 +5,8 @@ import pytest
 from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError
-from hpcmoe.write.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from hpcmoe.write.pieces import Piece, PieceSpec
+from hpcmoe.write.checkpoint import find_checkpoint, newest_checkpoint, save_checkpoint
+from hpcmoe.write.pieces import Piece, PieceSpec, read_pieces, run_tasks
 
 # Save step 1 and 2, then be killed at the named point of saving step 3 with one kept.
 KILLED = """
@@ -18,7 +18,7 @@ folder, module, name, when = pathlib.Path(sys.argv[1]), *sys.argv[2:]
 module = {"checkpoint": checkpoint, "pieces": pieces, "shutil": pieces.shutil}[module]
 def save(step, keep):
     piece = pieces.Piece(name="w", shape=(4,), start=(0,), array=np.full(4, step))
-    checkpoint.save_checkpoint(MPI.COMM_WORLD, folder, step, [piece], {"step": step}, keep)
+    pieces.run_tasks(checkpoint.save_checkpoint(MPI.COMM_WORLD, folder, step, [piece], {"step": step}, keep))
 save(1, 2)
 save(2, 2)
 inner = getattr(module, name)
@@ -34,14 +34,14 @@ save(3, 1)
 def save(comm, folder, step, keep=2):
     """Save one array of as many rows as ranks, filled with the step."""
     piece = Piece(name="w", shape=(comm.size, 3), start=(comm.rank, 0), array=np.full((1, 3), step, np.float32))
-    save_checkpoint(comm, folder, step, [piece], {"step": step}, keep)
+    run_tasks(save_checkpoint(comm, folder, step, [piece], {"step": step}, keep))
 
 
 def load(comm, path, num_rows):
     part = PieceSpec(name="w", shape=(num_rows, 3), start=(0, 0), extent=(num_rows, 3))
-    arrays, facts = load_checkpoint(comm, path, [part])
-    assert (arrays["w", (0, 0)] == facts["step"]).all()
-    return facts["step"]
+    arrays, metadata = read_pieces(comm, path, [part])
+    assert (arrays["w", (0, 0)] == metadata["step"]).all()
+    return metadata["step"]
 
 
 def names(folder):
@@ -106,7 +106,7 @@ def test_failed_save_leaves_the_earlier_ones(comm, tmp_path, file_size_limit):
     piece = Piece(name="w", shape=(1 << 17,), start=(0,), array=np.ones(1 << 17))
     with pytest.raises(CheckpointError, match=r"checkpoint-3\.partial/rank0000\.h5: cannot be written"):  # noqa: SIM117
         with file_size_limit(1 << 17):
-            save_checkpoint(comm, tmp_path, 3, [piece], {}, keep=1)
+            run_tasks(save_checkpoint(comm, tmp_path, 3, [piece], {}, keep=1))
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
     assert load(comm, find_checkpoint(comm, tmp_path), 1) == 2
 
@@ -117,8 +117,8 @@ def test_failed_save_leaves_the_earlier_ones(comm, tmp_path, file_size_limit):
         ("pieces", "make_empty", "after", 2),
         ("pieces", "write_rank_file", "after", 2),
         ("pieces", "write_virtual", "after", 2),
-        ("pieces", "finish", "before", 2),
-        ("pieces", "finish", "after", 3),
+        ("pieces", "publish", "before", 2),
+        ("pieces", "publish", "after", 3),
         ("checkpoint", "prune", "before", 3),
         ("shutil", "rmtree", "before", 3),
         ("shutil", "rmtree", "after", 3),
@@ -131,8 +131,8 @@ def test_kill_leaves_a_checkpoint_and_the_next_save_cleans_up(tmp_path, run_unti
     for step in range(2, newest + 1):
         path = tmp_path / f"checkpoint-{step}"
         if path.exists():
-            arrays, facts = load_checkpoint(MPI.COMM_SELF, path, wanted)
-            assert facts == {"step": step} and arrays["w", (0,)].tolist() == [step] * 4
+            arrays, metadata = read_pieces(MPI.COMM_SELF, path, wanted)
+            assert metadata == {"step": step} and arrays["w", (0,)].tolist() == [step] * 4
     assert found == tmp_path / f"checkpoint-{newest}"
 
     save(MPI.COMM_SELF, tmp_path, 4, keep=1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hpcmoe.errors import CheckpointError
-from hpcmoe.write.hdf5 import describe_os_error, open_replacement, raise_as_checkpoint_error, read_value, write_value
+from hpcmoe.write.hdf5 import checkpoint_errors, describe_os_error, open_replacement, read_entry, write_entry
 
 
 @pytest.mark.parametrize(
@@ -17,8 +17,8 @@ from hpcmoe.write.hdf5 import describe_os_error, open_replacement, raise_as_chec
 )
 def test_fact_comes_back_as_it_was(tmp_path, value):
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        write_value(file, "fact", value)
-        back = read_value(file["fact"])
+        write_entry(file, "fact", value)
+        back = read_entry(file["fact"])
     assert type(back) is type(value)
     np.testing.assert_array_equal(back, value)
     if isinstance(value, np.ndarray):
@@ -28,15 +28,15 @@ def test_fact_comes_back_as_it_was(tmp_path, value):
 @pytest.mark.parametrize("value", [{"numpy": "2.4", "mpi": "mpich\n5"}, {}])
 def test_dict_of_strings_is_rows_of_key_and_value(tmp_path, value):
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        write_value(file, "versions", value, unit="version")
-        assert dict(read_value(file["versions"])) == value
+        write_entry(file, "versions", value, unit="version")
+        assert dict(read_entry(file["versions"])) == value
         assert file["versions"].attrs["unit"] == "version"
 
 
 def test_list_of_strings(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        write_value(file, "nodes", ["node0", "node11"])
-        assert list(read_value(file["nodes"])) == ["node0", "node11"]
+        write_entry(file, "nodes", ["node0", "node11"])
+        assert list(read_entry(file["nodes"])) == ["node0", "node11"]
 
 
 def test_file_stays_as_it_was_when_the_block_fails(tmp_path):
@@ -78,7 +78,7 @@ def test_reason_of_a_full_disk(tmp_path, small_disk):
 
 def test_error_is_one_line_with_path_and_reason(tmp_path):
     path = tmp_path / "none" / "a.h5"
-    with pytest.raises(CheckpointError) as error, raise_as_checkpoint_error(path, "read"):
+    with pytest.raises(CheckpointError) as error, checkpoint_errors(path, "read"):
         h5py.File(path)
     assert str(error.value) == f"{path}: cannot be read: No such file or directory"
 
@@ -87,7 +87,7 @@ def test_error_of_a_damaged_file_is_one_line(tmp_path):
     path = tmp_path / "a.h5"
     path.write_bytes(b"not HDF5 at all" * 100)
     with pytest.raises(CheckpointError, match=r"a\.h5: cannot be read: .*signature") as error:  # noqa: SIM117
-        with raise_as_checkpoint_error(path, "read"):
+        with checkpoint_errors(path, "read"):
             h5py.File(path)
     assert "\n" not in str(error.value)
 
@@ -107,7 +107,7 @@ def test_a_file_that_another_process_holds_is_said_to_be_open(tmp_path):
     with path.open() as viewer:
         fcntl.flock(viewer, fcntl.LOCK_EX)
         with pytest.raises(CheckpointError, match=r"cannot be read: another process.*HDF5_USE_FILE_LOCKING=FALSE"):  # noqa: SIM117
-            with raise_as_checkpoint_error(path, "read"):
+            with checkpoint_errors(path, "read"):
                 h5py.File(path)
 
 
@@ -122,6 +122,6 @@ def test_a_part_of_a_virtual_dataset_that_another_process_holds_is_no_zeros(tmp_
         fcntl.flock(viewer, fcntl.LOCK_EX)
         with (
             pytest.raises(CheckpointError, match="another process"),
-            raise_as_checkpoint_error(tmp_path / "whole.h5", "read"),
+            checkpoint_errors(tmp_path / "whole.h5", "read"),
         ):
             whole["x"][:]

@@ -10,8 +10,8 @@ import pytest
 from launch import HANG_SECONDS, MPIRUN, ROOT, Running, run
 from mpi4py import MPI
 
-from hpcmoe.write.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
-from hpcmoe.write.pieces import PieceSpec
+from hpcmoe.write.checkpoint import find_checkpoint, list_checkpoints
+from hpcmoe.write.pieces import PieceSpec, read_pieces
 
 SAVER = ROOT / "tests" / "write" / "saver.py"
 SOURCE = {"PYTHONPATH": str(ROOT)}
@@ -26,8 +26,8 @@ def check_what_is_left(folder, num_ranks):
     assert found, "there is none"
     for step, path in found.items():
         assert find_checkpoint(MPI.COMM_SELF, path) == path
-        arrays, facts = load_checkpoint(MPI.COMM_SELF, path, [part])
-        assert facts == {"step": step} and (arrays["w", (0, 0)] == step).all()
+        arrays, metadata = read_pieces(MPI.COMM_SELF, path, [part])
+        assert metadata == {"step": step} and (arrays["w", (0, 0)] == step).all()
     assert find_checkpoint(MPI.COMM_SELF, folder) == found[max(found)]
     return max(found), any(folder.glob("checkpoint-*.partial"))
 

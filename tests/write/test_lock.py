@@ -77,16 +77,14 @@ def test_a_dead_process_that_nobody_has_buried_is_gone():
 
 def test_a_holder_elsewhere_is_believed_while_it_shows_signs_of_life(tmp_path, own, elsewhere):
     leave(tmp_path, elsewhere, age_seconds=100)
-    with pytest.raises(
-        ConfigError, match=r"process 1 on node07 \(.*, Slurm job 17, since .*last sign of life, 1\d\d s"
-    ):
+    with pytest.raises(ConfigError, match=r"process 1 on node07 \(.*, Slurm job 17, since .*last heartbeat, 1\d\d s"):
         acquire_lock(tmp_path, own)
 
 
 def test_a_holder_elsewhere_without_a_sign_of_life_is_cleared(tmp_path, own, elsewhere, caplog):
     leave(tmp_path, elsewhere, age_seconds=STALE_SECONDS + 10)
     acquire_lock(tmp_path, own)
-    assert holds_lock(tmp_path, own) and "no sign of life for" in caplog.text
+    assert holds_lock(tmp_path, own) and "no heartbeat for" in caplog.text
 
 
 def test_a_job_that_was_requeued_takes_over_from_itself(tmp_path, own, elsewhere):

@@ -45,9 +45,9 @@ def everything(array):
     return tuple(slice(0, length) for length in array.shape)
 
 
-def write_whole(comm, folder, **facts):
+def write_whole(comm, folder, **metadata):
     """Write WHOLE, split over the ranks along its first axis."""
-    write_pieces(comm, folder, [make_piece(split(0, comm.rank, comm.size))], facts)
+    write_pieces(comm, folder, [make_piece(split(0, comm.rank, comm.size))], metadata)
 
 
 def error_of(call):
@@ -58,12 +58,12 @@ def error_of(call):
 
 
 def test_facts_come_back(comm, tmp_path):
-    facts = {"step": 120, "loss": 2.5, "kind": "swiglu", "placement": np.array([[0, 1], [2, 3]])}
-    write_pieces(comm, tmp_path / "a", [], facts)
+    metadata = {"step": 120, "loss": 2.5, "kind": "swiglu", "placement": np.array([[0, 1], [2, 3]])}
+    write_pieces(comm, tmp_path / "a", [], metadata)
     arrays, back = read_pieces(comm, tmp_path / "a", [])
-    assert arrays == {} and back.keys() == facts.keys()
-    np.testing.assert_array_equal(back.pop("placement"), facts.pop("placement"))
-    assert back == facts and type(back["step"]) is int
+    assert arrays == {} and back.keys() == metadata.keys()
+    np.testing.assert_array_equal(back.pop("placement"), metadata.pop("placement"))
+    assert back == metadata and type(back["step"]) is int
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "uint16", "int64", "uint8"])
@@ -135,7 +135,7 @@ def test_a_folder_loses_its_name_before_its_files(tmp_path, monkeypatch):
     folder, rmtree, there = tmp_path / "checkpoint-2", shutil.rmtree, []
     (folder / "inside").mkdir(parents=True)
     monkeypatch.setattr(shutil, "rmtree", lambda path, **how: (there.append(folder.exists()), rmtree(path, **how)))
-    pieces.discard(folder)
+    pieces.remove_folder(folder)
     assert not there[-1] and list(tmp_path.iterdir()) == []
 
 
@@ -264,9 +264,9 @@ def test_any_split_reads_any_other(comm, shared, axis_written, axis_read):
     # Read as 1 to 5 ranks would, this rank being each of them.
     indexes = [split(axis_read, rank, size) for size in (1, 2, 3, 4, 5) for rank in range(size)]
     for index in indexes:
-        arrays, facts = read_pieces(comm, shared / "a", [make_part(index)])
+        arrays, metadata = read_pieces(comm, shared / "a", [make_part(index)])
         np.testing.assert_array_equal(arrays.popitem()[1], WHOLE[index])
-        assert facts == {"step": 7}
+        assert metadata == {"step": 7}
 
 
 @pytest.mark.mpi

@@ -8,14 +8,14 @@ import pytest
 from hpcmoe.errors import CheckpointError
 from hpcmoe.wait import barrier
 from hpcmoe.write.checkpoint import find_checkpoint, save_checkpoint
-from hpcmoe.write.pieces import Piece
+from hpcmoe.write.pieces import Piece, run_tasks
 
 
 def save(comm, folder, *steps):
     """Save checkpoints of a thousand numbers a rank."""
     for step in steps:
         piece = Piece(name="w", shape=(comm.size, 1000), start=(comm.rank, 0), array=np.full((1, 1000), step, np.int32))
-        save_checkpoint(comm, folder, step, [piece], {"step": step}, keep=10)
+        run_tasks(save_checkpoint(comm, folder, step, [piece], {"step": step}, keep=10))
 
 
 def alter(path, at=-2000):

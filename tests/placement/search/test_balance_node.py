@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from placement.problems import layer_data_of, make_problem, problems, scatter
 
 from hpcmoe.placement.cost import count_replicas, layer_seconds, make_nearest_shares, tokens_on_ranks
-from hpcmoe.placement.search.balance_node import balance_nodes, count_served, deal_experts
+from hpcmoe.placement.search.balance_node import balance_nodes, count_served, divide_experts
 
 
 @given(problems(), st.integers(0, 99))
@@ -42,8 +42,8 @@ def test_tokens_served_are_those_of_the_reference(problem, seed):
 
 def test_the_heaviest_go_first_to_the_rank_with_least_to_do():
     weight = np.array([1.0, 8, 3, 5, 4, 2])
-    assert deal_experts(np.arange(6), weight, 2) == [[1, 2, 0], [3, 4, 5]]  # 12 tokens and 11
-    assert deal_experts(np.array([0, 1, 2, 5]), weight, 2) == [
+    assert divide_experts(np.arange(6), weight, 2) == [[1, 2, 0], [3, 4, 5]]  # 12 tokens and 11
+    assert divide_experts(np.array([0, 1, 2, 5]), weight, 2) == [
         [1, 0],
         [2, 5],
     ]  # eight are enough, but two seats are left
@@ -51,8 +51,8 @@ def test_the_heaviest_go_first_to_the_rank_with_least_to_do():
 
 def test_what_has_most_replicas_goes_first():
     weight = np.array([1.0, 9, 8])
-    assert deal_experts(np.array([0, 0, 0, 1, 2, 2]), weight, 3) == [[0, 2], [0, 2], [0, 1]]
-    assert deal_experts(np.array([0, 0]), weight, 1) is None
+    assert divide_experts(np.array([0, 0, 0, 1, 2, 2]), weight, 3) == [[0, 2], [0, 2], [0, 1]]
+    assert divide_experts(np.array([0, 0]), weight, 1) is None
 
 
 def test_one_node_is_balanced():

@@ -8,7 +8,8 @@ import torch
 from small import open_small_job
 from torch import nn
 
-from hpcmoe.prepare.memory import ActivationTracker, find_arrays, locate
+from hpcmoe.experts.layer import LayerContext
+from hpcmoe.prepare.activations import ActivationTracker, find_arrays, locate
 from hpcmoe.wait import gather_to_all
 
 NEAR = 0.04  # relative: the rows of a portion are rounded up, tensors of a few numbers are not counted
@@ -112,10 +113,8 @@ def test_the_tracker_sees_what_is_saved_and_let_go_within_an_op():
 
 
 def test_what_flights_hold_and_autograd_saves_is_counted_once():
-    class LayerContext:
-        """Holds the tensor that autograd is about to save."""
-
-    context, tracker = LayerContext(), ActivationTracker(nn.Linear(1, 1))
+    context = LayerContext(layer=0, micro_batch=0, training=True)
+    tracker = ActivationTracker(nn.Linear(1, 1))
     context.x = torch.ones(100, requires_grad=True)
     tracker.observe([context])
     with tracker.hooks():

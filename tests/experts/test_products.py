@@ -5,10 +5,10 @@ import torch
 from kinks import draw_off_kinks
 from torch import nn
 
-from hpcmoe.experts import grouped
-from hpcmoe.experts.feed_forward import Expert
-from hpcmoe.experts.grouped import LARGE_MATRIX, LONG_PRODUCT, GroupedExperts, can_group, is_long
-from hpcmoe.gemm import CudaGemm
+from hpcmoe.experts import products
+from hpcmoe.experts.feed_forward import Expert, GroupedExperts, backward
+from hpcmoe.experts.products import LARGE_MATRIX, LONG_PRODUCT, can_group, is_long
+from hpcmoe.gemm import TorchGemm
 
 HIDDEN, FEED_FORWARD = 8, 16
 ROWS = {0: 50, 2: 0, 3: 90}  # slot 1 is empty
@@ -51,10 +51,11 @@ def test_all_at_once_is_one_by_one(kind, bias, dtype):
     ]  # fmt: skip
     x, grad_y = torch.cat(of_slots).to(dtype), draw(NUM_ROWS, HIDDEN, seed=8).to(dtype)
     gates, kept = torch.rand(NUM_ROWS, generator=torch.Generator().manual_seed(9)), []
-    groups = together.group(tuple(ROWS.items()), torch.device("cpu"))
-    y = together(groups, x, kept)
-    assert torch.equal(together(groups, x, None), y)
-    grad_x, grad_gate = together.backward(groups, kept.pop(), grad_y, gates)
+    slots = tuple(ROWS.items())
+    y = together(slots, x, kept)
+    assert torch.equal(together(slots, x, None), y)
+    grad_x, grad_gate = together.backward(slots, grad_y, gates, kept)
+    assert kept == []
 
     begin, within = 0, 1e-6 if dtype == torch.float32 else 2e-2  # one adds a bias after rounding, one before
     for slot, rows in ROWS.items():
@@ -63,8 +64,8 @@ def test_all_at_once_is_one_by_one(kind, bias, dtype):
         if rows == 0:
             assert all(p.grad is None for p in together.replicas[slot].parameters())
             continue
-        expected, remembered = alone[slot].forward_kept(x[part])
-        by_x, by_gate = alone[slot].backward(remembered, grad_y[part], gates[part])
+        expected = alone[slot](x[part], kept)
+        by_x, by_gate = backward(alone[slot].products, kept.pop(), grad_y[part], gates[part])
         for ours, theirs in ((y[part], expected), (grad_x[part], by_x), (grad_gate[part], by_gate)):
             assert ours.dtype == theirs.dtype and relative(ours, theirs) < within
         for (name, ours), (_, theirs) in zip(
@@ -76,13 +77,13 @@ def test_all_at_once_is_one_by_one(kind, bias, dtype):
 @pytest.mark.parametrize("has", [True, False])
 def test_a_grouped_gemm_is_used_where_there_is_one(monkeypatch, has):
     calls = []
-    real = grouped.find_grouped_gemm()
+    real = products.find_grouped_gemm()
     monkeypatch.setattr(
-        grouped, "find_grouped_gemm", lambda: (lambda *a, **k: calls.append(1) or real(*a, **k)) if has else None
+        products, "find_grouped_gemm", lambda: (lambda *a, **k: calls.append(1) or real(*a, **k)) if has else None
     )
     together = GroupedExperts(make_replicas("gelu", False))
     together.stack_weights()
-    together(together.group(tuple(ROWS.items()), torch.device("cpu")), draw(NUM_ROWS, HIDDEN, seed=7).bfloat16(), None)
+    together(tuple(ROWS.items()), draw(NUM_ROWS, HIDDEN, seed=7).bfloat16(), None)
     assert len(calls) == (2 if has and real else 0)
 
 
@@ -106,15 +107,15 @@ def test_products_that_outlast_the_next_ones_start_take_turns(rows, experts, num
 
 
 def test_experts_of_long_products_take_turns_and_give_the_same(monkeypatch):
-    calls, real = [], grouped.find_grouped_gemm()
+    calls, real = [], products.find_grouped_gemm()
     if real is None:
         pytest.skip("this torch has no grouped GEMM")
-    monkeypatch.setattr(grouped, "find_grouped_gemm", lambda: lambda *a, **k: calls.append(1) or real(*a, **k))
+    monkeypatch.setattr(products, "find_grouped_gemm", lambda: lambda *a, **k: calls.append(1) or real(*a, **k))
     together, x, results = GroupedExperts(make_replicas("gelu", False)), draw(NUM_ROWS, HIDDEN, seed=7).bfloat16(), []
     together.stack_weights()
     for large_weight in (LARGE_MATRIX, 1):
-        monkeypatch.setattr(grouped, "LARGE_MATRIX", large_weight)
-        results.append(together(together.group(tuple(ROWS.items()), torch.device("cpu")), x, None))
+        monkeypatch.setattr(products, "LARGE_MATRIX", large_weight)
+        results.append(together(tuple(ROWS.items()), x, None))
         assert len(calls) == 2
     assert relative(*results) < 1e-2
 
@@ -128,7 +129,7 @@ def test_a_large_gradient_on_a_gpu_is_not_rounded_on_its_way(monkeypatch, dtype)
     grad_y, x, begun = (draw(*shape, seed=1).cuda() for shape in ((70, 24), (70, 40), (24, 40)))
     grad_y, x = grad_y.to(dtype), x.to(dtype)
     expected = begun.double() + grad_y.double().t() @ x.double()
-    CudaGemm().add_product(begun, grad_y, x)
+    TorchGemm().add_product(begun, grad_y, x)
     assert relative(begun, expected) < 1e-5
 
 
@@ -138,10 +139,10 @@ def test_the_joined_matrices_are_the_parameters_and_casts_follow_them():
     up = together.replicas[3].up
     with torch.no_grad():
         up.fill_(2.0)
-    assert (together.matrices("up", torch.float32)[2] == 2).all() and together.cast_bytes == 0
-    assert (together.matrices("up", torch.bfloat16)[2] == 2).all()
+    assert (together.stacked.cast("up", torch.float32)[2] == 2).all() and together.cast_bytes == 0
+    assert (together.stacked.cast("up", torch.bfloat16)[2] == 2).all()
     assert together.cast_bytes == 3 * 2 * HIDDEN * FEED_FORWARD
     with torch.no_grad():
         up.fill_(3.0)
     together.refresh()
-    assert (together.matrices("up", torch.bfloat16)[2] == 3).all()
+    assert (together.stacked.cast("up", torch.bfloat16)[2] == 3).all()
