@@ -30,7 +30,7 @@ def trim_slots(problem: PlacementProblem, data: LayerData, experts: np.ndarray) 
 
 
 def pad_slots(problem: PlacementProblem, expert_at: np.ndarray) -> np.ndarray:
-    """Give every rank all its slots, the unused ones empty: [P, s'] -> [S]."""
+    """Pad every rank with empty slots to all that it has: [P, s'] -> [S]."""
     missing = problem.slots_per_rank - expert_at.shape[1]
     return np.pad(expert_at, ((0, 0), (0, missing)), constant_values=EMPTY).ravel()
 

@@ -41,7 +41,7 @@ _PART_FOR_TRADES = 0.3  # of the time, where the layers compete for memory
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOptions:
-    """How long to search, from where, and with which random numbers."""
+    """The length of a search, its start, and the seed of its random numbers."""
 
     seconds: float = 1.0  # for all layers
     iterations: int = 0  # proposals a layer; 0: as many as the seconds allow

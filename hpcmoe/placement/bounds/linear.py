@@ -53,7 +53,7 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """What the programs of one layer share."""
+    """The data that all programs of one layer share."""
 
     demand: np.ndarray  # [nodes, E] tokens
     room: np.ndarray  # [nodes + 1] replicas, on each node and in all
