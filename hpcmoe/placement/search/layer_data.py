@@ -12,7 +12,7 @@ EMPTY: Any = np.int64(-1)  # an empty slot, or no rank; not a literal, for which
 
 
 class LayerData(NamedTuple):
-    """The data that a layer's search looks up and never changes. Costs are seconds a token, 0 where they do not count."""
+    """The data that a layer's search looks up. Costs are seconds a token, 0 where they do not count."""
 
     demand: np.ndarray  # [nodes, E] tokens
     tokens: np.ndarray  # [E], of all nodes
