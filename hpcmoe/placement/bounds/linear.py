@@ -143,7 +143,7 @@ class Program:
         return answer.fun * self.scale, Prices(resource / max(resource.sum(), 1.0), capacity, expert)
 
     def price(self, prices: Prices) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-        """Compute the price of each choice of each expert -> seconds [C + A, E], and shares and replicas of free ones."""
+        """Compute the price of each choice of each expert -> seconds [C + A, E], shares and replicas of free ones."""
         num_nodes, choices = len(self.demand), self.choices
         of_token = (self.rates.T @ prices.resource).reshape(num_nodes, num_nodes)  # [from, to]
         of_replica = prices.capacity[:num_nodes] + prices.capacity[num_nodes]
