@@ -1,4 +1,4 @@
-"""What there is to run on: `python -m hpcmoe.check`, alone or under mpirun or srun, tells and tries it."""
+"""What there is to run on: `python -m hpcmoe.check`, alone or under mpirun or srun, shows and tests it."""
 
 if __name__ == "__main__":
     from hpcmoe.start import prepare_process
@@ -8,16 +8,19 @@ if __name__ == "__main__":
 
     import_mpi()
 
+import importlib.metadata
 import importlib.util
 import platform
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mpi4py import MPI
 
 from hpcmoe.arguments import Parser, name_program
 from hpcmoe.cluster.discover import read_host_name, read_topology
-from hpcmoe.cluster.launcher import check_launcher, find_launcher
+from hpcmoe.cluster.launcher import check_launcher, describe_launcher
+from hpcmoe.cluster.topology import Topology
 from hpcmoe.config import ClusterConfig
 from hpcmoe.errors import HpcmoeError, exit_with, on_all, on_root
 from hpcmoe.interrupts import exit_on_signals, repeated_interrupts
@@ -25,13 +28,19 @@ from hpcmoe.messages import one_line
 from hpcmoe.output import print_to_stdout
 from hpcmoe.wait import barrier, gather_to_all
 
-LINK_SECONDS = 1.0  # for all links between nodes
-WIDTH = 12  # of the first column
+if TYPE_CHECKING:
+    from hpcmoe.comm.device import Device
+    from hpcmoe.comm.select import TransportSupport
+
+_LINK_SECONDS = 1.0  # for all links between nodes
+_WIDTH = 12  # of the first column
+
+Lines = list[tuple[str, str]]  # of two columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Find:
-    """What one rank finds."""
+class RankReport:
+    """What one rank has of GPUs."""
 
     host: str
     gpus: tuple[str, ...]
@@ -39,7 +48,7 @@ class Find:
     nccl: str
 
 
-def main():
+def main() -> None:
     """Run the check; whatever goes wrong ends all ranks."""
     comm = MPI.COMM_WORLD
     try:
@@ -54,8 +63,8 @@ def main():
         exit_with(comm, error, read_host_name())
 
 
-def wants_help(words):
-    """Read the command line -> whether only help was asked for, which is then shown."""
+def wants_help(words: list[str]) -> bool:
+    """Read the command line, and show help. Return True if only help was asked for."""
     parser = Parser(prog=name_program("hpcmoe.check"), description=__doc__, add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
     arguments, unknown = parser.parse_known_args(words)
@@ -68,132 +77,120 @@ def wants_help(words):
     return arguments.help
 
 
-def check(comm):
-    """Look around, and try every way that rows can take. Collective over comm."""
-    from hpcmoe.comm.device import open_device
-    from hpcmoe.comm.select import read_transport_support  # imports torch
+def check(comm: MPI.Intracomm) -> None:
+    """Show what is here, and test every backend that can carry rows. Collective over comm."""
+    from hpcmoe.comm.device import open_device  # imports torch, as all of comm
+    from hpcmoe.comm.select import read_transport_support
 
-    topology = read_topology(comm, ClusterConfig(measure_seconds=LINK_SECONDS))
+    # Read what each rank has.
+    topology = read_topology(comm, ClusterConfig(measure_seconds=_LINK_SECONDS))
     here = topology.ranks_of_node(topology.node_of_rank[comm.rank]).tolist()
     device = on_all(comm, lambda: open_device("auto", here.index(comm.rank)))
-    finds, support_of_rank = (gather_to_all(comm, own) for own in (find(), read_transport_support(comm, device)))
+    reports = gather_to_all(comm, read_rank_report())
+    support_of_rank = gather_to_all(comm, read_transport_support(comm, device))
     if comm.rank == 0:
-        show_lines(describe_machine(topology) + describe_software(support_of_rank[0].answer) + describe_gpus(finds))
+        show_lines(describe_machine(topology))
+        show_lines(describe_software(support_of_rank[0].answer) + describe_gpus(reports))
+
+    # A test needs devices of one kind.
     names = gather_to_all(comm, device.name)
     if len(set(names)) > 1:
-        raise_mixed(comm, names)
-    try_all(comm, device, support_of_rank)
+        on_root(comm, lambda: reject_mixed_devices(names))
+    try_backends(comm, device, support_of_rank)
 
 
-def raise_mixed(comm, names):
-    """Refuse ranks of which only some have a GPU."""
+def reject_mixed_devices(names: list[str]) -> None:
+    """Raise HpcmoeError for ranks of which only some have a GPU."""
     ranks = ", ".join(str(rank) for rank, name in enumerate(names) if name == "host")
-
-    def refuse():
-        raise HpcmoeError(f"ranks {ranks} have no GPU, the others have: nothing is tried")
-
-    on_root(comm, refuse)
+    raise HpcmoeError(f"ranks {ranks} have no GPU, the others have: nothing is tried")
 
 
-def find():
-    """Look for GPUs, and what it takes to use them -> Find."""
+def read_rank_report() -> RankReport:
+    """Read which GPUs are here, and what it takes to use them."""
     from hpcmoe.comm.cuda import count_gpus, describe_gpu, find_missing_cuda
     from hpcmoe.comm.nccl import find_nccl
+    from hpcmoe.comm.select import format_version
 
-    missing, nccl, no_nccl = find_missing_cuda(), None, "CuPy brings the calls to it; see CuPy"
-    if importlib.util.find_spec("cupy"):
-        nccl, no_nccl = find_nccl()
+    nccl, no_nccl = find_nccl() if has_cupy() else (None, "CuPy brings the calls to it; see CuPy")
     gpus = tuple(describe_gpu(index) for index in range(count_gpus()))
-    return Find(host=read_host_name(), gpus=gpus, missing=missing, nccl=name_nccl(nccl) if nccl else f"none: {no_nccl}")
+    version = format_version(nccl.get_version()) if nccl else f"none: {no_nccl}"
+    return RankReport(host=read_host_name(), gpus=gpus, missing=find_missing_cuda(), nccl=version)
 
 
-def name_nccl(nccl):
-    """Name NCCL's version."""
-    from hpcmoe.comm.select import name_version
-
-    return name_version(nccl.get_version())
+def has_cupy() -> bool:
+    """Return True if CuPy is installed."""
+    return importlib.util.find_spec("cupy") is not None
 
 
-def describe_machine(topology):
-    """Tell of ranks, nodes, links and Slurm -> list of (what, text)."""
-    lines = [("ranks", str(topology)), ("launcher", find_launcher())]
-    if topology.num_nodes == 1:
-        lines.append(("links", "all ranks are on one node"))
-    else:
-        rates = [
-            topology.bytes_per_second[a, b]
-            for a in range(topology.num_nodes)
-            for b in range(topology.num_nodes)
-            if a != b
-        ]
-        lines.append(
-            ("links", f"{min(rates) / 1e9:.3g} to {max(rates) / 1e9:.3g} GB/s between nodes, by MPI on the host")
-        )
-    racks = ", ".join(topology.rack_names)
-    lines.append(("racks", f"{racks} ({topology.source['racks']})"))
-    return lines
+def describe_machine(topology: Topology) -> Lines:
+    """Format the ranks, nodes, links and Slurm."""
+    links = "all ranks are on one node"
+    if topology.num_nodes > 1:
+        pairs = [(a, b) for a in range(topology.num_nodes) for b in range(topology.num_nodes) if a != b]
+        rates = [topology.bytes_per_second[pair] / 1e9 for pair in pairs]
+        links = f"{min(rates):.3g} to {max(rates):.3g} GB/s between nodes, by MPI on the host"
+    racks = f"{', '.join(topology.rack_names)} ({topology.source['racks']})"
+    return [("ranks", str(topology)), ("launcher", describe_launcher()), ("links", links), ("racks", racks)]
 
 
-def describe_software(mpi_answer):
-    """Tell of Python, MPI, torch and CuPy -> list of (what, text)."""
+def describe_software(mpi_answer: str) -> Lines:
+    """Format the versions of Python, MPI, torch and CuPy."""
     import torch
 
     library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA; pip install torch from its CUDA index"
-    cupy = importlib.util.find_spec("cupy")
     how = 'none: pip install "hpcmoe[gpu]" (CUDA 13), or cupy-cuda12x and nvidia-nccl-cu12'
     return [
         ("Python", platform.python_version()),
         ("MPI", library),
         ("", mpi_answer),
         ("torch", f"{torch.__version__}, built for {build}"),
-        ("CuPy", read_cupy_version() if cupy else how),
+        ("CuPy", read_cupy_version() if has_cupy() else how),
     ]
 
 
-def read_cupy_version():
-    """Name CuPy's version; its packages' names tell the CUDA that they are for."""
-    import importlib.metadata as metadata
-
-    names = [d.metadata["Name"] for d in metadata.distributions() if (d.metadata["Name"] or "").startswith("cupy")]
-    return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(set(names)))
+def read_cupy_version() -> str:
+    """Return CuPy's version; its packages' names say which CUDA they are for."""
+    names = {str(package.metadata["Name"]) for package in importlib.metadata.distributions()}
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(names) if name.startswith("cupy"))
 
 
-def describe_gpus(finds):
-    """Tell of GPUs and NCCL, a line for all ranks that find the same -> list of (what, text)."""
-    lines = [("NCCL", text) for text in sorted({found.nccl for found in finds})]
-    by_host = {}
-    for found in finds:
-        by_host.setdefault(found.host, found)
-    for host, found in by_host.items():
-        gpus = [f"{found.gpus.count(gpu)} x {gpu}" for gpu in dict.fromkeys(found.gpus)]
-        lines.append((f"GPUs of {host}"[: 3 * WIDTH], ", ".join(gpus) or "none"))
-        if found.missing:
-            lines.append(("", f"not used: {found.missing}"))
+def describe_gpus(reports: list[RankReport]) -> Lines:
+    """Format GPUs and NCCL, a line for all ranks that have the same."""
+    lines = [("NCCL", text) for text in sorted({report.nccl for report in reports})]
+    first_of_host = {report.host: report for report in reversed(reports)}
+    for host in dict.fromkeys(report.host for report in reports):
+        report = first_of_host[host]
+        gpus = [f"{report.gpus.count(gpu)} x {gpu}" for gpu in dict.fromkeys(report.gpus)]
+        lines.append((f"GPUs of {host}"[: 3 * _WIDTH], ", ".join(gpus) or "none"))
+        if report.missing:
+            lines.append(("", f"not used: {report.missing}"))
     return lines
 
 
-def try_all(comm, device, support_of_rank):
-    """Try each way on a small exchange, and tell what came of it. Collective over comm."""
-    from hpcmoe.comm.plain import PlainDevice
+def try_backends(comm: MPI.Intracomm, device: "Device", support_of_rank: list["TransportSupport"]) -> None:
+    """Test each backend on a small exchange, and show what came of it. Collective over comm."""
+    from hpcmoe.comm.device import PlainDevice
     from hpcmoe.comm.select import describe_row_ops, find_obstacles
-    from hpcmoe.comm.self_test import run_self_test
 
+    # On the host a device in a GPU's place takes the same path.
     on_host = device.name == "host"
     if on_host:
         device = PlainDevice()
-    row_ops_names = describe_row_ops(comm, device)
+    row_ops = describe_row_ops(comm, device)
     if comm.rank == 0:
-        show_lines([("rows", line) for line in row_ops_names])
-    for kind, reason in find_obstacles(support_of_rank).items():
-        outcome = f"not tried: {reason}" if reason else format_self_test(run_self_test, kind, comm, device)
+        show_lines([("rows", line) for line in row_ops])
+    for kind, obstacle in find_obstacles(support_of_rank).items():
+        outcome = f"not tried: {obstacle}" if obstacle else try_backend(kind, comm, device)
         if comm.rank == 0:
-            where = " on the host's memory, in a GPU's place" if on_host and not reason else ""
+            where = " on the host's memory, in a GPU's place" if on_host and not obstacle else ""
             show_lines([(f"try {kind}", outcome + where)])
 
 
-def format_self_test(run_self_test, kind, comm, device):
-    """Try a all_to_all -> what came of it, in words, the same on all ranks. Collective over comm."""
+def try_backend(kind: str, comm: MPI.Intracomm, device: "Device") -> str:
+    """Test a backend -> what came of it, in words, the same on all ranks. Collective over comm."""
+    from hpcmoe.comm.self_test import run_self_test
+
     try:
         rate = run_self_test(kind, comm, device)
     except HpcmoeError as error:
@@ -204,10 +201,10 @@ def format_self_test(run_self_test, kind, comm, device):
     return f"works: 1 MB from each rank to each, {min(rates) / 1e9:.3g} GB/s a rank"
 
 
-def show_lines(lines):
-    """Show (what, text) in two columns."""
+def show_lines(lines: Lines) -> None:
+    """Show lines in two columns."""
     for what, text in lines:
-        print_to_stdout(f"{what:<{WIDTH}} {text}")
+        print_to_stdout(f"{what:<{_WIDTH}} {text}")
 
 
 if __name__ == "__main__":

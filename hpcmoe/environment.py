@@ -10,6 +10,7 @@ MOST_DIGITS = 15  # of a number that anybody sets: 10^15 megabytes are more than
 POWER_OF_UNIT = {"K": 10, "": 20, "M": 20, "G": 30, "T": 40, "P": 50}  # Slurm's: a number alone is megabytes
 NCCL_SHARES = "NCCL_MULTI_RANK_GPU_ENABLE"  # 1: NCCL 2.30 and later may run several ranks on one GPU
 NCCL_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"  # 1: several communicators may be busy at once, in the order of the calls
+UCX_CUDA = {"all", "cuda", "cuda_copy"}  # UCX's names for what tells a GPU's memory from the host's
 
 
 def read_environment() -> Mapping[str, str]:
@@ -82,9 +83,36 @@ def may_share_gpus() -> bool:
     return read_setting(NCCL_SHARES) == "1"
 
 
-def have_nccl_keep_order() -> None:
-    """Have NCCL start what several communicators do in the order of the calls, unless the user has said otherwise."""
+def keep_nccl_order() -> None:
+    """Have NCCL launch what several communicators do in the order of the calls, unless the user has said otherwise."""
     os.environ.setdefault(NCCL_ORDER, "1")
+
+
+def find_ucx_obstacle(mpi_name: str, netmod: str) -> str:
+    """Return what keeps UCX from carrying all messages of an MPI, a GPU's too, in a few words; "" where nothing does.
+
+    netmod: the network module that an MPICH takes by itself.
+    """
+    for key in ("UCX_TLS", "MPI_UCX_TLS"):
+        transports = read_setting(key)
+        if transports and not knows_cuda(transports):
+            return f"{key}={transports} leaves out cuda_copy"
+    match mpi_name:
+        case "Open MPI":
+            key, value = "OMPI_MCA_pml", "ucx"
+        case "MPICH":
+            netmod = read_setting("MPIR_CVAR_CH4_NETMOD") or netmod
+            if netmod != "ucx":
+                return f"MPICH goes by {netmod or 'another way'}"
+            key, value = "MPIR_CVAR_NOLOCAL", "1"  # else ranks of a node share memory, which is the host's
+        case _:
+            return f"what {mpi_name} leaves to it is not known"
+    return "" if read_setting(key) == value else f"{mpi_name} leaves all messages to it only with {key}={value}"
+
+
+def knows_cuda(transports: str) -> bool:
+    """Return True if a list of UCX's transports, or with ^ of those left out, leaves one that knows a GPU's memory."""
+    return transports.startswith("^") == UCX_CUDA.isdisjoint(transports.removeprefix("^").split(","))
 
 
 def find_job() -> tuple[str, str]:

@@ -7,15 +7,57 @@ import sys
 import time
 from collections.abc import Mapping
 from types import FrameType
+from typing import NamedTuple
 
 from hpcmoe.interrupts import TERMINATION_SIGNALS, Interrupted, ignore_signals, list_not_ignored
 from hpcmoe.output import DRAIN_SECONDS, print_to_stderr
 
 HYDRA_KEY = "MPI_LOCALNRANKS"  # of MPICH's launcher and its kin alone
 _WAIT_FOR_ROOT_SECONDS = 1.0  # for rank 0, which may have had the signal too, to speak for all
-RANK_KEYS = (  # of launchers, those within others first; MPI has not begun
-    *("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK"),
-    *("FLUX_TASK_RANK", "PALS_RANKID", "SLURM_PROCID"),
+
+
+class Launcher(NamedTuple):
+    """A launcher by the variables that it gives each process it starts."""
+
+    name: str
+    rank: str = ""  # this process's number
+    sizes: tuple[str, ...] = ()  # how many processes there are
+    counts_by_rank: bool = False  # the number tells how many there are at least, where sizes may not
+    needs: tuple[str, ...] = ()  # what must be there too: others set some of its variables for other ends
+    starts_mpi: bool = False  # what it starts is MPI's world, and what another launcher said before it is of no account
+    instead: str = "{start}; under Slurm by its srun --mpi type"  # how to start
+
+    def has_needs(self, environ: Mapping[str, str]) -> bool:
+        """Return True if all that it needs is there."""
+        return all(key in environ for key in self.needs)
+
+
+LAUNCHERS = (  # those within others first
+    Launcher("mpirun or srun by PMI", "PMI_RANK", ("PMI_SIZE",), starts_mpi=True),
+    Launcher("mpirun of Open MPI", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",), starts_mpi=True),
+    Launcher("MVAPICH", "MV2_COMM_WORLD_RANK", ("MV2_COMM_WORLD_SIZE",), starts_mpi=True),
+    Launcher("jsrun", "JSM_NAMESPACE_RANK", ("JSM_NAMESPACE_SIZE",), counts_by_rank=True, starts_mpi=True),
+    Launcher(
+        "torchrun",
+        "RANK",
+        ("WORLD_SIZE",),
+        needs=("RANK", "LOCAL_RANK"),
+        instead="torchrun starts processes, not MPI ranks: start with mpirun -n {size} python -m hpcmoe.main, or srun",
+    ),
+    Launcher(
+        "Flux",
+        "FLUX_TASK_RANK",
+        ("FLUX_JOB_SIZE",),
+        needs=("FLUX_TASK_RANK",),
+        instead="{start}; or with flux run -o pmi=simple",
+    ),
+    Launcher("PALS", "PALS_RANKID", ("PALS_SIZE", "PALS_LOCAL_SIZE"), counts_by_rank=True),
+    Launcher("PMIx", "PMIX_RANK", counts_by_rank=True),
+    Launcher("ALPS", "ALPS_APP_PE", counts_by_rank=True),
+    Launcher("Horovod", "HOROVOD_RANK", ("HOROVOD_SIZE",)),
+    Launcher("Platform MPI", "MPI_RANKID", ("MPI_NRANKS",), counts_by_rank=True),
+    # SLURM_NTASKS is the whole job's, in a batch script too; only srun's own tasks have a step, and its count.
+    Launcher("srun", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS",), needs=("SLURM_PROCID", "SLURM_STEP_ID")),
 )
 
 
@@ -37,8 +79,8 @@ def open_standard_files() -> None:
 
 
 def find_rank(environ: Mapping[str, str]) -> str:
-    """Find the number that a launcher gives this process, 0 where there is none."""
-    keys = (*RANK_KEYS, "RANK") if "LOCAL_RANK" in environ else RANK_KEYS  # torchrun's
+    """Return the number that a launcher gives this process, 0 where none says anything; MPI has not begun."""
+    keys = (launcher.rank for launcher in LAUNCHERS if launcher.has_needs(environ))
     return next((environ[key].strip() for key in keys if key in environ), "0")
 
 

@@ -1,7 +1,14 @@
 """Waiting without stealing the core: the one loop in which any rank waits for MPI."""
 
+from __future__ import annotations
+
 import os
 import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 # Measured with 16 ranks on 2 cores: a GEMM beside 15 waiting ranks slows 1.1 times, a wake-up takes 1.2 ms.
 # A blocking Recv there slowed the GEMM 8.9 times.
@@ -13,19 +20,33 @@ LONGEST_SLEEP_SECONDS = 200e-6
 SLEEP_GROWTH = 1.3
 
 
+class Task(Protocol):
+    """Work in the background that progresses when it is polled."""
+
+    @property
+    def done(self) -> bool:
+        """Return True if nothing of it is left."""
+
+    def poke(self) -> bool:
+        """Progress without waiting. Return True if anything moved."""
+
+
+_Task = TypeVar("_Task", bound=Task)
+
+
 class Backoff:
     """Yield the core a few times, more often while nobody else wants it, then sleep a little longer at each pause."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Start over with short pauses, as after each completion."""
-        self.yields_left = YIELDS_BEFORE_SLEEP
+        self.yields_left: float = YIELDS_BEFORE_SLEEP
         self.sleep_seconds = FIRST_SLEEP_SECONDS
 
-    def pause(self):
-        """Give the core away for a moment."""
+    def pause(self) -> None:
+        """Yield the core, or sleep."""
         if self.yields_left > 0:
             begin = time.perf_counter()
             os.sched_yield()
@@ -36,34 +57,34 @@ class Backoff:
             self.sleep_seconds = min(self.sleep_seconds * SLEEP_GROWTH, LONGEST_SLEEP_SECONDS)
 
 
-def poke_all(tasks):
-    """Let each task of a list progress, and drop those that are over -> whether anything moved."""
+def poke_all(tasks: list[_Task]) -> bool:
+    """Poke each task of a list, and drop those that are done. Return True if anything moved."""
     moved = False
     for task in tasks:
         moved |= task.poke()
-    tasks[:] = [task for task in tasks if not task.is_over]
+    tasks[:] = [task for task in tasks if not task.done]
     return moved
 
 
-def wait_all(requests, timeout_seconds=None, poke=None):
-    """Wait until every request is done, doing poke() meanwhile -> False when the time ran out first."""
+def wait_all(
+    requests: list[MPI.Request], timeout_seconds: float | None = None, poke: Callable[[], bool] | None = None
+) -> bool:
+    """Wait until every request is done, with poke() meanwhile. Return False if the time ran out first."""
     from mpi4py import MPI  # here, so that commands without ranks start without MPI
 
     backoff = Backoff()
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-    while True:
-        done = MPI.Request.Testsome(requests)
-        if done is None:
-            return True
+    while (done := MPI.Request.Testsome(requests)) is not None:
         if done:
             backoff.reset()
         elif deadline is not None and time.monotonic() > deadline:
             return False
         elif poke is None or not poke():
             backoff.pause()
+    return True
 
 
-def until_done(requests):
+def until_done(requests: list[MPI.Request]) -> Iterator[bool]:
     """Yield False while any request is under way."""
     from mpi4py import MPI  # as above
 
@@ -71,18 +92,18 @@ def until_done(requests):
         yield False
 
 
-def barrier(comm, timeout_seconds=None):
-    """Wait for all ranks. Collective over comm. -> False when the time ran out first."""
+def barrier(comm: MPI.Comm, timeout_seconds: float | None = None) -> bool:
+    """Wait for all ranks. Collective over comm. Return False if the time ran out first."""
     return wait_all([comm.Ibarrier()], timeout_seconds)
 
 
-def broadcast(comm, value, root=0):
-    """Give every rank root's value (pickled: for set-up alone). Collective over comm."""
+def broadcast(comm: MPI.Comm, value: Any, root: int = 0) -> Any:
+    """Return root's value on every rank (pickled: for set-up alone). Collective over comm."""
     barrier(comm)  # whoever is early waits here, politely, and not inside the blocking bcast
     return comm.bcast(value, root)
 
 
-def gather_to_all(comm, value):
-    """Give every rank the list of all ranks' values (pickled: for set-up alone). Collective over comm."""
+def gather_to_all(comm: MPI.Comm, value: Any) -> list[Any]:
+    """Return all ranks' values on every rank (pickled: for set-up alone). Collective over comm."""
     barrier(comm)
     return comm.allgather(value)

@@ -1,4 +1,4 @@
-"""Each node's watch over its ranks: started with them, dismissed when they end in order."""
+"""The watch over a node's ranks: a process that starts with them, and is stopped when they end in order."""
 
 import contextlib
 import os
@@ -12,34 +12,34 @@ from mpi4py import MPI
 
 from hpcmoe.wait import broadcast, gather_to_all
 
-ANSWER_SECONDS = 0.3  # more than the watcher waits for the dying
+_ANSWER_SECONDS = 0.3  # more than the watcher waits for the dying
 WATCHER = pathlib.Path(__file__).with_name("watcher.py")
 
 
 class Watch:
     """The process that watches this node's ranks."""
 
-    def __init__(self, pid):
-        self.pid = pid
+    def __init__(self, pid: int | None) -> None:
+        self.pid = pid  # None: nobody watches
 
-    def stop(self):
-        """End it without a word, before the ranks end in order. Not collective: any rank of the node may."""
+    def stop(self) -> None:
+        """Stop it without a word, before the ranks end in order. Not collective: any rank of the node may."""
         self.send(signal.SIGTERM)
 
-    def report(self):
-        """End it, and have it name a rank that is dead or dying: this rank's error may come of that."""
+    def report(self) -> None:
+        """Stop it, and have it name a rank that is dead or dying: this rank's error may come of that."""
         self.send(signal.SIGUSR1)
-        time.sleep(ANSWER_SECONDS)
+        time.sleep(_ANSWER_SECONDS)
 
-    def send(self, number):
+    def send(self, number: int) -> None:
         """Send the watcher a signal, if it is still there."""
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
 
-def start_watch(comm, host):
-    """Start a watcher on each node -> Watch, without effect where the system cannot watch. Collective over comm."""
+def start_watch(comm: MPI.Intracomm, host: str) -> Watch:
+    """Start a watcher on each node, without effect where the system cannot watch. Collective over comm."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
     ranks = gather_to_all(node, f"{comm.rank}:{os.getpid()}")
     pid = None

@@ -144,10 +144,18 @@ def open_small_dispatcher(comm, hidden, num_nodes=1, once=False, hesitate=None, 
     sizes = make_sizes(routes, hidden=hidden, **{key: value for key, value in changes.items() if key != "slots"})
     with (
         open_window(local_comm, sizes.window_sizes(routes)) as window,
-        open_mpi_transport(comm, sizes.row_bytes, hesitate) as transport,
+        open_mpi_transport(comm, sizes.row_bytes) as transport,
     ):
+        hesitate_to_poke(transport, hesitate)
         yield make_dispatcher(hidden, transport, window, node_of_rank, once, **changes)
     local_comm.Free()
+
+
+def hesitate_to_poke(transport, hesitate):
+    """Let nothing progress in a transport while hesitate(), if any, is true."""
+    poke = transport.poke
+    if hesitate is not None:
+        transport.poke = lambda: not hesitate() and poke()
 
 
 def make_sizes(routes, **sizes):

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hpcmoe.comm.device import PlainDevice
 from hpcmoe.comm.mpi import open_mpi_transport
-from hpcmoe.comm.plain import PlainDevice
 from hpcmoe.run.optimizer import FlatGradients
 
 ASKED_BEFORE = 2  # times that the host must ask for an event

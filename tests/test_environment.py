@@ -4,7 +4,16 @@ import os
 
 import pytest
 
-from hpcmoe.environment import environment_without, is_set, read_counts, read_memory, read_number, read_setting
+from hpcmoe.environment import (
+    environment_without,
+    find_ucx_obstacle,
+    is_set,
+    knows_cuda,
+    read_counts,
+    read_memory,
+    read_number,
+    read_setting,
+)
 from hpcmoe.errors import ClusterError
 
 NONSENSE = ("x", "-1", "1.5", "1e3", "0x10", "9" * 5000, "٣", "1 2", "16GG", "G", "nan", "\udcff", "(null)")
@@ -54,3 +63,49 @@ def test_a_number_beyond_what_can_be_is_refused():
 def test_a_command_may_be_started_without_some_variables(monkeypatch):
     monkeypatch.setenv("CUTS", "1")
     assert set(os.environ) - set(environment_without("CUTS", "ABSENT")) == {"CUTS"}
+
+
+@pytest.fixture
+def unset(monkeypatch):
+    """Nothing is set for MPI or UCX."""
+    for key in ("UCX_TLS", "MPI_UCX_TLS", "OMPI_MCA_pml", "MPIR_CVAR_CH4_NETMOD", "MPIR_CVAR_NOLOCAL"):
+        monkeypatch.delenv(key, raising=False)
+
+
+@pytest.mark.parametrize(
+    "vendor, told, reason",
+    [
+        ("Open MPI", {"OMPI_MCA_pml": "ucx"}, ""),
+        ("Open MPI", {}, "only with OMPI_MCA_pml=ucx"),
+        ("Open MPI", {"MPIR_CVAR_NOLOCAL": "1"}, "only with OMPI_MCA_pml=ucx"),
+        ("Open MPI", {"OMPI_MCA_pml": "ucx", "MPI_UCX_TLS": "tcp"}, "MPI_UCX_TLS=tcp leaves out cuda_copy"),
+        ("Open MPI", {"OMPI_MCA_pml": "ucx", "UCX_TLS": "rc,cuda_ipc"}, "UCX_TLS=rc,cuda_ipc leaves out cuda_copy"),
+        ("MPICH", {"MPIR_CVAR_NOLOCAL": "1"}, ""),
+        ("MPICH", {"MPIR_CVAR_NOLOCAL": "1", "MPIR_CVAR_CH4_NETMOD": "ucx"}, ""),
+        ("MPICH", {"MPIR_CVAR_NOLOCAL": "1", "MPIR_CVAR_CH4_NETMOD": "ofi"}, "MPICH goes by ofi"),
+        ("MPICH", {"OMPI_MCA_pml": "ucx"}, "only with MPIR_CVAR_NOLOCAL=1"),
+        ("Some MPI", {"OMPI_MCA_pml": "ucx", "MPIR_CVAR_NOLOCAL": "1"}, "what Some MPI leaves to it is not known"),
+    ],
+)
+def test_what_keeps_ucx_from_carrying_all_is_said(monkeypatch, unset, vendor, told, reason):
+    for key, value in told.items():
+        monkeypatch.setenv(key, value)
+    found = find_ucx_obstacle(vendor, "ucx")
+    assert found.endswith(reason) and bool(found) == bool(reason)
+
+
+def test_an_mpich_built_for_another_network_is_not_believed(monkeypatch, unset):
+    monkeypatch.setenv("MPIR_CVAR_NOLOCAL", "1")
+    assert find_ucx_obstacle("MPICH", "ofi") == "MPICH goes by ofi"
+
+
+@pytest.mark.parametrize(
+    "transports", ["all", "cuda", "tcp,self,cuda_copy", "rc,cuda", "^tcp", "^cuda_ipc", "^rc,cuda_ipc"]
+)
+def test_transports_that_know_a_gpus_memory(transports):
+    assert knows_cuda(transports)
+
+
+@pytest.mark.parametrize("transports", ["tcp,self", "cuda_ipc", "tcp,cuda_ipc", "^cuda", "^tcp,cuda_copy", "^all"])
+def test_transports_that_take_it_for_the_hosts(transports):
+    assert not knows_cuda(transports)

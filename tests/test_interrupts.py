@@ -133,8 +133,8 @@ runpy.run_module("hpcmoe.{module}", run_name="__main__")
 def test_a_signal_before_the_first_import_is_one_line_too(monkeypatch, capsys, number, rank, status, said):
     for seconds in ("_WAIT_FOR_ROOT_SECONDS", "DRAIN_SECONDS"):
         monkeypatch.setattr(start, seconds, 0.0)
-    for key in start.RANK_KEYS:
-        monkeypatch.delenv(key, raising=False)
+    for launcher in start.LAUNCHERS:
+        monkeypatch.delenv(launcher.rank, raising=False)
     heard, told = os.pipe()
     for key, value in {"PMI_RANK": rank, "PMI_FD": str(told), start.HYDRA_KEY: "2"}.items():
         monkeypatch.setenv(key, value)

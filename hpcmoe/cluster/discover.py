@@ -1,32 +1,34 @@
 """Where the ranks are: their nodes, racks, memory, cores, devices and links, each fact with its source."""
 
+import dataclasses
 import logging
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.cluster.given import read_links
-from hpcmoe.cluster.launcher import find_launched as find_launched  # found here too
 from hpcmoe.cluster.machine import count_cuda_devices, read_memory_bytes, read_own_quotas, whole_cores
 from hpcmoe.cluster.measure.cluster import find_slow_links, measure_links
 from hpcmoe.cluster.racks import find_racks
-from hpcmoe.cluster.topology import Topology
+from hpcmoe.cluster.topology import ClusterLinks, Topology
+from hpcmoe.config import ClusterConfig
 from hpcmoe.environment import is_set, read_counts, read_memory, read_number, read_setting
 from hpcmoe.errors import on_all, on_root
 from hpcmoe.wait import barrier, broadcast, gather_to_all
 
 log = logging.getLogger(__name__)
 
-MOST_NAMED = 5  # slow links in one line
-MOST_DEVICES = 4096  # of a node
+_MAX_NAMED = 5  # slow links in one line
+_MAX_DEVICES = 4096  # of a node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankInfo:
-    """What one rank sees of the node it sits on."""
+    """What one rank finds on its node."""
 
     leader: int  # the node's lowest rank
     name: str
@@ -40,7 +42,7 @@ class RankInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterLayout:
-    """The nodes and racks that the ranks sit in, before anything is known of what joins them."""
+    """The nodes and racks that the ranks are on, before anything is known of what joins them."""
 
     node_of_rank: np.ndarray  # [P] int64
     infos_of_node: list[list[RankInfo]]
@@ -50,42 +52,39 @@ class ClusterLayout:
     rack_source: str
 
 
-def read_host_name():
-    """Name the node this rank is on: as the launcher calls it, else as Slurm does, else as the machine does."""
+def read_host_name() -> str:
+    """Return the name of this rank's node: as the launcher calls it, else as Slurm does, else as the machine does."""
     # mpirun's proxy sets its own for each node, so that it is right where Slurm's was only handed on.
     return read_setting("PMI_HOSTNAME") or read_setting("SLURMD_NODENAME") or MPI.Get_processor_name()
 
 
-def read_topology(comm, cluster):
-    """Read where the ranks are, from MPI, Slurm, the system and [cluster] -> Topology. Collective over comm.
+def read_topology(comm: MPI.Intracomm, cluster: ClusterConfig) -> Topology:
+    """Read where the ranks are, from MPI, Slurm, the system and [cluster]. Collective over comm.
 
     Raises ClusterError on all ranks when [cluster] or a links file does not fit the nodes.
     """
     infos = gather_to_all(comm, read_rank_info(comm))
-    layout = on_root(
-        comm, lambda: make_cluster_layout(infos, cluster)
-    )  # racks come first: they tell what shares an uplink
+    layout = on_root(comm, lambda: make_cluster_layout(infos, cluster))  # racks come first: they share an uplink
     measured = None
     if cluster.links == "measure":
         measured = measure_links(comm, layout.node_of_rank, layout.rack_of_node, cluster)
     topology = on_root(comm, lambda: make_topology(layout, cluster, measured))
-    if measured is not None:
-        log_slow_links(comm, topology)
+    if measured is not None and comm.rank == 0:
+        log_slow_links(topology)
     return topology
 
 
-def log_slow_links(comm, topology):
+def log_slow_links(topology: Topology) -> None:
     """Log which links stayed far slower than others of their kind, by name."""
-    slow = find_slow_links(topology.bytes_per_second, topology.rack_of_node)
-    if slow and comm.rank == 0:
-        names = topology.node_names
-        told = [f"{names[i]} to {names[j]} ({share:.0%})" for i, j, share in slow[:MOST_NAMED]]
-        more = f" and {len(slow) - MOST_NAMED} more" * (len(slow) > MOST_NAMED)
-        log.warning("links far slower than the median of their kind, in a rack or between: %s%s", ", ".join(told), more)
+    slow, names = find_slow_links(topology.bytes_per_second, topology.rack_of_node), topology.node_names
+    if slow:
+        told = ", ".join(f"{names[i]} to {names[j]} ({share:.0%})" for i, j, share in slow[:_MAX_NAMED])
+        more = f" and {len(slow) - _MAX_NAMED} more" * (len(slow) > _MAX_NAMED)
+        log.warning("links far slower than the median of their kind, in a rack or between: %s%s", told, more)
 
 
-def read_rank_info(comm):
-    """Look around on this rank's node -> RankInfo. Collective over comm."""
+def read_rank_info(comm: MPI.Intracomm) -> RankInfo:
+    """Read what this rank finds on its node. Collective over comm."""
     barrier(comm)
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
     leader = broadcast(node, comm.rank)
@@ -93,8 +92,8 @@ def read_rank_info(comm):
     return on_all(comm, lambda: make_rank_info(leader))
 
 
-def make_rank_info(leader):
-    """Make this rank's RankInfo; ClusterError where a variable that tells of it holds nonsense."""
+def make_rank_info(leader: int) -> RankInfo:
+    """Return this rank's RankInfo; ClusterError where a variable that tells of it holds nonsense."""
     return RankInfo(
         leader=leader,
         name=read_host_name(),
@@ -107,14 +106,14 @@ def make_rank_info(leader):
     )
 
 
-def make_cluster_layout(infos, cluster):
-    """Gather the ranks' infos by node, and the nodes by rack -> ClusterLayout. Raises ClusterError for racks that do not fit."""
+def make_cluster_layout(infos: Sequence[RankInfo], cluster: ClusterConfig) -> ClusterLayout:
+    """Group the ranks by node, and the nodes by rack. Raises ClusterError for racks that do not fit."""
     node_of_rank = np.unique([info.leader for info in infos], return_inverse=True)[1].astype(np.int64)
-    infos_of_node = [[] for _ in range(max(node_of_rank) + 1)]
+    infos_of_node: list[list[RankInfo]] = [[] for _ in range(max(node_of_rank) + 1)]
     for node, info in zip(node_of_rank, infos, strict=True):
         infos_of_node[node].append(info)
     names = distinct([group[0].name for group in infos_of_node])
-    racks, source = find_racks(infos_of_node, names, cluster)
+    racks, source = find_racks(infos_of_node, names, cluster.racks)
     rack_names = tuple(dict.fromkeys(racks))
     return ClusterLayout(
         node_of_rank=node_of_rank,
@@ -126,63 +125,50 @@ def make_cluster_layout(infos, cluster):
     )
 
 
-def make_topology(layout, cluster, measured):
-    """Join the layout, the config and the measured ClusterLinks, if any -> Topology. Raises ClusterError where they conflict."""
-    if cluster.links == "measure":
+def make_topology(layout: ClusterLayout, cluster: ClusterConfig, measured: ClusterLinks | None) -> Topology:
+    """Join the layout, the config and the measured links, if any. Raises ClusterError where they do not fit."""
+    if cluster.links == "measure" and measured is not None:
         links, source = measured, dict.fromkeys(("links", "ports", "uplinks"), "measured")
     else:
         links, source = read_links(cluster.links, layout.node_names, layout.rack_names)
-    infos_of_node = layout.infos_of_node
-    memory = [cluster.memory_bytes_per_node or min(info.memory_bytes for info in group) for group in infos_of_node]
+    given, infos_of_node = cluster.memory_bytes_per_node, layout.infos_of_node
+    memory = [given or min(info.memory_bytes for info in group) for group in infos_of_node]
+    devices = [frozenset().union(*(info.devices for info in group)) for group in infos_of_node]
     return Topology(
         node_of_rank=layout.node_of_rank,
         node_names=layout.node_names,
         rack_of_node=layout.rack_of_node,
         rack_names=layout.rack_names,
-        bytes_per_second=links.bytes_per_second,
-        latency_seconds=links.latency_seconds,
-        egress_bytes_per_second=links.egress_bytes_per_second,
-        ingress_bytes_per_second=links.ingress_bytes_per_second,
-        uplink_bytes_per_second=links.uplink_bytes_per_second,
         memory_bytes=np.array(memory, np.int64),
-        devices_of_node=count_devices(infos_of_node),
+        devices_of_node=np.array([len(names) for names in devices], np.int64),
         cores_of_node=np.array([count_cores(group) for group in infos_of_node], np.int64),
-        source={
-            "nodes": "MPI split by shared memory",
-            "racks": layout.rack_source,
-            **source,
-            "memory": "config" if cluster.memory_bytes_per_node else "system",
-            "devices": "system",
-            "cores": "system",
-        },
+        source={"nodes": "MPI split by shared memory", "racks": layout.rack_source, **source}
+        | {"memory": "config" if given else "system", "devices": "system", "cores": "system"},
+        **{field.name: getattr(links, field.name) for field in dataclasses.fields(ClusterLinks)},
     )
 
 
-def distinct(names):
-    """Number the names that come again -> tuple of names, all different."""
-    made = []
+def distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names, numbered where they come again, so that all are different."""
+    made: list[str] = []
     for name in names:
         candidates = [name, *(f"{name}.{k}" for k in range(1, len(names)))]
         made.append(next(candidate for candidate in candidates if candidate not in made))
     return tuple(made)
 
 
-def count_devices(infos_of_node):
-    """Count the devices that a node's ranks see together -> [nodes] int64."""
-    return np.array([len(frozenset.union(*(info.devices for info in group))) for group in infos_of_node], np.int64)
-
-
-def count_cores(infos):
+def count_cores(infos: Iterable[RankInfo]) -> int:
     """Count the cores that a node's ranks can keep busy together, by affinity and quotas."""
-    return whole_cores(usable_cpus(infos, 0))
+    return whole_cores(usable_cpus(list(infos), 0))
 
 
-def usable_cpus(infos, depth):
-    """Find what the quotas below `depth` leave these ranks, and their affinity -> CPUs.
+def usable_cpus(infos: list[RankInfo], depth: int) -> float:
+    """Return the CPUs that the quotas below `depth` leave these ranks, and their affinity.
 
     The ranks in a control group share its quota; those in different groups, steps or containers, have each their own.
     """
-    groups, free = {}, []
+    groups: dict[tuple[str, float], list[RankInfo]] = {}
+    free = []
     for info in infos:
         if len(info.cpu_quotas) > depth:
             groups.setdefault(info.cpu_quotas[depth], []).append(info)
@@ -192,32 +178,32 @@ def usable_cpus(infos, depth):
     return min(cpus + count_affine(free), count_affine(infos))
 
 
-def count_affine(infos):
+def count_affine(infos: Iterable[RankInfo]) -> int:
     """Count the cores that any of these ranks may be scheduled on."""
     return len(frozenset().union(*(info.cores for info in infos)))
 
 
-def usable_memory_bytes():
-    """Find how much memory this node's ranks may use: the system's limits, or Slurm's where that is less."""
+def usable_memory_bytes() -> int:
+    """Return how much memory this node's ranks may use: the system's limits, or Slurm's where that is less."""
     per_node, per_cpu, per_gpu = (read_memory(f"SLURM_MEM_PER_{what}") for what in ("NODE", "CPU", "GPU"))
     allotted = [per_node, per_cpu * count_allotted_cpus(), per_gpu * read_number("SLURM_GPUS_ON_NODE")]
     return min([read_memory_bytes(), *(num_bytes for num_bytes in allotted if num_bytes)])  # 0 is all there is
 
 
-def count_allotted_cpus():
+def count_allotted_cpus() -> int:
     """Count the CPUs that Slurm has given on this node, 0 where it does not say: the least of the nodes' if unsure."""
     of_nodes, node = read_counts("SLURM_JOB_CPUS_PER_NODE"), read_number("SLURM_NODEID", default=sys.maxsize)
     of_job = of_nodes[node] if node < len(of_nodes) else min(of_nodes, default=0)
     return read_number("SLURM_CPUS_ON_NODE") or of_job
 
 
-def visible_devices():
-    """Name the CUDA devices that this rank may use; two ranks' names of one device are equal."""
+def visible_devices() -> frozenset[str]:
+    """Return the names of the CUDA devices that this rank may use; two ranks' names of one device are equal."""
     present = frozenset(map(str, range(count_cuda_devices())))
     if not present or not is_set("CUDA_VISIBLE_DEVICES"):
         return present
     chosen = read_setting("CUDA_VISIBLE_DEVICES")
     # Slurm may show each of a node's tasks a device 0 of its own: then its count for the node is the truth.
     if chosen and read_setting("SLURM_GPUS_ON_NODE"):
-        return frozenset(map(str, range(read_number("SLURM_GPUS_ON_NODE", most=MOST_DEVICES))))
+        return frozenset(map(str, range(read_number("SLURM_GPUS_ON_NODE", most=_MAX_DEVICES))))
     return frozenset(chosen.split(",")) - {"", "-1", "NoDevFiles"}

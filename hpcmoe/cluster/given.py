@@ -1,6 +1,8 @@
 """Links that need no measuring, from a file: written by hand, or kept by an earlier run."""
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,51 +11,51 @@ from hpcmoe.cluster.topology import (
     NO_UPLINKS,
     PORTS_TAKEN,
     ClusterLinks,
+    Topology,
+    find_port_maxima,
     make_saved_topology,
     naming_file,
-    port_maxima,
     read_tree,
 )
 from hpcmoe.errors import ClusterError
 from hpcmoe.messages import one_line, show_value, suggest
 
-LISTS = (  # of a file by hand
-    "bytes_per_second",
-    "latency_seconds",
-    "egress_bytes_per_second",
-    "ingress_bytes_per_second",
-    "uplink_bytes_per_second",
-)
+_KEYS = ("latency_seconds", "egress_bytes_per_second", "ingress_bytes_per_second", "uplink_bytes_per_second")
+_LISTS = ("bytes_per_second", *_KEYS)  # of a file by hand
+LinksAndSource = tuple[ClusterLinks, dict[str, str]]
 
 
-def read_links(path, node_names, rack_names):
-    """Read the links of this run's nodes and racks from a file -> (ClusterLinks, dict fact: source).
+def read_links(path: str, node_names: Sequence[str], rack_names: Sequence[str]) -> LinksAndSource:
+    """Read the links of this run's nodes and racks from a file, with the source of each fact.
 
     The file is written by hand, five lists in the order of nodes and racks as in inputs/links.json, or a topology.json
     of an earlier run, by names. Raises ClusterError that names the file and the entry where it does not fit.
     """
     tree = read_tree(path)
     if isinstance(tree, dict) and isinstance(tree.get("bytes_per_second"), list):
-        links, source = make_listed_links(tree, node_names, rack_names, path)
+        links, source = make_listed_links(tree, len(node_names), len(rack_names), path)
     else:
         with naming_file(path):
             saved = make_saved_topology(tree)
         links, source = saved_links(saved, node_names, rack_names, path)
 
-    check_rates(links.bytes_per_second, f"{path}: bytes_per_second", node_names)
-    check_latencies(links.latency_seconds, f"{path}: latency_seconds", node_names)
-    check_rates(links.egress_bytes_per_second, f"{path}: egress_bytes_per_second", node_names)
-    check_rates(links.ingress_bytes_per_second, f"{path}: ingress_bytes_per_second", node_names)
-    check_rates(links.uplink_bytes_per_second, f"{path}: uplink_bytes_per_second", rack_names, most=np.inf)
+    # Rates are above 0; an uplink without limit is none, and a latency may be 0.
+    for key in _LISTS:
+        array, names = getattr(links, key), rack_names if key.startswith("uplink") else node_names
+        most = np.inf if key.startswith("uplink") else sys.float_info.max
+        right = (array >= 0) & np.isfinite(array) if key == "latency_seconds" else (array > 0) & (array <= most)
+        allowed = "0 or above" if key == "latency_seconds" else "above 0"
+        for index in np.argwhere(~right)[:1]:
+            place, of = "".join(f"[{i}]" for i in index), " to ".join(names[i] for i in index)
+            raise ClusterError(f"{path}: {key}: entry {place} = {array[tuple(index)]:g}, {of}, must be {allowed}")
     return links, source
 
 
-def make_listed_links(tree, node_names, rack_names, path):
-    """Take the links that a file lists; what it leaves out is guessed, and said to be -> (ClusterLinks, source)."""
-    num_nodes, num_racks = len(node_names), len(rack_names)
+def make_listed_links(tree: dict[str, Any], num_nodes: int, num_racks: int, path: str) -> LinksAndSource:
+    """Return the links that a file lists; what it leaves out is guessed, and the source says so."""
     for key in tree:
-        if key not in LISTS:
-            raise ClusterError(f"{path}: {one_line(key)}: unknown key{suggest(key, LISTS)}")
+        if key not in _LISTS:
+            raise ClusterError(f"{path}: {one_line(key)}: unknown key{suggest(key, _LISTS)}")
     given = {key: value for key, value in tree.items() if value != []}
     source = dict.fromkeys(("links", "ports", "uplinks"), f"file {path}")
     if "latency_seconds" not in given:
@@ -65,45 +67,42 @@ def make_listed_links(tree, node_names, rack_names, path):
 
     # Each list has an entry a node or a rack, each matrix a row and a column a node.
     rates = make_array(tree["bytes_per_second"], (num_nodes, num_nodes), f"{path}: bytes_per_second")
-    egress, ingress = port_maxima(rates)
-    usual = {
-        "latency_seconds": np.zeros_like(rates),
-        "egress_bytes_per_second": egress,
-        "ingress_bytes_per_second": ingress,
-        "uplink_bytes_per_second": np.full(num_racks, np.inf),
-    }
+    usual = (np.zeros_like(rates), *find_port_maxima(rates), np.full(num_racks, np.inf))
     arrays = {
         key: make_array(given[key], value.shape, f"{path}: {key}") if key in given else value
-        for key, value in usual.items()
+        for key, value in zip(_KEYS, usual, strict=True)
     }
     return ClusterLinks(bytes_per_second=rates, **arrays), source
 
 
-def make_array(value, shape, what):
-    """Make an array of a list, or list of lists, whose shape must be this run's nodes or racks -> float64 `shape`.
+def make_array(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
+    """Return an array of a list, or list of lists, whose shape must be this run's nodes or racks -> float64 `shape`.
 
     null is no limit. Raises ClusterError that begins with `what`, the file and key.
     """
-    rows = value if len(shape) == 2 else [value]
+    # Check the shape.
+    is_matrix = len(shape) == 2
+    rows = value if is_matrix else [value]
     if not (isinstance(value, list) and all(isinstance(row, list) for row in rows)):
-        raise ClusterError(f"{what} must be a list{' of lists' * (len(shape) == 2)}")
+        raise ClusterError(f"{what} must be a list{' of lists' * is_matrix}")
     widths = sorted({len(row) for row in rows})
     if len(value) != shape[0] or widths != [shape[-1]]:
-        has = f"{len(value)} x {' or '.join(map(str, widths))}" if len(shape) == 2 else f"{len(value)} entries"
-        has = f"is {has}" if len(shape) == 2 else f"has {has}"
+        has = f"is {len(value)} x {' or '.join(map(str, widths))}" if is_matrix else f"has {len(value)} entries"
         raise ClusterError(f"{what} {has}, the run has {shape[0]} {'racks' if 'uplink' in what else 'nodes'}")
+
+    # Check the numbers.
     for i, row in enumerate(rows):
         for j, number in enumerate(row):
             if not (number is None or type(number) in (int, float)):
-                place = f"[{i}][{j}]" if len(shape) == 2 else f"[{j}]"
+                place = f"[{i}][{j}]" if is_matrix else f"[{j}]"
                 raise ClusterError(f"{what}: entry {place} = {show_value(number)}: must be a number")
-    return np.array([[np.inf if number is None else number for number in row] for row in rows], np.float64).reshape(
-        shape
-    )
+    numbers = [[np.inf if number is None else number for number in row] for row in rows]
+    return np.array(numbers, np.float64).reshape(shape)
 
 
-def saved_links(saved, node_names, rack_names, path):
-    """Pick this run's nodes and racks by name from a Topology, which may hold more of them -> (ClusterLinks, source)."""
+def saved_links(saved: Topology, node_names: Sequence[str], rack_names: Sequence[str], path: str) -> LinksAndSource:
+    """Return the links of this run's nodes and racks, by name, from a Topology that may hold more of them."""
+    # Find the nodes, whose names may differ by a domain.
     found, ambiguous = match_names(node_names, saved.node_names)
     missing = [name for name in node_names if name not in found]
     if missing:
@@ -112,6 +111,8 @@ def saved_links(saved, node_names, rack_names, path):
             f"[cluster] links = {path}: has no links of {', '.join(missing)}{unclear}; "
             f"the run's nodes are {', '.join(node_names)}, the file's {', '.join(saved.node_names)}"
         )
+
+    # A guess of the file's own run stays one.
     nodes = [saved.node_names.index(found[name]) for name in node_names]
     uplink_of_rack = dict(zip(saved.rack_names, saved.uplink_bytes_per_second, strict=True))
     source = dict.fromkeys(("links", "ports", "uplinks"), f"file {path}")
@@ -131,21 +132,3 @@ def saved_links(saved, node_names, rack_names, path):
         uplink_bytes_per_second=np.array([uplink_of_rack.get(name, np.inf) for name in rack_names]),
     )
     return links, source
-
-
-def check_rates(rates, what, names, most=sys.float_info.max):
-    """Refuse bytes a second that are no number above 0, or above `most`, with the names they are of."""
-    check_entries(rates, ~((rates > 0) & (rates <= most)), what, names, "above 0")
-
-
-def check_latencies(seconds, what, names):
-    """Refuse seconds that are no finite number of 0 or above."""
-    check_entries(seconds, ~((seconds >= 0) & np.isfinite(seconds)), what, names, "0 or above")
-
-
-def check_entries(array, wrong, what, names, allowed):
-    """Raise ClusterError for the first entry that is wrong: a pair of names in a matrix, one in a list."""
-    for index in np.argwhere(wrong):
-        place = "".join(f"[{i}]" for i in index)
-        of = " to ".join(names[i] for i in index)
-        raise ClusterError(f"{what}: entry {place} = {array[tuple(index)]:g}, {of}, must be {allowed}")

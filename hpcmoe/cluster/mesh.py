@@ -1,10 +1,12 @@
 """How the ranks divide the work: the world split into data-, expert- and tensor-parallel groups."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mpi4py import MPI
 
+from hpcmoe.config import ParallelConfig
 from hpcmoe.errors import ClusterError, on_root
 from hpcmoe.wait import barrier
 
@@ -27,35 +29,35 @@ class Mesh:
     tensor_parallel: int  # number of ranks that share an expert's matrices
 
     @property
-    def data_parallel(self):
-        """Number of data-parallel replicas."""
+    def data_parallel(self) -> int:
+        """Return the number of data-parallel replicas."""
         return self.dp.size
 
     @property
-    def expert_parallel(self):
-        """Number of ranks among which the experts are spread."""
+    def expert_parallel(self) -> int:
+        """Return the number of ranks among which the experts are spread."""
         return self.ep.size
 
     @property
-    def ep_ranks(self):
-        """The ranks of ep, as world numbers them."""
+    def ep_ranks(self) -> list[int]:
+        """Return the ranks of ep, as world numbers them."""
         first = self.world.rank - self.expert_index * self.tensor_parallel
         return [first + index * self.tensor_parallel for index in range(self.ep.size)]
 
     @property
-    def token_index(self):
-        """Which share of a batch this rank reads: every rank has tokens of its own."""
+    def token_index(self) -> int:
+        """Return the index of this rank's share of a batch: every rank has tokens of its own."""
         return self.world.rank
 
     @property
-    def num_token_shares(self):
-        """Number of ranks that read different tokens."""
+    def num_token_shares(self) -> int:
+        """Return the number of ranks that read different tokens."""
         return self.world.size
 
 
 @contextlib.contextmanager
-def open_mesh(comm, parallel):
-    """Split comm into the groups that [parallel] asks for -> Mesh. Collective over comm, on entry and on exit.
+def open_mesh(comm: MPI.Intracomm, parallel: ParallelConfig) -> Iterator[Mesh]:
+    """Open the groups of ranks that [parallel] asks for. Collective over comm, on entry and on exit.
 
     Raises ClusterError on all ranks when the sizes do not fit the ranks.
     """
@@ -82,7 +84,7 @@ def open_mesh(comm, parallel):
         group.Free()
 
 
-def mesh_shape(num_ranks, data_parallel, expert_parallel, tensor_parallel):
+def mesh_shape(num_ranks: int, data_parallel: int, expert_parallel: int, tensor_parallel: int) -> tuple[int, int, int]:
     """Check the parallel sizes against the ranks -> (data, expert, tensor).
 
     expert_parallel 0 takes what is left; tensor_parallel 0, where nobody has chosen it, is 1.
@@ -106,8 +108,8 @@ def mesh_shape(num_ranks, data_parallel, expert_parallel, tensor_parallel):
     return data_parallel, expert_parallel, tensor_parallel
 
 
-def mesh_coordinates(rank, expert_parallel, tensor_parallel):
-    """Find a rank's place in the mesh -> (data_index, expert_index, tensor_index)."""
+def mesh_coordinates(rank: int, expert_parallel: int, tensor_parallel: int) -> tuple[int, int, int]:
+    """Return a rank's place in the mesh -> (data_index, expert_index, tensor_index)."""
     group, tensor_index = divmod(rank, tensor_parallel)
     data_index, expert_index = divmod(group, expert_parallel)
     return data_index, expert_index, tensor_index

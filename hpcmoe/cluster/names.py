@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 def match_names(wanted: Iterable[str], known: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Find each wanted name among the known ones -> (dict wanted: known, dict wanted: the several that it may be).
+    """Match each wanted name to a known one -> (known by wanted, the several that it may be by wanted).
 
     n1 and n1.cluster.local are the same node; n1.a and n1.b are two, and n1 beside these may be either: no match.
     """
@@ -44,7 +44,7 @@ def is_same_node(name: str, other: str) -> bool:
 
 
 def starts_of(name: str) -> list[str]:
-    """List a name with ever more of its domain: n1, n1.cluster, n1.cluster.local; an address of digits is whole."""
+    """Return a name with ever more of its domain: n1, n1.cluster, n1.cluster.local; an address of digits is whole."""
     labels = name.split(".")
     if all(label.isdigit() for label in labels):
         return [name]
@@ -52,5 +52,5 @@ def starts_of(name: str) -> list[str]:
 
 
 def format_ambiguous(ambiguous: dict[str, list[str]]) -> str:
-    """Say which names may be of several nodes, one clause each."""
+    """Format which names may be of several nodes, one clause each."""
     return "; ".join(f"{name} may be {' or '.join(others)}" for name, others in ambiguous.items())

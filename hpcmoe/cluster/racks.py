@@ -4,34 +4,42 @@ Slurm's sources: SLURM_TOPOLOGY_ADDR and its pattern, which slurmd sets for each
 `scontrol show topology`, whose lines are those of the plugins topology/tree, block, ring and torus3d.
 """
 
+from __future__ import annotations
+
 import logging
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from hpcmoe.cluster.names import format_ambiguous, is_same_node, match_names
 from hpcmoe.environment import environment_without, read_setting
 from hpcmoe.errors import ClusterError
 
+if TYPE_CHECKING:
+    from hpcmoe.cluster.discover import RankInfo
+
 log = logging.getLogger(__name__)
 
 SCONTROL_SECONDS = 5  # that its controller may take to answer
-SHORTENS = "SLURM_TOPO_LEN"  # has scontrol cut its lines
-NO_NODES = ("", "(null)", "none", "None")
-NO_SWITCHES = ("", "(null)", "No topology information available")  # lines of scontrol
-UNITS = ("SwitchName", "BlockName", "RingName", "TorusName")  # what has nodes, by plugin
-MOST_HOSTS = 100_000  # of one list
-MOST_NAMED = 8  # nodes in one line
-ONE, UNKNOWN = "rack0", "unknown"  # the rack of all where nothing is told; of those of which nothing is
+_SHORTENS = "SLURM_TOPO_LEN"  # has scontrol cut its lines
+_NO_NODES = ("", "(null)", "none", "None")
+_NO_SWITCHES = ("", "(null)", "No topology information available")  # lines of scontrol
+_UNITS = ("SwitchName", "BlockName", "RingName", "TorusName")  # what has nodes, by plugin
+_MAX_HOSTS = 100_000  # of one list
+_MAX_NAMED = 8  # nodes in one line
+_ONE, _UNKNOWN = "rack0", "unknown"  # the rack of all where nothing is told; of those of which nothing is
 NO_WORD = "no word of racks: one for all"
 
 
-def find_racks(infos_of_node, names, cluster):
-    """Name each node's rack: by the config, else by Slurm, else one for all -> (names [nodes], source).
+def find_racks(
+    infos_of_node: list[list[RankInfo]], names: Sequence[str], racks: Sequence[str]
+) -> tuple[Sequence[str], str]:
+    """Return the name of each node's rack: by the config's `racks`, else by Slurm, else one for all; and the source.
 
     Nodes of which Slurm tells nothing are one rack, "unknown", beside those that it tells; a warning names them.
     """
-    racks = cluster.racks
     if racks:
         if len(racks) != len(names):
             raise ClusterError(f"[cluster] racks has {len(racks)} entries, the run has {len(names)} nodes")
@@ -40,51 +48,53 @@ def find_racks(infos_of_node, names, cluster):
     # The tasks' own addresses cost nothing; Slurm's controller is asked where they do not tell all.
     told, is_flat, doubt = read_addresses(infos_of_node, names)
     if is_flat:
-        return [ONE] * len(names), "SLURM_TOPOLOGY_ADDR_PATTERN: no switches"
+        return [_ONE] * len(names), "SLURM_TOPOLOGY_ADDR_PATTERN: no switches"
     if None not in told:
-        return told, "SLURM_TOPOLOGY_ADDR"
+        return [rack or _UNKNOWN for rack in told], "SLURM_TOPOLOGY_ADDR"
     asked, errors = ask_slurm(infos_of_node, names)
-    errors = [doubt, *errors] if doubt else errors
-    racks = [asked.get(name, rack) for name, rack in zip(names, told, strict=True)]
+    known = [asked.get(name, rack) for name, rack in zip(names, told, strict=True)]
 
-    # Use what is known, and say of which nodes nothing is.
-    missing = [name for name, rack in zip(names, racks, strict=True) if rack is None]
+    # Use what is known, and warn of the nodes of which nothing is.
+    missing = [name for name, rack in zip(names, known, strict=True) if rack is None]
+    errors = [doubt, *errors] if doubt else errors
     why = f" ({'; '.join(errors)})" if errors else ""
     if len(missing) == len(names):
         if errors:
             log.warning("Slurm tells no rack of %s%s: all are taken as one", list_some(missing), why)
-        return [ONE] * len(names), NO_WORD
+        return [_ONE] * len(names), NO_WORD
     if missing:
-        log.warning('Slurm tells no rack of %s%s: "%s" stands for it', list_some(missing), why, UNKNOWN)
+        log.warning('Slurm tells no rack of %s%s: "%s" stands for it', list_some(missing), why, _UNKNOWN)
     elif errors:
         log.info("racks%s: scontrol tells all of this run's nodes", why)
     by_address = any(rack is not None and name not in asked for name, rack in zip(names, told, strict=True))
     sources = ["scontrol show topology"] * bool(asked) + ["SLURM_TOPOLOGY_ADDR"] * by_address
-    return [rack or UNKNOWN for rack in racks], ", ".join(sources)
+    return [rack or _UNKNOWN for rack in known], ", ".join(sources)
 
 
-def list_some(names):
-    """List the first few names, and count the others."""
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+def list_some(names: Sequence[str]) -> str:
+    """Format the first few names, and how many others there are."""
+    more = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def read_addresses(infos_of_node, names):
+def read_addresses(infos_of_node: list[list[RankInfo]], names: Sequence[str]) -> tuple[Sequence[str | None], bool, str]:
     """Read the racks in the tasks' addresses -> (racks [nodes], None where not told; is Slurm flat?; what is wrong).
 
     Where addresses contradict each other none is believed: a launcher has handed them on from where the job began.
     """
+    # All ranks of a node have one address; the pattern is the whole cluster's, so rank 0's will do for a rank without.
     unknown = [None] * len(names)
-    pattern = read_setting("SLURM_TOPOLOGY_ADDR_PATTERN")  # the whole cluster's, so rank 0's will do for a rank without
+    pattern = read_setting("SLURM_TOPOLOGY_ADDR_PATTERN")
     seen = [{(info.address, info.address_pattern or pattern) for info in group} for group in infos_of_node]
     several = [name for name, of_node in zip(names, seen, strict=True) if len(of_node) > 1]
     if several:
         return unknown, False, f"ranks of {list_some(several)} have different SLURM_TOPOLOGY_ADDR"
     given = [of_node.pop() for of_node in seen]
-    if all(address and pattern == "node" for address, pattern in given):
-        return unknown, not shared_by(given, names), ""
 
+    # Each node has an address of its own; in a flat Slurm it is the node's name.
     shared = shared_by(given, names)
+    if all(address and pattern == "node" for address, pattern in given):
+        return unknown, not shared, ""
     if shared:
         return unknown, False, f"SLURM_TOPOLOGY_ADDR of {list_some(shared)} is another node's"
     own = [group[0].name for group in infos_of_node]
@@ -98,8 +108,8 @@ def read_addresses(infos_of_node, names):
     return racks, False, f"no switch in SLURM_TOPOLOGY_ADDR of {list_some(absent)}" if is_doubtful else ""
 
 
-def shared_by(given, names):
-    """List the nodes whose address is also another's, or names another node of the run."""
+def shared_by(given: list[tuple[str, str]], names: Sequence[str]) -> list[str]:
+    """Return the nodes whose address, given with its pattern, is also another's, or names another node of the run."""
     uses = Counter(address for address, _ in given if address)
     named = [split_address(*facts, name)[1] or name for facts, name in zip(given, names, strict=True)]
     found, _ = match_names(named, names)
@@ -110,7 +120,7 @@ def shared_by(given, names):
     ]
 
 
-def split_address(address, pattern, name):
+def split_address(address: str, pattern: str, name: str) -> tuple[str | None, str]:
     """Split the address of the node `name` -> (its lowest switch or block, or None; the node that it names).
 
     The pattern says how many labels are switches; without it they end where the name begins, else at the last label.
@@ -130,8 +140,8 @@ def split_address(address, pattern, name):
     return rack or None, ".".join(labels[at:])
 
 
-def ask_slurm(infos_of_node, names):
-    """Ask Slurm's controller, within a job, for the nodes' racks -> (dict name: rack, list of what is wrong)."""
+def ask_slurm(infos_of_node: list[list[RankInfo]], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Ask Slurm's controller, within a job, for the nodes' racks -> (rack by name, what is wrong)."""
     if not read_setting("SLURM_JOB_ID"):
         return {}, []
     try:
@@ -145,17 +155,20 @@ def ask_slurm(infos_of_node, names):
     own = {name: group[0].name for name, group in zip(names, infos_of_node, strict=True)}
     racks = {name: rack_of_host[found[host]] for name, host in own.items() if host in found}
     absent = [name for name, host in own.items() if host not in found | ambiguous]
-    if absent and any(line.strip() not in NO_SWITCHES for line in lines):
+    if absent and any(line.strip() not in _NO_SWITCHES for line in lines):
         errors.append(f"scontrol show topology has no switch over {list_some(absent)}")
     return racks, errors
 
 
-def show_topology():
-    """Ask Slurm for its switches or blocks -> lines; ClusterError where it does not answer."""
+def show_topology() -> list[str]:
+    """Read the lines of `scontrol show topology`; ClusterError where it does not answer."""
     command = ["scontrol", "show", "topology"]
-    options = {"capture_output": True, "text": True, "errors": "replace", "env": environment_without(SHORTENS)}
+    environ = environment_without(_SHORTENS)
     try:
-        ended = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=SCONTROL_SECONDS, **options)
+        ended = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=environ,
+            timeout=SCONTROL_SECONDS,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise ClusterError(f"{' '.join(command)} has not answered in {SCONTROL_SECONDS} s") from None
     except OSError as error:
@@ -166,18 +179,19 @@ def show_topology():
     return ended.stdout.splitlines()
 
 
-def read_switches(lines):
-    """Read lines of `scontrol show topology` -> (dict host: the lowest switch or block over it, list of what is wrong).
+def read_switches(lines: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Read lines of `scontrol show topology` -> (the lowest switch or block over each host, what is wrong).
 
     Switches of a higher level, and blocks of blocks, list again what is below them.
     """
-    rack_of_host, errors = {}, []
+    rack_of_host: dict[str, str] = {}
+    errors = []
     for line in lines:
         fields = dict(word.partition("=")[::2] for word in line.split())
-        name = next((fields[unit] for unit in UNITS if fields.get(unit)), "")
+        name = next((fields[unit] for unit in _UNITS if fields.get(unit)), "")
         is_lowest = fields["Level"] == "0" if fields.get("Level") else "Switches" not in fields
         nodes = fields.get("Nodes", "")
-        if not name or not is_lowest or nodes in NO_NODES:
+        if not name or not is_lowest or nodes in _NO_NODES:
             continue
         hosts, unread = expand_hosts(nodes)
         for host in hosts:
@@ -187,31 +201,26 @@ def read_switches(lines):
     return rack_of_host, errors
 
 
-def expand_hosts(text):
+def expand_hosts(text: str) -> tuple[list[str], str]:
     """Expand a list of hosts as Slurm writes it, n[01-03,7]-ib[0-1],m -> (hosts, what cannot be read of it)."""
-    hosts, unread = [], []
-    for entry in re.split(r",(?![^\[]*\])", text) if balanced(text) else cut_entries(text):
+    cut = re.search(r"(?:^|,)[^,\[\]]*\[[^\]]*$", text)  # an entry that ends within brackets
+    whole = text[: cut.start()] if cut else text
+    hosts: list[str] = []
+    unread: list[str] = []
+    for entry in re.split(r",(?![^\[]*\])", whole) if whole else []:
         try:
-            hosts += expand_entry(entry, MOST_HOSTS - len(hosts))
+            hosts += expand_entry(entry, _MAX_HOSTS - len(hosts))
         except ValueError:
             unread.append(entry)
-    return hosts, ",".join(unread)
+    return hosts, ",".join([*unread, cut[0].removeprefix(",")] if cut else unread)
 
 
-def balanced(text):
+def balanced(text: str) -> bool:
     """Return True if each bracket is closed before the next opens."""
     return re.sub(r"[^\[\]]", "", text).replace("[]", "") == ""
 
 
-def cut_entries(text):
-    """Split a list that ends within brackets: what is before the entry that was cut, and that entry."""
-    whole, _, last = text.rpartition("[")
-    before, comma, start = whole.rpartition(",")
-    cut = f"{start}[{last}"
-    return [*(re.split(r",(?![^\[]*\])", before) if comma else []), cut]
-
-
-def expand_entry(entry, most):
+def expand_entry(entry: str, most: int) -> list[str]:
     """Expand one entry of a list of hosts -> its names; ValueError where it is none, or stands for too many."""
     made = [""]
     for plain, ranges in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", entry):
@@ -224,9 +233,9 @@ def expand_entry(entry, most):
     return made
 
 
-def expand_ranges(text, most):
+def expand_ranges(text: str, most: int) -> list[str]:
     """Expand 01-03,7 -> 01, 02, 03, 7; ValueError where it is no list of ranges, or stands for too many."""
-    numbers = []
+    numbers: list[str] = []
     for part in text.split(","):
         told = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
         if told is None:

@@ -1,31 +1,41 @@
-"""What carries rows between devices: each rank sends a part of one buffer to each other, and receives into another.
+"""All-to-all between devices: each rank sends a part of one buffer to each other, and receives into another.
 
-A transfer is one way of an exchange. Its buffers lie on a device, so two things must be known of each: when the device has
-written what is sent, which is what the transfer waits for; and when it may read what has come, which is behind an event.
-The counts are known to all before a transfer starts. Here is the plainest way: MPI on the buffers as they are.
+The buffers lie on a device, so two things must be known: when the device has written what is sent, for which a transfer
+waits; and when it may read what was received, which is behind an event. All ranks know the counts before a transfer
+starts. Here is the plainest backend: MPI on the buffers as they are.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
+
+from hpcmoe.comm.transport import Request, Transport
+from hpcmoe.wait import poke_all
+
+if TYPE_CHECKING:
+    from hpcmoe.comm.device import Device, Event
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buffer:
-    """Message rows on a device, seen by who carries them and by who works on them."""
+    """Message rows on a device, for who sends them and for who computes on them."""
 
     array: Any  # [n, row_bytes] uint8: NumPy's or CuPy's
-    tensor: Any  # [n, row_bytes] uint8: torch's, of the same memory
+    tensor: torch.Tensor  # [n, row_bytes] uint8, of the same memory
 
-    def __len__(self):
-        """Rows."""
+    def __len__(self) -> int:
+        """Return the number of rows."""
         return len(self.array)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """Rows from one buffer to each of P ranks, and from each of them into another buffer."""
+    """The buffers and splits of one all-to-all among P ranks."""
 
     tag: int
     name: str  # for who reads an error
@@ -34,123 +44,118 @@ class Transfer:
     recv: Buffer
     recv_edges: np.ndarray  # [P + 1] int64
 
-    def send_slice(self, rank):
-        """The rows for a rank -> slice."""
+    def send_slice(self, rank: int) -> slice:
+        """Return the rows for a rank."""
         return slice(int(self.send_edges[rank]), int(self.send_edges[rank + 1]))
 
-    def recv_slice(self, rank):
-        """The rows of a rank -> slice."""
+    def recv_slice(self, rank: int) -> slice:
+        """Return the rows of a rank."""
         return slice(int(self.recv_edges[rank]), int(self.recv_edges[rank + 1]))
-
-    def peers(self, rank, size):
-        """Yield with whom a rank exchanges at once -> (rank that is sent to, rank that is received from).
-
-        All ranks take the same steps, so that whoever sends little at a time meets a peer that receives from it.
-        """
-        yield from (((rank + step) % size, (rank - step) % size) for step in range(1, size))
-
-
-class Request(Protocol):
-    """A transfer under way."""
-
-    recv_done: bool  # what was received may be read by what waits for `event`
-    send_done: bool  # what was sent may be written over
-    event: Any  # of the device, once it has recv_done
-
-    def is_over(self):
-        """Whether the device has nothing left to do for it."""
 
 
 class AllToAll(Protocol):
-    """Carries transfers among the P ranks of a group, without blocking."""
+    """A backend that carries transfers among the P ranks of a group, without blocking."""
 
     name: str
 
-    def start(self, transfer, ready, after):
-        """Begin a transfer when `ready`, an event, has happened and the Request `after`, if any, is send_done -> Request.
+    def start(self, transfer: Transfer, ready: Event, after: Request | None) -> TransferRequest:
+        """Start a transfer once `ready` has happened and the sends of `after`, if any, are done.
 
-        All that the device has done with either buffer lies before `ready`. Legs start in the same order on all ranks
-        where `in_order` says so.
+        All that the device has done with either buffer lies before `ready`. NCCL matches transfers by their order,
+        which must be the same on all ranks.
         """
 
-    def poke(self):
-        """Go on with all transfers, without waiting -> whether anything moved."""
+    def poke(self) -> bool:
+        """Progress all transfers, without waiting. Return True if anything moved."""
+
+
+class TransferRequest(Request, Protocol):
+    """A transfer under way."""
+
+    event: Any  # of the device: what was received may be read behind it, once recv_done
 
 
 class DirectAllToAll:
     """MPI's Isend and Irecv on buffers of the device: on the host, or with an MPI that takes device pointers."""
 
     name = "mpi, direct"
-    in_order = False
 
-    def __init__(self, transport, device):
+    def __init__(self, transport: Transport, device: Device) -> None:
         self.transport, self.device = transport, device
-        self.requests = []
+        self.requests: list[Any] = []
 
-    def start(self, transfer, ready, after):
-        """Begin a transfer -> Request."""
-        request = DirectRequest(self, transfer, ready, after)
+    def start(self, transfer: Transfer, ready: Event, after: Request | None) -> TransferRequest:
+        """Start a transfer, as AllToAll says."""
+        request = self.make_request(transfer, ready, after)
         self.requests.append(request)
         request.poke()
         return request
 
-    def poke(self):
-        """Go on with all transfers -> whether anything moved."""
-        return poke_requests(self)
+    def make_request(self, transfer: Transfer, ready: Event, after: Request | None) -> Any:
+        """Return the request of a transfer, which has not begun."""
+        return DirectRequest(self, transfer, ready, after)
+
+    def poke(self) -> bool:
+        """Progress messages, and then transfers. Return True if anything moved."""
+        return self.transport.poke() | poke_all(self.requests)
 
 
-def poke_requests(all_to_all):
-    """Go on with the messages and then the transfers of a all_to_all by MPI -> whether anything moved."""
-    moved = all_to_all.transport.poke()
-    for request in all_to_all.requests:
-        moved |= request.poke()
-    all_to_all.requests = [request for request in all_to_all.requests if not request.is_over()]
-    return moved
+class MpiRequest:
+    """A transfer by MPI: begun when the device has written what is sent, and earlier sends have left the buffers."""
+
+    def __init__(self, all_to_all: DirectAllToAll, transfer: Transfer, ready: Event, after: Request | None) -> None:
+        self.transport, self.device = all_to_all.transport, all_to_all.device
+        self.transfer, self.ready, self.after = transfer, ready, after
+        self.begun, self.event = False, ready
+
+    def may_begin(self) -> bool:
+        """Return True if this transfer has not begun, and may touch its buffers."""
+        return not self.begun and (self.after is None or self.after.send_done) and self.ready.query()
 
 
-class DirectRequest:
-    """A transfer whose messages are whole."""
+class DirectRequest(MpiRequest):
+    """A transfer of one message to each rank."""
 
-    def __init__(self, all_to_all, transfer, ready, after):
-        self.all_to_all, self.transfer, self.ready, self.after = all_to_all, transfer, ready, after
-        self.recv_done = self.send_done = False
-        self.sends = self.receives = self.event = None
+    send_done = recv_done = False
 
-    def poke(self):
-        """Begin when that may be, and see what is done -> whether anything has changed."""
-        before = self.sends is not None, self.recv_done, self.send_done
-        if self.sends is None and may_begin(self):
+    def begin(self) -> None:
+        """Start all messages, and copy what this rank keeps on the device."""
+        self.begun, self.messages = True, list[Request]()
+        self.event = copy_own(self.device, self.transfer, self.transport.rank)
+        for target, source in list_peers(self.transport.rank, self.transport.size):
+            rows = self.transfer.recv.array[self.transfer.recv_slice(source)]
+            if len(rows):
+                self.messages.append(self.transport.recv_rows(rows, source, self.transfer.tag))
+            rows = self.transfer.send.array[self.transfer.send_slice(target)]
+            if len(rows):
+                self.messages.append(self.transport.send_rows(rows, target, self.transfer.tag))
+
+    def poke(self) -> bool:
+        """Start the messages when that may be, and mark what is done. Return True if anything has changed."""
+        before = self.begun, self.send_done, self.recv_done
+        if self.may_begin():
             self.begin()
-        if self.sends is not None:
-            self.send_done = all(request.done for request in self.sends)
-            self.recv_done = all(request.done for request in self.receives)
-        return before != (self.sends is not None, self.recv_done, self.send_done)
+        if self.begun:
+            self.send_done = all(message.send_done for message in self.messages)
+            self.recv_done = all(message.recv_done for message in self.messages)
+        return before != (self.begun, self.send_done, self.recv_done)
 
-    def begin(self):
-        """Send and receive all; what this rank keeps is copied on the device."""
-        transfer, transport = self.transfer, self.all_to_all.transport
-        self.sends, self.receives = [], []
-        self.event = copy_own(self.all_to_all.device, transfer, transport.rank)
-        for target, source in transfer.peers(transport.rank, transport.size):
-            rows = transfer.recv.array[transfer.recv_slice(source)]
-            if len(rows):
-                self.receives.append(transport.recv_rows(rows, source, transfer.tag))
-            rows = transfer.send.array[transfer.send_slice(target)]
-            if len(rows):
-                self.sends.append(transport.send_rows(rows, target, transfer.tag))
-
-    def is_over(self):
-        """Whether the device has nothing left to do for it."""
-        return self.recv_done and self.send_done and self.event.query()
+    @property
+    def done(self) -> bool:
+        """Return True if nothing is left to do, on the device either."""
+        return self.send_done and self.recv_done and self.event.query()
 
 
-def may_begin(request):
-    """Whether a transfer by MPI may touch its buffers: the device has written the one and is done with the other."""
-    return (request.after is None or request.after.send_done) and request.ready.query()
+def list_peers(rank: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the pairs of ranks that one sends to and receives from at once.
+
+    All ranks take the same steps, so that whoever sends little at a time meets a peer that receives from it.
+    """
+    yield from (((rank + step) % size, (rank - step) % size) for step in range(1, size))
 
 
-def copy_own(device, transfer, rank):
-    """Copy the rows that a rank sends to itself, on the send stream -> Event."""
+def copy_own(device: Device, transfer: Transfer, rank: int) -> Event:
+    """Copy the rows that a rank sends to itself, on the send stream, and return the event behind it."""
     rows = transfer.send.tensor[transfer.send_slice(rank)]
     with device.use(device.send_stream):
         if len(rows):

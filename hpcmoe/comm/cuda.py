@@ -1,43 +1,44 @@
 """A GPU of one rank: CuPy's memory under torch's tensors, three streams, and events that order what is done on them.
 
-Torch works on the compute stream; the send and receive streams are for copies and for NCCL. All are torch's own, and
-CuPy's calls take them by address. Nothing of CuPy is imported before a GPU is opened.
+Torch works on the compute stream; the send and receive streams are for copies and for NCCL. All are torch's own;
+CuPy's calls take their addresses. Nothing of CuPy is imported before a GPU is opened.
 """
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 
 from hpcmoe.comm.all_to_all import Buffer
 from hpcmoe.comm.rows import open_row_ops
 from hpcmoe.errors import ClusterError
 
-CUPY = 'cupy is missing: pip install "hpcmoe[gpu]", or cupy-cuda12x where the driver is of CUDA 12'
+_CUPY = 'cupy is missing: pip install "hpcmoe[gpu]", or cupy-cuda12x where the driver is of CUDA 12'
+_FIRST_GROUPED = (9, 0)  # compute capability of the GPUs whose grouped GEMM all versions of torch have
 
 
-FIRST_GROUPED = (9, 0)  # compute capability of the GPUs whose grouped GEMM all versions of torch have
-
-
-def count_gpus():
+def count_gpus() -> int:
     """Count the GPUs that torch may use."""
     return torch.cuda.device_count()
 
 
-def find_missing_cuda():
-    """Find what keeps this rank from a GPU -> the reason in a few words, None where nothing does."""
+def find_missing_cuda() -> str | None:
+    """Return what keeps this rank from a GPU, in a few words; None where nothing does."""
     if count_gpus() == 0:
         built = "torch finds no CUDA device here" if torch.version.cuda else "this torch is built without CUDA"
         return f"{built} (nvidia-smi shows those that the driver has)"
-    return None if importlib.util.find_spec("cupy") else CUPY
+    return None if importlib.util.find_spec("cupy") else _CUPY
 
 
 class CudaDevice:
-    """One GPU, as one rank sees it."""
+    """A Device: one GPU, as one rank sees it."""
 
     name = "cuda"
 
-    def __init__(self, index):
+    def __init__(self, index: int) -> None:
         cupy = import_cupy()
         torch.cuda.set_device(index)
         self.cupy, self.torch_device = cupy, torch.device("cuda", index)
@@ -48,72 +49,72 @@ class CudaDevice:
         cupy.cuda.Stream.null.use()  # kernels of our own go to the compute stream, which is this one
         self.row_ops = open_row_ops(functools.partial(compile_kernel, cupy))
 
-    def bind_thread(self):
+    def bind_thread(self) -> None:
         """Make this GPU the calling thread's own: MPI, where it progresses messages on a GPU, looks for it there."""
         self.cupy.cuda.Device(self.torch_device.index).use()
 
-    def use(self, stream):
+    def use(self, stream: torch.cuda.Stream) -> torch.cuda.StreamContext:
         """Have torch work on a stream within the with-block."""
         return torch.cuda.stream(stream)
 
-    def make_buffer(self, num_rows, row_bytes):
-        """Allocate message rows on the GPU, all zero -> Buffer. The host waits for them."""
-        self.pool.free_all_blocks()  # neither pool is to keep what the other needs
+    def make_buffer(self, num_rows: int, row_bytes: int) -> Buffer:
+        """Allocate message rows on the GPU, all zero; the host waits for them."""
+        self.pool.free_all_blocks()  # neither pool may keep what the other needs
         torch.cuda.empty_cache()
         with self.cupy.cuda.using_allocator(self.pool.malloc):
             array = self.cupy.zeros((num_rows, row_bytes), self.cupy.uint8)
         self.synchronize()  # whoever writes first need not know of the zeros
         return Buffer(array=array, tensor=torch.from_dlpack(array))
 
-    def make_pinned(self, num_rows, row_bytes):
-        """Allocate host memory that the GPU copies from and to by itself -> uint8 tensor [num_rows, row_bytes]."""
+    def make_pinned(self, num_rows: int, row_bytes: int) -> torch.Tensor:
+        """Allocate host memory that the GPU copies from and to by itself -> uint8 [num_rows, row_bytes]."""
         return torch.zeros(num_rows, row_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def copy_to_host(self, tensor):
-        """Begin to copy a tensor to the host on the compute stream -> (host tensor, event of its arrival)."""
+    def copy_to_host(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """Start to copy a tensor to the host on the compute stream -> (host tensor, event of its arrival)."""
         arriving = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         arriving.copy_(tensor, non_blocking=True)
         return arriving, self.compute_stream.record_event()
 
-    def copy_from_host(self, array):
-        """Copy a NumPy array to the GPU on the compute stream -> tensor; the host does not wait."""
+    def copy_from_host(self, array: np.ndarray) -> torch.Tensor:
+        """Copy an array to the GPU on the compute stream; the host does not wait."""
         pinned = torch.from_numpy(array).pin_memory()  # for other memory CUDA may wait for the stream, from 64 KB on
         return pinned.to(self.torch_device, non_blocking=True)
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         """Wait until all streams have done their work."""
         torch.cuda.synchronize()
 
-    def read_memory(self):
-        """Read the GPU's name, the same for all its ranks, and its free memory -> (name, bytes)."""
+    def read_memory(self) -> tuple[str, int]:
+        """Return the GPU's name, the same for all its ranks, and its free bytes."""
         name = str(torch.cuda.get_device_properties(self.torch_device).uuid)
         return name, torch.cuda.mem_get_info(self.torch_device)[0]
 
 
-def import_cupy():
-    """Import CuPy -> its module; ClusterError where its libraries, or a place for its cache, are not to be had."""
+def import_cupy() -> Any:
+    """Return the module of CuPy; raise ClusterError without its libraries, or a place for its cache."""
     try:
         import cupy
     except ImportError as error:
         raise ClusterError(f'[comm] device: CuPy cannot be imported: {error}; "host" needs none') from error
-    except OSError as error:  # it makes a folder for what it compiles
+    except OSError as error:  # it makes a folder for its cache
         raise ClusterError(f"[comm] device: CuPy cannot begin: {error}; CUPY_CACHE_DIR may name a folder") from error
     return cupy
 
 
-def compile_kernel(cupy, source, name, options):
-    """Compile a kernel for the GPU in use -> it, to launch(grid, block, arguments) on CuPy's current stream."""
+def compile_kernel(cupy: Any, source: str, name: str, options: tuple[str, ...]) -> Callable[..., None]:
+    """Return a kernel for the GPU in use, to call with (grid, block, arguments) on CuPy's current stream."""
     kernel = cupy.RawKernel(source, name, options)
     kernel.compile()
     return kernel
 
 
-def describe_gpu(index):
-    """Name a GPU as people do -> text."""
+def describe_gpu(index: int) -> str:
+    """Return a GPU's model and memory."""
     properties = torch.cuda.get_device_properties(index)
     return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
 
 
-def has_grouped_gemm(torch_device):
-    """Whether torch's grouped GEMM, where it has one, runs on a device."""
-    return torch_device.type != "cuda" or torch.cuda.get_device_capability(torch_device) >= FIRST_GROUPED
+def has_grouped_gemm(torch_device: torch.device) -> bool:
+    """Return True if torch's grouped GEMM, where it has one, runs on a device."""
+    return torch_device.type != "cuda" or torch.cuda.get_device_capability(torch_device) >= _FIRST_GROUPED

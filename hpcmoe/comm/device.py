@@ -1,83 +1,153 @@
 """Host or CUDA: where arrays live, how rows get from them into message buffers and back, and when they are there.
 
-On the host rows pass through memory that ranks share (hpcmoe.comm.window); GPUs have buffers of their own, and
-all-to-all backends between them (hpcmoe.comm.cuda, hpcmoe.comm.all_to_all).
+On the host rows pass through memory that ranks share (hpcmoe.comm.window); GPUs have buffers of their own, and an
+all-to-all between them (hpcmoe.comm.cuda, hpcmoe.comm.all_to_all).
 """
 
+import contextlib
+from typing import Any, Protocol
+
+import numpy as np
 import torch
 from torch import nn
 
+from hpcmoe.comm.all_to_all import Buffer
 from hpcmoe.comm.cuda import CudaDevice, count_gpus, find_missing_cuda
+from hpcmoe.comm.rows import RowOps, TorchRowOps
 from hpcmoe.errors import ClusterError
+
+
+class Event(Protocol):
+    """A mark behind the work that a stream was given, as torch has it."""
+
+    def synchronize(self) -> None:
+        """Wait until it has happened."""
+
+    def query(self) -> bool:
+        """Return True if it has happened."""
+
+
+class Stream(Protocol):
+    """Work in order, as torch has it."""
+
+    def record_event(self) -> Any:
+        """Mark the work given to the stream so far, and return the Event."""
+
+    def wait_event(self, event: Any) -> None:
+        """Have what the stream is given from now on wait for an Event."""
+
+
+class Device(Protocol):
+    """One rank's memory and streams: torch computes on the compute stream, copies and NCCL have the others.
+
+    Where a device does not say otherwise it is the host, whose memory is every thread's and whose work is done at once.
+    """
+
+    name: str
+    torch_device: torch.device
+    row_ops: RowOps
+    compute_stream: Stream
+    send_stream: Stream
+    recv_stream: Stream
+
+    def bind_thread(self) -> None:
+        """Make this device the calling thread's own."""
+        return None
+
+    def use(self, stream: Any) -> contextlib.AbstractContextManager:
+        """Have torch work on a stream within the with-block."""
+        return contextlib.nullcontext()
+
+    def make_buffer(self, num_rows: int, row_bytes: int) -> Buffer:
+        """Allocate and touch message rows, all zero; the host waits for them."""
+        tensor = torch.zeros(num_rows, row_bytes, dtype=torch.uint8)
+        return Buffer(array=tensor.numpy(), tensor=tensor)
+
+    def make_pinned(self, num_rows: int, row_bytes: int) -> torch.Tensor:
+        """Allocate host memory that the device copies from and to by itself -> uint8 [num_rows, row_bytes]."""
+        return torch.zeros(num_rows, row_bytes, dtype=torch.uint8)
+
+    def copy_to_host(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Event]:
+        """Start to copy a tensor to the host on the compute stream -> (host tensor, event of its arrival)."""
+        return tensor, HostEvent()
+
+    def copy_from_host(self, array: np.ndarray) -> torch.Tensor:
+        """Copy an array to the device on the compute stream; the host does not wait."""
+        return torch.from_numpy(array)
+
+    def synchronize(self) -> None:
+        """Wait until all streams have done their work."""
+        return None
+
+    def read_memory(self) -> tuple[str, int] | None:
+        """Return the device's name, the same for all its ranks, and its free bytes; None for the node's memory."""
+        return None
 
 
 class HostEvent:
     """An event on the host: whatever was asked for has already happened."""
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         """Return at once."""
 
-    def query(self):
-        """Say that it has happened."""
+    def query(self) -> bool:
+        """Return True."""
         return True
 
 
 class HostStream:
-    """A stream of the host: what is asked of it is done when the call returns, and messages progress when poked."""
+    """A stream of the host: its work is done when the call returns."""
 
-    def record_event(self):
-        """Mark the work given to the stream so far -> HostEvent."""
+    def record_event(self) -> HostEvent:
+        """Return an event that has happened."""
         return HostEvent()
 
-    def wait_event(self, event):
-        """Have what follows wait for an event, which here has happened."""
+    def wait_event(self, event: Event) -> None:
+        """Return at once: the event has happened."""
 
 
-class HostDevice:
+class HostDevice(Device):
     """The host's cores: arrays are message buffers as they are."""
 
     name = "host"
     torch_device = torch.device("cpu")
+    row_ops: RowOps = TorchRowOps()
+    compute_stream = send_stream = recv_stream = HostStream()
 
-    def __init__(self):
-        self.compute_stream = self.send_stream = self.recv_stream = HostStream()
-
-    def make_buffer(self, num_rows, row_bytes):
-        """Allocate and touch a message buffer -> uint8 tensor [num_rows, row_bytes]."""
-        return torch.zeros(num_rows, row_bytes, dtype=torch.uint8)
-
-    def copy_to_host(self, tensor):
-        """Begin to copy a tensor to the host -> (host tensor, event of its arrival); here it is its own copy."""
-        return tensor, HostEvent()
-
-    def copy_from_host(self, array):
-        """See a NumPy array as a tensor -> it, of the same memory."""
-        return torch.from_numpy(array)
-
-    def put(self, rows, target):
-        """Copy rows [n, H] of any precision to message rows [n, H] -> Event."""
+    def put(self, rows: torch.Tensor, target: torch.Tensor) -> HostEvent:
+        """Copy rows [n, H] of any precision to message rows [n, H]."""
         target.copy_(rows)
         return HostEvent()
 
-    def gather(self, table, order):
-        """Gather message rows table[order] -> a fresh tensor [n, H] on the device."""
+    def gather(self, table: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """Gather message rows table[order] into a fresh tensor [n, H]."""
         return table.index_select(0, order)
 
-    def scatter(self, rows, table, order):
-        """Write rows [n, H] to message rows table[order], order an int64 array."""
+    def scatter(self, rows: torch.Tensor, table: torch.Tensor, order: np.ndarray) -> None:
+        """Scatter rows [n, H] to message rows table[order], order int64."""
         table.view(torch.uint8).numpy()[order] = rows.view(torch.uint8).numpy()  # twice as fast as torch's index_copy_
 
-    def sum_rows(self, table, rows, weights):
-        """Sum message rows table[rows[t, k]] * weights[t, k] over k -> a fresh tensor [T, H] on the device."""
+    def sum_rows(self, table: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Sum message rows table[rows[t, k]] * weights[t, k] over k into a fresh tensor [T, H]."""
         return nn.functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights.to(table.dtype))
 
-    def read_memory(self):
-        """Tell of no memory but the node's -> None."""
-        return None
+
+class PlainDevice(HostDevice):
+    """The host in a GPU's place: what crosses between both is copied, so that a GPU's path runs anywhere."""
+
+    name = "plain"
+
+    def copy_to_host(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Event]:
+        """Return a copy, and the event of its arrival."""
+        return tensor.clone(), self.compute_stream.record_event()
+
+    def copy_from_host(self, array: np.ndarray) -> torch.Tensor:
+        """Return a copy."""
+        return torch.from_numpy(array.copy())
 
 
-def open_device(kind, local_rank):
-    """Make this rank's device: "host", "cuda", or "auto" (CUDA where there is a GPU and what it takes to use it).
+def open_device(kind: str, local_rank: int) -> HostDevice | CudaDevice:
+    """Open this rank's device: "host", "cuda", or "auto" (CUDA where there is a GPU and what it takes to use it).
 
     Ranks of a node take its GPUs in turn. Raises ClusterError when "cuda" is asked for and something is missing.
     """

@@ -1,58 +1,64 @@
 """How ranks sum and share float32 numbers: by MPI in the host's memory, or by NCCL between GPUs.
 
-Both lend memory in which to do it, swap arrays between ranks, sum over all ranks of the run or over those that hold the
+Both open memory in which to do it, send arrays between ranks, sum over all ranks of the run or over those that hold the
 same shard, and gather parts. What takes the host's time is a generator that yields while it waits.
 """
 
 import contextlib
+from collections.abc import Iterable, Iterator
 
 import numpy as np
+import torch
 from mpi4py import MPI
 
+from hpcmoe.cluster.mesh import Mesh
+from hpcmoe.comm.device import Device
 from hpcmoe.comm.mpi import start_all_reduce
-from hpcmoe.comm.nccl import IN_ORDER_VERSION
+from hpcmoe.comm.nccl import IN_ORDER_VERSION, NcclGroup
 from hpcmoe.wait import until_done
+
+Messages = Iterable[tuple[int, int, torch.Tensor]]  # (tag, rank of mesh.ep, contiguous tensor)
 
 
 class HostReducer:
     """MPI, in the host's memory: what lies on a GPU is copied there and back."""
 
-    def __init__(self, mesh, device, bucket):
+    def __init__(self, mesh: Mesh, device: Device, bucket: int) -> None:
         """bucket: numbers that one message sums at most."""
         self.mesh, self.device, self.bucket = mesh, device, bucket
         self.can_overlap = device.name == "host"  # for a GPU's numbers the host would have to wait
 
     @contextlib.contextmanager
-    def open_for_sums(self, flat):
-        """Give a tensor's numbers in the host's memory, and in the end lay down there what has become of them."""
+    def open_for_sums(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Open a tensor's numbers in the host's memory; at the end the tensor has what became of them."""
         host, event = self.device.copy_to_host(flat)
-        event.synchronize()  # host waits for the device here: all ranks are to begin their sums in one order
+        event.synchronize()  # host waits for the device here: all ranks must start their sums in one order
         yield host
         if host is not flat:
             flat.copy_(host, non_blocking=True)
 
-    def send_recv(self, outgoing, incoming):
-        """Send tensors to ranks of mesh.ep and receive others: ((tag, rank, tensor), ...), all lent."""
+    def send_recv(self, outgoing: Messages, incoming: Messages) -> Iterator[bool]:
+        """Send opened tensors to ranks of mesh.ep and receive others."""
         requests = [self.mesh.ep.Irecv(tensor.numpy(), rank, tag) for tag, rank, tensor in incoming]
         requests += [self.mesh.ep.Isend(tensor.numpy(), rank, tag) for tag, rank, tensor in outgoing]
         yield from until_done(requests)
 
-    def all_reduce(self, name, flat):
-        """Sum a lent flat tensor over mesh.world or mesh.dp, whose name it is, in place."""
+    def all_reduce(self, name: str, flat: torch.Tensor) -> Iterator[bool]:
+        """Sum an opened flat tensor over mesh.world or mesh.dp, whose name it is, in place."""
         comm = getattr(self.mesh, name)
         if comm.size > 1 and len(flat):
             yield from until_done([start_all_reduce(comm, piece.numpy()) for piece in flat.split(self.bucket)])
 
-    def all_gather(self, flat, counts):
-        """Give all ranks of mesh.world all of a lent flat tensor; rank r has its r-th part, counts[r] numbers."""
+    def all_gather(self, flat: torch.Tensor, counts: list[int]) -> Iterator[bool]:
+        """Gather an opened flat tensor on all ranks of mesh.world, of which rank r has counts[r] numbers."""
         edges = np.cumsum([0, *counts[:-1]]).tolist()
         yield from until_done([self.mesh.world.Iallgatherv(MPI.IN_PLACE, [flat.numpy(), counts, edges, MPI.FLOAT])])
 
-    def poke(self):
-        """There is nothing to look after but what the generators do."""
+    def poke(self) -> None:
+        """Do nothing: the generators do it all."""
 
-    def finish(self):
-        """Wait for nothing: what is summed is there when its generator is over."""
+    def finish(self) -> Iterable[bool]:
+        """Return at once: what is summed is there when its generator is over."""
         return ()
 
 
@@ -65,48 +71,48 @@ class NcclReducer:
 
     can_overlap = True
 
-    def __init__(self, mesh, device, groups):
-        """groups: comm.nccl.NcclGroup by name, "world" and "dp", each where it has more ranks than one."""
+    def __init__(self, mesh: Mesh, device: Device, groups: dict[str, NcclGroup]) -> None:
+        """groups: by name, "world" and "dp", each where it has more ranks than one."""
         self.device, self.groups, self.world_ranks = device, groups, mesh.ep_ranks
         in_order = all(group.nccl.get_version() >= IN_ORDER_VERSION for group in groups.values())
         self.stream = device.recv_stream if in_order else device.send_stream
 
     @contextlib.contextmanager
-    def open_for_sums(self, flat):
-        """Give the tensor itself, to be worked on behind what the compute stream has done, before control returns."""
+    def open_for_sums(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Open the tensor itself: what is launched before control returns runs behind the compute stream's work."""
         self.stream.wait_event(self.device.compute_stream.record_event())
         with self.device.use(self.stream):
             yield flat
 
-    def send_recv(self, outgoing, incoming):
-        """Send tensors to ranks of mesh.ep and receive others: ((tag, rank, tensor), ...), all contiguous."""
-        sides = [  # between two ranks NCCL knows an array by its turn
+    def send_recv(self, outgoing: Messages, incoming: Messages) -> Iterable[bool]:
+        """Send tensors to ranks of mesh.ep and receive others."""
+        sends, recvs = (  # between two ranks NCCL knows an array by its turn
             [(self.world_ranks[rank], tensor) for tag, rank, tensor in sorted(side, key=lambda entry: entry[:2])]
             for side in (outgoing, incoming)
-        ]
-        if any(sides):
-            self.groups["world"].send_recv(*sides, self.stream, "gradients of an expert's replicas")
+        )
+        if sends or recvs:
+            self.groups["world"].send_recv(sends, recvs, self.stream, "gradients of an expert's copies")
         return ()
 
-    def all_reduce(self, name, flat):
+    def all_reduce(self, name: str, flat: torch.Tensor) -> Iterable[bool]:
         """Sum a flat tensor over mesh.world or mesh.dp, whose name it is, in place."""
         if name in self.groups and len(flat):
             self.groups[name].all_reduce(flat, self.stream, f"sum of gradients over {name}")
         return ()
 
-    def all_gather(self, flat, counts):
-        """Give all ranks of mesh.world all of a flat tensor; rank r has its r-th part, counts[r] numbers."""
+    def all_gather(self, flat: torch.Tensor, counts: list[int]) -> Iterable[bool]:
+        """Gather a flat tensor on all ranks of mesh.world, of which rank r has counts[r] numbers."""
         parts = [(rank, part) for rank, part in enumerate(flat.split(counts)) if len(part)]
-        self.groups["world"].spread(parts, self.stream, "parameters stepped elsewhere")
+        self.groups["world"].broadcast(parts, self.stream, "parameters stepped elsewhere")
         return ()
 
-    def poke(self):
-        """Ask whether something went wrong."""
+    def poke(self) -> None:
+        """Raise what went wrong."""
         for name, group in self.groups.items():
             group.check(f"sum of gradients over {name}", group.others)
 
-    def finish(self):
-        """Have the compute stream wait for all sums; yields until they are made."""
+    def finish(self) -> Iterator[None]:
+        """Have the compute stream wait for all sums; yield until they are made."""
         event = self.stream.record_event()
         self.device.compute_stream.wait_event(event)
         while not event.query():  # not blindly: an NCCL that has failed would never come to it

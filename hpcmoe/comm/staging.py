@@ -4,154 +4,149 @@ For MPIs that take no device pointers. A piece goes from the device to pinned me
 other rank's pinned memory, and from there to its device on the receive stream.
 """
 
-from collections import deque
+from __future__ import annotations
 
-from hpcmoe.comm.all_to_all import copy_own, may_begin, poke_requests
+from collections import deque
+from typing import TYPE_CHECKING
+
+import torch
+
+from hpcmoe.comm.all_to_all import DirectAllToAll, MpiRequest, Transfer, copy_own, list_peers
+from hpcmoe.comm.transport import Request, Transport
+
+if TYPE_CHECKING:
+    from hpcmoe.comm.device import Device, Event
 
 _PIECE_BYTES = 2**22  # long enough for a copy's and a message's full speed, short beside what a rank sends
-MOST_PIECES = 8  # of a transfer that are on their way out, and as many on their way in
+MAX_PIECES = 8  # of a transfer that are on their way out, and as many on their way in
 
 
-class StagedAllToAll:
+class StagedAllToAll(DirectAllToAll):
     """MPI on pieces of pinned memory."""
 
     name = "mpi, staged"
-    in_order = False
 
-    def __init__(self, transport, device, row_bytes):
-        self.transport, self.device, self.row_bytes = transport, device, row_bytes
-        self.piece_rows = max(_PIECE_BYTES // row_bytes, 1)
-        self.requests, self.free = [], []
+    def __init__(self, transport: Transport, device: Device, row_bytes: int) -> None:
+        super().__init__(transport, device)
+        self.row_bytes, self.piece_rows = row_bytes, max(_PIECE_BYTES // row_bytes, 1)
+        self.free: list[torch.Tensor] = []  # pinned memory, [piece_rows, row_bytes] uint8 each
 
-    def start(self, transfer, ready, after):
-        """Begin a transfer -> Request."""
-        request = StagedRequest(self, transfer, ready, after)
-        self.requests.append(request)
-        request.poke()
-        return request
+    def make_request(self, transfer: Transfer, ready: Event, after: Request | None) -> StagedRequest:
+        """Return the request of a transfer, which has not begun."""
+        return StagedRequest(self, transfer, ready, after)
 
-    def poke(self):
-        """Go on with all transfers -> whether anything moved."""
-        return poke_requests(self)
-
-    def take_piece(self):
-        """Take pinned memory for a piece -> uint8 tensor [piece_rows, row_bytes] on the host."""
-        return self.free.pop() if self.free else self.device.make_pinned(self.piece_rows, self.row_bytes)
-
-    def cut(self, rows):
-        """Cut a slice of rows into pieces -> slices."""
+    def cut(self, rows: slice, peer: int) -> list[StagedPiece]:
+        """Return the pieces of a slice of rows, without memory as yet."""
         edges = range(rows.start, rows.stop, self.piece_rows)
-        return [slice(first, min(first + self.piece_rows, rows.stop)) for first in edges]
+        return [StagedPiece(slice(first, min(first + self.piece_rows, rows.stop)), peer) for first in edges]
+
+    def allot(self, piece: StagedPiece) -> StagedPiece:
+        """Give a piece pinned memory, and return it."""
+        piece.memory = self.free.pop() if self.free else self.device.make_pinned(self.piece_rows, self.row_bytes)
+        piece.staged = piece.memory[: piece.rows.stop - piece.rows.start]
+        return piece
 
 
-class Piece:
-    """Rows in pinned memory, on their way from or to the device."""
+class StagedPiece:
+    """Rows on their way between a device and a peer."""
 
-    def __init__(self, memory, rows, peer):
-        self.memory, self.rows, self.peer = memory, rows, peer
-        self.staged = memory[: rows.stop - rows.start]
-        self.event = self.request = None
+    memory: torch.Tensor  # [piece_rows, row_bytes] uint8, pinned
+    staged: torch.Tensor  # the part of it that has rows
+    event: Event  # behind the copy from or to the device
+    request: Request  # of the message
+
+    def __init__(self, rows: slice, peer: int) -> None:
+        self.rows, self.peer = rows, peer
 
 
-class StagedRequest:
-    """A transfer in pieces."""
+class StagedRequest(MpiRequest):
+    """A transfer in pieces, each in a queue: to_send, copied_out or sending; to_recv, receiving or copied_in."""
 
-    def __init__(self, all_to_all, transfer, ready, after):
-        self.all_to_all, self.transfer, self.ready, self.after = all_to_all, transfer, ready, after
-        rank, size = all_to_all.transport.rank, all_to_all.transport.size
-        self.to_send, self.to_receive = deque(), deque()
-        for target, source in transfer.peers(rank, size):
-            self.to_send += [(target, rows) for rows in all_to_all.cut(transfer.send_slice(target))]
-            self.to_receive += [(source, rows) for rows in all_to_all.cut(transfer.recv_slice(source))]
-        self.copied_out, self.sending, self.receiving, self.copied_in = deque(), [], [], deque()
-        self.begun = False
-        self.event = self.own = None
+    def __init__(self, all_to_all: StagedAllToAll, transfer: Transfer, ready: Event, after: Request | None) -> None:
+        super().__init__(all_to_all, transfer, ready, after)
+        self.backend, self.to_send, self.to_recv = all_to_all, deque[StagedPiece](), deque[StagedPiece]()
+        for target, source in list_peers(self.transport.rank, self.transport.size):
+            self.to_send += all_to_all.cut(transfer.send_slice(target), target)
+            self.to_recv += all_to_all.cut(transfer.recv_slice(source), source)
+        self.copied_out, self.copied_in = deque[StagedPiece](), deque[StagedPiece]()
+        self.sending: list[StagedPiece] = []
+        self.receiving: list[StagedPiece] = []
 
     @property
-    def send_done(self):
-        """Whether all has been sent."""
+    def send_done(self) -> bool:
+        """Return True if all has been sent."""
         return self.begun and not (self.to_send or self.copied_out or self.sending)
 
     @property
-    def recv_done(self):
-        """Whether all has been received, and its copies to the device are under way."""
-        return self.begun and not (self.to_receive or self.receiving)
+    def recv_done(self) -> bool:
+        """Return True if all has been received, and its copies to the device are under way."""
+        return self.begun and not (self.to_recv or self.receiving)
 
-    def is_over(self):
-        """Whether the device has nothing left to do for it."""
+    @property
+    def done(self) -> bool:
+        """Return True if nothing is left to do, on the device either."""
         return self.send_done and self.recv_done and not self.copied_in and self.event.query()
 
-    def poke(self):
-        """Take every piece as far as it can go -> whether anything has changed."""
-        if not self.begun:
-            if not may_begin(self):
-                return False
-            self.begin()
-            return True
-        moved = [self.send_copied(), self.free_sent(), self.copy_received(), self.free_copied_in(), self.fill()]
-        return any(moved)
-
-    def begin(self):
-        """Let both streams wait for what has been done with the buffers, and start the first pieces."""
-        device, self.begun = self.all_to_all.device, True
+    def begin(self) -> None:
+        """Have both streams wait for what has been done with the buffers, and start the first pieces."""
+        device, self.begun = self.device, True
         device.send_stream.wait_event(self.ready)
         device.recv_stream.wait_event(self.ready)
-        self.event = copy_own(device, self.transfer, self.all_to_all.transport.rank)
-        device.recv_stream.wait_event(self.event)
+        device.recv_stream.wait_event(copy_own(device, self.transfer, self.transport.rank))
         self.event = device.recv_stream.record_event()
-        self.fill()
+        self.start_pieces()
 
-    def fill(self):
-        """Take up new pieces while there is room -> whether any."""
-        all_to_all, moved = self.all_to_all, False
-        while self.to_receive and len(self.receiving) + len(self.copied_in) < MOST_PIECES:
-            peer, rows = self.to_receive.popleft()
-            piece = Piece(all_to_all.take_piece(), rows, peer)
-            piece.request = all_to_all.transport.recv_rows(piece.staged.numpy(), peer, self.transfer.tag)
+    def poke(self) -> bool:
+        """Take every piece as far as it can go. Return True if anything has changed."""
+        if not self.begun:
+            if self.may_begin():
+                self.begin()
+            return self.begun
+        queues = self.to_send, self.copied_out, self.sending, self.to_recv, self.receiving, self.copied_in
+        before = [len(queue) for queue in queues]
+        self.send_copied()
+        self.free_sent()
+        self.copy_received()
+        self.free_copied_in()
+        self.start_pieces()
+        return before != [len(queue) for queue in queues]
+
+    def start_pieces(self) -> None:
+        """Start to receive pieces and to copy them out, while there is room for more of them."""
+        while self.to_recv and len(self.receiving) + len(self.copied_in) < MAX_PIECES:
+            piece = self.backend.allot(self.to_recv.popleft())
+            piece.request = self.transport.recv_rows(piece.staged.numpy(), piece.peer, self.transfer.tag)
             self.receiving.append(piece)
-            moved = True
-        while self.to_send and len(self.copied_out) + len(self.sending) < MOST_PIECES:
-            peer, rows = self.to_send.popleft()
-            piece = Piece(all_to_all.take_piece(), rows, peer)
-            with all_to_all.device.use(all_to_all.device.send_stream):
-                piece.staged.copy_(self.transfer.send.tensor[rows], non_blocking=True)
-                piece.event = all_to_all.device.send_stream.record_event()
+        while self.to_send and len(self.copied_out) + len(self.sending) < MAX_PIECES:
+            piece = self.backend.allot(self.to_send.popleft())
+            with self.device.use(self.device.send_stream):
+                piece.staged.copy_(self.transfer.send.tensor[piece.rows], non_blocking=True)
+                piece.event = self.device.send_stream.record_event()
             self.copied_out.append(piece)
-            moved = True
-        return moved
 
-    def send_copied(self):
-        """Send the pieces that have left the device, in their order -> whether any."""
-        moved = False
+    def send_copied(self) -> None:
+        """Send the pieces that have left the device, in their order."""
         while self.copied_out and self.copied_out[0].event.query():
             piece = self.copied_out.popleft()
-            piece.request = self.all_to_all.transport.send_rows(piece.staged.numpy(), piece.peer, self.transfer.tag)
+            piece.request = self.transport.send_rows(piece.staged.numpy(), piece.peer, self.transfer.tag)
             self.sending.append(piece)
-            moved = True
-        return moved
 
-    def free_sent(self):
-        """Take the memory of pieces that have been sent back -> whether any."""
-        sent = [piece for piece in self.sending if piece.request.done]
-        self.sending = [piece for piece in self.sending if not piece.request.done]
-        self.all_to_all.free += [piece.memory for piece in sent]
-        return bool(sent)
+    def free_sent(self) -> None:
+        """Free the memory of pieces that have been sent."""
+        self.backend.free += [piece.memory for piece in self.sending if piece.request.done]
+        self.sending[:] = [piece for piece in self.sending if not piece.request.done]
 
-    def copy_received(self):
-        """Copy what has come to the device -> whether any."""
-        device, there = self.all_to_all.device, [piece for piece in self.receiving if piece.request.done]
-        self.receiving = [piece for piece in self.receiving if not piece.request.done]
-        with device.use(device.recv_stream):
-            for piece in there:
+    def copy_received(self) -> None:
+        """Copy the pieces that have been received to the device."""
+        received = [piece for piece in self.receiving if piece.request.done]
+        self.receiving[:] = [piece for piece in self.receiving if not piece.request.done]
+        with self.device.use(self.device.recv_stream):
+            for piece in received:
                 self.transfer.recv.tensor[piece.rows].copy_(piece.staged, non_blocking=True)
-                piece.event = self.event = device.recv_stream.record_event()
+                piece.event = self.event = self.device.recv_stream.record_event()
                 self.copied_in.append(piece)
-        return bool(there)
 
-    def free_copied_in(self):
-        """Take the memory of pieces that are on the device back -> whether any."""
-        moved = False
+    def free_copied_in(self) -> None:
+        """Free the memory of pieces that are on the device."""
         while self.copied_in and self.copied_in[0].event.query():
-            self.all_to_all.free.append(self.copied_in.popleft().memory)
-            moved = True
-        return moved
+            self.backend.free.append(self.copied_in.popleft().memory)

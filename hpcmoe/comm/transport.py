@@ -1,12 +1,14 @@
-"""The one seam between the program and whatever carries messages between nodes: MPI today, nobody in a group of local peers.
+"""The seam between the program and whatever carries messages between nodes: MPI, or nothing within one node.
 
-A transport moves rows: arrays are uint8 [rows, row_bytes] and lengths are rows. So a bfloat16 row needs no special
+A transport carries rows: arrays are uint8 [rows, row_bytes] and lengths are rows. So a bfloat16 row needs no special
 case, and a message of more than 2 GiB is still a small number of rows. Ranks of one node need none of it: they share
 a window (hpcmoe.comm.window).
 """
 
 import enum
 from typing import Protocol
+
+import numpy as np
 
 
 class Direction(enum.IntEnum):
@@ -22,20 +24,45 @@ HOMEWARD = {Direction.DISPATCH: Direction.COMBINE, Direction.COMBINE_BACKWARD: D
 
 
 class MessageKind(enum.IntEnum):
-    """What a message of an exchange holds; part of its tag."""
+    """What one message of an exchange holds; part of its tag."""
 
-    HEADER = 0  # what the messages hold
-    ROWS = 1  # rows, and a number for each assignment, on their way out
+    HEADER = 0  # counts of the messages that follow
+    ROWS = 1  # rows, and a gate value for each assignment, on their way out
     RETURN = 2  # the same on their way home
 
 
+class Request(Protocol):
+    """What has been started and not waited for: one message, or all messages of an all-to-all."""
+
+    @property
+    def send_done(self) -> bool:
+        """Return True if what is sent may be written over."""
+
+    @property
+    def recv_done(self) -> bool:
+        """Return True if what is received may be read; on a device, by what waits for the request's event."""
+
+    @property
+    def done(self) -> bool:
+        """Return True if nothing is left to do, on the device either."""
+
+
 class MessageRequest:
-    """A message under way."""
+    """One message under way; half of it is done from the beginning."""
 
-    __slots__ = ("done",)
+    __slots__ = ("recv_done", "send_done")
 
-    def __init__(self, done=False):
-        self.done = done
+    def __init__(self, sends: bool = False) -> None:
+        self.send_done, self.recv_done = not sends, sends
+
+    @property
+    def done(self) -> bool:
+        """Return True if the message has been sent, or received."""
+        return self.send_done and self.recv_done
+
+    def complete(self) -> None:
+        """Mark the message as done."""
+        self.send_done = self.recv_done = True
 
 
 class Transport(Protocol):
@@ -45,48 +72,48 @@ class Transport(Protocol):
     size: int
     num_sent: int  # messages, ever
 
-    def send_rows(self, rows, peer, tag):
-        """Begin to send uint8 rows [n, row_bytes], which must stay as they are until the request is done -> Request."""
+    def send_rows(self, rows: np.ndarray, peer: int, tag: int) -> Request:
+        """Start to send uint8 rows [n, row_bytes], which must stay as they are until the request is done."""
 
-    def recv_rows(self, rows, peer, tag):
-        """Begin to receive into uint8 rows [n, row_bytes] -> Request."""
+    def recv_rows(self, rows: np.ndarray, peer: int, tag: int) -> Request:
+        """Start to receive into uint8 rows [n, row_bytes]."""
 
-    def send_words(self, words, peer, tag):
-        """Begin to send an int64 array -> Request."""
+    def send_words(self, words: np.ndarray, peer: int, tag: int) -> Request:
+        """Start to send an int64 array."""
 
-    def recv_words(self, words, peer, tag):
-        """Begin to receive into an int64 array -> Request."""
+    def recv_words(self, words: np.ndarray, peer: int, tag: int) -> Request:
+        """Start to receive into an int64 array."""
 
-    def poke(self):
-        """Let messages progress and mark the requests of those that are done, without waiting -> whether any is."""
+    def poke(self) -> bool:
+        """Let messages progress and mark the requests that are done, without waiting. Return True if any is."""
+
+
+class Loopback:
+    """The transport of a group on one node: nothing is ever sent."""
+
+    num_sent = 0
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    def poke(self) -> bool:
+        """Return False: nothing is under way."""
+        return False
 
 
 def make_tag(micro_batch: int, direction: Direction) -> int:
-    """Number an exchange, so that messages of different micro-batches and directions never match.
+    """Return the number of an exchange, so that messages of different micro-batches and directions never match.
 
     Its layer is no part of it: both ranks come to a micro-batch's layers in one order, and MPI keeps to it.
     """
     return micro_batch * len(Direction) + direction
 
 
-def make_message_tag(exchange_tag, kind, message, max_messages):
-    """Number a message of an exchange: messages of one pair of ranks may overtake each other on their way back."""
+def make_message_tag(exchange_tag: int, kind: MessageKind, message: int, max_messages: int) -> int:
+    """Return the tag of a message: those of one pair of ranks may overtake each other on their way back."""
     return (exchange_tag * len(MessageKind) + kind) * max_messages + message
 
 
 def count_tags(num_micro_batches: int, max_messages: int) -> int:
     """Count the tags of all messages that may be under way."""
     return num_micro_batches * len(Direction) * len(MessageKind) * max_messages
-
-
-class Loopback:
-    """A group in which no two ranks lie on different nodes: nothing is ever sent."""
-
-    num_sent = 0
-
-    def __init__(self, rank=0, size=1):
-        self.rank, self.size = rank, size
-
-    def poke(self):
-        """Find nothing under way."""
-        return False

@@ -1,7 +1,7 @@
 """Memory that the ranks of one node share: rows that any of them gathers from and writes to, without a message.
 
-Three arrays run over all rows of all local peers (the ranks that share the window): the row itself, a number that goes with
-it, and the row from which it is to be computed. A board of words says when what is there. Each word has one writer,
+Three arrays run over all rows of all local peers (the ranks that share the window): the row itself, its gate value, and
+the row from which it is to be computed. Descriptors say what is there, and when. Each of their words has one writer,
 who lets what it announces reach memory first.
 """
 
@@ -9,6 +9,7 @@ import contextlib
 import math
 import mmap
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,8 @@ from mpi4py import MPI
 from hpcmoe.errors import ClusterError
 from hpcmoe.wait import barrier
 
-SHARED_MEMORY = "/dev/shm"  # where MPIs on Linux keep it
+_SHARED_MEMORY = "/dev/shm"  # where MPIs on Linux keep it
+DESCRIPTOR_WORDS = 3  # exchange, first row, number of its sender's descriptors; then rows for each local peer's slots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,45 +30,53 @@ class WindowSizes:
     rows: int
     row_bytes: int
     num_in_flight: int
-    max_senders: int  # ranks of other nodes whose messages a local peer lands, at most
+    max_senders: int  # ranks of other nodes whose messages a local peer receives, at most
     max_messages: int  # of each of them in one exchange
     num_slots: int  # of all local peers together
 
     @property
-    def num_descriptors(self):
-        """What a rank can announce in one exchange: its own tokens, and all messages that it lands."""
+    def num_descriptors(self) -> int:
+        """Return how much a rank can announce in one exchange: its own tokens, and all messages that it receives."""
         return 1 + self.max_senders * self.max_messages
 
-    def arrays(self, num_local_peers):
-        """List the window's arrays -> dict name: (shape, dtype)."""
-        rows, num_in_flight = num_local_peers * self.rows, self.num_in_flight
+    def arrays(self, num_local_peers: int) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Return the window's arrays by name -> (shape, dtype)."""
+        rows, shared = num_local_peers * self.rows, (num_local_peers, self.num_in_flight)
+        words = DESCRIPTOR_WORDS + self.num_slots
         return {
             "rows": ((rows, self.row_bytes), np.uint8),
             "gate_values": ((rows,), np.float32),
             "sources": ((rows,), np.int64),
             "sequence_numbers": ((num_local_peers,), np.int64),
-            "consumed": ((num_local_peers, num_in_flight), np.int64),
-            "done": ((num_local_peers, num_in_flight, num_local_peers, self.num_descriptors), np.int64),
-            "descriptors": (
-                (num_local_peers, num_in_flight, 2, self.num_descriptors, DESCRIPTOR_WORDS + self.num_slots),
-                np.int64,
-            ),
+            "consumed": (shared, np.int64),
+            "done": ((*shared, num_local_peers, self.num_descriptors), np.int64),
+            "descriptors": ((*shared, 2, self.num_descriptors, words), np.int64),
         }
 
-    def num_bytes(self, num_local_peers):
-        """Bytes of the whole window."""
+    def num_bytes(self, num_local_peers: int) -> int:
+        """Return the bytes of the whole window."""
         return sum(round_up(size_of(*array)) for array in self.arrays(num_local_peers).values())
 
 
-DESCRIPTOR_WORDS = (
-    3  # exchange, first row, number of descriptors that its sender has; then rows for each local peer's slots
-)
-
-
 class Window:
-    """Rows and descriptor table of the local peers."""
+    """Rows and descriptors of the local peers, each array with the shape that WindowSizes.arrays gives it."""
 
-    def __init__(self, sizes, num_local_peers, local_index, memory, sync):
+    rows: np.ndarray
+    gate_values: np.ndarray
+    sources: np.ndarray
+    sequence_numbers: np.ndarray
+    consumed: np.ndarray
+    done: np.ndarray
+    descriptors: np.ndarray
+
+    def __init__(
+        self,
+        sizes: WindowSizes,
+        num_local_peers: int,
+        local_index: int,
+        memory: np.ndarray,
+        sync: Callable[[], object],
+    ) -> None:
         """memory: uint8 array of sizes.num_bytes, all zero; sync: a call that orders memory among the local peers."""
         self.sizes, self.num_local_peers, self.local_index, self.sync = sizes, num_local_peers, local_index, sync
         self.num_bytes, begin = len(memory), 0
@@ -76,66 +86,66 @@ class Window:
             begin += round_up(num_bytes)
         self.first_row = local_index * sizes.rows  # of this rank
 
-    def table(self, dtype):
-        """See all rows as scalars -> tensor [local_peers * rows, H]."""
+    def table(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return all rows as scalars -> [local peers * rows, H]."""
         return torch.from_numpy(self.rows).view(dtype)
 
-    def post(self, buffer_index, exchange, descriptor, first, num_descriptors, counts):
-        """Announce rows that lie in the window: counts [local_peers, s] of them for each local peer's slots, from `first` on."""
+    def post(
+        self, buffer_index: int, exchange: int, descriptor: int, first: int, num_descriptors: int, counts: np.ndarray
+    ) -> None:
+        """Announce rows that lie in the window: counts [local peers, s] of them for each slot, from `first` on."""
         words = self.descriptors[self.local_index, buffer_index, exchange % 2, descriptor]
         words[1], words[2], words[DESCRIPTOR_WORDS:] = first, num_descriptors, counts.ravel()
         self.sync()
         words[0] = exchange
         self.sequence_numbers[self.local_index] += 1
 
-    def may_post(self, buffer_index, exchange):
-        """Whether all local peers have read what the last exchange but one announced: its descriptors are written over."""
+    def may_post(self, buffer_index: int, exchange: int) -> bool:
+        """Return True if all local peers have read the last exchange but one, whose descriptors are written over."""
         return bool((self.consumed[:, buffer_index] >= exchange - 2).all())
 
-    def mark_consumed(self, buffer_index, exchange):
-        """Tell that this rank has read all that was announced."""
+    def mark_consumed(self, buffer_index: int, exchange: int) -> None:
+        """Mark this exchange's descriptors as consumed by this rank."""
         self.sync()
         self.consumed[self.local_index, buffer_index] = exchange
         self.sequence_numbers[self.local_index] += 1
 
-    def mark_done(self, buffer_index, exchange, local_peer, descriptor):
-        """Tell that this rank's experts have done what a local peer's descriptor asked."""
+    def mark_done(self, buffer_index: int, exchange: int, local_peer: int, descriptor: int) -> None:
+        """Mark what a local peer's descriptor asks as done by this rank's experts."""
         self.sync()
         self.done[self.local_index, buffer_index, local_peer, descriptor] = exchange
         self.sequence_numbers[self.local_index] += 1
 
-    def read_sequence_number(self):
-        """Count how often anything has been told, by any local peer: while it stays, there is nothing to look for."""
+    def read_sequence_number(self) -> int:
+        """Return how often any local peer has announced anything: while it stays, there is nothing to look for."""
         return int(self.sequence_numbers.sum())
 
-    def is_done(self, buffer_index, exchange, descriptor, counts):
-        """Whether the experts of all local peers have done this rank's descriptor: counts [local_peers, s]."""
+    def is_done(self, buffer_index: int, exchange: int, descriptor: int, counts: np.ndarray) -> bool:
+        """Return True if the experts of all local peers have done this rank's descriptor: counts [local peers, s]."""
         if not (self.done[:, buffer_index, self.local_index, descriptor] >= exchange)[counts.any(axis=1)].all():
             return False
         self.sync()
         return True
 
 
-def size_of(shape, dtype):
-    """Bytes of an array."""
+def size_of(shape: tuple[int, ...], dtype: type) -> int:
+    """Return the bytes of an array."""
     return math.prod(shape) * np.dtype(dtype).itemsize
 
 
-def round_up(num_bytes):
-    """Fill the last page, so that each array has pages of its own."""
+def round_up(num_bytes: int) -> int:
+    """Return the bytes of whole pages, so that each array has pages of its own."""
     return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def make_private_window(sizes):
-    """Make the window of a rank without local peers."""
-    window = Window(sizes, 1, 0, np.zeros(sizes.num_bytes(1), np.uint8), lambda: None)
-    touch(window)
-    return window
+def make_private_window(sizes: WindowSizes) -> Window:
+    """Return the window of a rank without local peers."""
+    return touch(Window(sizes, 1, 0, np.zeros(sizes.num_bytes(1), np.uint8), lambda: None))
 
 
 @contextlib.contextmanager
-def open_window(comm, sizes):
-    """Share a window among the ranks of comm, which all lie on one node -> Window. Collective over comm, both ends."""
+def open_window(comm: MPI.Intracomm, sizes: WindowSizes) -> Iterator[Window]:
+    """Share a window among the ranks of comm, which all lie on one node. Collective over comm, both ends."""
     if comm.size == 1:
         yield make_private_window(sizes)
         return
@@ -144,10 +154,9 @@ def open_window(comm, sizes):
     # All of it belongs to the first rank, so that it is one range; each page goes to the core that touches it first.
     barrier(comm)
     shared = MPI.Win.Allocate_shared(num_bytes if comm.rank == 0 else 0, 1, comm=comm)
-    memory = np.frombuffer(shared.Shared_query(0)[0], np.uint8, num_bytes)
+    memory = np.asarray(shared.Shared_query(0)[0]).view(np.uint8)[:num_bytes]
     shared.Lock_all(MPI.MODE_NOCHECK)
-    window = Window(sizes, comm.size, comm.rank, memory, shared.Sync)
-    touch(window)
+    window = touch(Window(sizes, comm.size, comm.rank, memory, shared.Sync))
     barrier(comm)
     yield window
 
@@ -157,23 +166,22 @@ def open_window(comm, sizes):
     shared.Free()
 
 
-def check_shared_memory(num_bytes):
+def check_shared_memory(num_bytes: int) -> None:
     """Raise ClusterError when the node's shared memory is too small: touching more of it would kill the rank."""
-    if not os.path.isdir(SHARED_MEMORY):
+    if not os.path.isdir(_SHARED_MEMORY):
         return
-    state = os.statvfs(SHARED_MEMORY)
+    state = os.statvfs(_SHARED_MEMORY)
     free = state.f_bavail * state.f_frsize
     if num_bytes > free:
         raise ClusterError(
-            f"{SHARED_MEMORY}: {free / 1e6:.0f} MB free, and the ranks of a node share {num_bytes / 1e6:.0f} MB; "
+            f"{_SHARED_MEMORY}: {free / 1e6:.0f} MB free, and the ranks of a node share {num_bytes / 1e6:.0f} MB; "
             "enlarge it, or set [comm] shared_memory = false"
         )
 
 
-def touch(window):
-    """Zero this rank's part of each array, which brings its pages near."""
-    for name in ("rows", "gate_values", "sources"):
-        of_mates = getattr(window, name).reshape(window.num_local_peers, -1)
-        of_mates[window.local_index] = 0
-    for words in (window.sequence_numbers, window.consumed, window.done, window.descriptors):
-        words[window.local_index] = 0
+def touch(window: Window) -> Window:
+    """Zero this rank's part of each array, which brings its pages near, and return the window."""
+    for name in window.sizes.arrays(window.num_local_peers):
+        of_peers = getattr(window, name).reshape(window.num_local_peers, -1)
+        of_peers[window.local_index] = 0
+    return window

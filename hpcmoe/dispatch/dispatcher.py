@@ -21,7 +21,7 @@ from hpcmoe.dispatch.plan import SlotChooser
 from hpcmoe.dispatch.router import Routing
 from hpcmoe.dispatch.routes import Routes
 from hpcmoe.dispatch.traffic import Traffic, make_traffic
-from hpcmoe.wait import Backoff, poke_all
+from hpcmoe.wait import Backoff, Task, poke_all
 
 Buffers = TypeVar("Buffers")
 PAUSES = 16  # between two looks at everything: looking costs more than asking whether there is anything new
@@ -53,15 +53,6 @@ class Chunk:
 
     rows: Any  # where they lie, which gather and scatter of the same dispatcher take
     slots: Sequence[tuple[int, int]]  # (slot, rows) of each slot that has rows
-
-
-class Task(Protocol):
-    """What goes on in the background, over many steps."""
-
-    is_over: bool
-
-    def poke(self) -> bool:
-        """Progress without waiting, and return True if anything moved."""
 
 
 class TokenDispatcher(Protocol):

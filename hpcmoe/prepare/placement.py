@@ -152,7 +152,7 @@ def evaluate_layouts(problem, settings, layouts, method, seconds):
     """Weigh layouts [L, S] that are there already, bounding them in so many seconds -> Placement."""
     from hpcmoe.placement.solve import bound_layers
 
-    begun, bounds = time.perf_counter(), bound_layers(problem, layouts, [None] * problem.num_layers, seconds)
+    begun, bounds = time.perf_counter(), bound_layers(problem, layouts, seconds)
     return tune_placement(problem, settings, evaluate(problem, layouts, bounds, method, SearchStats()), begun)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from hpcmoe.errors import on_all
 from hpcmoe.experts.shapes import estimate_expert
 from hpcmoe.float32 import FLOAT32_BYTES
+from hpcmoe.messages import format_size
 from hpcmoe.model.shapes import count_dense_parameters
-from hpcmoe.placement.problem import format_size
 from hpcmoe.prepare.budget import share_gpu_memory
 from hpcmoe.wait import gather_to_all
 

@@ -26,7 +26,7 @@ class Migration:
     def __init__(self, comm, layers):
         """layers: (LocalExperts, piece bytes, sends, receives) of each that changes; sends and receives list
         (peer, tensors)."""
-        self.comm, self.is_over = comm, False
+        self.comm, self.done = comm, False
         self.begun = time.perf_counter()
         self.seconds, self.staged_bytes = 0.0, 0  # what it took, and the most that was held
         for experts, _, _, receives in layers:
@@ -47,7 +47,7 @@ class Migration:
                 experts.refresh()
             experts.awaits_weights = False
             yield True
-        self.is_over, self.seconds = True, time.perf_counter() - self.begun
+        self.done, self.seconds = True, time.perf_counter() - self.begun
 
     def exchange(self, sends, receives, pieces):
         """Send a piece of each expert that goes, and lay down one of each that comes, when the old one has left."""

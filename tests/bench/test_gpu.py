@@ -5,7 +5,7 @@ from bench import gpu, gpu_layer
 from bench.gpu_profile import draw, merge, weigh
 from kernels import compiler_for_host
 
-from hpcmoe.comm.plain import PlainDevice
+from hpcmoe.comm.device import PlainDevice
 from hpcmoe.comm.rows import KernelRowOps
 
 

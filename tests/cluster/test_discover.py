@@ -256,11 +256,11 @@ def test_slow_links_are_told_by_name_a_few_of_them(rank_0, caplog):
     rates = np.full((6, 6), 100.0)
     rates[2, 3] = 20.0
     with caplog.at_level(logging.INFO):
-        chapter.log_slow_links(rank_0, dataclasses.replace(made, bytes_per_second=rates))
+        chapter.log_slow_links(dataclasses.replace(made, bytes_per_second=rates))
         rates[4, :4] = 10.0
         rates[5, :2] = 15.0
-        chapter.log_slow_links(rank_0, dataclasses.replace(made, bytes_per_second=rates))
-        chapter.log_slow_links(rank_0, made)
+        chapter.log_slow_links(dataclasses.replace(made, bytes_per_second=rates))
+        chapter.log_slow_links(made)
     kind = "links far slower than the median of their kind, in a rack or between: "
     few, many = (record.getMessage() for record in caplog.records)
     assert few == f"{kind}n2 to n3 (20%)"

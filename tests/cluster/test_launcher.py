@@ -6,7 +6,7 @@ import pytest
 from launch import run
 
 from hpcmoe.cluster import launcher
-from hpcmoe.cluster.launcher import find_launched, find_launcher, refuse_mixed_mpi, speak_for_all
+from hpcmoe.cluster.launcher import describe_launcher, find_launched, reject_mixed_mpi, reject_mixed_mpi_once
 from hpcmoe.errors import ClusterError
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16"}
@@ -38,7 +38,7 @@ def test_a_rank_alone_under_a_launcher_of_many_is_refused(environ, key, size):
     assert find_launched(environ) == (key, size)
     told = rf"^two MPIs are mixed: the launcher says {key} = \d+ \(.*\), but|, of at least .* sees 1 rank; start"
     with pytest.raises(ClusterError, match=told) as refused:
-        refuse_mixed_mpi(environ)
+        reject_mixed_mpi(environ)
     assert len(str(refused.value).splitlines()) == 1
 
 
@@ -46,11 +46,11 @@ def test_the_refusal_says_how_to_start_instead():
     with pytest.raises(
         ClusterError, match=r"sees 1 rank; torchrun starts .* start with mpirun -n 4 python .*, or srun"
     ):
-        refuse_mixed_mpi(TORCHRUN)
+        reject_mixed_mpi(TORCHRUN)
     with pytest.raises(ClusterError, match=r"\(Flux\), but .* flux run"):
-        refuse_mixed_mpi(FLUX)
+        reject_mixed_mpi(FLUX)
     with pytest.raises(ClusterError, match="start with .*mpirun"):
-        refuse_mixed_mpi({"PMI_SIZE": "2"})
+        reject_mixed_mpi({"PMI_SIZE": "2"})
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_the_refusal_says_how_to_start_instead():
 )
 def test_a_rank_that_is_meant_to_be_alone_may_run(environ):
     assert find_launched(environ)[1] == 1
-    refuse_mixed_mpi(environ)
+    reject_mixed_mpi(environ)
 
 
 @pytest.mark.parametrize(
@@ -97,10 +97,10 @@ def test_a_rank_that_is_meant_to_be_alone_may_run(environ):
 )
 def test_a_world_smaller_than_its_launcher_s_is_refused(environ, size, refused):
     if not refused:
-        refuse_mixed_mpi(environ, size)
+        reject_mixed_mpi(environ, size)
         return
     with pytest.raises(ClusterError, match=rf"two MPIs are mixed: .* sees {size} ranks"):
-        refuse_mixed_mpi(environ, size)
+        reject_mixed_mpi(environ, size)
 
 
 @pytest.mark.parametrize("value", ["four", "-1", "1.5", "9" * 5000])
@@ -120,13 +120,13 @@ def test_a_number_that_is_none_is_named(environ, value):
 def test_the_launcher_is_told(monkeypatch):
     for key in ("PMI_SIZE", "PMI_RANK", "SLURM_JOB_ID", *SRUN):
         monkeypatch.delenv(key, raising=False)
-    assert find_launcher() == "none: a process alone; no Slurm"
+    assert describe_launcher() == "none: a process alone; no Slurm"
     for key, value in SRUN.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert find_launcher() == "srun; Slurm, job 7"
+    assert describe_launcher() == "srun; Slurm, job 7"
     monkeypatch.setenv("PMI_SIZE", "2")
-    assert find_launcher() == "mpirun or srun by PMI; Slurm, job 7"
+    assert describe_launcher() == "mpirun or srun by PMI; Slurm, job 7"
 
 
 @pytest.mark.parametrize(
@@ -143,20 +143,20 @@ def test_one_rank_tells_that_mpis_are_mixed(first, second, monkeypatch):
     monkeypatch.setattr(launcher, "DRAIN_SECONDS", 0)
     size = {"OMPI_COMM_WORLD_SIZE": "16"}
     with pytest.raises(ClusterError, match="two MPIs are mixed"):
-        speak_for_all(first | size, 1)
+        reject_mixed_mpi_once(first | size, 1)
     with pytest.raises(ClusterError) as silent:
-        speak_for_all(second | size, 1)
+        reject_mixed_mpi_once(second | size, 1)
     assert str(silent.value) == ""
 
 
 def test_what_starts_this_environment_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     with pytest.raises(ClusterError, match="start with the mpirun of that MPI, or .*pip install"):
-        refuse_mixed_mpi({"PMI_SIZE": "2"})
+        reject_mixed_mpi({"PMI_SIZE": "2"})
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "mpirun").touch()
     with pytest.raises(ClusterError, match=f"start with {tmp_path}/bin/mpirun"):
-        refuse_mixed_mpi({"PMI_SIZE": "2"})
+        reject_mixed_mpi({"PMI_SIZE": "2"})
 
 
 CHECK = """

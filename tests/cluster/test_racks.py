@@ -7,7 +7,6 @@ import pytest
 
 from hpcmoe.cluster import racks as chapter
 from hpcmoe.cluster.racks import expand_hosts, find_racks, read_switches, split_address
-from hpcmoe.config import ClusterConfig
 from hpcmoe.errors import ClusterError
 
 NO_WORD = "no word of racks: one for all"
@@ -35,7 +34,7 @@ def info(name, address="", pattern=""):
 def find(names, addresses=None, pattern=""):
     """Find the racks of nodes with one rank each."""
     infos = [[info(*pair, pattern)] for pair in zip(names, addresses or [""] * len(names), strict=True)]
-    return find_racks(infos, tuple(names), ClusterConfig())
+    return find_racks(infos, tuple(names), ())
 
 
 @pytest.fixture
@@ -114,7 +113,7 @@ def test_addresses_that_were_handed_on_or_are_missing_leave_it_to_scontrol(scont
 def test_ranks_of_one_node_that_disagree_leave_it_to_scontrol(scontrol):
     scontrol.write(TREE)
     infos = [[info("n1", "s.x.n1"), info("n1", "s.y.n1")], [info("n3", "s.z.n3")]]
-    assert find_racks(infos, ("n1", "n3"), ClusterConfig()) == (["leafA", "leafB"], "scontrol show topology")
+    assert find_racks(infos, ("n1", "n3"), ()) == (["leafA", "leafB"], "scontrol show topology")
 
 
 def test_addresses_that_contradict_each_other_are_told_where_nobody_else_can(caplog):
@@ -261,7 +260,7 @@ def test_the_first_of_two_switches_over_a_node_counts():
 def test_nodes_of_one_name_have_one_rack(scontrol):
     scontrol.write(TREE)
     infos = [[info("n1")], [info("n1")], [info("n4")]]
-    assert find_racks(infos, ("n1", "n1.1", "n4"), ClusterConfig())[0] == ["leafA", "leafA", "leafB"]
+    assert find_racks(infos, ("n1", "n1.1", "n4"), ())[0] == ["leafA", "leafA", "leafB"]
 
 
 def test_many_nodes_are_named_in_part(scontrol, caplog):
@@ -294,4 +293,4 @@ def test_lists_of_hosts_are_expanded_as_far_as_they_are_whole(text, hosts, unrea
 
 def test_racks_of_the_config_must_fit():
     with pytest.raises(ClusterError, match="racks has 1 entries, the run has 2 nodes"):
-        find_racks([[info("a")], [info("b")]], ("a", "b"), ClusterConfig(racks=("x",)))
+        find_racks([[info("a")], [info("b")]], ("a", "b"), ("x",))

@@ -21,9 +21,9 @@ def assert_same(a, b):
 
 
 def test_ports_are_the_fastest_links_where_no_more_is_known():
-    egress, ingress = nodes.port_maxima(np.array([[99.0, 1, 2], [3, 99, 4], [7, 6, 99]]))
+    egress, ingress = nodes.find_port_maxima(np.array([[99.0, 1, 2], [3, 99, 4], [7, 6, 99]]))
     assert (egress.tolist(), ingress.tolist()) == ([2, 4, 7], [7, 6, 4])
-    assert [port.tolist() for port in nodes.port_maxima(np.array([[99.0]]))] == [[99], [99]]
+    assert [port.tolist() for port in nodes.find_port_maxima(np.array([[99.0]]))] == [[99], [99]]
 
 
 def test_a_saved_topology_comes_back_whole(tmp_path):
@@ -63,7 +63,10 @@ def test_a_file_of_an_earlier_version_gives_its_fastest_links_for_ports_and_no_u
         del node["egress_bytes_per_second"], node["ingress_bytes_per_second"]
     (tmp_path / "topology.json").write_text(json.dumps(tree))
 
-    loaded, egress_ingress = load_topology(tmp_path / "topology.json"), nodes.port_maxima(example().bytes_per_second)
+    loaded, egress_ingress = (
+        load_topology(tmp_path / "topology.json"),
+        nodes.find_port_maxima(example().bytes_per_second),
+    )
     np.testing.assert_array_equal((loaded.egress_bytes_per_second, loaded.ingress_bytes_per_second), egress_ingress)
     assert np.isinf(loaded.uplink_bytes_per_second).all()
     assert loaded.source == {"links": "measured", "ports": nodes.PORTS_TAKEN, "uplinks": nodes.NO_UPLINKS}

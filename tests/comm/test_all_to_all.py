@@ -1,4 +1,4 @@
-"""Carriers take every row where it belongs, in pieces or whole, and say who is with whom when NCCL fails."""
+"""All-to-all backends take every row where it belongs, in pieces or whole, and say who is with whom when NCCL fails."""
 
 import itertools
 import threading
@@ -6,21 +6,22 @@ import threading
 import numpy as np
 import pytest
 from mpi4py import MPI
+from small import hesitate_to_poke
 from standin import ASKED_BEFORE, Order, OrderedDevice, StandInNccl, Watching
 
 from hpcmoe.comm.all_to_all import DirectAllToAll, Transfer
+from hpcmoe.comm.device import PlainDevice
 from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.nccl import NcclAllToAll, find_nccl, open_nccl
-from hpcmoe.comm.plain import PlainDevice
 from hpcmoe.comm.self_test import run_self_test
-from hpcmoe.comm.staging import MOST_PIECES, StagedAllToAll
+from hpcmoe.comm.staging import MAX_PIECES, StagedAllToAll
 from hpcmoe.errors import ClusterError
 from hpcmoe.wait import Backoff
 
 ROW_BYTES = 16
 
 
-def make_leg(comm, device, counts):
+def make_transfer(comm, device, counts):
     """A transfer of counts[i][j] rows from rank i to j, filled with i, j and their number."""
     counts, buffers = np.asarray(counts), []
     for own in (counts[comm.rank], counts[:, comm.rank]):
@@ -42,14 +43,11 @@ def check_received(comm, transfer):
         assert np.array_equal(rows[:, 0], np.arange(len(rows)) % 251)
 
 
-def carry(all_to_all, transfer, after=None):
-    """Carry a transfer to its end -> its Request, and how many pieces were in flight at most."""
-    request, backoff, most = (
-        all_to_all.start(transfer, all_to_all.device.compute_stream.record_event(), after),
-        Backoff(),
-        0,
-    )
-    while not request.is_over():
+def run(all_to_all, transfer, after=None):
+    """Run a transfer to its end -> its Request, and how many pieces were in flight at most."""
+    request = all_to_all.start(transfer, all_to_all.device.compute_stream.record_event(), after)
+    backoff, most = Backoff(), 0
+    while not request.done:
         if not all_to_all.poke():
             backoff.pause()
         most = max(most, len(getattr(request, "sending", ())) + len(getattr(request, "copied_out", ())))
@@ -71,15 +69,15 @@ def test_every_row_comes_where_it_belongs(comm, monkeypatch, kind, shape):
     device = PlainDevice()
     with open_mpi_transport(comm, ROW_BYTES) as transport:
         all_to_all = kind(transport, device, *([ROW_BYTES] if kind is StagedAllToAll else []))
-        transfer = make_leg(comm, device, counts)
-        request, most = carry(all_to_all, transfer)
+        transfer = make_transfer(comm, device, counts)
+        request, most = run(all_to_all, transfer)
         check_received(comm, transfer)
         assert all_to_all.requests == [] or all_to_all.poke() in (True, False) and all_to_all.requests == []
         if kind is StagedAllToAll:
             sent = sum(-(-int(n) // 3) for peer, n in enumerate(counts[comm.rank]) if peer != comm.rank)
             received = sum(-(-int(n) // 3) for peer, n in enumerate(counts[:, comm.rank]) if peer != comm.rank)
             assert transport.num_sent == sent
-            assert most <= MOST_PIECES and len(all_to_all.free) <= min(sent, MOST_PIECES) + min(received, MOST_PIECES)
+            assert most <= MAX_PIECES and len(all_to_all.free) <= min(sent, MAX_PIECES) + min(received, MAX_PIECES)
 
 
 @pytest.mark.mpi
@@ -91,7 +89,8 @@ def test_staged_copies_and_messages_run_side_by_side(comm, monkeypatch):
     order = Order()
     device, seen = OrderedDevice(order), []
     slow = itertools.cycle([True] * 9 + [False])  # messages take as long as several looks at them
-    with open_mpi_transport(comm, ROW_BYTES, lambda: next(slow)) as transport:
+    with open_mpi_transport(comm, ROW_BYTES) as transport:
+        hesitate_to_poke(transport, lambda: next(slow))
         all_to_all, send_rows = StagedAllToAll(transport, device, ROW_BYTES), transport.send_rows
 
         def watched(rows, peer, tag):
@@ -99,11 +98,11 @@ def test_staged_copies_and_messages_run_side_by_side(comm, monkeypatch):
             return send_rows(rows, peer, tag)
 
         transport.send_rows = watched
-        transfer = make_leg(comm, device, np.full((comm.size, comm.size), 3 * MOST_PIECES))
+        transfer = make_transfer(comm, device, np.full((comm.size, comm.size), 3 * MAX_PIECES))
         ready = device.compute_stream.record_event()
         request = all_to_all.start(transfer, ready, None)
         assert not request.begun and not seen  # the rows are not packed yet
-        while not request.is_over():
+        while not request.done:
             all_to_all.poke()
         check_received(comm, transfer)
     assert ready.asked > ASKED_BEFORE
@@ -111,11 +110,11 @@ def test_staged_copies_and_messages_run_side_by_side(comm, monkeypatch):
 
 
 @pytest.mark.mpi
-def test_a_leg_waits_for_the_one_before(comm):
+def test_a_transfer_waits_for_the_one_before(comm):
     device = PlainDevice()
     with open_mpi_transport(comm, ROW_BYTES) as transport:
         all_to_all = DirectAllToAll(transport, device)
-        transfer = make_leg(comm, device, np.full((comm.size, comm.size), 2))
+        transfer = make_transfer(comm, device, np.full((comm.size, comm.size), 2))
 
         class Earlier:
             send_done = False
@@ -123,23 +122,23 @@ def test_a_leg_waits_for_the_one_before(comm):
         request = all_to_all.start(transfer, device.compute_stream.record_event(), Earlier)
         for _ in range(20):
             all_to_all.poke()
-        assert request.sends is None and not request.recv_done
+        assert not request.begun and not request.recv_done
         Earlier.send_done = True
-        while not request.is_over():
+        while not request.done:
             all_to_all.poke()
         check_received(comm, transfer)
 
 
 @pytest.mark.mpi
-def test_nccl_carries_in_groups(comm):
+def test_nccl_sends_in_groups(comm):
     order = Order()
     device = OrderedDevice(order)
     nccl = StandInNccl(comm, device)
     with Watching(order), open_nccl(comm, {"rows": comm}, device, nccl) as groups:
         all_to_all = NcclAllToAll(groups["rows"])
-        transfer = make_leg(comm, device, np.full((comm.size, comm.size), 5))
+        transfer = make_transfer(comm, device, np.full((comm.size, comm.size), 5))
         request = all_to_all.start(transfer, device.compute_stream.record_event(), None)
-        assert request.recv_done and request.send_done and not request.is_over()
+        assert request.recv_done and request.send_done and not request.done
         while all_to_all.requests:
             all_to_all.poke()
         check_received(comm, transfer)
@@ -156,7 +155,7 @@ def test_an_error_of_nccl_names_the_ranks_it_may_come_from(comm):
     counts[0, 1] = counts[1, 0] = 4
     with pytest.raises(ClusterError) as seen, open_nccl(comm, {"rows": comm, "world": comm}, device, nccl) as groups:
         all_to_all = NcclAllToAll(groups["rows"])
-        all_to_all.start(make_leg(comm, device, counts), device.compute_stream.record_event(), None)
+        all_to_all.start(make_transfer(comm, device, counts), device.compute_stream.record_event(), None)
         nccl.error = RuntimeError("NCCL_ERROR_SYSTEM_ERROR: unhandled system error")
         all_to_all.poke()
     peer = {0: "1", 1: "0"}.get(comm.rank, "none")
@@ -182,7 +181,7 @@ def test_ranks_that_cannot_join_are_told_on_all(comm):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("kind", ["direct", "staged"])
-def test_a_trial_tells_the_rate_and_finds_what_came_wrong(comm, monkeypatch, kind):
+def test_a_self_test_tells_the_rate_and_finds_what_came_wrong(comm, monkeypatch, kind):
     device, entered = PlainDevice(), []
     monkeypatch.setattr(device, "bind_thread", lambda: entered.append(threading.current_thread()))
     assert run_self_test(kind, comm, device) > 0

@@ -23,7 +23,7 @@ def draw_rows(count, dtype, device):
 
 def make_table(device, count, dtype):
     """Message rows on the host, seen as numbers [count, HIDDEN], all zero."""
-    buffer = device.make_buffer(count, HIDDEN * dtype.itemsize)
+    buffer = device.make_buffer(count, HIDDEN * dtype.itemsize).tensor
     assert buffer.dtype == torch.uint8 and buffer.shape == (count, HIDDEN * dtype.itemsize)
     assert buffer.device.type == "cpu" and not buffer.any()
     return buffer.view(dtype)

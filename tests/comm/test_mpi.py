@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 from mpi4py import MPI
+from small import hesitate_to_poke
 
 from hpcmoe.comm.mpi import MpiTransport, all_reduce, open_mpi_transport, start_all_reduce
 from hpcmoe.wait import Backoff, barrier
@@ -94,7 +95,8 @@ def test_a_ticket_is_done_when_its_own_message_is(comm, transport):
 @pytest.mark.mpi
 def test_while_it_hesitates_nothing_progresses(comm):
     hesitates = [True]
-    with open_mpi_transport(comm, ROW_BYTES, lambda: hesitates[0]) as transport:
+    with open_mpi_transport(comm, ROW_BYTES) as transport:
+        hesitate_to_poke(transport, lambda: hesitates[0])
         requests, check = exchange_rows(transport, [1], [3])
         for _ in range(50):
             assert not transport.poke() and not any(request.done for request in requests)
@@ -105,8 +107,9 @@ def test_while_it_hesitates_nothing_progresses(comm):
 
 @pytest.mark.mpi
 def test_random_hesitation_changes_nothing(comm):
-    dawdle = random.Random(comm.rank)
-    with open_mpi_transport(comm, ROW_BYTES, lambda: dawdle.random() < 0.7) as transport:
+    delays = random.Random(comm.rank)
+    with open_mpi_transport(comm, ROW_BYTES) as transport:
+        hesitate_to_poke(transport, lambda: delays.random() < 0.7)
         for seed in range(100):
             requests, check = exchange_rows(transport, [2 * seed, 2 * seed + 1], [seed, 7])
             wait_for(transport, *requests)

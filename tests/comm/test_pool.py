@@ -11,15 +11,15 @@ def test_what_is_taken_is_free_and_what_is_given_back_is_free_again(count, wishe
     pool, held, first_row = RowPool(100, count), [], 100
     for wish in wishes:
         free = set(range(first_row, first_row + count)) - {row for first, n in held for row in range(first, first + n)}
-        first = pool.take(wish)
+        first = pool.allocate(wish)
         if first is None:  # then no run is so long
             assert not any(free >= set(range(row, row + wish)) for row in free)
             if held:
-                pool.give_back(*held.pop(random.randrange(len(held))))
+                pool.free(*held.pop(random.randrange(len(held))))
         else:
             assert free >= set(range(first, first + wish))
             assert not any(free >= set(range(row, row + wish)) for row in free if row < first)  # the first that fits
             held.append((first, wish))
     for first, wish in held:
-        pool.give_back(first, wish)
+        pool.free(first, wish)
     assert pool.runs == ([(100, count)] if count else [])

@@ -73,7 +73,7 @@ def test_copies_are_spread_with_their_gates(row_ops, dtype, source, width):
     table, message = make_table(7, width, dtype, device)
     order = torch.tensor([9, 3, 2, 8, 0], device=device)  # a token goes twice, one once, one nowhere
     entries = torch.full((10,), -1, device=device).scatter(0, order, torch.arange(5, device=device)).view(5, 2)
-    row_ops.permute(tokens, gates, RowsOfAssignments(row_of_assignment=entries, order=order), table)
+    row_ops.permute(tokens, gates, RowsOfAssignments(row_of_assignment=entries, assignment_of_row=order), table)
     assert torch.equal(table.values[:5], tokens[order // 2].to(dtype))
     assert torch.equal(table.gate_values[:5], gates.flatten()[order])
     assert not message[5:].any() and not message[:, width * dtype.itemsize : -4].any()
@@ -109,7 +109,7 @@ def test_no_rows_are_no_work(row_ops, dtype):
     row_ops.move(put_in(table, []), nothing)
     row_ops.move(nothing, put_in(table, []))
     entries = torch.empty(0, 2, dtype=torch.int64, device=device)
-    assignments = RowsOfAssignments(row_of_assignment=entries, order=entries.flatten())
+    assignments = RowsOfAssignments(row_of_assignment=entries, assignment_of_row=entries.flatten())
     row_ops.permute(nothing.values, draw(0, 2, device=device), assignments, table)
     assert row_ops.sum(table.values, entries, draw(0, 2, device=device)).shape == (0, 8) and not message.any()
 
@@ -134,10 +134,10 @@ def test_rows_are_weighed_and_summed(row_ops, dtype, width):
 
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("num_slots", [1, 7, 300])
-@pytest.mark.parametrize(("num_tokens", "many_threads"), [(0, 64), (1, 64), (500, 64), (500, rows.MANY_THREADS)])
+@pytest.mark.parametrize(("num_tokens", "many_threads"), [(0, 64), (1, 64), (500, 64), (500, rows._MANY_THREADS)])
 def test_copies_are_put_in_order_by_slot(monkeypatch, row_ops, num_tokens, many_threads, num_slots, drops):
     """As Python's sort has them, which keeps the order of equals; what is not kept has no row."""
-    monkeypatch.setattr(rows, "MANY_THREADS", many_threads)  # with few a thread looks at many assignments
+    monkeypatch.setattr(rows, "_MANY_THREADS", many_threads)  # with few a thread looks at many assignments
     row_ops, device = row_ops
     generator = torch.Generator().manual_seed(num_tokens)
     slots = torch.randint(num_slots, (num_tokens, 2), generator=generator)
@@ -149,7 +149,7 @@ def test_copies_are_put_in_order_by_slot(monkeypatch, row_ops, num_tokens, many_
     entries = assignments.row_of_assignment.flatten().cpu()
     assert entries[order].tolist() == list(range(len(order))) and (entries < 0).sum() == (~kept).sum()
     assert ends.tolist() == slots[kept].bincount(minlength=num_slots).cumsum(0).tolist()
-    assert assignments.order is None or assignments.limit_to(len(order)).order.tolist() == order
+    assert assignments.assignment_of_row is None or assignments.limit_to(len(order)).assignment_of_row.tolist() == order
 
 
 def test_kernels_round_as_torch_does(row_ops):

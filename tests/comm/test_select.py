@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from mpi4py import MPI
 
-from hpcmoe.comm.plain import PlainDevice
-from hpcmoe.comm.select import TransportSupport, name_version, open_all_to_all, read_transport_support, select_backend
+from hpcmoe.comm.device import PlainDevice
+from hpcmoe.comm.select import TransportSupport, format_version, open_all_to_all, read_transport_support, select_backend
 from hpcmoe.config import CommConfig
 from hpcmoe.errors import ClusterError
 
@@ -75,7 +75,7 @@ def test_a_rank_without_a_gpu_sees_no_nccl():
 
 
 def test_versions_are_written_as_people_do():
-    assert [name_version(number) for number in (23203, 22907, 23000)] == ["2.32.3", "2.29.7", "2.30.0"]
+    assert [format_version(number) for number in (23203, 22907, 23000)] == ["2.32.3", "2.29.7", "2.30.0"]
 
 
 def test_an_unknown_carrier_is_refused():

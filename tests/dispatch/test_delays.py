@@ -59,7 +59,7 @@ class LateSends:
 
     def send_rows(self, rows, peer, tag):
         """Note the message down."""
-        request = MessageRequest()
+        request = MessageRequest(sends=True)
         self.waiting.append((rows, peer, tag, request))
         return request
 
@@ -70,7 +70,8 @@ class LateSends:
             self.under_way.append((self.send(*message), request))
         moved = self.progress()
         for sent, request in self.under_way:
-            request.done = sent.done
+            if sent.done:
+                request.complete()
         self.under_way = [entry for entry in self.under_way if not entry[1].done]
         return moved
 

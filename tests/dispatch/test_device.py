@@ -17,8 +17,8 @@ from round_trips import (
 )
 
 from hpcmoe.clock import Clock
+from hpcmoe.comm.device import PlainDevice
 from hpcmoe.comm.mpi import open_mpi_transport
-from hpcmoe.comm.plain import PlainDevice
 from hpcmoe.comm.rows import KernelRowOps
 from hpcmoe.comm.select import open_all_to_all
 from hpcmoe.comm.transport import HOMEWARD, Direction

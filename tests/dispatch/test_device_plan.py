@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpcmoe.comm.plain import PlainDevice
+from hpcmoe.comm.device import PlainDevice
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan
 from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
 
@@ -39,7 +39,7 @@ def test_assignments_are_sorted_by_slot_and_dropped_ones_nowhere(num_tokens):
     plan = DevicePlan(torch.from_numpy(slots), torch.from_numpy(kept), 6, PlainDevice())
     counts = np.diff(plan.ends.numpy(), prepend=0)
     assert counts.tolist() == np.bincount(slots[kept], minlength=6).tolist()
-    assignments = plan.assignments.limit_to(counts.sum()).order.numpy()
+    assignments = plan.assignments.limit_to(counts.sum()).assignment_of_row.numpy()
     assert slots.ravel()[assignments].tolist() == np.repeat(np.arange(6), counts).tolist()
     assert plan.assignments.row_of_assignment.flatten()[assignments].tolist() == list(range(counts.sum()))
     assert (plan.assignments.row_of_assignment[torch.from_numpy(~kept)] == -1).all()

@@ -22,18 +22,18 @@ class Post:
         self.receives, self.sends = {}, {}
 
     def recv_words(self, words, peer, tag):
-        return self.receives.setdefault((peer, tag), (words, MessageRequest()))[1]
+        return self.receives.setdefault((peer, tag), (words, MessageRequest(sends=False)))[1]
 
     def recv_rows(self, rows, peer, tag):
-        return self.receives.setdefault((peer, tag), (rows, MessageRequest()))[1]
+        return self.receives.setdefault((peer, tag), (rows, MessageRequest(sends=False)))[1]
 
     def send_rows(self, rows, peer, tag):
-        return self.sends.setdefault((peer, tag), (rows, MessageRequest()))[1]
+        return self.sends.setdefault((peer, tag), (rows, MessageRequest(sends=False)))[1]
 
     def bring(self, peer, tag, content):
         array, request = self.receives[peer, tag]
         array.reshape(-1)[: content.size] = content.ravel()
-        request.done = True
+        request.complete()
 
 
 def tag_of(part, message=0):
@@ -90,7 +90,7 @@ def test_a_message_goes_all_its_way(receive_pool, weigh):
     dispatcher, first, num_descriptors, *counts = window.descriptors[0, 0, 1, 1].tolist()
     assert (dispatcher, first, num_descriptors, counts) == (1, 4, 1, [2, 1])
     assert window.sources[4:7].tolist() == [1, 0, 1] and window.gate_values[4:7].tolist() == [0.5, 2, 3]
-    assert not receiver.poke() and not receiver.is_over
+    assert not receiver.poke() and not receiver.done
 
     # Results are summed by token, weighed or not, and the assignments' numbers go home with them.
     window.table(torch.float32)[4:7] = torch.tensor([[1.0], [10.0], [100.0]])
@@ -102,8 +102,8 @@ def test_a_message_goes_all_its_way(receive_pool, weigh):
     assert sums[:, 0].tolist() == ([20, 300.5] if weigh else [10, 101])
     assert [part.tolist() for part in view_trailer(rows[2:], 3)] == [[1, 0, 1], [7, 8, 9]]
     assert receive_pool.pools[0].runs == [(7, 23)] and not receiver.poke()
-    request.done = True
-    assert receiver.poke() and receiver.is_over and receive_pool.pools[0].runs == [(0, 30)]
+    request.complete()
+    assert receiver.poke() and receiver.done and receive_pool.pools[0].runs == [(0, 30)]
 
 
 @pytest.mark.parametrize("receive_pool", [16], indirect=True)
@@ -121,10 +121,10 @@ def test_messages_wait_for_room_in_order(receive_pool):
         receiver.poke()
         receive_pool.window.mark_done(0, 1, 0, 1 + number)
         receiver.poke()
-        post.sends[1, tag_of(MessageKind.RETURN, number)][1].done = True
+        post.sends[1, tag_of(MessageKind.RETURN, number)][1].complete()
         receiver.poke()
         receiver.poke()
-    assert receiver.is_over and receive_pool.pools[0].runs == [(0, 16)]
+    assert receiver.done and receive_pool.pools[0].runs == [(0, 16)]
 
 
 @pytest.mark.parametrize("in_order", [True, False])
@@ -146,7 +146,7 @@ def test_nothing_is_posted_over_what_a_local_peer_has_not_read(receive_pool):
     post.bring(2, tag_of(MessageKind.HEADER), header())
     assert not receiver.poke() and not receive_pool.window.descriptors.any()
     receive_pool.window.mark_consumed(0, 1)
-    assert receiver.poke() and receiver.is_over
+    assert receiver.poke() and receiver.done
 
 
 def test_a_header_has_words_for_each_slot_that_the_sender_serves():

@@ -47,8 +47,8 @@ def test_so_many_messages_find_room_together_whatever_lies_there(tokens, expecte
     for _ in range(100):
         wish = random.choice([full, random.randint(1, full)])
         while len(held) >= at_once:
-            pool.give_back(*held.pop(random.randrange(len(held))))
-        first = pool.take(wish)
+            pool.free(*held.pop(random.randrange(len(held))))
+        first = pool.allocate(wish)
         assert first is not None
         held.append((first, wish))
 

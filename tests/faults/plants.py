@@ -27,24 +27,24 @@ ROUTER, FFN, STATE = "dispatch/test_router.py", "experts/test_feed_forward.py", 
 FAULTS = {
     # PLACEMENT: what a layout costs, and how the memory is dealt.
     "a link is priced the wrong way round": plant(
-        "placement/cost.py", "sent * problem.link_cost +", "sent.T * problem.link_cost +", "placement/test_cost.py"
+        "placement/resources.py", "sent * problem.link_cost +", "sent.T * problem.link_cost +", "placement/test_cost.py"
     ),
     "what stays on a node loads its port": plant(
-        "placement/cost.py",
+        "placement/resources.py",
         "np.where(np.eye(len(sent)), 0.0, sent)",
         "np.where(np.eye(len(sent)), sent, sent)",
         "placement/test_cost.py",
     ),
     "racks in and out change places": plant(
-        "placement/cost.py",
-        '"uplink_in": between.sum(axis=0)',
-        '"uplink_in": between.sum(axis=1)',
+        "placement/resources.py",
+        "between.sum(axis=1), between.sum(axis=0))",
+        "between.sum(axis=0), between.sum(axis=1))",
         "placement/test_cost.py",
     ),
     "a farther tier takes tokens too": plant(
         "placement/cost.py",
-        "problem.distance[:, nodes] <= tier) / count",
-        "problem.distance[:, nodes] <= 2) / count",
+        "distance[:, order] == np.repeat(np.minimum.reduceat(distance[:, order], first, axis=1), size, axis=1)",
+        "distance[:, order] <= 2",
         "placement/test_cost.py",
     ),
     "a bound is met from too far": plant(

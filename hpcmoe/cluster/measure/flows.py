@@ -1,24 +1,32 @@
-"""What ports and uplinks carry: flows between several nodes at once, and what their sums tell of what they share."""
+"""What ports and uplinks carry: flows between several nodes at once, and what follows from their sums."""
 
 import time
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from mpi4py import MPI
 
-from hpcmoe.cluster.topology import port_maxima
+from hpcmoe.cluster.topology import find_port_maxima
 from hpcmoe.wait import Backoff, barrier, wait_all
 
-CHANNELS = 2  # messages of a flow that are under way at once
-MESSAGES = 32  # of a flow in a round, were it alone
-LEAST_SIZE, MOST_SIZE = 2**12, 2**20  # bytes of a message
-BUSY_SHARE = 0.8  # of a round's time and bytes; the rest is for opening connections and for the last messages
-WARM_SHARE = 0.25  # of the busy time that does not count: queues fill, shapers spend their bursts
-WELL_BELOW = 0.8  # of what links and ports would let through: less shows the uplink
-TAG = 3
+_CHANNELS = 2  # messages of a flow that are under way at once
+_MESSAGES = 32  # of a flow in a round, were it alone
+_MIN_SIZE, _MAX_SIZE = 2**12, 2**20  # bytes of a message
+_BUSY_SHARE = 0.8  # of a round's time and bytes; the rest is for opening connections and for the last messages
+_WARM_SHARE = 0.25  # of the busy time that does not count: queues fill, shapers spend their bursts
+_WELL_BELOW = 0.8  # of what links and ports would let through: less shows the uplink
+_TAG = 3
 
 
-def measure_flows(comm, node_of_rank, rounds, own_rates, seconds, num_bytes):
+def measure_flows(
+    comm: MPI.Comm,
+    node_of_rank: np.ndarray,
+    rounds: Sequence[np.ndarray],
+    own_rates: np.ndarray,
+    seconds: float,
+    num_bytes: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """Run the flows of each round at once -> (sent, received), [rounds, nodes] each, bytes a second.
 
     Collective over comm. rounds: list of [flows, 2] nodes, from and to; own_rates [nodes, nodes]: of each pair alone.
@@ -28,13 +36,13 @@ def measure_flows(comm, node_of_rank, rounds, own_rates, seconds, num_bytes):
     bytes_of_flow = share_bytes(rounds, num_bytes)
     for turn, flows in enumerate(rounds):
         own = own_rates[flows[:, 0], flows[:, 1]]
-        busy = BUSY_SHARE * min(seconds / len(rounds), bytes_of_flow / own.max())
+        busy = _BUSY_SHARE * min(seconds / len(rounds), bytes_of_flow / own.max())
         sizes = choose_sizes(own * busy, bytes_of_flow)
 
         # Each rank counts what it receives.
         ranks = ranks_of_flows(flows, node_of_rank)
         for flow, arrivals in run_flows(comm, ranks, sizes, busy, bytes_of_flow).items():
-            rate = rate_within(arrivals, sizes[flow], WARM_SHARE * busy, busy)
+            rate = rate_within(arrivals, sizes[flow], _WARM_SHARE * busy, busy)
             rates[0, turn, flows[flow, 0]] += rate
             rates[1, turn, flows[flow, 1]] += rate
 
@@ -42,20 +50,20 @@ def measure_flows(comm, node_of_rank, rounds, own_rates, seconds, num_bytes):
     return rates[0], rates[1]
 
 
-def share_bytes(rounds, num_bytes):
-    """Divide a node's bytes over the flows that it sends in all rounds -> bytes of a flow."""
+def share_bytes(rounds: Sequence[np.ndarray], num_bytes: int) -> int:
+    """Return the bytes of a flow: a node's, divided over the flows that it sends in all rounds."""
     senders = [node for flows in rounds for node in flows[:, 0].tolist()]
     return num_bytes // max(Counter(senders).values(), default=1)
 
 
-def choose_sizes(bytes_alone, bytes_of_flow):
-    """Choose the size of each flow's messages: MESSAGES in the bytes it would carry alone -> [flows] int64."""
-    most = max(min(MOST_SIZE, bytes_of_flow // (2 * CHANNELS)), 1)
-    return np.clip(bytes_alone / MESSAGES, min(LEAST_SIZE, most), most).astype(np.int64)
+def choose_sizes(bytes_alone: np.ndarray, bytes_of_flow: int) -> np.ndarray:
+    """Choose the size of each flow's messages: _MESSAGES in the bytes it would carry alone -> [flows] int64."""
+    most = max(min(_MAX_SIZE, bytes_of_flow // (2 * _CHANNELS)), 1)
+    return np.clip(bytes_alone / _MESSAGES, min(_MIN_SIZE, most), most).astype(np.int64)
 
 
-def ranks_of_flows(flows, node_of_rank):
-    """Deal the flows of each node to its ranks, at either end -> ranks [flows, 2]."""
+def ranks_of_flows(flows: np.ndarray, node_of_rank: np.ndarray) -> np.ndarray:
+    """Assign the flows of each node to its ranks, at either end -> ranks [flows, 2]."""
     ranks = np.empty_like(flows)
     for end in (0, 1):
         for node in np.unique(flows[:, end]):
@@ -64,14 +72,17 @@ def ranks_of_flows(flows, node_of_rank):
     return ranks
 
 
-def run_flows(comm, ranks, sizes, seconds, num_bytes):
-    """Run flows between ranks [flows, 2] at once -> dict flow: the seconds at which its messages were complete here.
+def run_flows(
+    comm: MPI.Comm, ranks: np.ndarray, sizes: np.ndarray, seconds: float, num_bytes: int
+) -> dict[int, list[float]]:
+    """Run flows between ranks [flows, 2] at once -> the seconds at which its messages were complete here, by flow.
 
     Collective over comm. Each flow takes about the seconds, and num_bytes at most, in messages of its size.
     """
-    channels = [(flow, channel) for flow in range(len(ranks)) for channel in range(CHANNELS)]
+    # A flow is several channels, half of each here.
+    channels = [(flow, channel) for flow in range(len(ranks)) for channel in range(_CHANNELS)]
     senders = [
-        Sender(comm, ranks[flow, 1], channel, sizes[flow], seconds, num_bytes // CHANNELS)
+        Sender(comm, ranks[flow, 1], channel, sizes[flow], seconds, num_bytes // _CHANNELS)
         for flow, channel in channels
         if ranks[flow, 0] == comm.rank
     ]
@@ -80,9 +91,11 @@ def run_flows(comm, ranks, sizes, seconds, num_bytes):
         for flow, channel in channels
         if ranks[flow, 1] == comm.rank
     }
+
+    # Run them, and put the arrivals of a flow's channels together.
     open_connections(comm, senders, receivers.values())
-    keep_going([*receivers.values(), *senders])
-    arrivals_of_flow = {}
+    run_channels([*receivers.values(), *senders])
+    arrivals_of_flow: dict[int, list[float]] = {}
     for (flow, _), receiver in receivers.items():
         arrivals_of_flow.setdefault(flow, []).extend(receiver.arrivals)
     return arrivals_of_flow
@@ -91,14 +104,14 @@ def run_flows(comm, ranks, sizes, seconds, num_bytes):
 class Sender:
     """Half of a channel: sends one message after another until its time or bytes are spent."""
 
-    def __init__(self, comm, peer, channel, size, seconds, num_bytes):
-        self.comm, self.peer, self.tag = comm, peer, TAG + channel
+    def __init__(self, comm: MPI.Comm, peer: int, channel: int, size: int, seconds: float, num_bytes: int) -> None:
+        self.comm, self.peer, self.tag = comm, peer, _TAG + channel
         self.seconds, self.messages_left = seconds, num_bytes // size
         self.message = np.zeros(size, np.uint8)
         self.ended = False
 
-    def go_on(self, now):
-        """Send the next message, or the last, which begins with a 1 -> request."""
+    def step(self, now: float) -> MPI.Request:
+        """Start to send the next message, or the last, which begins with a 1."""
         if self.ended:
             return MPI.REQUEST_NULL
         self.messages_left -= 1
@@ -108,15 +121,15 @@ class Sender:
 
 
 class Receiver:
-    """The other half: receives one message after another, and notes when."""
+    """The other half: receives one message after another, and records when."""
 
-    def __init__(self, comm, peer, channel, size):
-        self.comm, self.peer, self.tag = comm, peer, TAG + channel
+    def __init__(self, comm: MPI.Comm, peer: int, channel: int, size: int) -> None:
+        self.comm, self.peer, self.tag = comm, peer, _TAG + channel
         self.message = np.zeros(size, np.uint8)
-        self.arrivals = []  # seconds since the round began
+        self.arrivals: list[float] = []  # seconds since the round began
 
-    def go_on(self, now):
-        """Note an arrival, unless this is the beginning, and receive the next message -> request."""
+    def step(self, now: float) -> MPI.Request:
+        """Record an arrival, unless this is the beginning, and start to receive the next message."""
         if now > 0:
             self.arrivals.append(now)
         if self.message[0]:
@@ -124,30 +137,30 @@ class Receiver:
         return self.comm.Irecv(self.message, self.peer, self.tag)
 
 
-def open_connections(comm, senders, receivers):
-    """Pass a byte through each channel, so that none opens while the others are timed. Collective over comm."""
-    byte, boxes = np.zeros(1, np.uint8), np.zeros((len(receivers), 1), np.uint8)
-    requests = [comm.Irecv(box, half.peer, half.tag) for box, half in zip(boxes, receivers, strict=True)]
+def open_connections(comm: MPI.Comm, senders: Sequence[Sender], receivers: Iterable[Receiver]) -> None:
+    """Send a byte through each channel, so that none opens while the others are timed. Collective over comm."""
+    byte = np.zeros(1, np.uint8)
+    requests = [comm.Irecv(np.zeros(1, np.uint8), half.peer, half.tag) for half in receivers]
     wait_all(requests + [comm.Isend(byte, half.peer, half.tag) for half in senders])
     barrier(comm)
 
 
-def keep_going(halves):
-    """Let this rank's halves of channels go on until all have ended."""
+def run_channels(halves: Sequence[Sender | Receiver]) -> None:
+    """Run this rank's halves of channels until all have ended."""
     backoff, begin = Backoff(), time.perf_counter()
-    requests = [half.go_on(0.0) for half in halves]
+    requests = [half.step(0.0) for half in halves]
     while (done := MPI.Request.Testsome(requests)) is not None:
         now = time.perf_counter() - begin
         for k in done:
-            requests[k] = halves[k].go_on(now)
+            requests[k] = halves[k].step(now)
         if done:
             backoff.reset()
         else:
             backoff.pause()
 
 
-def rate_within(arrivals, size, begin, end):
-    """Find a flow's bytes a second from begin to end, or to its last arrival when the sender's clock was ahead.
+def rate_within(arrivals: Sequence[float], size: int, begin: float, end: float) -> float:
+    """Return a flow's bytes a second from begin to end, or to its last arrival when the sender's clock was ahead.
 
     arrivals: the seconds at which its messages, all of one size, were complete. Between them the bytes come evenly.
     """
@@ -159,18 +172,24 @@ def rate_within(arrivals, size, begin, end):
     return (last - first) / (end - begin)
 
 
-def infer_ports(own_rates, sent, received):
-    """Take the most that a node was seen to send, and to receive, in all -> (egress, ingress), [nodes] each.
+def infer_ports(own_rates: np.ndarray, sent: np.ndarray, received: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the most that a node was seen to send, and to receive, in all -> (egress, ingress), [nodes] each.
 
     Where that is less than its links carry one by one, it is the port's rate; else the port carries at least that.
     own_rates [nodes, nodes]: of each pair alone; sent, received [rounds, nodes]: with several at once.
     """
-    egress, ingress = port_maxima(own_rates)
+    egress, ingress = find_port_maxima(own_rates)
     return np.vstack([sent, egress]).max(axis=0), np.vstack([received, ingress]).max(axis=0)
 
 
-def infer_uplinks(rounds, rack_of_node, own_rates, ports, carried):
-    """Find the rate of each rack's uplink, inf where nothing shows one -> [racks].
+def infer_uplinks(
+    rounds: Sequence[np.ndarray],
+    rack_of_node: np.ndarray,
+    own_rates: np.ndarray,
+    ports: tuple[np.ndarray, np.ndarray],
+    carried: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Return the rate of each rack's uplink, inf where nothing shows one -> [racks].
 
     An uplink shows where the flows over it carry well below what their links alone and their nodes' ports let through.
     rounds: list of flows [flows, 2] between racks; ports: (egress, ingress) [nodes]; carried: (sent, received)
@@ -183,13 +202,15 @@ def infer_uplinks(rounds, rack_of_node, own_rates, ports, carried):
     for end in (0, 1):  # leaving, entering
         did = np.stack([np.bincount(rack_of_node, of_round, uplinks.shape[1]) for of_round in carried[end]])
         most = did.max(axis=0)
-        shows = (most > 0) & (most < WELL_BELOW * able[end].max(axis=0))
+        shows = (most > 0) & (most < _WELL_BELOW * able[end].max(axis=0))
         uplinks[end, shows] = most[shows]
     return uplinks.min(axis=0)
 
 
-def able_to_carry(flows, rack_of_node, own_rates, ports):
-    """Find what could leave and enter each rack in a round were there no uplinks -> [2, racks].
+def able_to_carry(
+    flows: np.ndarray, rack_of_node: np.ndarray, own_rates: np.ndarray, ports: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Return what could leave and enter each rack in a round were there no uplinks -> [2, racks].
 
     It is 0 where a rack's peers have flows with other racks too, so that nobody can say.
     """

@@ -1,6 +1,7 @@
 """What joins two nodes: a link's bandwidth, each way, and latency, by ping-pong in rounds of disjoint pairs."""
 
 import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from mpi4py import MPI
@@ -8,14 +9,16 @@ from mpi4py import MPI
 from hpcmoe.wait import barrier, wait_all
 
 SIZES = tuple(2**power for power in range(16, 24))  # bytes, 64 KiB to 8 MiB
-LATENCY_TRIPS = 20
-BANDWIDTH_TRIPS = 5
-LONG_TRIPS = 20  # a message that takes longer than so many empty trips tells its link's bandwidth alone
-STEEPEST = 0.1  # share of a large message's seconds that its last three quarters must take to be believed
-TAG = 1
+_LATENCY_TRIPS = 20
+_BANDWIDTH_TRIPS = 5
+_LONG_TRIPS = 20  # a message that takes longer than so many empty trips tells its link's bandwidth alone
+_STEEPEST = 0.1  # share of a large message's seconds that its last three quarters must take to be believed
+_TAG = 1
 
 
-def measure_pairs(comm, node_of_rank, rounds, seconds, num_bytes):
+def measure_pairs(
+    comm: MPI.Comm, node_of_rank: np.ndarray, rounds: Sequence[np.ndarray], seconds: float, num_bytes: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Measure the pairs of nodes in rounds -> (bytes_per_second, latency_seconds), [nodes, nodes] each, 0 elsewhere.
 
     Collective over comm. A pair (n, n) is a trip between a node's first two ranks, or a copy within its only one.
@@ -43,29 +46,31 @@ def measure_pairs(comm, node_of_rank, rounds, seconds, num_bytes):
     return figures[0], figures[1]
 
 
-def measure_link(comm, peer, seconds, num_bytes):
+def measure_link(comm: MPI.Comm, peer: int, seconds: float, num_bytes: int) -> tuple[float, float, float]:
     """Measure the link to peer, who runs answer_link, or this rank's memory.
 
-    -> (bytes_per_second there, and back, latency_seconds one way).
+    Returns (bytes_per_second there, and back, latency_seconds one way).
     """
+    # Within a rank a message is a copy.
     begin = time.perf_counter()
     if peer == comm.rank:
-        latency = min(time_copy(1) for _ in range(LATENCY_TRIPS))
+        latency = min(time_copy(1) for _ in range(_LATENCY_TRIPS))
         bandwidth = ramp(time_copy, latency, begin + seconds, num_bytes)
         return bandwidth, bandwidth, latency
 
+    # Time empty trips, then larger ones, half of the seconds each way.
     boxes = make_boxes()
     for _ in range(2):  # the first messages open the connection
         time_trip(comm, peer, boxes, 1, 1)
-    trip = min(time_trip(comm, peer, boxes, 1, 1) for _ in range(LATENCY_TRIPS))
+    trip = min(time_trip(comm, peer, boxes, 1, 1) for _ in range(_LATENCY_TRIPS))
     middle = (begin + seconds + time.perf_counter()) / 2
     there = ramp(lambda size: time_trip(comm, peer, boxes, size, 1), trip, middle, num_bytes)
     back = ramp(lambda size: time_trip(comm, peer, boxes, 1, size), trip, begin + seconds, num_bytes)
-    tell(comm, peer, 0, 0)
+    announce(comm, peer, 0, 0)
     return there, back, trip / 2
 
 
-def ramp(time_message, empty_seconds, deadline, num_bytes):
+def ramp(time_message: Callable[[int], float], empty_seconds: float, deadline: float, num_bytes: int) -> float:
     """Time ever larger messages one way until the time or bytes are spent -> bytes_per_second.
 
     time_message(size) -> the seconds that a message takes with its acknowledgement, empty_seconds when it is empty.
@@ -82,7 +87,7 @@ def ramp(time_message, empty_seconds, deadline, num_bytes):
 
     # Repeat what tells the bandwidth; the fastest is the least disturbed.
     sizes = telling_sizes(seconds_of_bytes)
-    for _ in range(BANDWIDTH_TRIPS):
+    for _ in range(_BANDWIDTH_TRIPS):
         expected = sum(seconds_of_bytes[size] for size in sizes)
         if time.perf_counter() + expected > deadline or sum(sizes) > bytes_left:
             break
@@ -92,27 +97,27 @@ def ramp(time_message, empty_seconds, deadline, num_bytes):
     return estimate_bandwidth(seconds_of_bytes)
 
 
-def telling_sizes(seconds_of_bytes):
-    """Choose the sizes that tell the bandwidth: the largest, and a quarter of it where fixed costs count."""
+def telling_sizes(seconds_of_bytes: dict[int, float]) -> list[int]:
+    """Return the sizes that tell the bandwidth: the largest, and a quarter of it where fixed costs count."""
     largest = max(seconds_of_bytes)
-    short = seconds_of_bytes[largest] < LONG_TRIPS * seconds_of_bytes[0]
+    short = seconds_of_bytes[largest] < _LONG_TRIPS * seconds_of_bytes[0]
     return [largest, largest // 4] if short and largest // 4 in seconds_of_bytes else [largest]
 
 
-def estimate_bandwidth(seconds_of_bytes):
-    """Take the largest message's bytes over its seconds, or where fixed costs count the slope from a quarter of it.
+def estimate_bandwidth(seconds_of_bytes: dict[int, float]) -> float:
+    """Return the largest message's bytes over its seconds, or where fixed costs count the slope from a quarter of it.
 
     A slope can be far too steep when something disturbs the smaller message; the plain ratio errs to the slow side.
     """
     largest, *quarter = telling_sizes(seconds_of_bytes)
     base = quarter[0] if quarter else 0
     slope_seconds = seconds_of_bytes[largest] - seconds_of_bytes[base]
-    if slope_seconds < STEEPEST * seconds_of_bytes[largest]:  # noise ate the difference
+    if slope_seconds < _STEEPEST * seconds_of_bytes[largest]:  # noise ate the difference
         return largest / seconds_of_bytes[largest]
     return (largest - base) / slope_seconds
 
 
-def time_copy(size):
+def time_copy(size: int) -> float:
     """Copy `size` bytes within this rank's memory, which is what a message to itself costs -> seconds."""
     source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
     begin = time.perf_counter()
@@ -120,31 +125,31 @@ def time_copy(size):
     return time.perf_counter() - begin
 
 
-def make_boxes():
-    """Make room for the largest message there and back, touched once so that no message pays for it."""
+def make_boxes() -> np.ndarray:
+    """Return buffers for the largest message there and back, touched once so that no message pays for it."""
     return np.ones((2, SIZES[-1]), np.uint8)
 
 
-def time_trip(comm, peer, boxes, size_there, size_back):
+def time_trip(comm: MPI.Comm, peer: int, boxes: np.ndarray, size_there: int, size_back: int) -> float:
     """Send a message to peer, who then sends one back; the smaller acknowledges the larger -> seconds of both."""
-    tell(comm, peer, size_there, size_back)
+    announce(comm, peer, size_there, size_back)
     begin = time.perf_counter()
-    wait_all([comm.Irecv(boxes[1, :size_back], peer, TAG), comm.Isend(boxes[0, :size_there], peer, TAG)])
+    wait_all([comm.Irecv(boxes[1, :size_back], peer, _TAG), comm.Isend(boxes[0, :size_there], peer, _TAG)])
     return time.perf_counter() - begin
 
 
-def tell(comm, peer, *sizes):
-    """Announce to peer which sizes come next, there and back; zeros end it."""
-    wait_all([comm.Isend(np.array(sizes, np.int64), peer, TAG)])
+def announce(comm: MPI.Comm, peer: int, *sizes: int) -> None:
+    """Send peer the sizes that come next, there and back; zeros end it."""
+    wait_all([comm.Isend(np.array(sizes, np.int64), peer, _TAG)])
 
 
-def answer_link(comm, peer):
+def answer_link(comm: MPI.Comm, peer: int) -> None:
     """Receive and send back what peer's measure_link announces, until it announces nothing."""
     boxes, announced = make_boxes(), np.empty(2, np.int64)
     while True:
-        wait_all([comm.Irecv(announced, peer, TAG)])
+        wait_all([comm.Irecv(announced, peer, _TAG)])
         size_there, size_back = announced
         if size_there == 0:
             return
-        wait_all([comm.Irecv(boxes[0, :size_there], peer, TAG)])
-        wait_all([comm.Isend(boxes[1, :size_back], peer, TAG)])
+        wait_all([comm.Irecv(boxes[0, :size_there], peer, _TAG)])
+        wait_all([comm.Isend(boxes[1, :size_back], peer, _TAG)])

@@ -50,7 +50,7 @@ def test_doubtful_links_are_measured_again_the_slowest_first_and_apart():
 def test_repeats_hold_each_doubtful_pair_once_and_no_node_twice_in_a_round(racks, seed):
     racks = np.unique(racks, return_inverse=True)[1]
     rates = np.random.default_rng(seed).uniform(0.1, 1.0, (len(racks), len(racks)))
-    doubtful = {tuple(sorted(link[:2])) for link in measure.find_slow_links(rates, racks, measure.DOUBTFUL)}
+    doubtful = {tuple(sorted(link[:2])) for link in measure.find_slow_links(rates, racks, measure._DOUBTFUL)}
     made = measure.make_repeats(rates, racks)
     assert sorted(tuple(pair) for pairs in made for pair in pairs.tolist()) == sorted(doubtful)
     assert all(len(np.unique(pairs)) == pairs.size for pairs in made)

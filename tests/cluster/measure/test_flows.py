@@ -133,8 +133,8 @@ def test_a_burst_before_the_window_does_not_count():
 @given(st.lists(st.floats(0.0, 1e12), min_size=1, max_size=5), st.integers(10**4, 10**10))
 def test_messages_of_a_flow_fit_into_its_bytes(bytes_alone, bytes_of_flow):
     sizes = ports.choose_sizes(np.array(bytes_alone), bytes_of_flow)
-    assert (sizes >= 1).all() and (sizes <= ports.MOST_SIZE).all()
-    assert (2 * ports.CHANNELS * sizes <= bytes_of_flow).all()
+    assert (sizes >= 1).all() and (sizes <= ports._MAX_SIZE).all()
+    assert (2 * ports._CHANNELS * sizes <= bytes_of_flow).all()
 
 
 def test_the_flows_of_a_node_are_dealt_to_its_ranks():

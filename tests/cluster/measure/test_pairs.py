@@ -70,7 +70,7 @@ def test_messages_grow_within_their_bytes(num_bytes, monkeypatch):
 @given(st.floats(1e-6, 1.0), st.floats(0.0, 1.0), st.floats(1.0, 2.0))
 def test_noise_never_makes_a_link_many_times_faster(seconds, share, noise):
     taken = {0: 1e-6, 2**18: share * seconds, 2**20: noise * seconds}
-    assert links.estimate_bandwidth(taken) <= 0.75 / links.STEEPEST * 2**20 / (noise * seconds)
+    assert links.estimate_bandwidth(taken) <= 0.75 / links._STEEPEST * 2**20 / (noise * seconds)
 
 
 @pytest.mark.mpi
