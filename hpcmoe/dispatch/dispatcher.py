@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.transport import HOMEWARD, Direction, MessageKind, Transport, make_message_tag, make_tag
@@ -21,7 +21,7 @@ from hpcmoe.dispatch.plan import SlotChooser
 from hpcmoe.dispatch.router import Routing
 from hpcmoe.dispatch.routes import Routes
 from hpcmoe.dispatch.traffic import Traffic, make_traffic
-from hpcmoe.wait import Backoff, poke_all
+from hpcmoe.wait import BackgroundTask, Backoff, poke_all
 
 Buffers = TypeVar("Buffers")
 PAUSES = 16  # between two looks at everything: looking costs more than asking whether there is anything new
@@ -55,17 +55,6 @@ class Chunk:
     slots: Sequence[tuple[int, int]]  # (slot, rows) of each slot that has rows
 
 
-class Task(Protocol):
-    """What goes on in the background, over many steps."""
-
-    @property
-    def done(self) -> bool:
-        """Return True once nothing is left to do."""
-
-    def poke(self) -> bool:
-        """Progress without waiting, and return True if anything moved."""
-
-
 class TokenDispatcher(Protocol):
     """Carries the rows of one expert-parallel group, for all its layers and micro-batches.
 
@@ -89,7 +78,7 @@ class TokenDispatcher(Protocol):
     def is_idle(self) -> bool:
         """Return True if this rank has nothing left to do for others."""
 
-    def register(self, task: Task) -> None:
+    def register(self, task: BackgroundTask) -> None:
         """Poke a task too from now on, until it is over."""
 
     def pop_traffic(self) -> Traffic:
@@ -110,7 +99,7 @@ class TokenDispatcher(Protocol):
     def poll_ready(self, plan: Any, exchange: ExchangeId) -> bool:
         """Return True if an exchange can start. Send the plan's counts where other ranks must know them first."""
 
-    def dispatch(self, plan: Any, rows: torch.Tensor, gates: torch.Tensor, exchange: ExchangeId) -> Any:
+    def dispatch(self, plan: Any, rows: Tensor, gates: Tensor, exchange: ExchangeId) -> Any:
         """Start to send rows [T, H], and gates [T, K] beside them, to their experts, and return a handle."""
 
     def receive(self, handle: Any) -> Iterator[Any]:
@@ -122,10 +111,10 @@ class TokenDispatcher(Protocol):
     def split(self, handle: Any, batch: Any) -> Iterator[Chunk]:
         """Yield the chunks of a batch."""
 
-    def gather(self, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, rows: Any) -> tuple[Tensor, Tensor]:
         """Return a chunk's rows [m, H] and their gates [m] float32; those beyond the chunk's are padding, of gate 0."""
 
-    def scatter(self, results: torch.Tensor, rows: Any, grad_gates: torch.Tensor | None = None) -> None:
+    def scatter(self, results: Tensor, rows: Any, grad_gates: Tensor | None = None) -> None:
         """Write a chunk's results [m, H], and gradients of its gates [m], to where they go home from."""
 
     def return_batch(self, handle: Any, batch: Any) -> None:
@@ -134,10 +123,10 @@ class TokenDispatcher(Protocol):
     def poll_results(self, handle: Any) -> bool:
         """Return True if all results are home. Work that the device is given from then on comes after them."""
 
-    def combine(self, handle: Any, gates: torch.Tensor) -> torch.Tensor:
+    def combine(self, handle: Any, gates: Tensor) -> Tensor:
         """Return the results, times gates [T, K], summed by token -> fresh [T, H]."""
 
-    def gather_gate_grads(self, handle: Any) -> torch.Tensor:
+    def gather_gate_grads(self, handle: Any) -> Tensor:
         """Return the gradients of the gates that came with the results -> [T, K] float32, 0 where none was sent."""
 
 
@@ -150,14 +139,14 @@ class ExchangeProgress(Generic[Buffers]):
         """backends: what carries rows besides the transport, each with poke()."""
         self.transport, self.clock = transport, clock
         self.backends = transport, *backends
-        self.background_tasks: list[Task] = []
+        self.background_tasks: list[BackgroundTask] = []
         self.traffic = make_traffic(transport.size)
 
     def find_buffers(self, exchange: ExchangeId) -> Buffers:
         """Return the in-flight buffers of a micro-batch."""
         return self.in_flight_buffers[exchange.micro_batch % len(self.in_flight_buffers)]
 
-    def register(self, task: Task) -> None:
+    def register(self, task: BackgroundTask) -> None:
         """Poke a task too from now on, until it is over."""
         self.background_tasks.append(task)
 

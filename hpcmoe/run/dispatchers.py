@@ -3,12 +3,14 @@
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import cast
 
 from mpi4py import MPI
 
 from hpcmoe.clock import Clock
 from hpcmoe.cluster.mesh import Mesh
+from hpcmoe.comm.all_to_all import AllToAll
+from hpcmoe.comm.device import Device, HostDevice
 from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.nccl import NcclAllToAll, find_nccl, open_nccl
 from hpcmoe.comm.select import (
@@ -20,20 +22,20 @@ from hpcmoe.comm.select import (
     select_backend,
     select_mpi_backend,
 )
-from hpcmoe.comm.transport import Loopback
+from hpcmoe.comm.transport import Loopback, Transport
 from hpcmoe.comm.window import open_window
 from hpcmoe.config import CommConfig
 from hpcmoe.dispatch.device import DeviceDispatcher
 from hpcmoe.dispatch.host import HostDispatcher
 from hpcmoe.dispatch.routes import Routes
-from hpcmoe.dispatch.sizes import DeviceSizes, HostSizes
+from hpcmoe.dispatch.sizes import AnySizes, DeviceSizes, HostSizes
 from hpcmoe.errors import ClusterError, on_root, raise_or_return
 from hpcmoe.wait import barrier, gather_to_all
 
 log = logging.getLogger(__name__)
 
 
-def select_row_backend(settings: CommConfig, schedule: str, world: MPI.Comm, device: Any) -> str:
+def select_row_backend(settings: CommConfig, schedule: str, world: MPI.Comm, device: Device) -> str:
     """Select what carries rows by [comm]: "window" on the host; "nccl", "direct" or "staged" between GPUs.
 
     Collective over world. Raises ClusterError on all ranks when only some have a GPU, or [comm] asks for what none has.
@@ -51,7 +53,7 @@ def select_row_backend(settings: CommConfig, schedule: str, world: MPI.Comm, dev
     return "window" if device.name == "host" else select_device_backend(settings, schedule, world, device).kind
 
 
-def select_device_backend(settings: CommConfig, schedule: str, world: MPI.Comm, device: Any) -> SelectedBackend:
+def select_device_backend(settings: CommConfig, schedule: str, world: MPI.Comm, device: Device) -> SelectedBackend:
     """Select what carries rows between the ranks' GPUs, and log it. Collective over world.
 
     Raises ClusterError on all ranks when [comm] asks for what is not there.
@@ -69,7 +71,7 @@ def select_device_backend(settings: CommConfig, schedule: str, world: MPI.Comm, 
 
 
 def try_nccl(
-    buffers: str, world: MPI.Comm, device: Any, selected: SelectedBackend, support_of_rank: list[TransportSupport]
+    buffers: str, world: MPI.Comm, device: Device, selected: SelectedBackend, support_of_rank: list[TransportSupport]
 ) -> SelectedBackend:
     """Keep NCCL if it can be set up among all ranks, else select MPI by [comm] buffers. Collective over world."""
     try:
@@ -99,11 +101,22 @@ def find_communicators(mesh: Mesh, backend: str, trains: bool) -> dict[str, MPI.
     return {"rows": mesh.group} | {name: comm for name, comm in sums.items() if comm.size > 1}
 
 
+def open_dispatcher(
+    mesh: Mesh, device: Device, backend: str, sizes: AnySizes, routes: Routes, trains: bool
+) -> contextlib.AbstractContextManager[HostDispatcher | DeviceDispatcher]:
+    """Open what carries rows between the ranks of mesh.group. Collective over mesh.world, both ends."""
+    if isinstance(sizes, HostSizes):
+        return open_host_dispatcher(mesh.group, cast(HostDevice, device), sizes, routes)
+    return open_device_dispatcher(mesh, device, backend, sizes, routes, trains)
+
+
 @contextlib.contextmanager
-def open_host_dispatcher(comm: MPI.Comm, device: Any, sizes: HostSizes, routes: Routes) -> Iterator[HostDispatcher]:
+def open_host_dispatcher(
+    comm: MPI.Comm, device: HostDevice, sizes: HostSizes, routes: Routes
+) -> Iterator[HostDispatcher]:
     """Open what carries rows by memory that a node's ranks share, and by messages. Collective over comm, both ends."""
     barrier(comm)
-    local_comm = comm.Split(int(routes.local_peers[0]), comm.rank)
+    local_comm = cast(MPI.Intracomm, comm.Split(int(routes.local_peers[0]), comm.rank))
     one_node = len(routes.local_peers) == comm.size
     with (
         open_window(local_comm, sizes.window_sizes(routes)) as window,
@@ -111,13 +124,13 @@ def open_host_dispatcher(comm: MPI.Comm, device: Any, sizes: HostSizes, routes: 
         if one_node
         else open_mpi_transport(comm, sizes.row_bytes) as transport,
     ):
-        yield HostDispatcher(transport, window, device, Clock(), sizes, routes)
+        yield HostDispatcher(cast(Transport, transport), window, device, Clock(), sizes, routes)
     local_comm.Free()
 
 
 @contextlib.contextmanager
 def open_device_dispatcher(
-    mesh: Mesh, device: Any, sizes: DeviceSizes, routes: Routes, backend: str, trains: bool
+    mesh: Mesh, device: Device, backend: str, sizes: DeviceSizes, routes: Routes, trains: bool
 ) -> Iterator[DeviceDispatcher]:
     """Open what carries rows between the GPUs of mesh.group. Collective over mesh.world, both ends."""
     with contextlib.ExitStack() as opened:
@@ -127,7 +140,7 @@ def open_device_dispatcher(
         if backend == "nccl":  # which sums gradients too
             communicators = find_communicators(mesh, backend, trains)
             groups = opened.enter_context(open_nccl(mesh.world, communicators, device, find_nccl()[0]))
-            all_to_all = NcclAllToAll(groups["rows"])
+            all_to_all: AllToAll = NcclAllToAll(groups["rows"])
             sum_groups = {name: group for name, group in groups.items() if name != "rows"}
         else:
             sum_groups = None

@@ -149,7 +149,7 @@ FAULTS = {
         4,
     ),
     "biases are those of before the step": plant(
-        "experts/products.py", "        self.biases = {}\n        for matrix", "        for matrix", FFN
+        "gemm.py", "(self.weights, self.packs, self.biases):", "(self.weights, self.packs):", FFN
     ),
     # EXCHANGE and what carries it
     "local peers are told before the rows are there": plant(
@@ -222,7 +222,7 @@ FAULTS = {
         3,
     ),
     "sums over groups take others' experts for their own": plant(
-        "run/optimizer.py",
+        "run/gradient_sums.py",
         "key=lambda slot: ranks_of[slot][0] != comm.rank)",
         "key=lambda slot: ranks_of[slot][0] == comm.rank)",
         "run/test_shapes.py -k 'dp2 and ep2 and tp1 and every_model'",
@@ -271,7 +271,7 @@ FAULTS = {
         3,
     ),
     "moments of a share lie at its first row": plant(
-        "run/state.py", "(piece.first, *place.start[1:])", "(0, *place.start[1:])", STATE, 3
+        "run/state.py", "(rows.first, *part.start[1:])", "(0, *part.start[1:])", STATE, 3
     ),
     # THE LOAD
     "biases push towards busy experts": plant(
@@ -301,7 +301,7 @@ FAULTS = {
     ),
     "an altered file passes": plant(
         "write/checksums.py",
-        "if compute_digest(path) != sums[path.name]:",
+        "if compute_digest(path) != digest_of_name[path.name]:",
         "if len(compute_digest(path)) != 64:",
         "write/test_checksums.py write/test_verify.py",
     ),

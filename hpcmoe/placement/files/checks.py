@@ -140,6 +140,7 @@ def find_overflow(problem: PlacementProblem, names: Mapping[str, str] = CASE_NAM
         if not longest * problem.num_layers <= MOST_SECONDS:
             yield (
                 f"{names.get(key, key)}: at worst {longest:.3g} s for the {tokens:.3g} assignments of "
-                f"{names['tokens']} x {names.get('layers', 'layers')} = {problem.num_layers}: must be at most {MOST_SECONDS:g} s"
+                f"{names['tokens']} x {names.get('layers', 'layers')} = {problem.num_layers}: "
+                f"must be at most {MOST_SECONDS:g} s"
             )
             return
