@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int | None:
     if name not in COMMANDS:
         print_to_stderr([f"hpcmoe: command line: {show_value(name)}: unknown command{suggest(name, COMMANDS)}"])
         return EXIT_USER
+
+    # Import the program, which may take seconds, and run it.
     sys.argv = [f"hpcmoe {name}", *rest]
     prepare_process()
     module, needs_mpi, *_ = COMMANDS[name]

@@ -1,7 +1,8 @@
-"""The command line of every program: its errors are raised, and it goes by the name that it was started by."""
+"""The command line of every program, whose errors are raised and whose usage names the program as it was started."""
 
 import argparse
 import sys
+from typing import NoReturn
 
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import one_line
@@ -11,12 +12,12 @@ from hpcmoe.output import print_to_stdout
 class Parser(argparse.ArgumentParser):
     """A parser that raises what is wrong with the command line, and whose help may lose its reader."""
 
-    def error(self, message: str):
-        """Raise instead of leaving, so that all ranks can end together."""
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError instead of exiting, so that all ranks can end together."""
         raise ConfigError(f"command line: {one_line(message)}")
 
-    def print_help(self, file=None):
-        """Show the help; argparse leaves after it."""
+    def print_help(self, file: object = None) -> None:
+        """Print the help; argparse exits after it."""
         print_to_stdout(self.format_help())
 
 

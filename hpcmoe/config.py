@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from os import PathLike
-from typing import Annotated, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, dataclass_transform, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, MaxLen, MinLen
 
@@ -25,12 +25,14 @@ Positive32 = Annotated[float, Gt(0), InFloat32()]
 NotNegative32 = Annotated[float, Ge(0), InFloat32()]
 UpToOne32 = Annotated[float, Interval(ge=0, le=1), InFloat32()]
 BelowOne32 = Annotated[float, Interval(ge=0, lt=1), InFloat32()]
-Share = Annotated[float, Interval(gt=0, lt=1)]
+
+Section = TypeVar("Section")
 
 
-def section(cls):
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def section(cls: type[Section]) -> type[Section]:
     """Make a section: a frozen, slotted dataclass whose values pydantic checks strictly."""
-    cls.__pydantic_config__ = STRICT
+    cls.__pydantic_config__ = STRICT  # type: ignore[attr-defined]  # pydantic's own name, which dataclass keeps
     cls.__annotations__["__pydantic_config__"] = ClassVar
     return dataclass(frozen=True, slots=True, kw_only=True)(cls)
 
@@ -50,7 +52,7 @@ class RunConfig:
 
 @section
 class ModelConfig:
-    """The sizes that all chapters share."""
+    """The sizes of the network."""
 
     hidden: _Count = 64
     feed_forward: _Count = 128
@@ -85,7 +87,7 @@ class ParallelConfig:
 
 @section
 class CommConfig:
-    """What carries bytes."""
+    """What carries rows between ranks."""
 
     device: Literal["auto", "host", "cuda"] = "auto"
     transport: Literal["auto", "nccl", "mpi"] = "auto"
@@ -131,7 +133,7 @@ class PipelineConfig:
 
     @property
     def num_in_flight(self) -> int:
-        """Micro-batches under way at once."""
+        """Return the number of micro-batches under way at once."""
         return 1 if self.schedule == "serial" else min(self.in_flight, self.micro_batches)
 
 
@@ -167,7 +169,7 @@ class DataConfig:
 
     files: Annotated[tuple[str, ...], MinLen(1)] = ("{stdlib}/*.py", "{stdlib}/*/*.py")
     exclude: tuple[str, ...] = ("*/site-packages/*", "*/dist-packages/*", "*/test/*")
-    validation_share: Share = 0.1
+    validation_share: Annotated[float, Interval(gt=0, lt=1)] = 0.1
     batch_sequences: _Count = 64
     validation_sequences: _Count = 128
 
@@ -202,7 +204,7 @@ class WriteConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSpec:
-    """What a network is, and how its experts are kept: the sections that shape it, and of [run] what they lack."""
+    """What a network is: the sections that shape it, the seed of its weights, and the use it is built for."""
 
     model: ModelConfig
     dispatch: DispatchConfig
@@ -231,25 +233,23 @@ class Config:
 
     @property
     def spec(self) -> NetworkSpec:
-        """What the chapters below run/ need to know of the network."""
+        """Return what the chapters below run/ need to know of the network."""
+        trains = self.run.mode == "train"
         return NetworkSpec(
-            model=self.model,
-            dispatch=self.dispatch,
-            experts=self.experts,
-            seed=self.run.seed,
-            trains=self.run.mode == "train",
+            model=self.model, dispatch=self.dispatch, experts=self.experts, seed=self.run.seed, trains=trains
         )
 
 
 def read_config(path: str | PathLike, overrides: Sequence[str] = ()) -> tuple[Config, str]:
     """Read and check a TOML file and `section.key=value` overrides -> (Config, its text with the overrides).
 
-    Raises ConfigError with one line per error: file, section, key, value, and what is allowed.
+    Raises ConfigError with one line per error: file or option, section, key, value, and what is allowed.
     """
     tree, text = read_toml(path)
 
-    # Lay the overrides over the file, remembering where each value came from.
-    source_of_key, kinds = {}, {(name, key): kind_of(kind) for name, key, kind in list_keys()}
+    # Apply the overrides, and record where each value came from.
+    kinds = {(name, key): kind_of(annotation) for name, key, annotation in list_keys()}
+    source_of_key: dict[tuple[str, ...], str] = {}
     for override in overrides:
         name, key, value = parse_override(override, kinds)
         if name not in tree:
@@ -259,23 +259,25 @@ def read_config(path: str | PathLike, overrides: Sequence[str] = ()) -> tuple[Co
         tree[name][key] = value
         source_of_key[name, key] = name_option(override)
 
-    config = make_config(tree, lambda *keys: source_of_key.get(keys, one_line(path)))
-    config = expand_paths(config, lambda *keys: source_of_key.get(keys, one_line(path)))
+    def source_of(*keys: str) -> str:
+        return source_of_key.get(keys, one_line(path))
+
+    config = expand_paths(make_config(tree, source_of), source_of)
     return config, text + "".join(f"\n# --set {override}" for override in overrides)
 
 
 @functools.cache
 def list_keys() -> tuple[tuple[str, str, object], ...]:
-    """List every key of run.toml as (section, key, annotation)."""
+    """Return every key of run.toml as (section, key, annotation)."""
     return tuple(
         (part.name, key.name, get_type_hints(part.type, include_extras=True)[key.name])
-        for part in fields(Config)
-        for key in fields(part.type)
+        for part in fields(cast(Any, Config))
+        for key in fields(cast(Any, part.type))
     )
 
 
-def make_config(tree: dict, source_of: Callable[..., str]) -> Config:
-    """Check a parsed TOML tree whole -> Config; ConfigError lists every error in it."""
+def make_config(tree: dict[str, Any], source_of: Callable[..., str]) -> Config:
+    """Check a parsed TOML tree -> Config. Raises ConfigError with one line per error."""
     config = validate(Config, tree, source_of)
     lines = [
         f"{source_of(name, key)}: [{name}] {key} = {show_value(getattr(getattr(config, name), key))}: {what}"
@@ -287,7 +289,7 @@ def make_config(tree: dict, source_of: Callable[..., str]) -> Config:
 
 
 def find_invalid_values(config: Config) -> Iterator[tuple[tuple[str, str], str]]:
-    """Yield ((section, key), text) for numbers that float32 does not have, and texts that are not one line."""
+    """Yield ((section, key), what is wrong) of numbers that float32 cannot hold, and of texts of several lines."""
     for name, key, annotation in list_keys():
         value = getattr(getattr(config, name), key)
         if what := find_range_error(value, annotation):

@@ -1,17 +1,23 @@
 """Values of run.toml that are each allowed, but not together."""
 
+from typing import Any
+
 from hpcmoe.messages import show_value
 from hpcmoe.paths import WORDS_OR_PATH, is_path
 
 
-def find_contradictions(config):
-    """Find values that do not fit together -> list of ((section, key), what its value must be)."""
+def find_contradictions(config: Any) -> list[tuple[tuple[str, str], str]]:
+    """Find values of a Config that do not fit together -> list of ((section, key), what its value must be)."""
     model, pipeline, data = config.model, config.pipeline, config.data
+
+    # Check what is a word or a path.
     words = [
         (getattr(getattr(config, name), key) in allowed or is_path(getattr(getattr(config, name), key)), name, key,
          f"must be {', '.join(map(show_value, allowed))}, or a file, whose path has a / or a . in it")
         for (name, key), allowed in WORDS_OR_PATH.items()
     ]  # fmt: skip
+
+    # Compare keys with each other.
     checks = [
         (model.top_k <= model.num_experts, "model", "top_k",
          f"must be at most num_experts = {model.num_experts}"),

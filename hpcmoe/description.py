@@ -1,20 +1,25 @@
-"""What a run is, kept in its record: input, versions, cluster, placement, and what its tokens asked of the experts."""
+"""What a run is, written to its record: input, versions, cluster, placement, and the tokens of its experts."""
 
 import importlib.metadata
 import platform
+from typing import TYPE_CHECKING
 
+import numpy as np
 from mpi4py import MPI
 
 from hpcmoe import __version__
 from hpcmoe.write.problem import record_problem
+from hpcmoe.write.records import Records
+
+if TYPE_CHECKING:  # which imports torch
+    from hpcmoe.prepare.placement import RunPlacement
+    from hpcmoe.run.job import Job
 
 NOT_INSTALLED = "not installed"  # a package that only lies on Python's path, or nowhere
 
 
-def describe_run(records, job, text):
-    """Keep what the run is: input, versions, cluster, placement."""
-    from hpcmoe.prepare.placement import describe_placement  # torch: seconds of CPU on a laptop
-
+def describe_run(records: Records, job: "Job", text: str) -> None:
+    """Write what the run is: input, versions, cluster, placement."""
     topology = job.topology
     records.describe("run", "config", text)
     records.describe("run", "versions", read_versions())
@@ -31,22 +36,41 @@ def describe_run(records, job, text):
         record_problem(records, job.problem)
 
 
-def describe_tokens(records, job):
-    """Keep the tokens that each node asked of each expert since this was kept last. Collective over all ranks."""
+def describe_placement(records: Records, run_placement: "RunPlacement") -> None:
+    """Write the placement and the figures of its search."""
+    placement = run_placement.placement
+    units = {"split": "share of a node's tokens for the slot's expert"}
+    units |= dict.fromkeys(("objective_seconds", "lower_bound_seconds"), "s")
+    for name in (
+        "expert_of_replica", "rank_of_replica", "replica_count", "split", "objective", "cross_node_share", "link_sigma",
+        "objective_seconds", "lower_bound_seconds",
+    ):  # fmt: skip
+        if getattr(placement, name) is not None:
+            records.describe("cluster", name, getattr(placement, name), units.get(name, ""))
+    records.describe("cluster", "placement", placement.method)
+    records.describe("cluster", "optimal", placement.is_optimal)
+    records.describe("cluster", "search_seconds", placement.search_stats.seconds, "s")
+    records.describe("cluster", "search_proposals", placement.search_stats.num_proposals)
+    for method, seconds in run_placement.seconds_of_method.items():
+        records.describe("cluster", f"{method}_seconds", np.nan if seconds is None else seconds, "s")
+
+
+def describe_tokens(records: Records, job: "Job") -> None:
+    """Write the tokens of each expert by their home node, since the last call. Collective over all ranks."""
     tokens = job.meter.pop_tokens(job.topology.node_of_rank)
     if tokens is not None:
         records.describe("experts", "tokens_of_node", tokens, "assignments")
 
 
-def read_versions():
-    """Name the versions of what computes -> dict."""
+def read_versions() -> dict[str, str]:
+    """Read the versions of what computes -> by name."""
     versions = {name: find_version(name) for name in ("numpy", "torch", "mpi4py", "h5py")}
     library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
     return {"hpcmoe": __version__, **versions, "python": platform.python_version(), "MPI library": library}
 
 
-def find_version(package):
-    """Name the version of a package."""
+def find_version(package: str) -> str:
+    """Return the version of a package, or NOT_INSTALLED."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,14 +1,15 @@
-"""Keys that were set and have no effect beside others, and parts of a model that a config leaves untrained: told."""
+"""Notes on a config: keys that were set and have no effect, and parts of a model that it leaves untrained."""
 
 from collections.abc import Iterator
 
+from hpcmoe.config import Config
 from hpcmoe.messages import show_value
 
-Reason = tuple[bool, str, str]  # whether it holds; why; the keys, section.key, that then have no effect
+Reason = tuple[bool, str, str]  # does it hold? why; the keys, section.key, that then have no effect
 LEAST_DECAY = 2.0**-25  # of a weight, that float32 can take off it
 
 
-def find_ineffective(config: object) -> Iterator[str]:
+def find_ineffective(config: Config) -> Iterator[str]:
     """Yield a line for each reason why keys that differ from their defaults have no effect, or not all they promise."""
     for part in (list_modes, list_cluster, list_comm, list_routing, list_turns):
         for holds, why, keys in part(config):
@@ -20,21 +21,21 @@ def find_ineffective(config: object) -> Iterator[str]:
         yield from find_untrained(config)
 
 
-def differs(config: object, name: str) -> bool:
+def differs(config: Config, name: str) -> bool:
     """Return True if a key, section.key, was set to another value than its default."""
     section, key = name.split(".")
     part = getattr(config, section)
     return getattr(part, key) != getattr(type(part)(), key)
 
 
-def name_key(config: object, name: str) -> str:
+def name_key(config: Config, name: str) -> str:
     """Write a key, section.key, with its value."""
     section, key = name.split(".")
     return f"[{section}] {key} = {show_value(getattr(getattr(config, section), key))}"
 
 
-def list_modes(config: object) -> list[Reason]:
-    """List what inference leaves out, and training."""
+def list_modes(config: Config) -> list[Reason]:
+    """List the keys that have no effect in inference, and in training."""
     infers = config.run.mode == "infer"
     return [
         (infers, '[run] mode = "infer" trains nothing',
@@ -46,8 +47,8 @@ def list_modes(config: object) -> list[Reason]:
     ]  # fmt: skip
 
 
-def list_cluster(config: object) -> list[Reason]:
-    """List what links, placement and its moves leave out."""
+def list_cluster(config: Config) -> list[Reason]:
+    """List the keys that links, placement and rebalancing leave without effect."""
     cluster, placement, still = config.cluster, config.placement, config.rebalance.every == 0
     method = f'[placement] method = "{placement.method}"'
     plain = placement.method in ("packed", "contiguous") and not placement.replicate
@@ -64,8 +65,8 @@ def list_cluster(config: object) -> list[Reason]:
     ]  # fmt: skip
 
 
-def list_comm(config: object) -> list[Reason]:
-    """List what is not asked where there are no GPUs, or nothing but GPUs, or no other ranks."""
+def list_comm(config: Config) -> list[Reason]:
+    """List the keys of [comm] without effect: without GPUs, with GPUs alone, without other ranks."""
     comm, parallel = config.comm, config.parallel
     return [
         (comm.device == "host", '[comm] device = "host" has no GPUs', "comm.transport comm.buffers"),
@@ -78,12 +79,15 @@ def list_comm(config: object) -> list[Reason]:
     ]  # fmt: skip
 
 
-def list_routing(config: object) -> list[Reason]:
-    """List what the model leaves a router no choice of."""
+def list_routing(config: Config) -> list[Reason]:
+    """List the keys of the router where the model leaves it no choice."""
     model, dispatch = config.model, config.dispatch
     every = model.top_k == model.num_experts
     no_order = every and dispatch.capacity_factor == 0  # which of a token's experts is its first matters to none
-    why, room = f"[model] top_k = num_experts = {model.top_k} sends each token to all", model.num_experts / model.top_k
+    why, enough = (
+        f"[model] top_k = num_experts = {model.top_k} sends each token to all",
+        model.num_experts / model.top_k,
+    )
     return [
         (not model.attention, "[model] attention = false", "model.num_heads"),
         (every, why, "dispatch.aux_loss_weight dispatch.renormalize"),
@@ -91,13 +95,13 @@ def list_routing(config: object) -> list[Reason]:
         (no_order and dispatch.load_feedback_on == "selection", why, "dispatch.load_feedback"),
         (dispatch.load_feedback == 0, "[dispatch] load_feedback = 0",
          "dispatch.load_feedback_on dispatch.load_window_steps"),
-        (dispatch.capacity_factor >= room, f"num_experts / top_k = {room:g} is room for every token",
+        (dispatch.capacity_factor >= enough, f"num_experts / top_k = {enough:g} is room for every token",
          "dispatch.capacity_factor"),
     ]  # fmt: skip
 
 
-def list_turns(config: object) -> list[Reason]:
-    """List what never comes to its turn."""
+def list_turns(config: Config) -> list[Reason]:
+    """List the keys of schedules and periods that are never used."""
     pipeline, write = config.pipeline, config.write
     return [
         (pipeline.micro_batches == 1, "[pipeline] micro_batches = 1", "pipeline.schedule"),
@@ -107,7 +111,7 @@ def list_turns(config: object) -> list[Reason]:
     ]  # fmt: skip
 
 
-def find_shortfalls(config: object) -> Iterator[str]:
+def find_shortfalls(config: Config) -> Iterator[str]:
     """Yield a line for each key that was set to more than others let it have."""
     pipeline, steps, every = config.pipeline, config.run.steps, config.rebalance.every
     most = pipeline.in_flight if pipeline.schedule == "serial" else pipeline.micro_batches
@@ -117,8 +121,9 @@ def find_shortfalls(config: object) -> Iterator[str]:
         yield f"[rebalance] every = {every}: [run] steps = {steps} end before the first time"
 
 
-def find_untrained(config: object) -> Iterator[str]:
+def find_untrained(config: Config) -> Iterator[str]:
     """Yield a line for each part of the model that training leaves as it was drawn, wholly or in most steps."""
+    # Find parts that no gradient reaches.
     model, train, data, steps = config.model, config.train, config.data, config.run.steps
     if model.attention and model.sequence_length == 1:
         yield "[model] sequence_length = 1 leaves queries and keys untrained: a token attends to itself alone"
@@ -128,8 +133,11 @@ def find_untrained(config: object) -> Iterator[str]:
     if assignments < model.num_experts:
         yield (
             f"[model] num_experts = {model.num_experts}: a step's batch_sequences {data.batch_sequences} x "
-            f"sequence_length {model.sequence_length} x top_k {model.top_k} = {assignments} assignments leave some untrained"
+            f"sequence_length {model.sequence_length} x top_k {model.top_k} = {assignments} assignments leave some "
+            "untrained"
         )
+
+    # Find updates that are too small, or too few.
     warmup = train.learning_rate_warmup_steps
     if warmup > steps and differs(config, "train.learning_rate_warmup_steps"):
         yield (

@@ -8,14 +8,16 @@ if __name__ == "__main__":
 
     import_mpi()
 
+import argparse
 import contextlib
 import gc
 import logging
 import pathlib
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.arguments import Parser, name_program
@@ -23,7 +25,7 @@ from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.cluster.launcher import check_launcher
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.cluster.topology import save_topology
-from hpcmoe.config import read_config
+from hpcmoe.config import Config, read_config
 from hpcmoe.description import describe_run, describe_tokens
 from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
 from hpcmoe.idle import find_ineffective
@@ -48,14 +50,20 @@ from hpcmoe.write.checkpoint import (
 from hpcmoe.write.folder import open_folder
 from hpcmoe.write.pieces import Piece, PieceSpec, read_pieces
 from hpcmoe.write.problem import read_loads
-from hpcmoe.write.records import open_records
+from hpcmoe.write.records import Records, open_records
 from hpcmoe.write.writer import open_writer
+
+if TYPE_CHECKING:  # what imports torch
+    from hpcmoe.report.totals import Totals
+    from hpcmoe.run.job import Job
+    from hpcmoe.run.optimizer import Optimizer
+    from hpcmoe.run.state import TrainingState
 
 log = logging.getLogger("hpcmoe.main")
 
 
-def main():
-    """Run the program; whatever goes wrong ends all ranks."""
+def main() -> None:
+    """Run the program; any exception ends all ranks."""
     comm, host, watch = MPI.COMM_WORLD, read_host_name(), Watch(None)
     try:
         with repeated_interrupts(), contextlib.ExitStack() as opened:
@@ -75,11 +83,12 @@ def main():
         exit_with(comm, error, host)
 
 
-def run(comm, arguments, opened):
-    """Read, place, run, keep; opened holds the run's folder until the end. Collective over comm."""
-    # Make sure of input and output first: what is wrong need not wait for torch.
+def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.ExitStack) -> None:
+    """Read, place, run, write; opened holds the run's folder until the end. Collective over comm."""
+    # Check input and output first: what is wrong there need not wait for torch.
     config, text = on_root(comm, lambda: read_config(arguments.config, arguments.set))
-    on_root(comm, lambda: [log.warning("%s", note) for note in find_ineffective(config)])
+    for note in find_ineffective(config) if comm.rank == 0 else ():
+        log.warning("%s", note)
     folder = pathlib.Path(config.run.output, config.run.name)
     checkpoint = None if arguments.resume is None else find_checkpoint(comm, arguments.resume or folder)
     goes_on = checkpoint is not None and is_in_folder(checkpoint, folder)
@@ -92,16 +101,18 @@ def run(comm, arguments, opened):
     topology = read_topology(comm, config.cluster) if config.cluster.links != "measure" else None
     opened.enter_context(open_folder(comm, config.run.output, config.run.name, resume=goes_on))
 
-    # Find out where the ranks are and what joins them.
+    # Read where the ranks are and what joins them; check the memory of nodes, that of GPUs is known when they are open.
     topology = topology or read_topology(comm, config.cluster)
-    gpus = (
-        config.comm.device if may_use_gpus(config.comm.device, config.cluster.memory_bytes_per_node, topology) else None
-    )
-    if gpus is None:  # how much they have is known when they are opened
+    on_gpus = may_use_gpus(config.comm.device, config.cluster.memory_bytes_per_node, topology)
+    if not on_gpus:
         on_root(comm, lambda: check_budget(config.spec, config.parallel.data, topology))
     on_root(comm, lambda: save_topology(topology, folder / "topology.json"))
     log.info("%s", topology)
-    with open_mesh(comm, resolve_tensor_parallel(comm, config.parallel, config.spec, topology, gpus)) as mesh:
+    device = config.comm.device if on_gpus else "host"
+    parallel = resolve_tensor_parallel(comm, config.parallel, config.spec, topology, device)
+
+    # Open the run, which imports torch; then train or infer, and record.
+    with open_mesh(comm, parallel) as mesh:
         gc.disable()  # torch's import makes much that stays: a tenth of its time is looking through it for garbage
         with exit_on_signals(lambda ending: end_all_ranks(comm, opened, ending)):
             from hpcmoe.report.tables import make_table
@@ -118,12 +129,13 @@ def run(comm, arguments, opened):
                 describe_tokens(records, job)
                 record_totals(records, totals)
             if comm.rank == 0:
-                table, written = make_table(job, totals), list_written(config, folder)
+                newest = newest_checkpoint(folder) if config.run.mode == "train" else None
+                table, written = make_table(job, totals), [folder / "run.h5", *([newest] if newest else [])]
                 print_to_stdout(f"\n{table}\n\nwritten: {', '.join(map(str, written))}")
 
 
-def end_all_ranks(comm, opened, ending):
-    """Let go of the run's folder as if an exception had come, and end all ranks. Not collective."""
+def end_all_ranks(comm: MPI.Intracomm, opened: contextlib.ExitStack, ending: BaseException) -> None:
+    """Close the run's folder as if an exception had come, and end all ranks. Not collective."""
     opened.__exit__(type(ending), ending, None)
     exit_with(comm, ending, read_host_name())
 
@@ -132,14 +144,14 @@ def end_all_ranks(comm, opened, ending):
 class Start:
     """Where a run begins: as drawn from the seed, or as a checkpoint holds it."""
 
-    optimizer: Any  # None when inferring
-    state: Any
+    optimizer: "Optimizer | None"  # None in inference
+    state: "TrainingState"
     step: int
-    load: Any  # [L, E], what the routers feel at first
+    load: np.ndarray  # [L, E], tokens of an expert / expected, under which the routers choose at first
 
 
-def make_start(job, checkpoint):
-    """Lay the state out, and fill it from the checkpoint if there is one -> Start. Collective over all ranks."""
+def make_start(job: "Job", checkpoint: pathlib.Path | None) -> Start:
+    """Make the state, and read it from the checkpoint if there is one. Collective over all ranks."""
     from hpcmoe.model.balance import even_load
     from hpcmoe.run.optimizer import Optimizer
     from hpcmoe.run.state import TrainingState
@@ -153,44 +165,46 @@ def make_start(job, checkpoint):
     return Start(optimizer=optimizer, state=state, step=step, load=load)
 
 
-def train_or_infer(job, records, folder, start):
-    """Do what [run] mode asks -> Totals. Collective over all ranks."""
+def train_or_infer(job: "Job", records: Records, folder: pathlib.Path, start: Start) -> "Totals":
+    """Train or infer, as [run] mode says. Collective over all ranks."""
     from hpcmoe.report.totals import gather_totals
     from hpcmoe.run.finite import check_state
     from hpcmoe.run.infer import infer
     from hpcmoe.run.state import LOAD
     from hpcmoe.run.train import is_due, layers_to_write, train
 
-    config, world, training = job.config, job.mesh.world, start.optimizer is not None
-    write = config.write
+    config, world, write = job.config, job.mesh.world, job.config.write
 
-    def save(step, load, activations):
-        """Keep what is due after a step. Collective over all ranks."""
+    def save(step: int, load: np.ndarray, activations: dict[str, np.ndarray]) -> None:
+        """Write what is due after a step. Collective over all ranks."""
         writer.poll()
         if layers_to_write(config, step):
             write_activations(world, folder, step, activations)
-        if training and is_due(step, write.checkpoint_every, config.run.steps):
+        if start.optimizer is not None and is_due(step, write.checkpoint_every, config.run.steps):
             describe_tokens(records, job)
             records.flush()
             check_state(world, start.state, step, {LOAD: load})
             held = start.state.collect({LOAD: load})
-            pieces = (Piece(name=name, shape=shape, start=at, array=array) for name, shape, at, array in held)
-            writer.save(step, pieces, describe_checkpoint(job, step))
+            pieces = (Piece(name=part.name, shape=part.shape, start=part.start, array=array) for part, array in held)
+            writer.save(step, pieces, describe_checkpoint(config, step, world.size, len(job.training)))
 
     log_plan(job)
     with open_writer(world, folder, write.checkpoints_kept, write.asynchronous) as writer:
-        if training:
+        if start.optimizer is not None:
             losses = train(job, records, start.optimizer, (start.step, start.load), save)
         else:
             losses = infer(job, records, start.load, save)
     return gather_totals(job, start.optimizer, losses, writer.snapshot_bytes)
 
 
-def resume(job, state, checkpoint):
-    """Take the state from a checkpoint of any number of ranks -> (its step, its load). Collective over all ranks."""
+def resume(job: "Job", state: "TrainingState", checkpoint: pathlib.Path) -> tuple[int, np.ndarray]:
+    """Read the state from a checkpoint of any number of ranks -> (its step, its load). Collective over all ranks."""
     from hpcmoe.run.state import LOAD
 
-    wanted = [PieceSpec(name=n, shape=s, start=at, extent=e, keys=keys) for n, s, at, e, keys in state.list_wanted()]
+    wanted = [
+        PieceSpec(name=part.name, shape=part.shape, start=part.start, extent=part.extent, keys=part.keys)
+        for part in state.list_wanted()
+    ]
     arrays, metadata = read_pieces(job.mesh.world, checkpoint, wanted)
     step = step_of(checkpoint)
     log.info("resumed %s, step %d, written by %d ranks", checkpoint, step, metadata["num_ranks"])
@@ -198,14 +212,8 @@ def resume(job, state, checkpoint):
     return step, state.restore(arrays, step)[LOAD]
 
 
-def list_written(config, folder):
-    """List what this run has left to look into."""
-    newest = newest_checkpoint(folder) if config.run.mode == "train" else None
-    return [folder / "run.h5", *([newest] if newest else [])]
-
-
-def log_plan(job):
-    """Say what is about to run and how much memory it will take."""
+def log_plan(job: "Job") -> None:
+    """Log what is about to run and how much memory it will take. Collective over all ranks."""
     from hpcmoe.prepare.placement import format_placement
     from hpcmoe.prepare.sizes import format_sizes
     from hpcmoe.report.totals import format_sampling_floors
@@ -215,12 +223,11 @@ def log_plan(job):
         "%d layers x %d experts, top-%d, hidden %d, feed-forward %d; %.1f MB of text to train on",
         model.num_layers, model.num_experts, model.top_k, model.hidden, model.feed_forward, text_bytes / 1e6,
     )  # fmt: skip
-    budget_lines = format_budget(job.budget, job.topology, memory.per_expert, model.num_layers)
-    size_lines = format_sizes(job.stepper.dispatcher.sizes, job.stepper.dispatcher.routes)
+    dispatcher = job.stepper.dispatcher
     for line in [
-        *budget_lines,
+        *format_budget(job.budget, job.topology, memory.per_expert, model.num_layers),
         *format_placement(job.run_placement, job.config.placement),
-        *size_lines,
+        *format_sizes(dispatcher.sizes, dispatcher.routes),
         format_sampling_floors(job),
     ]:
         log.info("%s", line)
@@ -230,26 +237,25 @@ def log_plan(job):
     )  # fmt: skip
 
 
-def check_checkpoint(checkpoint, folder, config):
-    """Reject a checkpoint at its last step, of another function, or, to infer, in the folder of its training."""
+def check_checkpoint(checkpoint: pathlib.Path | None, folder: pathlib.Path, config: Config) -> None:
+    """Raise ConfigError or CheckpointError unless a run can go on from a checkpoint.
+
+    It cannot from its own last step, from another function, nor infer in the folder of the training.
+    """
     if checkpoint is None:
         return
     if config.run.mode == "infer" and is_in_folder(checkpoint, folder):
         raise ConfigError(f'[run] name = "{config.run.name}": inference of {checkpoint} needs a name of its own')
-    if config.run.mode == "train" and step_of(checkpoint) >= config.run.steps:
-        raise ConfigError(
-            f"[run] steps = {config.run.steps}: must be more than the {step_of(checkpoint)} of {checkpoint}"
-        )
-    check_metadata(read_metadata(checkpoint), config, checkpoint, step_of(checkpoint))
+    step, steps = step_of(checkpoint), config.run.steps
+    if config.run.mode == "train" and step >= steps:
+        raise ConfigError(f"[run] steps = {steps}: must be more than the {step} of {checkpoint}")
+    check_metadata(read_metadata(checkpoint), config, checkpoint, step)
 
 
-def read_run_arguments(words):
-    """Parse the command line -> arguments, or None when only help was asked for. Raises ConfigError."""
-    parser = Parser(
-        prog=name_program("hpcmoe.main"),
-        description="Train or run a mixture of experts over MPI ranks.",
-        add_help=False,
-    )
+def read_run_arguments(words: list[str]) -> argparse.Namespace | None:
+    """Parse the command line; None when only help was asked for. Raises ConfigError."""
+    about = "Train or run a mixture of experts over MPI ranks."
+    parser = Parser(prog=name_program("hpcmoe.main"), description=about, add_help=False)
     parser.add_argument("config", nargs="?", help="TOML file, such as inputs/run.toml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
     parser.add_argument(
@@ -266,8 +272,8 @@ def read_run_arguments(words):
     return arguments
 
 
-def start_log(comm):
-    """Log to standard error: rank 0 what goes on, the others what goes wrong."""
+def start_log(comm: MPI.Intracomm) -> None:
+    """Start the log on standard error: of rank 0 from INFO on, of the others from WARNING."""
     logging.basicConfig(
         handlers=[StderrHandler()],
         level=logging.INFO if comm.rank == 0 else logging.WARNING,

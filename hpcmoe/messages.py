@@ -4,6 +4,7 @@ import difflib
 import reprlib
 import unicodedata
 from collections.abc import Iterable
+from datetime import date, time
 
 MOST_SHOWN, MOST_OF_LINE = 120, 320  # characters of a value in a message, and of a path or an option
 _MOST_BITS = 256  # of a whole number that is written out
@@ -32,27 +33,35 @@ def one_line(text: object, most: int = MOST_OF_LINE) -> str:
 
 
 def show_value(value: object) -> str:
-    """Write a value of any type, size and depth on one line, as Python has it; dates as TOML has them."""
+    """Write a value of any type, size and depth on one line: as Python does, but true, false, null and dates."""
     return one_line(SHORT.repr(value), MOST_SHOWN)
 
 
 class ShortRepr(reprlib.Repr):
     """repr() that is quick and bounded for whatever TOML or JSON may hold."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 4, 8, 8, 8
         self.maxstring = self.maxlong = self.maxother = MOST_SHOWN
 
-    def repr_int(self, number, level):
-        """Write a whole number; one of thousands of digits Python itself refuses to write."""
+    def repr_bool(self, value: bool, _level: int) -> str:
+        """Write a truth value as TOML and JSON have it."""
+        return str(value).lower()
+
+    def repr_NoneType(self, _value: None, _level: int) -> str:  # noqa: N802 (reprlib looks for the type's name)
+        """Write JSON's null."""
+        return "null"
+
+    def repr_int(self, number: int, level: int) -> str:
+        """Write a whole number, one of thousands of digits by its length: Python itself does not write it."""
         if number.bit_length() > _MOST_BITS:
             return f"a whole number of {number.bit_length()} bits"
         return super().repr_int(number, level)
 
-    def repr_date(self, date, _level):
+    def repr_date(self, moment: date | time, _level: int) -> str:
         """Write a date, a time or both."""
-        return str(date)
+        return str(moment)
 
     repr_datetime = repr_time = repr_date
 
@@ -64,6 +73,24 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """Name the nearest known word, or all of them."""
     near = difflib.get_close_matches(word[:MOST_SHOWN], known, n=1)
     return f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(known)}"
+
+
+def format_index(index: Iterable[int]) -> str:
+    """Write the indices of a list's entry: `[2][3]`."""
+    return "".join(f"[{position}]" for position in index)
+
+
+def format_more(number: int) -> str:
+    """Write that a line stands for so many others: ` (and 2 more)`, nothing for none."""
+    return f" (and {number} more)" * (number > 0)
+
+
+def format_size(num_bytes: int) -> str:
+    """Format a number of bytes with the unit that suits it."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes} B"
 
 
 def join_lines(lines: Iterable[str], most: int = 40) -> str:

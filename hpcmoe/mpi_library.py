@@ -32,6 +32,8 @@ def import_mpi() -> ModuleType:
     clear_segments()
     if line := find_bad_variable(os.environ):
         exit_with_line(line, is_first=True)
+
+    # Start MPI, which mpi4py else does at its import; check_launcher reports what mpi4py would warn of.
     try:
         import mpi4py
 
@@ -39,9 +41,7 @@ def import_mpi() -> ModuleType:
         from mpi4py import MPI
 
         with hide_pmix(MPI.Get_library_version(), os.environ), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="suspicious MPI execution environment"
-            )  # check_launcher reports it
+            warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
             if not MPI.Is_initialized():  # python -m mpi4py has
                 MPI.Init_thread()
     except (ImportError, RuntimeError, OSError) as error:
@@ -153,8 +153,8 @@ def build_if_needed(arguments: Sequence[str]) -> str | None:
 
 def build(arguments: Sequence[str]) -> int:
     """Build and install mpi4py by pip for the MPI on the PATH, with more of pip's arguments -> its status."""
-    environment = {**os.environ, "CFLAGS": f"{_CFLAGS} {os.environ.get('CFLAGS', '')}".strip()}
-    environment |= {"MPICC": mpicc} if (mpicc := find_mpicc()) else {}
+    flags = f"{_CFLAGS} {os.environ.get('CFLAGS', '')}".strip()
+    environment = {**os.environ, "MPICC": find_mpicc() or "", "CFLAGS": flags}
     command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments, *BUILD]
     return subprocess.run(command, env=environment).returncode
 
@@ -164,11 +164,15 @@ def check_ranks() -> str | None:
     mpirun = shutil.which("mpirun")
     if mpirun is None:
         return "no mpirun is on the PATH"
+
+    # Start them.
     command = [mpirun, "-n", "2", sys.executable, "-c", _PROGRAM]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_START_SECONDS)
     except subprocess.TimeoutExpired:
         return f"two ranks by {mpirun} have not ended after {_START_SECONDS:.0f} s"
+
+    # Compare the sizes of their worlds; without any, find the line that names the error.
     sizes = [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("size ")]
     if sizes == ["2", "2"]:
         return None

@@ -1,4 +1,4 @@
-"""`--set section.key=value`: the value is TOML, but where the key is a string it is taken as it stands."""
+"""Overrides, `--set section.key=value`: the value is TOML, or the string itself where the key takes a string."""
 
 import json
 import shlex
@@ -57,7 +57,7 @@ def has_shape(value: object, kind: str) -> bool:
 
 
 def suggest_option(name: str, value: str, kind: str) -> str:
-    """Say what a list looks like on a command line, from a value that has lost its quotes or brackets."""
+    """Format a list as a command line takes it, from a value that has lost its quotes or brackets."""
     words = [word.strip(" \"'[]") for word in value.split(",")]
     entries = ", ".join(json.dumps(word, ensure_ascii=False) if kind == STRINGS else word for word in words if word)
     option = shlex.quote(f"{name}=[[{entries}]]" if kind == MATRIX else f"{name}=[{entries}]")

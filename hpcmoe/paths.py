@@ -1,4 +1,4 @@
-"""Paths of the config as a shell has them: `~` and `$VARIABLES` become what they stand for."""
+"""Paths of the config, expanded as a shell does: `~` and `$VARIABLES` become what they stand for."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from hpcmoe.environment import read_setting
-from hpcmoe.errors import ConfigError, attempt
+from hpcmoe.errors import ConfigError, HpcmoeError, attempt
 from hpcmoe.messages import printable
 
 PATHS = (("run", "output"), ("cluster", "links"), ("placement", "method"), ("placement", "loads"))
@@ -27,21 +27,25 @@ def expand_paths(config: Any, source_of: Callable[..., str]) -> Any:
 
     source_of(section, key) names the file or option that a value comes from.
     """
-    errors = []
+    errors: list[HpcmoeError] = []
+
+    def collect(check: Callable[[str, str], Any], value: str, what: str) -> Any:
+        """Return what a check returns for a value, or keep the error it raises."""
+        result, error = attempt(partial(check, value, what))
+        errors.extend([error] if error else [])
+        return result
+
     for name, key in PATHS:
         section = getattr(config, name)
-        path, error = attempt(partial(expand_path, getattr(section, key), f"{source_of(name, key)}: [{name}] {key}"))
-        errors.append(error)
+        path = collect(expand_path, getattr(section, key), f"{source_of(name, key)}: [{name}] {key}")
         config = dataclasses.replace(config, **{name: dataclasses.replace(section, **{key: path})})
     for name, key in PATTERNS:
         for pattern in getattr(getattr(config, name), key):
-            _, error = attempt(partial(expand_pattern, pattern, f"{source_of(name, key)}: [{name}] {key}"))
-            errors.append(error)
+            collect(expand_pattern, pattern, f"{source_of(name, key)}: [{name}] {key}")
     run_name = config.run.name
-    what = f"{source_of('run', 'name')}: [run] name = {printable(repr(run_name))}"
-    errors.append(attempt(partial(check_name, run_name, what))[1])
-    if any(errors):
-        raise ConfigError("\n".join(str(error) for error in errors if error is not None))
+    collect(check_name, run_name, f"{source_of('run', 'name')}: [run] name = {printable(repr(run_name))}")
+    if errors:
+        raise ConfigError("\n".join(map(str, errors)))
     return config
 
 
@@ -56,32 +60,29 @@ def expand_pattern(pattern: str, what: str) -> str:
 
 
 def expand_path(path: str, what: str) -> str:
-    """Put the folder in the place of `~` or `~user`, and values in the place of `$NAME` and `${NAME}`.
+    """Replace `~` or `~user` by the folder, and `$NAME` and `${NAME}` by their values.
 
     Raises ConfigError, which begins with `what` and names the user or variable, where that is not known, and for a
     path that no file can have.
     """
+    what = f"{what} = {printable(repr(path))}"
 
-    def refuse(why):
-        return ConfigError(f"{what} = {printable(repr(path))}: {why}")
-
-    def find_value(match):
+    def find_value(match: re.Match[str]) -> str:
+        """Return the value of a variable."""
         name = match[1] or match[2]
-        value = read_setting(name)
-        if not value:
-            raise refuse(f"${printable(name)} is not set, or is empty")
-        return value
+        if value := read_setting(name):
+            return value
+        raise ConfigError(f"{what}: ${printable(name)} is not set, or is empty")
 
     head, slash, tail = path.partition("/")
-    if head.startswith("~"):
-        folder = find_home(head[1:])
-        if not folder:
-            raise refuse(f"no user {printable(head[1:])}" if head[1:] else "$HOME is not set")
+    if not head.startswith("~"):
+        head = VARIABLE.sub(find_value, head)
+    elif folder := find_home(head[1:]):
         head = folder
     else:
-        head = VARIABLE.sub(find_value, head)
+        raise ConfigError(f"{what}: {f'no user {printable(head[1:])}' if head[1:] else '$HOME is not set'}")
     expanded = head + slash + VARIABLE.sub(find_value, tail)
-    check_name(expanded, f"{what} = {printable(repr(path))}")
+    check_name(expanded, what)
     return expanded
 
 
@@ -95,8 +96,8 @@ def check_name(path: str, what: str) -> None:
         raise ConfigError(f"{what}: has characters that names of files here cannot have") from None
 
 
-def find_home(user):
-    """Find the folder of a user, or of this one for "" -> path, "" where there is none."""
+def find_home(user: str) -> str:
+    """Find the home folder of a user, of this one for "" -> path, "" where there is none."""
     own = "" if user else read_setting("HOME")
     try:
         return own or (pwd.getpwnam(user) if user else pwd.getpwuid(os.getuid())).pw_dir

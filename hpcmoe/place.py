@@ -8,15 +8,18 @@ if __name__ == "__main__":
 
     prepare_process()
 
+import argparse
 import contextlib
 import importlib.util
-import json
 import logging
 import math
 import pathlib
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
 
 from hpcmoe.arguments import Parser, name_program
 from hpcmoe.errors import EXIT_USER, ConfigError, HpcmoeError
@@ -25,14 +28,16 @@ from hpcmoe.messages import one_line
 from hpcmoe.output import StderrHandler, print_to_stderr, print_to_stdout
 from hpcmoe.placement.files.case import read_case
 from hpcmoe.placement.files.maps import check_map, read_map, write_map
-from hpcmoe.placement.problem import OBJECTIVES, check_problem
+from hpcmoe.placement.problem import OBJECTIVES, PlacementProblem, check_problem
 from hpcmoe.placement.quotas import describe_unevenness, has_even_ranks
+from hpcmoe.placement.result import Placement
+from hpcmoe.reading import format_json
 
 SECONDS_A_LAYER = 0.1  # of search where no budget is given
-PICTURES = (".png", ".pdf", ".svg")
+MAPS, PICTURES = (".json", ".npy"), (".png", ".pdf", ".svg")
 
 
-def main(words=None):
+def main(words: Sequence[str] | None = None) -> int:
     """Run the command -> its exit status."""
     try:
         with repeated_interrupts():
@@ -49,8 +54,8 @@ def main(words=None):
     return 0
 
 
-def read_place_arguments(words):
-    """Parse the command line -> arguments. Raises ConfigError; leaves after --help."""
+def read_place_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line. Raises ConfigError; exits after --help."""
     parser = Parser(prog=name_program("hpcmoe.place"), description="Place experts on ranks.")
     parser.add_argument("case", metavar="CASE", help="placement problem: CASE.json, or the run.h5 of a run")
     parser.add_argument(
@@ -58,11 +63,9 @@ def read_place_arguments(words):
         help="what a layer costs: its busiest link; ports and uplinks too; ranks' compute too (step, or the run's)",
     )  # fmt: skip
     parser.add_argument(
-        "--budget",
-        type=positive,
-        metavar="SECONDS",
+        "--budget", type=positive, metavar="SECONDS",
         help="time to search in, 0.1 s a layer; to prove how good the result is takes up to half as much more",
-    )
+    )  # fmt: skip
     parser.add_argument("-o", "--output", metavar="OUT.json", help="write the placement there")
     parser.add_argument("--eplb-out", metavar="MAP", help="write it as EPLB's map of slots to experts: .json, .npy")
     parser.add_argument(
@@ -71,7 +74,7 @@ def read_place_arguments(words):
     )  # fmt: skip
     parser.add_argument(
         "--moves", type=natural, metavar="COUNT",
-        help="after --start: copies of a layer that may move, 0 to weigh it as it is; without it as many as help",
+        help="after --start: replicas of a layer that may move, 0 to evaluate it as it is; without it as many as help",
     )  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", help=f"draw it: {', '.join(PICTURES)}")
     parser.add_argument("--seed", type=natural, default=0, help="of the search (%(default)s)")
@@ -88,7 +91,7 @@ def read_place_arguments(words):
     return arguments
 
 
-def positive(word):
+def positive(word: str) -> float:
     """Read a finite number above 0."""
     number = float(word)
     if not (number > 0 and math.isfinite(number)):
@@ -96,7 +99,7 @@ def positive(word):
     return number
 
 
-def natural(word):
+def natural(word: str) -> int:
     """Read a whole number from 0 to 2^63 - 1."""
     number = int(word)
     if not 0 <= number < 2**63:
@@ -104,49 +107,49 @@ def natural(word):
     return number
 
 
-def check_outputs(arguments):
-    """Make sure, before a long search, that what is asked for can be written."""
-    check_apart(arguments)
-    for path in map(pathlib.Path, filter(None, (arguments.output, arguments.eplb_out, arguments.plot))):
-        with one_line_faults(path):
-            if path.is_dir():
-                raise ConfigError(f"{one_line(path)}: cannot be written: is a folder")
-            # Try it: root is let in by permissions that a read-only or full disk then belies.
-            with tempfile.TemporaryFile(dir=path.resolve().parent, buffering=0) as probe:
-                probe.write(bytes(4096))
-    if arguments.eplb_out and pathlib.Path(arguments.eplb_out).suffix not in (".json", ".npy"):
-        raise ConfigError(f"--eplb-out {one_line(arguments.eplb_out)}: must end with .json, .npy")
-    if arguments.plot:
-        if pathlib.Path(arguments.plot).suffix.lower() not in PICTURES:
-            raise ConfigError(f"--plot {one_line(arguments.plot)}: must end with {', '.join(PICTURES)}")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot: matplotlib is not there; pip install matplotlib, or hpcmoe[plot]")
-
-
-def check_apart(arguments):
-    """Refuse an output that is an input or another output by any of its names; a device may be several."""
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Check, before a long search, that what is asked for can be written. Raises ConfigError."""
     inputs = {"the case itself": arguments.case, "what --start reads": arguments.start}
     outputs = {
         "what -o writes": arguments.output,
         "what --eplb-out writes": arguments.eplb_out,
         "what --plot draws": arguments.plot,
     }
-    taken = [(what, pathlib.Path(path)) for what, path in inputs.items() if path]
+    taken = {what: pathlib.Path(path) for what, path in inputs.items() if path}
     for what, path in ((what, pathlib.Path(path)) for what, path in outputs.items() if path):
-        for other, name in taken:
-            with one_line_faults(path):
+        with one_line_error(path):
+            # Compare it with the inputs and the other outputs, by any of their names.
+            for other, name in taken.items():
                 if any(is_same(mine, its) for mine in with_part(path) for its in with_part(name)):
                     raise ConfigError(f"{one_line(path)}: cannot be written: is {other}")
-        taken.append((what, path))
+            taken[what] = path
+            if path.is_dir():
+                raise ConfigError(f"{one_line(path)}: cannot be written: is a folder")
+
+            # Try to write beside it: the permissions that root has say nothing of a read-only or full disk.
+            with tempfile.TemporaryFile(dir=path.resolve().parent, buffering=0) as probe:
+                probe.write(bytes(4096))
+
+    # Check the kinds of file that the endings name.
+    for option, path, endings in (("--eplb-out", arguments.eplb_out, MAPS), ("--plot", arguments.plot, PICTURES)):
+        if path and find_ending(path) not in endings:
+            raise ConfigError(f"{option} {one_line(path)}: must end with {', '.join(endings)}")
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot: matplotlib is not there; pip install matplotlib, or hpcmoe[plot]")
 
 
-def with_part(path):
-    """List a path and the temporary name under which replace_file() writes it."""
-    whole = path.resolve()
+def find_ending(path: str) -> str:
+    """Find the ending that names a file's kind: `.json`."""
+    return pathlib.Path(path).suffix.lower()
+
+
+def with_part(path: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """Return the full path of a file, and the temporary name under which replace_file() writes it."""
+    whole = pathlib.Path(path).resolve()
     return whole, whole.with_name(f"{whole.name}.part")
 
 
-def is_same(one, other):
+def is_same(one: pathlib.Path, other: pathlib.Path) -> bool:
     """Return True if two paths are one file, or would be; of devices each is its own."""
     if one.exists() and other.exists():
         return one.is_file() and one.samefile(other)
@@ -154,8 +157,8 @@ def is_same(one, other):
 
 
 @contextlib.contextmanager
-def one_line_faults(path):
-    """Turn the system's refusal inside the block into a ConfigError."""
+def one_line_error(path: str | pathlib.Path) -> Iterator[None]:
+    """Raise the system's errors inside the block as a ConfigError in one line."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # the latter of a link that leads to itself
@@ -163,83 +166,99 @@ def one_line_faults(path):
         raise ConfigError(f"{one_line(path)}: cannot be written: {why}") from None
 
 
-def place_case(arguments):
+@contextlib.contextmanager
+def replace_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """Open a temporary name that replaces the path when the block ends well; a device is written as it is."""
+    whole, part = with_part(path)
+    part = part if whole.is_file() or not whole.exists() else whole
+    try:
+        with one_line_error(path):
+            yield part
+            part.replace(whole)
+    finally:
+        if part != whole:
+            part.unlink(missing_ok=True)
+
+
+def print_notes(notes: Sequence[str], prefix: str = "") -> None:
+    """Print notes to standard error."""
+    print_to_stderr(f"hpcmoe: note: {prefix}{note}" for note in notes)
+
+
+def place_case(arguments: argparse.Namespace) -> str:
     """Read the problem, solve it, write what was asked for -> the text to show."""
     problem, notes = _read_problem(arguments)
     if arguments.layer >= problem.num_layers:
         raise ConfigError(f"--layer {arguments.layer}: must be below layers = {problem.num_layers}")
-    if notes:
-        print_to_stderr(f"hpcmoe: note: {note}" for note in notes)
-
+    print_notes(notes)
     logging.basicConfig(level=logging.INFO, format="hpcmoe: note: %(message)s", handlers=[StderrHandler()])
 
-    # What compiles, or takes a second to import, waits until the input is known to be good.
-    from hpcmoe.placement.resources import compute_usage
+    # Import what compiles, or takes a second to import, once the input is known to be good.
+    from hpcmoe.placement.result import compute_usage
     from hpcmoe.placement.solve import compare_methods
     from hpcmoe.report.placement_tables import make_placement_tables
 
+    # Search, and compare with other methods.
     placement = search_placement(problem, arguments)
     if arguments.moves != 0 and (uneven := describe_unevenness(problem, placement.expert_of_replica)):
-        print_to_stderr([f"hpcmoe: note: {uneven}"])
+        print_notes([uneven])
     rivals = compare_methods(problem, ("contiguous", "eplb") if arguments.compare else ("contiguous",))
     usage = compute_usage(problem, placement)
 
-    written = [path for path in (arguments.output, arguments.eplb_out, arguments.plot) if path]
+    # Write what was asked for.
     if arguments.output:
-        write_answer(arguments.output, make_answer(problem, placement, rivals, arguments.seed))
+        with replace_file(arguments.output) as part:
+            part.write_text(format_json(make_answer(problem, placement, rivals, arguments.seed)), encoding="utf-8")
     if arguments.eplb_out:
         with replace_file(arguments.eplb_out) as part:
-            write_map(part, placement.expert_of_replica, pathlib.Path(arguments.eplb_out).suffix)
+            write_map(part, placement.expert_of_replica, find_ending(arguments.eplb_out))
     if arguments.plot:
         from hpcmoe.report.figures import draw_placement
 
         with replace_file(arguments.plot) as part:
-            draw_placement(
-                problem, placement, usage, part, pathlib.Path(arguments.plot).suffix[1:].lower(), arguments.layer
-            )
+            draw_placement(problem, placement, usage, part, find_ending(arguments.plot)[1:], arguments.layer)
+    written = [path for path in (arguments.output, arguments.eplb_out, arguments.plot) if path]
     table = make_placement_tables(problem, placement, usage, rivals, arguments.layer)
     return f"{table}\n\nwritten: {', '.join(written)}" if written else table
 
 
-def search_placement(problem, arguments):
-    """Search for a placement, from the one that --start names if any -> Placement."""
+def search_placement(problem: PlacementProblem, arguments: argparse.Namespace) -> Placement:
+    """Search for a placement, from the one that --start names if any."""
     from hpcmoe.placement.refine import refine
     from hpcmoe.placement.result import SearchStats, evaluate
     from hpcmoe.placement.solve import SearchOptions, bound_layers, make_placement
 
+    # Search from the start, or from seeds.
     seconds = arguments.budget or SECONDS_A_LAYER * problem.num_layers
     options = {"seconds": seconds, "iterations": arguments.iterations, "seed": arguments.seed}
     start = read_start_layouts(problem, arguments.start) if arguments.start else None
-    if arguments.moves is None:
+    if start is None or arguments.moves is None:
         if start is not None and not has_even_ranks(problem, start):
-            print_to_stderr(
-                ["hpcmoe: note: the search begins elsewhere, since what it finds is to be even; --moves begins there"]
-            )
+            print_notes(["the search begins elsewhere, since what it finds is to be even; --moves begins there"])
         return make_placement(problem, start=start, **options)
+
+    # Refine the start by some moves, or evaluate it as it is.
     begun = time.perf_counter()
     layouts = refine(problem, start, arguments.moves, SearchOptions(**options)) if arguments.moves else start
     search_stats = SearchStats(seconds=time.perf_counter() - begun)
-    return evaluate(
-        problem, layouts, bound_layers(problem, layouts, [None] * len(layouts), seconds / 2), "packed", search_stats
-    )
+    return evaluate(problem, layouts, bound_layers(problem, layouts, seconds / 2), "packed", search_stats)
 
 
-def read_start_layouts(problem, path):
+def read_start_layouts(problem: PlacementProblem, path: str) -> np.ndarray:
     """Read the placement to begin with -> [L, S]."""
-    if pathlib.Path(path).suffix == ".h5":
+    if find_ending(path) == ".h5":
         from hpcmoe.write.problem import read_last_placement
 
-        layouts, notes = check_map(path, "its placement", read_last_placement(path), problem)
+        layouts, notes = check_map(path, "its placement", read_last_placement(pathlib.Path(path)), problem)
     else:
         layouts, notes = read_map(path, problem)
-    if notes:
-        print_to_stderr(f"hpcmoe: note: {one_line(path)}: {note}" for note in notes)
+    print_notes(notes, f"{one_line(path)}: ")
     return layouts
 
 
-def _read_problem(arguments):
+def _read_problem(arguments: argparse.Namespace) -> tuple[PlacementProblem, list[str]]:
     """Read the problem of a case file or of a run's record -> (PlacementProblem, notes)."""
-    if pathlib.Path(arguments.case).suffix != ".h5":
+    if find_ending(arguments.case) != ".h5":
         return read_case(arguments.case, arguments.objective or "step", arguments.latency)
 
     from hpcmoe.write import problem
@@ -250,8 +269,10 @@ def _read_problem(arguments):
     return read, notes
 
 
-def make_answer(problem, placement, rivals, seed):
-    """Lay a placement out as OUT.json has it -> dict."""
+def make_answer(
+    problem: PlacementProblem, placement: Placement, rivals: Mapping[str, float | None], seed: int
+) -> dict[str, object]:
+    """Make the object of OUT.json; rivals: the seconds of other methods."""
     shape = problem.num_layers, problem.num_ranks, problem.slots_per_rank
     return {
         "objective": problem.objective,
@@ -266,27 +287,6 @@ def make_answer(problem, placement, rivals, seed):
         **{f"{method}_seconds": seconds for method, seconds in rivals.items()},
         "expert_of_slot": placement.expert_of_replica.reshape(shape).tolist(),  # [layers][G][slots], -1 empty
     }
-
-
-@contextlib.contextmanager
-def replace_file(path):
-    """Give a temporary name, which takes the path's place when the block ends well; a device is written as it is."""
-    whole = pathlib.Path(path).resolve()
-    part = whole.with_name(f"{whole.name}.part") if whole.is_file() or not whole.exists() else whole
-    try:
-        with one_line_faults(path):
-            yield part
-            part.replace(whole)
-    finally:
-        if part != whole:
-            part.unlink(missing_ok=True)
-
-
-def write_answer(path, answer):
-    """Write OUT.json, a line for each key."""
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in answer.items())
-    with replace_file(path) as part:
-        part.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Text files of the input, whatever a path may name: an error is one ConfigError, and nothing waits for ever."""
+"""Input files, whatever a path may name: an error is one ConfigError in one line, and nothing waits for ever."""
 
 import json
 import os
@@ -6,7 +6,8 @@ import select
 import stat
 import tomllib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import join_lines, one_line
@@ -18,7 +19,7 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_text(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> str:
-    """Read a text file in UTF-8, with or without its mark, or say in one line why it cannot be read."""
+    """Read a text file in UTF-8, with or without its mark. Raises ConfigError in one line."""
     content = read_bytes(path, most_bytes)
     try:
         text = content.decode("utf-8-sig")
@@ -29,7 +30,7 @@ def read_text(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> str:
 
 
 def read_bytes(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> bytes:
-    """Read a file, a pipe or a device to its end; ConfigError where that is too far, or nothing comes."""
+    """Read a file, a pipe or a device to its end. Raises ConfigError where that is too far, or nothing comes."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -44,8 +45,8 @@ def read_bytes(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> bytes:
         raise ConfigError(f"{one_line(path)}: cannot be read: {one_line(error)}") from None
 
 
-def _read_chunks(path, handle, most_bytes):
-    """Yield what an open file has until its end."""
+def _read_chunks(path: str | os.PathLike, handle: int, most_bytes: int) -> Iterator[bytes]:
+    """Yield the bytes of an open file until its end."""
     total = 0
     while True:
         if not select.select([handle], [], [], PIPE_SECONDS)[0]:
@@ -59,42 +60,39 @@ def _read_chunks(path, handle, most_bytes):
         yield piece
 
 
-def parse_text(path: str | os.PathLike, text: str, parser: Callable, language: str) -> object:
-    """Parse a text by a parser that tells its errors as ValueError or RecursionError; ConfigError in one line."""
+def parse_text(path: str | os.PathLike, text: str, parser: Callable[[str], Any], language: str) -> Any:
+    """Parse a text by a parser that raises ValueError or RecursionError. Raises ConfigError in one line."""
     try:
         return parser(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{one_line(path)}: not {language}: {_format_parse_error(error)}") from None
+    except RecursionError:
+        what = "nested too deeply"
+    except ValueError as error:
+        is_long = "set_int_max_str_digits" in str(error)
+        what = "a whole number has thousands of digits" if is_long else one_line(error)
+    raise ConfigError(f"{one_line(path)}: not {language}: {what}")
 
 
-def read_toml(path: str | os.PathLike) -> tuple[dict, str]:
+def read_toml(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     """Read a TOML file -> (its tree, its text)."""
     text = read_text(path, MOST_TOML_BYTES)
     return parse_text(path, text, tomllib.loads, "TOML"), text
 
 
-def read_json(path: str | os.PathLike) -> object:
+def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file, each key of whose objects may stand once -> its tree."""
 
-    def unique(pairs):
+    def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """Make a dict of an object's pairs."""
         counts = Counter(key for key, _ in pairs)
-        twice = [
-            f"{one_line(path)}: {one_line(key)}: stands {n} times, must stand once"
-            for key, n in counts.items()
-            if n > 1
-        ]
+        twice = [f"{one_line(key)}: stands {n} times, must stand once" for key, n in counts.items() if n > 1]
         if twice:
-            raise ConfigError(join_lines(twice))
+            raise ConfigError(join_lines(f"{one_line(path)}: {line}" for line in twice))
         return dict(pairs)
 
-    return parse_text(path, read_text(path), lambda text: json.loads(text, object_pairs_hook=unique), "JSON")
+    return parse_text(path, read_text(path), lambda text: json.loads(text, object_pairs_hook=make_object), "JSON")
 
 
-def _format_parse_error(error: Exception) -> str:
-    """Say what a parser found wrong, in the user's terms."""
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    if "set_int_max_str_digits" in str(error):
-        return "a whole number has thousands of digits"
-    return one_line(error)
+def format_json(tree: Mapping[str, object]) -> str:
+    """Format a JSON object with a line for each of its keys, as people read it."""
+    lines = (f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in tree.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -1,6 +1,6 @@
 """Show every key with its comment, or one config as a run would take it: `hpcmoe config [my.toml] [--set ...]`.
 
-Starts no ranks and imports neither MPI nor torch. Faults are listed, a line each, and end it with status 2.
+Starts no ranks and imports neither MPI nor torch. Errors are listed, one per line, and end it with status 2.
 """
 
 if __name__ == "__main__":
@@ -9,21 +9,23 @@ if __name__ == "__main__":
     prepare_process()
 
 import argparse
-import importlib.resources
+import itertools
+import json
+import pathlib
+import re
 import sys
-from dataclasses import fields
 
 from hpcmoe.arguments import Parser, name_program
-from hpcmoe.config import Config, read_config
+from hpcmoe.config import Config, list_keys, read_config
 from hpcmoe.errors import EXIT_USER, HpcmoeError
 from hpcmoe.idle import find_ineffective
 from hpcmoe.output import print_to_stderr, print_to_stdout
 
-MANUAL = importlib.resources.files("hpcmoe") / "run.toml"
+MANUAL = pathlib.Path(__file__).with_name("run.toml")
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run the command -> exit status."""
+    """Run the command and return its exit status."""
     try:
         arguments = read_config_arguments(sys.argv[1:] if words is None else words)
         print_to_stdout(make_text(arguments.config, arguments.set))
@@ -34,7 +36,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def read_config_arguments(words: list[str]) -> argparse.Namespace:
-    """Parse the command line. Raises ConfigError; leaves after --help."""
+    """Parse the command line. Raises ConfigError; exits after --help."""
     parser = Parser(
         prog=name_program("hpcmoe.settings"),
         description="Without arguments show every key with its unit, allowed values and default; else check a config, "
@@ -57,36 +59,16 @@ def make_text(path: str | None, overrides: list[str]) -> str:
 def write_config(config: Config) -> str:
     """Write a config as TOML that reads back equal."""
     parts = []
-    for section in fields(config):
-        values = getattr(config, section.name)
-        lines = [f"{key.name} = {write_value(getattr(values, key.name))}" for key in fields(values)]
-        parts.append("\n".join([f"[{section.name}]", *lines]))
+    for name, keys in itertools.groupby(list_keys(), key=lambda entry: entry[0]):
+        section = getattr(config, name)
+        lines = [f"{key} = {write_value(getattr(section, key))}" for _, key, _ in keys]
+        parts.append("\n".join([f"[{name}]", *lines]))
     return "\n\n".join(parts)
 
 
 def write_value(value: bool | int | float | str | tuple) -> str:
-    """Write one value as TOML."""
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return repr(value)
-        case str():
-            return f'"{"".join(map(escape_toml, value))}"'
-        case tuple():
-            return f"[{', '.join(map(write_value, value))}]"
-        case _:
-            raise TypeError(value)
-
-
-def escape_toml(character: str) -> str:
-    """Write one character of a TOML string so that any terminal takes it: all but ASCII by number."""
-    code = ord(character)
-    if character in '\\"':
-        return f"\\{character}"
-    if 0x20 <= code < 0x7F:
-        return character
-    return f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
+    """Write one value as TOML, which is JSON but for characters beyond ASCII: these by number, for any terminal."""
+    return re.sub(r"[^ -~]", lambda found: f"\\U{ord(found[0]):08X}", json.dumps(value, ensure_ascii=False))
 
 
 if __name__ == "__main__":

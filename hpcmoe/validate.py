@@ -1,13 +1,20 @@
-"""A parsed tree of sections and keys becomes frozen dataclasses, by pydantic; each key's error becomes one line."""
+"""A parsed tree of sections and keys becomes frozen dataclasses, by pydantic; each key's errors become one line."""
+
+from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from hpcmoe.errors import ConfigError
-from hpcmoe.messages import join_lines, one_line, show_value, suggest
+from hpcmoe.messages import format_index, format_more, join_lines, one_line, show_value, suggest
 from hpcmoe.renamed import find_place
+
+if TYPE_CHECKING:  # rank 0 alone pays for this import
+    from pydantic import TypeAdapter, ValidationError
 
 STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # what pydantic is to be picky about
 DEEPEST = 8  # lists within lists: no key takes as many
@@ -15,26 +22,25 @@ _MOST_BITS = 1000  # of a whole number: no key takes as many, and Python does no
 OVERFLOWING = 10**400  # stands for any larger one: more than a float, too, can be
 
 
-def validate(cls: type, tree: dict, source_of: Callable[..., str]) -> object:
-    """Make a dataclass of a tree, its fields dataclasses too; ConfigError has one line for each key in error.
+def validate(cls: type, tree: dict[str, Any], source_of: Callable[..., str]) -> Any:
+    """Build a dataclass of a tree, its fields dataclasses too. Raises ConfigError with one line for each key at fault.
 
     source_of(section, key) or source_of(section) names where a value came from.
     """
-    from pydantic import ValidationError  # rank 0 alone pays for this import
+    from pydantic import ValidationError
 
     try:
         return make_validator(cls).validate_json(json.dumps(make_json(tree)))
     except ValidationError as invalid:
-        errors_of_key = {}
-        for error in invalid.errors():
-            errors_of_key.setdefault(error["loc"][:2], []).append(error)
-    keys_of_section = {part.name: [key.name for key in fields(part.type)] for part in fields(cls)}
-    lines = (_format_errors(errors, tree, source_of, keys_of_section) for errors in errors_of_key.values())
+        errors_of_key = group_errors(invalid, 2)
+    sections: dict[str, Any] = {part.name: part.type for part in fields(cls)}
+    keys_of_section = {name: [key.name for key in fields(section)] for name, section in sections.items()}
+    lines = (_format_errors(errors, tree, source_of, keys_of_section) for errors in errors_of_key)
     raise ConfigError(join_lines(lines))
 
 
 @functools.cache
-def make_validator(cls: type) -> object:
+def make_validator(cls: type) -> TypeAdapter[Any]:
     """Make what reads a dataclass, once: it takes pydantic as long as a hundred readings."""
     from pydantic import TypeAdapter
 
@@ -42,7 +48,7 @@ def make_validator(cls: type) -> object:
 
 
 def make_json(value: object, depth: int = 0) -> object:
-    """Make JSON of what TOML may hold: what no key can take is replaced by what pydantic refuses in its stead."""
+    """Make JSON of what TOML may hold: what no key can take is replaced by what pydantic rejects in its stead."""
     match value:
         case dict() | list() if depth > DEEPEST:
             return None
@@ -57,22 +63,48 @@ def make_json(value: object, depth: int = 0) -> object:
     return {"date": str(value)}
 
 
+def group_errors(invalid: ValidationError, depth: int) -> list[list[Any]]:
+    """Group pydantic's errors (dicts) by their key, at a depth of the tree -> a list for each key."""
+    errors_of_key: dict[tuple[int | str, ...], list[Any]] = {}
+    for error in invalid.errors():
+        errors_of_key.setdefault(error["loc"][:depth], []).append(error)
+    return list(errors_of_key.values())
+
+
+def format_entry(name: str, tree: dict[str, Any], errors: Sequence[Any], depth: int) -> str:
+    """Format a key's errors, by the first of them: `name[1][2] = value: must be a valid number (and 3 more)`.
+
+    The key is at a depth of the tree.
+    """
+    first = errors[0]
+    if first["type"] == "missing":
+        return f"{name}: missing"
+
+    # Leave types' names out of an entry's path: a key of several types has an error for each.
+    index = [part for part in first["loc"][depth:] if isinstance(part, int)]
+    value = functools.reduce(operator.getitem, [*first["loc"][:depth], *index], tree)
+    entries = {tuple(part for part in error["loc"] if isinstance(part, int)) for error in errors}
+    what = first["msg"].replace("Input should", "must")
+    return f"{name}{format_index(index)} = {show_value(value)}: {what}{format_more(len(entries) - 1)}"
+
+
 def _format_errors(
-    errors: list[dict], tree: dict, source_of: Callable[..., str], keys_of_section: dict[str, list[str]]
+    errors: list[Any],
+    tree: dict[str, Any],
+    source_of: Callable[..., str],
+    keys_of_section: dict[str, list[str]],
 ) -> str:
-    """Make one line of pydantic's errors of a key or section: where it is, what stands there, what may stand there."""
-    first, *others = errors
-    name, *inner = first["loc"]
+    """Format pydantic's errors of a key or section: where it is, what stands there, what may stand there."""
+    name, *inner = map(str, errors[0]["loc"][:2])
     if not inner:
         what = f"{source_of(name)}: [{one_line(name)}]"
         if name not in keys_of_section:
             return f"{what}: unknown section{suggest(name, keys_of_section)}"
         return f"{what}: {show_value(tree[name])}: must be a section"
-    key, *index = inner
-    what = f"{source_of(name, key)}: [{name}] {one_line(key)} = {show_value(tree[name][key])}"
+    key = inner[0]
+    what = f"{source_of(name, key)}: [{name}] {one_line(key)}"
     if key not in keys_of_section[name]:
         place = find_place(name, key)
+        what = f"{what} = {show_value(tree[name][key])}"
         return f"{what}: is now {place}" if place else f"{what}: unknown key{suggest(key, keys_of_section[name])}"
-    entry = f"entry {index}: " if index else ""
-    more = f" (and {len(others)} more)" if others else ""
-    return f"{what}: {entry}{first['msg'].replace('Input should', 'must')}{more}"
+    return format_entry(what, tree, errors, 2)

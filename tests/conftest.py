@@ -1,4 +1,4 @@
-"""Which tests run; MPI tests: what fails on one rank fails on all, rank 0 speaks for the others, and nothing hangs."""
+"""Which tests run; MPI tests: what fails on one rank fails on all, rank 0 prints for the others, and nothing hangs."""
 
 import faulthandler
 import gc
@@ -101,7 +101,7 @@ class Ranks:
         if comm.rank > 0:
             config.pluginmanager.unregister(name="terminalreporter")
 
-    def say(self, *texts):
+    def print_lines(self, *texts):
         """Write lines, each with this rank's name before it, at once and past pytest's capture."""
         lines = [line for text in texts for line in text.rstrip().splitlines()]
         self.stderr.write("".join(f"[rank {self.comm.rank} of {self.comm.size}] {line}\n" for line in lines))
@@ -110,7 +110,7 @@ class Ranks:
     def pytest_collectreport(self, report):
         """Show what could not be imported on another rank than 0."""
         if report.failed and self.comm.rank > 0:
-            self.say(f"{report.nodeid} cannot be collected", report.longreprtext)
+            self.print_lines(f"{report.nodeid} cannot be collected", report.longreprtext)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session):
@@ -129,7 +129,7 @@ class Ranks:
         """Give a test its time and no more, be it stuck in Python, in MPI or in a library: mpi(seconds=...)."""
         mark = item.get_closest_marker("mpi")
         seconds = mark.kwargs.get("seconds", TEST_SECONDS) if mark else TEST_SECONDS
-        watch = threading.Timer(seconds, self.give_up, [item.nodeid, seconds])
+        watch = threading.Timer(seconds, self.abort_all, [item.nodeid, seconds])
         watch.daemon = True
         watch.start()
         faulthandler.dump_traceback_later(seconds + EXIT_BARRIER_SECONDS, exit=True, file=self.stderr)  # needs no GIL
@@ -139,12 +139,12 @@ class Ranks:
             watch.cancel()
             faulthandler.cancel_dump_traceback_later()
 
-    def give_up(self, test, seconds):
-        """Show where this rank is, and abort_ranks all."""
+    def abort_all(self, test, seconds):
+        """Print where this rank is, and abort all ranks."""
         stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
         own = [entry for entry in stack if "/_pytest/" not in entry and "/pluggy/" not in entry]
-        self.say(f"{test} has not ended after {seconds:.0f} s; this rank is here:", *own)
-        time.sleep(1.0)  # the other ranks say where they are
+        self.print_lines(f"{test} has not ended after {seconds:.0f} s; this rank is here:", *own)
+        time.sleep(1.0)  # the other ranks print where they are
         self.comm.Abort(1)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -152,25 +152,25 @@ class Ranks:
         """Have set-up, test and tear-down each end alike on all ranks."""
         report = yield
         if item.get_closest_marker("mpi") is not None:
-            self.agree(report)
+            self.share_outcome(report)
         return report
 
-    def agree(self, report):
+    def share_outcome(self, report):
         """Make this rank's report as bad as the worst. Collective; aborts all when a failure cannot be shared."""
         from hpcmoe.errors import abort_ranks
         from hpcmoe.wait import wait_all
 
-        # Speak before waiting: the others may be in a collective call that this rank never joins.
+        # Print before waiting: the others may be in a collective call that this rank never joins.
         own = OUTCOMES.index(report.outcome)
         captured = [text for _, text in report.sections]
-        account = [f"{report.nodeid} failed ({report.when})", report.longreprtext, *captured]
+        lines = [f"{report.nodeid} failed ({report.when})", report.longreprtext, *captured]
         if report.failed and self.comm.rank > 0:
-            self.say(*account)
+            self.print_lines(*lines)
 
         outcomes = bytearray(self.comm.size)
         gathered = self.comm.Iallgather(bytes([own]), outcomes)
         if not wait_all([gathered], EXIT_BARRIER_SECONDS if report.failed else None):
-            self.say(*(account if self.comm.rank == 0 else ()), "the other ranks do not follow: all are aborted")
+            self.print_lines(*(lines if self.comm.rank == 0 else ()), "the other ranks do not follow: all are aborted")
             abort_ranks(self.comm, 1)
 
         worst = max(outcomes)

@@ -23,12 +23,12 @@ IMPERATIVES = """
     Iterate Join Keep Launch Limit List Load Lock Log Lower Make Map Mark Mask Match Measure Merge Migrate Move
     Multiply Name Normalize Open Order Pack Pad Pair Parse Pass Pause Permute Pick Pin Place Plan Plot Poke Poll
     Pop Post Predict Prepare Print Probe Process Prove Prune Push Query Queue Raise Rank Read Rebalance Rebuild
-    Receive Record Reduce Refine Refresh Register Reject Relabel Release Relocate Remove Rename Renew Reorder Repeat
-    Replace Replicate Report Request Reset Reshape Resize Resolve Restore Restrict Return Reuse Reverse Round
-    Route Run Sample Save Scale Scatter Search Select Send Set Shape Share Show Shuffle Simulate Sleep Solve Sort
-    Split Start Step Stop Store Submit Subtract Sum Summarize Swap Switch Synchronize Test Time Trace Track Trade
-    Train Transfer Transpose Trim Truncate Try Unpack Update Use Validate Verify Wait Warn Watch Wrap Write Yield
-    Zero
+    Receive Record Redirect Reduce Refine Refresh Register Reject Relabel Release Relocate Remove Rename Renew
+    Reorder Repeat Replace Replicate Report Request Reset Reshape Resize Resolve Restore Restrict Return Reuse
+    Reverse Round Route Run Sample Save Scale Scatter Search Select Send Set Shape Share Show Shuffle Simulate
+    Sleep Solve Sort Split Start Step Stop Store Submit Subtract Sum Summarize Swap Switch Synchronize Test Time
+    Trace Track Trade Train Transfer Transpose Trim Truncate Try Unpack Update Use Validate Verify Wait Warn Watch
+    Wrap Write Yield Zero
 """
 PREDICATES = ("is_", "has_", "may_", "can_")
 PREDICATE_BEGINNING = "Return True if"
@@ -99,8 +99,8 @@ def find_dialect(trees):
     """List the names that hold a word of the old dialect."""
     for path, tree in trees.items():
         for name, line in list_defined(tree):
-            words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])([A-Z])", r"_\1", name).lower()))
-            if found := words & set(DIALECT.split()) - TERMS_OF.get(path, set()):
+            words = re.sub(r"(?<=[a-z])([A-Z])", r"_\1", name).lower().replace("in_flight", "")
+            if found := set(words.split("_")) & set(DIALECT.split()) - TERMS_OF.get(path, set()):
                 yield f"{path}:{line}: {name}: {', '.join(sorted(found))}"
 
 

@@ -29,7 +29,7 @@ class Ended:
     output: str  # standard output
     errors: str  # standard error
     seconds: float  # of the clock, which other work makes longer
-    own_seconds: float  # of processors
+    cpu_seconds: float  # of processors
 
     def lines(self, start):
         """Find the lines on standard error that begin with start."""
@@ -44,7 +44,7 @@ class Running:
 
     def __init__(self, *command, cwd=ROOT, **environment):
         self.mark = uuid.uuid4().hex
-        self.started, self.used = time.monotonic(), count_own_seconds()
+        self.started, self.used = time.monotonic(), count_cpu_seconds()
         inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # the tests' own
         self.process = subprocess.Popen(
             [str(word) for word in command],
@@ -75,7 +75,7 @@ class Running:
             output=output,
             errors=errors,
             seconds=time.monotonic() - self.started,
-            own_seconds=count_own_seconds() - self.used,
+            cpu_seconds=count_cpu_seconds() - self.used,
         )
         self.sweep()
         return ended
@@ -96,7 +96,7 @@ class Running:
             process.kill()
 
 
-def count_own_seconds():
+def count_cpu_seconds():
     """Count what the commands that have ended took of processors -> seconds."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime

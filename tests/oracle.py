@@ -1,4 +1,4 @@
-"""What hpcmoe computes, without ranks: every expert on every token, weighed by a gate that is mostly zero."""
+"""What hpcmoe computes, without ranks: every expert on every token, weighted by a gate that is mostly zero."""
 
 import math
 
@@ -9,7 +9,7 @@ NAMES = {"gelu": F.gelu, "relu": F.relu}
 
 
 def expert(weights, config, layer, number, x):
-    """Logical expert `number` of a layer on all tokens x [T, H]."""
+    """Apply logical expert `number` of a layer to all tokens x [T, H]."""
 
     def linear(x, name):
         bias = weights.get(f"experts/layer{layer}/{name}_bias")
@@ -21,7 +21,7 @@ def expert(weights, config, layer, number, x):
 
 
 def attend(weights, config, prefix, x):
-    """Causal attention by its definition, x [T, H]."""
+    """Apply causal attention by its definition, x [T, H]."""
     model = config.model
     shape = (-1, model.sequence_length, model.num_heads, model.hidden // model.num_heads)
     q, k, v = (
@@ -34,17 +34,17 @@ def attend(weights, config, prefix, x):
 
 
 def norm(x, weight):
-    """RMSNorm by its definition, with torch's epsilon."""
+    """Apply RMSNorm by its definition, with torch's epsilon."""
     return x * (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt() * weight
 
 
-def choose(config, logits, pushed, groups):
-    """Gates of all experts [T, E], zero where not chosen or over the capacity of a group (slice) of tokens.
+def choose(config, logits, load_and_bias, groups):
+    """Compute the gates of all experts [T, E], zero where not chosen or over the capacity of a group (slice) of tokens.
 
-    pushed is a layer's (load [E], bias [E]).
+    load_and_bias is a layer's (load [E], bias [E]).
     """
     dispatch, (top_k, num_experts) = config.dispatch, (config.model.top_k, config.model.num_experts)
-    load, bias = pushed
+    load, bias = load_and_bias
     damped = logits - dispatch.load_feedback * load
     chosen = (damped + bias).topk(top_k).indices
     source = damped if dispatch.load_feedback_on == "both" else logits
@@ -54,11 +54,11 @@ def choose(config, logits, pushed, groups):
     keep, dropped = torch.ones_like(gates), 0
     for group in groups if dispatch.capacity_factor else ():
         taken = [0] * num_experts
-        room = math.ceil(dispatch.capacity_factor * (group.stop - group.start) * top_k / num_experts)
+        capacity = math.ceil(dispatch.capacity_factor * (group.stop - group.start) * top_k / num_experts)
         for k in range(top_k):
             for t in range(group.start, group.stop):
                 taken[chosen[t, k]] += 1
-                keep[t, k] = taken[chosen[t, k]] <= room
+                keep[t, k] = taken[chosen[t, k]] <= capacity
     dropped = int((keep == 0).sum())
     return (
         torch.zeros_like(logits).scatter(1, chosen, gates * keep),
@@ -68,7 +68,10 @@ def choose(config, logits, pushed, groups):
 
 
 def loss_of(weights, config, batches, load, groups_of_batch, bias=None):
-    """Whole loss of a step, batches [n, length + 1] of all ranks together -> (total, cross-entropy, copies dropped)."""
+    """Compute a step's whole loss -> (total, cross-entropy, assignments dropped).
+
+    batches: [n, length + 1] of all ranks together, a micro-batch each.
+    """
     dispatch, model = config.dispatch, config.model
     bias = torch.zeros_like(load) if bias is None else bias
     num_tokens = sum(len(batch) for batch in batches) * model.sequence_length

@@ -100,7 +100,7 @@ def run_forward(dispatcher, round_trip):
 
 
 def run_backward(dispatcher, round_trip):
-    """Go back from round_trip.grad, leaving grad_x, grad_gate, weight_grads and backward_order; yields where it waits."""
+    """Go back from round_trip.grad, setting grad_x, grad_gate, weight_grads, backward_order; yield where it waits."""
     first_slot, hidden = dispatcher.routes.rank * dispatcher.routes.num_slots, dispatcher.sizes.hidden
     yield from start(dispatcher, round_trip, round_trip.grad, Direction.COMBINE_BACKWARD)
     handle = round_trip.handle

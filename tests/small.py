@@ -33,16 +33,16 @@ SMALL = {
     "data.validation_sequences": 9, "run.threads_per_rank": 1, "placement.seconds_per_token": 1e-6,
     "placement.search_iterations": 50,
 }  # fmt: skip
-BY_CARRIER = {
+BY_BACKEND = {
     "direct": {"comm__transport": "mpi", "comm__buffers": "direct"},
     "staged": {"comm__transport": "mpi", "comm__buffers": "staged"},
     "nccl": {"comm__transport": "nccl"},
-}  # who carries rows between devices: the keys that ask for it
+}  # what carries rows between devices: the keys that ask for it
 RANDOM_TEXT = np.random.default_rng(7).integers(0, 256, 4000, dtype=np.uint8).tobytes()
 
 
 def make_config(**changes):
-    """A small Config with some keys changed, as section__key=value."""
+    """Make a small Config with some keys changed, as section__key=value."""
     config = Config()
     for name, value in (SMALL | {key.replace("__", "."): value for key, value in changes.items()}).items():
         section, key = name.split(".")
@@ -58,7 +58,7 @@ def make_sizes_of(config, mesh, topology, routes):
 
 
 def make_topology(num_ranks, num_nodes=1):
-    """A topology of ranks dealt to nodes in blocks."""
+    """Make a topology of ranks dealt to nodes in blocks."""
     node_of_rank = np.arange(num_ranks) * num_nodes // num_ranks
     return Topology(
         node_of_rank=node_of_rank,
@@ -79,7 +79,10 @@ def make_topology(num_ranks, num_nodes=1):
 
 @contextlib.contextmanager
 def open_small_job(comm, folder, num_nodes=1, text=RANDOM_TEXT, loads=None, **changes):
-    """A job on a file of its own in `folder`, which all ranks see, its loads rows of probabilities -> (Job, Optimizer if it trains, State)."""
+    """Open a job on a file of its own in `folder`, which all ranks see -> (Job, Optimizer if it trains, TrainingState).
+
+    loads: rows of probabilities, which go by a file too.
+    """
     file = folder / "text.bin"
     if comm.rank == 0:
         file.write_bytes(text)
@@ -109,8 +112,8 @@ def gather_logical(comm, state, array_of):
     Where ranks hold copies of a part they must agree bit for bit.
     """
     parts = [
-        (place.name, place.shape, place.start, place.extent, array_of(parameter).numpy(force=True).copy())
-        for parameter, place in state.slices.items()
+        (part.name, part.shape, part.start, part.extent, array_of(parameter).numpy(force=True).copy())
+        for parameter, part in state.slices.items()
     ]
     whole, seen = {}, {}
     for part in gather_to_all(comm, parts):
@@ -137,7 +140,7 @@ def make_dispatcher(hidden, transport=None, window=None, node_of_rank=(0,), once
 
 @contextlib.contextmanager
 def open_small_dispatcher(comm, hidden, num_nodes=1, once=False, hesitate=None, **changes):
-    """Open an exchange over MPI, its ranks dealt to nodes in blocks; sizes, and slots of a rank, as make_dispatcher's."""
+    """Open a dispatcher over MPI, its ranks dealt to nodes in blocks; sizes, and slots, as make_dispatcher's."""
     node_of_rank = np.arange(comm.size) * num_nodes // comm.size
     local_comm = comm.Split(int(node_of_rank[comm.rank]), comm.rank)
     routes = make_routes(node_of_rank, comm.rank, changes.get("slots", 1), np.full((num_nodes, num_nodes), once))
@@ -173,10 +176,10 @@ def gather_pieces(comm, state, shared):
     """Join what all ranks would save -> dict name: array; every number must be saved exactly once. Collective."""
     arrays, times = {}, {}
     for pieces in gather_to_all(comm, list(state.collect(shared))):
-        for name, shape, start, piece in pieces:
-            box = tuple(slice(first, first + count) for first, count in zip(start, piece.shape, strict=True))
-            arrays.setdefault(name, np.empty(shape, piece.dtype))[box] = piece
-            times.setdefault(name, np.zeros(shape, int))[box] += 1
+        for part, piece in pieces:
+            box = tuple(slice(first, first + count) for first, count in zip(part.start, piece.shape, strict=True))
+            arrays.setdefault(part.name, np.empty(part.shape, piece.dtype))[box] = piece
+            times.setdefault(part.name, np.zeros(part.shape, int))[box] += 1
     assert all((count == 1).all() for count in times.values()), "a number is saved by no rank, or by two"
     return arrays
 

@@ -3,7 +3,7 @@
 Work is done at once, but each stream, and the host, has a vector clock: it knows of others' work only by the events for
 which it has waited, and a launch knows what the host knows. An access to bytes whose last writer (or, when it writes,
 whose readers) the actor does not know of is a race on a real device, whatever came of it here. Events happen late: the
-host must ask for each several times. So must what MPI has in hand be left alone until it is done.
+host must ask for each several times. So must what MPI has under way be left alone until it is done.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpcmoe.comm.device import PlainDevice
 from hpcmoe.comm.mpi import open_mpi_transport
-from hpcmoe.run.optimizer import FlatGradients
+from hpcmoe.run.gradient_sums import FlatGradients
 
 ASKED_BEFORE = 2  # times that the host must ask for an event
 
@@ -46,18 +46,18 @@ class Order:
         self.entered = []  # the threads that have made the device theirs
 
     def know(self, actor, clock):
-        """Let an actor know what a clock tells."""
+        """Let an actor know what a clock knows."""
         own = self.clocks[actor]
         own.update({other: max(own.get(other, 0), tick) for other, tick in clock.items()})
 
     def launch(self, actor):
         """Begin a piece of work -> its tick."""
         if actor != "host":
-            self.know(actor, self.told_at_launch())
+            self.know(actor, self.clock_at_launch())
         self.clocks[actor][actor] += 1
         return self.clocks[actor][actor]
 
-    def told_at_launch(self):
+    def clock_at_launch(self):
         """What a stream knows by a launch -> clock."""
         return self.clocks["host"]
 
@@ -326,13 +326,13 @@ def watch_job(monkeypatch, gpu=None, nccl_comm=None):
 
     monkeypatch.setattr("hpcmoe.run.job.open_device", lambda kind, rank: device)
     monkeypatch.setattr("hpcmoe.run.dispatchers.open_mpi_transport", open_watched)
-    lay = FlatGradients.__init__
+    init = FlatGradients.__init__
 
-    def lay_watched(gradients, parts):
-        lay(gradients, parts)
+    def init_watched(gradients, parts):
+        init(gradients, parts)
         order.watch(gradients.flat.numpy())
 
-    monkeypatch.setattr(FlatGradients, "__init__", lay_watched)
+    monkeypatch.setattr(FlatGradients, "__init__", init_watched)
     nccl = StandInNccl(nccl_comm, device) if nccl_comm else None
     for module in ("hpcmoe.comm.select", "hpcmoe.run.dispatchers"):
         monkeypatch.setattr(f"{module}.find_nccl", lambda: (nccl, None if nccl else "there is none here"))

@@ -6,12 +6,12 @@ import pathlib
 import re
 import sys
 
-from launch import ROOT
+from launch import ROOT, run
 
 GROUND = (
     "__version__", "output", "interrupts", "start", "segments", "mpi_library", "wait", "clock", "errors", "environment",
-    "messages", "paths", "arguments", "watch", "reading", "float32", "renamed", "contradictions", "idle", "overrides", "validate",
-    "config", "gemm",
+    "messages", "paths", "arguments", "watch", "reading", "float32", "renamed", "contradictions", "overrides",
+    "validate", "config", "idle", "gemm",
 )  # fmt: skip
 CHAPTERS = sorted(folder.parent.name for folder in (ROOT / "hpcmoe").glob("*/__init__.py"))  # the alphabet is the order
 FLOORS = (*GROUND, *CHAPTERS, "description")
@@ -77,6 +77,26 @@ def test_a_module_imports_only_from_its_own_chapter_or_an_earlier_one():
     assert {name: modules for name, modules in found.items() if modules} == {}
 
 
+def test_the_drawn_graph_has_no_circle_and_no_arrow_upward():
+    drawn = run(sys.executable, ROOT / "tests" / "draw_imports.py")
+    assert drawn.status == 0, drawn.output
+    assert not set(FLOORS) - set(drawn.output.split())
+
+
+def test_circles_and_arrows_upward_are_marked():
+    from draw_imports import draw, find_marks
+
+    graph = {"a": {"d"}, "b": {"a", "c"}, "c": {"b"}, "d": set()}
+    marks = find_marks(graph)
+    assert marks == {("a", "d"): "^", ("b", "a"): ".", ("b", "c"): "o", ("c", "b"): "o"}
+    assert draw(graph, marks).splitlines()[1:] == [
+        " 0 a  \\        ^",
+        " 1 b  .  \\  o",
+        " 2 c     o  \\",
+        " 3 d           \\",
+    ]
+
+
 def test_a_seam_is_in_one_place():
     crossed = []
     for file in FILES:
@@ -92,13 +112,13 @@ def test_a_seam_is_in_one_place():
 
 
 def test_a_chapter_opens_with_one_docstring_and_nothing_else():
-    for file in PACKAGE.glob("*/__init__.py"):
+    for file in PACKAGE.rglob("*/__init__.py"):
         tree = ast.parse(file.read_text())
         assert ast.get_docstring(tree) and len(tree.body) == 1, file
 
 
 def test_every_chapter_has_its_tests_in_a_folder_of_its_name():
-    chapters = {folder.parent.name for folder in PACKAGE.glob("*/__init__.py")}
+    chapters = {folder.parent.relative_to(PACKAGE) for folder in PACKAGE.rglob("*/__init__.py")}
     assert chapters == {name for name in chapters if list((ROOT / "tests" / name).glob("test_*.py"))}
 
 

@@ -5,7 +5,6 @@ import copy
 import io
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -18,11 +17,11 @@ from cases import UNUSED, make_case, make_domains, put, write_case
 from covering import table, usually
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launch import ROOT, Running, run
+from launch import Running, run
 
 from hpcmoe.place import main
 from hpcmoe.placement.cost import layer_seconds
-from hpcmoe.placement.files.case import Case, read_case
+from hpcmoe.placement.files.case import read_case
 from hpcmoe.write.hdf5 import write_entry
 from hpcmoe.write.problem import record_problem
 
@@ -161,7 +160,9 @@ def test_a_run_can_be_placed_again(tmp_path):
             == expected.tolist()
         )
         with h5py.File(tmp_path / "run.h5", "a") as file:
-            file.require_group("cluster/migrated").require_dataset("value", data=layouts, shape=layouts.shape, dtype=int)
+            file.require_group("cluster/migrated").require_dataset(
+                "value", data=layouts, shape=layouts.shape, dtype=int
+            )
 
     (tmp_path / "run.h5").write_text("{}")
     status, _, errors = place(tmp_path / "run.h5")
@@ -256,24 +257,11 @@ def test_a_changed_case_is_placed_or_refused_in_lines(tmp_path, case, objective)
         assert all(line.startswith(f"hpcmoe: {path}: ") and len(line) < 500 for line in errors)
 
 
-def test_the_readme_shows_what_the_command_prints_and_explains_it():
-    readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("## Placement by itself") : readme.index("## When something is wrong")]
-    shown = section[section.index("prints\n\n```\n") : section.index("| figure |")]
-    status, output, _ = place(ROOT / "inputs" / "case.json")
-    assert status == 0
-    for now, then in zip(output.splitlines(), shown.splitlines()[3:], strict=False):
-        assert now[:11].split("  ")[0] == then[:11].split("  ")[0]
-    keys = re.findall(r"`(\w+)`", section)
-    assert set(json.loads((ROOT / "inputs" / "case.json").read_text())) <= set(keys)
-    assert set(Case.model_fields) <= set(keys)
-
-
 BROKEN = {
     "sum of P[1] = 1.5: must be 1, to within 1e-06": put(make_case(), "P", 1, value=[1.5, *[0] * 7]),
     "B[1][2] = nan: must be finite and > 0": put(make_case(), "B", 1, 2, value=float("nan")),
-    "E = 9 experts > G 8 x slots_per_gpu 1 = 8 slots": make_case(experts=9),
-    "M sums to 400000000 bytes < E 8 x layers 3": make_case(M=[1e8] * 4),
+    "9 experts do not fit into 8 ranks x 1 slots = 8; E": make_case(experts=9),
+    "8 experts x 3 layers x 35 MB = 840 MB do not fit: node n0 with 100 MB": make_case(M=[1e8] * 4),
     "M[127] = nan: must be finite": put(
         make_case(128, 8, 256, 60), "M", 127, value=float("nan")
     ),
@@ -284,7 +272,7 @@ BROKEN = {
 def test_the_command_refuses_a_broken_case_within_two_seconds(tmp_path, line):
     path = write_case(tmp_path / "case.json", BROKEN[line] | {UNUSED: 1})
     ended = run(sys.executable, "-m", "hpcmoe.place", path, "-o", tmp_path / "out.json", "--plot", tmp_path / "out.png")
-    assert ended.own_seconds < ERROR_SECONDS
+    assert ended.cpu_seconds < ERROR_SECONDS
     assert ended.status == 2 and ended.output == "" and not list(tmp_path.glob("out*"))
     assert ended.errors.startswith(f"hpcmoe: {path}: {line}") and len(ended.errors.splitlines()) == 1
 

@@ -48,7 +48,7 @@ def test_marks_and_line_ends_of_other_systems_are_read(tmp_path, content):
         (b'[data]\nfiles = ["a", "\\u2028"]', "must hold no line breaks"),
         (b"[[run]]\nseed = 1", "[run]: [{'seed': 1}]: must be a section"),
         (b"[run]\nname = '" + b"x" * 5000 + b"'", "String should have at most 255 characters"),
-        (b"[data]\nfiles = [" + b"1, " * 100000 + b"]", "entry [0]: must be a valid string (and 1"),
+        (b"[data]\nfiles = [" + b"1, " * 100000 + b"]", "files[0] = 1: must be a valid string (and 1"),
         (b"[run]\nwarmup_steps = -0.0", "must be a valid integer"),
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.all_to_all import AllToAll, Transfer, TransferRequest
@@ -39,7 +40,7 @@ class Table:
     def __len__(self) -> int:
         return len(self.buffer)
 
-    def view(self, order: torch.Tensor | None = None, num_rows: int | None = None) -> RowView:
+    def view(self, order: Tensor | None = None, num_rows: int | None = None) -> RowView:
         """Return rows in an order, or the first num_rows, or all, as row ops read or write them."""
         end = num_rows if order is None else None
         return RowView(values=self.rows[:end], gate_values=self.gate_values[:end], order=order)
@@ -67,15 +68,6 @@ class DeviceHandle:
     plan: DevicePlan
     buffers: DeviceInFlightBuffers
     outward: TransferRequest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class DeviceRows:
-    """Rows of a batch at this rank's experts."""
-
-    away: Table
-    order: torch.Tensor | None  # [n] int64; None: the first n
-    num_rows: int
 
 
 class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
@@ -138,24 +130,24 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
         """Return True if an exchange can start: all counts are known, and its rows free. Send this rank's counts."""
         counts_tag = exchange._replace(direction=Direction.DISPATCH).tag(MessageKind.HEADER)
         homeward = self.find_buffers(exchange).homeward
-        return plan.counts.poll(self.transport, counts_tag) and (homeward is None or homeward.send_done)
+        return plan.poll_counts(self.transport, counts_tag) and (homeward is None or homeward.send_done)
 
-    def dispatch(self, plan: DevicePlan, rows: torch.Tensor, gates: torch.Tensor, exchange: ExchangeId) -> DeviceHandle:
+    def dispatch(self, plan: DevicePlan, rows: Tensor, gates: Tensor, exchange: ExchangeId) -> DeviceHandle:
         """Pack rows [T, H], and gates [T, K] beside them, by destination, and send them to their experts."""
-        buffers, counts = self.find_buffers(exchange), plan.counts
+        buffers = self.find_buffers(exchange)
         self.pack(plan, rows, gates, buffers)
         buffers.outward = buffers.homeward = None
-        self.reserve(buffers, int(counts.recv_edges[-1]))
+        self.reserve(buffers, int(plan.recv_edges[-1]))
         outward = Transfer(
             tag=exchange.tag(MessageKind.ROWS),
             name=str(exchange),
             send=buffers.home.buffer,
-            send_edges=counts.send_edges,
+            send_edges=plan.send_edges,
             recv=buffers.away.buffer,
-            recv_edges=counts.recv_edges,
+            recv_edges=plan.recv_edges,
         )
         buffers.outward = self.all_to_all.start(outward, self.device.compute_stream.record_event(), None)
-        leaving = counts.leaving.sum(axis=1)
+        leaving = plan.leaving.sum(axis=1)
         self.count_rows(exchange.direction, slice(None), leaving)
         self.count_assignments(exchange, leaving)
         return DeviceHandle(exchange=exchange, plan=plan, buffers=buffers, outward=buffers.outward)
@@ -176,15 +168,15 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
             backoff.pause()
         self.all_to_all.poke()  # which holds a transfer's buffers until it has seen that it is over
 
-    def pack(self, plan: DevicePlan, rows: torch.Tensor, gates: torch.Tensor, buffers: DeviceInFlightBuffers) -> None:
+    def pack(self, plan: DevicePlan, rows: Tensor, gates: Tensor, buffers: DeviceInFlightBuffers) -> None:
         """Write a row for each assignment that is sent, and its gate, into the buffer at home: permutation 1."""
-        assignments = plan.assignments.limit_to(int(plan.counts.send_edges[-1]))
+        assignments = plan.assignments.limit_to(int(plan.send_edges[-1]))
         self.device.row_ops.permute(rows.contiguous(), gates, assignments, buffers.home.view())
 
     def receive(self, handle: DeviceHandle) -> Iterator[DeviceBatch | None]:
         """Yield None until the rows for this rank's experts are on their way in order, then all of them as a batch."""
         yield from self.until_received(handle)
-        yield DeviceBatch(handle.plan.counts.coming, self.device)
+        yield DeviceBatch(handle.plan.coming, self.device)
 
     def receive_again(self, handle: DeviceHandle, batches: Sequence[DeviceBatch]) -> Iterator[int | None]:
         """Yield None until the rows are here again, then the index of the one batch."""
@@ -201,35 +193,33 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
         """Yield the one chunk of a batch, if it has rows: the GEMMs of all slots are one."""
         if batch.num_rows:
             slots = [(slot, rows) for slot, rows in enumerate(batch.rows_of_slot.tolist()) if rows]
-            rows = DeviceRows(away=handle.buffers.away, order=batch.order, num_rows=batch.num_rows)
-            yield Chunk(rows=rows, slots=slots)
+            yield Chunk(rows=handle.buffers.away.view(batch.order, batch.num_rows), slots=slots)
 
-    def gather(self, rows: DeviceRows) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, rows: RowView) -> tuple[Tensor, Tensor]:
         """Return these rows [n, H] and their gates [n], both fresh: permutation 2."""
-        values = rows.away.rows.new_empty(rows.num_rows, self.sizes.hidden)
-        gates = rows.away.gate_values.new_empty(rows.num_rows)
-        target = RowView(values=values, gate_values=gates)
-        self.device.row_ops.move(rows.away.view(rows.order, rows.num_rows), target)
+        num_rows = len(rows.values if rows.order is None else rows.order)
+        values = rows.values.new_empty(num_rows, self.sizes.hidden)
+        gates = rows.values.new_empty(num_rows, dtype=torch.float32)
+        self.device.row_ops.move(rows, RowView(values=values, gate_values=gates))
         return values, gates
 
-    def scatter(self, results: torch.Tensor, rows: DeviceRows, grad_gates: torch.Tensor | None = None) -> None:
+    def scatter(self, results: Tensor, rows: RowView, grad_gates: Tensor | None = None) -> None:
         """Write results [n, H], and gradients of gates [n] if any, to the rows from which they were computed."""
-        source = RowView(values=results.contiguous(), gate_values=grad_gates)
-        self.device.row_ops.move(source, rows.away.view(rows.order))
+        self.device.row_ops.move(RowView(values=results.contiguous(), gate_values=grad_gates), rows)
 
     def return_batch(self, handle: DeviceHandle, batch: DeviceBatch) -> None:
         """Send the results home, to where their tokens were packed."""
-        exchange, counts, buffers = handle.exchange, handle.plan.counts, handle.buffers
+        exchange, plan, buffers = handle.exchange, handle.plan, handle.buffers
         homeward = Transfer(
             tag=exchange.back().tag(MessageKind.ROWS),
             name=str(exchange.back()),
             send=buffers.away.buffer,
-            send_edges=counts.recv_edges,
+            send_edges=plan.recv_edges,
             recv=buffers.home.buffer,
-            recv_edges=counts.send_edges,
+            recv_edges=plan.send_edges,
         )
         buffers.homeward = self.all_to_all.start(homeward, self.device.compute_stream.record_event(), handle.outward)
-        self.count_rows(exchange.back().direction, slice(None), counts.coming.sum(axis=1))
+        self.count_rows(exchange.back().direction, slice(None), plan.coming.sum(axis=1))
 
     def poll_results(self, handle: DeviceHandle) -> bool:
         """Return True if all results are home; the compute stream is then made to wait for them."""
@@ -239,11 +229,11 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
         self.device.compute_stream.wait_event(homeward.event)
         return True
 
-    def combine(self, handle: DeviceHandle, gates: torch.Tensor) -> torch.Tensor:
+    def combine(self, handle: DeviceHandle, gates: Tensor) -> Tensor:
         """Return the results, times gates [T, K], summed by token -> fresh [T, H] float32: permutation 3."""
         return self.device.row_ops.sum(handle.buffers.home.rows, handle.plan.assignments.row_of_assignment, gates)
 
-    def gather_gate_grads(self, handle: DeviceHandle) -> torch.Tensor:
+    def gather_gate_grads(self, handle: DeviceHandle) -> Tensor:
         """Return the gradients of the gates that came with the results -> [T, K] float32, 0 where none was sent."""
         gate_values = handle.buffers.home.gate_values
         rows = replace_none_by_last(handle.plan.assignments.row_of_assignment, gate_values)

@@ -8,8 +8,9 @@ import functools
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from hpcmoe.comm.device import Device, Event
+from hpcmoe.comm.device import Device
 from hpcmoe.comm.transport import Request, Transport
 from hpcmoe.dispatch.plan import LARGEST_POINT, SlotChooser
 
@@ -17,34 +18,24 @@ from hpcmoe.dispatch.plan import LARGEST_POINT, SlotChooser
 class DevicePlan:
     """What one micro-batch exchanges in one layer: on the device where each assignment lies, on the host the counts."""
 
-    __slots__ = ("assignments", "counts", "top_k")
-
-    def __init__(self, slots: torch.Tensor, kept: torch.Tensor | None, num_slots: int, device: Device) -> None:
+    def __init__(self, slots: Tensor, kept: Tensor | None, num_slots: int, device: Device) -> None:
         """slots [T, K], kept [T, K] bool or None (all), on the device; num_slots of all ranks."""
         self.top_k = slots.shape[1]
         self.assignments, ends = device.row_ops.sort_by_slot(slots, kept, num_slots)  # RowsOfAssignments, [num_slots]
-        self.counts = Counts(*device.copy_to_host(ends))
-
-
-class Counts:
-    """How many rows go from this rank to each slot, and come to its own from each rank, once other ranks were asked."""
-
-    def __init__(self, ends: torch.Tensor, event: Event) -> None:
-        """ends: int64 [P * s] on the host, where each slot's rows end; there when the event has happened."""
-        self.ends, self.event = ends, event
-        self.leaving: np.ndarray  # [P, s] int64, once they are known
-        self.coming: np.ndarray  # [P, s] int64
+        self.ends, self.event = device.copy_to_host(ends)  # where each slot's rows end, once the event has happened
+        self.leaving: np.ndarray  # [P, s] int64, rows from this rank to each slot, once they are known
+        self.coming: np.ndarray  # [P, s] int64, rows from each rank to this one's slots
         self.requests: list[Request] | None = None
 
-    def poll(self, transport: Transport, tag: int) -> bool:
-        """Return True if both are known; send a rank's own to each other rank as soon as the device has counted."""
+    def poll_counts(self, transport: Transport, tag: int) -> bool:
+        """Return True if all counts are known; send this rank's to each other rank once the device has counted."""
         if self.requests is None:
             if not self.event.query():
                 return False
-            self.exchange(transport, tag)
+            self.exchange_counts(transport, tag)
         return all(request.done for request in self.requests or ())
 
-    def exchange(self, transport: Transport, tag: int) -> None:
+    def exchange_counts(self, transport: Transport, tag: int) -> None:
         """Send each rank what goes to its slots, and start to receive what comes from it."""
         self.leaving = np.diff(self.ends.numpy(), prepend=0).reshape(transport.size, -1)
         self.coming = np.empty_like(self.leaving)
@@ -73,7 +64,7 @@ class DeviceBatch:
         """coming [P, s]: rows from each rank for each slot, which lie by rank and within it by slot."""
         self.rows_of_slot = coming.sum(axis=0)  # [s]
         self.num_rows = int(self.rows_of_slot.sum())
-        self.order: torch.Tensor | None = None  # [R] where each row lies; None: they lie so
+        self.order: Tensor | None = None  # [R] where each row lies; None: they lie so
         if min(coming.shape) > 1:
             first, lengths = edges_of(coming.ravel())[:-1].reshape(coming.shape), coming.T.ravel()
             shifts = first.T.ravel() - edges_of(lengths)[:-1]
@@ -88,7 +79,7 @@ class DeviceChooser:
         self.slots = torch.from_numpy(chooser.slots).to(torch_device)
         self.edges = torch.from_numpy(chooser.edges).to(torch_device)
 
-    def choose(self, experts: torch.Tensor) -> torch.Tensor:
+    def choose(self, experts: Tensor) -> Tensor:
         """Return the slots [T, K * shards] for experts [T, K]."""
         if self.unique:
             return self.slots[experts].flatten(1)

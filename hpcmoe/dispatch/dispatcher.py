@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.transport import HOMEWARD, Direction, MessageKind, Transport, make_message_tag, make_tag
@@ -99,7 +99,7 @@ class TokenDispatcher(Protocol):
     def poll_ready(self, plan: Any, exchange: ExchangeId) -> bool:
         """Return True if an exchange can start. Send the plan's counts where other ranks must know them first."""
 
-    def dispatch(self, plan: Any, rows: torch.Tensor, gates: torch.Tensor, exchange: ExchangeId) -> Any:
+    def dispatch(self, plan: Any, rows: Tensor, gates: Tensor, exchange: ExchangeId) -> Any:
         """Start to send rows [T, H], and gates [T, K] beside them, to their experts, and return a handle."""
 
     def receive(self, handle: Any) -> Iterator[Any]:
@@ -111,10 +111,10 @@ class TokenDispatcher(Protocol):
     def split(self, handle: Any, batch: Any) -> Iterator[Chunk]:
         """Yield the chunks of a batch."""
 
-    def gather(self, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, rows: Any) -> tuple[Tensor, Tensor]:
         """Return a chunk's rows [m, H] and their gates [m] float32; those beyond the chunk's are padding, of gate 0."""
 
-    def scatter(self, results: torch.Tensor, rows: Any, grad_gates: torch.Tensor | None = None) -> None:
+    def scatter(self, results: Tensor, rows: Any, grad_gates: Tensor | None = None) -> None:
         """Write a chunk's results [m, H], and gradients of its gates [m], to where they go home from."""
 
     def return_batch(self, handle: Any, batch: Any) -> None:
@@ -123,10 +123,10 @@ class TokenDispatcher(Protocol):
     def poll_results(self, handle: Any) -> bool:
         """Return True if all results are home. Work that the device is given from then on comes after them."""
 
-    def combine(self, handle: Any, gates: torch.Tensor) -> torch.Tensor:
+    def combine(self, handle: Any, gates: Tensor) -> Tensor:
         """Return the results, times gates [T, K], summed by token -> fresh [T, H]."""
 
-    def gather_gate_grads(self, handle: Any) -> torch.Tensor:
+    def gather_gate_grads(self, handle: Any) -> Tensor:
         """Return the gradients of the gates that came with the results -> [T, K] float32, 0 where none was sent."""
 
 

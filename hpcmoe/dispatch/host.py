@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.device import HostDevice
@@ -115,7 +116,7 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         can_publish = self.window.may_post(buffers.index, buffers.num_exchanges + 1)
         return can_publish and all(request.done for request in buffers.requests)
 
-    def dispatch(self, plan: Plan, rows: torch.Tensor, gates: torch.Tensor, exchange: ExchangeId) -> HostHandle:
+    def dispatch(self, plan: Plan, rows: Tensor, gates: Tensor, exchange: ExchangeId) -> HostHandle:
         """Publish rows [T, H], and gates [T, K] beside them, to their experts; send what goes to other nodes."""
         buffers, window = self.find_buffers(exchange), self.window
         buffers.num_exchanges += 1
@@ -168,7 +169,7 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
 
     def pack(self, rows: np.ndarray, first: int, message: Message, gates: np.ndarray) -> None:
         """Write a message's tokens, of those from window row `first` on, and its assignments' gates into its rows."""
-        np.take(self.window.rows, first + message.tokens, axis=0, out=rows[: message.num_tokens], mode="clip")
+        self.window.rows.take(first + message.tokens, axis=0, out=rows[: message.num_tokens], mode="clip")
         tokens, gate_values = view_trailer(rows[message.num_tokens :], message.num_assignments)
         tokens[:], gate_values[:] = message.token_of_assignment, gates[message.assignments]
 
@@ -241,7 +242,7 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         for part, slots in batch.split(self.sizes.batch_rows, apart=self.routes.same_order):
             yield Chunk(rows=rows[part], slots=slots)
 
-    def gather(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return the tokens [m, H] from which result rows [n] are computed, and their gates [m]: permutation 2.
 
         m is n or a little more: a few different sizes of GEMM serve all. What is too much has the gate 0.
@@ -252,7 +253,7 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         tokens = self.device.gather(self.table, torch.from_numpy(sources))
         return tokens, torch.from_numpy(gates).to(self.device.torch_device)
 
-    def scatter(self, results: torch.Tensor, rows: np.ndarray, grad_gates: torch.Tensor | None = None) -> None:
+    def scatter(self, results: Tensor, rows: np.ndarray, grad_gates: Tensor | None = None) -> None:
         """Write results [m, H], and gradients of gates [m] if any, to these rows [n]; those beyond n are padding."""
         self.device.scatter(results[: len(rows)].to(self.sizes.dtype), self.table, rows)
         if grad_gates is not None:
@@ -272,7 +273,7 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
             return False
         return self.window.is_done(handle.buffers.index, handle.number, 0, handle.plan.counts)
 
-    def combine(self, handle: HostHandle, gates: torch.Tensor) -> torch.Tensor:
+    def combine(self, handle: HostHandle, gates: Tensor) -> Tensor:
         """Return the results, times gates [T, K], summed by token -> fresh [T, H] of the rows' dtype: permutation 3."""
         plan, first, zero = handle.plan, handle.buffers.results, handle.buffers.zero
         rows = np.where(plan.row_of_assignment < 0, zero, first + plan.row_of_assignment)
@@ -285,7 +286,7 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         weights = torch.where(torch.from_numpy(plan.is_sum), 1.0, gates.cpu())
         return self.device.sum_rows(self.table, torch.from_numpy(rows), weights)
 
-    def gather_gate_grads(self, handle: HostHandle) -> torch.Tensor:
+    def gather_gate_grads(self, handle: HostHandle) -> Tensor:
         """Return the gradients of the gates that came with the results -> [T, K] float32, 0 where none was sent."""
         plan, first = handle.plan, handle.buffers.results
         grads = np.zeros(plan.row_of_assignment.size, np.float32)

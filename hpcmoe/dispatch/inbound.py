@@ -34,7 +34,8 @@ class InboundMessage:
     num_descriptors: int  # that its sender has in this exchange
     num_tokens: int  # U
     counts: np.ndarray  # [local peers, s] assignments for each slot
-    first: int = field(init=False)  # its first row in the window: tokens, trailer, results of the assignments
+    rows: slice = field(init=False)  # of the window: its tokens, and behind them the trailer of its assignments
+    results: slice = field(init=False)  # of the window, behind these: a row for each assignment
     request: Request = field(init=False)  # of what is under way
     gates: np.ndarray = field(init=False)  # [C] float32 that came with the assignments
 
@@ -118,12 +119,13 @@ class Receiver:
         moved = False
         while self.waiting:
             message = self.waiting[0]
-            message_rows = self.pool.message_rows(message)
-            first = self.pool.pools[self.buffer_index].allocate(message_rows + message.num_assignments)
+            num_rows = message.num_tokens + num_trailing_rows(message.num_assignments, self.window.sizes.row_bytes)
+            first = self.pool.pools[self.buffer_index].allocate(num_rows + message.num_assignments)
             if first is None:
                 break
-            message.first, moved = first, True
-            rows, tag = self.window.rows[first : first + message_rows], self.tag_of(MessageKind.ROWS, message.number)
+            message.rows = slice(first, first + num_rows)
+            message.results, moved = slice(first + num_rows, first + num_rows + message.num_assignments), True
+            rows, tag = self.window.rows[message.rows], self.tag_of(MessageKind.ROWS, message.number)
             message.request = self.transport.recv_rows(rows, message.sender, tag)
             self.receiving.append(self.waiting.pop(0))
         return moved
@@ -135,10 +137,9 @@ class Receiver:
         for message in received:
             tokens, gates = self.pool.view_trailer(message)
             message.gates = gates.copy()
-            results = self.pool.results(message)
-            window.sources[results] = message.first + tokens
-            window.gate_values[results] = gates
-            announced = message.descriptor, results.start, message.num_descriptors, message.counts
+            window.sources[message.results] = message.rows.start + tokens
+            window.gate_values[message.results] = gates
+            announced = message.descriptor, message.results.start, message.num_descriptors, message.counts
             window.post(self.buffer_index, self.exchange, *announced)
             rows = message.counts.sum(axis=1)[others]
             self.pool.count_rows(self.direction, self.routes.local_peers[others], rows)
@@ -151,8 +152,7 @@ class Receiver:
         for message in done:
             self.pool.sum_by_token(message, weigh=self.direction == Direction.DISPATCH)
             self.pool.count_rows(HOMEWARD[self.direction], message.sender, message.num_tokens)
-            rows = self.window.rows[message.first : message.first + self.pool.message_rows(message)]
-            tag = self.tag_of(MessageKind.RETURN, message.number)
+            rows, tag = self.window.rows[message.rows], self.tag_of(MessageKind.RETURN, message.number)
             message.request = self.transport.send_rows(rows, message.sender, tag)
             self.leaving.append(message)
         return bool(done)
@@ -165,8 +165,8 @@ class Receiver:
         """Free the rows of the messages that have left."""
         left, self.leaving = partition(self.leaving, InboundMessage.is_done)
         for message in left:
-            num_rows = self.pool.message_rows(message) + message.num_assignments
-            self.pool.pools[self.buffer_index].free(message.first, num_rows)
+            num_rows = message.results.stop - message.rows.start
+            self.pool.pools[self.buffer_index].free(message.rows.start, num_rows)
         return bool(left)
 
 
@@ -204,23 +204,14 @@ class ReceivePool:
         """Return the words of a sender's header: how many messages; of each its tokens, and assignments by slot."""
         return 1 + self.window.sizes.max_messages * (1 + len(self.routes.served[number]) * self.routes.num_slots)
 
-    def message_rows(self, message: InboundMessage) -> int:
-        """Return the rows of a message: tokens, and behind them the trailer of its assignments."""
-        return message.num_tokens + num_trailing_rows(message.num_assignments, self.window.sizes.row_bytes)
-
-    def results(self, message: InboundMessage) -> slice:
-        """Return the rows of the window for the results of a message's assignments."""
-        first = message.first + self.message_rows(message)
-        return slice(first, first + message.num_assignments)
-
     def view_trailer(self, message: InboundMessage) -> tuple[np.ndarray, np.ndarray]:
         """Return the token [C] int32 and gate [C] float32 of each assignment, as views of the window."""
-        rows = self.window.rows[message.first + message.num_tokens : self.results(message).start]
+        rows = self.window.rows[message.rows.start + message.num_tokens : message.rows.stop]
         return view_trailer(rows, message.num_assignments)
 
     def sum_by_token(self, message: InboundMessage, weigh: bool) -> None:
         """Write the sums of the results over the tokens, times the gates or not, and what came back of these behind."""
-        table, results = self.window.table(self.dtype), self.results(message)
+        table, first, results = self.window.table(self.dtype), message.rows.start, message.results
         token_of_assignment, gates = self.view_trailer(message)
         order = np.argsort(token_of_assignment, kind="stable")
         begins = np.searchsorted(token_of_assignment[order], np.arange(message.num_tokens))
@@ -228,7 +219,7 @@ class ReceivePool:
         if weigh and self.routes.same_order:  # products are rounded before they are added, as at home
             table[results.start + order] *= torch.from_numpy(weights).to(self.dtype)[:, None]
             weights = np.ones_like(weights)
-        table[message.first : message.first + message.num_tokens] = functional.embedding_bag(
+        table[first : first + message.num_tokens] = functional.embedding_bag(
             torch.from_numpy(results.start + order),
             table,
             torch.from_numpy(begins),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hpcmoe.config import DispatchConfig
@@ -25,12 +25,12 @@ FEW_MAXIMA, FEW_EXPERTS = 2, 64  # one maximum after the other then takes a thir
 class Routing:
     """Where the T tokens of a micro-batch go."""
 
-    experts: torch.Tensor  # [T, K] int64
-    gates: torch.Tensor  # [T, K] float32, differentiable; a dropped assignment's gate is zero
-    kept: torch.Tensor | None  # [T, K] bool, False where an expert's capacity was exceeded; None where there is none
-    probability_sum: torch.Tensor  # [E] float32, differentiable: softmax probabilities summed over the tokens
-    z_sum: torch.Tensor  # [] float32, differentiable: squared log-sum-exp of the logits, summed over the tokens
-    tokens_of_expert: torch.Tensor  # [E] int64, assignments to each expert, dropped ones too
+    experts: Tensor  # [T, K] int64
+    gates: Tensor  # [T, K] float32, differentiable; a dropped assignment's gate is zero
+    kept: Tensor | None  # [T, K] bool, False where an expert's capacity was exceeded; None where there is none
+    probability_sum: Tensor  # [E] float32, differentiable: softmax probabilities summed over the tokens
+    z_sum: Tensor  # [] float32, differentiable: squared log-sum-exp of the logits, summed over the tokens
+    tokens_of_expert: Tensor  # [E] int64, assignments to each expert, dropped ones too
 
     @property
     def num_dropped(self) -> int:
@@ -41,15 +41,15 @@ class Routing:
 class Router(nn.Module):
     """The gate of one layer: logits = W_g x, softmax, top-k."""
 
-    bias: torch.Tensor
+    bias: Tensor
 
-    def __init__(self, weight: torch.Tensor, top_k: int, settings: DispatchConfig) -> None:
+    def __init__(self, weight: Tensor, top_k: int, settings: DispatchConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)  # [E, H] float32
         self.register_buffer("bias", torch.zeros(len(weight)))  # [E] float32, moved by the load, not by gradients
         self.top_k, self.settings = top_k, settings
 
-    def forward(self, x: torch.Tensor, load: torch.Tensor) -> Routing:
+    def forward(self, x: Tensor, load: Tensor) -> Routing:
         """Route tokens x [T, H] under the measured load [E] (tokens of an expert / expected; 1 is even).
 
         The choice is by logits - alpha x load + bias; the gates never see the bias.
@@ -74,7 +74,7 @@ class Router(nn.Module):
             tokens_of_expert=count_assignments(experts, len(self.weight)),
         )
 
-    def keep_within_capacity(self, experts: torch.Tensor) -> torch.Tensor | None:
+    def keep_within_capacity(self, experts: Tensor) -> Tensor | None:
         """Keep each expert's first C assignments, all first choices before any second: experts [T, K] -> bool [T, K].
 
         C = ceil(capacity_factor x T x K / E) of this rank's micro-batch; a factor of 0 drops nothing: None.
@@ -93,8 +93,8 @@ class Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, pressure: torch.Tensor | None, experts: torch.Tensor, renormalize: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx: Any, logits: Tensor, pressure: Tensor | None, experts: Tensor, renormalize: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return gates [T, K], the probabilities' sums [E] and the sum of squared log-sum-exps [].
 
         logits [T, E]; pressure [E] acts on the gates, if any; experts [T, K] are those chosen.
@@ -119,8 +119,8 @@ class Softmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_gate: torch.Tensor, grad_probability: torch.Tensor, grad_z: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
+        ctx: Any, grad_gate: Tensor, grad_probability: Tensor, grad_z: Tensor
+    ) -> tuple[Tensor, None, None, None]:
         """Return the gradient of the logits [T, E]."""
         probabilities, log_sums, weights, gates, experts = ctx.saved_tensors
         of_losses = grad_probability - (probabilities @ grad_probability)[:, None] + (2 * grad_z) * log_sums
@@ -135,17 +135,17 @@ class Softmax(torch.autograd.Function):
         return grad_logits.scatter_add_(1, experts, of_gates), None, None, None
 
 
-def count_assignments(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
+def count_assignments(experts: Tensor, num_experts: int) -> Tensor:
     """Count the assignments to each expert: experts [T, K] -> [E] int64; torch.bincount would wait for a GPU."""
     chosen = experts.flatten()
     return chosen.new_zeros(num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
-def choose_largest(logits: torch.Tensor, count: int) -> torch.Tensor:
+def choose_largest(logits: Tensor, count: int) -> Tensor:
     """Return the columns of each row's largest entries, largest first: logits [T, E] -> [T, count] int64."""
     if count > FEW_MAXIMA or logits.shape[-1] > FEW_EXPERTS:
         return logits.topk(count, dim=-1).indices
-    chosen, left = list[torch.Tensor](), logits
+    chosen, left = list[Tensor](), logits
     for _ in range(count):
         if chosen:
             left = left.scatter(1, chosen[-1], -math.inf)
@@ -153,17 +153,17 @@ def choose_largest(logits: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat(chosen, dim=1)
 
 
-def repeat_for_shards(of_assignments: torch.Tensor, num_shards: int) -> torch.Tensor:
+def repeat_for_shards(of_assignments: Tensor, num_shards: int) -> Tensor:
     """Repeat each entry once per tensor-parallel shard: [T, K] -> [T, K * num_shards]."""
     return of_assignments if num_shards == 1 else of_assignments.repeat_interleave(num_shards, dim=1)
 
 
-def load_balancing_loss(tokens_of_expert: torch.Tensor, probability_sum: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def load_balancing_loss(tokens_of_expert: Tensor, probability_sum: Tensor, num_tokens: int) -> Tensor:
     """Return E x sum over experts of (share of assignments) x (mean probability): 1 when even; equation 4 there."""
     return (load_balancing_grad(tokens_of_expert, num_tokens) * probability_sum).sum()
 
 
-def load_balancing_grad(tokens_of_expert: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def load_balancing_grad(tokens_of_expert: Tensor, num_tokens: int) -> Tensor:
     """Return the loss's gradient with respect to probability_sum [E]; the assignments' shares count as constants."""
     assignments = max(int(tokens_of_expert.sum()), 1)
     return len(tokens_of_expert) * tokens_of_expert.float() / assignments / max(num_tokens, 1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpcmoe.clock import Timer
 from hpcmoe.comm.transport import Direction
@@ -31,17 +31,17 @@ class LayerContext:
     layer: int
     micro_batch: int
     training: bool
-    x: torch.Tensor = field(init=False)  # [T, H], the input of the dense part
-    residual: torch.Tensor = field(init=False)  # [T, H]
-    normed: torch.Tensor = field(init=False)  # [T, H], the router's input
+    x: Tensor = field(init=False)  # [T, H], the input of the dense part
+    residual: Tensor = field(init=False)  # [T, H]
+    normed: Tensor = field(init=False)  # [T, H], the router's input
     routing: Routing = field(init=False)
-    gates: torch.Tensor = field(init=False)  # [T, K * shards] float32
+    gates: Tensor = field(init=False)  # [T, K * shards] float32
     plan: Any = field(init=False)  # the dispatcher's, as the handle and batches
     handle: Any = field(init=False)  # of the exchange under way
     batches: list[Any] = field(default_factory=list)  # of this rank's experts
     kept: list[list[Any]] = field(default_factory=list)  # of each batch, what its experts need for their backward
-    output: torch.Tensor = field(init=False)  # [T, H], the next layer's x; after the backward pass the gradient of x
-    grad_output: torch.Tensor = field(init=False)  # [T, H]
+    output: Tensor = field(init=False)  # [T, H], the next layer's x; after the backward pass the gradient of x
+    grad_output: Tensor = field(init=False)  # [T, H]
 
 
 class MoELayer(nn.Module):
@@ -55,7 +55,7 @@ class MoELayer(nn.Module):
         self.dense, self.router, self.experts = dense, router, experts
         self.dispatcher, self.chooser = dispatcher, chooser
 
-    def route(self, context: LayerContext, x: torch.Tensor, load: torch.Tensor) -> None:
+    def route(self, context: LayerContext, x: Tensor, load: Tensor) -> None:
         """Choose experts for the tokens x [T, H], and plan the way of each assignment to them."""
         context.x = x.detach().requires_grad_(context.training)
         with self.dispatcher.clock.measure(Timer.DENSE):
@@ -69,7 +69,7 @@ class MoELayer(nn.Module):
         """Send the tokens to their experts."""
         yield from self.start(context, context.normed.detach(), Direction.DISPATCH)
 
-    def start(self, context: LayerContext, rows: torch.Tensor, direction: Direction) -> Iterator[bool]:
+    def start(self, context: LayerContext, rows: Tensor, direction: Direction) -> Iterator[bool]:
         """Start an exchange of rows [T, H] as soon as it can."""
         exchange = ExchangeId(context.layer, context.micro_batch, direction)
         while not self.dispatcher.poll_ready(context.plan, exchange):
@@ -110,7 +110,7 @@ class MoELayer(nn.Module):
             del context.residual, context.normed  # nothing will ask for them
         yield True
 
-    def combine_backward(self, context: LayerContext, grad_output: torch.Tensor) -> Iterator[bool]:
+    def combine_backward(self, context: LayerContext, grad_output: Tensor) -> Iterator[bool]:
         """Send the gradient of the next x [T, H] to the experts, with each assignment's gate."""
         context.grad_output = grad_output
         yield from self.start(context, grad_output, Direction.COMBINE_BACKWARD)
@@ -133,9 +133,7 @@ class MoELayer(nn.Module):
             yield True
         context.batches, context.kept = [], []
 
-    def route_backward(
-        self, context: LayerContext, grad_probability: torch.Tensor, grad_z: torch.Tensor
-    ) -> Iterator[bool]:
+    def route_backward(self, context: LayerContext, grad_probability: Tensor, grad_z: Tensor) -> Iterator[bool]:
         """Go back through router and dense part -> gradient of x [T, H].
 
         grad_probability [E] and grad_z [] are the routing losses' gradients with respect to the routing's sums.

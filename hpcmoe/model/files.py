@@ -1,6 +1,7 @@
-"""The files of text: which ones the patterns of [data] name, each once, and how to tell that one has changed."""
+"""Text files: those that the patterns of [data] match, each once, and their state when they were found."""
 
 import fnmatch
+import functools
 import glob
 import logging
 import os
@@ -8,24 +9,26 @@ import re
 import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from hpcmoe.config import DataConfig
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import printable
 from hpcmoe.paths import expand_pattern
 
 log = logging.getLogger(__name__)
 
-FOLDER, EMPTY_FILE, IRREGULAR = "folders", "empty", "no regular files"  # why something is no text
-NOTHING, OWN = "links to nothing", "in the run's own folder"
-EXCLUDED, AGAIN = "taken by exclude", "other names of the same files"
-MOST_NAMED_PATTERNS = 5  # patterns in one line
+# Reasons why a path is no text.
+FOLDER, EMPTY_FILE, IRREGULAR = "folders", "empty", "no regular files"
+DANGLING, OWN = "links to nothing", "in the run's own folder"
+EXCLUDED, DUPLICATE = "taken by exclude", "other names of the same files"
+_MAX_NAMED = 5  # patterns in one line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stamp:
-    """What a file was like when it was found."""
+    """State of a file when it was found."""
 
     size: int  # bytes
     mtime_ns: int
@@ -33,57 +36,61 @@ class Stamp:
     inode: int
 
     def holds(self, now: "Stamp") -> bool:
-        """Return True if a file is still the one that was found, and as it was.
+        """Return True if a file is the one that was found, unchanged.
 
-        A new inode alone tells nothing, since some file systems number anew what they had forgotten, nor does a new
-        ctime, as of a file that was given another link.
+        A new inode alone is no change, since some file systems number anew what they evicted; nor is a new ctime, as
+        after a new hard link.
         """
         is_there = self.inode == now.inode or self.ctime_ns == now.ctime_ns
         return is_there and (self.size, self.mtime_ns) == (now.size, now.mtime_ns)
 
 
 def make_stamp(info: os.stat_result) -> Stamp:
-    """Keep what stat() tells of a file -> Stamp."""
+    """Build a Stamp of what stat() returns."""
     return Stamp(size=info.st_size, mtime_ns=info.st_mtime_ns, ctime_ns=info.st_ctime_ns, inode=info.st_ino)
 
 
-def find_files(data, own_folder: str | os.PathLike | None = None) -> dict[str, Stamp]:
-    """Find the files with text of [data], each once whatever its names -> {path: Stamp}, in the order of their paths.
+def find_files(data: DataConfig, own_folder: str | os.PathLike | None = None) -> dict[str, Stamp]:
+    """Find the text files of [data], each once whatever its names -> {path: Stamp}, ordered by path.
 
-    Nothing in the run's own folder, nor in those that earlier runs of its name left, is text. Raises ConfigError where
-    there is no text, or a file that is named is none; logs which patterns give none, and what was left out.
+    The run's own folder and those of earlier runs of its name hold no text. Logs the patterns without text and what was
+    left out. Raises ConfigError where nothing is found, or a file given by name is no text.
     """
     exclude = [expand_placeholders(pattern, "exclude") for pattern in data.exclude]
-    is_own = make_own(own_folder)
-    found, left_out, silent = {}, {}, []
+    is_own = make_own_test(own_folder)
+
+    # Sort what each pattern matches into text and other paths.
+    found: dict[str, os.stat_result] = {}
+    left_out: dict[str, str] = {}
+    silent = []
     for pattern in data.files:
-        where = expand_placeholders(pattern, "files")
-        if os.path.lexists(where) or not glob.has_magic(where):
-            taken, left = take_named(where, is_own)
+        path = expand_placeholders(pattern, "files")
+        if os.path.lexists(path) or not glob.has_magic(path):
+            taken, left = stat_named(path, is_own)
         else:
-            taken, left = sort_out(match(where), exclude, is_own)
+            taken, left = stat_matches(match(path), exclude, is_own)
         found |= taken
         left_out |= left
         if not taken:
-            silent.append(f"{printable(where)} matches {count_reasons(left) or 'nothing'}")
-    files = drop_doubles(found, left_out)
+            silent.append(f"{printable(path)} matches {count_reasons(left) or 'nothing'}")
+
+    # Keep each file by one name.
+    files = drop_duplicates(found, left_out)
     log_left_out(data, files, left_out, silent)
     return files
 
 
-def expand_placeholders(pattern, key):
-    """Put in a pattern of [data] what ~, $VARIABLES and {stdlib} stand for."""
+def expand_placeholders(pattern: str, key: str) -> str:
+    """Replace ~, $VARIABLES and {stdlib} in a pattern of [data]."""
     expanded = expand_pattern(pattern, f"[data] {key}")
     return expanded.replace("{stdlib}", sysconfig.get_path("stdlib")) if "{stdlib}" in expanded else expanded
 
 
-def log_left_out(data, files, left_out, silent):
-    """Log what was left out and which patterns give no text; ConfigError where none does."""
-    named = "; ".join(silent[:MOST_NAMED_PATTERNS]) + f"; and {len(silent) - MOST_NAMED_PATTERNS} more" * (
-        len(silent) > MOST_NAMED_PATTERNS
-    )
+def log_left_out(data: DataConfig, files: dict[str, Stamp], left_out: dict[str, str], silent: list[str]) -> None:
+    """Log what was left out and the patterns without text. Raises ConfigError where no file has any."""
+    named = "; ".join(silent[:_MAX_NAMED]) + f"; and {len(silent) - _MAX_NAMED} more" * (len(silent) > _MAX_NAMED)
     if not files:
-        patterns = printable(str(list(data.files[:MOST_NAMED_PATTERNS])))
+        patterns = printable(str(list(data.files[:_MAX_NAMED])))
         raise ConfigError(f"[data] files = {patterns}, less [data] exclude: no file with text matches; {named}")
     if silent:
         log.warning("[data] files: %s", named)
@@ -91,25 +98,25 @@ def log_left_out(data, files, left_out, silent):
         log.info("[data] files: left out: %s", counted)
 
 
-def count_reasons(left_out):
-    """Count what was left out for each reason -> text."""
+def count_reasons(left_out: dict[str, str]) -> str:
+    """Format how many paths were left out for each reason."""
     return ", ".join(f"{count} {why}" for why, count in Counter(left_out.values()).items() if why != FOLDER)
 
 
-def drop_doubles(found, left_out):
-    """Keep each file once, by its first name -> {path: Stamp}; its other names are left out."""
+def drop_duplicates(found: dict[str, os.stat_result], left_out: dict[str, str]) -> dict[str, Stamp]:
+    """Keep each file once, by its first name; add its other names to left_out."""
     files, seen = {}, set()
     for path, info in sorted(found.items()):
         if (info.st_dev, info.st_ino) in seen:
-            left_out[path] = AGAIN
+            left_out[path] = DUPLICATE
         else:
             seen.add((info.st_dev, info.st_ino))
             files[path] = make_stamp(info)
     return files
 
 
-def take_named(path, is_own):
-    """Take a file by its own name -> ({path: stat}, {path: why it has no text}). Raises ConfigError for others."""
+def stat_named(path: str, is_own: Callable[[str], bool]) -> tuple[dict[str, os.stat_result], dict[str, str]]:
+    """Return a file given by name as stat_matches() would. Raises ConfigError where it is no regular file, or own."""
     what = f"[data] files: {printable(path)}"
     try:
         info = os.stat(path)
@@ -117,23 +124,24 @@ def take_named(path, is_own):
         raise ConfigError(f"{what}: {'a link to nothing' if os.path.lexists(path) else 'no such file'}") from None
     except OSError as error:
         raise ConfigError(f"{what}: {error.strerror}") from None
-    why = why_no_text(path, info, is_own)
-    if why == FOLDER:
-        raise ConfigError(f"{what}: is a folder; its files are {printable(os.path.join(path, '*'))}")
-    if why in (IRREGULAR, OWN):
-        raise ConfigError(f"{what}: is {'no regular file' if why == IRREGULAR else why}")
+    why = find_reason(path, info, is_own)
+    hint = f"a folder; its files are {printable(os.path.join(path, '*'))}"
+    if problem := {FOLDER: hint, OWN: OWN, IRREGULAR: "no regular file"}.get(why):
+        raise ConfigError(f"{what}: is {problem}")
     return ({}, {path: why}) if why else ({path: info}, {})
 
 
-def sort_out(paths, exclude, is_own):
-    """Tell files with text from what else a pattern matches -> ({path: stat}, {path: why it is no text})."""
+def stat_matches(
+    paths: Iterable[str], exclude: list[str], is_own: Callable[[str], bool]
+) -> tuple[dict[str, os.stat_result], dict[str, str]]:
+    """Split files with text from what else a pattern matches -> ({path: stat}, {path: why it is no text})."""
     taken, left_out = {}, {}
     for path in paths:
         try:
             info = os.stat(path)
-            why = why_no_text(path, info, is_own)
+            why = find_reason(path, info, is_own)
         except OSError:
-            why = NOTHING
+            why = DANGLING
         if why != FOLDER and any(is_excluded(path, pattern) for pattern in exclude):
             why = EXCLUDED
         if why:
@@ -143,15 +151,15 @@ def sort_out(paths, exclude, is_own):
     return taken, left_out
 
 
-def is_excluded(path, pattern):
-    """Return True if a path is or matches a pattern of exclude, both as they are written or in plain spelling."""
+def is_excluded(path: str, pattern: str) -> bool:
+    """Return True if a path is or matches a pattern of exclude, both as written or both normalized."""
     plain = os.path.abspath(path) if os.path.isabs(pattern) else os.path.normpath(path)
-    ways = {(path, pattern), (plain, os.path.normpath(pattern))}
-    return any(each == wanted or fnmatch.fnmatch(each, wanted) for each, wanted in ways)
+    spellings = {(path, pattern), (plain, os.path.normpath(pattern))}
+    return any(each == wanted or fnmatch.fnmatch(each, wanted) for each, wanted in spellings)
 
 
-def why_no_text(path, info, is_own):
-    """Say why something that is there is no text, "" where it is."""
+def find_reason(path: str, info: os.stat_result, is_own: Callable[[str], bool]) -> str:
+    """Return why an existing path is no text, "" where it is."""
     if stat.S_ISDIR(info.st_mode):
         return FOLDER
     if not stat.S_ISREG(info.st_mode):
@@ -161,23 +169,21 @@ def why_no_text(path, info, is_own):
     return EMPTY_FILE if info.st_size == 0 else ""
 
 
-def make_own(own_folder: str | os.PathLike | None) -> Callable[[str], bool]:
-    """Make what tells whether a path leads into the run's own folder, or into what earlier runs of its name left."""
-    owned = set() if own_folder is None else {identify(path) for path in list_own(own_folder)} - {None}
-    known = {}
+def make_own_test(own_folder: str | os.PathLike | None) -> Callable[[str], bool]:
+    """Build the test whether a path leads into the run's own folder, or into that of an earlier run of its name."""
+    owned = set() if own_folder is None else {identify(path) for path in list_own_folders(own_folder)} - {None}
 
-    def holds(folder):
-        """Look at a folder, then at those that it is in."""
-        if folder not in known:
-            parent = os.path.dirname(folder)
-            known[folder] = identify(folder) in owned or (parent != folder and holds(parent))
-        return known[folder]
+    @functools.cache
+    def is_in_owned(folder: str) -> bool:
+        """Return True if a folder, or one that it is in, is owned."""
+        parent = os.path.dirname(folder)
+        return identify(folder) in owned or (parent != folder and is_in_owned(parent))
 
-    return lambda path: bool(owned) and holds(os.path.dirname(os.path.realpath(path)))
+    return lambda path: bool(owned) and is_in_owned(os.path.dirname(os.path.realpath(path)))
 
 
-def list_own(own_folder):
-    """Yield the run's own folder, and those beside it or what it is a link to that hold an earlier run of its name."""
+def list_own_folders(own_folder: str | os.PathLike) -> Iterator[str]:
+    """Yield the run's own folder, and those of earlier runs of its name beside it or beside what it is a link to."""
     for path in {os.path.abspath(own_folder), os.path.realpath(own_folder)}:
         yield path
         parent, name = os.path.split(path)
@@ -186,8 +192,8 @@ def list_own(own_folder):
                 yield os.path.join(parent, os.path.dirname(sibling))
 
 
-def identify(path):
-    """Tell a file or folder from any other, whatever its name -> (device, inode), None where it is gone."""
+def identify(path: str) -> tuple[int, int] | None:
+    """Return (device, inode), the same for all names of a file or folder; None where there is none."""
     try:
         info = os.stat(path)
     except OSError:
@@ -196,7 +202,7 @@ def identify(path):
 
 
 def match(pattern: str) -> Iterator[str]:
-    """Yield the paths that a pattern matches; its first folders are no pattern where they exist as they are written."""
+    """Yield the paths that a pattern matches; its leading folders that exist as written are not patterns."""
     parts = [part for part in pattern.split("/") if part]
     base = "/" if pattern.startswith("/") else ""
     while len(parts) > 1 and os.path.lexists(os.path.join(base, parts[0])):
@@ -204,7 +210,7 @@ def match(pattern: str) -> Iterator[str]:
     return match_below(base, parts)
 
 
-def match_below(base, parts):
+def match_below(base: str, parts: list[str]) -> Iterator[str]:
     """Yield the paths below a folder, "" for the current one, that match the parts of a pattern."""
     if "**" not in parts:
         yield from (os.path.join(base, name) for name in glob.glob("/".join(parts), root_dir=base or None))
@@ -219,7 +225,7 @@ def match_below(base, parts):
 
 
 def walk(top: str) -> Iterator[str]:
-    """Yield a folder and all below it, each once however many links lead to it, by its own name if it has one there."""
+    """Yield a folder and all below it, each once whatever links lead to it, by its own name if it has one there."""
     seen, tops = set(), [top]
     for start in tops:
         for folder, names, _ in os.walk(start or "."):

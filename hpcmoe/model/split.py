@@ -1,21 +1,22 @@
-"""Which files are for training and which for validation: whole ones, whose bytes come as near the share as they can."""
+"""Split of the text files into training and validation: whole files, whose bytes are as near the share as possible."""
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hpcmoe.model.files import Stamp
 
 MOST_TRIED = 16  # files whose every combination is tried
-GOLDEN_RATIO = (5**0.5 - 1) / 2  # whose multiples, less their whole parts, fill 0 to 1 evenly from the first on
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # the fractional parts of its multiples fill 0 to 1 evenly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """A stretch of a file that belongs to training or to validation."""
+    """A range of a file's bytes for training or validation."""
 
     path: str
     first: int  # byte offset
@@ -29,14 +30,14 @@ class Split:
 
     training: tuple[Span, ...]
     validation: tuple[Span, ...]
-    sample: tuple[int, ...] = ()  # checksums of pieces of it, as rank 0 read them
+    sample: tuple[int, ...] = ()  # checksums of samples, as rank 0 read them
 
 
 def split_files(files: Mapping[str, Stamp], validation_share: float, least_bytes: int) -> Split:
-    """Give about validation_share of the bytes to validation: whole files, or the end of a single one -> Split.
+    """Split files into training and validation of about validation_share of the bytes.
 
-    The choice follows from the files' sizes and their names below the folder that they share. Each part gets
-    least_bytes where the files allow it.
+    A single file is cut; several are taken whole. The choice depends on their sizes and their names below the common
+    folder. Each part gets least_bytes where the files allow it.
     """
     if len(files) == 1:
         ((path, stamp),) = files.items()
@@ -47,99 +48,103 @@ def split_files(files: Mapping[str, Stamp], validation_share: float, least_bytes
             training=(Span(path=path, first=0, length=cut, stamp=stamp),),
             validation=(Span(path=path, first=cut, length=stamp.size - cut, stamp=stamp),),
         )
-    spans = [Span(path=path, first=0, length=files[path].size, stamp=files[path]) for path in shuffle(files)]
-    sizes = np.array([span.length for span in spans], np.int64)
-    chosen = choose_validation(sizes, validation_share, least_bytes)
+    spans = [Span(path=path, first=0, length=files[path].size, stamp=files[path]) for path in interleave_folders(files)]
+    chosen = choose_validation(np.array([span.length for span in spans], np.int64), validation_share, least_bytes)
     return Split(
         training=tuple(span for span, validates in zip(spans, chosen, strict=True) if not validates),
         validation=tuple(span for span, validates in zip(spans, chosen, strict=True) if validates),
     )
 
 
-def shuffle(paths):
-    """Order files so that however many of the first ones are taken, each folder gives about its share -> list of paths.
+def interleave_folders(paths: Iterable[str]) -> list[str]:
+    """Order files so that any number of the first ones holds about the same share of each folder.
 
-    Those of a folder go by the hash of their names, so that neighbours are none.
+    Within a folder files are ordered by the hash of their names, so that neighbours in the alphabet are separated.
     """
     absolute = {path: os.path.abspath(path) for path in paths}
     shared = len(os.path.commonpath(list(absolute.values())))
-    folders, places = {}, {}
-    for inside, path in sorted((absolute[path][shared:], path) for path in paths):
+
+    # Group by folder, in the order of the names below the common folder.
+    folders: dict[str, list[str]] = {}
+    for inside, path in sorted((absolute[path][shared:], path) for path in absolute):
         folders.setdefault(os.path.dirname(inside), []).append(path)
+
+    # Spread each folder's files evenly over 0 to 1, each folder with an offset of its own.
+    positions = {}
     for number, files in enumerate(folders.values(), start=1):
         files.sort(key=lambda path: zlib.crc32(os.fsencode(os.path.basename(path))))
-        for place, path in enumerate(files):
-            places[path] = (place + number * GOLDEN_RATIO % 1) / len(files), absolute[path]
-    return sorted(paths, key=places.get)
+        for index, path in enumerate(files):
+            positions[path] = (index + number * GOLDEN_RATIO % 1) / len(files), absolute[path]
+    return sorted(absolute, key=positions.__getitem__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """How many bytes the chosen files are to hold."""
+    """Bytes that the chosen files should hold."""
 
     wanted: float
-    least: int  # bytes, of the chosen and of the others
-    total: int  # bytes
+    least: int  # of the chosen files and of the others
+    total: int
 
-    def miss(self, held):
-        """Measure how far so many bytes are from those wanted; farther than any where a part is too short."""
+    def distance(self, held: Any) -> Any:
+        """Return |held - wanted|, plus the total where a part is too short; held: an integer, or an array of them."""
         return np.abs(held - self.wanted) + self.total * ((held < self.least) | (self.total - held < self.least))
 
 
 def choose_validation(sizes: np.ndarray, share: float, least_bytes: int) -> np.ndarray:
-    """Choose files, sizes [N], whose bytes are nearest to a share of all -> bool [N].
+    """Choose the files, sizes [N], whose bytes are nearest to a share of all -> bool [N].
 
-    It begins with the first of them, then takes and leaves files in turn, exchanges two, and tries all combinations of
-    the largest, until none of these brings it nearer: up to MOST_TRIED files no choice is nearer.
+    A local search: start with the first files, then add and remove files in turn, swap pairs, and try all combinations
+    of the largest MOST_TRIED files, until none is nearer. Up to MOST_TRIED files the result is optimal.
     """
     total = int(sizes.sum())
     wanted = min(max(share * total, least_bytes), total - least_bytes)
     goal = Goal(wanted=wanted, least=least_bytes, total=total)
     count = min(max(round(len(sizes) * share), 1), len(sizes) - 1)
     chosen = np.arange(len(sizes)) < count
-    take_and_leave(sizes, chosen, goal)
+    flip_in_turn(sizes, chosen, goal)
     while swap_files(sizes, chosen, goal) or recombine_largest(sizes, chosen, goal):
         pass
     return chosen
 
 
-def take_and_leave(sizes, chosen, goal):
-    """Take more files in turn, or leave the last of those chosen, each where that brings the choice nearer."""
+def flip_in_turn(sizes: np.ndarray, chosen: np.ndarray, goal: Goal) -> None:
+    """Add each file in turn, then remove each chosen one from the last on, where that is nearer to the goal."""
     held = int(sizes[chosen].sum())
     for index in (*np.flatnonzero(~chosen).tolist(), *np.flatnonzero(chosen)[::-1].tolist()):
         other = held + int(sizes[index]) * (-1 if chosen[index] else 1)
-        if goal.miss(other) < goal.miss(held):
+        if goal.distance(other) < goal.distance(held):
             held, chosen[index] = other, not chosen[index]
 
 
-def swap_files(sizes, chosen, goal):
-    """Exchange the two files, or take or leave the one, that bring the choice nearest -> whether that is nearer."""
+def swap_files(sizes: np.ndarray, chosen: np.ndarray, goal: Goal) -> bool:
+    """Swap the pair of files, or add or remove the one, that comes nearest to the goal -> whether it is nearer."""
     held, padded, none = int(sizes[chosen].sum()), np.append(sizes, 0), len(sizes)
     leave, enter = np.append(np.flatnonzero(chosen), none), np.append(np.flatnonzero(~chosen), none)
     enter = enter[np.argsort(padded[enter], kind="stable")]
 
-    # Of what may enter for each that may leave, the next smaller and the next larger than what is wanted will do.
+    # For each that may leave, consider the next smaller and the next larger than the wanted size.
     at = np.searchsorted(padded[enter], padded[leave] + goal.wanted - held)
     near = np.clip(np.stack([at - 1, at]), 0, len(enter) - 1)
-    misses = goal.miss(held - padded[leave] + padded[enter[near]])
-    best = np.unravel_index(np.argmin(misses), misses.shape)
-    if misses[best] >= goal.miss(held):
+    distances = goal.distance(held - padded[leave] + padded[enter[near]])
+    best = np.unravel_index(np.argmin(distances), distances.shape)
+    if distances[best] >= goal.distance(held):
         return False
     for index in {leave[best[1]], enter[near[best]]} - {none}:
         chosen[index] = not chosen[index]
     return True
 
 
-def recombine_largest(sizes, chosen, goal):
-    """Try every combination of the largest files, the others as they are -> whether one is nearer."""
+def recombine_largest(sizes: np.ndarray, chosen: np.ndarray, goal: Goal) -> bool:
+    """Try every combination of the largest files, the others as they are -> whether one is nearer to the goal."""
     largest = np.sort(np.argsort(-sizes, kind="stable")[:MOST_TRIED])
     others = chosen.copy()
     others[largest] = False
     sums = np.array([sizes[others].sum()])
     for size in sizes[largest]:
-        sums = np.concatenate([sums, sums + size])  # bit i of an index: whether largest[i] is in
-    best = int(np.argmin(goal.miss(sums)))
-    if goal.miss(sums[best]) >= goal.miss(sizes[chosen].sum()):
+        sums = np.concatenate([sums, sums + size])  # bit i of an index: is largest[i] in?
+    best = int(np.argmin(goal.distance(sums)))
+    if goal.distance(sums[best]) >= goal.distance(sizes[chosen].sum()):
         return False
     chosen[largest] = (best >> np.arange(len(largest))) & 1 == 1
     return True

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from hpcmoe.clock import Stage, Timer
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
@@ -22,19 +23,19 @@ class Network(Protocol):
     layers: Sequence[MoELayer]
     load: Any  # [L, E], tokens of each expert / expected, as measured in earlier steps
 
-    def embed(self, micro_batch: int) -> torch.Tensor:
+    def embed(self, micro_batch: int) -> Tensor:
         """Return the first layer's x [T, H]."""
 
-    def head(self, micro_batch: int, x: torch.Tensor, contexts: list[LayerContext]) -> torch.Tensor | None:
+    def head(self, micro_batch: int, x: Tensor, contexts: list[LayerContext]) -> Tensor | None:
         """Take the last layer's x [T, H] and all layers' contexts, and return the gradient of x when training."""
 
     def poll_routing_grads(self, micro_batch: int) -> bool:
         """Return True if routing_grads need not wait."""
 
-    def routing_grads(self, layer: int, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def routing_grads(self, layer: int, micro_batch: int) -> tuple[Tensor, Tensor]:
         """Return the routing losses' gradients with respect to probability_sum [E] and z_sum []."""
 
-    def embed_backward(self, micro_batch: int, grad: torch.Tensor) -> None:
+    def embed_backward(self, micro_batch: int, grad: Tensor) -> None:
         """Take the gradient of the first layer's x [T, H]."""
 
     def complete_op(self, op: Op) -> None:
@@ -167,7 +168,11 @@ class Engine:
             case Stage.HEAD:
                 while self.num_heads < m:
                     yield False
-                self.pass_head(m, training)
+                contexts = [self.contexts[number, m] for number in range(len(network.layers))]
+                self.values[m] = network.head(m, self.values.pop(m), contexts)
+                self.num_heads += 1
+                if not training:  # no way down needs them
+                    self.contexts = {key: context for key, context in self.contexts.items() if key[1] != m}
             case Stage.COMBINE_BACKWARD:
                 yield from layer.combine_backward(self.contexts[at], self.values.pop(m))
             case Stage.COMPUTE_BACKWARD:
@@ -181,15 +186,6 @@ class Engine:
                 network.embed_backward(m, self.values.pop(m))
             case _:
                 raise ValueError(f"unknown stage {op.stage}")
-
-    def pass_head(self, m: int, training: bool) -> None:
-        """Give a micro-batch to the head."""
-        contexts = [self.contexts[number, m] for number in range(len(self.network.layers))]
-        self.values[m] = self.network.head(m, self.values.pop(m), contexts)
-        self.num_heads += 1
-        if not training:  # no way down needs them
-            for number in range(len(contexts)):
-                del self.contexts[number, m]
 
 
 def is_heavy(lane: Lane) -> bool:

@@ -1,110 +1,95 @@
-"""What a layout of one layer costs: tokens to the nearest replicas, seconds on links, ports, uplinks and ranks.
+"""What a layout of one layer costs: tokens to the nearest replicas, and the seconds of the busiest resource.
 
 The reference: plain array arithmetic from the definitions, against which the compiled search is held.
 """
 
 import numpy as np
 
+from hpcmoe.placement.problem import PlacementProblem
+from hpcmoe.placement.resources import list_resources, traffic_seconds
+
 _BOUND_TOLERANCE = 1e-5  # a layout this near to its bound is optimal, as far as solvers can tell
 
 
-def count_replicas(problem, expert_of_replica):
-    """Count the replicas of each expert on each node, for slots [S] -> [nodes, E]."""
+def count_replicas(problem: PlacementProblem, expert_of_replica: np.ndarray) -> np.ndarray:
+    """Count the replicas of each expert on each node: slots [S] -> [nodes, E] int64."""
     used = np.flatnonzero(expert_of_replica >= 0)
-    nodes = problem.node_of_slot[used]
     replicas = np.zeros((problem.num_nodes, problem.num_experts), np.int64)
-    np.add.at(replicas, (nodes, expert_of_replica[used]), 1)
+    np.add.at(replicas, (problem.node_of_slot[used], expert_of_replica[used]), 1)
     return replicas
 
 
-def nearest(problem, replicas):
-    """Find the nearest tier with a replica, for replicas [nodes, E] -> its distance and its replicas, both [nodes, E]."""
-    in_rack = np.zeros((problem.rack_of_node.max() + 1, replicas.shape[1]), replicas.dtype)
-    np.add.at(in_rack, problem.rack_of_node, replicas)
-    near, everywhere = in_rack[problem.rack_of_node], np.broadcast_to(replicas.sum(axis=0), replicas.shape)
-    tier = np.where(replicas > 0, 0, np.where(near > 0, 1, 2))
-    return tier, np.choose(tier, (replicas, near, everywhere))
+def make_nearest_shares(problem: PlacementProblem, expert_of_replica: np.ndarray) -> np.ndarray:
+    """Share each node's tokens evenly over the replicas of the nearest tier: [S] -> shares [nodes, S]."""
+    return share_nearest(problem.distance[:, problem.node_of_slot], expert_of_replica)
 
 
-def make_nearest_shares(problem, expert_of_replica):
-    """Send each node's tokens to the nearest tier with a replica, evenly over its replicas: [S] -> shares [nodes, S]."""
+def share_nearest(distance: np.ndarray, expert_of_replica: np.ndarray) -> np.ndarray:
+    """Share evenly over each expert's nearest slots: distance [n, S] of n senders, [S] -> shares [n, S]."""
+    # Group the slots by expert.
     used = np.flatnonzero(expert_of_replica >= 0)
-    nodes, experts = problem.node_of_slot[used], expert_of_replica[used]
-    tier, count = (array[:, experts] for array in nearest(problem, count_replicas(problem, expert_of_replica)))
-    share = np.zeros((len(tier), len(expert_of_replica)))
-    share[:, used] = (problem.distance[:, nodes] <= tier) / count
+    order = used[np.argsort(expert_of_replica[used], kind="stable")]
+    first = np.unique(expert_of_replica[order], return_index=True)[1]
+    size = np.diff(np.append(first, len(order)))
+
+    # Choose the nearest of each group, and count them.
+    near = distance[:, order] == np.repeat(np.minimum.reduceat(distance[:, order], first, axis=1), size, axis=1)
+    count = np.add.reduceat(near, first, axis=1, dtype=np.int64)
+    share = np.zeros(distance.shape)
+    share[:, order] = near / np.repeat(count, size, axis=1)
     return share
 
 
-def sum_slots_by_node(problem, tokens):
-    """Sum tokens for each slot [nodes, S] over the slots of each node -> [nodes, nodes]."""
+def tokens_on_links(
+    problem: PlacementProblem, layer: int, expert_of_replica: np.ndarray, share: np.ndarray
+) -> np.ndarray:
+    """Count the tokens from each node to each, those that stay on the diagonal: [S], [nodes, S] -> [nodes, nodes]."""
+    tokens = problem.demand(layer)[:, expert_of_replica] * share  # [nodes, S]; an empty slot has no share
     order = np.argsort(problem.node_of_slot, kind="stable")
     nodes, first = np.unique(problem.node_of_slot[order], return_index=True)  # a node may be without ranks
-    summed = np.zeros((len(tokens), problem.num_nodes))
-    summed[:, nodes] = np.add.reduceat(tokens[:, order], first, axis=1)
-    return summed
+    sent = np.zeros((len(tokens), problem.num_nodes))
+    sent[:, nodes] = np.add.reduceat(tokens[:, order], first, axis=1)
+    return sent
 
 
-def tokens_on_links(problem, layer, expert_of_replica, share):
-    """Count the tokens from each node to each, those that stay on the diagonal: [S], [nodes, S] -> [nodes, nodes]."""
-    return sum_slots_by_node(problem, problem.demand(layer)[:, expert_of_replica] * share)  # an empty slot has no share
-
-
-def tokens_on_ranks(problem, layer, expert_of_replica, share):
+def tokens_on_ranks(
+    problem: PlacementProblem, layer: int, expert_of_replica: np.ndarray, share: np.ndarray
+) -> np.ndarray:
     """Count the tokens that each rank's replicas serve: [S], [nodes, S] -> [P]."""
     served = (problem.demand(layer)[:, expert_of_replica] * share).sum(axis=0)
     return served.reshape(-1, problem.slots_per_rank).sum(axis=1)
 
 
-def resource_seconds(problem, layer, expert_of_replica, share=None):
-    """Find how long each resource is busy with one layer, one way -> dict of arrays, whatever the objective.
+def tokens_on_experts(
+    problem: PlacementProblem, layer: int, expert_of_replica: np.ndarray, share: np.ndarray
+) -> np.ndarray:
+    """Count the tokens that a node's replicas of each expert serve: [S], [nodes, S] -> [nodes, E]."""
+    served = (problem.demand(layer)[:, expert_of_replica] * share).sum(axis=0)
+    tokens = np.zeros((problem.num_nodes, problem.num_experts))
+    np.add.at(tokens, (problem.node_of_slot, expert_of_replica), served)
+    return tokens
 
-    "link" [nodes, nodes], "egress" and "ingress" [nodes], "uplink_out" and "uplink_in" [racks], "rank" [P].
+
+def resource_seconds(
+    problem: PlacementProblem, layer: int, expert_of_replica: np.ndarray, share: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Compute how long each resource is busy with a layer [S] by shares [nodes, S], nearest ones if None.
+
+    Shapes as traffic_seconds returns them.
     """
     share = make_nearest_shares(problem, expert_of_replica) if share is None else share
     sent = tokens_on_links(problem, layer, expert_of_replica, share)
-    crossing = np.where(np.eye(len(sent)), 0.0, sent) * problem.bytes_per_token
-    racks = problem.rack_of_node[:, None] == np.arange(len(problem.uplink_bytes_per_second))
-    between = racks.T.astype(np.float64) @ crossing @ racks
-    np.fill_diagonal(between, 0.0)
-    return {
-        "link": sent * problem.link_cost + np.where(crossing > 0, problem.link_latency, 0.0),
-        "egress": crossing.sum(axis=1) / problem.egress_bytes_per_second,
-        "ingress": crossing.sum(axis=0) / problem.ingress_bytes_per_second,
-        "uplink_out": between.sum(axis=1) / problem.uplink_bytes_per_second,
-        "uplink_in": between.sum(axis=0) / problem.uplink_bytes_per_second,
-        "rank": tokens_on_ranks(problem, layer, expert_of_replica, share) * problem.seconds_per_token,
-    }
+    return traffic_seconds(problem, sent, tokens_on_ranks(problem, layer, expert_of_replica, share))
 
 
-def list_resources(objective):
-    """Name the resources that an objective counts."""
-    match objective:
-        case "links":
-            return ("link",)
-        case "ports":
-            return ("link", "egress", "ingress", "uplink_out", "uplink_in")
-        case "step":
-            return ("link", "egress", "ingress", "uplink_out", "uplink_in", "rank")
-        case _:
-            raise ValueError(objective)
-
-
-def layer_seconds(problem, layer, expert_of_replica, share=None):
-    """Find a layer's cost: the seconds of the busiest resource that the objective counts."""
+def layer_seconds(
+    problem: PlacementProblem, layer: int, expert_of_replica: np.ndarray, share: np.ndarray | None = None
+) -> float:
+    """Compute a layer's cost: the seconds of the busiest resource that the objective counts."""
     seconds = resource_seconds(problem, layer, expert_of_replica, share)
     return max(float(seconds[name].max(initial=0.0)) for name in list_resources(problem.objective))
 
 
-def merit(problem, layer, expert_of_replica):
-    """Rank layouts [S] of a layer, less is better: its cost, then cross-node tokens, then the busiest rank's."""
-    share = make_nearest_shares(problem, expert_of_replica)
-    sent = tokens_on_links(problem, layer, expert_of_replica, share)
-    busiest = tokens_on_ranks(problem, layer, expert_of_replica, share).max()
-    figures = (layer_seconds(problem, layer, expert_of_replica, share), sent.sum() - np.trace(sent), busiest)
-    return tuple(float(f"{figure:.9g}") for figure in figures)  # rounding noise decides nothing
-
-
-def meets_bound(cost, bound):
-    """Tell whether a cost meets its bound, both in seconds."""
+def meets_bound(cost: float, bound: float) -> bool:
+    """Return True if a cost meets its bound, both in seconds."""
     return bool(bound >= cost * (1 - _BOUND_TOLERANCE))

@@ -1,11 +1,14 @@
-"""Which experts the tokens of a node will ask for: alike, as the config says, or as an earlier run's tokens did."""
+"""The demand for experts, node by node: uniform, by probabilities of a file, or as an earlier run routed its tokens."""
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hpcmoe.cluster.names import format_ambiguous, match_names
+from hpcmoe.config import ModelConfig
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import show_value
 from hpcmoe.reading import read_json
@@ -16,14 +19,14 @@ _SUM_TOLERANCE = 1e-6  # by which a row of probabilities may miss 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loads:
-    """How tokens were spread over the experts, in any measure, by the node that was their home."""
+    """How tokens were routed to the experts, in any unit, by the node that was their home."""
 
     tokens: np.ndarray  # [L, nodes, E]
     node_names: tuple[str, ...]  # [nodes]; empty with one row for every node alike
 
 
-def find_loads(loads, model, read_loads):
-    """Find the loads that [placement] loads names -> Loads; ConfigError when they are not those of [model].
+def find_loads(loads: str, model: ModelConfig, read_loads: Callable[[str], Loads]) -> Loads:
+    """Return the loads that [placement] loads names; ConfigError when they are not those of [model].
 
     read_loads(path) -> Loads of a run's record.
     """
@@ -34,7 +37,7 @@ def find_loads(loads, model, read_loads):
     return check_loads(read_loads(loads), model, loads)
 
 
-def check_rows(rows, model, path):
+def check_rows(rows: Any, model: ModelConfig, path: str) -> np.ndarray:
     """Check a file's probabilities, a row or one a layer -> [L, 1, E], or ConfigError naming row and sum."""
     what, num_layers, num_experts = f"[placement] loads = {path}", model.num_layers, model.num_experts
     if not (isinstance(rows, list) and all(isinstance(row, list) for row in rows)):
@@ -54,24 +57,20 @@ def check_rows(rows, model, path):
     return np.broadcast_to(np.array(rows, np.float64)[:, None], (num_layers, 1, num_experts))
 
 
-def check_loads(loads, model, path):
+def check_loads(loads: Loads, model: ModelConfig, path: str) -> Loads:
     """Check that recorded loads are of this model's layers and experts -> the Loads, or ConfigError."""
-    num_layers, _, num_experts = loads.tokens.shape
-    for key, has, wants in (
-        ("num_layers", num_layers, model.num_layers),
-        ("num_experts", num_experts, model.num_experts),
-    ):
-        if has != wants:
+    for key, has in zip(("num_layers", "num_experts"), loads.tokens.shape[::2], strict=True):
+        if has != (wants := getattr(model, key)):
             raise ConfigError(f"[placement] loads = {path}: its run had {key} = {has}, [model] {key} = {wants}")
     if not (np.isfinite(loads.tokens) & (loads.tokens >= 0)).all() or (loads.tokens.sum(axis=(1, 2)) == 0).any():
         raise ConfigError(f"[placement] loads = {path}: holds a layer without tokens")
     return loads
 
 
-def make_probability(loads, node_names):
-    """Make each node's probabilities of its loads -> [L, nodes, E], each row's sum 1.
+def make_probability(loads: Loads, node_names: Sequence[str]) -> np.ndarray:
+    """Compute each node's probabilities from its loads -> [L, nodes, E], each row's sum 1.
 
-    A node that the loads do not name, or name without a token, takes those of all their nodes together.
+    A node that the loads do not name, or name without a token, gets those of all their nodes together.
     """
     everywhere = loads.tokens.sum(axis=1, keepdims=True)  # [L, 1, E]
     found, ambiguous = match_names(node_names, loads.node_names)
@@ -81,7 +80,7 @@ def make_probability(loads, node_names):
         probability = everywhere / everywhere.sum(axis=2, keepdims=True)
         return np.broadcast_to(probability, (len(probability), len(node_names), probability.shape[2]))
 
-    # Lay the rows out by this run's nodes.
+    # Take each of this run's nodes its row.
     known = {name: row for row, name in enumerate(loads.node_names)}
     rows = [loads.tokens[:, [known[found[name]]]] if name in found else everywhere for name in node_names]
     tokens = np.concatenate(rows, axis=1).astype(np.float64)

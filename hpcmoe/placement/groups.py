@@ -1,25 +1,36 @@
-"""The run's expert-parallel groups seen as one: they share a placement, so each link counts as its slowest group's.
+"""The expert-parallel groups of a run folded into one: they share a placement, so a link counts as its slowest group's.
 
 Group g's e-th rank holds the same experts as any other group's e-th. Ranks that lie on one node in every group are
-together on one node of the placement; what groups share of a link, port or uplink is split by the ranks on it.
+together on one node of the placement. A link, port or uplink that groups share is divided by the ranks on it.
 """
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+
+from hpcmoe.cluster.topology import Topology
+
+if TYPE_CHECKING:
+    from hpcmoe.cluster.mesh import Mesh  # which imports MPI
 
 _MOST_NAMES = 3  # of the nodes, one a group, that a name is made of
 
 
-def list_groups(mesh):
-    """List the ranks of every expert-parallel group -> [groups, P] int64, a group's in order of their experts."""
+def list_groups(mesh: "Mesh") -> np.ndarray:
+    """List the ranks of every expert-parallel group, in order of their experts -> [groups, P] int64."""
     data, experts, tensor = mesh.data_parallel, mesh.expert_parallel, mesh.tensor_parallel
     return np.arange(data * experts * tensor).reshape(data, experts, tensor).transpose(0, 2, 1).reshape(-1, experts)
 
 
-def fold_groups(topology, ranks_of_group):
-    """Fold the nodes of groups [groups, P] together -> (nodes [groups, folded], dict of PlacementProblem's fields)."""
+def fold_groups(topology: Topology, ranks_of_group: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    """Fold the nodes of groups [groups, P] together -> (nodes [groups, folded], fields of PlacementProblem)."""
+    # Take for one node the ranks that share a node in every group, and so for racks.
     node_of_rank = topology.node_of_rank[ranks_of_group]  # [groups, P], the topology's numbers
     nodes, folded_of_rank = np.unique(node_of_rank, axis=1, return_inverse=True)
     racks, rack_of_node = np.unique(topology.rack_of_node[nodes], axis=1, return_inverse=True)
+
+    # Divide ports and uplinks by the ranks on them.
     num_ranks = np.bincount(folded_of_rank)  # on each folded node, of one group
     part_of_node = num_ranks / np.bincount(topology.node_of_rank)[nodes]  # [groups, folded]
     ranks_of_rack = np.bincount(topology.rack_of_node[topology.node_of_rank])
@@ -37,8 +48,8 @@ def fold_groups(topology, ranks_of_group):
     }
 
 
-def part_of_links(nodes, num_ranks):
-    """Find which part of a link two folded nodes have to themselves, by pairs of ranks -> [groups, folded, folded]."""
+def part_of_links(nodes: np.ndarray, num_ranks: np.ndarray) -> np.ndarray:
+    """Compute the part of a link that two folded nodes have, by pairs of ranks -> [groups, folded, folded]."""
     pairs = np.multiply.outer(num_ranks, num_ranks).astype(np.float64)
     pairs_of_link = np.zeros((nodes.max() + 1,) * 2)
     for of_group in nodes:
@@ -46,23 +57,25 @@ def part_of_links(nodes, num_ranks):
     return pairs / pairs_of_link[nodes[:, :, None], nodes[:, None, :]]
 
 
-def join_names(names):
-    """Name a folded node after the nodes that it is in the groups."""
+def join_names(names: Iterable[str]) -> str:
+    """Return a folded node's name, made of those of its nodes in the groups."""
     different = tuple(dict.fromkeys(names))
     return "+".join(different[:_MOST_NAMES]) + "+..." * (len(different) > _MOST_NAMES)
 
 
-def fold_memory(rank_bytes, ranks_of_group, node_of_rank, tensor_parallel):
-    """Find what folded nodes have for experts, of what each rank has [ranks] -> [folded] int64 bytes.
+def fold_memory(
+    rank_bytes: np.ndarray, ranks_of_group: np.ndarray, node_of_rank: np.ndarray, tensor_parallel: int
+) -> np.ndarray:
+    """Sum the bytes for experts of each rank [ranks] over folded nodes -> [folded] int64.
 
-    A tensor-parallel group holds an expert together; of all groups the one with the least room counts.
+    A tensor-parallel group holds an expert together. Of all groups the one with the least memory counts.
     """
     least = rank_bytes[ranks_of_group].min(axis=0) * tensor_parallel  # [P]
     return np.bincount(node_of_rank, least).astype(np.int64)
 
 
-def fold_probability(probability, nodes):
-    """Average what the nodes [groups, folded] ask for: [L, nodes, E] -> [L, folded, E]."""
+def fold_probability(probability: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    """Average the probabilities of the nodes [groups, folded]: [L, nodes, E] -> [L, folded, E]."""
     if len(nodes) == 1:
         return probability[:, nodes[0]]
     return probability[:, nodes].mean(axis=1)

@@ -1,16 +1,18 @@
-"""Whether experts should move: the replicas that would, what that costs, what it gains, and the rule that weighs both."""
+"""The migration decision: the replicas that would move, what that costs, what it gains, and the rule for both."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from hpcmoe.placement.cost import list_resources, resource_seconds
+from hpcmoe.placement.cost import resource_seconds
+from hpcmoe.placement.problem import PlacementProblem
+from hpcmoe.placement.resources import list_resources, port_seconds
 from hpcmoe.placement.search.layer_data import EMPTY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moves:
-    """Replicas that come to ranks which lack them, [n] each, layer by layer; each is fetched from one holder."""
+    """Replicas that ranks without them receive, [n] each, layer by layer, each from one rank that holds it."""
 
     layer: np.ndarray
     expert: np.ndarray
@@ -19,13 +21,13 @@ class Moves:
     target: np.ndarray  # rank
     target_slot: np.ndarray
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationDecision:
-    """What a change of placement would gain and cost, and whether to make it."""
+    """The gain and the cost of a change of placement, and whether it is accepted."""
 
     moves: Moves
     num_bytes: int  # that travel, in one expert-parallel group
@@ -37,13 +39,15 @@ class MigrationDecision:
     accepted: bool
 
 
-def keep_slots(old, new, slots_per_rank):
+def keep_slots(old: np.ndarray, new: np.ndarray, slots_per_rank: int) -> np.ndarray:
     """Order each rank's slots of a layout so that what stays on a rank stays in its slot: old, new [S] -> [S]."""
     kept = np.full_like(new, EMPTY)
-    for rank in range(len(new) // slots_per_rank):
-        slots = np.arange(rank * slots_per_rank, (rank + 1) * slots_per_rank)
+    for slots in np.arange(len(new)).reshape(-1, slots_per_rank):
+        # Keep what stays.
         stays = np.isin(old[slots], new[slots]) & (old[slots] != EMPTY)
         kept[slots[stays]] = old[slots[stays]]
+
+        # Put what is new where something went, then in slots that were empty.
         comes = new[slots][~np.isin(new[slots], old[slots]) & (new[slots] != EMPTY)]
         empty_before = old[slots] == EMPTY
         free = np.concatenate([slots[~stays & ~empty_before], slots[~stays & empty_before]])
@@ -51,10 +55,10 @@ def keep_slots(old, new, slots_per_rank):
     return kept
 
 
-def list_moves(problem, old, new):
-    """List what must travel from layouts [L, S] to layouts whose slots are kept -> Moves.
+def list_moves(problem: PlacementProblem, old: np.ndarray, new: np.ndarray) -> Moves:
+    """List the replicas to send from layouts [L, S] to layouts whose slots are kept.
 
-    Each replica comes from the nearest rank that holds it; of several, from the one that has least to send so far.
+    Each comes from the nearest rank that holds it; of several, from the one that has least to send so far.
     """
     size, rows, sends = problem.slots_per_rank, [], np.zeros(problem.num_ranks, np.int64)
     for layer, slot in np.argwhere((new != old) & (new != EMPTY)).tolist():
@@ -68,31 +72,23 @@ def list_moves(problem, old, new):
     return Moves(**dict(zip(Moves.__slots__, columns, strict=True)))
 
 
-def estimate_move_seconds(problem, moves, bytes_of_expert):
-    """Predict how long moves take: bytes over bandwidth of the link, port, uplink or memory that has most to do."""
+def estimate_move_seconds(problem: PlacementProblem, moves: Moves, bytes_of_expert: int) -> float:
+    """Estimate how long moves take: bytes over bandwidth of the busiest link, port, uplink or memory."""
     nodes = problem.node_of_rank
     sent = np.zeros((problem.num_nodes, problem.num_nodes))
     np.add.at(sent, (nodes[moves.source], nodes[moves.target]), float(bytes_of_expert))
-    crossing = np.where(np.eye(len(sent)), 0.0, sent)
-    racks = (problem.rack_of_node[:, None] == np.arange(len(problem.uplink_bytes_per_second))).astype(np.float64)
-    between = racks.T @ crossing @ racks
-    np.fill_diagonal(between, 0.0)
-    seconds = [
-        sent / problem.bytes_per_second,
-        crossing.sum(axis=1) / problem.egress_bytes_per_second,
-        crossing.sum(axis=0) / problem.ingress_bytes_per_second,
-        between.sum(axis=1) / problem.uplink_bytes_per_second,
-        between.sum(axis=0) / problem.uplink_bytes_per_second,
-    ]
+    seconds = [sent / problem.bytes_per_second, *port_seconds(problem, sent).values()]
     return max(float(array.max(initial=0.0)) for array in seconds)
 
 
-def estimate_layer_seconds(problem, expert_of_replica, split, ways):
-    """Predict the seconds of each layer's busiest resource in a step -> [L].
+def estimate_layer_seconds(
+    problem: PlacementProblem, expert_of_replica: np.ndarray, split: np.ndarray | None, repeats: tuple[float, float]
+) -> np.ndarray:
+    """Estimate the seconds of each layer's busiest resource in a step -> [L].
 
-    split [L, nodes, S] or None as a placement's; ways = (times that rows cross links, experts' passes over forward's).
+    split [L, nodes, S] or None as a placement's; repeats: (transfers of a row, experts' work over that of a forward).
     """
-    crossings, passes = ways
+    crossings, passes = repeats
     taken = np.zeros(problem.num_layers)
     for layer, experts in enumerate(expert_of_replica):
         seconds = resource_seconds(problem, layer, experts, None if split is None else split[layer])
@@ -103,14 +99,14 @@ def estimate_layer_seconds(problem, expert_of_replica, split, ways):
     return taken
 
 
-def should_migrate(gains, noise, cost_seconds, horizon, margin):
-    """Weigh a move: H (J(old) - J(new)) > (1 + h) cost + H sigma -> whether to make it.
+def should_migrate(gains: float, noise: float, cost_seconds: float, horizon: float, margin: float) -> bool:
+    """Return True if a migration pays: H (J(old) - J(new)) > (1 + h) cost + H sigma.
 
-    gains: seconds a step; noise: their standard error; horizon: steps for which the loads are trusted to hold.
+    gains: seconds a step; noise: their standard error; horizon: steps for which the loads are assumed to hold.
     """
     return horizon * gains > (1 + margin) * cost_seconds + horizon * noise
 
 
-def standard_error(gains, number):
-    """The standard error of the mean of so many gains, by how far some, at least two, lie apart."""
+def standard_error(gains: list[float], number: int) -> float:
+    """Compute the standard error of the mean of so many gains, from a sample of at least two."""
     return float(np.std(gains, ddof=1) / number**0.5)

@@ -1,19 +1,20 @@
-"""What is to be placed: experts with their demand, ranks with their slots, nodes with their memory, links and ports."""
+"""The placement problem: experts with their demand, ranks with their slots, nodes with memory, links and ports."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from hpcmoe.errors import PlacementError
+from hpcmoe.messages import format_size
 
 OBJECTIVES = ("links", "ports", "step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementProblem:
-    """What there is to place, where it can go, and how many tokens will ask for it from where.
+    """The experts to place, the slots and memory for them, and the tokens that each node routes to them.
 
-    A node may be without ranks, when another expert-parallel group has all of them.
+    A node may have no ranks, where another expert-parallel group has all of them.
     """
 
     num_layers: int
@@ -30,7 +31,7 @@ class PlacementProblem:
     uplink_bytes_per_second: np.ndarray  # [racks], what leaves a rack, and as much what enters; inf: no limit
     memory_bytes: np.ndarray  # [nodes] int64, what is there for experts of all layers
     expert_bytes: int  # one expert of one layer
-    bytes_per_token: int
+    bytes_per_token: float
     seconds_per_token: float = 0.0  # that a rank computes on one assignment
     tokens_of_rank: np.ndarray  # [P] assignments of a layer and step whose home is that rank
     probability: np.ndarray  # [L, nodes, E] of each expert for tokens of that node; sums to 1 over E
@@ -39,94 +40,99 @@ class PlacementProblem:
     node_names: tuple[str, ...] = ()  # for messages alone
 
     @property
-    def num_nodes(self):
-        """Number of nodes."""
+    def num_nodes(self) -> int:
+        """Return the number of nodes."""
         return len(self.rack_of_node)
 
     @property
-    def num_ranks(self):
-        """Number of ranks, P."""
+    def num_ranks(self) -> int:
+        """Return the number of ranks, P."""
         return len(self.node_of_rank)
 
     @property
-    def ranks_of_node(self):
-        """Count the ranks on each node -> [nodes] int64."""
+    def ranks_of_node(self) -> np.ndarray:
+        """Count the ranks of each node -> [nodes] int64."""
         return np.bincount(self.node_of_rank, minlength=self.num_nodes)
 
     @property
-    def slots_of_node(self):
+    def slots_of_node(self) -> np.ndarray:
         """Count the slots of one layer on each node -> [nodes] int64."""
         return self.ranks_of_node * self.slots_per_rank
 
     @property
-    def node_of_slot(self):
-        """The node of each slot of a layer -> [S] int64."""
+    def node_of_slot(self) -> np.ndarray:
+        """Return the node of each slot of a layer -> [S] int64."""
         return np.repeat(self.node_of_rank, self.slots_per_rank)
 
     @property
-    def memory_replicas(self):
-        """Count the replicas, of all layers together, that fit into each node's memory -> [nodes] int64."""
+    def memory_replicas(self) -> np.ndarray:
+        """Count the replicas, of all layers together, that fit each node's memory -> [nodes] int64."""
         return self.memory_bytes // max(self.expert_bytes, 1)
 
     @property
-    def distance(self):
-        """Tell how far two nodes are: 0 the same node, 1 the same rack, 2 farther -> [nodes, nodes]."""
+    def capacity_of_node(self) -> np.ndarray:
+        """Count the replicas, of all layers together, that fit each node's memory and slots -> [nodes] int64."""
+        return np.minimum(self.slots_of_node * self.num_layers, self.memory_replicas)
+
+    @property
+    def distance(self) -> np.ndarray:
+        """Return the distance of two nodes: 0 the same node, 1 the same rack, 2 farther -> [nodes, nodes]."""
         other_rack = self.rack_of_node[:, None] != self.rack_of_node
         return 1 - np.eye(self.num_nodes, dtype=np.int64) + other_rack
 
     @property
-    def link_cost(self):
-        """Find what one token costs on each link -> seconds [nodes, nodes], 0 within a node."""
+    def link_cost(self) -> np.ndarray:
+        """Return the seconds of a token on each link, 0 within a node -> [nodes, nodes]."""
         return np.where(np.eye(self.num_nodes), 0.0, self.bytes_per_token / self.bytes_per_second)
 
     @property
-    def link_latency(self):
-        """Find what a link in use costs besides -> seconds [nodes, nodes], 0 where latency does not count."""
+    def link_latency(self) -> np.ndarray:
+        """Return the seconds of each link in use besides, 0 where latency does not count -> [nodes, nodes]."""
         counts = self.count_latency * (1 - np.eye(self.num_nodes))
         return np.where(counts > 0, self.latency_seconds, 0.0)
 
     @property
-    def tokens_of_node(self):
-        """Count the assignments whose home is on each node -> [nodes]."""
+    def tokens_of_node(self) -> np.ndarray:
+        """Count the assignments whose home is each node -> [nodes]."""
         return np.bincount(self.node_of_rank, self.tokens_of_rank, minlength=self.num_nodes)
 
-    def demand(self, layer):
-        """Count the tokens of each node that ask for each expert of a layer -> [nodes, E]."""
+    def demand(self, layer: int) -> np.ndarray:
+        """Count the tokens of each node that are routed to each expert of a layer -> [nodes, E]."""
         return self.tokens_of_node[:, None] * self.probability[layer]
 
+    def name_node(self, node: int) -> str:
+        """Return a node's name, its number where nodes have none."""
+        return self.node_names[node] if self.node_names else str(node)
 
-def count_slots_per_rank(num_experts, num_ranks, spare):
+
+def count_slots_per_rank(num_experts: int, num_ranks: int, spare: int) -> int:
     """Count the slots a rank needs: one where every expert can have a rank, else enough for all, and the spare ones."""
     return -(-num_experts // num_ranks) + spare
 
 
-def check_problem(problem):
-    """Raise PlacementError unless every layer's experts fit into the slots, and all layers' into the memory."""
+def check_problem(
+    problem: PlacementProblem,
+    slot_keys: str = "[model] num_experts, [placement] spare_slots_per_rank",
+    memory_keys: str = "[model] num_experts, [cluster] memory_bytes_per_node",
+) -> None:
+    """Raise PlacementError unless every layer's experts fit into the slots, and all layers' into the memory.
+
+    The message ends with the keys by which the user can change that.
+    """
     experts, layers, slots = problem.num_experts, problem.num_layers, problem.slots_per_rank
     if experts > problem.num_ranks * slots:
         raise PlacementError(
             f"{experts} experts do not fit into {problem.num_ranks} ranks x {slots} slots = "
-            f"{problem.num_ranks * slots}; [model] num_experts, [placement] spare_slots_per_rank"
+            f"{problem.num_ranks * slots}; {slot_keys}"
         )
 
     # A node's memory beyond what its slots of all layers can hold is of no use.
-    by_slots = problem.slots_of_node * layers
-    holds = np.minimum(by_slots, problem.memory_replicas)
+    by_slots, holds = problem.slots_of_node * layers, problem.capacity_of_node
     if experts * layers > holds.sum():
-        tightest = np.argmax(by_slots - holds)
-        name = problem.node_names[tightest] if problem.node_names else tightest
+        tightest = int(np.argmax(by_slots - holds))
         raise PlacementError(
             f"{experts} experts x {layers} layers x {format_size(problem.expert_bytes)} = "
-            f"{format_size(experts * layers * problem.expert_bytes)} do not fit: "
-            f"node {name} with {format_size(problem.memory_bytes[tightest])} and {by_slots[tightest]} slots holds "
-            f"{holds[tightest]} of {experts * layers}, all {len(holds)} nodes {holds.sum()}; "
-            "[model] num_experts, [cluster] memory_bytes_per_node"
+            f"{format_size(experts * layers * problem.expert_bytes)} do not fit: node {problem.name_node(tightest)} "
+            f"with {format_size(problem.memory_bytes[tightest])} and {by_slots[tightest]} slots holds "
+            f"{holds[tightest]} of {experts * layers}, all {len(holds)} nodes {holds.sum()}; {memory_keys}"
         )
-
-
-def format_size(num_bytes):
-    """Write a number of bytes with the unit that suits it."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes} B"

@@ -1,77 +1,100 @@
-"""What a placement asks of each link, port, uplink and rank, layer by layer, and which of them binds."""
+"""The resources of a layer: links, ports, uplinks and ranks, what tokens count on each, and what a token costs there.
 
-from dataclasses import dataclass
+The one definition that objectives, bounds, linear programs and the compiled search are made from. Seconds are one way.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 
-from hpcmoe.placement.cost import (
-    count_replicas,
-    list_resources,
-    make_nearest_shares,
-    resource_seconds,
-    tokens_on_links,
-    tokens_on_ranks,
-)
+from hpcmoe.placement.problem import PlacementProblem
 
-_BINDING_RATIO = 1 - 1e-9  # a resource this near to the busiest binds too
+RESOURCES = ("link", "egress", "ingress", "uplink_out", "uplink_in", "rank")  # kinds, in the order of all vectors
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """What one placement makes the cluster do in a step, one way."""
-
-    seconds: dict  # of each resource that the objective counts: its name -> [L, ...], as resource_seconds shapes it
-    tokens: np.ndarray  # [L, nodes, nodes] from node to node; those that stay are on the diagonal
-    served: np.ndarray  # [L, P] tokens that each rank's replicas compute on
-    replicas: np.ndarray  # [L, nodes, E] replicas
-    tokens_of_expert: np.ndarray  # [L, nodes, E] that these replicas serve together
-
-    @property
-    def layer_seconds(self):
-        """Find what each layer costs: its busiest resource -> seconds [L]."""
-        return np.max([of_layers(array).max(axis=1, initial=0.0) for array in self.seconds.values()], axis=0)
-
-    def list_binding(self, layer):
-        """List the resources as busy as a layer's busiest -> list of (name, index); none in an idle layer."""
-        longest = self.layer_seconds[layer]
-        busy = [(name, np.argwhere(array[layer] >= longest * _BINDING_RATIO)) for name, array in self.seconds.items()]
-        return [(name, tuple(index.tolist())) for name, rows in busy for index in rows] if longest > 0 else []
+def list_resources(objective: str) -> tuple[str, ...]:
+    """Return the kinds of resources that an objective counts."""
+    match objective:
+        case "links":
+            return RESOURCES[:1]
+        case "ports":
+            return RESOURCES[:5]
+        case "step":
+            return RESOURCES
+        case _:
+            raise ValueError(objective)
 
 
-def of_layers(array):
-    """Flatten an array of resources [L, ...] -> [L, n]."""
-    return array.reshape(len(array), -1)
+def count_resources(problem: PlacementProblem) -> dict[str, int]:
+    """Return the number of resources of each kind: links [nodes * nodes], ports [nodes], uplinks [racks], ranks [P]."""
+    nodes, racks = problem.num_nodes, len(problem.uplink_bytes_per_second)
+    return dict(zip(RESOURCES, (nodes**2, nodes, nodes, racks, racks, problem.num_ranks), strict=True))
 
 
-def compute_usage(problem, placement):
-    """Compute what a placement asks of every resource -> Usage."""
-    seconds, tokens, served, replicas, tokens_of_expert = [], [], [], [], []
-    for layer, expert_of_replica in enumerate(placement.expert_of_replica):
-        share = make_nearest_shares(problem, expert_of_replica) if placement.split is None else placement.split[layer]
-        seconds.append(resource_seconds(problem, layer, expert_of_replica, share))
-        tokens.append(tokens_on_links(problem, layer, expert_of_replica, share))
-        served.append(tokens_on_ranks(problem, layer, expert_of_replica, share))
-        replicas.append(count_replicas(problem, expert_of_replica))
-        tokens_of_expert.append(tokens_on_experts(problem, layer, expert_of_replica, share))
-    return Usage(
-        seconds={name: np.stack([of[name] for of in seconds]) for name in list_resources(problem.objective)},
-        tokens=np.stack(tokens),
-        served=np.stack(served),
-        replicas=np.stack(replicas),
-        tokens_of_expert=np.stack(tokens_of_expert),
-    )
+def port_rates(problem: PlacementProblem) -> dict[str, np.ndarray]:
+    """Return the bytes per second of ports [nodes] and uplinks [racks], which several flows share."""
+    return {
+        "egress": problem.egress_bytes_per_second,
+        "ingress": problem.ingress_bytes_per_second,
+        "uplink_out": problem.uplink_bytes_per_second,
+        "uplink_in": problem.uplink_bytes_per_second,
+    }
 
 
-def tokens_on_experts(problem, layer, expert_of_replica, share):
-    """Count the tokens that a node's replicas of each expert serve: [S], [nodes, S] -> [nodes, E]."""
-    served = (problem.demand(layer)[:, expert_of_replica] * share).sum(axis=0)  # [S], an empty slot has no share
-    tokens = np.zeros((problem.num_nodes, problem.num_experts))
-    np.add.at(tokens, (problem.node_of_slot, expert_of_replica), served)
-    return tokens
+def token_seconds(problem: PlacementProblem) -> dict[str, np.ndarray]:
+    """Return the seconds that one token takes on each resource: link [nodes, nodes], ports, uplinks, rank [P]."""
+    ports = {name: problem.bytes_per_token / rate for name, rate in port_rates(problem).items()}
+    return {"link": problem.link_cost} | ports | {"rank": np.full(problem.num_ranks, problem.seconds_per_token)}
 
 
-def name_resource(problem, name, index):
-    """Name a resource for people: `n0 -> n3`, `n3 sends`, `rack 0 receives`, `rank 5 on n1`."""
+def token_rates(problem: PlacementProblem) -> dict[str, np.ndarray]:
+    """Return the tokens per second of links [nodes, nodes], ports and uplinks; 0 of a link that costs nothing."""
+    cost = problem.link_cost
+    ports = {name: rate / problem.bytes_per_token for name, rate in port_rates(problem).items()}
+    return {"link": np.divide(1.0, cost, out=np.zeros(cost.shape), where=cost > 0)} | ports
+
+
+def port_seconds(problem: PlacementProblem, sent: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the seconds of each port and uplink for bytes sent [nodes, nodes]; what stays on its node takes none."""
+    crossing = np.where(np.eye(len(sent)), 0.0, sent)
+    racks = (problem.rack_of_node[:, None] == np.arange(len(problem.uplink_bytes_per_second))).astype(np.float64)
+    between = racks.T @ crossing @ racks
+    np.fill_diagonal(between, 0.0)
+    sums = (crossing.sum(axis=1), crossing.sum(axis=0), between.sum(axis=1), between.sum(axis=0))
+    return {name: total / rate for total, (name, rate) in zip(sums, port_rates(problem).items(), strict=True)}
+
+
+def traffic_seconds(problem: PlacementProblem, sent: np.ndarray, served: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the seconds of every resource, whatever the objective: tokens sent [nodes, nodes] and served [P].
+
+    "link" [nodes, nodes], "egress" and "ingress" [nodes], "uplink_out" and "uplink_in" [racks], "rank" [P].
+    """
+    link = sent * problem.link_cost + np.where(sent > 0, problem.link_latency, 0.0)
+    ports = port_seconds(problem, sent * problem.bytes_per_token)
+    return {"link": link} | ports | {"rank": served * problem.seconds_per_token}
+
+
+def price_flows(
+    problem: PlacementProblem, sender: np.ndarray, receiver: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return where flows [n] from node to node count, and what a token costs there: link, port, uplink and seconds [n].
+
+    The number is that of a resource among its kind. Seconds are 0 where a flow does not count.
+    """
+    racks, seconds = problem.rack_of_node, token_seconds(problem)
+    leaves_node, leaves_rack = sender != receiver, racks[sender] != racks[receiver]
+    counted_on = {
+        "link": (sender * problem.num_nodes + receiver, leaves_node),
+        "egress": (sender, leaves_node),
+        "ingress": (receiver, leaves_node),
+        "uplink_out": (racks[sender], leaves_rack),
+        "uplink_in": (racks[receiver], leaves_rack),
+    }
+    return {name: (number, seconds[name].ravel()[number] * counts) for name, (number, counts) in counted_on.items()}
+
+
+def name_resource(problem: PlacementProblem, name: str, index: Sequence[int]) -> str:
+    """Format a resource's name for people: `n0 -> n3`, `n3 sends`, `rack 0 receives`, `rank 5 on n1`."""
     first = index[0]
     match name:
         case "link":

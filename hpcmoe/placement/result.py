@@ -1,10 +1,24 @@
-"""A placement: where every replica of every expert is, who sends it what, and what that costs."""
+"""A placement: where every replica of every expert is, who sends it what, what that costs and which resources bind."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from hpcmoe.placement.cost import layer_seconds, make_nearest_shares, meets_bound, tokens_on_links
+from hpcmoe.placement.cost import (
+    count_replicas,
+    layer_seconds,
+    make_nearest_shares,
+    meets_bound,
+    resource_seconds,
+    share_nearest,
+    tokens_on_experts,
+    tokens_on_links,
+    tokens_on_ranks,
+)
+from hpcmoe.placement.problem import PlacementProblem
+from hpcmoe.placement.resources import list_resources
+
+_BINDING_RATIO = 1 - 1e-9  # a resource this near to the busiest binds too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +39,7 @@ class Placement:
     replica_count: np.ndarray  # [L, E] int64
     node_of_rank: np.ndarray  # [P] int64
     distance: np.ndarray  # [nodes, nodes] int64: 0 the same node, 1 the same rack, 2 farther
-    split: np.ndarray | None = (
-        None  # [L, nodes, S] shares of a node's tokens for the slot's expert; None: nearest first
-    )
+    split: np.ndarray | None = None  # [L, nodes, S] of a node's tokens for the slot's expert; None: nearest first
     objective: str  # links, ports or step
     objective_seconds: float  # sum over layers of the busiest resource's seconds, one way
     lower_bound_seconds: float  # no placement costs less
@@ -37,44 +49,43 @@ class Placement:
     search_stats: SearchStats
 
     @property
-    def num_ranks(self):
-        """Number of ranks, P."""
+    def num_ranks(self) -> int:
+        """Return the number of ranks, P."""
         return len(self.node_of_rank)
 
     @property
-    def slots_per_rank(self):
-        """Number of replica slots on each rank, s."""
+    def slots_per_rank(self) -> int:
+        """Return the number of replica slots on each rank, s."""
         return len(self.rank_of_replica) // self.num_ranks
 
     @property
-    def is_optimal(self):
-        """Whether no placement costs less."""
+    def is_optimal(self) -> bool:
+        """Return True if no placement costs less."""
         return meets_bound(self.objective_seconds, self.lower_bound_seconds)
 
-    def experts_of_rank(self, layer, rank):
-        """Find what is in a rank's slots -> [s] int64, -1 where empty."""
+    def experts_of_rank(self, layer: int, rank: int) -> np.ndarray:
+        """Return the experts in a rank's slots -> [s] int64, -1 where empty."""
         return self.expert_of_replica[layer].reshape(self.num_ranks, -1)[rank]
 
-    def shares_of_node(self, layer, node):
-        """Find how a node's tokens for each slot's expert are shared out -> [S]; sums to 1 over an expert's slots."""
+    def shares_of_node(self, layer: int, node: int) -> np.ndarray:
+        """Return each slot's share of a node's tokens for its expert -> [S]; sums to 1 over an expert's slots."""
         if self.split is not None:
             return self.split[layer, node]
-        experts = self.expert_of_replica[layer]
-        used = np.flatnonzero(experts >= 0)
-        distance = self.distance[node, self.node_of_rank[self.rank_of_replica[used]]]
-        nearest = np.full(self.replica_count.shape[1], len(self.distance))
-        np.minimum.at(nearest, experts[used], distance)
-        chosen = used[distance == nearest[experts[used]]]
-        share = np.zeros(len(experts))
-        share[chosen] = 1 / np.bincount(experts[chosen], minlength=len(nearest))[experts[chosen]]
-        return share
+        distance = self.distance[node, self.node_of_rank[self.rank_of_replica]]  # [S]
+        return share_nearest(distance[None], self.expert_of_replica[layer])[0]
 
 
-def evaluate(problem, expert_of_replica, bounds, method, search_stats, split=None):
-    """Find what a layout [L, S] costs -> Placement; bounds [L] are seconds below which no layer can come."""
-    layers = range(problem.num_layers)
-    shares = [make_nearest_shares(problem, experts) for experts in expert_of_replica] if split is None else split
-    tokens = sum(tokens_on_links(problem, layer, expert_of_replica[layer], shares[layer]) for layer in layers)
+def evaluate(
+    problem: PlacementProblem,
+    expert_of_replica: np.ndarray,
+    bounds: list[float],
+    method: str,
+    search_stats: SearchStats,
+    split: np.ndarray | None = None,
+) -> Placement:
+    """Compute what a layout [L, S] costs -> Placement; bounds [L] are seconds below which no layer can come."""
+    layers = list_layers(problem, expert_of_replica, split)
+    tokens = np.sum([tokens_on_links(problem, *layer) for layer in layers], axis=0)  # [nodes, nodes]
     crossing = tokens[~np.eye(len(tokens), dtype=bool)]
     return Placement(
         expert_of_replica=expert_of_replica,
@@ -86,12 +97,53 @@ def evaluate(problem, expert_of_replica, bounds, method, search_stats, split=Non
         distance=problem.distance,
         split=split,
         objective=problem.objective,
-        objective_seconds=sum(
-            layer_seconds(problem, layer, expert_of_replica[layer], shares[layer]) for layer in layers
-        ),
+        objective_seconds=float(sum(layer_seconds(problem, *layer) for layer in layers)),
         lower_bound_seconds=float(sum(bounds)),
         cross_node_share=float(crossing.sum() / tokens.sum()) if tokens.any() else 0.0,
         link_sigma=float(crossing.std() / crossing.mean()) if crossing.any() else 0.0,
         method=method,
         search_stats=search_stats,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """The traffic and the work of one placement in a step, one way."""
+
+    seconds: dict[str, np.ndarray]  # [L, ...] by kind of resource that the objective counts, as traffic_seconds has it
+    tokens: np.ndarray  # [L, nodes, nodes] from node to node; those that stay are on the diagonal
+    served: np.ndarray  # [L, P] tokens that each rank's replicas compute on
+    replicas: np.ndarray  # [L, nodes, E]
+    tokens_of_expert: np.ndarray  # [L, nodes, E] that these replicas serve together
+
+    @property
+    def layer_seconds(self) -> np.ndarray:
+        """Return each layer's cost, its busiest resource -> seconds [L]."""
+        return np.max([busy.reshape(len(busy), -1).max(axis=1, initial=0.0) for busy in self.seconds.values()], axis=0)
+
+    def list_binding(self, layer: int) -> list[tuple[str, tuple[int, ...]]]:
+        """List the resources as busy as a layer's busiest, as (kind, index); none in an idle layer."""
+        longest = self.layer_seconds[layer]
+        busy = [(name, np.argwhere(array[layer] >= longest * _BINDING_RATIO)) for name, array in self.seconds.items()]
+        return [(name, tuple(index.tolist())) for name, rows in busy for index in rows] if longest > 0 else []
+
+
+def compute_usage(problem: PlacementProblem, placement: Placement) -> Usage:
+    """Compute what a placement asks of every resource."""
+    layers = list_layers(problem, placement.expert_of_replica, placement.split)
+    seconds = [resource_seconds(problem, *layer) for layer in layers]
+    return Usage(
+        seconds={name: np.stack([of[name] for of in seconds]) for name in list_resources(problem.objective)},
+        tokens=np.stack([tokens_on_links(problem, *layer) for layer in layers]),
+        served=np.stack([tokens_on_ranks(problem, *layer) for layer in layers]),
+        replicas=np.stack([count_replicas(problem, experts) for experts in placement.expert_of_replica]),
+        tokens_of_expert=np.stack([tokens_on_experts(problem, *layer) for layer in layers]),
+    )
+
+
+def list_layers(
+    problem: PlacementProblem, expert_of_replica: np.ndarray, split: np.ndarray | None
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """List each layer's number, experts [S] and shares [nodes, S]: those of split, else the nearest."""
+    shares = [make_nearest_shares(problem, experts) for experts in expert_of_replica] if split is None else split
+    return list(zip(range(problem.num_layers), expert_of_replica, shares, strict=True))

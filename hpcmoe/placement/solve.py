@@ -6,13 +6,16 @@ clock ends the search first; with a time alone, what the clock allows.
 
 import dataclasses
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from hpcmoe.errors import PlacementError
 from hpcmoe.placement.bounds.bounds import bound_layer
 from hpcmoe.placement.cost import layer_seconds
-from hpcmoe.placement.problem import check_problem
+from hpcmoe.placement.layouts import fits, match_memory, pad_slots, trim_slots
+from hpcmoe.placement.problem import PlacementProblem, check_problem
 from hpcmoe.placement.quotas import (
     divide_memory,
     has_even_ranks,
@@ -21,24 +24,24 @@ from hpcmoe.placement.quotas import (
     relax_evenness,
     usable_of_node,
 )
-from hpcmoe.placement.result import SearchStats, evaluate
-from hpcmoe.placement.search.anneal import TIE_FACTOR, Budget, reduce_crossing, search_layout
+from hpcmoe.placement.result import Placement, SearchStats, evaluate
+from hpcmoe.placement.search.anneal import TIE_FACTOR, Budget, SearchResult, reduce_crossing, search_layout
 from hpcmoe.placement.search.balance_node import balance_nodes
-from hpcmoe.placement.search.layer_data import EMPTY, SmoothMax, make_layer_data, make_state
+from hpcmoe.placement.search.layer_data import EMPTY, LayerData, SmoothMax, make_layer_data, make_state
 from hpcmoe.placement.search.memory_trades import MOST_TRADING_NODES, trade_memory
 from hpcmoe.placement.search.moves import max_seconds, rebuild
 from hpcmoe.placement.search.seeds import PinnedCounts, make_contiguous, make_eplb, make_packed
 from hpcmoe.placement.search.warm import compile_search
 
-_LARGE = 2**20  # nodes x nodes x experts: from here on a seed takes tens of milliseconds
 LEAST_SECONDS = 1e-3  # of a layer's search, however late
-_PART_FOR_TRADES = 0.3  # of the time, where the layers compete for memory
 PROPOSALS_TO_TIDY = 10_000  # to break ties in a layer
+_LARGE = 2**20  # nodes x nodes x experts: from here on a seed takes tens of milliseconds
+_PART_FOR_TRADES = 0.3  # of the time, where the layers compete for memory
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOptions:
-    """How to search."""
+    """How long to search, from where, and with which random numbers."""
 
     seconds: float = 1.0  # for all layers
     iterations: int = 0  # proposals a layer; 0: as many as the seconds allow
@@ -46,110 +49,100 @@ class SearchOptions:
     start: np.ndarray | None = None  # [L, S], a placement that the answer must not be worse than, if it is as even
 
 
-def make_placement(problem, method="packed", **options):
-    """Lay all layers' experts on the ranks -> Placement; PlacementError when they do not fit.
+def make_placement(problem: PlacementProblem, method: str = "packed", **fields: Any) -> Placement:
+    """Place all layers' experts on the ranks; PlacementError when they do not fit.
 
-    method: "packed" searches, by SearchOptions, and may then take half as long again to prove how good the answer is;
-    "contiguous" and "eplb" do as they do, and raise where that breaks a limit of memory.
+    method: "packed" searches, by SearchOptions(**fields), and may then take half as long again to prove how good the
+    answer is; "contiguous" and "eplb" place by their rules, and raise where that breaks a limit of memory.
     """
-    # 1 Check that there is a placement. 2 Spread the memory over the layers.
+    # 1 Check that there is a placement. 2 Divide the memory among the layers.
     check_problem(problem)
-    options, most_of_node = SearchOptions(**options), divide_memory(problem)
+    options, most_of_node = SearchOptions(**fields), divide_memory(problem)
     if options.start is not None and not has_even_ranks(problem, options.start):
         options = dataclasses.replace(options, start=None)
-    lower = [None] * problem.num_layers
+    search_stats, lower, seconds = SearchStats(), None, 0.0
     match method:
         case "packed" if (plain := place_without_search(problem, most_of_node, options)) is not None:
-            layouts, search_stats, seconds = plain, SearchStats(), 0.0
+            layouts = plain
         case "packed":
             compile_search()
-            match_memory(problem, most_of_node, options.start)
+            if options.start is not None:
+                match_memory(problem, most_of_node, options.start)
             layouts, search_stats, counted = search_layers(problem, most_of_node, options)
-            if has_ample_memory(problem):  # else a layer may get more memory than what was counted with
-                lower = counted
+            lower = counted if has_ample_memory(problem) else None  # else trades gave layers more than was counted
             seconds = options.seconds / 2
         case "contiguous" | "eplb":
-            layouts = [place_by_rule(problem, most_of_node, k, method) for k in layers_of(problem)]
-            search_stats, seconds = SearchStats(), 0.0
+            layouts = place_by_rule(problem, most_of_node, method)
         case _:
             raise ValueError(method)
 
-    # 7 Bound every layer from below. 8 Weigh it all.
+    # 7 Bound every layer from below. 8 Evaluate it all.
     expert_of_replica = np.stack([pad_slots(problem, expert_at) for expert_at in layouts])
     used = np.bincount(problem.node_of_slot, (expert_of_replica != EMPTY).sum(axis=0), problem.num_nodes)
     assert (used <= problem.memory_replicas).all(), "a node holds more than its memory"
-    bounds = bound_layers(problem, expert_of_replica, lower, seconds)
+    bounds = bound_layers(problem, expert_of_replica, seconds, lower)
     return evaluate(problem, expert_of_replica, bounds, method, search_stats)
 
 
-def place_without_search(problem, most_of_node, options):
-    """Lay contiguously where no search can gain: on one node, at the bound in every layer -> layouts, else None.
+def make_data(problem: PlacementProblem, layer: int, most_of_node: np.ndarray) -> LayerData:
+    """Build a layer's search data with the limits that memory [L, nodes] sets."""
+    return make_layer_data(problem, layer, make_limits(problem, most_of_node[layer]))
 
-    Within a node nothing travels that another layout would spare; a placement to start from is searched on from.
+
+def place_without_search(
+    problem: PlacementProblem, most_of_node: np.ndarray, options: SearchOptions
+) -> list[np.ndarray] | None:
+    """Place contiguously where no search can gain: on one node, at the bound in every layer -> layouts, else None.
+
+    Within a node nothing travels that another layout would spare. A placement to start from is searched on from.
     """
     if problem.num_nodes > 1 or options.start is not None:
         return None
     layouts = []
-    for layer in layers_of(problem):
-        layer_data = make_layer_data(problem, layer, make_limits(problem, most_of_node[layer]))
-        expert_at, bound = make_contiguous(layer_data), bound_layer(problem, layer, most_of_node[layer])
-        if (
-            not fits(layer_data, expert_at)
-            or layer_seconds(problem, layer, pad_slots(problem, expert_at)) > bound * TIE_FACTOR
-        ):
+    for layer in range(problem.num_layers):
+        data = make_data(problem, layer, most_of_node)
+        expert_at, bound = make_contiguous(data), bound_layer(problem, layer, most_of_node[layer])
+        if not fits(data, expert_at):
             return None
-        layouts.append(expert_at if layer_data.rank_cost > 0 else balance_nodes(layer_data, expert_at))
+        if layer_seconds(problem, layer, pad_slots(problem, expert_at)) > bound * TIE_FACTOR:
+            return None
+        layouts.append(expert_at if data.rank_cost > 0 else balance_nodes(data, expert_at))
     return layouts
 
 
-def compare_methods(problem, methods):
-    """Find what placements by these methods would cost -> dict method: seconds, None where it does not fit."""
-    seconds_of_method, most_of_node = {}, divide_memory(problem)
+def compare_methods(problem: PlacementProblem, methods: Iterable[str]) -> dict[str, float | None]:
+    """Compute what placements by these methods would cost -> seconds by method, None where it does not fit."""
+    seconds_of_method: dict[str, float | None] = {}
     for method in methods:
         try:
-            layouts = [pad_slots(problem, place_by_rule(problem, most_of_node, k, method)) for k in layers_of(problem)]
+            layouts = place_by_rule(problem, divide_memory(problem), method)
         except PlacementError:
             seconds_of_method[method] = None
         else:
-            seconds_of_method[method] = sum(layer_seconds(problem, k, experts) for k, experts in enumerate(layouts))
+            experts = [pad_slots(problem, expert_at) for expert_at in layouts]
+            seconds_of_method[method] = sum(layer_seconds(problem, k, of_layer) for k, of_layer in enumerate(experts))
     return seconds_of_method
 
 
-def has_ample_memory(problem):
-    """Tell whether the experts of all slots that may be filled fit the memory, so that layers do not compete for it."""
+def has_ample_memory(problem: PlacementProblem) -> bool:
+    """Return True if the memory holds the experts of all slots that may be filled: layers do not compete for it."""
     return bool((problem.memory_replicas >= usable_of_node(problem) * problem.num_layers).all())
 
 
-def layers_of(problem):
-    """Number the layers."""
-    return range(problem.num_layers)
+def place_by_rule(problem: PlacementProblem, most_of_node: np.ndarray, method: str) -> list[np.ndarray]:
+    """Place by a method that does not search -> layouts [P, s]; PlacementError where one does not fit the memory."""
+    layouts = []
+    for layer in range(problem.num_layers):
+        data = make_data(problem, layer, most_of_node)
+        layouts.append(make_contiguous(data) if method == "contiguous" else make_eplb(data))
+        if not fits(data, layouts[-1]):
+            raise PlacementError(f"{method} placement: layer {layer} does not fit the memory of every node")
+    return layouts
 
 
-def place_by_rule(problem, most_of_node, layer, method):
-    """Lay one layer by a method that does not search -> [P, s]; PlacementError where it does not fit the memory."""
-    layer_data = make_layer_data(problem, layer, make_limits(problem, most_of_node[layer]))
-    expert_at = make_contiguous(layer_data) if method == "contiguous" else make_eplb(layer_data)
-    if not fits(layer_data, expert_at):
-        raise PlacementError(f"{method} placement: layer {layer} does not fit the memory of every node")
-    return expert_at
-
-
-def fits(layer_data, expert_at):
-    """Tell whether a layout [P, s] keeps to the limits and has every expert, on no rank twice."""
-    held = expert_at != EMPTY
-    count, ordered = held.sum(axis=1), np.sort(expert_at, axis=1)
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY)
-    of_node = np.bincount(layer_data.node_of_rank, count, len(layer_data.most_of_node))
-    return (
-        len(np.unique(expert_at[held])) == len(layer_data.tokens)
-        and not twice.any()
-        and (count <= layer_data.most_of_rank).all()
-        and (count >= layer_data.fewest_of_rank).all()
-        and (of_node <= layer_data.most_of_node).all()
-    )
-
-
-def search_layers(problem, most_of_node, options):
+def search_layers(
+    problem: PlacementProblem, most_of_node: np.ndarray, options: SearchOptions
+) -> tuple[list[np.ndarray], SearchStats, list[float]]:
     """Search every layer -> (layouts [P, s] of the layers, SearchStats, a bound of each from counting: seconds [L]).
 
     most_of_node [L, nodes] is what each layer may hold; it may change.
@@ -170,146 +163,122 @@ def search_layers(problem, most_of_node, options):
     return layouts, search_stats, [lower[layer] for layer in first_equal]
 
 
-def search_each(problem, most_of_node, options, layers, until):
+def search_each(
+    problem: PlacementProblem, most_of_node: np.ndarray, options: SearchOptions, layers: list[int], until: float
+) -> tuple[dict[int, SearchResult], dict[int, float]]:
     """Search some layers one after the other until a time -> (SearchResult by layer, bound by layer)."""
-    found, lower, kept = {}, {}, None
+    found, lower, pinned = {}, {}, None
     for done, layer in enumerate(layers):
         begun = time.perf_counter()
         share = max(until - begun, 0.0) / (len(layers) - done)
 
-        # 3 Lay seeds, and take the best. 4 Search on from it. 6 Break ties.
-        layer_data = make_layer_data(problem, layer, make_limits(problem, most_of_node[layer]))
-        start = None if options.start is None else trim_slots(problem, layer_data, options.start[layer])
-        expert_at, kept = find_best_seed(layer_data, start, kept)
-        lower[layer] = bound_layer(problem, layer, np.minimum(max_replicas_of_node(problem), most_of_node[layer]))
+        # 3 Make seeds, and take the best. 4 Search on from it. 6 Break ties.
+        data, seed = make_data(problem, layer, most_of_node), (options.seed, layer)
+        start = None if options.start is None else trim_slots(problem, data, options.start[layer])
+        expert_at, pinned = find_best_seed(data, start, pinned)
+        lower[layer] = count_bound(problem, layer, most_of_node)
         left = max(begun + share - time.perf_counter(), LEAST_SECONDS)
         budget = Budget(seconds=left, proposals=options.iterations, goal=lower[layer])
-        best = search_layout(layer_data, expert_at, (options.seed, layer), budget)
-        tidied = break_ties(layer_data, best.expert_at, (options.seed, layer))
-        found[layer] = dataclasses.replace(best, expert_at=tidied)
+        best = search_layout(data, expert_at, seed, budget)
+        found[layer] = dataclasses.replace(best, expert_at=break_ties(data, best.expert_at, seed))
     return found, lower
 
 
-def search_on(problem, most_of_node, layouts, options, until):
-    """Spend what the trades have left on every layer again, where time is what counts, and break ties -> layouts."""
+def search_on(
+    problem: PlacementProblem, most_of_node: np.ndarray, layouts: list[np.ndarray], options: SearchOptions, until: float
+) -> list[np.ndarray]:
+    """Search every layer again in the time that trades have left, where time is what counts, and break ties."""
     searched = []
     for layer, expert_at in enumerate(layouts):
-        layer_data, seed = (
-            make_layer_data(problem, layer, make_limits(problem, most_of_node[layer])),
-            (options.seed, layer, 1),
-        )
+        data, seed = make_data(problem, layer, most_of_node), (options.seed, layer, 1)
         share = (until - time.perf_counter()) / (len(layouts) - layer)
         if share > LEAST_SECONDS and not options.iterations:
-            goal = bound_layer(problem, layer, np.minimum(max_replicas_of_node(problem), most_of_node[layer]))
-            expert_at = search_layout(layer_data, expert_at, seed, Budget(seconds=share, goal=goal)).expert_at
-        searched.append(break_ties(layer_data, expert_at, seed))
+            budget = Budget(seconds=share, goal=count_bound(problem, layer, most_of_node))
+            expert_at = search_layout(data, expert_at, seed, budget).expert_at
+        searched.append(break_ties(data, expert_at, seed))
     return searched
 
 
-def find_equal_layers(problem, most_of_node):
-    """Find the first layer that asks for the same and may hold the same as each layer -> list [L]."""
-    first_of_content = {}
-    return [
-        first_of_content.setdefault((problem.probability[k].tobytes(), most_of_node[k].tobytes()), k)
-        for k in layers_of(problem)
-    ]
+def count_bound(problem: PlacementProblem, layer: int, most_of_node: np.ndarray) -> float:
+    """Bound a layer by counting, within the memory [L, nodes] -> seconds."""
+    return bound_layer(problem, layer, np.minimum(max_replicas_of_node(problem), most_of_node[layer]))
 
 
-def find_best_seed(layer_data, start, kept):
-    """Lay all seeds -> (the best [P, s], the PinnedCounts that those of its kind are best with).
+def find_equal_layers(problem: PlacementProblem, most_of_node: np.ndarray) -> list[int]:
+    """Find the first layer with the same probabilities and memory as each layer -> [L]."""
+    first: dict[tuple[bytes, bytes], int] = {}
+    contents = zip(problem.probability, most_of_node, strict=True)
+    return [first.setdefault((of.tobytes(), most.tobytes()), layer) for layer, (of, most) in enumerate(contents)]
 
-    start [P, s] or None is one more seed. kept is what was best in an earlier layer; on a large cluster no other is
-    tried again.
+
+def find_best_seed(
+    data: LayerData, start: np.ndarray | None, pinned: PinnedCounts | None
+) -> tuple[np.ndarray, PinnedCounts]:
+    """Make all seeds -> (the best [P, s], the PinnedCounts that those of its kind are best with).
+
+    start [P, s] is one more seed. pinned is what was best in an earlier layer; on a large cluster no other is tried.
     """
-    ways = choose_pinned(layer_data, kept)
-    packed = [make_packed(layer_data, way) for way in ways]
-    others = [make_contiguous(layer_data), make_contiguous(layer_data, spread=False), make_eplb(layer_data), start]
-    layouts = packed + [expert_at for expert_at in others if expert_at is not None and fits(layer_data, expert_at)]
-    costs = [evaluate_seconds(layer_data, expert_at) for expert_at in layouts]
+    ways = choose_pinned(data, pinned)
+    packed = [make_packed(data, way) for way in ways]
+    others = [make_contiguous(data), make_contiguous(data, spread=False), make_eplb(data), start]
+    layouts = packed + [expert_at for expert_at in others if expert_at is not None and fits(data, expert_at)]
+    costs = [evaluate_seconds(data, expert_at) for expert_at in layouts]
     return layouts[np.argmin(costs)], ways[np.argmin(costs[: len(ways)])]
 
 
-def choose_pinned(layer_data, kept):
-    """List what nodes and racks may keep of their own hottest experts, to try it -> list of PinnedCounts."""
-    if not layer_data.replicate:
+def choose_pinned(data: LayerData, pinned: PinnedCounts | None) -> list[PinnedCounts]:
+    """List how many of their own hottest experts nodes and racks may keep, to try it."""
+    if not data.replicate:
         return [PinnedCounts()]
-    (num_nodes, num_experts), num_racks = layer_data.demand.shape, len(layer_data.uplink_cost)
+    (num_nodes, num_experts), num_racks = data.demand.shape, len(data.uplink_cost)
     is_large = num_nodes**2 * num_experts > _LARGE
-    if is_large and kept is not None:
-        return [kept]
-    ways = [
-        PinnedCounts(of_node=n)
-        for n in choose_numbers(layer_data.most_of_node.max(), num_experts, 4 if is_large else 8)
-    ]
+    if is_large and pinned is not None:
+        return [pinned]
+
+    def choose(most: float, count: int) -> list[int]:
+        """Spread a few whole numbers from 0 to the most that is possible -> ascending."""
+        return np.unique(np.linspace(0, max(min(most, num_experts), 0), count).astype(int)).tolist()
+
+    ways = [PinnedCounts(of_node=n) for n in choose(data.most_of_node.max(), 4 if is_large else 8)]
     if num_racks > 1:
-        of_rack = np.bincount(layer_data.rack_of_node, layer_data.most_of_node).max()
-        ways += [PinnedCounts(of_rack=n) for n in choose_numbers(of_rack, num_experts, 4)[1:]]
-        ways += [
-            PinnedCounts(of_node=1, of_rack=n)
-            for n in choose_numbers(of_rack - num_nodes / num_racks, num_experts, 3)[1:]
-        ]
+        of_rack = np.bincount(data.rack_of_node, data.most_of_node).max()
+        ways += [PinnedCounts(of_rack=n) for n in choose(of_rack, 4)[1:]]
+        ways += [PinnedCounts(of_node=1, of_rack=n) for n in choose(of_rack - num_nodes / num_racks, 3)[1:]]
     return ways
 
 
-def choose_numbers(most, num_experts, count):
-    """Spread a few whole numbers from 0 to the most that is possible -> ascending list."""
-    return np.unique(np.linspace(0, max(min(most, num_experts), 0), count).astype(int)).tolist()
+def evaluate_seconds(data: LayerData, expert_at: np.ndarray) -> float:
+    """Compute how long a layout's busiest resource is busy -> seconds."""
+    state, log = make_state(data, expert_at)
+    rebuild(data, state, log, SmoothMax(1.0, 0))
+    return max_seconds(data, state, log, False)
 
 
-def evaluate_seconds(layer_data, expert_at):
-    """Find how long a layout's busiest resource is busy -> seconds."""
-    state, log = make_state(layer_data, expert_at)
-    rebuild(layer_data, state, log, SmoothMax(1.0, 0))
-    return max_seconds(layer_data, state, log, False)
+def break_ties(data: LayerData, expert_at: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
+    """Reduce the tokens that leave their nodes, then balance the ranks of each node, at no cost -> [P, s]."""
+    expert_at = reduce_crossing(data, expert_at, seed, PROPOSALS_TO_TIDY)
+    return expert_at if data.rank_cost > 0 else balance_nodes(data, expert_at)
 
 
-def break_ties(layer_data, expert_at, seed):
-    """Let fewer tokens leave their nodes, and the ranks of a node be as busy as each other: at no cost -> [P, s]."""
-    expert_at = reduce_crossing(layer_data, expert_at, seed, PROPOSALS_TO_TIDY)
-    return expert_at if layer_data.rank_cost > 0 else balance_nodes(layer_data, expert_at)
+def bound_layers(
+    problem: PlacementProblem, expert_of_replica: np.ndarray, seconds: float, lower: list[float] | None = None
+) -> list[float]:
+    """Bound every layer from below in about as many seconds, given layouts [L, S] -> seconds [L].
 
-
-def match_memory(problem, most_of_node, start):
-    """Spread the memory over the layers as a placement [L, S] to start from does, where it fits; in place."""
-    if start is None:
-        return
-    nodes = problem.node_of_slot
-    used = np.stack([np.bincount(nodes[row != EMPTY], minlength=problem.num_nodes) for row in start])
-    if (used.sum(axis=0) <= np.minimum(problem.memory_replicas, problem.slots_of_node * problem.num_layers)).all():
-        for node in np.flatnonzero((most_of_node < used).any(axis=0)):
-            rest = max(most_of_node[:, node].sum() - used[:, node].sum(), 0)
-            room = np.cumsum(np.maximum(usable_of_node(problem)[node] - used[:, node], 0))
-            most_of_node[:, node] = used[:, node] + np.diff(np.minimum(room, rest), prepend=0)
-
-
-def trim_slots(problem, layer_data, experts):
-    """Lay a layer's slots [S] out by ranks, without the slots that no rank may use -> [P, s'], or None."""
-    expert_at = -np.sort(-experts.reshape(problem.num_ranks, -1), axis=1)  # the empty slots last
-    most = layer_data.most_of_rank.max()
-    return expert_at[:, :most].copy() if (expert_at[:, most:] == EMPTY).all() else None
-
-
-def pad_slots(problem, expert_at):
-    """Give every rank all its slots, the unused ones empty: [P, s'] -> [S]."""
-    missing = problem.slots_per_rank - expert_at.shape[1]
-    return np.pad(expert_at, ((0, 0), (0, missing)), constant_values=EMPTY).ravel()
-
-
-def bound_layers(problem, expert_of_replica, lower, seconds):
-    """Bound every layer from below, given the layouts found [L, S] and the time for it -> seconds [L].
-
-    lower [L]: what is known already; None where nothing is.
+    lower [L]: what counting gave before, if it was asked.
     """
     problem = relax_evenness(problem, expert_of_replica)
     room = max_replicas_of_node(problem)
     first_equal = find_equal_layers(problem, np.broadcast_to(room, (problem.num_layers, len(room))))
-    deadline, left, bounds = time.perf_counter() + seconds, len(set(first_equal)), []
-    for layer in layers_of(problem):
+    deadline, left = time.perf_counter() + seconds, len(set(first_equal))
+    bounds: list[float] = []
+    for layer in range(problem.num_layers):
         if first_equal[layer] < layer:
             bounds.append(bounds[first_equal[layer]])
             continue
         share = max(deadline - time.perf_counter(), 0.0) / left
         incumbent = layer_seconds(problem, layer, expert_of_replica[layer])
-        bounds.append(min(bound_layer(problem, layer, room, share, incumbent, lower[layer]), incumbent))
+        known = None if lower is None else lower[layer]
+        bounds.append(min(bound_layer(problem, layer, room, share, incumbent, known), incumbent))
         left -= 1
     return bounds

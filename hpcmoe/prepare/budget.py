@@ -13,7 +13,7 @@ from hpcmoe.cluster.topology import Topology
 from hpcmoe.config import NetworkSpec
 from hpcmoe.errors import ClusterError, PlacementError
 from hpcmoe.experts.shapes import estimate_expert
-from hpcmoe.placement.problem import format_size
+from hpcmoe.messages import format_size
 
 if TYPE_CHECKING:
     from hpcmoe.prepare.memory import Memory  # imports torch

@@ -1,13 +1,18 @@
-"""Where a run's experts go: the placement problem, stated from config, topology, loads and memory, and solved."""
+"""Where a run's experts go: the placement problem of config, topology, loads and memory, and its solution."""
 
 import dataclasses
 import logging
 import statistics
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from hpcmoe.cluster.mesh import Mesh
+from hpcmoe.cluster.topology import Topology
+from hpcmoe.comm.device import Device
+from hpcmoe.config import ModelConfig, NetworkSpec, PlacementConfig
 from hpcmoe.errors import ConfigError, PlacementError
 from hpcmoe.experts.timing import time_row
 from hpcmoe.paths import WORDS_OR_PATH
@@ -18,14 +23,15 @@ from hpcmoe.placement.groups import fold_groups, fold_memory, fold_probability, 
 from hpcmoe.placement.problem import PlacementProblem, count_slots_per_rank
 from hpcmoe.placement.quotas import describe_unevenness
 from hpcmoe.placement.result import Placement, SearchStats, evaluate
+from hpcmoe.prepare.budget import MemoryBudget
 from hpcmoe.wait import barrier, gather_to_all
 
 log = logging.getLogger(__name__)
 
-_RATES = {"B": "bytes", "nic_out": "egress_bytes", "nic_in": "ingress_bytes", "uplink": "uplink_bytes"}
-_KEYS = {part: f"{rate}_per_second" for part, rate in _RATES.items()} | {  # what the parts of a problem are in a run
-    "seconds_per_token": "[placement] seconds_per_token", "L": "latency_seconds",
-    "tokens": "a step", "layers": "[model] num_layers",
+_NAMES = {  # what the parts of a problem are called in a run
+    "B": "bytes_per_second", "L": "latency_seconds", "nic_out": "egress_bytes_per_second",
+    "nic_in": "ingress_bytes_per_second", "uplink": "uplink_bytes_per_second",
+    "seconds_per_token": "[placement] seconds_per_token", "tokens": "a step", "layers": "[model] num_layers",
 }  # fmt: skip
 
 
@@ -41,21 +47,30 @@ class RunPlacement:
 class Demand:
     """What a step asks of the experts."""
 
-    loads: Loads
+    loads: Loads | None  # on rank 0 alone
     batch_sequences: int
     seconds_per_token: float  # that an expert takes for an assignment, forward
     expert_bytes: int  # of one layer's, with all its state
 
 
-def make_run_problem(model, settings, demand, topology, mesh, budget):
-    """State the placement problem that all expert-parallel groups share -> PlacementProblem.
+def make_run_problem(
+    model: ModelConfig,
+    settings: PlacementConfig,
+    demand: Demand,
+    topology: Topology,
+    mesh: Mesh,
+    budget: MemoryBudget,
+) -> PlacementProblem:
+    """Build the placement problem that all expert-parallel groups share."""
+    assert demand.loads is not None  # rank 0 states the problem
 
-    model is [model], settings [placement].
-    """
+    # Fold the groups into one, each of whose ranks has the least memory of those in its place.
     groups = list_groups(mesh)
     nodes, network = fold_groups(topology, groups)
     rank_bytes = (budget.bytes_for_experts / budget.num_ranks)[topology.node_of_rank]
-    homes = mesh.data_parallel * mesh.expert_parallel  # a tensor-parallel group's ranks are one
+
+    # Share a step's assignments evenly among the ranks where tokens begin; those of a tensor-parallel group are one.
+    homes = mesh.data_parallel * mesh.expert_parallel
     assignments = demand.batch_sequences * model.sequence_length * model.top_k / homes
     return PlacementProblem(
         num_layers=model.num_layers,
@@ -74,31 +89,40 @@ def make_run_problem(model, settings, demand, topology, mesh, budget):
     )
 
 
-def time_expert(spec, mesh, rows, device):
-    """Time an assignment in an expert on all ranks at once -> seconds, their median.
+def time_expert(spec: NetworkSpec, mesh: Mesh, rows: int, device: Device) -> float:
+    """Measure an expert's forward pass on one assignment, on all ranks at once -> seconds, their median.
 
-    Forward alone, as the links' one way is. Collective over mesh.world.
+    Collective over mesh.world.
     """
     barrier(mesh.world)
     taken = time_row(spec, mesh.tensor_parallel, rows, device.torch_device)
     return statistics.median(gather_to_all(mesh.world, taken))
 
 
-def place_experts(problem, settings, budget, seed):
-    """Solve the placement problem, and evaluate what else could have been -> RunPlacement; PlacementError tells the memory.
+def place_experts(
+    problem: PlacementProblem, settings: PlacementConfig, budget: MemoryBudget, seed: int, rebalances: bool = False
+) -> RunPlacement:
+    """Solve the placement problem by [placement], and evaluate other methods.
 
-    Raises ConfigError where rates and seconds are such that no time can be computed from them.
+    Raises PlacementError, with what takes the memory, where experts do not fit; ConfigError where rates and seconds are
+    such that no time can be computed from them.
     """
-    for line in find_overflow(problem, _KEYS):
+    # Check that every time can be computed, and that what was asked for has an effect.
+    for line in find_overflow(problem, _NAMES):
         raise ConfigError(line)
     if problem.replicate and problem.num_ranks * problem.slots_per_rank == problem.num_experts:
         log.warning(
-            "no effect: [placement] replicate = true: all %d ranks x %d slots are taken by one replica of each of the %d "
-            "experts; [placement] spare_slots_per_rank makes room",
+            "no effect: [placement] replicate = true: all %d ranks x %d slots are taken by one replica of each of the "
+            "%d experts; [placement] spare_slots_per_rank makes room",
             problem.num_ranks, problem.slots_per_rank, problem.num_experts,
         )  # fmt: skip
     if problem.count_latency and not problem.latency_seconds.any():
         log.warning("no effect: [placement] count_latency = true: no latency of any link is known")
+
+    if rebalances:  # compile the search now, and not in the midst of a step
+        from hpcmoe.placement.search.warm import compile_search  # imports numba and scipy: rank 0 alone pays for it
+
+        compile_search()
     try:
         placement = find_placement(problem, settings, seed)
     except PlacementError as error:
@@ -106,39 +130,32 @@ def place_experts(problem, settings, budget, seed):
     return compare_with_methods(problem, settings, placement)
 
 
-def compare_with_methods(problem, settings, placement):
-    """Weigh what other methods would have given beside a placement -> RunPlacement."""
-    from hpcmoe.placement.solve import compare_methods  # imports numba and scipy: rank 0 alone pays for it
+def compare_with_methods(problem: PlacementProblem, settings: PlacementConfig, placement: Placement) -> RunPlacement:
+    """Evaluate what other methods would have given beside a placement."""
+    from hpcmoe.placement.solve import compare_methods
 
-    others = [method for method in ("contiguous", "eplb") if method == "contiguous" or settings.compare_eplb]
-    return RunPlacement(
-        placement=placement,
-        seconds_of_method=compare_methods(problem, [method for method in others if method != settings.method]),
-    )
+    others = ["contiguous"] + ["eplb"] * settings.compare_eplb
+    seconds = compare_methods(problem, [method for method in others if method != settings.method])
+    return RunPlacement(placement=placement, seconds_of_method=seconds)
 
 
-def find_placement(problem, settings, seed):
-    """Place by the config's method, within its time, and for the step tune the replicas' shares -> Placement."""
+def find_placement(problem: PlacementProblem, settings: PlacementConfig, seed: int) -> Placement:
+    """Place by [placement] method within its time; for the objective "step" tune the replicas' shares."""
     from hpcmoe.placement.solve import make_placement
 
     begun = time.perf_counter()
     if settings.method not in WORDS_OR_PATH["placement", "method"]:
         layouts = read_placement_file(problem, settings.method)
         return evaluate_layouts(problem, settings, layouts, "file", settings.search_seconds / 2)
-    placement = make_placement(
-        problem,
-        settings.method,
-        seconds=settings.search_seconds,
-        iterations=settings.search_iterations,
-        seed=seed,
-    )
+    search = {"seconds": settings.search_seconds, "iterations": settings.search_iterations, "seed": seed}
+    placement = make_placement(problem, settings.method, **search)
     if uneven := describe_unevenness(problem, placement.expert_of_replica):
         log.warning("placement %s: %s", placement.method, uneven)
     return tune_placement(problem, settings, placement, begun)
 
 
-def read_placement_file(problem, path):
-    """Read where [placement] method has the experts -> [L, S], or ConfigError."""
+def read_placement_file(problem: PlacementProblem, path: str) -> np.ndarray:
+    """Read the experts of slots from a file -> int64 [L, S]. Raises ConfigError in one line."""
     try:
         layouts, notes = read_map(path, problem)
     except ConfigError as error:
@@ -148,16 +165,20 @@ def read_placement_file(problem, path):
     return layouts
 
 
-def evaluate_layouts(problem, settings, layouts, method, seconds):
-    """Weigh layouts [L, S] that are there already, bounding them in so many seconds -> Placement."""
+def evaluate_layouts(
+    problem: PlacementProblem, settings: PlacementConfig, layouts: np.ndarray, method: str, seconds: float
+) -> Placement:
+    """Evaluate given layouts [L, S], with lower bounds computed within so many seconds."""
     from hpcmoe.placement.solve import bound_layers
 
-    begun, bounds = time.perf_counter(), bound_layers(problem, layouts, [None] * problem.num_layers, seconds)
+    begun, bounds = time.perf_counter(), bound_layers(problem, layouts, seconds)
     return tune_placement(problem, settings, evaluate(problem, layouts, bounds, method, SearchStats()), begun)
 
 
-def tune_placement(problem, settings, placement, begun):
-    """For the step, share the replicas' tokens out anew where that gains -> Placement, its search begun at that time."""
+def tune_placement(
+    problem: PlacementProblem, settings: PlacementConfig, placement: Placement, begun: float
+) -> Placement:
+    """Balance tokens among replicas for the objective "step", where that gains; the search began at `begun`."""
     from hpcmoe.placement.shares import tune_shares
 
     if settings.objective != "step" or not settings.replicate:
@@ -166,48 +187,30 @@ def tune_placement(problem, settings, placement, begun):
     if split is None:
         return placement
 
-    # The search's bound is that of nearest replicas; whatever the shares, no layer is done before all ranks have worked.
+    # The search's bound is that of nearest replicas; whatever the shares, no layer ends before all ranks have worked.
     even = problem.num_layers * problem.tokens_of_rank.sum() * problem.seconds_per_token / problem.num_ranks
     search_stats = dataclasses.replace(placement.search_stats, seconds=time.perf_counter() - begun)
     bounds = [min(placement.lower_bound_seconds, even)]
     return evaluate(problem, placement.expert_of_replica, bounds, placement.method, search_stats, split)
 
 
-def format_placement(layout, settings):
-    """Say what the search found, within what, and what else could have been -> lines for the log."""
-    placement = layout.placement
+def format_placement(run_placement: RunPlacement, settings: PlacementConfig) -> Iterator[str]:
+    """Format what the search found, its bound, and what other methods would have given -> lines for the log."""
+    placement, stats = run_placement.placement, run_placement.placement.search_stats
+    others = [f"; {method} {format_milliseconds(s)}" for method, s in run_placement.seconds_of_method.items()]
     yield (
         f"placement {placement.method}: objective {placement.objective} {1e3 * placement.objective_seconds:.4g} ms a "
         f"step, lower bound {1e3 * placement.lower_bound_seconds:.4g} ms{', optimal' * placement.is_optimal}"
-        + "".join(f"; {method} {format_milliseconds(seconds)}" for method, seconds in layout.seconds_of_method.items())
+        + "".join(others)
     )
-    if placement.search_stats.cut_short:
+    if stats.cut_short:
         yield (
-            f"the clock ended the search after {placement.search_stats.seconds:.2f} s, before [placement] search_iterations = "
-            f"{settings.search_iterations}: another run may place its experts otherwise; more [placement] search_seconds "
-            "or fewer iterations make runs repeat"
+            f"the clock ended the search after {stats.seconds:.2f} s, before [placement] search_iterations = "
+            f"{settings.search_iterations}: another run may place its experts otherwise; more [placement] "
+            "search_seconds or fewer iterations make runs repeat"
         )
 
 
-def format_milliseconds(seconds):
-    """Show an objective, or that there is none."""
+def format_milliseconds(seconds: float | None) -> str:
+    """Format an objective in ms; None where a method finds no layout that fits."""
     return "finds no layout that fits" if seconds is None else f"{1e3 * seconds:.4g} ms"
-
-
-def describe_placement(records, layout):
-    """Keep the placement and the figures of its search."""
-    placement = layout.placement
-    for name in ("expert_of_replica", "rank_of_replica", "replica_count"):
-        records.describe("cluster", name, getattr(placement, name))
-    if placement.split is not None:
-        records.describe("cluster", "split", placement.split, "share of a node's tokens for the slot's expert")
-    records.describe("cluster", "placement", placement.method)
-    records.describe("cluster", "optimal", placement.is_optimal)
-    for name in ("objective", "cross_node_share", "link_sigma"):
-        records.describe("cluster", name, getattr(placement, name))
-    for name in ("objective_seconds", "lower_bound_seconds"):
-        records.describe("cluster", name, getattr(placement, name), "s")
-    records.describe("cluster", "search_seconds", placement.search_stats.seconds, "s")
-    records.describe("cluster", "search_proposals", placement.search_stats.num_proposals)
-    for method, seconds in layout.seconds_of_method.items():
-        records.describe("cluster", f"{method}_seconds", np.nan if seconds is None else seconds, "s")

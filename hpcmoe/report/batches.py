@@ -1,38 +1,53 @@
 """How many rows an expert works on at once: B_e = min(T_e, B_max), as they came, expert by expert."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.comm.mpi import all_reduce
-from hpcmoe.dispatch.sizes import HostSizes
+from hpcmoe.dispatch.sizes import HostSizes, Sizes
 from hpcmoe.dispatch.traffic import add_batches
+from hpcmoe.placement.result import Placement
+from hpcmoe.report.metrics import Recorder
 from hpcmoe.wait import wait_all
 
 
 class Batches:
-    """The batches of this rank's experts since the run began; experts may move from slot to slot."""
+    """Batches of this rank's experts since the run began; experts may move between slots."""
 
-    def __init__(self):
-        self.of_slot, self.of_expert = {}, {}  # (layer, slot or expert): (number, rows, least, most)
+    def __init__(self) -> None:
+        self.of_slot: dict[tuple[int, int], Any] = {}  # (layer, slot): (number, rows, least, most)
+        self.of_expert: dict[tuple[int, int], Any] = {}  # (layer, expert): the same
 
-    def add(self, batches: dict) -> None:
-        """Add those of a step, by layer and slot."""
+    def add(self, batches: dict[tuple[int, int], Any]) -> None:
+        """Add a step's batches, by layer and slot."""
         for place, counted in batches.items():
             add_batches(self.of_slot, place, counted)
 
-    def credit_experts(self, placement, rank: int) -> None:
-        """Credit what the slots of a rank of the expert-parallel group have done to the experts that are there."""
+    def credit_experts(self, placement: Placement, rank: int) -> None:
+        """Move the batches of the slots to the experts that are there now, on a rank of the expert-parallel group."""
         for (layer, slot), counted in self.of_slot.items():
             expert = int(placement.experts_of_rank(layer, rank)[slot])
             add_batches(self.of_expert, (layer, expert), counted)
         self.of_slot = {}
 
+    def sum_over(self, world: MPI.Comm, num_layers: int, num_experts: int) -> "BatchSizes":
+        """Sum the credited batches over all ranks. Collective over world."""
+        sums = np.zeros((2, num_layers, num_experts), np.int64)
+        extremes = np.full_like(sums, np.iinfo(np.int64).min)  # the least as its negative
+        for (layer, expert), (number, rows, least, most) in self.of_expert.items():
+            sums[:, layer, expert], extremes[:, layer, expert] = (number, rows), (-least, most)
+        all_reduce(world, sums)
+        wait_all([world.Iallreduce(MPI.IN_PLACE, extremes, MPI.MAX)])
+        least, most = np.where(sums[0] > 0, extremes, 0)
+        return BatchSizes(number=sums[0], rows=sums[1], least=-least, most=most)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSizes:
-    """The batches of all ranks, forward; zero for an expert that had none."""
+    """Batches of all ranks, forward; zero for an expert that had none."""
 
     number: np.ndarray  # [L, E] int64
     rows: np.ndarray  # [L, E] int64, of all of them
@@ -41,25 +56,11 @@ class BatchSizes:
 
     @property
     def mean(self) -> np.ndarray:
-        """Rows of an expert's mean batch, [L, E]."""
+        """Return the rows of an expert's mean batch, [L, E]."""
         return self.rows / np.maximum(self.number, 1)
 
 
-def sum_batches(job) -> BatchSizes:
-    """Sum the batches over all ranks. Collective over mesh.world."""
-    world, model = job.mesh.world, job.spec.model
-    job.meter.batches.credit_experts(job.placement, job.mesh.expert_index)
-    sums = np.zeros((2, model.num_layers, model.num_experts), np.int64)
-    extremes = np.full_like(sums, np.iinfo(np.int64).min)  # the least as its negative
-    for (layer, expert), (number, rows, least, most) in job.meter.batches.of_expert.items():
-        sums[:, layer, expert], extremes[:, layer, expert] = (number, rows), (-least, most)
-    all_reduce(world, sums)
-    wait_all([world.Iallreduce(MPI.IN_PLACE, extremes, MPI.MAX)])
-    least, most = np.where(sums[0] > 0, extremes, 0)
-    return BatchSizes(number=sums[0], rows=sums[1], least=-least, most=most)
-
-
-def record_batches(records, batches: BatchSizes) -> None:
+def record_batches(records: Recorder, batches: BatchSizes) -> None:
     """Record each expert's batch sizes."""
     unit = "rows of an expert's GEMM, forward"
     for name in ("least", "mean", "most"):
@@ -67,7 +68,7 @@ def record_batches(records, batches: BatchSizes) -> None:
     records.describe("experts", "batches", batches.number, "GEMMs of an expert, forward, in all measured steps")
 
 
-def rows_of_batches(batches: BatchSizes, sizes) -> list:
+def rows_of_batches(batches: BatchSizes, sizes: Sizes) -> list[tuple[str, ...]]:
     """List the batch sizes of all layers and experts as a row of the table."""
     worked = batches.number > 0
     if not worked.any():

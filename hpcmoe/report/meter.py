@@ -1,86 +1,105 @@
-"""The meter beside a run: what each step took and sent, over all ranks, and the whole of it at the end."""
+"""The meter of a run: time and traffic of each step over all ranks, and their sums over the measured steps."""
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from mpi4py import MPI
 
 from hpcmoe.clock import Timer
+from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.mpi import all_reduce
+from hpcmoe.dispatch.dispatcher import TokenDispatcher
+from hpcmoe.model.routing_stats import RoutingStats
 from hpcmoe.report.batches import Batches
-from hpcmoe.report.metrics import LinkBalance, compute_balancedness, compute_link_balance, sum_own_links
+from hpcmoe.report.metrics import compute_balancedness, compute_link_balance, sum_own_links
 from hpcmoe.wait import wait_all
 
 STAGES = tuple(Timer)
+MEANS = ("utilisation", "balancedness", "balancedness_of_layer", "link_sigma", "link_sigma_of_layer")  # over the steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """What one step took, over all ranks."""
+    """Figures of one step, over all ranks."""
 
-    seconds: float  # on the wall, on this rank
-    seconds_of_stage: dict  # mean over the ranks
-    links: LinkBalance  # dispatched tokens between ranks
+    seconds: float  # wall-clock, on this rank
+    seconds_of_stage: dict[str, float]  # mean over the ranks
+    num_tokens: int
+    num_dropped: int
+    utilisation: np.ndarray  # U_e [L, E]
+    link_tokens_mean: float  # dispatched tokens of a link between ranks
+    link_sigma: float  # their standard deviation / mean
     link_sigma_of_layer: np.ndarray  # [L]
     balancedness: float  # mean / max of the tokens that ranks serve, layer by layer
     balancedness_of_layer: np.ndarray  # [L]
-    num_tokens: int
 
     @property
-    def tokens_per_second(self):
-        """Tokens of all ranks by wall-clock second."""
+    def tokens_per_second(self) -> float:
+        """Return the tokens of all ranks per wall-clock second."""
         return self.num_tokens / self.seconds
 
 
 class Meter:
-    """Reads clock and traffic at the end of each step, and adds them up."""
+    """Reads clock and traffic at the end of each step, and sums the steps' figures."""
 
-    def __init__(self, dispatcher, mesh):
+    def __init__(self, dispatcher: TokenDispatcher, mesh: Mesh):
         self.dispatcher, self.mesh, self.clock = dispatcher, mesh, dispatcher.clock
         self.rows_to_peer = np.zeros(dispatcher.transport.size, dtype=np.int64)
-        self.own_tokens = 0  # [L, E] assignments whose home is this rank, since pop_tokens
+        self.own_tokens: Any = 0  # [L, E] assignments whose home is this rank, since pop_tokens
         self.batches = Batches()
-        self.num_steps = self.num_tokens = self.num_dropped = 0
-        self.utilisation = self.link_sigma = self.balancedness = 0.0  # sums over the steps
-        self.link_sigma_of_layer = self.balancedness_of_layer = 0.0
-        self.seconds = 0.0
+        self.num_steps = 0
+        self.sums: dict[str, Any] = dict.fromkeys((*MEANS, "num_tokens", "num_dropped", "seconds"), 0)
         self.seconds_of_stage = dict.fromkeys(STAGES, 0.0)
         self.start()
 
-    def start(self):
-        """Begin a step: forget what happened since the last one."""
+    def start(self) -> None:
+        """Start a step: discard time and traffic since the last one."""
         self.clock.pop_seconds()
         self.dispatcher.pop_traffic()
         self.started = time.perf_counter()
 
-    def read(self, outcome):
-        """End a step that had this Outcome -> StepMetrics. Collective over all ranks."""
+    def read(self, stats: RoutingStats) -> StepMetrics:
+        """End a step of these RoutingStats and return its figures. Collective over world."""
         seconds = time.perf_counter() - self.started
         spent = self.clock.pop_seconds()
         traffic = self.dispatcher.pop_traffic()
+
+        # Sum over the ranks what was sent, and reduce it to figures of balance.
         assignments = np.stack([traffic.assignments[layer] for layer in sorted(traffic.assignments)])  # [L, P]
         served, sums, stages = self.sum_over_ranks(assignments, [spent.get(stage, 0.0) for stage in STAGES])
-        links, *of_layers = (compute_link_balance(*row) for row in sums)
-        of_layer, whole = compute_balancedness(served)
+        (link_tokens_mean, link_sigma), *of_layers = (compute_link_balance(*row) for row in sums)
+        balancedness_of_layer, balancedness = compute_balancedness(served)
         metrics = StepMetrics(
             seconds=seconds,
             seconds_of_stage=dict(zip(STAGES, stages / self.mesh.world.size, strict=True)),
-            links=links,
-            link_sigma_of_layer=np.array([layer.sigma for layer in of_layers]),
-            balancedness=whole,
-            balancedness_of_layer=of_layer,
-            num_tokens=outcome.num_tokens,
+            num_tokens=stats.num_tokens,
+            num_dropped=stats.num_dropped,
+            utilisation=stats.utilisation,
+            link_tokens_mean=link_tokens_mean,
+            link_sigma=link_sigma,
+            link_sigma_of_layer=np.array([sigma for _, sigma in of_layers]),
+            balancedness=balancedness,
+            balancedness_of_layer=balancedness_of_layer,
         )
+
+        # Add the step to the run's sums.
         self.rows_to_peer += traffic.rows.sum(axis=0)
         self.batches.add(traffic.batches)
-        self.add(metrics, outcome.stats)
+        self.own_tokens = self.own_tokens + stats.own_tokens
+        self.num_steps += 1
+        for name in self.sums:
+            self.sums[name] = self.sums[name] + getattr(metrics, name)
+        for stage in STAGES:
+            self.seconds_of_stage[stage] += metrics.seconds_of_stage[stage]
         return metrics
 
-    def sum_over_ranks(self, assignments, spent):
-        """Sum over all ranks, in one message, what this one sent in each layer [L, P] and how long each stage took.
+    def sum_over_ranks(self, assignments: np.ndarray, spent: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sum what ranks sent in each layer [L, P] and the seconds of each stage, in one message.
 
-        Gives the assignments that each rank serves [L, ranks], the sums of links of all layers and of each [1 + L, 3], and
-        the seconds [stages]. Collective over all ranks.
+        Collective over world. Returns the assignments that each rank serves [L, ranks], the sums over links of all
+        layers and of each [1 + L, 3], and the seconds [stages].
         """
         mesh, rank = self.mesh, self.dispatcher.transport.rank
         served = np.zeros((len(assignments), mesh.data_parallel, assignments.shape[1]))
@@ -90,32 +109,17 @@ class Meter:
         of_served, of_links, seconds = np.split(sums, [served.size, served.size + links.size])
         return of_served.reshape(len(assignments), -1), of_links.reshape(links.shape), seconds
 
-    def add(self, metrics, stats):
-        """Add a step to the totals."""
-        self.utilisation = self.utilisation + stats.utilisation
-        self.own_tokens = self.own_tokens + stats.own_tokens
-        self.num_dropped += stats.num_dropped
-        self.link_sigma += metrics.links.sigma
-        self.link_sigma_of_layer = self.link_sigma_of_layer + metrics.link_sigma_of_layer
-        self.balancedness += metrics.balancedness
-        self.balancedness_of_layer = self.balancedness_of_layer + metrics.balancedness_of_layer
-        self.num_steps += 1
-        self.num_tokens += metrics.num_tokens
-        self.seconds += metrics.seconds
-        for stage, seconds in metrics.seconds_of_stage.items():
-            self.seconds_of_stage[stage] += seconds
+    def pop_tokens(self, node_of_rank: np.ndarray) -> np.ndarray | None:
+        """Sum the assignments since the last call by home node -> [L, nodes, E] on rank 0. Collective over world.
 
-    def pop_tokens(self, node_of_rank):
-        """Sum the assignments since the last call by home node -> [L, nodes, E] on rank 0, else None. Collective over world.
-
-        None there too when no step was read since.
+        Returns None on the other ranks, and where no step was read since.
         """
         own, self.own_tokens = self.own_tokens, 0
         return None if np.ndim(own) == 0 else gather_by_node(self.mesh.world, own, node_of_rank)
 
 
-def gather_by_node(world, own, node_of_rank):
-    """Sum assignments whose home is a rank, own int64 [..., L, E], by node -> [..., L, nodes, E] on rank 0, else None.
+def gather_by_node(world: MPI.Comm, own: np.ndarray, node_of_rank: np.ndarray) -> np.ndarray | None:
+    """Sum counts of this rank, own int64 [..., L, E], by node -> [..., L, nodes, E] on rank 0, else None.
 
     Collective over world.
     """

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 from tabulate import tabulate
 
-from hpcmoe.placement.problem import format_size
+from hpcmoe.messages import format_size
 from hpcmoe.placement.resources import name_resource
 
 MOST_NODE_ROWS = 16  # rows of the table of nodes; of a larger cluster those that serve most

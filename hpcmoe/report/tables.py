@@ -1,25 +1,44 @@
-"""The table at the end of a run: what was done, how evenly, over which links, in how much memory."""
+"""Tables at the end of a run: what was done, how evenly, over which links, in how much memory."""
 
 import numpy as np
 from tabulate import tabulate
 
+from hpcmoe.cluster.mesh import Mesh
+from hpcmoe.prepare.memory import Memory
 from hpcmoe.prepare.process import count_unshared
 from hpcmoe.report.batches import rows_of_batches
-from hpcmoe.report.metrics import SIGMA_AIM, compare_bandwidth, sum_links_by_node
+from hpcmoe.report.metrics import SIGMA_AIM, sum_links_by_node
+from hpcmoe.report.totals import MeasuredRun, Totals
 
-MOST_NODES_IN_A_TABLE = 8
-MOST_LAYERS_IN_A_TABLE = 8
-TRANSFERS = {
-    True: 4,
-    False: 2,
-}  # in training, and in inference: of an assignment in a layer: there and back, and the same backward
+_MAX_NODES, _MAX_LAYERS = 8, 8  # in a table
+_OBJECTIVES = {
+    "links": "dispatch on the busiest link",
+    "ports": "dispatch on the busiest link, NIC or uplink",
+    "step": "dispatch or forward compute, whichever is busiest",
+}
+_PARTS_OF_MEMORY = {
+    "one_expert": "one expert of a layer, all its matrices",
+    "experts": "experts, parameters",
+    "copies": "experts, matrices cast or packed",
+    "dense": "dense parts, parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer's moments",
+    "buffers": "message buffers",
+    "activations": "activations in flight",
+    "working": "experts at work on a batch",
+    "moving": "experts that move here, on their way",
+    "snapshot": "copy of the state for checkpoints",
+    "total": "all of these",
+}
+Rows = list[tuple[str, ...]]
 
 
-def make_table(job, totals):
-    """Lay out a run's figures -> text."""
-    balance = rows_of_balance(totals, rows_of_batches(totals.batches, job.stepper.dispatcher.sizes))
-    rows = [*rows_of_time(job, totals), *balance, *rows_of_links(job, totals), *rows_of_placement(job)]
-    memory = [*rows_of_memory(job.memory, totals), *rows_of_process(job, totals)]
+def make_table(run: MeasuredRun, totals: Totals) -> str:
+    """Format a run's figures as tables."""
+    batches = rows_of_batches(totals.batches, run.stepper.dispatcher.sizes)
+    balance = rows_of_balance(totals, batches)
+    rows = [*rows_of_time(totals), *balance, *rows_of_links(run, totals), *rows_of_placement(run)]
+    memory = [*rows_of_memory(run.memory, totals.measured), *rows_of_process(run, totals)]
     return "\n\n".join(
         tabulate(table, headers=headers, disable_numparse=True, preserve_whitespace=True)
         for table, headers in (
@@ -30,20 +49,21 @@ def make_table(job, totals):
     )
 
 
-def rows_of_time(job, totals):
-    """List losses, throughput and where the time went."""
-    rows = [(name, f"{loss:.4f}", "nats/byte") for name, loss in totals.losses.items()]
-    rows += [
+def rows_of_time(totals: Totals) -> Rows:
+    """List losses, throughput and the seconds of each stage."""
+    num_steps, num_tokens = max(totals.num_steps, 1), max(totals.num_tokens, 1)
+    stages = [(stage, seconds) for stage, seconds in totals.seconds_of_stage.items() if seconds]
+    return [
+        *((name, f"{loss:.4f}", "nats/byte") for name, loss in totals.losses.items()),
         ("steps measured", f"{totals.num_steps}", ""),
         ("tokens per second", f"{totals.tokens_per_second:.0f}", "tokens/s"),
-        ("time per token", f"{1e6 * totals.seconds / max(totals.num_tokens, 1):.2f}", "us"),
-        ("time per step", f"{1e3 * totals.seconds / max(totals.num_steps, 1):.1f}", "ms"),
+        ("time per token", f"{1e6 * totals.seconds / num_tokens:.2f}", "us"),
+        ("time per step", f"{1e3 * totals.seconds / num_steps:.1f}", "ms"),
+        *((f"  in {stage}", f"{1e3 * seconds / num_steps:.1f}", "ms, mean of ranks") for stage, seconds in stages),
     ]
-    of_stage = [(f"  in {stage}", seconds) for stage, seconds in totals.seconds_of_stage.items() if seconds]
-    return rows + [(name, f"{1e3 * s / max(totals.num_steps, 1):.1f}", "ms, mean of ranks") for name, s in of_stage]
 
 
-def rows_of_balance(totals, of_batches):
+def rows_of_balance(totals: Totals, of_batches: Rows) -> Rows:
     """List how evenly experts and links were used; of_batches: the rows of the experts' batches."""
     busy = totals.utilisation
     aim = f"aim < {SIGMA_AIM}: {'met' if totals.link_sigma < SIGMA_AIM else 'not met'}"
@@ -57,11 +77,9 @@ def rows_of_balance(totals, of_batches):
     ]
 
 
-def rows_of_layers(totals):
-    """List how evenly each layer used experts, ranks and links; of many layers those that kept ranks busy least."""
-    shown = np.arange(len(totals.utilisation))
-    if len(shown) > MOST_LAYERS_IN_A_TABLE:
-        shown = np.sort(np.argsort(totals.balancedness_of_layer, kind="stable")[:MOST_LAYERS_IN_A_TABLE])
+def rows_of_layers(totals: Totals) -> Rows:
+    """List each layer's balance of experts, ranks and links; of many layers those of least balancedness."""
+    shown = np.sort(np.argsort(totals.balancedness_of_layer, kind="stable")[:_MAX_LAYERS])
     return [
         (
             f"{layer}",
@@ -74,113 +92,88 @@ def rows_of_layers(totals):
     ]
 
 
-def rows_of_links(job, totals):
+def rows_of_links(run: MeasuredRun, totals: Totals) -> Rows:
     """List what links between ranks, and between nodes, had to carry and carried."""
-    of_ranks, of_nodes = totals.bytes_of_link, sum_links_by_node(totals.bytes_of_link, job.topology.node_of_rank)
-    rows = links_between("rank", of_ranks[exchange_links(job.mesh)], job, totals)
-    rows += links_between("node", of_nodes[~np.eye(len(of_nodes), dtype=bool)], job, totals)
-    if 1 < len(of_nodes) <= MOST_NODES_IN_A_TABLE:
-        rows += [row_of_link(job, totals, of_nodes, i, j) for i, j in np.ndindex(of_nodes.shape) if i != j]
+    of_ranks, topology = totals.bytes_of_link, run.topology
+    assert of_ranks is not None  # the table is made on rank 0
+    of_nodes = sum_links_by_node(of_ranks, topology.node_of_rank)
+    between = ~np.eye(len(of_nodes), dtype=bool)
+    rows = rows_between("rank", of_ranks[find_group_links(run.mesh)], run, totals)
+    rows += rows_between("node", of_nodes[between], run, totals)
+    if 1 < len(of_nodes) <= _MAX_NODES:
+        for i, j in np.argwhere(between).tolist():
+            capacity = f"MB of {topology.bytes_per_second[i, j] * totals.seconds / 1e6:.0f} it could"
+            name = f"  {topology.node_names[i]} -> {topology.node_names[j]}"
+            rows.append((name, f"{of_nodes[i, j] / 1e6:.2f}", f"{capacity} ({topology.source['links']})"))
     return rows
 
 
-def row_of_link(job, totals, bytes_of_link, i, j):
-    """Tell what the link from node i to node j carried, of what it could in that time."""
-    topology = job.topology
-    could = topology.bytes_per_second[i, j] * totals.seconds
-    name = f"  {topology.node_names[i]} -> {topology.node_names[j]}"
-    return name, f"{bytes_of_link[i, j] / 1e6:.2f}", f"MB of {could / 1e6:.0f} it could ({topology.source['links']})"
-
-
-def exchange_links(mesh):
+def find_group_links(mesh: Mesh) -> np.ndarray:
     """Find the ordered pairs of different ranks among which tokens travel -> bool [P, P] over all ranks."""
     rank = np.arange(mesh.world.size)
     group = rank // (mesh.expert_parallel * mesh.tensor_parallel)
     return (group[:, None] == group) & ~np.eye(len(rank), dtype=bool)
 
 
-def links_between(what, bytes_of_link, job, totals):
-    """List the bandwidth of the links [n] between ranks or nodes; nothing where there is only one of these."""
-    model, sizes = job.spec.model, job.stepper.dispatcher.sizes
-    transfers = sizes.top_k * model.num_layers * TRANSFERS[job.spec.trains]
-    seconds = max(totals.seconds, 1e-9)
-    bandwidth = compare_bandwidth(bytes_of_link, totals.tokens_per_second, sizes.row_bytes, transfers, seconds)
-    if bandwidth is None:
+def rows_between(what: str, bytes_of_link: np.ndarray, run: MeasuredRun, totals: Totals) -> Rows:
+    """List required and achieved bandwidth of the links [n] between ranks or nodes; nothing where there is none.
+
+    The plain formula is BW_min = tokens per second x token bytes / links. It is counted K x ways x layers times.
+    """
+    if len(bytes_of_link) == 0:
         return []
-    carried = bytes_of_link / 1e6
+    num_layers, sizes = run.spec.model.num_layers, run.stepper.dispatcher.sizes
+    ways = 4 if run.spec.trains else 2  # there and back, and the same backward
+    required = totals.tokens_per_second * sizes.row_bytes / len(bytes_of_link) / 1e6
+    carried, seconds, unit = bytes_of_link / 1e6, max(totals.seconds, 1e-9), "MB/s a link"
     sigma = carried.std() / max(carried.mean(), 1e-9)
-    unit = "MB/s a link"
-    counted = f"{unit}, x {sizes.top_k} assignments x {TRANSFERS[job.spec.trains]} ways x {model.num_layers} layers"
     return [
-        (f"links between {what}s", f"{bandwidth.num_links}", "experts' rows alone, no sums of gradients"),
+        (f"links between {what}s", f"{len(carried)}", "experts' rows alone, no sums of gradients"),
         ("  bytes carried", f"{carried.min():.2f} / {carried.mean():.2f} / {carried.max():.2f}",
          f"MB a link, least / mean / most; sigma {sigma:.3f}"),
-        ("  required, BW_min", f"{bandwidth.plain / 1e6:.4f}", f"{unit}: tokens/s x token bytes / links"),
-        ("  required, counted", f"{bandwidth.counted / 1e6:.4f}", counted),
-        ("  achieved", f"{bandwidth.achieved / 1e6:.4f}", f"{unit}; busiest {bandwidth.busiest / 1e6:.4f}"),
+        ("  required, BW_min", f"{required:.4f}", f"{unit}: tokens/s x token bytes / links"),
+        ("  required, counted", f"{required * sizes.top_k * ways * num_layers:.4f}",
+         f"{unit}, x {sizes.top_k} assignments x {ways} ways x {num_layers} layers"),
+        ("  achieved", f"{carried.mean() / seconds:.4f}", f"{unit}; busiest {carried.max() / seconds:.4f}"),
     ]  # fmt: skip
 
 
-def rows_of_placement(job):
+def rows_of_placement(run: MeasuredRun) -> Rows:
     """List where the experts are and what the links were predicted to need."""
-    placement, topology = job.placement, job.topology
-    meaning = {
-        "links": "dispatch on the busiest link",
-        "ports": "dispatch on the busiest link, NIC or uplink",
-        "step": "dispatch or forward compute, whichever is busiest",
-    }
-    others = [
-        (f"  {method} would give", "-" if seconds is None else f"{1e3 * seconds:.4f}", "ms a step")
-        for method, seconds in job.run_placement.seconds_of_method.items()
-    ]
+    placement = run.placement
     return [
-        ("cluster", f"{topology}", ""),
+        ("cluster", f"{run.topology}", ""),
         ("placement", placement.method, f"{placement.slots_per_rank} slots a rank and layer"),
         (f"  objective {placement.objective}", f"{1e3 * placement.objective_seconds:.4f}",
-         f"ms a step, {meaning[placement.objective]}"),
-        ("  lower bound", f"{1e3 * placement.lower_bound_seconds:.4f}", f"ms a step{', optimal' * placement.is_optimal}"),
-        *others,
+         f"ms a step, {_OBJECTIVES[placement.objective]}"),
+        ("  lower bound", f"{1e3 * placement.lower_bound_seconds:.4f}",
+         f"ms a step{', optimal' * placement.is_optimal}"),
+        *((f"  {method} would give", "-" if seconds is None else f"{1e3 * seconds:.4f}", "ms a step")
+          for method, seconds in run.run_placement.seconds_of_method.items()),
         ("  tokens between nodes", f"{100 * placement.cross_node_share:.1f}", "% of the assignments, as placed"),
         ("  search", f"{placement.search_stats.seconds:.3f}", "s"),
     ]  # fmt: skip
 
 
-def rows_of_memory(computed, totals):
-    """List memory by what it holds, as computed and as measured on the fullest rank."""
-    names = {
-        "one_expert": "one expert of a layer, all its matrices",
-        "experts": "experts, parameters",
-        "copies": "experts, matrices cast or packed",
-        "dense": "dense parts, parameters",
-        "gradients": "gradients",
-        "optimizer": "optimizer's moments",
-        "buffers": "message buffers",
-        "activations": "activations in flight",
-        "working": "experts at work on a batch",
-        "moving": "experts that move here, on their way",
-        "snapshot": "copy of the state for checkpoints",
-        "total": "all of these",
-    }
-    both = [(text, getattr(computed, name), getattr(totals.measured, name)) for name, text in names.items()]
+def rows_of_memory(computed: Memory, measured: Memory) -> Rows:
+    """List memory by what it holds, as computed and as measured on the fullest rank; what is zero is left out."""
+    both = [(text, getattr(computed, name), getattr(measured, name)) for name, text in _PARTS_OF_MEMORY.items()]
     return [(text, *map(format_bytes, num_bytes)) for text, *num_bytes in both if any(num_bytes)]
 
 
-def rows_of_process(job, totals):
+def rows_of_process(run: MeasuredRun, totals: Totals) -> Rows:
     """List what a rank's process has in the host's memory, mean of a node's ranks: alone, and with others."""
-    process_bytes = job.budget.process_bytes
-    both = [
-        ("the process itself: Python, torch, MPI", process_bytes, totals.process_bytes),
-        ("all that it shares with no other (USS)", process_bytes + count_unshared(job.memory, job.stepper.dispatcher),
-         totals.unshared_bytes),
-    ]  # fmt: skip
-    rows = [(text, *map(format_bytes, num_bytes)) for text, *num_bytes in both]
+    computed = run.budget.process_bytes
+    unshared = computed + count_unshared(run.memory, run.stepper.dispatcher)
+    process = totals.process
     return [
-        *rows,
-        ("libraries and files that processes share", "", format_bytes(totals.process.libraries)),
-        ("resident set of the process, at its peak", "", format_bytes(totals.process.peak)),
+        ("the process itself: Python, torch, MPI", format_bytes(computed), format_bytes(totals.process_bytes)),
+        ("all that it shares with no other (USS)", format_bytes(unshared), format_bytes(totals.unshared_bytes)),
+        ("libraries and files that processes share", "", format_bytes(process.libraries)),
+        ("resident set of the process, at its peak", "", format_bytes(process.peak)),
     ]
 
 
-def format_bytes(num_bytes):
-    """Show bytes in MB."""
+def format_bytes(num_bytes: float) -> str:
+    """Format bytes in MB."""
     return f"{num_bytes / 1e6:.3f} MB"

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import cast
 
 from mpi4py import MPI
 
@@ -21,13 +22,13 @@ from hpcmoe.comm.select import (
     select_backend,
     select_mpi_backend,
 )
-from hpcmoe.comm.transport import Loopback
+from hpcmoe.comm.transport import Loopback, Transport
 from hpcmoe.comm.window import open_window
 from hpcmoe.config import CommConfig
 from hpcmoe.dispatch.device import DeviceDispatcher
 from hpcmoe.dispatch.host import HostDispatcher
 from hpcmoe.dispatch.routes import Routes
-from hpcmoe.dispatch.sizes import DeviceSizes, HostSizes
+from hpcmoe.dispatch.sizes import AnySizes, DeviceSizes, HostSizes
 from hpcmoe.errors import ClusterError, on_root, raise_or_return
 from hpcmoe.wait import barrier, gather_to_all
 
@@ -100,13 +101,22 @@ def find_communicators(mesh: Mesh, backend: str, trains: bool) -> dict[str, MPI.
     return {"rows": mesh.group} | {name: comm for name, comm in sums.items() if comm.size > 1}
 
 
+def open_dispatcher(
+    mesh: Mesh, device: Device, backend: str, sizes: AnySizes, routes: Routes, trains: bool
+) -> contextlib.AbstractContextManager[HostDispatcher | DeviceDispatcher]:
+    """Open what carries rows between the ranks of mesh.group. Collective over mesh.world, both ends."""
+    if isinstance(sizes, HostSizes):
+        return open_host_dispatcher(mesh.group, cast(HostDevice, device), sizes, routes)
+    return open_device_dispatcher(mesh, device, backend, sizes, routes, trains)
+
+
 @contextlib.contextmanager
 def open_host_dispatcher(
     comm: MPI.Comm, device: HostDevice, sizes: HostSizes, routes: Routes
 ) -> Iterator[HostDispatcher]:
     """Open what carries rows by memory that a node's ranks share, and by messages. Collective over comm, both ends."""
     barrier(comm)
-    local_comm = comm.Split(int(routes.local_peers[0]), comm.rank)
+    local_comm = cast(MPI.Intracomm, comm.Split(int(routes.local_peers[0]), comm.rank))
     one_node = len(routes.local_peers) == comm.size
     with (
         open_window(local_comm, sizes.window_sizes(routes)) as window,
@@ -114,13 +124,13 @@ def open_host_dispatcher(
         if one_node
         else open_mpi_transport(comm, sizes.row_bytes) as transport,
     ):
-        yield HostDispatcher(transport, window, device, Clock(), sizes, routes)
+        yield HostDispatcher(cast(Transport, transport), window, device, Clock(), sizes, routes)
     local_comm.Free()
 
 
 @contextlib.contextmanager
 def open_device_dispatcher(
-    mesh: Mesh, device: Device, sizes: DeviceSizes, routes: Routes, backend: str, trains: bool
+    mesh: Mesh, device: Device, backend: str, sizes: DeviceSizes, routes: Routes, trains: bool
 ) -> Iterator[DeviceDispatcher]:
     """Open what carries rows between the GPUs of mesh.group. Collective over mesh.world, both ends."""
     with contextlib.ExitStack() as opened:

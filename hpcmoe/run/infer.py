@@ -1,37 +1,28 @@
 """Inference: forward throughput of the stack, over a warm-up and then a measured window."""
 
+import numpy as np
+
 from hpcmoe.model.balance import update_load
-from hpcmoe.model.text import draw_starts
-from hpcmoe.report.progress import open_progress
-from hpcmoe.run.rebalance import Rebalancer
-from hpcmoe.run.train import layers_to_write, report_step
+from hpcmoe.report.metrics import Recorder
+from hpcmoe.run.job import Job
+from hpcmoe.run.step import Outcome
+from hpcmoe.run.train import Save, draw_batch, layers_to_write, measure_steps
 
 
-def infer(job, records, load, save):
-    """Run [run] warmup_steps, then the measured steps -> no losses, for no head runs. Collective over all ranks.
+def infer(job: Job, records: Recorder, load: np.ndarray, save: Save) -> dict[str, float]:
+    """Run [run] warmup_steps, then the measured steps, and call save after each of these -> {}: no head, no loss.
 
-    load [L, E] is what routers feel at first; save(step, load, activations) is called after each measured step.
+    load [L, E] is what routers feel at first. Collective over world.
     """
-    run = job.config.run
-    for number in range(1, run.warmup_steps + 1):
-        _, load = infer_step(job, load, -number)
-    rebalancer = Rebalancer(job, None, records)
-    with open_progress(run.steps, 0, job.mesh.world.rank == 0) as progress:
-        for step in range(1, run.steps + 1):
-            job.meter.start()
-            rebalancer.start_if_due(step - 1)
-            outcome, load = infer_step(job, load, step)
-            report_step(records, progress, step, outcome, job.meter.read(outcome))
-            rebalancer.end_step(step, outcome.stats)
-            save(step, load, job.stepper.network.take_activations())
+
+    def take_step(step: int) -> Outcome:
+        nonlocal load
+        watched = layers_to_write(job.config, step)
+        outcome = job.stepper.run(job.training, draw_batch(job, abs(step)), load, "infer", watched)
+        load = update_load(load, outcome.stats.utilisation, job.config.dispatch.load_window_steps)
+        return outcome
+
+    for step in range(1, job.config.run.warmup_steps + 1):
+        take_step(-step)
+    measure_steps(job, records, None, 0, take_step, lambda step, _, activations: save(step, load, activations))
     return {}
-
-
-def infer_step(job, load, step):
-    """Run one batch forward -> (Outcome, load for the next); warm-up steps are numbered below zero."""
-    config = job.config
-    starts = draw_starts(
-        len(job.training), config.data.batch_sequences, config.model.sequence_length, config.run.seed, abs(step)
-    )
-    outcome = job.stepper.run(job.training, starts, load, "infer", layers_to_write(config, step))
-    return outcome, update_load(load, outcome.stats.utilisation, config.dispatch.load_window_steps)

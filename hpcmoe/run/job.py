@@ -1,24 +1,23 @@
-"""A run put together: text, device, placement, transport, dispatcher, network."""
+"""A run prepared, which opens nothing, then opened: device, dispatcher, network, text."""
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
+from mpi4py import MPI
 
-from hpcmoe.cluster.discover import Topology
 from hpcmoe.cluster.machine import count_own_cores
 from hpcmoe.cluster.mesh import Mesh
-from hpcmoe.comm.device import open_device
+from hpcmoe.cluster.topology import Topology
+from hpcmoe.comm.device import Device, open_device
 from hpcmoe.comm.heap import keep_heap
 from hpcmoe.comm.window import check_shared_memory
 from hpcmoe.config import Config, NetworkSpec
-from hpcmoe.dispatch.device import DeviceDispatcher
-from hpcmoe.dispatch.host import HostDispatcher
 from hpcmoe.dispatch.routes import Routes
-from hpcmoe.dispatch.sizes import AnySizes, make_device_sizes, make_host_sizes
+from hpcmoe.dispatch.sizes import AnySizes, HostSizes, make_device_sizes, make_host_sizes
 from hpcmoe.errors import keep_on_root, on_all, on_root
 from hpcmoe.model.language import make_model
 from hpcmoe.model.split import Split
@@ -32,30 +31,25 @@ from hpcmoe.prepare.placement import Demand, RunPlacement, make_run_problem, pla
 from hpcmoe.prepare.process import estimate_process
 from hpcmoe.prepare.sizes import check_tags, find_routes, make_sizes
 from hpcmoe.report.meter import Meter
-from hpcmoe.run.dispatchers import (
-    find_communicators,
-    open_device_dispatcher,
-    open_host_dispatcher,
-    select_row_backend,
-)
+from hpcmoe.run.dispatchers import find_communicators, open_dispatcher, select_row_backend
 from hpcmoe.run.step import Stepper
 from hpcmoe.wait import gather_to_all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """Where a run is prepared for: ranks, nodes, this rank's device, and what carries rows between the ranks."""
+    """Where a run is: ranks, nodes, this rank's device, and what carries rows between the ranks."""
 
     mesh: Mesh
     topology: Topology
-    device: Any
+    device: Device
     backend: str  # "window" on the host; "nccl", "direct" or "staged" between devices
     loads: Loads | None  # of the experts, on rank 0 alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """What is known of a run before anything of it is open."""
+    """What is known of a run before its dispatcher and network are open."""
 
     topology: Topology  # with the memory of the GPUs
     routes: Routes
@@ -85,17 +79,17 @@ class Job:
 
     @property
     def placement(self) -> Placement:
-        """Where the experts are now."""
+        """Return where the experts are now."""
         return self.run_placement.placement
 
     @property
     def spec(self) -> NetworkSpec:
-        """What the network is."""
+        """Return what the network is."""
         return self.config.spec
 
     @property
     def sequences_of_rank(self) -> np.ndarray:
-        """Sequences of a step's batch that each rank reads, [ranks]."""
+        """Return the number of sequences of a step that each rank reads, [ranks]."""
         data, pipeline = self.config.data, self.config.pipeline
         return count_sequences(data.batch_sequences, pipeline.micro_batches, self.mesh.num_token_shares)
 
@@ -106,14 +100,18 @@ def open_job(config: Config, topology: Topology, mesh: Mesh, split: Split, loads
 
     loads are the experts' on rank 0; the other ranks may give None.
     """
+    # Open this rank's device, and select what carries rows between the ranks.
     world, here = mesh.world, topology.ranks_of_node(topology.node_of_rank[mesh.world.rank])
     torch.set_num_threads(config.run.threads_per_rank or min(choose_threads(topology, world.rank), count_own_cores()))
     keep_heap()
-    device = on_all(world, lambda: open_device(config.comm.device, list(here).index(world.rank)))
+    device = cast(Device, on_all(world, lambda: open_device(config.comm.device, list(here).index(world.rank))))
     backend = select_row_backend(config.comm, config.pipeline.schedule, world, device)
     cluster = Cluster(mesh=mesh, topology=topology, device=device, backend=backend, loads=loads)
+
+    # Compute what fits and where the experts go; then open what carries rows, and build the network over it.
     prepared = prepare(config, cluster)
-    with open_dispatcher(prepared, cluster, config.spec.trains) as dispatcher:
+    sizes, routes = prepared.sizes, prepared.routes
+    with open_dispatcher(mesh, device, backend, sizes, routes, config.spec.trains) as dispatcher:
         network = make_model(config.spec, mesh, prepared.run_placement.placement, dispatcher, device)
         yield Job(
             config=config,
@@ -131,7 +129,7 @@ def open_job(config: Config, topology: Topology, mesh: Mesh, split: Split, loads
 
 
 def prepare(config: Config, cluster: Cluster) -> Prepared:
-    """Compute sizes, memory and placement -> Prepared; nothing is opened. Collective over mesh.world: it gathers.
+    """Compute routes, sizes, memory and placement; nothing is opened. Collective over mesh.world, to gather.
 
     Raises ConfigError, ClusterError or PlacementError on all ranks where something does not fit.
     """
@@ -142,13 +140,12 @@ def prepare(config: Config, cluster: Cluster) -> Prepared:
     slots = count_slots_per_rank(spec.model.num_experts, mesh.expert_parallel, config.placement.spare_slots_per_rank)
     same_order = config.pipeline.deterministic and spec.trains and config.rebalance.every > 0
     routes = find_routes(config.comm, topology, mesh, slots, spec.model.top_k, same_order)
-    sizes = make_sizes(spec, config.pipeline, config.data.batch_sequences, config.placement.replicate, mesh)
+    common = make_sizes(spec, config.pipeline, config.data.batch_sequences, config.placement.replicate, mesh)
+    sizes: AnySizes = make_device_sizes(common, config.comm.buffer_factor)
     if cluster.backend == "window":
         more = config.comm, topology, routes, spec.trains, config.pipeline.deterministic
-        sizes = on_all(world, lambda common=sizes: make_host_sizes(common, *more))
-        check_windows(world, topology, sizes, routes)
-    else:
-        sizes = make_device_sizes(sizes, config.comm.buffer_factor)
+        sizes = host_sizes = on_all(world, lambda: make_host_sizes(common, *more))
+        check_windows(world, topology, host_sizes, routes)
     on_all(world, lambda: check_tags(sizes, spec.model.num_layers))
     buffer_bytes = max(gather_to_all(world, sizes.buffer_bytes(routes)))
 
@@ -177,7 +174,12 @@ def prepare(config: Config, cluster: Cluster) -> Prepared:
     problem = keep_on_root(
         world, lambda: make_run_problem(spec.model, config.placement, demand, topology, mesh, budget)
     )
-    run_placement = on_root(world, lambda: place_on_root(problem, config, budget))
+
+    def place() -> RunPlacement:
+        assert problem is not None  # rank 0 has it
+        return place_experts(problem, config.placement, budget, config.run.seed, config.rebalance.every > 0)
+
+    run_placement = on_root(world, place)
     return Prepared(
         topology=topology,
         routes=routes,
@@ -189,28 +191,7 @@ def prepare(config: Config, cluster: Cluster) -> Prepared:
     )
 
 
-def place_on_root(problem: PlacementProblem, config: Config, budget: MemoryBudget) -> RunPlacement:
-    """Place the experts by [placement]. Not collective: rank 0 does it for all."""
-    if config.rebalance.every > 0:  # compile now, and not in the midst of a step
-        from hpcmoe.placement.search.warm import compile_search  # imports numba and scipy
-
-        compile_search()
-    return place_experts(problem, config.placement, budget, config.run.seed)
-
-
-@contextlib.contextmanager
-def open_dispatcher(prepared: Prepared, cluster: Cluster, trains: bool) -> Iterator[HostDispatcher | DeviceDispatcher]:
-    """Open what carries the rows between the ranks. Collective over mesh.world, both ends."""
-    mesh, device, sizes, routes = cluster.mesh, cluster.device, prepared.sizes, prepared.routes
-    if cluster.backend == "window":
-        opened = open_host_dispatcher(mesh.group, device, sizes, routes)
-    else:
-        opened = open_device_dispatcher(mesh, device, sizes, routes, cluster.backend, trains)
-    with opened as dispatcher:
-        yield dispatcher
-
-
-def check_windows(world, topology, sizes, routes):
+def check_windows(world: MPI.Comm, topology: Topology, sizes: HostSizes, routes: Routes) -> None:
     """Raise ClusterError when all windows on a node exceed its shared memory. Collective over world."""
     node = int(topology.node_of_rank[world.rank])
     shares = len(routes.local_peers) > 1 and routes.local_index == 0  # the first of some local peers speaks for them
@@ -219,7 +200,7 @@ def check_windows(world, topology, sizes, routes):
     on_all(world, lambda: check_shared_memory(sum(num_bytes for other, num_bytes in everyone if other == node)))
 
 
-def choose_threads(topology, rank):
-    """Share a node's cores among its ranks -> threads of each, at least one."""
+def choose_threads(topology: Topology, rank: int) -> int:
+    """Return a rank's share of its node's cores, at least one."""
     node = topology.node_of_rank[rank]
     return max(int(topology.cores_of_node[node]) // len(topology.ranks_of_node(node)), 1)

@@ -1,117 +1,147 @@
-"""Experts on their way: weights and the optimizer's moments travel piece by piece, while the next step begins.
+"""Experts move to other ranks: weights and the optimizer's moments travel in pieces, while the next step begins.
 
-A move is a permutation of slots, the same for every number of an expert. So experts change places within the slots,
-a piece of each at a time, and beside these no rank holds more than STAGING_BYTES.
+A migration is a permutation of slots, the same for every number of an expert. So experts change places within the
+slots, a piece of each at a time, and beside these no rank holds more than STAGING_BYTES.
 """
 
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from mpi4py import MPI
 from torch import nn
 
-from hpcmoe.experts.feed_forward import make_empty_weights
-from hpcmoe.model.language import make_chooser, make_expert_from
+from hpcmoe.experts.feed_forward import LocalExperts, make_empty_weights
+from hpcmoe.model.language import LanguageModel, make_chooser, make_expert_from
+from hpcmoe.placement.migrate import Moves
+from hpcmoe.placement.result import Placement
 from hpcmoe.placement.search.layer_data import EMPTY
 from hpcmoe.prepare.memory import STAGING_BYTES
-from hpcmoe.run.optimizer import MOMENTS
+from hpcmoe.prepare.placement import RunPlacement
+from hpcmoe.run.job import Job
+from hpcmoe.run.optimizer import MOMENTS, Optimizer
 from hpcmoe.wait import until_done
 
-MIGRATION_TAG = 0  # of all moves: both ranks take them in one order, and MPI keeps to it. Gradients have the others
+_TAG = 0  # of all migrations: both ranks take them in one order, which MPI keeps. Gradients have the other tags
+Ends = list[tuple[int, list[torch.Tensor]]]  # (peer, the tensors of an expert) of each expert sent or received
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerMoves:
+    """The experts of a layer that this rank sends and receives."""
+
+    experts: LocalExperts
+    piece_bytes: int  # at most, of each expert at a time
+    sends: Ends
+    receives: Ends
 
 
 class Migration:
-    """The experts that go to other ranks and come from them; an exchange pokes it as it does a receiver."""
+    """A background task of the dispatcher: sends and receives experts, layer by layer."""
 
-    def __init__(self, comm, layers):
-        """layers: (LocalExperts, piece bytes, sends, receives) of each that changes; sends and receives list
-        (peer, tensors)."""
+    def __init__(self, comm: MPI.Comm, layers: list[LayerMoves]):
         self.comm, self.done = comm, False
-        self.begun = time.perf_counter()
-        self.seconds, self.staged_bytes = 0.0, 0  # what it took, and the most that was held
-        for experts, _, _, receives in layers:
-            experts.awaits_weights = bool(receives)
-        self.course = self.go(layers)
+        self.started = time.perf_counter()
+        self.seconds, self.staged_bytes = 0.0, 0  # its duration, and the most that was held
+        for layer in layers:
+            layer.experts.awaits_weights = bool(layer.receives)
+        self.progress = self.run(layers)
 
-    def poke(self):
-        """Let it progress, without waiting -> whether anything moved."""
-        return next(self.course, False)
+    def poke(self) -> bool:
+        """Advance without waiting -> whether anything moved."""
+        return next(self.progress, False)
 
-    def go(self, layers):
-        """Bring one layer's experts after the other, so that a step may begin with the first; yields as poke() does."""
-        while layers:  # what has left is let go of
-            experts, piece_bytes, sends, receives = layers.pop(0)
-            for pieces in zip(*(cut(tensors, piece_bytes) for _, tensors in [*sends, *receives]), strict=True):
-                yield from self.exchange(sends, receives, pieces)
-            if receives:
-                experts.refresh()
-            experts.awaits_weights = False
+    def run(self, layers: list[LayerMoves]) -> Iterator[bool]:
+        """Move one layer's experts after the other, so that a step may begin with the first; yields as poke()."""
+        while layers:  # frees what has been sent
+            layer = layers.pop(0)
+            ends = [*layer.sends, *layer.receives]
+            for pieces in zip(*(cut(tensors, layer.piece_bytes) for _, tensors in ends), strict=True):
+                yield from self.swap_pieces(layer, pieces)
+            if layer.receives:
+                layer.experts.refresh()
+            layer.experts.awaits_weights = False
             yield True
-        self.done, self.seconds = True, time.perf_counter() - self.begun
+        self.done, self.seconds = True, time.perf_counter() - self.started
 
-    def exchange(self, sends, receives, pieces):
-        """Send a piece of each expert that goes, and lay down one of each that comes, when the old one has left."""
-        requests, staged = [], []
-        for (peer, _), piece in zip(receives, pieces[len(sends) :], strict=True):
-            staged.append(torch.empty(piece.shape, dtype=piece.dtype))
-            requests.append(self.comm.Irecv(bytes_of(staged[-1]), peer, MIGRATION_TAG))
-        leaving = [piece.cpu() for piece in pieces[: len(sends)]]
-        requests += [
-            self.comm.Isend(bytes_of(piece), peer, MIGRATION_TAG)
-            for (peer, _), piece in zip(sends, leaving, strict=True)
-        ]
-        copies = [piece for own, piece in zip(pieces, leaving, strict=False) if own.device != piece.device]
+    def swap_pieces(self, layer: LayerMoves, pieces: Sequence[torch.Tensor]) -> Iterator[bool]:
+        """Send a piece of each expert that leaves; when it has left, write one of each that comes in its place."""
+        # Receive into staging memory, and send.
+        leaving, coming = pieces[: len(layer.sends)], pieces[len(layer.sends) :]
+        staged = [torch.empty(piece.shape, dtype=piece.dtype) for piece in coming]
+        receives, sends = ([peer for peer, _ in ends] for ends in (layer.receives, layer.sends))
+        requests = [self.comm.Irecv(view_bytes(s), peer, _TAG) for peer, s in zip(receives, staged, strict=True)]
+        on_host = [piece.cpu() for piece in leaving]
+        requests += [self.comm.Isend(view_bytes(s), peer, _TAG) for peer, s in zip(sends, on_host, strict=True)]
+        copies = [copy for piece, copy in zip(leaving, on_host, strict=True) if piece.device != copy.device]
         self.staged_bytes = max(self.staged_bytes, sum(piece.nbytes for piece in staged + copies))
         yield from until_done(requests)
-        for piece, arrived in zip(pieces[len(sends) :], staged, strict=True):
-            piece.copy_(arrived)
+
+        # Write what has come.
+        for piece, received in zip(coming, staged, strict=True):
+            piece.copy_(received)
         yield True
 
 
-def cut(tensors, piece_bytes):
+def cut(tensors: Sequence[torch.Tensor], piece_bytes: int) -> Iterator[torch.Tensor]:
     """Cut tensors, one after the other, into flat pieces of so many bytes at most."""
     for tensor in tensors:
         yield from tensor.view(-1).split(max(piece_bytes // tensor.element_size(), 1))
 
 
-def bytes_of(tensor):
-    """See a flat tensor on the host as bytes."""
+def view_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """Return the bytes of a flat tensor on the host, a view."""
     return tensor.view(torch.uint8).numpy()
 
 
-def start_migration(job, optimizer, layout, moves, step):
-    """Seat the experts as another layout has them after a step, and begin to bring those that come -> Migration.
+def start_migration(job: Job, optimizer: Optimizer | None, layout: RunPlacement, moves: Moves, step: int) -> Migration:
+    """Set another placement after a step, and start to move the experts. Collective over ep.
 
-    Choosers and the optimizer follow at once; each layer's experts wait for their weights. Collective over ep.
+    Choosers and the optimizer change at once; each layer's experts wait for their weights.
     """
     network, rank = job.stepper.network, job.mesh.expert_index
 
-    # What leaves is taken hold of before a slot, or the optimizer, may let go of it.
+    # Keep the tensors that leave before slots and the optimizer drop them.
     job.meter.batches.credit_experts(job.placement, rank)
-    sends = find_ends(network, optimizer, moves, (moves.source, moves.source_slot, moves.target), rank)
+    sends = find_own_ends(network, optimizer, moves, (moves.source, moves.source_slot, moves.target), rank)
     for layer in range(len(network.layers)):
         resize_slots(job, layer, layout.placement)
     job.run_placement = layout
     if optimizer is not None:
         optimizer.follow_placement(layout.placement, step)
-    receives = find_ends(network, optimizer, moves, (moves.target, moves.target_slot, moves.source), rank)
+    receives = find_own_ends(network, optimizer, moves, (moves.target, moves.target_slot, moves.source), rank)
 
-    entries = []
+    # Cut all experts of a layer alike, so that a rank's pieces fit the staging memory.
+    layers = []
     for layer in np.unique(moves.layer).tolist():
         here = moves.layer == layer
-        most = max(int(np.bincount(ranks[here]).max()) for ranks in (moves.source, moves.target))  # all cut alike
-        experts = network.layers[layer].experts
-        entries.append((experts, STAGING_BYTES // most, sends.get(layer, []), receives.get(layer, [])))
-    return Migration(job.mesh.ep, entries)
+        most = max(int(np.bincount(ranks[here]).max()) for ranks in (moves.source, moves.target))
+        layers.append(
+            LayerMoves(
+                experts=network.layers[layer].experts,
+                piece_bytes=STAGING_BYTES // most,
+                sends=sends.get(layer, []),
+                receives=receives.get(layer, []),
+            )
+        )
+    return Migration(job.mesh.ep, layers)
 
 
-def find_ends(network, optimizer, moves, ends, rank):
-    """Find the moves that begin or end on this rank -> {layer: list of (peer, tensors)}.
+def find_own_ends(
+    network: LanguageModel,
+    optimizer: Optimizer | None,
+    moves: Moves,
+    ends: tuple[np.ndarray, np.ndarray, np.ndarray],
+    rank: int,
+) -> dict[int, Ends]:
+    """Find the moves that begin or end on this rank -> by layer.
 
-    ends: (rank [n], its slot [n], the peer [n]) of each move, as seen from the end in question.
+    ends: (rank [n], its slot [n], the peer [n]) of each move, seen from the end in question.
     """
     own, slots, peers = ends
-    found = {}
+    found: dict[int, Ends] = {}
     for number in np.flatnonzero(own == rank).tolist():
         layer = int(moves.layer[number])
         tensors = expert_tensors(network, optimizer, layer, int(slots[number]))
@@ -119,25 +149,22 @@ def find_ends(network, optimizer, moves, ends, rank):
     return found
 
 
-def resize_slots(job, layer, placement):
-    """Make room for a layer's experts of another placement: slots that fill get arrays, slots that empty lose them."""
+def resize_slots(job: Job, layer: int, placement: Placement) -> None:
+    """Allocate the slots of a layer that another placement fills, free those that it empties, and set its chooser."""
     block, mesh = job.stepper.network.layers[layer], job.mesh
-    held = [p.experts_of_rank(layer, mesh.expert_index).tolist() for p in (job.placement, placement)]
-    for slot, (before, after) in enumerate(zip(*held, strict=True)):
-        if before == EMPTY != after:
-            expert = make_expert_from(
-                job.config.spec, make_empty_weights(job.config.spec, mesh.tensor_index, mesh.tensor_parallel)
-            )
-            block.experts.replicas[slot] = expert.to(job.stepper.network.device.torch_device)
-        elif after == EMPTY != before:
-            block.experts.replicas[slot] = nn.Identity()
-    if any((before == EMPTY) != (after == EMPTY) for before, after in zip(*held, strict=True)):
+    before, after = (p.experts_of_rank(layer, mesh.expert_index) == EMPTY for p in (job.placement, placement))
+    for slot in np.flatnonzero(before & ~after).tolist():
+        expert = make_expert_from(job.spec, make_empty_weights(job.spec, mesh.tensor_index, mesh.tensor_parallel))
+        block.experts.replicas[slot] = expert.to(job.stepper.network.device.torch_device)
+    for slot in np.flatnonzero(after & ~before).tolist():
+        block.experts.replicas[slot] = nn.Identity()
+    if (before != after).any():
         block.experts.stack_weights()
-    block.chooser = make_chooser(job.config.model.num_experts, mesh, placement, layer)
+    block.chooser = make_chooser(job.spec.model.num_experts, mesh, placement, layer)
 
 
-def expert_tensors(network, optimizer, layer, slot):
-    """List all that an expert is: its weights, and in training their moments -> tensors, the same for every expert."""
+def expert_tensors(network: LanguageModel, optimizer: Optimizer | None, layer: int, slot: int) -> list[torch.Tensor]:
+    """List the tensors of an expert: its weights, and in training their moments; the same for every expert."""
     parameters = list(network.layers[layer].experts.replicas[slot].parameters())
     tensors = [parameter.data for parameter in parameters]
     if optimizer is not None:

@@ -1,130 +1,136 @@
-"""The whole state of training as logical arrays: a checkpoint names experts, never the ranks that held them."""
+"""The state of training as logical arrays: a checkpoint names experts, never the ranks that held them."""
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import nn
 
+from hpcmoe.config import ModelConfig
 from hpcmoe.experts.shapes import split_axis, weight_shape
 from hpcmoe.model.balance import read_biases, write_biases
-from hpcmoe.run.optimizer import MOMENTS, make_zero_state
+from hpcmoe.run.job import Job
+from hpcmoe.run.optimizer import MOMENTS, Optimizer, SteppedRows, make_zero_state
 
-LOAD, BIAS = "balance/load", "balance/bias"  # what the routers feel, and what it has made of their biases, [L, E]
+LOAD, BIAS = "balance/load", "balance/bias"  # the load that routers feel, and their biases, [L, E]
+SharedArrays = dict[str, np.ndarray]  # by name, equal on all ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArraySlice:
-    """Which part of which logical array a parameter of this rank is."""
+    """Part of a logical array."""
 
     name: str
     shape: tuple[int, ...]  # of the whole array
     start: tuple[int, ...]
     extent: tuple[int, ...]
-    keys: tuple[str, ...]  # of the config, axis by axis
-    owned: bool  # this rank, and no other, saves it
+    keys: tuple[str, ...] = ()  # of the config, axis by axis
+    owned: bool = False  # this rank, and no other, saves it
 
 
 class TrainingState:
-    """Names every array of this rank's training state, or of its parameters alone when there is no optimizer."""
+    """Names every array of this rank's training state, or of its parameters alone without an optimizer."""
 
-    def __init__(self, job, optimizer):
+    def __init__(self, job: Job, optimizer: Optimizer | None):
         self.job, self.network, self.optimizer = job, job.stepper.network, optimizer
-        self.shared = shared_arrays(job.config.model)
-        self.rank = job.mesh.world.rank
+        self.shared = make_shared_slices(job.config.model, owned=job.mesh.world.rank == 0)
 
     @property
-    def slices(self):
-        """Map every parameter of this rank, the experts' as they lie now -> dict parameter: ArraySlice."""
-        places, job, optimizer = {}, self.job, self.optimizer
+    def slices(self) -> dict[nn.Parameter, ArraySlice]:
+        """Return the slice of each parameter of this rank, the experts' by the present placement."""
+        slices, job, optimizer = {}, self.job, self.optimizer
         for layer, block in enumerate(self.network.layers):
             experts = job.placement.experts_of_rank(layer, job.mesh.expert_index).tolist()
             for slot, (expert, replica) in enumerate(zip(experts, block.experts.replicas, strict=True)):
                 owned = job.mesh.data_index == 0 and optimizer is not None and optimizer.shared.owns(layer, slot)
                 for name, parameter in replica.named_parameters():
-                    places[parameter] = slice_of_expert(job, parameter, (layer, expert, name), owned)
+                    slices[parameter] = slice_of_expert(job, parameter, (layer, expert, name), owned)
         for name, parameter in self.network.named_parameters():
-            if parameter not in places:
-                places[parameter] = slice_of_dense(parameter, name, owned=self.rank == 0)
-        return places
+            if parameter not in slices:
+                slices[parameter] = slice_of_dense(parameter, name, owned=job.mesh.world.rank == 0)
+        return slices
 
-    def arrays(self):
-        """Yield every array of which this rank holds a part -> (ArraySlice of the part, logical name, tensor)."""
-        for parameter, place in self.slices.items():
-            yield place, f"{place.name}/value", parameter.data
-            for piece in self.optimizer.stepped_rows[parameter] if self.optimizer is not None else ():
-                for kind, moment in self.moments_of(piece.rows).items():
-                    yield slice_of_piece(place, parameter, piece), f"{place.name}/{kind}", moment
+    def arrays(self) -> Iterator[tuple[ArraySlice, torch.Tensor]]:
+        """Yield every slice that this rank holds, with its tensor; those that are equal on all ranks are left out."""
+        for parameter, part in self.slices.items():
+            yield replace(part, name=f"{part.name}/value"), parameter.data
+            if self.optimizer is None:
+                continue
+            for rows in self.optimizer.stepped_rows[parameter]:
+                for kind, moment in moments_of(self.optimizer, rows.rows).items():
+                    yield replace(slice_of_rows(part, parameter, rows), name=f"{part.name}/{kind}"), moment
 
-    def moments_of(self, rows):
-        """Return AdamW's two moments of what it steps; before its first step they are zero."""
-        state = self.optimizer.adamw.state[rows]
-        if not state:
-            state |= make_zero_state(rows, 0)
-        return {kind: state[name] for kind, name in MOMENTS.items()}
+    def collect(self, shared: SharedArrays) -> Iterator[tuple[ArraySlice, np.ndarray]]:
+        """Yield what this rank saves; shared {name: array} is equal on all ranks."""
+        for part, tensor in self.arrays():
+            if part.owned:
+                yield part, tensor.view(part.extent).cpu().numpy()
+        for name, array in (shared | {BIAS: read_biases(self.network.layers)}).items():
+            if self.shared[name].owned:
+                yield self.shared[name], array
 
-    def collect(self, shared):
-        """Yield what this rank saves -> (name, logical shape, start, array); shared {name: array} is alike on all."""
-        for place, name, tensor in self.arrays():
-            if place.owned:
-                yield name, place.shape, place.start, tensor.view(place.extent).cpu().numpy()
-        if self.rank == 0:
-            for name, array in (shared | {BIAS: read_biases(self.network.layers)}).items():
-                yield name, array.shape, (0,) * array.ndim, array
+    def list_wanted(self) -> list[ArraySlice]:
+        """List what this rank takes from a checkpoint."""
+        return [*(part for part, _ in self.arrays()), *self.shared.values()]
 
-    def list_wanted(self):
-        """List what this rank takes from a checkpoint -> list of (name, logical shape, start, extent, keys)."""
-        held = [(name, place.shape, place.start, place.extent, place.keys) for place, name, _ in self.arrays()]
-        alike = [(name, shape, (0,) * len(shape), shape, keys) for name, (shape, keys) in self.shared.items()]
-        return held + alike
-
-    def restore(self, arrays, step):
-        """Take what list_wanted() lists, by (name, start), after so many steps -> the shared {name: array}."""
-        for place, name, tensor in self.arrays():
-            values = torch.from_numpy(np.ascontiguousarray(arrays[name, place.start]))
+    def restore(self, arrays: Mapping[tuple[str, tuple[int, ...]], np.ndarray], step: int) -> SharedArrays:
+        """Set the state after a step from the wanted arrays, by (name, start) -> those equal on all ranks."""
+        for part, tensor in self.arrays():
+            values = torch.from_numpy(np.ascontiguousarray(arrays[part.name, part.start]))
             tensor.copy_(values.view(tensor.shape))
-        write_biases(self.network.layers, arrays[BIAS, (0, 0)])
+        shared = {name: arrays[name, part.start] for name, part in self.shared.items()}
+        write_biases(self.network.layers, shared[BIAS])
         for block in self.network.layers:
             block.experts.refresh()
         if self.optimizer is not None:
             for state in self.optimizer.adamw.state.values():
                 state["step"].fill_(float(step))
-        return {name: arrays[name, (0,) * len(shape)] for name, (shape, _) in self.shared.items()}
+        return shared
 
 
-def shared_arrays(model):
-    """List the arrays that steps hand on, alike on all ranks -> {name: (shape, keys of the config, axis by axis)}."""
-    of_experts = ((model.num_layers, model.num_experts), ("[model] num_layers", "[model] num_experts"))
-    return {LOAD: of_experts, BIAS: of_experts}
+def moments_of(optimizer: Optimizer, rows: nn.Parameter) -> dict[str, torch.Tensor]:
+    """Return AdamW's two moments of what it steps; before its first step they are zero."""
+    state = optimizer.adamw.state[rows]
+    if not state:
+        state |= make_zero_state(rows, 0)
+    return {kind: state[name] for kind, name in MOMENTS.items()}
 
 
-def slice_of_piece(place, parameter, piece):
-    """Return what of a parameter is stepped here: rows of it that are a share's are on no other rank."""
-    if piece.rows is parameter:
-        return place
-    start, extent = (piece.first, *place.start[1:]), (len(piece.rows), *place.extent[1:])
-    return dataclasses.replace(place, start=start, extent=extent, owned=True)
+def make_shared_slices(model: ModelConfig, owned: bool) -> dict[str, ArraySlice]:
+    """Return the slices of the arrays that are equal on all ranks, by name."""
+    shape, keys = (model.num_layers, model.num_experts), ("[model] num_layers", "[model] num_experts")
+    names = (LOAD, BIAS)
+    return {n: ArraySlice(name=n, shape=shape, start=(0, 0), extent=shape, keys=keys, owned=owned) for n in names}
 
 
-def slice_of_dense(parameter, name, owned):
+def slice_of_rows(part: ArraySlice, parameter: nn.Parameter, rows: SteppedRows) -> ArraySlice:
+    """Return the slice of what of a parameter is stepped here; rows of a share are on no other rank."""
+    if rows.rows is parameter:
+        return part
+    start, extent = (rows.first, *part.start[1:]), (len(rows.rows), *part.extent[1:])
+    return replace(part, start=start, extent=extent, owned=True)
+
+
+def slice_of_dense(parameter: nn.Parameter, name: str, owned: bool) -> ArraySlice:
     """Return the slice of a parameter that every rank holds whole."""
     shape = tuple(parameter.shape)
-    return ArraySlice(name=f"dense/{name}", shape=shape, start=(0,) * len(shape), extent=shape, keys=(), owned=owned)
+    return ArraySlice(name=f"dense/{name}", shape=shape, start=(0,) * len(shape), extent=shape, owned=owned)
 
 
-def slice_of_expert(job, parameter, where, owned):
+def slice_of_expert(job: Job, parameter: nn.Parameter, where: tuple[int, int, str], owned: bool) -> ArraySlice:
     """Return the slice of this rank's shard of one expert's weight; where = (layer, expert, name)."""
     layer, expert, name = where
     rows, columns = weight_shape(job.config.model, name.removesuffix("_bias"))
     is_bias = name.endswith("_bias")
     shape = (job.config.model.num_experts, rows) if is_bias else (job.config.model.num_experts, rows, columns)
 
-    # A bias of the output is whole on its one rank; all else is split over the tensor-parallel group.
+    # The bias of the output is whole on its one rank; all else is split over the tensor-parallel group.
     start = [expert] + [0] * parameter.dim()
     if name != "down_bias":
         axis = split_axis(name.removesuffix("_bias"))
         start[1 + axis] = job.mesh.tensor_index * parameter.shape[axis]
-    sizes = ("[model] hidden", "[model] feed_forward")  # of an output's rows; of the others the other way round
+    sizes = ("[model] hidden", "[model] feed_forward")  # of "down"; of the others the other way round
     return ArraySlice(
         name=f"experts/layer{layer}/{name}",
         shape=shape,

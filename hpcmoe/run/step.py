@@ -1,14 +1,20 @@
-"""One step over one batch: read it, run the schedule, add up what happened on all ranks."""
+"""One step over one batch: read it, run the schedule, sum the results over all ranks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hpcmoe.clock import Timer
+from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.mpi import all_reduce
+from hpcmoe.config import Config
+from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.errors import attempt, on_all, raise_or_return
-from hpcmoe.model.language import RoutingStats
-from hpcmoe.model.text import BlankText, read_micro_batches
+from hpcmoe.model.language import LanguageModel
+from hpcmoe.model.routing_stats import RoutingStats
+from hpcmoe.model.text import BlankText, Text, read_micro_batches
 from hpcmoe.pipeline.engine import Engine
 from hpcmoe.pipeline.schedule import make_schedule
 from hpcmoe.prepare.activations import ActivationTracker
@@ -16,61 +22,55 @@ from hpcmoe.prepare.activations import ActivationTracker
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a step did, over all ranks."""
+    """Result of a step, over all ranks."""
 
-    loss: float | None  # mean cross-entropy, nats a byte; None where no head ran
-    num_tokens: int
+    loss: Any  # float, mean cross-entropy, nats a byte; None where no head ran
     stats: RoutingStats
 
 
 class Stepper:
     """Runs a network over batches of text."""
 
-    def __init__(self, config, mesh, network, dispatcher):
+    def __init__(self, config: Config, mesh: Mesh, network: LanguageModel, dispatcher: TokenDispatcher):
         self.config, self.mesh, self.network, self.dispatcher = config, mesh, network, dispatcher
-        self.clock = dispatcher.clock
+        self.clock, self.tracker = dispatcher.clock, ActivationTracker(network)
+        pipeline, num_layers, in_flight = config.pipeline, config.model.num_layers, dispatcher.sizes.num_in_flight
         self.engine = Engine(network, dispatcher)
-        self.tracker = ActivationTracker(network)
-        pipeline, num_layers = config.pipeline, config.model.num_layers
         self.schedules = {
-            training: make_schedule(
-                pipeline.schedule, num_layers, pipeline.micro_batches, dispatcher.sizes.num_in_flight, training
-            )
+            training: make_schedule(pipeline.schedule, num_layers, pipeline.micro_batches, in_flight, training)
             for training in (True, False)
         }
 
-    def run(self, text, starts, load, purpose, watched_layers=()):
-        """Run the sequences that start there -> Outcome. purpose: "train" (leaves gradients), "evaluate" or "infer".
+    def run(
+        self, text: Text, starts: np.ndarray, load: np.ndarray, purpose: str, watched: Sequence[int] = ()
+    ) -> Outcome:
+        """Run the sequences that start there. purpose: "train" (leaves gradients), "evaluate" or "infer".
 
-        The network keeps the activations of watched_layers. Raises ConfigError on all ranks when one cannot read its
-        text. Collective over all ranks.
+        The network keeps the activations of the watched layers. Raises ConfigError on all ranks where one cannot read
+        its text. Collective over world.
         """
-        length = self.config.model.sequence_length
-        with self.clock.measure(Timer.DATA):
-            batches, error = self.read(text, starts)
-        num_tokens = len(starts) * length
-        self.network.begin(batches, num_tokens, load, purpose, watched_layers)
-        self.run_engine(purpose == "train")
-        with self.clock.measure(Timer.WAITING):
-            stats = self.network.wait_routing_stats()
-            sums = all_reduce(self.mesh.world, np.array([float(self.network.loss_sum), error is not None]))
-            loss_sum, num_faults = sums.tolist()
-        if num_faults > 0:
-            on_all(self.mesh.world, lambda: raise_or_return(None, error))
-        loss = None if purpose == "infer" else loss_sum / num_tokens
-        return Outcome(loss=loss, num_tokens=num_tokens, stats=stats)
-
-    def read(self, text, starts):
-        """Read this rank's share of a batch -> (its micro-batches, None), or (zeros in their place, what went wrong).
-
-        So a step that some ranks cannot read ends on all, which then refuse it together.
-        """
+        # A step that some ranks cannot read runs on zeros there, ends on all, and is then rejected by all.
         rest = starts, self.config.model.sequence_length, self.config.pipeline.micro_batches, self.mesh
-        batches, error = attempt(lambda: read_micro_batches(text, *rest))
-        return (batches, None) if error is None else (read_micro_batches(BlankText(), *rest), error)
+        with self.clock.measure(Timer.DATA):
+            batches, error = attempt(lambda: read_micro_batches(text, *rest))
+            if error is not None:
+                batches = read_micro_batches(BlankText(), *rest)
 
-    def run_engine(self, training):
-        """Run the schedule, and measure the activations in flight of the first step of the run's kind."""
+        num_tokens = len(starts) * self.config.model.sequence_length
+        self.network.begin(batches, num_tokens, load, purpose, watched)
+        self.run_engine(purpose == "train")
+
+        # Sum routings, losses and errors over all ranks.
+        with self.clock.measure(Timer.WAITING):
+            stats = self.network.routing.wait_stats()
+            sums = all_reduce(self.mesh.world, np.array([float(self.network.loss_sum), error is not None]))
+            loss_sum, num_errors = sums.tolist()
+        if num_errors > 0:
+            on_all(self.mesh.world, lambda: raise_or_return(None, error))
+        return Outcome(loss=None if purpose == "infer" else loss_sum / num_tokens, stats=stats)
+
+    def run_engine(self, training: bool) -> None:
+        """Run the schedule; measure the activations in flight in the first step of the run's kind."""
         if training == (self.config.run.mode == "train") and self.tracker.peak_bytes == 0:
             with self.tracker.hooks():
                 passing = self.engine.values

@@ -14,7 +14,7 @@ from mpi4py import MPI
 from hpcmoe.errors import CheckpointError, on_all, on_root, raise_or_return
 from hpcmoe.write.checksums import check_checksum, read_checksums
 from hpcmoe.write.hdf5 import Metadata, checkpoint_errors
-from hpcmoe.write.pieces import MASTER, Piece, Tasks, check_files, remove_folder, write_in_tasks
+from hpcmoe.write.pieces import MASTER, Piece, WriteTasks, check_files, remove_folder, write_in_tasks
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -23,7 +23,7 @@ _PARTIAL = re.compile(r"checkpoint-\d+(\.old)?\.partial")
 
 def save_checkpoint(
     comm: MPI.Comm, folder: Path, step: int, pieces: Sequence[Piece], metadata: Metadata, keep: int
-) -> Tasks:
+) -> WriteTasks:
     """Write folder/checkpoint-STEP, then remove all but the last `keep`, in tasks. Collective over comm.
 
     pieces: this rank's, which with the other ranks' tile each logical array; metadata: a flat dict of strings, numbers
@@ -49,12 +49,7 @@ def find_checkpoint(comm: MPI.Comm, where: Path | str) -> Path:
     Collective over comm. Raises CheckpointError on all ranks where there is none, or where it is not whole: then the
     line suggests another.
     """
-
-    def choose() -> Path:
-        with checkpoint_errors(where, "read"):
-            return choose_checkpoint(Path(where))
-
-    found = on_root(comm, choose)
+    found = on_root(comm, lambda: choose_checkpoint(Path(where)))
     try:
         verify_pieces(comm, found)
     except CheckpointError as error:
@@ -112,9 +107,10 @@ def is_in_folder(checkpoint: Path, folder: Path) -> bool:
 
 def choose_checkpoint(where: Path) -> Path:
     """Choose a checkpoint's own path, or the newest in a run's folder."""
-    if not where.is_dir():
-        raise CheckpointError(f"{where}: no such folder, so no checkpoint to resume")
-    found = where if _NAME.fullmatch(where.resolve().name) else newest_checkpoint(where)
+    with checkpoint_errors(where, "read"):
+        if not where.is_dir():
+            raise CheckpointError(f"{where}: no such folder, so no checkpoint to resume")
+        found = where if _NAME.fullmatch(where.resolve().name) else newest_checkpoint(where)
     if found is None:
         raise CheckpointError(f"{where}: no checkpoint to resume")
     return found

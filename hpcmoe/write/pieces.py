@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ METADATA = "metadata"  # one value each
 FILES = "files"  # name and bytes of each rank's file: a lost one would read as zeros
 _METADATA_BEFORE = "facts"  # the group of 0.2 and earlier
 
-Task = Callable[[], Any]  # needs no MPI: a thread may run it
-Tasks = Generator[Task, Any, None]  # yields tasks; is sent what returns a task's result, or raises its error
+WriteTask = Callable[[], Any]  # needs no MPI: a thread may run it
+WriteTasks = Generator[WriteTask, Any, None]  # yields tasks; is sent what returns a task's result, or raises its error
 Arrays = dict[tuple[str, tuple[int, ...]], np.ndarray]  # by name and start
 
 
@@ -84,15 +84,15 @@ def write_pieces(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata
     run_tasks(write_in_tasks(comm, folder, pieces, metadata))
 
 
-def run_tasks(tasks: Tasks) -> None:
-    """Run the tasks of write_in_tasks at once, in this thread. Collective as they are."""
+def run_tasks(tasks: WriteTasks) -> None:
+    """Run the tasks of write_in_tasks at once, in this thread. Collective over their comm."""
     task = None
     with contextlib.suppress(StopIteration):
         while True:
             task = tasks.send(task)
 
 
-def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata: Metadata) -> Tasks:
+def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata: Metadata) -> WriteTasks:
     """Write as write_pieces does, and yield what needs no MPI as tasks. Collective over comm.
 
     Send back either the task itself, which then runs here, or the `result` of its future.
@@ -116,7 +116,7 @@ def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metada
         raise
 
 
-def read_pieces(comm: MPI.Comm, folder: Path, wanted: Iterable[PieceSpec]) -> tuple[Arrays, Metadata]:
+def read_pieces(comm: MPI.Comm, folder: Path, wanted: Sequence[PieceSpec]) -> tuple[Arrays, Metadata]:
     """Read the boxes this rank wants -> ({(name, start): array}, metadata). Collective over comm.
 
     Any number of ranks may have written them. Raises CheckpointError on all ranks where a file is missing or cut
@@ -153,8 +153,11 @@ def write_rank_file(path: Path, pieces: Sequence[Piece]) -> tuple[int, str]:
 
 def publish(folder: Path, partial: Path, files: Sequence[RankFile], metadata: Metadata) -> None:
     """Write the master over the ranks' files and the list of checksums, then give the folder its name."""
-    # Check that the pieces tile each array.
-    specs_of_name = group_by_name(files)
+    # Group the pieces by array, and check that they tile it.
+    specs_of_name: dict[str, list[tuple[int, PieceSpec]]] = {}
+    for rank, file in enumerate(files):
+        for spec in file.specs:
+            specs_of_name.setdefault(spec.name, []).append((rank, spec))
     for name, specs in specs_of_name.items():
         check_tiling(name, [spec for _, spec in specs])
 
@@ -190,22 +193,15 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def group_by_name(files: Sequence[RankFile]) -> dict[str, list[tuple[int, PieceSpec]]]:
-    """Group all ranks' pieces by array -> {name: [(rank, spec), ...]}."""
-    specs_of_name: dict[str, list[tuple[int, PieceSpec]]] = {}
-    for rank, file in enumerate(files):
-        for spec in file.specs:
-            specs_of_name.setdefault(spec.name, []).append((rank, spec))
-    return specs_of_name
-
-
 def check_tiling(name: str, specs: Sequence[PieceSpec]) -> None:
     """Check that pieces make one array whole: one shape and dtype, within bounds, no two alike, none missing."""
+    # Compare shapes and dtypes.
     kinds = sorted({(spec.shape, spec.dtype) for spec in specs})
     if len(kinds) > 1:
         seen = " and ".join(f"{dtype} {list(shape)}" for shape, dtype in kinds)
         raise CheckpointError(f"pieces of {name} disagree on the whole: {seen}")
 
+    # Check the bounds, then count the elements: without two alike, as many as the array's are all of it.
     shape = kinds[0][0]
     for spec in specs:
         if not all(0 <= side.start <= side.stop <= size for side, size in zip(spec.box, shape, strict=True)):
@@ -239,15 +235,14 @@ def check_files(folder: Path) -> tuple[Metadata, dict[str, int]]:
             raise CheckpointError(f"{path} is not one of this program's masters")
         bytes_of_file = dict(zip(master[FILES]["name"].asstr()[:], master[FILES]["bytes"][:].tolist(), strict=True))
         group = master.get(METADATA, master.get(_METADATA_BEFORE, {}))
-        metadata = {name: read_entry(dataset) for name, dataset in group.items()}
-    for name, num_bytes in bytes_of_file.items():
-        check_exists(folder / name)
-        if (found := os.path.getsize(folder / name)) != num_bytes:
-            raise CheckpointError(f"{folder / name} is {found} bytes, {num_bytes} were written")
-    return metadata, bytes_of_file
+        for name, num_bytes in bytes_of_file.items():
+            check_exists(folder / name)
+            if (found := os.path.getsize(folder / name)) != num_bytes:
+                raise CheckpointError(f"{folder / name} is {found} bytes, {num_bytes} were written")
+        return {name: read_entry(dataset) for name, dataset in group.items()}, bytes_of_file
 
 
-def read_boxes(folder: Path, wanted: Iterable[PieceSpec]) -> Arrays:
+def read_boxes(folder: Path, wanted: Sequence[PieceSpec]) -> Arrays:
     """Read boxes from the master -> {(name, start): array}."""
     path = folder / MASTER
     with checkpoint_errors(path, "read"), h5py.File(path) as master:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -10,7 +10,10 @@ import numpy as np
 from hpcmoe.errors import CheckpointError
 from hpcmoe.placement.demand import Loads, make_probability
 from hpcmoe.placement.problem import PlacementProblem
-from hpcmoe.write.hdf5 import Value, checkpoint_errors, read_entry
+from hpcmoe.write.hdf5 import checkpoint_errors, read_entry
+
+if TYPE_CHECKING:
+    from hpcmoe.write.records import Records  # which would start MPI
 
 _CHAPTER = "problem"
 _FIELDS = [field.name for field in dataclasses.fields(PlacementProblem) if field.name != "even"]  # every run's is
@@ -19,14 +22,7 @@ _MIGRATED = "cluster/migrated/value", "cluster/adopted/value"  # of today, and o
 _LAST_STEPS = 10  # of a record without tokens by node
 
 
-class Recorder(Protocol):
-    """What takes a value of the whole run: write.records.Records, or a test's."""
-
-    def describe(self, chapter: str, name: str, value: Value, unit: str = "") -> None:
-        """Record a value of the whole run."""
-
-
-def record_problem(records: Recorder, problem: PlacementProblem) -> None:
+def record_problem(records: "Records", problem: PlacementProblem) -> None:
     """Record a problem, field by field; where all nodes' probabilities are equal, one row for them all."""
     for name in _FIELDS:
         value = getattr(problem, name)
@@ -59,7 +55,7 @@ def read_run_problem(path: Path, **changes: Any) -> tuple[PlacementProblem, list
     return PlacementProblem(**fields | changes), notes
 
 
-def read_loads(path: Path) -> Loads:
+def read_loads(path: str | Path) -> Loads:
     """Read a run.h5 -> Loads: by node where they were recorded so, else of the last steps and all nodes together.
 
     Raises CheckpointError in one line where the file cannot be read or holds neither.

@@ -60,6 +60,7 @@ def count_rows_until(path: Path, step: int) -> dict[str, int] | None:
         if isinstance(entry, h5py.Group) and "step" in entry and "value" in entry:
             num_rows_of_metric[name] = int(np.searchsorted(entry["step"][:], step, side="right"))
 
+    # Visit every metric; an error that the system does not explain is the file's.
     if not path.exists():
         return None
     try:
@@ -100,6 +101,7 @@ class Records:
         """Write what is buffered; raises CheckpointError, and keeps the file as it was, where that fails."""
         started = time.monotonic()
         if self.metrics or self.values:
+            # Replace values, append to metrics.
             with open_replacement(self.path) as file:
                 for (chapter, name), (value, unit) in self.values.items():
                     group = file.require_group(chapter)
@@ -110,6 +112,8 @@ class Records:
                     append_rows(file.require_group(chapter), name, unit, np.array(steps), np.stack(values))
             self.metrics.clear()
             self.values.clear()
+
+        # Wait longer after a long flush.
         ended = time.monotonic()
         self.due = ended + max(_FLUSH_SECONDS, (ended - started) / _FLUSH_SHARE)
 

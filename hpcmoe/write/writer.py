@@ -17,7 +17,7 @@ from hpcmoe.errors import CheckpointError, HpcmoeError, raise_or_return
 from hpcmoe.wait import barrier, wait_all
 from hpcmoe.write.checkpoint import save_checkpoint
 from hpcmoe.write.hdf5 import Metadata
-from hpcmoe.write.pieces import Piece, Tasks, run_tasks
+from hpcmoe.write.pieces import Piece, WriteTasks, run_tasks
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ def open_writer(comm: MPI.Comm, folder: Path, keep: int, asynchronous: bool) -> 
 
     The end waits for the checkpoint under way, also where an error that all ranks share ends the run.
     """
+    # Duplicate the communicator, so that messages do not mix with those of the steps.
     barrier(comm)
     own = comm.Dup()
     writer = Writer(own, folder, keep, asynchronous)
@@ -40,6 +41,8 @@ def open_writer(comm: MPI.Comm, folder: Path, keep: int, asynchronous: bool) -> 
             except CheckpointError as another:
                 raise_or_return(None, type(error)(f"{error}\n{another}"))
         raise
+
+    # Wait for the checkpoint under way, then free the communicator.
     writer.finish()
     writer.pool.shutdown()
     barrier(own)
@@ -53,7 +56,7 @@ class Writer:
         self.comm, self.folder, self.keep, self.asynchronous = comm, folder, keep, asynchronous
         self.pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")  # whose thread starts with the first task
         self.snapshots: list[np.ndarray] = []  # kept from one checkpoint to the next
-        self.under_way: tuple[Tasks, concurrent.futures.Future[Any]] | None = None  # the checkpoint and its task
+        self.under_way: tuple[WriteTasks, concurrent.futures.Future[Any]] | None = None  # the checkpoint and its task
         self.vote: tuple[MPI.Request, np.ndarray] | None = None  # on whether all ranks' tasks are done
 
     @property
@@ -117,7 +120,7 @@ class Writer:
         wait_all([request])
         return bool(done[0])
 
-    def advance(self, tasks: Tasks, running: concurrent.futures.Future[Any] | None = None) -> None:
+    def advance(self, tasks: WriteTasks, running: concurrent.futures.Future[Any] | None = None) -> None:
         """Send the tasks the last one's result, and start the next in the thread. Collective over comm."""
         self.under_way = None  # an error leaves nothing to wait for
         with contextlib.suppress(StopIteration):

@@ -158,7 +158,7 @@ def make_moves(dispatcher, slots):
     x = torch.randn(sizes.tokens, sizes.hidden, device=device.torch_device)
     gates = torch.full((sizes.tokens, sizes.top_k), 0.5, device=device.torch_device)
     handle = dispatcher.dispatch(plan, x, gates, exchange)
-    (chunk,) = dispatcher.split(handle, DeviceBatch(plan.counts.coming, device))
+    (chunk,) = dispatcher.split(handle, DeviceBatch(plan.coming, device))
     rows, _ = dispatcher.gather(chunk.rows)
     copies = rows.nbytes
     return {

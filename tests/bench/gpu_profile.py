@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import torch
-from small import BY_CARRIER, open_small_job
+from small import BY_BACKEND, open_small_job
 
 from hpcmoe.model.text import draw_starts
 
@@ -21,7 +21,7 @@ def profile_step(comm, folder, kind):
     """Profile a forward pass whose rows a all_to_all takes -> figures of this rank; its trace goes to the folder."""
     text = np.random.default_rng(1).integers(0, 256, 100_000, dtype=np.uint8).tobytes()
     sizes = {"model__num_experts": comm.size, "data__batch_sequences": SEQUENCES * comm.size}
-    with open_small_job(comm, pathlib.Path(folder), text=text, **SHAPE, **BY_CARRIER[kind], **sizes) as (job, _, _):
+    with open_small_job(comm, pathlib.Path(folder), text=text, **SHAPE, **BY_BACKEND[kind], **sizes) as (job, _, _):
         starts = draw_starts(len(job.training), SEQUENCES * comm.size, LENGTH, 0, 1)
         load = np.ones((LAYERS, comm.size))
         for _ in range(2):

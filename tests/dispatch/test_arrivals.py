@@ -15,10 +15,10 @@ from hpcmoe.comm.window import Window, WindowSizes
 from hpcmoe.dispatch.arrivals import Arrivals, make_batch
 from hpcmoe.dispatch.routes import make_routes
 
-slips_of = arrays(np.int64, st.tuples(st.integers(1, 5), st.integers(1, 4)), elements=st.integers(0, 6))  # [n, s]
+counts_of = arrays(np.int64, st.tuples(st.integers(1, 5), st.integers(1, 4)), elements=st.integers(0, 6))  # [n, s]
 
 
-@given(slips_of, st.data())
+@given(counts_of, st.data())
 def test_a_batch_holds_its_descriptors_rows_grouped_by_slot_and_descriptor(counts, data):
     starts = np.array(data.draw(st.lists(st.integers(0, 50), min_size=len(counts), max_size=len(counts))))
     descriptors = [(number, 7) for number in range(len(counts))]
@@ -26,13 +26,15 @@ def test_a_batch_holds_its_descriptors_rows_grouped_by_slot_and_descriptor(count
     offsets = starts[:, None] + np.cumsum(counts, axis=1) - counts
     slowly = [
         (descriptor, offsets[descriptor, slot] + row)
-        for slot in range(counts.shape[1]) for descriptor in range(len(counts)) for row in range(counts[descriptor, slot])
+        for slot in range(counts.shape[1])
+        for descriptor in range(len(counts))
+        for row in range(counts[descriptor, slot])
     ]  # fmt: skip
     assert list(zip(batch.descriptor_of_row, batch.offset_of_row, strict=True)) == slowly
     assert batch.rows_of_slot.tolist() == counts.sum(axis=0).tolist() and batch.descriptors == tuple(descriptors)
 
 
-@given(slips_of, st.integers(1, 9))
+@given(counts_of, st.integers(1, 9))
 def test_portions_take_every_row_once_and_are_about_so_long(counts, about):
     """Slots with few rows share chunks, none of which could have taken the next; of many, chunks are even."""
     batch, row = make_batch([(n, 0) for n in range(len(counts))], np.zeros(len(counts), np.int64), counts), 0
@@ -64,8 +66,8 @@ def test_apart_a_slots_portions_depend_on_its_own_rows_alone():
         assert all(len(slots) == 1 for _, slots in few.split(about, apart=True))
 
 
-def make_board(node_of_rank, rank, once, max_messages=3, num_slots=2):
-    """A window that one process holds for all local_peers of a rank, and the rank's Routes."""
+def make_windows(node_of_rank, rank, once, max_messages=3, num_slots=2):
+    """A window that one process holds for all local peers of a rank, and the rank's Routes."""
     nodes = max(node_of_rank) + 1
     routes = make_routes(node_of_rank, rank, num_slots, np.full((nodes, nodes), once))
     sizes = WindowSizes(
@@ -91,7 +93,7 @@ def announce(routes, windows, peer, number, num_descriptors, exchange, first, co
 
 @pytest.mark.parametrize("once", [True, False])
 def test_descriptors_are_seen_once_as_they_come_and_then_marked_as_taken(once):
-    routes, windows = make_board([0, 0, 1, 1, 1], 1, once)
+    routes, windows = make_windows([0, 0, 1, 1, 1], 1, once)
     window = windows[routes.local_index]
     arrivals, rows = Arrivals(window, routes, 0, 4), {}
     assert arrivals.poll() == [] and len(arrivals.expected) == 5
@@ -114,7 +116,7 @@ def test_descriptors_are_seen_once_as_they_come_and_then_marked_as_taken(once):
 
 
 def test_an_earlier_exchanges_descriptors_are_not_taken_for_this_ones():
-    routes, windows = make_board([0, 0], 0, False)
+    routes, windows = make_windows([0, 0], 0, False)
     for peer in (0, 1):
         announce(routes, windows, peer, 0, 1, 2, 0, np.ones((2, 2), int))
     assert Arrivals(windows[0], routes, 0, 4).poll() == []
@@ -124,7 +126,7 @@ def test_an_earlier_exchanges_descriptors_are_not_taken_for_this_ones():
 
 def test_rows_are_found_where_they_lie_this_time():
     """The way back has the same plans, but messages land elsewhere."""
-    routes, windows = make_board([0, 1], 0, False)
+    routes, windows = make_windows([0, 1], 0, False)
     batches = []
     for exchange, first in ((1, 20), (2, 33)):
         arrivals = Arrivals(windows[0], routes, 0, exchange)
@@ -140,53 +142,53 @@ def test_rows_are_found_where_they_lie_this_time():
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
-def test_runs_hold_no_more_messages_than_find_room_and_are_the_same_for_all_mates(at_once):
-    node_of_rank, runs_of_mate = [0, 0, 1, 1, 1], []
+def test_groups_hold_no_more_messages_than_find_room_and_are_the_same_for_all_local_peers(at_once):
+    node_of_rank, groups_of_peer = [0, 0, 1, 1, 1], []
     for rank in (0, 1):
-        routes, windows = make_board(node_of_rank, rank, True)
+        routes, windows = make_windows(node_of_rank, rank, True)
         arrivals, peers = Arrivals(windows[rank], routes, 0, 1), [2, 3, 4]
-        runs = arrivals.read_in_order(peers, at_once)
-        assert next(runs) is None
+        groups = arrivals.read_in_order(peers, at_once)
+        assert next(groups) is None
         for peer, num_descriptors in ((4, 3), (3, 0), (2, 2)):
             for number in range(max(num_descriptors, 1)):
                 counts = np.array([[1, 0], [0, number % 2]]) if num_descriptors else np.zeros((2, 2), int)
                 announce(routes, windows, peer, number, num_descriptors if number == 0 else 1, 1, 0, counts)
         arrivals.poll()
         arrivals.poll()
-        runs_of_mate.append(list(runs))
-        everyone = [descriptor for run in runs_of_mate[-1] for descriptor in run]
-        meant = [
+        groups_of_peer.append(list(groups))
+        everyone = [descriptor for group in groups_of_peer[-1] for descriptor in group]
+        expected = [
             arrivals.find_descriptors(peer, number)
             for peer, count in ((2, 2), (3, 0), (4, 3))
             for number in range(count)
         ]
-        assert everyone == [descriptor for descriptor in meant if arrivals.seen[descriptor][2].any()]
-        for run in runs_of_mate[-1]:
-            publishers = [publisher for publisher, _ in run]
+        assert everyone == [descriptor for descriptor in expected if arrivals.seen[descriptor][2].any()]
+        for group in groups_of_peer[-1]:
+            publishers = [publisher for publisher, _ in group]
             assert all(publishers.count(publisher) <= at_once for publisher in publishers)
-    assert len(runs_of_mate[0]) == len(runs_of_mate[1])
+    assert len(groups_of_peer[0]) == len(groups_of_peer[1])
 
 
-def test_runs_go_on_only_as_far_as_descriptors_are_there():
-    routes, windows = make_board([0, 0, 1], 0, False)
+def test_groups_go_on_only_as_far_as_descriptors_are_there():
+    routes, windows = make_windows([0, 0, 1], 0, False)
     arrivals = Arrivals(windows[0], routes, 0, 1)
-    runs = arrivals.read_in_order([1, 2], 1)
+    groups = arrivals.read_in_order([1, 2], 1)
     announce(routes, windows, 2, 0, 2, 1, 0, np.ones((2, 2), int))
     arrivals.poll()
-    assert next(runs) is None  # rank 1's come first
+    assert next(groups) is None  # rank 1's come first
     announce(routes, windows, 1, 0, 1, 1, 0, np.ones((2, 2), int))
     arrivals.poll()
-    assert next(runs) == [(1, 0), (0, 1)] and next(runs) is None
+    assert next(groups) == [(1, 0), (0, 1)] and next(groups) is None
     announce(routes, windows, 2, 1, 1, 1, 0, np.ones((2, 2), int))
     arrivals.poll()
-    assert list(runs) == [[(0, 2)], []]
+    assert list(groups) == [[(0, 2)], []]
 
 
 def test_whoever_is_first_goes_first_unless_the_order_is_fixed():
     """Two groups of peers, the second there before the first."""
     for deterministic in (True, False):
         dispatcher = make_dispatcher(
-            2, transport=Loopback(0, 2), window=make_board([0, 0], 0, False, 1, 1)[1][0], node_of_rank=(0, 0),
+            2, transport=Loopback(0, 2), window=make_windows([0, 0], 0, False, 1, 1)[1][0], node_of_rank=(0, 0),
             batch_rows=1, deterministic=deterministic,
         )  # fmt: skip
         assert dispatcher.groups == [[0], [1]]

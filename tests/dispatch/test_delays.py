@@ -111,7 +111,7 @@ def run(dispatcher, delays, seed, **how):
 @pytest.fixture(params=[(shape, mode) for shape in SHAPES for mode in MODES],
                 ids=lambda p: f"{p[0][0]} nodes{', once' * p[0][1]}, {p[1]}")  # fmt: skip
 def slow(comm, request, monkeypatch):
-    """Open an exchange in which everything dawdles -> (dispatcher, delays, mode)."""
+    """Open an exchange in which everything is delayed at random -> (dispatcher, delays, mode)."""
     shape, mode = request.param
     if shape[0] > comm.size:
         pytest.skip(f"needs {shape[0]} ranks")

@@ -33,11 +33,11 @@ def test_without_replicas_each_expert_has_its_slot():
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 25])
-def test_copies_lie_by_slot_and_dropped_ones_nowhere(num_tokens):
+def test_assignments_are_sorted_by_slot_and_dropped_ones_nowhere(num_tokens):
     random = np.random.default_rng(num_tokens)
     slots, kept = random.integers(0, 6, (num_tokens, 2)), random.random((num_tokens, 2)) < 0.7
     plan = DevicePlan(torch.from_numpy(slots), torch.from_numpy(kept), 6, PlainDevice())
-    counts = np.diff(plan.counts.ends.numpy(), prepend=0)
+    counts = np.diff(plan.ends.numpy(), prepend=0)
     assert counts.tolist() == np.bincount(slots[kept], minlength=6).tolist()
     assignments = plan.assignments.limit_to(counts.sum()).assignment_of_row.numpy()
     assert slots.ravel()[assignments].tolist() == np.repeat(np.arange(6), counts).tolist()

@@ -40,7 +40,7 @@ def shape(comm, request):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("in_order", "deterministic"), [(True, True), (True, False), (False, False)])
-def test_experts_alone_on_a_rank_map_every_kept_copy(dtype, in_order, deterministic):
+def test_experts_alone_on_a_rank_map_every_kept_assignment(dtype, in_order, deterministic):
     dispatcher = make_dispatcher(
         HIDDEN, slots=4, top_k=TOP_K, dtype=dtype, in_order=in_order, deterministic=deterministic
     )
@@ -53,7 +53,7 @@ def test_experts_alone_on_a_rank_map_every_kept_copy(dtype, in_order, determinis
 
 @pytest.mark.mpi
 @pytest.mark.parametrize(("in_order", "deterministic"), [(True, True), (True, False), (False, False)])
-def test_identity_experts_give_every_kept_copy_back(comm, shape, monkeypatch, in_order, deterministic):
+def test_identity_experts_give_every_kept_assignment_back(comm, shape, monkeypatch, in_order, deterministic):
     monkeypatch.setattr("round_trips.map_of", lambda slot, hidden: torch.eye(hidden))
     order = {"in_order": in_order, "deterministic": deterministic}
     with open_small_dispatcher(comm, HIDDEN, **shape, **SIZES, **order) as dispatcher:
@@ -90,7 +90,7 @@ def test_each_way_is_the_others_adjoint(comm, shape, deterministic):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("favourite", [0, -1])
-def test_all_copies_may_go_to_one_slot(comm, shape, favourite):
+def test_all_assignments_may_go_to_one_slot(comm, shape, favourite):
     """Nine of ten ranks' experts get nothing, and one all: in pieces, through a pool that holds a message or two."""
     with open_small_dispatcher(comm, HIDDEN, **shape, **SIZES) as dispatcher:
         favourite %= SLOTS * comm.size
@@ -115,8 +115,8 @@ def test_experts_get_the_rows_of_their_slots_and_no_others(comm, shape):
             number = comm.rank * SLOTS + slot
             assert (rows == number).all() and len(rows) <= 1.5 * dispatcher.sizes.batch_rows
             taken[number] += len(rows)
-        meant = np.bincount(round_trip.slots[round_trip.kept], minlength=len(taken))
-        assert np.array_equal(sum(gather_to_all(comm, taken)), sum(gather_to_all(comm, meant)))
+        expected = np.bincount(round_trip.slots[round_trip.kept], minlength=len(taken))
+        assert np.array_equal(sum(gather_to_all(comm, taken)), sum(gather_to_all(comm, expected)))
 
 
 @pytest.mark.mpi
@@ -142,7 +142,8 @@ def test_traffic_is_counted_by_direction_and_peer(comm, shape):
         go(dispatcher, run_both_ways(dispatcher, round_trip))
         traffic, routes = dispatcher.pop_traffic(), dispatcher.routes
 
-        # Every assignment is counted where it goes; rows where they land: a token once in each message, a local_peer's assignments each.
+        # Assignments are counted by their rank; rows by who receives them: a token once in each message, a local peer's
+        # for each assignment.
         rank_of_assignment = round_trip.slots // SLOTS
         assert (
             traffic.assignments[0].tolist()
@@ -158,9 +159,9 @@ def test_traffic_is_counted_by_direction_and_peer(comm, shape):
                     rows[next(r for r in routes.receivers if node_of_rank[r] == node)] += 1
             else:
                 rows[list(set(away))] += 1
-        landed = np.isin(np.arange(comm.size), routes.local_peers) & shape["once"]  # handed on to local_peers besides
+        receives = np.isin(np.arange(comm.size), routes.local_peers) & shape["once"]  # for local peers besides
         for direction in (Direction.DISPATCH, Direction.COMBINE_BACKWARD):
-            assert traffic.rows[direction][~landed].tolist() == rows[~landed].tolist()
+            assert traffic.rows[direction][~receives].tolist() == rows[~receives].tolist()
             assert (traffic.rows[direction] >= rows).all()
 
         # What went out came home, row for row and link for link.
@@ -186,7 +187,7 @@ def test_messages_are_a_header_and_messages_to_each_landing(comm, shape):
 
 @pytest.mark.mpi
 def test_nothing_is_announced_before_it_has_been_read(comm):
-    """A rank that is far ahead waits with its next exchange until its local_peers have seen the last but one."""
+    """A rank that is far ahead waits with its next exchange until its local peers have read the last but one."""
     with open_small_dispatcher(comm, HIDDEN, **SIZES) as dispatcher:
         round_trip = make_round_trip(dispatcher, 5, seed=7, kept_share=0.0)
         exchange, handles = ExchangeId(0, 0, Direction.DISPATCH), []

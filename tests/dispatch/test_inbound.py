@@ -12,7 +12,7 @@ from hpcmoe.comm.window import WindowSizes, make_private_window
 from hpcmoe.dispatch.inbound import InboundMessage, ReceivePool, Receiver, view_trailer
 from hpcmoe.dispatch.routes import make_routes
 
-HIDDEN, ROW_BYTES, MAX_PARCELS = 4, 16, 3
+HIDDEN, ROW_BYTES, MAX_MESSAGES = 4, 16, 3
 
 
 class Post:
@@ -37,7 +37,7 @@ class Post:
 
 
 def tag_of(part, message=0):
-    return make_message_tag(0, part, message, MAX_PARCELS)
+    return make_message_tag(0, part, message, MAX_MESSAGES)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def receive_pool(request):
     rows = getattr(request, "param", 30)
     routes = make_routes([0, 1, 2], 0, 2, np.zeros((3, 3), bool))
     sizes = WindowSizes(
-        rows=rows, row_bytes=ROW_BYTES, num_in_flight=1, max_senders=2, max_messages=MAX_PARCELS, num_slots=2
+        rows=rows, row_bytes=ROW_BYTES, num_in_flight=1, max_senders=2, max_messages=MAX_MESSAGES, num_slots=2
     )
     how = SimpleNamespace(dtype=torch.float32, in_order=True)
     return ReceivePool(Post(), make_private_window(sizes), routes, [RowPool(0, rows)], how, lambda *counted: None)
@@ -68,7 +68,7 @@ def header(*messages):
 
 
 @pytest.mark.parametrize("weigh", [True, False])
-def test_a_guest_goes_all_its_way(receive_pool, weigh):
+def test_a_message_goes_all_its_way(receive_pool, weigh):
     receiver, window, post = (
         Receiver(receive_pool, 0, 1, Direction.DISPATCH if weigh else Direction.COMBINE_BACKWARD, tag_of),
         receive_pool.window,
@@ -77,7 +77,7 @@ def test_a_guest_goes_all_its_way(receive_pool, weigh):
     assert not receiver.poke()
     post.bring(1, tag_of(MessageKind.HEADER), header((2, 2, 1)))
     post.bring(2, tag_of(MessageKind.HEADER), header())
-    assert receiver.poke() and window.descriptors[0, 0, 1, 1 + MAX_PARCELS, :3].tolist() == [
+    assert receiver.poke() and window.descriptors[0, 0, 1, 1 + MAX_MESSAGES, :3].tolist() == [
         1,
         0,
         0,
@@ -107,7 +107,7 @@ def test_a_guest_goes_all_its_way(receive_pool, weigh):
 
 
 @pytest.mark.parametrize("receive_pool", [16], indirect=True)
-def test_guests_wait_for_room_in_order(receive_pool):
+def test_messages_wait_for_room_in_order(receive_pool):
     """Ten rows of sixteen are taken: the next has no room, and the small one behind it waits its turn."""
     receiver, post = Receiver(receive_pool, 0, 1, Direction.DISPATCH, tag_of), receive_pool.transport
     post.bring(1, tag_of(MessageKind.HEADER), header((4, 4, 0), (4, 2, 2), (1, 1, 0)))
@@ -140,7 +140,7 @@ def test_headers_are_read_in_the_senders_order_where_it_is_fixed(receive_pool, i
     assert [message.sender for message in receiver.receiving] == ([1, 2] if in_order else [2, 1])
 
 
-def test_nothing_is_posted_over_what_a_mate_has_not_read(receive_pool):
+def test_nothing_is_posted_over_what_a_local_peer_has_not_read(receive_pool):
     receiver, post = Receiver(receive_pool, 0, 3, Direction.DISPATCH, tag_of), receive_pool.transport
     post.bring(1, tag_of(MessageKind.HEADER), header())
     post.bring(2, tag_of(MessageKind.HEADER), header())

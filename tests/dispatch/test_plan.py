@@ -47,7 +47,7 @@ def test_every_kept_copy_takes_exactly_one_way_and_that_of_its_slot(choice):
     assert sorted(everyone) == np.flatnonzero(kept).tolist()
     places = routes.place_of_slot[slots.ravel()]
 
-    # The window's assignments lie by local_peer and slot, and within it by token.
+    # The window's assignments lie by local peer and slot, and within it by token.
     slowly = sorted((c for c in np.flatnonzero(kept) if places[c] < routes.num_places), key=lambda c: (places[c], c))
     assert plan.assignments.tolist() == slowly
     assert plan.counts.ravel().tolist() == np.bincount(places[slowly], minlength=routes.num_places).tolist()
@@ -75,7 +75,7 @@ def test_a_message_holds_each_of_its_tokens_once_and_says_whose_each_copy_is(cho
 
 @given(choices())
 def test_entries_cover_exactly_what_comes_home(choice):
-    """A row for each of the window's assignments, and one for each token of a message, entered at one of its assignments."""
+    """A row for each of the window's assignments, and one for each token of a message, under one of its assignments."""
     (_, slots, kept, _), plan = choice, plan_of(choice)
     assert plan.row_of_assignment.shape == plan.is_sum.shape == slots.shape and plan.top_k == slots.shape[1]
     entered = plan.row_of_assignment[plan.row_of_assignment >= 0]
@@ -93,7 +93,7 @@ def test_entries_cover_exactly_what_comes_home(choice):
 
 
 @given(choices())
-def test_messages_lie_one_behind_the_other_behind_the_windows_copies(choice):
+def test_messages_lie_one_behind_the_other_behind_the_windows_assignments(choice):
     plan, row = plan_of(choice), len(plan_of(choice).assignments)
     for message in plan.messages:
         assert message.first == row
@@ -103,7 +103,7 @@ def test_messages_lie_one_behind_the_other_behind_the_windows_copies(choice):
 
 
 @given(choices())
-def test_copies_are_counted_by_the_rank_that_they_are_for(choice):
+def test_assignments_are_counted_by_the_rank_that_they_are_for(choice):
     (routes, slots, kept, _), plan = choice, plan_of(choice)
     ranks = slots[kept] // routes.num_slots
     assert plan.assignments_to_rank.tolist() == np.bincount(ranks, minlength=len(routes.publishers)).tolist()
@@ -118,7 +118,7 @@ def test_any_number_of_slots_is_sorted_by(num_slots):
     assert plan.assignments.tolist() == np.argsort(slots.ravel(), kind="stable").tolist()
 
 
-def test_the_numbers_of_copies_take_whole_rows():
+def test_the_trailer_of_assignments_takes_whole_rows():
     assert [num_trailing_rows(assignments, 24) for assignments in (0, 1, 3, 4)] == [0, 1, 1, 2]
 
 
@@ -154,7 +154,7 @@ def layouts(draw):
 
 
 @given(layouts(), st.integers(0, 20), st.integers(1, 600))
-def test_copies_go_to_their_experts_slots_by_their_shares(layout, rank, count):
+def test_assignments_go_to_their_experts_slots_by_their_shares(layout, rank, count):
     """Points at even steps meet any interval's share to within one assignment; random ones would miss by a dozen."""
     expert_of_replica, shares, num_experts = layout
     chooser = SlotChooser(expert_of_replica, shares, np.arange(len(shares))[:, None], num_experts, rank)

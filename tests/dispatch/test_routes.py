@@ -76,7 +76,7 @@ def test_each_rank_hears_of_every_other_where_its_rows_are_announced(cluster):
 
 
 @given(clusters())
-def test_mates_meet_the_other_nodes_in_the_same_order(cluster):
+def test_local_peers_meet_the_other_nodes_in_the_same_order(cluster):
     """So that what one lands in order is what all of them wait for in order."""
     for routes in routes_of_all(cluster):
         peers = np.concatenate(routes.peers_by_node).tolist()

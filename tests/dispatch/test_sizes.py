@@ -89,7 +89,7 @@ def test_numbers_of_rows_are_rounded_up_to_a_few_sizes(count):
 
 
 @given(st.integers(1, 20), st.integers(1, 3), st.integers(1, 6), st.booleans(), st.integers(0, 99))
-def test_no_plan_needs_more_rows_than_its_berth_has(tokens, top_k, message_tokens, once, seed):
+def test_no_plan_needs_more_rows_than_its_buffers_have(tokens, top_k, message_tokens, once, seed):
     routes = make_routes([0, 0, 1, 1, 2], seed % 5, 1, np.full((3, 3), once))
     sizes = make_sizes(routes, hidden=3, tokens=tokens, top_k=top_k, message_tokens=message_tokens, num_in_flight=2)
     random = np.random.default_rng(seed)

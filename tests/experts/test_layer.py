@@ -120,7 +120,7 @@ def test_a_micro_batch_without_tokens_passes():
 
 
 def test_the_experts_work_comes_in_pieces():
-    """Eleven tokens' twenty-two copies, about four rows at once, and no slot's rows with another's."""
+    """Eleven tokens' twenty-two assignments, about four rows at once, and no slot's rows with another's."""
     layer = make_layer()
     context = LayerContext(layer=0, micro_batch=0, training=True)
     layer.route(context, draw(TOKENS, HIDDEN, seed=7), torch.ones(NUM_EXPERTS))

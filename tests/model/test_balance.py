@@ -11,7 +11,7 @@ from small import make_config
 from hpcmoe.config import DispatchConfig
 from hpcmoe.dispatch.router import Router
 from hpcmoe.model.balance import even_load, read_biases, update_biases, update_load, write_biases
-from hpcmoe.model.language import RoutingStats, count_routings
+from hpcmoe.model.routing_stats import count_routings, make_routing_stats
 
 HIDDEN, EXPERTS, STEPS = 8, 6, 12
 
@@ -54,7 +54,9 @@ def route_steps(batches, alpha, counted=False):
     chosen, loads = [], []
     for x in batches:
         routing = router(x, torch.from_numpy(load[0]).float())
-        stats = RoutingStats(config.model, [count_routings([routing]).numpy()], len(x), None)
+        stats = make_routing_stats(
+            [count_routings([routing]).numpy()], len(x), np.zeros((1, EXPERTS)), config.model.top_k
+        )
         busy = stats.tokens_of_expert if counted else stats.utilisation
         load = update_load(load, busy, config.dispatch.load_window_steps)
         chosen.append(routing.experts)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from small import gather_logical, make_config, open_small_job
 
-from hpcmoe.model.language import Dense, RoutingStats, count_routings
+from hpcmoe.model.language import Dense
+from hpcmoe.model.routing_stats import count_routings, make_routing_stats
 from hpcmoe.wait import gather_to_all
 
 
@@ -66,9 +67,8 @@ def test_each_layers_routing_is_counted_in_a_row(kept):
 
 
 def test_routing_stats_add_up_micro_batches():
-    config = make_config(model__num_experts=2, model__top_k=1, model__num_layers=1)
     first, second = np.array([[3.0, 1, 2.5, 1.5, 7, 2]]), np.array([[0.0, 4, 1, 3, 5, 0]])
-    stats = RoutingStats(config.model, [first, second], num_tokens=8, own_tokens=np.array([[2, 1]]))
+    stats = make_routing_stats([first, second], num_tokens=8, own_tokens=np.array([[2, 1]]), top_k=1)
     assert stats.tokens_of_expert.tolist() == [[3, 5]]
     assert stats.utilisation.tolist() == [[0.75, 1.25]]
     assert stats.num_dropped == 2 and stats.z_loss == 12 / 8
@@ -88,7 +88,7 @@ def test_watched_layers_keep_what_enters_and_leaves_them(comm, shared):
 
         # The experts kept are those that were counted.
         chosen = sum(gather_to_all(comm, np.bincount(seen["layer1/experts"].ravel(), minlength=4)))
-        assert np.array_equal(chosen, network.wait_routing_stats().tokens_of_expert[1])
+        assert np.array_equal(chosen, network.routing.wait_stats().tokens_of_expert[1])
         job.stepper.run(job.training, starts, load, "evaluate")
         assert network.take_activations() == {}
 

@@ -129,8 +129,8 @@ class FakeNetwork:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_every_micro_batch_passes_up_and_in_training_down(kind, training, in_flight, seed):
-    dawdle = random.Random(seed)
-    network = FakeNetwork(lambda micro_batch: 0 if seed is None else dawdle.choice([0, 0, 3, 40]))
+    delays = random.Random(seed)
+    network = FakeNetwork(lambda micro_batch: 0 if seed is None else delays.choice([0, 0, 3, 40]))
     dispatcher = FakeDispatcher()
     engine = Engine(network, dispatcher)
     for _ in range(2):

@@ -6,7 +6,7 @@ import pytest
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_seconds():
+def cpu_seconds():
     """Put processor time in the wall clock's place."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "perf_counter", time.process_time)

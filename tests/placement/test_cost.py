@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from placement.problems import make_problem, problems, scatter
 
-from hpcmoe.placement.cost import layer_seconds, list_resources, make_nearest_shares, merit, nearest, resource_seconds
+from hpcmoe.placement.cost import layer_seconds, make_nearest_shares, resource_seconds
 from hpcmoe.placement.problem import OBJECTIVES
+from hpcmoe.placement.resources import RESOURCES
 
 
 def tier_of(problem, i, j):
@@ -35,11 +36,7 @@ def follow_tokens(problem, slots):
 
 def seconds_by_definition(problem, slots):
     """Find the seconds of each resource -> dict of Counters."""
-    seconds, size, rack = (
-        {name: Counter() for name in list_resources("step")},
-        problem.bytes_per_token,
-        problem.rack_of_node,
-    )
+    seconds, size, rack = {name: Counter() for name in RESOURCES}, problem.bytes_per_token, problem.rack_of_node
     for (i, j, g), number in follow_tokens(problem, slots).items():
         seconds["rank"][g] += number * problem.seconds_per_token
         if i != j:
@@ -87,36 +84,8 @@ def test_shares_go_to_the_nearest_tier_evenly():
     np.testing.assert_allclose(far, [[0, 0, 0.5, 0.5, 0]])  # none near: anywhere
 
 
-def test_the_nearest_tier_and_its_replicas():
-    problem = make_problem([1, 1, 2, 1], 1, 1, num_racks=2)
-    tier, number = nearest(problem, np.array([[0], [1], [2], [0]]))
-    assert (tier.ravel().tolist(), number.ravel().tolist()) == ([1, 0, 0, 1], [1, 1, 2, 2])
-
-
 def test_shares_given_by_hand_are_taken():
     problem = make_problem([1, 1], 1, 1, tokens_of_rank=np.array([10, 0]), bytes_per_second=np.full((2, 2), 128.0))
     slots = np.zeros(2, np.int64)
     assert layer_seconds(problem, 0, slots) == 0  # each serves its own
     assert layer_seconds(problem, 0, slots, np.array([[0.3, 0.7], [0, 1]])) == pytest.approx(7)
-
-
-def test_of_equally_busy_layouts_the_better_has_fewer_crossing_tokens_then_the_less_busy_rank():
-    # Between nodes 0 and 1 a token takes a second, others nothing to speak of.
-    speed = np.full((3, 3), 1e12)
-    speed[0, 1] = speed[1, 0] = 128.0
-    problem = make_problem(
-        [1, 1, 2], 3, 2, bytes_per_second=speed, tokens_of_rank=np.array([30, 0, 0, 0]),
-        probability=np.full((1, 3, 3), 1 / 3), num_layers=1,
-    )  # fmt: skip
-    apart = merit(problem, 0, np.array([-1, -1, 0, -1, 1, -1, 2, -1]))
-    together = merit(problem, 0, np.array([-1, -1, 0, -1, 1, 2, -1, -1]))
-    nearer = merit(problem, 0, np.array([1, -1, 0, -1, 2, -1, -1, -1]))
-    assert nearer < apart < together
-    assert [figures[0] for figures in (nearer, apart, together)] == [10, 10, 10]
-    assert (nearer[1], apart[1], together[1]) == (10 + 10, 30, 30)
-    assert (apart[2], together[2]) == (10, 20)
-
-
-def test_an_unknown_objective_is_a_bug():
-    with pytest.raises(ValueError, match="speed"):
-        list_resources("speed")

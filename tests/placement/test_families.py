@@ -42,7 +42,7 @@ def cases_of(part):
 
 
 @pytest.fixture(scope="module", params=PARTS)
-def solved(request, own_seconds):
+def solved(request, cpu_seconds):
     """Solve a part's cases once -> dict case: (ratio to the best known, bound / best known, placement)."""
     known, found = read_best_known(), {}
     for case in cases_of(request.param):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from placement.problems import make_problem, problems
 
 from hpcmoe.placement.cost import layer_seconds
-from hpcmoe.placement.refine import refine, take_back
+from hpcmoe.placement.refine import refine, undo_slot
 from hpcmoe.placement.search.layer_data import EMPTY
 from hpcmoe.placement.solve import SearchOptions, make_placement
 
@@ -97,8 +97,8 @@ def test_the_same_iterations_give_the_same_layout():
 
 def test_a_slot_is_given_back_what_it_had():
     old = np.array([0, 1, 2, EMPTY])
-    assert take_back(old, np.array([1, 2, 0, EMPTY]), 0).tolist() == [0, 2, 1, EMPTY]  # a cycle becomes shorter
-    assert take_back(old, np.array([0, 1, EMPTY, 2]), 3).tolist() == [0, 1, 2, EMPTY]  # back to where it came from
-    assert take_back(old, np.array([0, 1, EMPTY, 2]), 2).tolist() == [0, 1, 2, EMPTY]
-    assert take_back(old, np.array([0, 0, 2, 1]), 1).tolist() == [0, 1, 2, 0]
-    assert take_back(old, np.array([2, 1, 2, EMPTY]), 0).tolist() == [0, 1, 2, EMPTY]  # a second replica goes
+    assert undo_slot(old, np.array([1, 2, 0, EMPTY]), 0).tolist() == [0, 2, 1, EMPTY]  # a cycle becomes shorter
+    assert undo_slot(old, np.array([0, 1, EMPTY, 2]), 3).tolist() == [0, 1, 2, EMPTY]  # back to where it came from
+    assert undo_slot(old, np.array([0, 1, EMPTY, 2]), 2).tolist() == [0, 1, 2, EMPTY]
+    assert undo_slot(old, np.array([0, 0, 2, 1]), 1).tolist() == [0, 1, 2, 0]
+    assert undo_slot(old, np.array([2, 1, 2, EMPTY]), 0).tolist() == [0, 1, 2, EMPTY]  # a second replica goes

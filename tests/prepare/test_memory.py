@@ -97,7 +97,7 @@ def test_the_copy_for_checkpoints_is_what_rank_0_saves(comm, shared, bias):
     changes = {"write__asynchronous": True, "experts__bias": bias, "model__num_experts": 2 * comm.size}
     with open_small_job(comm, shared, **changes) as (job, _, state):
         held = state.collect({})  # the few numbers of the balance besides
-        saved = sum(array.nbytes for name, _, _, array in held if not name.startswith("balance/"))
+        saved = sum(array.nbytes for part, array in held if not part.name.startswith("balance/"))
         assert saved == job.memory.snapshot if comm.rank == 0 else 0 < saved < job.memory.snapshot
         assert job.budget.needs["copy for checkpoints"] == job.memory.snapshot
         assert job.memory.total > job.memory.snapshot + job.memory.activations

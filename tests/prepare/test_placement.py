@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from small import make_config, make_topology, open_small_job
 
+from hpcmoe.description import describe_placement
 from hpcmoe.errors import ConfigError, PlacementError
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.demand import Loads
@@ -15,7 +16,6 @@ from hpcmoe.placement.solve import compare_methods
 from hpcmoe.prepare.budget import MemoryBudget
 from hpcmoe.prepare.placement import (
     Demand,
-    describe_placement,
     format_placement,
     make_run_problem,
     place_experts,
@@ -218,7 +218,7 @@ def test_a_job_counts_whose_tokens_ask_for_what(comm, shared):
     """The counts by node add up to the routing stats of all ranks."""
     with open_small_job(comm, shared, num_nodes=2, run__mode="infer") as (job, _, _):
         outcome = job.stepper.run(job.training, np.arange(14) * 7, np.ones((2, 4)), "infer")
-        job.meter.read(outcome)
+        job.meter.read(outcome.stats)
         taken = job.meter.pop_tokens(job.topology.node_of_rank)
         assert (job.problem is None) == (comm.rank > 0)
     if comm.rank == 0:

@@ -83,7 +83,7 @@ def test_the_table_lets_like_stand_beside_like(comm, shared):
     """What is unshared is the arrays and the process itself, as computed and as measured, whoever shares the window."""
     with open_small_job(comm, shared) as (job, optimizer, _):
         job.meter.start()
-        job.meter.read(train_step(job, optimizer, np.ones((2, 4)), 1)[0])
+        job.meter.read(train_step(job, optimizer, np.ones((2, 4)), 1)[0].stats)
         totals = gather_totals(job, optimizer, {}, 0)
         totals = dataclasses.replace(totals, bytes_of_link=np.zeros((comm.size, comm.size)))
         table, dispatcher = make_table(job, totals), job.stepper.dispatcher

@@ -48,10 +48,10 @@ def test_the_mesh_takes_what_was_chosen_and_the_log_tells_why(comm, caplog):
     fitting = [number for number in range(2, comm.size + 1) if comm.size % number == 0 and 12 % number == 0]
     config = make_config()
     with caplog.at_level(logging.INFO):
-        parallel = resolve_tensor_parallel(comm, config.parallel, config.spec, topology, None)
+        parallel = resolve_tensor_parallel(comm, config.parallel, config.spec, topology, "host")
     assert parallel.tensor == min(fitting, default=1)
     assert caplog.messages[0].endswith(f": [parallel] tensor = {fitting[0]}" if fitting else "does not suffice")
     with open_mesh(comm, parallel) as mesh:
         assert mesh.tensor_parallel * mesh.expert_parallel == comm.size
     given = make_config(parallel__tensor=7)
-    assert resolve_tensor_parallel(comm, given.parallel, given.spec, topology, None) is given.parallel
+    assert resolve_tensor_parallel(comm, given.parallel, given.spec, topology, "host") is given.parallel

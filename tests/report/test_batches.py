@@ -9,7 +9,7 @@ from small import open_small_job
 
 from hpcmoe.dispatch.traffic import make_traffic
 from hpcmoe.model.balance import even_load
-from hpcmoe.report.batches import Batches, BatchSizes, record_batches, rows_of_batches, sum_batches
+from hpcmoe.report.batches import Batches, BatchSizes, record_batches, rows_of_batches
 from hpcmoe.report.tables import rows_of_balance
 from hpcmoe.run.train import train_step
 
@@ -53,9 +53,10 @@ def test_every_copy_is_in_one_batch_none_larger_than_asked_for(comm, shared, gem
             if step - 1 in after:
                 force(job, optimizer, step, step - 1)
             outcome, _ = train_step(job, optimizer, load, step)
-            job.meter.read(outcome)
+            job.meter.read(outcome.stats)
             tokens = tokens + outcome.stats.tokens_of_expert
-        batches = sum_batches(job)
+        job.meter.batches.credit_experts(job.placement, job.mesh.expert_index)
+        batches = job.meter.batches.sum_over(comm, 2, 5)
     assert np.array_equal(batches.rows, tokens)
     worked = batches.number > 0
     assert (batches.least <= batches.mean).all() and (batches.mean <= batches.most).all()

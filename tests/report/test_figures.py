@@ -7,7 +7,7 @@ import pytest
 from cases import make_case, make_domains, write_case
 
 from hpcmoe.placement.files.case import read_case
-from hpcmoe.placement.resources import compute_usage
+from hpcmoe.placement.result import compute_usage
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure  # noqa: E402

@@ -7,8 +7,7 @@ import pytest
 from cases import make_case, write_case
 
 from hpcmoe.placement.files.case import read_case
-from hpcmoe.placement.resources import compute_usage
-from hpcmoe.placement.result import SearchStats
+from hpcmoe.placement.result import SearchStats, compute_usage
 from hpcmoe.report.placement_tables import (
     MOST_NODE_ROWS,
     compress,

@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import termios
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,24 +16,22 @@ from launch import HANG_SECONDS, MPIRUN, ROOT
 
 from hpcmoe.report import progress
 from hpcmoe.report.meter import STAGES, StepMetrics
-from hpcmoe.report.metrics import LinkBalance
 from hpcmoe.report.progress import format_step, open_progress
 
 PROGRAM = "from hpcmoe.report.progress import find_terminal_width; print(find_terminal_width())"
-OUTCOME = SimpleNamespace(
-    loss=2.34567, stats=SimpleNamespace(utilisation=np.array([[0.5, 1.0], [1.5, 1.0]]), num_dropped=7)
-)
+LOSS = 2.34567
 METRICS = StepMetrics(
     seconds=0.5, seconds_of_stage=dict.fromkeys(STAGES, 0.0) | {"route": 0.012, "optimizer": 0.034},
-    links=LinkBalance(count=2, mean=10.0, sigma=0.1234), link_sigma_of_layer=np.array([0.2, 0.31]),
+    utilisation=np.array([[0.5, 1.0], [1.5, 1.0]]), num_dropped=7,
+    link_tokens_mean=10.0, link_sigma=0.1234, link_sigma_of_layer=np.array([0.2, 0.31]),
     balancedness=0.754, balancedness_of_layer=np.array([0.7, 0.81]), num_tokens=500,
 )  # fmt: skip
 
 
 def show_steps(num_steps, first_step=0, on_root=True):
-    with open_progress(num_steps, first_step, on_root) as shown:
+    with open_progress(num_steps, first_step, on_root) as show:
         for step in range(first_step + 1, num_steps + 1):
-            shown.show(step, OUTCOME, METRICS)
+            show(step, LOSS, METRICS)
 
 
 @pytest.fixture
@@ -45,18 +42,15 @@ def log(caplog):
 
 
 def test_a_steps_line_holds_its_figures():
-    assert format_step(OUTCOME, METRICS) == (
+    assert format_step(LOSS, METRICS) == (
         "loss 2.3457, 1000 tokens/s, U_e 0.50-1.50, balancedness 0.75, sigma 0.123; "
         "by layer balancedness 0.70-0.81, sigma 0.20-0.31; dropped 7, ms: route 12 optimizer 34"
     )
 
 
 def test_inference_has_neither_loss_nor_optimizer():
-    outcome = SimpleNamespace(loss=None, stats=OUTCOME.stats)
-    metrics = dataclasses.replace(METRICS, seconds_of_stage=dict.fromkeys(STAGES, 0.0))
-    assert format_step(outcome, metrics).startswith("1000 tokens/s") and "optimizer" not in format_step(
-        outcome, metrics
-    )
+    line = format_step(None, dataclasses.replace(METRICS, seconds_of_stage=dict.fromkeys(STAGES, 0.0)))
+    assert line.startswith("1000 tokens/s") and "optimizer" not in line
 
 
 @pytest.mark.parametrize(

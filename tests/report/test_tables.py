@@ -147,7 +147,7 @@ def test_the_log_tells_the_floors_before_a_step_is_taken(comm, shared):
     with open_small_job(comm, shared) as (job, optimizer, _):
         line = format_sampling_floors(job)
         train_step(job, optimizer, np.ones((2, 4)), 1)
-        job.meter.read(job.stepper.run(job.training, np.arange(14), np.ones((2, 4)), "train"))
+        job.meter.read(job.stepper.run(job.training, np.arange(14), np.ones((2, 4)), "train").stats)
         totals = gather_totals(job, optimizer, {}, 0)
     least, most = totals.link_sigma_floor_of_layer.min(), totals.link_sigma_floor_of_layer.max()
     assert f": {totals.link_sigma_floor:.3f} a step, {least:.3f}-{most:.3f} a layer" in line

@@ -11,7 +11,7 @@ from against_oracle import check_against_oracle, whole_batches
 from covering import table, usually
 from moves import MOVES, assert_near, run_steps
 from mpi4py import MPI
-from small import BY_CARRIER, gather_logical, open_small_job
+from small import BY_BACKEND, gather_logical, open_small_job
 from standin import Order, Stream, watch_job
 
 from hpcmoe.comm.reduce import HostReducer
@@ -41,7 +41,7 @@ def step(comm, shared, monkeypatch, way, **changes):
     """One step on the stand-in against the oracle -> its Order. Staged messages have several small pieces."""
     monkeypatch.setattr("hpcmoe.comm.staging._PIECE_BYTES", 200)
     with watch_way(comm, monkeypatch, way) as order:
-        check_against_oracle(comm, shared, **BY_CARRIER[way] | changes)
+        check_against_oracle(comm, shared, **BY_BACKEND[way] | changes)
     assert order.num_checked > 0
     return order
 
@@ -59,7 +59,7 @@ def test_the_thread_that_progresses_messages_makes_the_device_its_own(comm, shar
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("way", "case"), table(BY_CARRIER, CASES, also=[("staged", "plain"), ("nccl", "plain")]))
+@pytest.mark.parametrize(("way", "case"), table(BY_BACKEND, CASES, also=[("staged", "plain"), ("nccl", "plain")]))
 def test_step_equals_the_oracle(comm, shared, monkeypatch, way, case):
     if comm.size == 1 and case != "plain":
         pytest.skip("one rank sends nothing")
@@ -85,7 +85,7 @@ SHAPES = {
 
 @pytest.mark.mpi
 @pytest.mark.usefixtures("others")
-@pytest.mark.parametrize(("way", "case"), table(BY_CARRIER, SHAPES))
+@pytest.mark.parametrize(("way", "case"), table(BY_BACKEND, SHAPES))
 def test_copies_go_to_all_shards_of_their_expert(comm, shared, monkeypatch, way, case):
     shards = next((n for n in (2, 3) if comm.size % n == 0), 1)
     changes = {"parallel__tensor": shards} | SHAPES[case]
@@ -119,7 +119,7 @@ def test_nccl_sums_during_the_backward_pass(comm, shared, monkeypatch, bucket_by
 @pytest.mark.usefixtures("others")
 @pytest.mark.parametrize("way", usually(["staged", "nccl"], "staged"))
 def test_experts_that_move_leave_the_training_as_it_was(comm, shared, monkeypatch, way):
-    changes = MOVES | BY_CARRIER[way] | {"model__num_experts": 5, "experts__kind": "swiglu", "experts__bias": True}
+    changes = MOVES | BY_BACKEND[way] | {"model__num_experts": 5, "experts__kind": "swiglu", "experts__bias": True}
     with watch_way(comm, monkeypatch, way) as order:
         stays, moves = (run_steps(comm, shared, after, **changes) for after in ((), (1, 3)))
     assert order.races == [] and order.num_checked > 0
@@ -131,7 +131,7 @@ def test_experts_that_move_leave_the_training_as_it_was(comm, shared, monkeypatc
 @pytest.mark.parametrize("way", usually(["staged", "nccl"], "nccl"))
 def test_a_sharded_optimizer_trains_as_a_whole_one(comm, shared, monkeypatch, way):
     with watch_way(comm, monkeypatch, way) as order:
-        changes = {"steps": 2} | BY_CARRIER[way]
+        changes = {"steps": 2} | BY_BACKEND[way]
         whole, sharded = (run_steps(comm, shared, **changes, train__shard_optimizer=shard) for shard in (False, True))
     assert order.races == []
     assert_near(whole[::2], sharded[::2])  # not the gradients, in whose place rows are gathered
@@ -144,7 +144,7 @@ def test_bfloat16_is_near_the_oracle_by_grouped_gemms(comm, shared, monkeypatch)
               "model__num_layers": 1, "model__attention": False}  # fmt: skip
     with (
         watch_job(monkeypatch) as order,
-        open_small_job(comm, shared, **shapes, **BY_CARRIER["staged"]) as (job, optimizer, state),
+        open_small_job(comm, shared, **shapes, **BY_BACKEND["staged"]) as (job, optimizer, state),
     ):
         load = np.ones((1, 8))
         weights = {name: w.requires_grad_() for name, w in gather_logical(comm, state, lambda p: p.data).items()}
@@ -175,7 +175,7 @@ NEEDED = {  # what comes of it when one of these streams does not wait; own rows
 
 @pytest.mark.mpi
 @pytest.mark.parametrize(
-    ("way", "deaf"), table(BY_CARRIER, ["nobody", *STREAMS], also=[("nccl", deaf) for deaf in STREAMS])
+    ("way", "deaf"), table(BY_BACKEND, ["nobody", *STREAMS], also=[("nccl", deaf) for deaf in STREAMS])
 )
 def test_a_stream_that_does_not_wait_is_caught(comm, shared, monkeypatch, way, deaf):
     """The watch itself, and that each wait is needed, when streams know of nothing by what the host happens to know."""

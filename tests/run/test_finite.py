@@ -79,8 +79,8 @@ def test_an_array_with_one_number_that_is_not_finite_is_named(value):
 
 def spoil(state, name, value):
     """Set a number of an array of which only this rank saves a part -> whether there was one."""
-    for place, other, tensor in state.arrays():
-        if place.owned and other == name:
+    for part, tensor in state.arrays():
+        if part.owned and part.name == name:
             tensor.view(-1)[-1] = value
             return True
     return False
@@ -103,7 +103,9 @@ def test_no_state_that_is_not_finite_is_saved_whichever_rank_holds_it(comm, shar
         check_state(comm, state, 3, load)
         where = [
             rank
-            for rank, has in enumerate(comm.allgather(any(n == name and p.owned for p, n, _ in state.arrays())))
+            for rank, has in enumerate(
+                comm.allgather(any(part.name == name and part.owned for part, _ in state.arrays()))
+            )
             if has
         ]
         if comm.rank == where[-1]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from against_oracle import check_against_oracle, whole_batches
 from moves import MOVES, assert_near, run_steps
-from small import BY_CARRIER, gather_logical, open_small_job
+from small import BY_BACKEND, gather_logical, open_small_job
 
 from hpcmoe.comm.device import open_device
 from hpcmoe.comm.select import find_obstacles, read_transport_support
@@ -31,7 +31,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=BY_CARRIER)
+@pytest.fixture(params=BY_BACKEND)
 def way(comm, request):
     """The keys of a way that these ranks have, and its name."""
     if not torch.cuda.is_available():
@@ -40,7 +40,7 @@ def way(comm, request):
     why_not = find_obstacles(support_of_rank)[request.param]
     if why_not:
         pytest.skip(why_not)
-    return request.param, {"comm__device": "cuda"} | BY_CARRIER[request.param]
+    return request.param, {"comm__device": "cuda"} | BY_BACKEND[request.param]
 
 
 def test_rows_come_whole(comm, way):

@@ -16,11 +16,11 @@ def test_only_the_steps_after_the_warm_up_are_measured(comm, shared):
         job.stepper.run = lambda *arguments: purposes.append(arguments[3]) or run(*arguments)
         assert infer(job, notes, np.ones((2, 4)), lambda step, load, seen: saved.append(step)) == {}
     assert purposes == ["infer"] * 5
-    assert job.meter.num_steps == 3 and job.meter.num_tokens == 3 * 14 * 5
+    assert job.meter.num_steps == 3 and job.meter.sums["num_tokens"] == 3 * 14 * 5
     assert saved == [1, 2, 3] == list(notes.values["run/tokens_per_second"])
     assert notes.values["dispatch/dropped"] == {1: 0, 2: 0, 3: 0}
     seconds = notes.values["run/seconds"].values()
-    assert job.meter.seconds == pytest.approx(sum(seconds)) and all(second > 0 for second in seconds)
+    assert job.meter.sums["seconds"] == pytest.approx(sum(seconds)) and all(second > 0 for second in seconds)
 
 
 @pytest.mark.mpi

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import pathlib
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from hpcmoe.run.metadata import (
     describe_checkpoint,
     describe_data,
     describe_function,
-    describe_sizes,
     describe_training,
     log_changes,
 )
@@ -61,14 +59,13 @@ FUNCTION = {  # what differs: (in the checkpoint, in the run, the line's words)
 
 
 def make_metadata(config, step=3, text_bytes=4000):
-    """The metadata that a run of a config would write."""
-    job = SimpleNamespace(config=config, mesh=SimpleNamespace(world=MPI.COMM_SELF), training=np.zeros(text_bytes))
-    return describe_checkpoint(job, step)
+    """Return the metadata that a run of a config would write."""
+    return describe_checkpoint(config, step, 1, text_bytes)
 
 
 def test_every_key_is_of_the_function_of_its_training_of_the_data_or_of_none():
     config = make_config()
-    told = {*describe_sizes(config), *describe_function(config), *describe_training(config), *describe_data(config, 1)}
+    told = {*describe_function(config), *describe_training(config), *describe_data(config, 1)}
     for section in dataclasses.fields(Config):
         free = SAME_FUNCTION.get(section.name, "").split()
         for key in dataclasses.fields(section.default_factory):

@@ -110,9 +110,9 @@ def test_a_checkpoint_is_taken_back_wherever_the_experts_have_moved(comm, shared
         while not job.stepper.dispatcher.is_idle:
             job.stepper.dispatcher.poke()
         arrays = {}
-        for name, _, start, extent, _ in state.list_wanted():
-            box = tuple(slice(first, first + count) for first, count in zip(start, extent, strict=True))
-            arrays[name, start] = pieces[name][box]
+        for part in state.list_wanted():
+            box = tuple(slice(first, first + count) for first, count in zip(part.start, part.extent, strict=True))
+            arrays[part.name, part.start] = pieces[part.name][box]
         state.restore(arrays, STEPS)
         again = gather_pieces(comm, state, {LOAD: load})
         outcome, norm = train_step(job, optimizer, load, STEPS + 1)

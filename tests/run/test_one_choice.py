@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 from against_oracle import check_against_oracle, whole_batches
-from small import BY_CARRIER, gather_logical, open_small_job
+from small import BY_BACKEND, gather_logical, open_small_job
 from standin import watch_job
 
 from hpcmoe.config import DispatchConfig
@@ -95,12 +95,12 @@ def test_a_step_from_the_task_alone_equals_the_oracle(comm, shared, case):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("way", BY_CARRIER)
+@pytest.mark.parametrize("way", BY_BACKEND)
 @pytest.mark.parametrize("case", ["renormalized", "load on both", "tokens that lose their one expert"])
 def test_a_step_between_devices_equals_the_oracle(comm, shared, monkeypatch, way, case):
     gpu, nccl = (f"gpu{comm.rank}", comm) if way == "nccl" else (None, None)
     with watch_job(monkeypatch, gpu, nccl):
-        check_against_oracle(comm, shared, **BY_CARRIER[way] | TASK_ALONE | CASES[case])
+        check_against_oracle(comm, shared, **BY_BACKEND[way] | TASK_ALONE | CASES[case])
 
 
 @pytest.mark.mpi

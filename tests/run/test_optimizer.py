@@ -15,7 +15,8 @@ from small import gather_logical, open_small_job
 from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.reduce import HostReducer
 from hpcmoe.config import TrainConfig
-from hpcmoe.run.optimizer import AdamW, FlatGradients, cut_rows, learning_rate_at
+from hpcmoe.run.gradient_sums import FlatGradients
+from hpcmoe.run.optimizer import AdamW, cut_rows, learning_rate_at
 from hpcmoe.run.train import train_step
 from hpcmoe.wait import gather_to_all
 

@@ -7,7 +7,7 @@ from launch import ROOT, mpirun
 from small import open_small_job
 
 from hpcmoe.errors import TrainingError
-from hpcmoe.run.replicas import NOT_HELD, check_replicas, describe_ranks, digest
+from hpcmoe.run.replicas import NOT_HELD, check_shared_parameters, describe_ranks, digest
 from hpcmoe.wait import gather_to_all
 
 COPIES = {
@@ -22,7 +22,7 @@ def flip(parameter):
 
 
 def check(job, optimizer):
-    check_replicas(job.stepper.network, optimizer.shared, job.mesh, 7)
+    check_shared_parameters(job.stepper.network, optimizer.shared, job.mesh, 7)
 
 
 @pytest.mark.mpi

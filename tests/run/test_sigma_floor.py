@@ -40,7 +40,7 @@ def draw_links(placement, tokens_of_rank, top_k, layers, shards=1):
 def measure_sigma(links):
     """Measure each draw's sigma as a run does -> [draws]."""
     of_rank = [[sum_own_links(row, rank) for rank, row in enumerate(of_draw)] for of_draw in links]
-    return np.array([compute_link_balance(*np.sum(sums, axis=0)).sigma for sums in of_rank])
+    return np.array([compute_link_balance(*np.sum(sums, axis=0))[1] for sums in of_rank])
 
 
 CASES = {

@@ -51,10 +51,9 @@ def moment_of(comm, optimizer, parameter, name):
 
 def cut_out(arrays, wanted):
     """What a checkpoint would give for wanted()."""
-    boxes = {(name, start): (start, extent) for name, _, start, extent, _ in wanted}
     return {
-        (name, key): arrays[name][tuple(slice(s, s + e) for s, e in zip(start, extent, strict=True))]
-        for (name, key), (start, extent) in boxes.items()
+        (w.name, w.start): arrays[w.name][tuple(slice(s, s + e) for s, e in zip(w.start, w.extent, strict=True))]
+        for w in wanted
     }
 
 
@@ -62,9 +61,9 @@ def cut_out(arrays, wanted):
 @pytest.mark.parametrize("name", SHAPES)
 def test_parts_tile_the_logical_arrays(comm, shared, name):
     with open_small_job(comm, shared, **shape_for(comm, name)) as (job, optimizer, state):
-        load = np.random.default_rng(0).random(state.shared[LOAD][0])
+        load = np.random.default_rng(0).random(state.shared[LOAD].shape)
         take_steps(job, optimizer, [1])
-        biases = np.random.default_rng(1).random(state.shared[BIAS][0]).astype(np.float32)
+        biases = np.random.default_rng(1).random(state.shared[BIAS].shape).astype(np.float32)
         write_biases(job.stepper.network.layers, biases)
         saved = gather_pieces(comm, state, {LOAD: load})
         for kind, array_of in (
@@ -90,9 +89,9 @@ def test_a_state_taken_up_on_other_ranks_is_the_same_and_trains_on_alike(comm, s
     (shared / str(comm.rank)).mkdir()
     with open_small_job(comm, shared, **changes) as (job, optimizer, state):
         take_steps(job, optimizer, [1, 2])
-        biases = np.random.default_rng(1).normal(size=state.shared[BIAS][0]).astype(np.float32)
+        biases = np.random.default_rng(1).normal(size=state.shared[BIAS].shape).astype(np.float32)
         write_biases(job.stepper.network.layers, biases)
-        load = np.random.default_rng(0).random(state.shared[LOAD][0])
+        load = np.random.default_rng(0).random(state.shared[LOAD].shape)
         saved = gather_pieces(comm, state, {LOAD: load})
         take_steps(job, optimizer, [3])
         expected = gather_logical(comm, state, lambda p: p.data)
@@ -126,19 +125,19 @@ def test_a_state_saved_alone_is_taken_up_by_all(comm, shared):
 @pytest.mark.mpi
 def test_without_an_optimizer_parameters_alone_are_wanted(comm, shared):
     with open_small_job(comm, shared, run__mode="infer") as (_, _, state):
-        names = [name for name, *_ in state.list_wanted()]
+        names = [part.name for part in state.list_wanted()]
         assert names[-2:] == ["balance/load", "balance/bias"]
         assert all(name.endswith("/value") for name in names[:-2])
-        assert {name for name, *_ in state.collect({})} <= set(names)
+        assert {part.name for part, _ in state.collect({})} <= set(names)
 
 
 @pytest.mark.mpi
 def test_each_axis_of_an_experts_weight_knows_its_key(comm, shared):
     with open_small_job(comm, shared, model__hidden=8, model__feed_forward=12) as (_, _, state):
-        for name, shape, _, _, keys in state.list_wanted():
-            if name.startswith("experts/"):
+        for part in state.list_wanted():
+            if part.name.startswith("experts/"):
                 sizes = {"[model] num_experts": 4, "[model] hidden": 8, "[model] feed_forward": 12}
-                assert tuple(sizes[key] for key in keys[: len(shape)]) == shape, name
+                assert tuple(sizes[key] for key in part.keys[: len(part.shape)]) == part.shape, part.name
 
 
 @pytest.mark.mpi

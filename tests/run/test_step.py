@@ -23,7 +23,7 @@ def test_a_step_counts_all_tokens_and_only_training_leaves_gradients(comm, share
     with open_small_job(comm, shared, parallel__tensor=2 - comm.size % 2) as (job, optimizer, _):
         optimizer.zero_gradients()
         outcome = job.stepper.run(job.training, np.arange(14), LOAD, purpose)
-        assert outcome.num_tokens == 14 * 5
+        assert outcome.stats.num_tokens == 14 * 5
         assert outcome.stats.tokens_of_expert.sum(axis=1).tolist() == [14 * 5 * 2] * 2
         assert (outcome.loss is None) == (purpose == "infer")
         assert any(g.any() for g in gradients(job)) == (purpose == "train")
@@ -53,7 +53,7 @@ def test_measuring_activations_changes_no_gradient(comm, shared):
 def test_a_batch_smaller_than_the_ranks_counts_its_own_tokens(comm, shared):
     with open_small_job(comm, shared, data__batch_sequences=3) as (job, _, _):
         outcome = job.stepper.run(job.training, np.arange(1), LOAD, "evaluate")
-    assert outcome.num_tokens == 5 and outcome.loss > 1
+    assert outcome.stats.num_tokens == 5 and outcome.loss > 1
 
 
 @pytest.mark.mpi

@@ -1,121 +1,116 @@
-"""A layer as one choice for each expert: the nodes that hold its replicas, which by the routing rule fix its traffic."""
+"""A layer as one choice for each expert: the nodes of its replicas, which by the routing rule fix its traffic."""
 
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import csr_array, diags_array, vstack
+from scipy.sparse import coo_array, csr_array, vstack
 
-from hpcmoe.placement.cost import list_resources
+from hpcmoe.placement.problem import PlacementProblem
+from hpcmoe.placement.resources import list_resources, price_flows, token_rates
 
 _MOST_ENTRIES = 1_000_000  # of choices x nodes x nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """The ways to lay an expert's replicas on the nodes.
+    """The ways to put an expert's replicas on the nodes: C even choices, then A free ones.
 
-    First those whose tokens split evenly over the replicas of the nearest tier. Where they do not hold all ways to put
-    several replicas on a node, then come sets of nodes with one replica more than nodes, whose tokens split at will within
-    the nearest tier: no worse than any such layout.
+    Even choices split tokens evenly over the replicas of the nearest tier. Where these do not hold all ways to put
+    several replicas on a node, free choices are sets of nodes with one replica more than nodes, whose tokens split
+    freely within the nearest tier: no worse than any such layout.
     """
 
-    replicas: np.ndarray  # [C, nodes]
+    replicas: np.ndarray  # [C, nodes] of the even choices
     shares: np.ndarray  # [C, nodes, nodes] of the sender's tokens for each node
-    sets_at_will: np.ndarray  # [A, nodes] bool
-    within_at_will: np.ndarray  # [A, nodes, nodes] bool: does the sender's nearest tier hold a replica there?
+    free_sets: np.ndarray  # [A, nodes] bool
+    free_within: np.ndarray  # [A, nodes, nodes] bool: does the sender's nearest tier hold a replica there?
 
     @property
-    def num_single(self):
-        """Number of choices of one replica: the first ones."""
+    def num_single(self) -> int:
+        """Return the number of choices of one replica: the first ones."""
         return int((self.replicas.sum(axis=1) == 1).sum())
 
     @property
-    def is_single(self):
-        """Whether every expert has one replica."""
+    def is_single(self) -> bool:
+        """Return True if every expert has one replica."""
         return self.num_single == len(self.replicas)
 
 
-def make_choices(problem, room, spare):
-    """List the ways to lay an expert's replicas, with spare replicas in all -> Choices, or None: there are too many."""
+def make_choices(problem: PlacementProblem, room: np.ndarray, spare: int) -> Choices | None:
+    """List the choices with room [nodes] replicas a node and spare ones in all; None if there are too many."""
     most, num_entries = np.minimum(problem.ranks_of_node, room), problem.num_nodes**2
     if count_ways(most, spare + 1) * num_entries <= _MOST_ENTRIES:
-        replicas, at_will = list_ways(most, spare + 1), np.zeros((0, problem.num_nodes), bool)
+        replicas, free = list_ways(most, spare + 1), np.zeros((0, problem.num_nodes), bool)
     elif count_ways(np.minimum(most, 1), spare + 1) * num_entries <= _MOST_ENTRIES:
         replicas = list_ways(np.minimum(most, 1), spare + 1)
         num = replicas.sum(axis=1)
 
-        # A second replica on the only node changes no traffic, but what its ranks have to do.
+        # A second replica on the only node changes no traffic, but the work of its ranks.
         fewest = 1 if "rank" in list_resources(problem.objective) else 2
-        at_will = replicas[(num >= fewest) & (num <= spare) & (replicas & (most > 1)).any(axis=1)] > 0
+        free = replicas[(num >= fewest) & (num <= spare) & (replicas & (most > 1)).any(axis=1)] > 0
     else:
         return None
 
-    within = find_nearest(problem, replicas > 0)
-    weight = within * replicas[:, None, :]
-    return Choices(
-        replicas=replicas,
-        shares=weight / weight.sum(axis=2, keepdims=True),
-        sets_at_will=at_will,
-        within_at_will=find_nearest(problem, at_will),
-    )
+    weight = find_nearest(problem, replicas > 0) * replicas[:, None, :]
+    shares = weight / weight.sum(axis=2, keepdims=True)
+    return Choices(replicas=replicas, shares=shares, free_sets=free, free_within=find_nearest(problem, free))
 
 
-def count_ways(most, total):
-    """Count the ways to lay 1 to `total` replicas with at most `most` [nodes] on each node."""
+def count_ways(most: np.ndarray, total: int) -> int:
+    """Count the ways to put 1 to `total` replicas with at most `most` [nodes] on each node."""
     ways = np.ones(1)
     for limit in most:
         ways = np.convolve(ways, np.ones(limit + 1))[: total + 1]
     return int(ways[1:].sum())
 
 
-def list_ways(most, total):
-    """List the ways to lay 1 to `total` replicas with at most `most` [nodes] on each, fewest first -> [C, nodes]."""
+def list_ways(most: np.ndarray, total: int) -> np.ndarray:
+    """List the ways to put 1 to `total` replicas with at most `most` [nodes] on each, fewest first -> [C, nodes]."""
     ways = np.zeros((1, 0), np.int64)
     for limit in most:
         longer = np.repeat(ways, limit + 1, axis=0)
         ways = np.column_stack([longer, np.tile(np.arange(limit + 1), len(ways))])
         ways = ways[ways.sum(axis=1) <= total]
-    num = ways.sum(axis=1)
-    return ways[np.argsort(num, kind="stable")][1:]
+    return ways[np.argsort(ways.sum(axis=1), kind="stable")][1:]
 
 
-def find_nearest(problem, sets):
-    """Find which replicas are in each sender's nearest tier, for sets [C, nodes] -> [C, nodes, nodes] bool."""
+def find_nearest(problem: PlacementProblem, sets: np.ndarray) -> np.ndarray:
+    """Find which nodes of sets [C, nodes] are in each sender's nearest tier -> [C, nodes, nodes] bool."""
     reached = [(problem.distance <= reach)[None] & sets[:, None, :] for reach in range(3)]
     own, near = (tier.any(axis=2, keepdims=True) for tier in reached[:2])
     return np.where(own, reached[0], np.where(near, reached[1], reached[2]))
 
 
-def make_rates(problem):
-    """Find what a token from node to node costs each resource -> sparse [resources, nodes * nodes] seconds.
+def make_rates(problem: PlacementProblem) -> csr_array:
+    """Return the seconds of a token from node to node on each counted resource -> sparse [resources, nodes * nodes].
 
     Links first, then ports and uplinks, then a node's ranks as if they shared its tokens evenly.
     """
-    num, rack, token = problem.num_nodes, problem.rack_of_node, problem.bytes_per_token
-    names, away = list_resources(problem.objective), 1.0 - np.eye(problem.num_nodes)
-    blocks = [csr_array(diags_array(problem.link_cost.ravel()))[np.flatnonzero(away)]]
-    one = np.eye(num)
+    num, names = problem.num_nodes, list_resources(problem.objective)
+    sender, receiver = np.divmod(np.arange(num**2), num)
+    prices = price_flows(problem, sender, receiver)
+    links = make_price_matrix(*prices["link"], num**2)
+    blocks = [links[np.flatnonzero(sender != receiver)]]
     if "egress" in names:
-        blocks.append(csr_array((one[:, :, None] * away).reshape(num, -1) / problem.egress_bytes_per_second[:, None]))
-        blocks.append(csr_array((one[:, None] * away).reshape(num, -1) / problem.ingress_bytes_per_second[:, None]))
-        for number, uplink in enumerate(problem.uplink_bytes_per_second):
-            inside = (rack == number).astype(np.float64)
-            blocks += [csr_array(np.outer(*pair).reshape(1, -1) / uplink) for pair in ends(inside)]
-        blocks[1:] = [block * token for block in blocks[1:]]
+        blocks += [make_price_matrix(*prices[name], num) for name in ("egress", "ingress")]
+        num_racks = len(problem.uplink_bytes_per_second)
+        out, into = (make_price_matrix(*prices[name], num_racks) for name in ("uplink_out", "uplink_in"))
+        blocks += [way[[rack]] for rack in range(num_racks) for way in (out, into)]
     if "rank" in names:
         of_node = problem.seconds_per_token / np.maximum(problem.ranks_of_node, 1)
-        blocks.append(csr_array(np.repeat(one[:, None], num, axis=1).reshape(num, -1) * of_node[:, None]))
+        blocks.append(make_price_matrix(receiver, of_node[receiver], num))
     return csr_array(vstack(blocks))
 
 
-def ends(inside):
-    """Pair what is inside a rack with what is not, for what leaves and for what enters."""
-    return (inside, 1 - inside), (1 - inside, inside)
+def make_price_matrix(number: np.ndarray, seconds: np.ndarray, num_resources: int) -> csr_array:
+    """Build the sparse [num_resources, n] with the seconds [n] of each flow in the row of its resource's number [n]."""
+    used = np.flatnonzero(seconds > 0)
+    return csr_array(coo_array((seconds[used], (number[used], used)), shape=(num_resources, len(seconds))))
 
 
-def cost_alone(problem, demand, choices, rates):
-    """Find what each choice of each expert costs with nothing beside it, for demand [nodes, E] -> seconds [C, E]."""
-    shares, replicas, num = choices.shares, choices.replicas, problem.num_nodes
+def evaluate_alone(problem: PlacementProblem, demand: np.ndarray, choices: Choices, rates: csr_array) -> np.ndarray:
+    """Compute the seconds of each even choice of each expert with nothing beside it: demand [nodes, E] -> [C, E]."""
+    shares, num = choices.shares, problem.num_nodes
     seconds = np.zeros((len(shares), demand.shape[1]))
     for row in range(rates.shape[0]):
         cells = slice(rates.indptr[row], rates.indptr[row + 1])
@@ -123,15 +118,15 @@ def cost_alone(problem, demand, choices, rates):
         if len(sender):
             np.maximum(seconds, (shares[:, sender, receiver] * rates.data[cells]) @ demand[sender], out=seconds)
     if "rank" in list_resources(problem.objective):
-        of_replica = shares.transpose(0, 2, 1) / np.maximum(replicas, 1)[:, :, None]  # [C, to, from]
+        of_replica = shares.transpose(0, 2, 1) / np.maximum(choices.replicas, 1)[:, :, None]  # [C, to, from]
         np.maximum(seconds, (of_replica @ demand).max(axis=1) * problem.seconds_per_token, out=seconds)
     return seconds
 
 
-def cost_at_will(problem, demand, choices):
-    """Find what each choice that splits at will costs on links at least, if over all at once -> seconds [A, E]."""
-    rate = np.divide(1.0, problem.link_cost, out=np.full(problem.link_cost.shape, np.inf), where=problem.link_cost > 0)
-    together = np.where(choices.within_at_will, rate, 0.0).sum(axis=2)  # [A, senders] tokens a second
+def bound_free(problem: PlacementProblem, demand: np.ndarray, choices: Choices) -> np.ndarray:
+    """Bound each free choice of each expert by all links that its tokens may take at once -> seconds [A, E]."""
+    rate = np.where(problem.link_cost > 0, token_rates(problem)["link"], np.inf)
+    together = np.where(choices.free_within, rate, 0.0).sum(axis=2)  # [A, senders] tokens a second
     seconds = np.zeros((len(together), demand.shape[1]))
     for sender, tokens in enumerate(demand):
         np.maximum(seconds, tokens / together[:, sender, None], out=seconds)

@@ -5,61 +5,59 @@ which is least where each expert takes its own cheapest choice (weak duality). H
 met so far (Huangfu and Hall 2018, doi:10.1007/s12532-017-0130-5); the cheapest ones join them.
 """
 
-import itertools
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import block_array, coo_array, csr_array, eye_array
+from scipy.sparse import block_array, coo_array, csr_array, eye_array, hstack
 
-from hpcmoe.placement.bounds.choices import Choices, cost_alone, cost_at_will, make_rates
+from hpcmoe.placement.bounds.choices import Choices, bound_free, evaluate_alone, make_rates
+from hpcmoe.placement.problem import PlacementProblem
 
-NEW_COLUMNS = 6  # an expert and round
-MISSING = 100.0  # what an expert without a choice costs, in units of the scale
-GAP = 1e-5  # between the program and the bound that its prices prove
+_NEW_COLUMNS = 6  # an expert and round
+_MISSING = 100.0  # what an expert without a choice costs, in units of the scale
+_GAP = 1e-5  # between the program and the bound that its prices prove
 _ROUNDING = 1e-9
-_MILP_TOLERANCE = 1e-6  # of HiGHS, in whole numbers
+_MILP_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prices:
-    """What a program pays for each resource and each place for a replica, and what it makes of each expert."""
+    """The dual values of a program: of each resource, of room for a replica, and of each expert."""
 
     resource: np.ndarray  # [resources], at most 1 together
     room: np.ndarray  # [nodes + 1] seconds a replica, on each node and anywhere
     expert: np.ndarray  # [E] seconds
 
-    def mix(self, other, weight):
-        """Go some way, by weight, to other prices -> Prices."""
-        parts = (part.name for part in fields(self))
-        return Prices(**{part: (1 - weight) * getattr(self, part) + weight * getattr(other, part) for part in parts})
+    def mix(self, other: "Prices", weight: float) -> "Prices":
+        """Return the weighted mean with other prices."""
+        return Prices(
+            resource=(1 - weight) * self.resource + weight * other.resource,
+            room=(1 - weight) * self.room + weight * other.room,
+            expert=(1 - weight) * self.expert + weight * other.expert,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """Choices that a program chooses from, one column each."""
+    """The choices of a program, one column each."""
 
     expert: np.ndarray  # [n]
     seconds: np.ndarray  # [resources, n]
     replicas: np.ndarray  # [nodes + 1, n], on each node and in all
 
-    def join(self, other):
-        """Put two sets of columns side by side -> Columns."""
+    def join(self, other: "Columns") -> "Columns":
+        """Return both sets of columns side by side."""
         return Columns(
             expert=np.concatenate([self.expert, other.expert]),
             seconds=np.concatenate([self.seconds, other.seconds], axis=1),
             replicas=np.concatenate([self.replicas, other.replicas], axis=1),
         )
 
-    def pick(self, chosen):
-        """Keep some of the columns, chosen [n] bool -> Columns."""
+    def pick(self, chosen: np.ndarray) -> "Columns":
+        """Return some of the columns, chosen [n] bool."""
         return Columns(expert=self.expert[chosen], seconds=self.seconds[:, chosen], replicas=self.replicas[:, chosen])
-
-    def choose_one(self, num_experts):
-        """Write that each expert has one choice in all -> sparse [E, n]."""
-        num = len(self.expert)
-        return coo_array((np.ones(num), (self.expert, np.arange(num))), shape=(num_experts, num))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,14 +71,16 @@ class Program:
     alone: np.ndarray  # [C + A, E] seconds, what a choice of an expert costs at least with nothing beside it
     scale: float  # seconds, about what a layer costs
 
-    def bound(self, limit, deadline):
+    def bound(self, limit: float, deadline: float) -> float:
         """Bound the layouts in which no expert alone costs more than the limit -> seconds; by the deadline, or less.
 
         More than the limit: there is no such layout.
         """
         allowed = self.alone <= limit * (1 + _ROUNDING)
-        columns, best, middle = self.make_columns(*np.nonzero(allowed[: self.choices.num_single])), 0.0, None
-        for turn in itertools.count(2):
+        choice, experts = np.nonzero(allowed[: self.choices.num_single])
+        columns, best, middle, turn = self.make_columns(choice, experts), 0.0, None, 1
+        while True:
+            turn += 1
             value, prices = self.solve(columns, deadline)
             if prices is None:
                 return best
@@ -90,95 +90,101 @@ class Program:
             for near in (middle, prices):
                 proven, new = self.prove(near, prices, allowed)
                 best, columns = max(best, proven), columns.join(new)
-            if best >= min(value * (1 - GAP), limit) or len(new.expert) == 0:
+            if best >= min(value * (1 - _GAP), limit) or len(new.expert) == 0:
                 return best
 
-    def prove(self, near, prices, allowed):
+    def prove(self, near: Prices, prices: Prices, allowed: np.ndarray) -> tuple[float, Columns]:
         """Prove a bound by the prices `near` -> seconds, and the Columns met that a program with `prices` lacks."""
-        cost, at_will = self.price(near)
+        cost, free = self.price(near)
         cost[~allowed] = np.inf
         proven = cost.min(axis=0).sum() * (1 - _ROUNDING) - near.room @ self.room * (1 + _ROUNDING)
 
-        # Of each expert's cheapest choices take those that the program would use.
-        choice = np.argsort(cost, axis=0)[:NEW_COLUMNS]
+        # Take those of each expert's cheapest choices that the program would use.
+        choice = np.argsort(cost, axis=0)[:_NEW_COLUMNS]
         experts = np.broadcast_to(np.arange(cost.shape[1]), choice.shape)
         is_open = np.isfinite(np.take_along_axis(cost, choice, axis=0))
-        new = self.make_columns(choice[is_open], experts[is_open], at_will)
+        new = self.make_columns(choice[is_open], experts[is_open], free)
         priced = prices.resource @ new.seconds + prices.room @ new.replicas
-        return proven, new.pick(priced < prices.expert[new.expert] - GAP * self.scale / len(prices.expert))
+        return proven, new.pick(priced < prices.expert[new.expert] - _GAP * self.scale / len(prices.expert))
 
-    def make_columns(self, choice, experts, at_will=None):
-        """Compute what the choices [n] of experts [n] take, at_will = (splits, replicas) -> Columns."""
+    def make_columns(
+        self, choice: np.ndarray, experts: np.ndarray, free: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> Columns:
+        """Build the columns of choices [n] of experts [n], free: (shares, replicas) of the free choices."""
         shares, replicas = self.choices.shares, self.choices.replicas
-        if at_will is not None:
-            shares, replicas = np.concatenate([shares, at_will[0]]), np.concatenate([replicas, at_will[1]])
+        if free is not None:
+            shares, replicas = np.concatenate([shares, free[0]]), np.concatenate([replicas, free[1]])
         flows = shares[choice] * self.demand.T[experts][:, :, None]
         seconds = self.rates @ flows.reshape(len(choice), self.demand.shape[0] ** 2).T
         replicas = replicas[choice].T
         return Columns(expert=experts, seconds=seconds, replicas=np.vstack([replicas, replicas.sum(axis=0)]))
 
-    def solve(self, columns, deadline):
-        """Solve the program of some columns -> seconds, Prices, or None when the time is over."""
-        num_resources, num = columns.seconds.shape
-        num_nodes, num_experts = self.demand.shape
-        most = [[columns.seconds / self.scale, -np.ones((num_resources, 1)), None], [columns.replicas, None, None]]
-        one = [[columns.choose_one(num_experts), np.zeros((num_experts, 1)), eye_array(num_experts)]]
-        most[1][2] = csr_array((num_nodes + 1, num_experts))
+    def make_rows(self, columns: Columns) -> tuple[csr_array, csr_array, csr_array]:
+        """Build the rows of resources, of room and of experts over all columns and the time of the busiest resource."""
+        num, num_experts = len(columns.expert), self.demand.shape[1]
+        one = coo_array((np.ones(num), (columns.expert, np.arange(num))), shape=(num_experts, num))
+        busy = hstack([csr_array(columns.seconds / self.scale), csr_array(-np.ones((len(columns.seconds), 1)))])
+        held = hstack([csr_array(columns.replicas), csr_array((len(columns.replicas), 1))])
+        return busy, held, hstack([one, csr_array((num_experts, 1))])
 
-        # Variables: the columns, the time of the busiest resource, and experts that miss a choice.
+    def solve(self, columns: Columns, deadline: float) -> tuple[float, Prices | None]:
+        """Solve the program of some columns -> seconds, Prices, or None when the time is over."""
+        busy, held, one = self.make_rows(columns)
+        num_experts, num_rows = one.shape[0], busy.shape[0]
+
+        # Add an expensive variable for each expert, which it may take in place of a choice.
         answer = linprog(
-            np.concatenate([np.zeros(num), [1.0], np.full(num_experts, MISSING)]),
-            A_ub=block_array([[sparse(part) for part in row] for row in most]),
-            b_ub=np.concatenate([np.zeros(num_resources), self.room]),
-            A_eq=block_array(one),
+            np.concatenate([np.zeros(len(columns.expert)), [1.0], np.full(num_experts, _MISSING)]),
+            A_ub=block_array([[busy, None], [held, csr_array((len(self.room), num_experts))]]),
+            b_ub=np.concatenate([np.zeros(num_rows), self.room]),
+            A_eq=block_array([[one, eye_array(num_experts)]]),
             b_eq=np.ones(num_experts),
             method="highs",
             options={"time_limit": max(deadline - time.perf_counter(), 0.0)},
         )
         if answer.status != 0:
             return np.inf, None
-        resource = np.maximum(-answer.ineqlin.marginals[:num_resources], 0)
-        room = np.maximum(-answer.ineqlin.marginals[num_resources:], 0) * self.scale
-        prices = Prices(
-            resource=resource / max(resource.sum(), 1.0), room=room, expert=answer.eqlin.marginals * self.scale
-        )
-        return answer.fun * self.scale, prices
 
-    def price(self, prices):
-        """Price every choice of every expert -> seconds [C + A, E], and the splits and replicas of those at will."""
+        # Scale the dual values to prices.
+        resource = np.maximum(-answer.ineqlin.marginals[:num_rows], 0)
+        room = np.maximum(-answer.ineqlin.marginals[num_rows:], 0) * self.scale
+        expert = answer.eqlin.marginals * self.scale
+        return answer.fun * self.scale, Prices(resource=resource / max(resource.sum(), 1.0), room=room, expert=expert)
+
+    def price(self, prices: Prices) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        """Price every choice of every expert -> seconds [C + A, E], and the shares and replicas of the free ones."""
         num_nodes, choices = len(self.demand), self.choices
         of_token = (self.rates.T @ prices.resource).reshape(num_nodes, num_nodes)  # [from, to]
         of_replica = prices.room[:num_nodes] + prices.room[num_nodes]
         even = np.einsum("cij,ij->ci", choices.shares, of_token) @ self.demand
         even += (choices.replicas @ of_replica)[:, None]
 
-        # At will all goes to the cheapest replica of the tier; the one replica more than nodes is where room is cheapest.
-        open_tokens = np.where(choices.within_at_will, of_token, np.inf)
-        split = open_tokens.argmin(axis=2)[:, :, None] == np.arange(num_nodes)
-        second = np.where(choices.sets_at_will, of_replica, np.inf).argmin(axis=1)
-        replicas = choices.sets_at_will + (second[:, None] == np.arange(num_nodes))
-        at_will = open_tokens.min(axis=2) @ self.demand + (replicas @ of_replica)[:, None]
-        return np.concatenate([even, at_will]), (split, replicas)
+        # Send all freely to the tier's cheapest replica, and put the one beyond one a node where room is cheapest.
+        open_tokens = np.where(choices.free_within, of_token, np.inf)
+        shares = open_tokens.argmin(axis=2)[:, :, None] == np.arange(num_nodes)
+        second = np.where(choices.free_sets, of_replica, np.inf).argmin(axis=1)
+        replicas = choices.free_sets + (second[:, None] == np.arange(num_nodes))
+        free = open_tokens.min(axis=2) @ self.demand + (replicas @ of_replica)[:, None]
+        return np.concatenate([even, free]), (shares, replicas)
 
-    def bound_whole(self, limit, seconds):
+    def bound_whole(self, limit: float, seconds: float) -> float:
         """Bound in whole numbers the layouts of single replicas that each alone cost the limit at most -> seconds.
 
         More than the limit: no layout is within it.
         """
-        columns = self.make_columns(*np.nonzero(self.alone <= limit * (1 + _ROUNDING)))
-        num_resources, num = columns.seconds.shape
-        num_nodes, num_experts = self.demand.shape
-        busiest = np.append(np.zeros(num), 1.0)
+        choice, experts = np.nonzero(self.alone <= limit * (1 + _ROUNDING))
+        columns = self.make_columns(choice, experts)
+        busy, held, one = self.make_rows(columns)
+        busiest = np.append(np.zeros(len(columns.expert)), 1.0)
         answer = milp(
             busiest,
             constraints=[
-                LinearConstraint(pad(columns.seconds / self.scale, -np.ones((num_resources, 1))), ub=0),
-                LinearConstraint(pad(columns.replicas, np.zeros((num_nodes + 1, 1))), ub=self.room),
-                LinearConstraint(pad(columns.choose_one(num_experts), np.zeros((num_experts, 1))), lb=1, ub=1),
+                LinearConstraint(busy, ub=0),
+                LinearConstraint(held, ub=self.room),
+                LinearConstraint(one, lb=1, ub=1),
             ],
-            bounds=Bounds(
-                0, np.where(busiest, np.inf, 1.0)
-            ),  # a cap at the limit only keeps HiGHS from finding layouts
+            # A cap at the limit would only keep HiGHS from finding layouts.
+            bounds=Bounds(0, np.where(busiest, np.inf, 1.0)),
             integrality=1 - busiest,
             options={"time_limit": max(seconds, 0.0), "mip_rel_gap": _MILP_TOLERANCE},
         )
@@ -187,13 +193,15 @@ class Program:
         return 0.0 if answer.mip_dual_bound is None else (answer.mip_dual_bound - _MILP_TOLERANCE) * self.scale
 
 
-def make_program(problem, demand, room, choices, floor=None):
-    """Prepare the programs of a layer with demand [nodes, E] -> Program; room [nodes + 1] on each node and in all.
+def make_program(
+    problem: PlacementProblem, demand: np.ndarray, room: np.ndarray, choices: Choices, floor: np.ndarray | None = None
+) -> Program:
+    """Build what a layer's programs share: demand [nodes, E], room [nodes + 1] on each node and in all.
 
-    floor [nodes, E]: seconds that an expert's only replica on a node costs at least, where there are single replicas alone.
+    floor [nodes, E]: seconds that an expert's only replica on a node costs at least, where all are single.
     """
     rates = make_rates(problem)
-    alone = np.concatenate([cost_alone(problem, demand, choices, rates), cost_at_will(problem, demand, choices)])
+    alone = np.concatenate([evaluate_alone(problem, demand, choices, rates), bound_free(problem, demand, choices)])
     if floor is not None:
         alone = np.maximum(alone, floor[choices.replicas.argmax(axis=1)])
     evenly = np.repeat(demand.sum(axis=1) / len(demand), len(demand))  # [nodes * nodes] tokens
@@ -205,13 +213,3 @@ def make_program(problem, demand, room, choices, floor=None):
         alone=alone,
         scale=float((rates @ evenly).max(initial=0.0)),
     )
-
-
-def sparse(part):
-    """Turn a block of a matrix into a sparse one; None stays."""
-    return None if part is None else csr_array(part)
-
-
-def pad(matrix, column):
-    """Put one more column to the right of a matrix -> sparse."""
-    return block_array([[csr_array(matrix), csr_array(column)]])

@@ -1,42 +1,37 @@
 """A placement problem as a JSON file, CASE.json: read, checked key by key, and made into arrays."""
 
-from typing import Annotated
+import os
+from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Interval
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from hpcmoe.errors import ConfigError, PlacementError
-from hpcmoe.messages import one_line
+from hpcmoe.messages import format_more, one_line, show_value
 from hpcmoe.placement.files.checks import (
     find_invalid_numbers,
-    find_missing_capacity,
     find_overflow,
     find_shape_mismatches,
-    format_more,
-    format_type_errors,
     number_racks,
-    show_json,
+    to_integer,
 )
-from hpcmoe.placement.problem import PlacementProblem
+from hpcmoe.placement.problem import PlacementProblem, check_problem
 from hpcmoe.reading import read_json
+from hpcmoe.validate import format_entry, group_errors
 
 _MOST_MEMORY_BYTES = 2**62  # a node's memory is counted in 64 bits
 
 
-def _to_integer(value):
-    """Take 16.0 for 16, as JSON does not tell them apart."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-_Count = Annotated[int, BeforeValidator(_to_integer), Interval(ge=1, lt=2**31)]
-_Natural = Annotated[int, BeforeValidator(_to_integer), Interval(ge=0, lt=2**31)]
+_Count = Annotated[int, BeforeValidator(to_integer), Interval(ge=1, lt=2**31)]
+_Natural = Annotated[int, BeforeValidator(to_integer), Interval(ge=0, lt=2**31)]
+_Bytes = Annotated[int, BeforeValidator(to_integer), Interval(ge=1, lt=_MOST_MEMORY_BYTES)]
 _Rows = list[list[float]]
 _Links = list[list[float | None]]  # the diagonal may be null
 
 
 class Case(BaseModel, strict=True, frozen=True, extra="ignore"):
-    """What a case file holds, as its keys have it; only types are checked yet."""
+    """The keys of a case file; only their types are checked yet."""
 
     E: _Count  # experts of a layer
     G: _Count  # ranks, one GPU each
@@ -47,9 +42,7 @@ class Case(BaseModel, strict=True, frozen=True, extra="ignore"):
     B: _Links  # [nodes][nodes] bytes/s from row to column
     L: _Links  # [nodes][nodes] s
     M: list[float]  # [nodes] bytes for experts of all layers
-    expert_bytes: Annotated[
-        int, BeforeValidator(_to_integer), Interval(ge=1, lt=_MOST_MEMORY_BYTES)
-    ]  # an expert of one layer
+    expert_bytes: _Bytes  # an expert of one layer
     bytes_per_token: float
     home_tokens_per_rank: list[float]  # [G] assignments: tokens x top-k
     P: _Rows | None = None  # [layers][E]
@@ -63,44 +56,39 @@ class Case(BaseModel, strict=True, frozen=True, extra="ignore"):
     P_domain: list[_Rows] | None = None  # [layers][D][E]
 
 
-def read_case(path, objective="step", count_latency=False):
+def read_case(
+    path: str | os.PathLike, objective: str = "step", count_latency: bool = False
+) -> tuple[PlacementProblem, list[str]]:
     """Read and check a case file -> (PlacementProblem, notes on what was ignored or assumed).
 
     Raises ConfigError or PlacementError with one line per error: file, key, index, arithmetic.
     """
-    tree = read_tree(path)
-    notes = make_notes(tree, objective)
+    tree = read_json(path)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{one_line(path)}: must hold one JSON object, not {show_value(tree)}")
     try:
         case = Case.model_validate(tree)
     except ValidationError as invalid:
-        _raise_lines(path, format_type_errors(invalid.errors()), ConfigError)
-    _raise_lines(path, find_shape_mismatches(case), ConfigError)
-    _raise_lines(path, find_invalid_numbers(case), ConfigError)
-    problem = make_case_problem(case, objective, count_latency)
-    _raise_lines(path, find_overflow(problem), ConfigError)
-    _raise_lines(path, find_missing_capacity(problem), PlacementError)
-    return problem, notes
+        lines = [format_entry(str(errors[0]["loc"][0]), tree, errors, 1) for errors in group_errors(invalid, 1)]
+    else:
+        lines = [*find_shape_mismatches(case)] or [*find_invalid_numbers(case)]
+    if not lines:
+        problem = make_case_problem(case, objective, count_latency)
+        lines = [*find_overflow(problem)]
+    if lines:
+        raise ConfigError("\n".join(f"{one_line(path)}: {line}" for line in lines))
+    try:
+        check_problem(problem, "E, G, slots_per_gpu", "E, layers, M")
+    except PlacementError as error:
+        raise PlacementError(f"{one_line(path)}: {error}") from None
+    return problem, make_notes(tree, objective)
 
 
-def read_tree(path):
-    """Read a JSON object -> dict."""
-    tree = read_json(path)
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{one_line(path)}: must hold one JSON object, not {show_json(tree)}")
-    return tree
-
-
-def _raise_lines(path, lines, error):
-    """Raise the error with the file's name before each line, if there is one."""
-    if lines := [f"{one_line(path)}: {line}" for line in lines]:
-        raise error("\n".join(lines))
-
-
-def make_notes(tree, objective):
-    """List what a reader should know of how the file was taken."""
+def make_notes(tree: dict[str, Any], objective: str) -> list[str]:
+    """List what was ignored or assumed in the file."""
     notes = []
     if unknown := sorted(set(tree) - set(Case.model_fields)):
-        names = ", ".join(map(show_json, unknown[:8])) + format_more(len(unknown) - 8)
+        names = ", ".join(map(show_value, unknown[:8])) + format_more(len(unknown) - 8)
         notes.append(f"unknown keys ignored: {names}")
     if tree.get("P_domain") is not None and tree.get("P") is not None:
         notes.append("P is not used: P_src_node_domain_weights and P_domain give each node its own")
@@ -109,8 +97,8 @@ def make_notes(tree, objective):
     return notes
 
 
-def make_case_problem(case, objective, count_latency):
-    """State the problem of a case whose numbers are good -> PlacementProblem."""
+def make_case_problem(case: Case, objective: str, count_latency: bool) -> PlacementProblem:
+    """Build the PlacementProblem of a case whose numbers are good."""
     diagonal = np.eye(case.nodes, dtype=bool)
     rates = np.where(diagonal, 0.0, np.array(case.B, np.float64))
     rack = case.rack or [0] * case.nodes
@@ -139,13 +127,13 @@ def make_case_problem(case, objective, count_latency):
     )
 
 
-def make_ports(given, fastest_link):
-    """Take the ports as given, else as fast as their nodes' fastest links -> bytes/s [nodes], inf for a lone node."""
+def make_ports(given: list[float] | None, fastest_link: np.ndarray) -> np.ndarray:
+    """Return ports as given, else as fast as their nodes' fastest links -> bytes/s [nodes], inf for a lone node."""
     return np.array(np.where(fastest_link > 0, fastest_link, np.inf) if given is None else given, np.float64)
 
 
-def make_case_probability(case):
-    """Find each expert's probability for the tokens of each node -> [layers, nodes, E]; rows sum to 1."""
+def make_case_probability(case: Case) -> np.ndarray:
+    """Compute each expert's probability for the tokens of each node -> [layers, nodes, E]; rows sum to 1."""
     if case.P_domain is None:
         of_layer = np.array(case.P, np.float64)[:, None, :]  # [layers, 1, E]
     else:

@@ -1,27 +1,27 @@
-"""Placements as files: expert_of_slot as hpcmoe.place writes it, and the maps of other engines (see formats).
+"""Placements as files: expert_of_slot as hpcmoe.place writes it, and the maps of other engines (see `formats`).
 
-EPLB (github.com/deepseek-ai/EPLB) numbers the slots of a layer rank by rank, as we do: its map is [layers][slots of all
+EPLB (github.com/deepseek-ai/EPLB) numbers the slots of a layer rank by rank, as here: its map is [layers][slots of all
 ranks]. It has no empty slots; here they are -1.
 """
 
-import json
 import os
 import pathlib
 
 import numpy as np
 
 from hpcmoe.errors import ConfigError
-from hpcmoe.messages import one_line
+from hpcmoe.messages import format_size, one_line
 from hpcmoe.placement.files.formats import check_range, read_slots
-from hpcmoe.placement.problem import PlacementProblem, format_size
+from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.placement.quotas import describe_unevenness
 from hpcmoe.placement.search.layer_data import EMPTY
+from hpcmoe.reading import format_json
 
 
 def read_map(path: str | os.PathLike, problem: PlacementProblem) -> tuple[np.ndarray, list[str]]:
-    """Read where a file, JSON or NumPy's .npy, has the experts of a problem -> ([L, S] int64, notes).
+    """Read the experts of a problem's slots from a file, JSON or NumPy's .npy -> ([L, S] int64, notes).
 
-    Fewer slots a rank than the problem has leave the others empty; more are taken where they are empty themselves.
+    Fewer slots a rank than the problem has leave the others empty; more are accepted where they are empty themselves.
     Raises ConfigError in one line.
     """
     name, experts, notes = read_slots(path, problem)
@@ -32,7 +32,8 @@ def read_map(path: str | os.PathLike, problem: PlacementProblem) -> tuple[np.nda
 def check_map(
     path: str | os.PathLike, key: str, numbers: np.ndarray, problem: PlacementProblem
 ) -> tuple[np.ndarray, list[str]]:
-    """Check experts of slots [L, S] or [L, P, s] against a problem's limits -> ([L, S], notes); or ConfigError."""
+    """Check experts of slots [L, S] or [L, P, s] against a problem's limits -> ([L, S], notes). Raises ConfigError."""
+    # Compare the sizes.
     where, layers, ranks = f"{one_line(path)}: {key}", problem.num_layers, problem.num_ranks
     if len(numbers) != layers:
         raise ConfigError(f"{where} has {len(numbers)} layers, layers = {layers}")
@@ -40,14 +41,16 @@ def check_map(
         raise ConfigError(f"{where}[0] has {numbers[0].size} slots: must be a multiple of the {ranks} ranks")
     check_range(where, numbers, problem.num_experts)
 
-    # What is there twice on one rank is of no use there, and EPLB may have it so.
+    # Leave out an expert's second replicas on a rank: they are of no use there, and EPLB's maps may have them.
     experts = numbers.reshape(layers, ranks, -1).copy()
     twice = np.zeros(experts.shape, bool)
     for slot in range(1, experts.shape[2]):
         twice[..., slot] = (experts[..., :slot] == experts[..., slot, None]).any(axis=2) & (experts[..., slot] != EMPTY)
     experts[twice] = EMPTY
+
+    # Compare with the slots and the memory.
     experts = fit_slots(where, experts, problem.slots_per_rank)
-    check_replicas(where, experts, problem)
+    check_layouts(where, experts, problem)
     notes = [f"{twice.sum()} replicas are left out, second ones on their rank"] if twice.any() else []
     if uneven := describe_unevenness(problem, experts.reshape(layers, -1)):
         notes.append(uneven)
@@ -55,14 +58,17 @@ def check_map(
 
 
 def fit_slots(where: str, experts: np.ndarray, slots_per_rank: int) -> np.ndarray:
-    """Give each rank slots_per_rank slots, by adding or dropping empty ones: [L, P, s] -> [L, P, slots_per_rank]."""
+    """Add or drop empty slots of each rank: [L, P, s] -> [L, P, slots_per_rank]. Raises ConfigError."""
     num_held = (experts != EMPTY).sum(axis=2)
+    # Check that what is held fits.
     if num_held.max() > slots_per_rank:
         layer, rank = np.argwhere(num_held > slots_per_rank)[0]
         raise ConfigError(
             f"{where} has {num_held[layer, rank]} experts on rank {rank} of layer {layer}: must be at most "
             f"{slots_per_rank}; [placement] spare_slots_per_rank, slots_per_gpu of a case"
         )
+
+    # Move the empty slots to the end, and drop or add some.
     if experts.shape[2] > slots_per_rank:
         order = np.argsort(experts == EMPTY, axis=2, kind="stable")
         experts = np.take_along_axis(experts, order, axis=2)[..., :slots_per_rank]
@@ -70,8 +76,9 @@ def fit_slots(where: str, experts: np.ndarray, slots_per_rank: int) -> np.ndarra
     return np.pad(experts, ((0, 0), (0, 0), (0, missing)), constant_values=EMPTY)
 
 
-def check_replicas(where, experts, problem):
+def check_layouts(where: str, experts: np.ndarray, problem: PlacementProblem) -> None:
     """Raise ConfigError unless layouts [L, P, s] have every expert, once unless replicate, and fit the memory."""
+    # Count each layer's replicas.
     for layer, row in enumerate(experts):
         replicas = np.bincount(row[row != EMPTY], minlength=problem.num_experts)
         if not replicas.all():
@@ -80,17 +87,18 @@ def check_replicas(where, experts, problem):
             raise ConfigError(
                 f"{where}[{layer}] has expert {int(np.argmax(replicas))} {replicas.max()} times, but replicate = false"
             )
+
+    # Count the replicas on each node, of all layers.
     used = np.bincount(problem.node_of_rank, (experts != EMPTY).sum(axis=(0, 2)), problem.num_nodes).astype(np.int64)
     if (used > problem.memory_replicas).any():
         node = int(np.argmax(used - problem.memory_replicas))
-        name = problem.node_names[node] if problem.node_names else node
         raise ConfigError(
-            f"{where}: {used[node]} replicas on node {name} x {format_size(problem.expert_bytes)} are more than its "
-            f"{format_size(int(problem.memory_bytes[node]))} hold"
+            f"{where}: {used[node]} replicas on node {problem.name_node(node)} x {format_size(problem.expert_bytes)} "
+            f"are more than its {format_size(int(problem.memory_bytes[node]))} hold"
         )
 
 
-def write_map(path, expert_of_replica, suffix):
+def write_map(path: str | os.PathLike, expert_of_replica: np.ndarray, suffix: str) -> None:
     """Write layouts [L, S] as EPLB's map: .npy, or .json with its inverses logical_to_physical and logical_count."""
     if suffix == ".npy":
         with open(path, "wb") as file:
@@ -105,5 +113,4 @@ def write_map(path, expert_of_replica, suffix):
         ],
         "logical_count": count,
     }
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items())
-    pathlib.Path(path).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    pathlib.Path(path).write_text(format_json(tree), encoding="utf-8")

@@ -1,16 +1,17 @@
-"""Local search over one layer's layouts: exchanges, moves and replacements of replicas, annealed.
+"""Simulated annealing of one layer's layout: swaps, moves and replacements of replicas.
 
-Simulated annealing (Kirkpatrick, Gelatt and Vecchi 1983, doi:10.1126/science.220.4598.671) of the sum of powers.
-Proposals are counted, so that a search ends alike whenever its count ends it, and not the clock.
+It lowers the sum of powers (Kirkpatrick, Gelatt and Vecchi 1983, doi:10.1126/science.220.4598.671). Proposals are
+counted: a search that its count ends, and not the clock, is reproducible.
 """
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from hpcmoe.placement.search.layer_data import EMPTY, SmoothMax, make_state
+from hpcmoe.placement.search.layer_data import EMPTY, LayerData, LayerState, SmoothMax, UndoLog, make_state
 from hpcmoe.placement.search.moves import compiled, crossing_change, find_busiest, max_seconds, move, rebuild, undo
 from hpcmoe.placement.search.proposals import draw_integer, may_move, propose_move
 
@@ -25,20 +26,20 @@ TIE_FACTOR = 1 + 1e-9  # figures closer than this are ties
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cooling:
-    """One cooling: until which part of the search, between which temperatures, at which exponent 2 ** doublings.
+    """One cooling of a round.
 
-    A temperature is the part by which the smooth maximum may rise in a proposal that is taken with probability 1/e.
+    A temperature is the relative rise of the smooth maximum that a proposal is accepted with at probability 1/e.
     """
 
-    until: float
-    hot: float
-    cold: float
-    doublings: int
+    until: float  # part of the round
+    hot: float  # temperature at its beginning
+    cold: float  # temperature at its end
+    doublings: int  # the exponent is 2 to this
 
 
 # Measured on the families of tests/placement/families.py: a low exponent finds where replicas go, a high one ends it.
 FINISH = Cooling(until=1.0, hot=0.0, cold=0.0, doublings=7)
-FEW = (Cooling(until=0.9, hot=1e-3, cold=1e-4, doublings=6), FINISH)
+FEW: tuple[Cooling, ...] = (Cooling(until=0.9, hot=1e-3, cold=1e-4, doublings=6), FINISH)
 SINGLE = (Cooling(until=0.9, hot=0.05, cold=2e-3, doublings=6), FINISH)
 REPLICATED = (
     Cooling(until=0.1, hot=1e-3, cold=1e-4, doublings=6),
@@ -50,7 +51,7 @@ REPLICATED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What the search of one layer may spend; what ends first ends it."""
+    """The limits of one layer's search, which ends at the first of them."""
 
     seconds: float = math.inf
     proposals: int = 0  # 0: as many as the seconds allow
@@ -58,11 +59,12 @@ class Budget:
 
 
 @compiled
-def anneal(t, s, log, random, smooth_max, temperature, num_proposals):
-    """Make proposals, taking those that lower the sum of powers, and others as the temperature allows."""
+def _anneal(t, s, log, random, smooth_max, temperature):
+    """Make CHUNK proposals; accept those that lower the sum of powers, and others as the temperature allows."""
     total = rebuild(t, s, log, smooth_max)
     exponent, expert_at, busiest = 2.0**smooth_max.doublings, s.expert_at, find_busiest(s.power)
-    for proposal in range(num_proposals):
+    for proposal in range(CHUNK):
+        # Propose a move, most often one that relieves the busiest resource.
         if proposal % PROPOSALS_BETWEEN_LOOKS == PROPOSALS_BETWEEN_LOOKS - 1:
             busiest = find_busiest(s.power)
         a, slot, b, other = propose_move(t, s, random, busiest)
@@ -71,7 +73,7 @@ def anneal(t, s, log, random, smooth_max, temperature, num_proposals):
         if not may_move(t, s, e, a, f, b):
             continue
 
-        # Take it, or take it back.
+        # Accept it, or undo it.
         change, allowed = move(t, s, log, smooth_max, e, a, f, b), 0.0
         if change > 0.0 and temperature > 0.0:
             chance = (draw_integer(random, 1 << 30) + 1) / (1 << 30)
@@ -86,16 +88,19 @@ def anneal(t, s, log, random, smooth_max, temperature, num_proposals):
 
 
 @compiled
-def lower_crossing(t, s, log, random, smooth_max, limit, num_proposals):
-    """Make proposals, taking those that let fewer tokens leave their nodes and no resource be busier than the limit."""
+def _lower_crossing(t, s, log, random, smooth_max, limit, num_proposals):
+    """Make proposals; accept those by which fewer tokens leave their nodes and no resource exceeds the limit."""
     rebuild(t, s, log, smooth_max)
     least = -1e-9 * t.tokens.sum()  # what rounding makes
     for _ in range(num_proposals):
+        # Propose a move by which fewer tokens cross.
         a, slot, b, other = propose_move(t, s, random, draw_integer(random, len(s.busy)))
         e = s.expert_at[a, slot]
         f = other if b == EMPTY else s.expert_at[b, other]
         if not may_move(t, s, e, a, f, b) or crossing_change(t, s, e, a, f, b) >= least:
             continue
+
+        # Accept it, or undo it.
         move(t, s, log, smooth_max, e, a, f, b)
         if max_seconds(t, s, log, True) > limit:
             undo(t, s, log, e, a, f, b)
@@ -107,72 +112,80 @@ def lower_crossing(t, s, log, random, smooth_max, limit, num_proposals):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """What the search of a layer ended with."""
+    """The outcome of one layer's search."""
 
     expert_at: np.ndarray  # [P, s], the best layout
     num_proposals: int
     cut_short: bool  # did the clock end it before its proposals were made?
 
 
-def search_layout(layer_data, expert_at, seed, budget):
-    """Search from a layout [P, s] for one whose busiest resource is less busy -> SearchResult.
+def search_layout(data: LayerData, expert_at: np.ndarray, seed: int | Sequence[int], budget: Budget) -> SearchResult:
+    """Search from a layout [P, s] for one whose busiest resource is less busy.
 
-    A long search goes in rounds, each hotter than the last, by turns from the best layout known and from the first;
-    within a round every cycle starts from the best.
+    A long search goes in rounds, each hotter than the last. Odd rounds start from the first layout, even ones from the
+    best; within a round every cooling starts from the best.
     """
-    state, log = make_state(layer_data, expert_at)
-    random = start_random(seed)
-    rebuild(layer_data, state, log, SmoothMax(1.0, 0))
-    best, least = state.expert_at.copy(), max_seconds(layer_data, state, log, False)
-    begun, made, part, now = time.perf_counter(), 0, 0.0, None
+    random = make_generator(seed)
+    state, log, least = open_layout(data, expert_at)
+    best, begun, made, part, now = state.expert_at.copy(), time.perf_counter(), 0, 0.0, None
     while part < 1 and least > budget.goal * TIE_FACTOR:
-        turn, cycle, cooled = find_cooling(layer_data, part, budget.proposals or made / max(part, 1e-9))
-        if (turn, cycle) != now:
-            is_fresh = turn % 2 == 1 and (now is None or turn != now[0])
-            state.expert_at[:], now = expert_at if is_fresh else best, (turn, cycle)
+        # Start each cooling from the best layout, each odd round from the first.
+        number, cooling, cooled = find_cooling(data, part, budget.proposals or made / max(part, 1e-9))
+        if (number, cooling) != now:
+            is_fresh = number % 2 == 1 and (now is None or number != now[0])
+            state.expert_at[:], now = expert_at if is_fresh else best, (number, cooling)
 
-        # Cool down from the cycle's hot end to its cold end.
-        hot = min(cycle.hot * HOTTER**turn, HOTTEST)
-        temperature = hot * (cycle.cold / hot) ** cooled if hot else 0.0
-        anneal(layer_data, state, log, random, SmoothMax(least, cycle.doublings), temperature, CHUNK)
-        found = max_seconds(layer_data, state, log, False)
+        # Anneal at this temperature, and keep what is better.
+        hot = min(cooling.hot * HOTTER**number, HOTTEST)
+        temperature = hot * (cooling.cold / hot) ** cooled if hot else 0.0
+        _anneal(data, state, log, random, SmoothMax(least, cooling.doublings), temperature)
+        found = max_seconds(data, state, log, False)
         if found * TIE_FACTOR < least:
             best, least = state.expert_at.copy(), found
 
-        # Tell how much is over: by proposals if they are counted, else by the clock, which ends it either way.
+        # Measure progress by proposals if they are counted, else by the clock, which ends the search either way.
         made, spent = made + CHUNK, (time.perf_counter() - begun) / budget.seconds
         part = max(made / budget.proposals, float(spent >= 1)) if budget.proposals else spent
     short = part > 0 and made < budget.proposals and least > budget.goal * TIE_FACTOR
     return SearchResult(expert_at=best, num_proposals=made, cut_short=bool(short))
 
 
-def find_cooling(layer_data, part, proposals):
-    """Find where a search of so many proposals is after a part of it -> (round, Cooling, how much of that is over)."""
-    slots = layer_data.most_of_rank.sum()
+def find_cooling(data: LayerData, part: float, proposals: float) -> tuple[int, Cooling, float]:
+    """Find where a search of so many proposals is after a part of it -> (round, Cooling, part of that Cooling)."""
+    # Divide the proposals into rounds.
+    slots = data.most_of_rank.sum()
     if 0 < proposals < FEW_PROPOSALS * slots:
-        cycles, num_rounds = FEW, 1
+        coolings, num_rounds = FEW, 1
     else:
-        cycles = REPLICATED if layer_data.replicate else SINGLE
-        num_rounds = min(max(int(proposals / (ROUND * slots * len(layer_data.tokens))), 1), MOST_ROUNDS)
-    turn, within = divmod(part * num_rounds, 1)
+        coolings = REPLICATED if data.replicate else SINGLE
+        num_rounds = min(max(int(proposals / (ROUND * slots * len(data.tokens))), 1), MOST_ROUNDS)
+
+    # Find the cooling within the round.
+    number, within = divmod(part * num_rounds, 1)
     begin = 0.0
-    for cycle in cycles:
-        if within < cycle.until:
-            return int(turn), cycle, (within - begin) / (cycle.until - begin)
-        begin = cycle.until
+    for cooling in coolings:
+        if within < cooling.until:
+            return int(number), cooling, (within - begin) / (cooling.until - begin)
+        begin = cooling.until
     raise ValueError(part)
 
 
-def reduce_crossing(layer_data, expert_at, seed, num_proposals):
-    """Lower the tokens that leave their nodes as long as the busiest resource is not busier: [P, s] -> [P, s]."""
-    state, log = make_state(layer_data, expert_at)
-    smooth_max = SmoothMax(1.0, 0)
-    rebuild(layer_data, state, log, smooth_max)
-    limit = max_seconds(layer_data, state, log, False) * TIE_FACTOR
-    lower_crossing(layer_data, state, log, start_random(seed), smooth_max, limit, num_proposals)
+def reduce_crossing(
+    data: LayerData, expert_at: np.ndarray, seed: int | Sequence[int], num_proposals: int
+) -> np.ndarray:
+    """Reduce the tokens that leave their nodes while the busiest resource is not busier: [P, s] -> [P, s]."""
+    state, log, seconds = open_layout(data, expert_at)
+    _lower_crossing(data, state, log, make_generator(seed), SmoothMax(1.0, 0), seconds * TIE_FACTOR, num_proposals)
     return state.expert_at
 
 
-def start_random(seed):
-    """Make the state of a generator, never zero -> [1] uint64."""
+def open_layout(data: LayerData, expert_at: np.ndarray) -> tuple[LayerState, UndoLog, float]:
+    """Build the state of a layout [P, s] -> (LayerState, UndoLog, seconds of its busiest resource)."""
+    state, log = make_state(data, expert_at)
+    rebuild(data, state, log, SmoothMax(1.0, 0))
+    return state, log, max_seconds(data, state, log, False)
+
+
+def make_generator(seed: int | Sequence[int]) -> np.ndarray:
+    """Make the state of a random generator, never zero -> [1] uint64."""
     return np.random.SeedSequence(seed).generate_state(1, np.uint64) | np.uint64(1)

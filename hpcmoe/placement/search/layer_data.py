@@ -1,16 +1,18 @@
-"""What a search of one layer looks up, what it changes, and the log by which it takes changes back."""
+"""The data that a search of one layer looks up, the state that it changes, and the log by which it undoes changes."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpcmoe.placement.cost import list_resources
+from hpcmoe.placement.problem import PlacementProblem
+from hpcmoe.placement.quotas import Limits
+from hpcmoe.placement.resources import RESOURCES, count_resources, list_resources, token_seconds
 
-EMPTY = np.int64(-1)  # an empty slot, or no rank; typed, for numba compiles a function anew for every literal
+EMPTY: Any = np.int64(-1)  # an empty slot, or no rank; not a literal, for which numba would compile anew
 
 
 class LayerData(NamedTuple):
-    """What a layer's search looks up and never changes. Costs are seconds a token; 0 where they do not count."""
+    """What a layer's search looks up and never changes. Costs are seconds a token, 0 where they do not count."""
 
     demand: np.ndarray  # [nodes, E] tokens
     tokens: np.ndarray  # [E], of all nodes
@@ -18,8 +20,12 @@ class LayerData(NamedTuple):
     link_latency: np.ndarray  # [nodes * nodes] seconds of a link in use
     egress_cost: np.ndarray  # [nodes]
     ingress_cost: np.ndarray  # [nodes]
-    uplink_cost: np.ndarray  # [racks]
+    uplink_cost: np.ndarray  # [racks], each way
     rank_cost: float
+    first_egress: int  # the number of the first port out among all resources, and so on
+    first_ingress: int
+    first_uplink: int  # out, followed by uplinks in
+    first_rank: int
     node_of_rank: np.ndarray  # [P]
     rack_of_node: np.ndarray  # [nodes]
     rank_by_node: np.ndarray  # [P], the ranks node after node
@@ -33,10 +39,7 @@ class LayerData(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """Where the replicas are and how busy that makes every resource; changed in place.
-
-    Resources in order: links, ports out, ports in, uplinks out, uplinks in, ranks.
-    """
+    """Where the replicas are and the seconds of every resource, in the order of RESOURCES; changed in place."""
 
     expert_at: np.ndarray  # [P, s], EMPTY where empty
     count_of_rank: np.ndarray  # [P]
@@ -52,12 +55,12 @@ class LayerState(NamedTuple):
 
 
 class UndoLog(NamedTuple):
-    """What one move has touched, as it was before, and room to work in."""
+    """What one move has touched, as it was before, and work space."""
 
     resource: np.ndarray  # [resources]
     busy: np.ndarray  # [resources]
     power: np.ndarray  # [resources]
-    count: np.ndarray  # [2]: resources touched, moves made
+    counts: np.ndarray  # [2]: resources touched, moves made
     at: np.ndarray  # [contributions] the resource of each
     by: np.ndarray  # [contributions] its seconds
     served: np.ndarray  # [P + 1] tokens that each replica serves
@@ -66,27 +69,32 @@ class UndoLog(NamedTuple):
 
 
 class SmoothMax(NamedTuple):
-    """How seconds become powers."""
+    """How seconds become powers, whose sum is a smooth maximum."""
 
     scale: float  # seconds that count as 1
     doublings: int  # the exponent is 2 to this
 
 
-def make_layer_data(problem, layer, limits):
-    """Lay down what a layer's search looks up -> LayerData; limits: (fewest_of_rank, most_of_rank, most_of_node)."""
-    names, size = list_resources(problem.objective), problem.bytes_per_token
-    ports, ranks = "egress" in names, "rank" in names
-    demand = np.ascontiguousarray(problem.demand(layer), np.float64)
+def make_layer_data(problem: PlacementProblem, layer: int, limits: Limits) -> LayerData:
+    """Build what a layer's search looks up."""
+    names, sizes = list_resources(problem.objective), count_resources(problem)
+    cost = {name: np.ascontiguousarray(price * (name in names)) for name, price in token_seconds(problem).items()}
+    first = dict(zip(RESOURCES, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
     fewest_of_rank, most_of_rank, most_of_node = (np.asarray(limit, np.int64) for limit in limits)
+    demand = np.ascontiguousarray(problem.demand(layer), np.float64)
     return LayerData(
         demand=demand,
         tokens=demand.sum(axis=0),
-        link_cost=np.ascontiguousarray(problem.link_cost, np.float64),
+        link_cost=cost["link"],
         link_latency=np.ascontiguousarray(problem.link_latency, np.float64).ravel(),
-        egress_cost=ports * size / np.asarray(problem.egress_bytes_per_second, np.float64),
-        ingress_cost=ports * size / np.asarray(problem.ingress_bytes_per_second, np.float64),
-        uplink_cost=ports * size / np.asarray(problem.uplink_bytes_per_second, np.float64),
-        rank_cost=float(problem.seconds_per_token) * ranks,
+        egress_cost=cost["egress"],
+        ingress_cost=cost["ingress"],
+        uplink_cost=cost["uplink_out"],
+        rank_cost=float(problem.seconds_per_token) * ("rank" in names),
+        first_egress=first["egress"],
+        first_ingress=first["ingress"],
+        first_uplink=first["uplink_out"],
+        first_rank=first["rank"],
         node_of_rank=np.ascontiguousarray(problem.node_of_rank, np.int64),
         rack_of_node=np.ascontiguousarray(problem.rack_of_node, np.int64),
         rank_by_node=np.argsort(problem.node_of_rank, kind="stable"),
@@ -100,11 +108,10 @@ def make_layer_data(problem, layer, limits):
     )
 
 
-def make_state(layer_data, expert_at):
-    """Make room for a layout with experts at [P, s] and its log -> (LayerState, UndoLog); rebuild fills the rest."""
-    (num_nodes, num_experts), num_ranks = layer_data.demand.shape, len(layer_data.node_of_rank)
-    num_racks = len(layer_data.uplink_cost)
-    num_resources = num_nodes * (num_nodes + 2) + 2 * num_racks + num_ranks
+def make_state(data: LayerData, expert_at: np.ndarray) -> tuple[LayerState, UndoLog]:
+    """Allocate the state and the log of a layout with experts at [P, s]; moves.rebuild fills them."""
+    (num_nodes, num_experts), num_ranks = data.demand.shape, len(data.node_of_rank)
+    num_racks, num_resources = len(data.uplink_cost), data.first_rank + num_ranks
     most_contributions = num_nodes * (num_ranks + 2) + 2 * (num_ranks + num_racks + 1)
     state = LayerState(
         expert_at=np.array(expert_at, np.int64),
@@ -123,7 +130,7 @@ def make_state(layer_data, expert_at):
         resource=np.zeros(num_resources, np.int64),
         busy=np.zeros(num_resources),
         power=np.zeros(num_resources),
-        count=np.zeros(2, np.int64),
+        counts=np.zeros(2, np.int64),
         at=np.zeros(most_contributions, np.int64),
         by=np.zeros(most_contributions),
         served=np.zeros(num_ranks + 1),

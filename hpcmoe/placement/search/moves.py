@@ -1,30 +1,32 @@
-"""One layer's replicas and how busy they make every resource, changed move by move; compiled by numba.
+"""One layer's replicas and the seconds of every resource, changed move by move; compiled by numba.
 
-Every resource that can be busy, be it a link, a port, an uplink or a rank, is one number in one vector. A search
-lowers the sum of these numbers to a high power: a smooth stand-in for their maximum that sees all that are nearly as
-busy. A move takes one or two experts' tokens off the vector, relocates their replicas, and puts the tokens back; what
-it touched is logged, so that undoing it restores every number bit for bit.
+Every resource, link, port, uplink or rank, is one number in one vector. A search lowers the sum of these numbers to a
+high power: a smooth maximum that sees all that are nearly as busy. A move takes one or two experts' tokens off the
+vector, relocates their replicas, and puts the tokens back. What it touched is logged, so that undoing it restores every
+number bit for bit. Tests hold the vector against the definition in placement/resources.py.
 
 Arrays that an inner loop needs are named before it: numba counts references at each look into a tuple.
 """
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 
-from hpcmoe.placement.search.layer_data import EMPTY
+from hpcmoe.placement.search.layer_data import EMPTY, LayerData, LayerState, SmoothMax, UndoLog
 
 NO_TRAFFIC = 1e-15  # seconds: what rounding leaves on a link that no token uses
-MOST = 50.0  # times the scale: far above any that will be kept, and finite to the 128th power
+_MOST_POWERED = 50.0  # times the scale: far above any that will be kept, and finite to the 128th power
 inlined = numba.njit(error_model="numpy", nogil=True, inline="always")  # where a call would cost more than its work
 
 
-def compiled(function):
-    """Have numba compile a function at its first call, and keep it beside the source or in the user's cache folder.
+def compiled(function: Callable) -> Callable:
+    """Return a function that numba compiles at its first call and caches beside the source or in the user's folder.
 
-    With NUMBA_DISABLE_JIT=1 it runs as it stands, as right and a hundred times slower; NumPy's warnings, which machine
-    code does not have, are then kept quiet.
+    With NUMBA_DISABLE_JIT=1 it runs as it stands, with the same results, a hundred times slower. NumPy's warnings,
+    which machine code does not have, are then silenced.
     """
-    if numba.config.DISABLE_JIT:
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # set at import
         return np.errstate(all="ignore")(function)
     try:
         return numba.njit(error_model="numpy", nogil=True, cache=True)(function)
@@ -33,8 +35,9 @@ def compiled(function):
 
 
 @compiled
-def rebuild(t, s, log, smooth_max):
-    """Make everything that follows from expert_at anew, free of rounding's traces -> sum of the powers."""
+def rebuild(t: LayerData, s: LayerState, log: UndoLog, smooth_max: SmoothMax) -> float:
+    """Compute everything that follows from expert_at anew, without accumulated rounding -> sum of the powers."""
+    # Clear the counts, the seconds and the log.
     for counts in (s.count_of_rank, s.count_of_node, s.num_replicas, s.num_moved):
         counts[:] = 0
     s.replicas[:] = 0
@@ -42,46 +45,48 @@ def rebuild(t, s, log, smooth_max):
     s.busy[:] = 0.0
     s.power[:] = 0.0
     s.stamp[:] = -1
-    log.count[:] = 0
+    log.counts[:] = 0
+
+    # Add every replica, then every expert's traffic.
     for rank in range(s.expert_at.shape[0]):
         for slot in range(s.expert_at.shape[1]):
             if s.expert_at[rank, slot] != EMPTY:
                 relocate(t, s, s.expert_at[rank, slot], EMPTY, rank)
     for expert in range(t.demand.shape[1]):
-        load(t, s, log, expert, 1.0)
-    return settle(t, s, log, smooth_max)
+        add_traffic(t, s, log, expert, 1.0)
+    return update_powers(t, s, log, smooth_max)
 
 
 @compiled
-def move(t, s, log, smooth_max, e, a, f, b):
-    """Bring expert f from rank b to a, and e from a to b -> change of the sum of powers.
+def move(t: LayerData, s: LayerState, log: UndoLog, smooth_max: SmoothMax, e: int, a: int, f: int, b: int) -> float:
+    """Move expert f from rank b to a, and e from a to b -> change of the sum of powers.
 
     e, f or b may be EMPTY: a free slot, or a replica that comes from nowhere or goes there.
     """
-    log.count[0] = 0
-    log.count[1] += 1
+    log.counts[0] = 0
+    log.counts[1] += 1
     for step in range(4):  # one call of load in the source is one expansion of it in the machine code
         if step == 2:
             swap(t, s, e, a, f, b)
         expert = e if step % 2 == 0 else f
         if expert != EMPTY:
-            load(t, s, log, expert, -1.0 if step < 2 else 1.0)
-    return settle(t, s, log, smooth_max)
+            add_traffic(t, s, log, expert, -1.0 if step < 2 else 1.0)
+    return update_powers(t, s, log, smooth_max)
 
 
 @compiled
-def undo(t, s, log, e, a, f, b):
-    """Take back the move just made."""
+def undo(t: LayerData, s: LayerState, log: UndoLog, e: int, a: int, f: int, b: int) -> None:
+    """Undo the move just made."""
     swap(t, s, f, a, e, b)
     busy, power, resource, busy_before, power_before = s.busy, s.power, log.resource, log.busy, log.power
-    for n in range(log.count[0]):
+    for n in range(log.counts[0]):
         k = resource[n]
         busy[k] = busy_before[n]
         power[k] = power_before[n]
 
 
 @inlined
-def swap(t, s, e, a, f, b):
+def swap(t: LayerData, s: LayerState, e: int, a: int, f: int, b: int) -> None:
     """Relocate expert e, if any, from rank a to b, and f from b to a."""
     if e != EMPTY:
         relocate(t, s, e, a, b)
@@ -90,18 +95,18 @@ def swap(t, s, e, a, f, b):
 
 
 @inlined
-def relocate(t, s, expert, source, target):
-    """Count a replica as being on target instead of source; from EMPTY it is new, to EMPTY it goes."""
+def relocate(t: LayerData, s: LayerState, expert: int, source: int, target: int) -> None:
+    """Move a replica from rank source to target; from EMPTY it is new, to EMPTY it goes."""
     ranks_of_expert, num_replicas = s.ranks_of_expert, s.num_replicas
     place = num_replicas[expert]
     if source != EMPTY:
         place = 0
         while ranks_of_expert[expert, place] != source:
             place += 1
-        count(t, s, expert, source, -1)
+        count_replica(t, s, expert, source, -1)
     if target != EMPTY:
         ranks_of_expert[expert, place] = target
-        count(t, s, expert, target, 1)
+        count_replica(t, s, expert, target, 1)
     if source == EMPTY:
         num_replicas[expert] += 1
     if target == EMPTY:
@@ -110,8 +115,8 @@ def relocate(t, s, expert, source, target):
 
 
 @inlined
-def count(t, s, expert, rank, more):
-    """Count one replica more or less on a rank, its node and its rack."""
+def count_replica(t: LayerData, s: LayerState, expert: int, rank: int, more: int) -> None:
+    """Add one replica, or -1, to the counts of a rank, its node and its rack."""
     node = t.node_of_rank[rank]
     s.replicas[node, expert] += more
     s.replicas_in_rack[t.rack_of_node[node], expert] += more
@@ -122,8 +127,8 @@ def count(t, s, expert, rank, more):
 
 
 @inlined
-def holds(s, rank, expert):
-    """Tell whether a rank holds an expert."""
+def holds(s: LayerState, rank: int, expert: int) -> bool:
+    """Return True if a rank holds an expert."""
     held = False
     for slot in range(s.expert_at.shape[1]):
         held |= s.expert_at[rank, slot] == expert
@@ -131,17 +136,17 @@ def holds(s, rank, expert):
 
 
 @inlined
-def load(t, s, log, expert, sign):
-    """Put an expert's tokens on the way to its replicas (sign 1), or take them off (-1): nearest tier, evenly."""
+def add_traffic(t: LayerData, s: LayerState, log: UndoLog, expert: int, sign: float) -> None:
+    """Add an expert's tokens to all resources on the way to its replicas (sign 1), or subtract them (-1)."""
     if s.num_replicas[expert] == 0:
         return
-    n = load_links(t, s, log, expert, sign)
-    n = load_ends(t, s, log, expert, n)
+    n = list_sent(t, s, log, expert, sign)
+    n = list_received(t, s, log, expert, n)
 
-    # Add it all up, logging what each resource was before this move.
+    # Add all contributions, logging what each resource was before this move.
     at, by, busy, power, stamp = log.at, log.by, s.busy, s.power, s.stamp
     resource, busy_before, power_before = log.resource, log.busy, log.power
-    touched, now = log.count[0], log.count[1]
+    touched, now = log.counts[0], log.counts[1]
     for m in range(n):
         k = at[m]
         if stamp[k] != now:
@@ -151,12 +156,12 @@ def load(t, s, log, expert, sign):
             power_before[touched] = power[k]
             touched += 1
         busy[k] += by[m]
-    log.count[0] = touched
+    log.counts[0] = touched
 
 
 @inlined
-def load_links(t, s, log, expert, sign):
-    """List what an expert's tokens bring to links and ports out -> number of contributions."""
+def list_sent(t: LayerData, s: LayerState, log: UndoLog, expert: int, sign: float) -> int:
+    """List an expert's contributions to links and sending ports, by nearest tier, evenly -> their number."""
     demand, link_cost, egress_cost = t.demand, t.link_cost, t.egress_cost
     node_of_rank, rack_of_node = t.node_of_rank, t.rack_of_node
     replicas, replicas_in_rack, ranks_of_expert = s.replicas, s.replicas_in_rack, s.ranks_of_expert
@@ -189,52 +194,52 @@ def load_links(t, s, log, expert, sign):
                     crossed[0, rack] += share
                     crossed[1, rack_of_node[j]] += share
         if here == 0 and egress_cost[i] > 0.0:
-            at[n] = num_nodes * num_nodes + i
+            at[n] = t.first_egress + i
             by[n] = tokens * egress_cost[i]
             n += 1
     return n
 
 
 @inlined
-def load_ends(t, s, log, expert, n):
-    """List, after n contributions, what they sum up to on ports in, uplinks and ranks -> their number."""
+def list_received(t: LayerData, s: LayerState, log: UndoLog, expert: int, n: int) -> int:
+    """List, after n contributions, those to receiving ports, uplinks and ranks -> their number."""
     ingress_cost, uplink_cost, rank_cost, node_of_rank = t.ingress_cost, t.uplink_cost, t.rank_cost, t.node_of_rank
     at, by, served, entered, crossed = log.at, log.by, log.served, log.entered, log.crossed
     ranks_of_expert = s.ranks_of_expert
-    num_nodes, num_racks = len(ingress_cost), len(uplink_cost)
-    first_in = num_nodes * (num_nodes + 1)
-    first_uplink = first_in + num_nodes
-    first_rank = first_uplink + 2 * num_racks
+    num_racks = len(uplink_cost)
     for c in range(s.num_replicas[expert]):
         rank = ranks_of_expert[expert, c]
         if entered[c] != 0.0 and ingress_cost[node_of_rank[rank]] > 0.0:
-            at[n] = first_in + node_of_rank[rank]
+            at[n] = t.first_ingress + node_of_rank[rank]
             by[n] = entered[c] * ingress_cost[node_of_rank[rank]]
             n += 1
         if rank_cost > 0.0:
-            at[n] = first_rank + rank
+            at[n] = t.first_rank + rank
             by[n] = served[c] * rank_cost
             n += 1
     for way in range(2):
         for rack in range(num_racks):
             if crossed[way, rack] != 0.0 and uplink_cost[rack] > 0.0:
-                at[n] = first_uplink + way * num_racks + rack
+                at[n] = t.first_uplink + way * num_racks + rack
                 by[n] = crossed[way, rack] * uplink_cost[rack]
                 n += 1
     return n
 
 
 @inlined
-def settle(t, s, log, smooth_max):
-    """Bring the powers of what the move touched up to date -> change of their sum."""
+def add_latency(busy: np.ndarray, latency: np.ndarray, k: int) -> float:
+    """Return the seconds of resource k, with its latency where it is a link in use."""
+    return busy[k] + latency[k] if k < len(latency) and busy[k] > NO_TRAFFIC else busy[k]
+
+
+@inlined
+def update_powers(t: LayerData, s: LayerState, log: UndoLog, smooth_max: SmoothMax) -> float:
+    """Update the powers of what the move touched -> change of their sum."""
     busy, power, resource, before, latency = s.busy, s.power, log.resource, log.power, t.link_latency
     change = 0.0
-    for n in range(log.count[0]):
+    for n in range(log.counts[0]):
         k = resource[n]
-        seconds = busy[k]
-        if k < len(latency) and seconds > NO_TRAFFIC:
-            seconds += latency[k]
-        x = min(max(seconds / smooth_max.scale, 0.0), MOST)
+        x = min(max(add_latency(busy, latency, k) / smooth_max.scale, 0.0), _MOST_POWERED)
         for _ in range(smooth_max.doublings):
             x *= x
         power[k] = x
@@ -243,22 +248,19 @@ def settle(t, s, log, smooth_max):
 
 
 @compiled
-def max_seconds(t, s, log, touched):
-    """Find how long the busiest resource is busy: of all, or of those that the last move touched."""
+def max_seconds(t: LayerData, s: LayerState, log: UndoLog, touched: bool) -> float:
+    """Compute the seconds of the busiest resource: of all, or of those that the last move touched."""
     busy, latency, resource = s.busy, t.link_latency, log.resource
     most = 0.0
-    for n in range(log.count[0] if touched else len(busy)):
+    for n in range(log.counts[0] if touched else len(busy)):
         k = resource[n] if touched else n
-        seconds = busy[k]
-        if k < len(latency) and seconds > NO_TRAFFIC:
-            seconds += latency[k]
-        most = max(most, seconds)
+        most = max(most, add_latency(busy, latency, k))
     return most
 
 
 @inlined
-def find_busiest(power):
-    """Find the resource of the highest power -> its number."""
+def find_busiest(power: np.ndarray) -> int:
+    """Find the number of the resource of the highest power."""
     best, most = 0, -1.0
     for k in range(len(power)):
         if power[k] > most:
@@ -267,8 +269,8 @@ def find_busiest(power):
 
 
 @inlined
-def crossing_change(t, s, e, a, f, b):
-    """Find how many more tokens leave their nodes after a move: a node with a replica serves its own."""
+def crossing_change(t: LayerData, s: LayerState, e: int, a: int, f: int, b: int) -> float:
+    """Compute how many more tokens leave their nodes after a move: a node with a replica serves its own."""
     change, here = 0.0, t.node_of_rank[a]
     there = t.node_of_rank[b] if b != EMPTY else EMPTY
     if here == there:

@@ -73,17 +73,16 @@ def draw_slot(t, s, random, rank):
 def find_ends(t, random, k):
     """Name what resource k joins -> (sending node, receiving node, rank), EMPTY where it has none."""
     num_nodes, num_racks = len(t.rack_of_node), len(t.uplink_cost)
-    first_port, first_uplink = num_nodes * num_nodes, num_nodes * (num_nodes + 2)
-    if k < first_port:
+    if k < t.first_egress:
         return k // num_nodes, k % num_nodes, EMPTY
-    if k >= first_uplink + 2 * num_racks:
-        return EMPTY, EMPTY, k - first_uplink - 2 * num_racks
-    if k < first_uplink:
-        node, outwards = (k - first_port) % num_nodes, k < first_port + num_nodes
+    if k >= t.first_rank:
+        return EMPTY, EMPTY, k - t.first_rank
+    if k < t.first_uplink:
+        node, outwards = (k - t.first_egress) % num_nodes, k < t.first_ingress
     else:
-        node, outwards = draw_integer(random, num_nodes), k < first_uplink + num_racks
+        node, outwards = draw_integer(random, num_nodes), k < t.first_uplink + num_racks
         for _ in range(num_nodes):  # a rack may be without nodes
-            if t.rack_of_node[node] == (k - first_uplink) % num_racks:
+            if t.rack_of_node[node] == (k - t.first_uplink) % num_racks:
                 break
             node = (node + 1) % num_nodes
     return (node, EMPTY, EMPTY) if outwards else (EMPTY, node, EMPTY)

@@ -70,7 +70,7 @@ def tiny_layers(draw):
     return problem, room
 
 
-@pytest.mark.parametrize("most_entries", [0, 80, choices._MOST_ENTRIES])  # counting alone; splits at will; all ways
+@pytest.mark.parametrize("most_entries", [0, 80, choices._MOST_ENTRIES])  # counting alone; free splits; all ways
 @settings(max_examples=15)
 @given(tiny_layers(), st.floats(1, 2))
 def test_no_layout_costs_less(most_entries, tiny, worse):
@@ -149,7 +149,7 @@ def test_a_layer_gets_no_replicas_that_leave_others_without_an_expert():
     assert bound_layer(problem, 0, room, 0.2) > bound_layer(alone, 0, room, 0.2) * 1.1
 
 
-def test_splits_at_will_are_no_worse_than_two_replicas_on_the_faster_node(monkeypatch):
+def test_free_splits_are_no_worse_than_two_replicas_on_the_faster_node(monkeypatch):
     bandwidth = np.full((3, 3), 1e8)
     bandwidth[:, 2] = 2e8
     tokens, room = np.array([900, 0, 0, 0]), np.array([0, 1, 2])  # the sender has no room
@@ -157,7 +157,7 @@ def test_splits_at_will_are_no_worse_than_two_replicas_on_the_faster_node(monkey
     optimum, slots = try_all(problem, 0, room)
     assert slots.tolist() == [-1, 0, 0, 0]
     monkeypatch.setattr(choices, "_MOST_ENTRIES", 30)
-    assert len(make_choices(problem, room, 2).sets_at_will) == 1
+    assert len(make_choices(problem, room, 2).free_sets) == 1
     assert bound_layer(problem, 0, room, 0.2) == pytest.approx(optimum, rel=1e-5)
 
 

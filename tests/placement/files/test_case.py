@@ -80,7 +80,7 @@ def test_probabilities_are_brought_to_sum_to_one(tmp_path):
 def test_what_is_ignored_or_assumed_is_noted(tmp_path):
     _, notes = read(tmp_path, make_case(seconds_per_token=None) | {UNUSED: 1, "name": None})
     assert notes == [
-        f'unknown keys ignored: "{UNUSED}", "name"',
+        f"unknown keys ignored: '{UNUSED}', 'name'",
         "seconds_per_token is not given and taken as 0: computing costs nothing",
     ]
     assert read(tmp_path, make_case(seconds_per_token=None), objective="ports")[1] == []
@@ -116,7 +116,7 @@ BROKEN = {
     "B[0][1] = inf: must be finite": put(CASE, "B", 0, 1, value=INF),
     "B[1] has 3 entries, nodes = 4": put(CASE, "B", 1, value=[1e9] * 3),
     "B has 0 entries, nodes = 4": make_case(B=[]),
-    'B[1][2] = "fast": must be a valid number': put(CASE, "B", 1, 2, value="fast"),
+    "B[1][2] = 'fast': must be a valid number": put(CASE, "B", 1, 2, value="fast"),
     "B[1][2] = true: must be a valid number": put(CASE, "B", 1, 2, value=True),
     "B[0] = 1000000000.0: must be a valid list (and 3 more)": make_case(B=[1e9] * 4),
     "B: at worst inf s": put(CASE, "B", 1, 2, value=1e-320),
@@ -126,7 +126,7 @@ BROKEN = {
     "nic_in[3] = 0: must be > 0": put(CASE, "nic_in", 3, value=0),
     "uplink[1] = -2: must be > 0": put(CASE, "uplink", 1, value=-2),
     "uplink has 2 entries, but rack is not given": make_case(rack=None),
-    'uplink has 2 entries, rack names 3 racks: ["a", "b", "c"]': make_case(rack=["a", "b", "c", "a"]),
+    "uplink has 2 entries, rack names 3 racks: ['a', 'b', 'c']": make_case(rack=["a", "b", "c", "a"]),
     "rack[0] = 1.5: must be": make_case(rack=[1.5, 0, 0, 0]),
     "sum of P[1] = 1.5: must be 1, to within 1e-06": put(CASE, "P", 1, value=[1.5, *[0] * 7]),
     "P[1][2] = -0.5: must be finite and >= 0": put(CASE, "P", 1, 2, value=-0.5),
@@ -156,14 +156,12 @@ BROKEN = {
     "expert_bytes = 0: must be greater than or equal to 1": make_case(expert_bytes=0),
     "bytes_per_token = 0: must be finite and > 0": make_case(bytes_per_token=0),
     "seconds_per_token = -1: must be finite and >= 0": make_case(seconds_per_token=-1),
-    "E = 9 experts > G 8 x slots_per_gpu 1 = 8 slots": make_case(experts=9),
-    "M sums to 800000000 bytes < E 8 x layers 3 = 24 experts x expert_bytes 35000000 = 840000000 bytes": make_case(
-        M=[2e8] * 4
-    ),
-    "M and slots hold 18 < E 8 x layers 3 = 24 experts: M[1] = 0 // 35000000 = 0, slots 6: 0; ": make_case(
-        M=[1e12, 0, 1e12, 1e12]
-    ),
-    "M sums to 136000000 bytes < ": make_case(M=[34e6] * 4),
+    "9 experts do not fit into 8 ranks x 1 slots = 8; E, G, slots_per_gpu": make_case(experts=9),
+    "8 experts x 3 layers x 35 MB = 840 MB do not fit: node n0 with 200 MB and 6 slots holds 5 of 24, all 4 nodes 20; E,":
+        make_case(M=[2e8] * 4),
+    "8 experts x 3 layers x 35 MB = 840 MB do not fit: node n1 with 0 B and 6 slots holds 0 of 24, all 4 nodes 18; E, l":
+        make_case(M=[1e12, 0, 1e12, 1e12]),
+    "8 experts x 3 layers x 35 MB = 840 MB do not fit: node n0 with 34 MB and 6 slots holds 0": make_case(M=[34e6] * 4),
 }  # fmt: skip
 
 

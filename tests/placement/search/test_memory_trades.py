@@ -90,7 +90,7 @@ def test_the_table_of_shifts_has_the_best_move_of_a_replica_between_any_two_node
     assert shifts.cost == pytest.approx(layer_seconds(problem, 0, expert_at.ravel()), rel=1e-9)
     np.testing.assert_allclose(shifts.change + shifts.cost, best, rtol=1e-9, atol=1e-12)
     for source, target in np.argwhere(np.isfinite(best)).tolist():
-        moved = apply_move(expert_at, shifts.how[source, target])
+        moved = apply_move(expert_at, shifts.best_move[source, target])
         assert layer_seconds(problem, 0, moved.ravel()) == pytest.approx(best[source, target], rel=1e-9, abs=1e-12)
 
 

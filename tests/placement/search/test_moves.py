@@ -9,18 +9,17 @@ from placement.problems import assert_layer_is_placed, has_place, layer_data_of,
 from hpcmoe.placement.cost import (
     count_replicas,
     layer_seconds,
-    list_resources,
     make_nearest_shares,
     resource_seconds,
     tokens_on_links,
 )
+from hpcmoe.placement.resources import RESOURCES, list_resources
 from hpcmoe.placement.search.layer_data import EMPTY, SmoothMax, make_state
 from hpcmoe.placement.search.moves import NO_TRAFFIC, crossing_change, max_seconds, move, rebuild, undo
 from hpcmoe.placement.search.proposals import may_move
 from hpcmoe.placement.search.seeds import PinnedCounts, make_packed
 
 SMOOTH_MAX = SmoothMax(1e-3, 2)
-RESOURCES = ("link", "egress", "ingress", "uplink_out", "uplink_in", "rank")  # in the order of Layout.busy
 
 
 def open_state(problem, seed):
