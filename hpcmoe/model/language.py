@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hpcmoe.cluster.mesh import Mesh
+from hpcmoe.comm.device import Device
 from hpcmoe.config import ModelConfig, NetworkSpec
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
@@ -19,7 +20,7 @@ from hpcmoe.dispatch.router import Router
 from hpcmoe.experts.feed_forward import Expert, GroupedExperts, LocalExperts, make_expert_weights
 from hpcmoe.experts.layer import LayerContext, MoELayer
 from hpcmoe.gemm import multiply
-from hpcmoe.model.routing_stats import Device, RoutingSums
+from hpcmoe.model.routing_stats import RoutingSums
 from hpcmoe.model.text import VOCABULARY_SIZE
 
 Draw = Callable[[int, int], torch.Tensor]  # random weights of so many rows and columns
@@ -28,9 +29,17 @@ Draw = Callable[[int, int], torch.Tensor]  # random weights of so many rows and 
 class ExpertSlots(Protocol):
     """Where experts live, as a network needs to know it: what placement/result.py's Placement tells."""
 
-    node_of_rank: np.ndarray  # [P]
-    rank_of_replica: np.ndarray  # [S]
-    expert_of_replica: np.ndarray  # [L, S]
+    @property
+    def node_of_rank(self) -> np.ndarray:
+        """Return each rank's node [P]."""
+
+    @property
+    def rank_of_replica(self) -> np.ndarray:
+        """Return each slot's rank [S]."""
+
+    @property
+    def expert_of_replica(self) -> np.ndarray:
+        """Return each slot's expert [L, S]."""
 
     @property
     def slots_per_rank(self) -> int:

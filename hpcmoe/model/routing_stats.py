@@ -7,14 +7,11 @@ import numpy as np
 import torch
 
 from hpcmoe.cluster.mesh import Mesh
-from hpcmoe.comm.cuda import CudaDevice
-from hpcmoe.comm.device import HostDevice
+from hpcmoe.comm.device import Device
 from hpcmoe.comm.mpi import start_all_reduce
 from hpcmoe.config import NetworkSpec
 from hpcmoe.dispatch.router import Routing, load_balancing_grad, load_balancing_loss
 from hpcmoe.wait import wait_all
-
-Device = HostDevice | CudaDevice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
