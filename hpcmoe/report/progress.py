@@ -10,6 +10,7 @@ import psutil
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from hpcmoe.clock import Timer
 from hpcmoe.report.meter import StepMetrics
 
 log = logging.getLogger(__name__)
