@@ -76,7 +76,7 @@ def test_ranks_that_serve_others_expect_their_rows_too(changes, expert_rows):
     ("pipeline", "num_in_flight"),
     [({"schedule": "serial"}, 1), ({"in_flight": 2}, 2), ({"in_flight": 9}, 3), ({"schedule": "arrival"}, 2)],
 )
-def test_each_micro_batch_in_flight_has_a_berth(pipeline, num_in_flight):
+def test_each_micro_batch_in_flight_has_buffers(pipeline, num_in_flight):
     changes = {f"pipeline__{key}": value for key, value in pipeline.items()}
     assert make_sizes_of_run(make_config(**changes), 2).num_in_flight == num_in_flight
 
