@@ -93,10 +93,13 @@ def find_ucx_obstacle(mpi_name: str, netmod: str) -> str:
 
     netmod: the network module that an MPICH takes by itself.
     """
+    # UCX must know CUDA.
     for key in ("UCX_TLS", "MPI_UCX_TLS"):
         transports = read_setting(key)
         if transports and not knows_cuda(transports):
             return f"{key}={transports} leaves out cuda_copy"
+
+    # MPI must leave it all messages.
     match mpi_name:
         case "Open MPI":
             key, value = "OMPI_MCA_pml", "ucx"

@@ -35,9 +35,12 @@ def main(host: str, size: str, *ranks: str) -> None:
             report_death(host, size, rank, pid, read_end(first, pid))
         os._exit(0)
 
+    # Be stopped or asked by signals.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGUSR1, lambda *_: report_first(_DYING_SECONDS))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's business
+
+    # Wait for the ranks' ends.
     for rank, pid in (word.split(":") for word in ranks):
         try:
             file = os.pidfd_open(int(pid))

@@ -108,10 +108,13 @@ def make_rank_info(leader: int) -> RankInfo:
 
 def make_cluster_layout(infos: Sequence[RankInfo], cluster: ClusterConfig) -> ClusterLayout:
     """Group the ranks by node, and the nodes by rack. Raises ClusterError for racks that do not fit."""
+    # Number nodes by their lowest rank.
     node_of_rank = np.unique([info.leader for info in infos], return_inverse=True)[1].astype(np.int64)
     infos_of_node: list[list[RankInfo]] = [[] for _ in range(max(node_of_rank) + 1)]
     for node, info in zip(node_of_rank, infos, strict=True):
         infos_of_node[node].append(info)
+
+    # Name nodes and racks, and number racks by their first node.
     names = distinct([group[0].name for group in infos_of_node])
     racks, source = find_racks(infos_of_node, names, cluster.racks)
     rack_names = tuple(dict.fromkeys(racks))
@@ -127,6 +130,7 @@ def make_cluster_layout(infos: Sequence[RankInfo], cluster: ClusterConfig) -> Cl
 
 def make_topology(layout: ClusterLayout, cluster: ClusterConfig, measured: ClusterLinks | None) -> Topology:
     """Join the layout, the config and the measured links, if any. Raises ClusterError where they do not fit."""
+    # Take the links, and each node's memory and devices.
     if cluster.links == "measure" and measured is not None:
         links, source = measured, dict.fromkeys(("links", "ports", "uplinks"), "measured")
     else:

@@ -144,6 +144,8 @@ def ask_slurm(infos_of_node: list[list[RankInfo]], names: Sequence[str]) -> tupl
     """Query Slurm's controller, within a job, for the nodes' racks -> (rack by name, what is wrong)."""
     if not read_setting("SLURM_JOB_ID"):
         return {}, []
+
+    # Read the switches, and match their hosts to the nodes.
     try:
         lines = show_topology()
         rack_of_host, errors = read_switches(lines)
@@ -152,6 +154,8 @@ def ask_slurm(infos_of_node: list[list[RankInfo]], names: Sequence[str]) -> tupl
     found, ambiguous = match_names((group[0].name for group in infos_of_node), rack_of_host)
     if ambiguous:
         errors.append(format_ambiguous(ambiguous))
+
+    # Name the nodes that no switch is over.
     own = {name: group[0].name for name, group in zip(names, infos_of_node, strict=True)}
     racks = {name: rack_of_host[found[host]] for name, host in own.items() if host in found}
     absent = [name for name, host in own.items() if host not in found | ambiguous]
@@ -162,6 +166,7 @@ def ask_slurm(infos_of_node: list[list[RankInfo]], names: Sequence[str]) -> tupl
 
 def show_topology() -> list[str]:
     """Read the lines of `scontrol show topology`; ClusterError where it does not answer."""
+    # Run scontrol, for lines that are not cut.
     command = ["scontrol", "show", "topology"]
     environ = environment_without(_SHORTENS)
     try:
@@ -173,6 +178,8 @@ def show_topology() -> list[str]:
         raise ClusterError(f"{' '.join(command)} has not answered in {SCONTROL_SECONDS} s") from None
     except OSError as error:
         raise ClusterError(f"{' '.join(command)} cannot be run: {error.strerror}") from None
+
+    # Raise the last line of its errors.
     if ended.returncode != 0:
         last_line = (ended.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise ClusterError(f"{' '.join(command)} ends with status {ended.returncode}: {last_line}")
@@ -187,12 +194,15 @@ def read_switches(lines: list[str]) -> tuple[dict[str, str], list[str]]:
     rack_of_host: dict[str, str] = {}
     errors = []
     for line in lines:
+        # Skip what is above the lowest switches.
         fields = dict(word.partition("=")[::2] for word in line.split())
         name = next((fields[unit] for unit in _UNITS if fields.get(unit)), "")
         is_lowest = fields["Level"] == "0" if fields.get("Level") else "Switches" not in fields
         nodes = fields.get("Nodes", "")
         if not name or not is_lowest or nodes in _NO_NODES:
             continue
+
+        # The first switch over a host counts.
         hosts, unread = expand_hosts(nodes)
         for host in hosts:
             rack_of_host.setdefault(host, name)

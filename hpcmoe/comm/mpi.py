@@ -112,6 +112,8 @@ def open_progress_thread(transport: MpiTransport, begin: Callable[[], None]) -> 
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         yield
         return
+
+    # Start the thread, and raise what its first call raises.
     over, begun = threading.Event(), concurrent.futures.Future[None]()
 
     def work() -> None:
@@ -126,6 +128,8 @@ def open_progress_thread(transport: MpiTransport, begin: Callable[[], None]) -> 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     begun.result()
+
+    # End it with the block.
     try:
         yield
     finally:

@@ -98,7 +98,7 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
         self.choosers = weakref.WeakKeyDictionary[SlotChooser, DeviceChooser]()
 
     def poke(self) -> bool:
-        """Let messages and tasks progress without waiting, and return True if anything moved."""
+        """Advance messages and tasks without waiting, and return True if anything moved."""
         return self.poke_messages()
 
     @property
@@ -110,7 +110,8 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
     @property
     def is_idle(self) -> bool:
         """Return True if this rank has nothing left to do for others."""
-        return not self.background_tasks and all(buffers.is_over() for buffers in self.in_flight_buffers)
+        requests = [request for buffers in self.in_flight_buffers for request in (buffers.outward, buffers.homeward)]
+        return not self.background_tasks and all(request is None or request.done for request in requests)
 
     def plan(self, routing: Routing, chooser: SlotChooser) -> DevicePlan:
         """Choose a replica for each assignment of a Routing, and return the plan of its exchanges, on the device."""
@@ -153,7 +154,7 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
         return DeviceHandle(exchange=exchange, plan=plan, buffers=buffers, outward=buffers.outward)
 
     def reserve(self, buffers: DeviceInFlightBuffers, num_rows: int) -> None:
-        """Grow the buffer for others' rows where these are too many; the host then waits for the device."""
+        """Allocate more rows for others where these are too many; the host then waits for the device."""
         if num_rows > len(buffers.away):
             self.settle()
             del buffers.away  # so that its memory can be had again
