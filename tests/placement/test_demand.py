@@ -47,7 +47,7 @@ def test_a_file_gives_a_row_for_all_layers_or_one_each(tmp_path):
         (((0.5, 0.5),), "row [0] has 2 entries, [model] num_experts = 3"),
         (((0.5, 0.25, 0.25), (0.5, 0.3, 0.25)), "row [1] sums to 1.05, must sum to 1"),
         ((("a", 0, 0),), "entry [0][0] = 'a', must be a number"),
-        (((True, 0, 0),), "entry [0][0] = True, must be a number"),
+        (((True, 0, 0),), "entry [0][0] = true, must be a number"),
         (((float("nan"), 0, 0),), "row [0] sums to nan, must sum to 1"),
         ({"rows": 1}, "must be a list of rows of numbers"),
         ((1.0, 0.0, 0.0), "must be a list of rows of numbers"),
