@@ -84,10 +84,8 @@ def list_routing(config: Config) -> list[Reason]:
     model, dispatch = config.model, config.dispatch
     every = model.top_k == model.num_experts
     no_order = every and dispatch.capacity_factor == 0  # which of a token's experts is its first matters to none
-    why, enough = (
-        f"[model] top_k = num_experts = {model.top_k} sends each token to all",
-        model.num_experts / model.top_k,
-    )
+    why = f"[model] top_k = num_experts = {model.top_k} sends each token to all"
+    enough = model.num_experts / model.top_k
     return [
         (not model.attention, "[model] attention = false", "model.num_heads"),
         (every, why, "dispatch.aux_loss_weight dispatch.renormalize"),

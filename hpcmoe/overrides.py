@@ -9,12 +9,8 @@ from collections.abc import Mapping
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import is_one_line, one_line
 
-_STRING, _STRINGS, _NUMBERS, _MATRIX = (
-    "a string",
-    "a list of strings",
-    "a list of numbers",
-    "a list of lists of numbers",
-)
+_STRING, _STRINGS = "a string", "a list of strings"
+_NUMBERS, _MATRIX = "a list of numbers", "a list of lists of numbers"
 
 Kinds = Mapping[tuple[str, str], str | None]  # of each (section, key)
 

@@ -160,9 +160,8 @@ def test_a_run_can_be_placed_again(tmp_path):
             == expected.tolist()
         )
         with h5py.File(tmp_path / "run.h5", "a") as file:
-            file.require_group("cluster/migrated").require_dataset(
-                "value", data=layouts, shape=layouts.shape, dtype=int
-            )
+            group = file.require_group("cluster/migrated")
+            group.require_dataset("value", data=layouts, shape=layouts.shape, dtype=int)
 
     (tmp_path / "run.h5").write_text("{}")
     status, _, errors = place(tmp_path / "run.h5")

@@ -46,18 +46,18 @@ class SelectedBackend:
     reason: str
 
 
-def select_backend(config: CommConfig, support_of_rank: list[TransportSupport], schedule: str) -> SelectedBackend:
+def select_backend(settings: CommConfig, support_of_rank: list[TransportSupport], schedule: str) -> SelectedBackend:
     """Select the backend for [comm] transport and buffers, from what each rank finds.
 
     Raises ClusterError when the config asks for what is not there.
     """
-    transport, no_nccl = config.transport, find_nccl_obstacle(support_of_rank, schedule)
+    transport, no_nccl = settings.transport, find_nccl_obstacle(support_of_rank, schedule)
     if transport == "nccl" and no_nccl:
         raise ClusterError(f'[comm] transport = "nccl": {no_nccl}; use "mpi", or "auto" to take what there is')
     if transport == "nccl" or (transport == "auto" and not no_nccl):
         version = format_version(support_of_rank[0].nccl or 0)
         return SelectedBackend(kind="nccl", reason=f"each rank has a GPU, and NCCL {version}")
-    return select_mpi_backend(config.buffers, support_of_rank, f"no NCCL: {no_nccl}; " if transport == "auto" else "")
+    return select_mpi_backend(settings.buffers, support_of_rank, f"no NCCL: {no_nccl}; " if transport == "auto" else "")
 
 
 def select_mpi_backend(buffers: str, support_of_rank: list[TransportSupport], why: str) -> SelectedBackend:

@@ -110,7 +110,8 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
     @property
     def is_idle(self) -> bool:
         """Return True if this rank has nothing left to do for others."""
-        return not self.background_tasks and all(buffers.is_over() for buffers in self.in_flight_buffers)
+        requests = [request for buffers in self.in_flight_buffers for request in (buffers.outward, buffers.homeward)]
+        return not self.background_tasks and all(request is None or request.done for request in requests)
 
     def plan(self, routing: Routing, chooser: SlotChooser) -> DevicePlan:
         """Choose a replica for each assignment of a Routing, and return the plan of its exchanges, on the device."""

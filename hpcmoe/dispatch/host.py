@@ -10,6 +10,7 @@ scatters results straight into it. Between nodes the same rows travel in message
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class HostHandle:
 class HostDispatcher(ExchangeProgress[InFlightBuffers]):
     """Carries rows through the node's window, and between nodes by MPI (see TokenDispatcher)."""
 
-    sum_groups = None
+    sum_groups: dict[str, Any] | None = None
     works_at_once = False
 
     def __init__(

@@ -112,10 +112,14 @@ def describe_unevenness(problem: PlacementProblem, layouts: np.ndarray) -> str:
     ceil = -(-problem.num_experts // problem.num_ranks)
     if problem.replicate or (floor <= count.min() and count.max() <= ceil):
         return ""
+
+    # Compare with floor and ceil.
     text = (
         f"ranks hold {count.min()} to {count.max()} experts of a layer; E / ranks = {problem.num_experts} / "
         f"{problem.num_ranks} would be {floor}" + f" to {ceil}" * (ceil > floor)
     )
+
+    # Name the node that holds the smallest part of what its ranks would.
     wanted, holds = ceil * problem.ranks_of_node * problem.num_layers, problem.memory_replicas
     if has_even_ranks(problem, layouts) and (holds < wanted).any():
         node = int(np.argmin(holds / np.maximum(wanted, 1) + (wanted == 0)))

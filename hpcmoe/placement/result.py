@@ -84,6 +84,7 @@ def evaluate(
     split: np.ndarray | None = None,
 ) -> Placement:
     """Compute what a layout [L, S] costs -> Placement; bounds [L] are seconds below which no layer can come."""
+    # Sum the traffic of all layers.
     layers = list_layers(problem, expert_of_replica, split)
     tokens = np.sum([tokens_on_links(problem, *layer) for layer in layers], axis=0)  # [nodes, nodes]
     crossing = tokens[~np.eye(len(tokens), dtype=bool)]

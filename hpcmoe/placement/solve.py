@@ -98,6 +98,8 @@ def place_without_search(
     """
     if problem.num_nodes > 1 or options.start is not None:
         return None
+
+    # Give up at the first layer that breaks a limit or its bound.
     layouts = []
     for layer in range(problem.num_layers):
         data = make_data(problem, layer, most_of_node)
@@ -239,6 +241,7 @@ def choose_pinned(data: LayerData, pinned: PinnedCounts | None) -> list[PinnedCo
         """Spread a few whole numbers from 0 to the most that is possible -> ascending."""
         return np.unique(np.linspace(0, max(min(most, num_experts), 0), count).astype(int)).tolist()
 
+    # Try numbers for nodes, for racks, and for racks with one a node.
     ways = [PinnedCounts(of_node=n) for n in choose(data.most_of_node.max(), 4 if is_large else 8)]
     if num_racks > 1:
         of_rack = np.bincount(data.rack_of_node, data.most_of_node).max()
@@ -270,6 +273,8 @@ def bound_layers(
     problem = relax_evenness(problem, expert_of_replica)
     room = max_replicas_of_node(problem)
     first_equal = find_equal_layers(problem, np.broadcast_to(room, (problem.num_layers, len(room))))
+
+    # Share what is left of the time among the different layers that are left.
     deadline, left = time.perf_counter() + seconds, len(set(first_equal))
     bounds: list[float] = []
     for layer in range(problem.num_layers):

@@ -1,11 +1,9 @@
 """The picture of a placement: nodes in a ring, links by time, experts by load; maps and bars where nodes are many."""
 
 import os
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -71,16 +69,14 @@ def draw_ring(figure: Figure, problem: PlacementProblem, usage: Usage, layer: in
     axes.set(xlim=(-2, 2), ylim=(-1.6, 1.6))
 
 
-def _format_both_directions(seconds: Mapping[str, np.ndarray], sends: str, receives: str, index: int) -> str:
+def _format_both_directions(seconds, sends, receives, index):
     """Format how long a port or uplink sends and receives, where the objective counts these."""
     if sends not in seconds:
         return ""
     return f"\nout {1e3 * seconds[sends][index]:.3g}\nin {1e3 * seconds[receives][index]:.3g} ms"
 
 
-def _draw_racks(
-    axes: Axes, problem: PlacementProblem, seconds: Mapping[str, np.ndarray], angle: np.ndarray, radius: float
-) -> None:
+def _draw_racks(axes, problem, seconds, angle, radius):
     """Draw a shade over the part of the ring that each rack's nodes are on, where there are several racks."""
     racks, half = np.unique(problem.rack_of_node), np.pi / problem.num_nodes
     for rack in racks if len(racks) > 1 else ():
@@ -93,9 +89,7 @@ def _draw_racks(
         axes.text(out * np.cos(middle), out * np.sin(middle), text, ha=side, va="center", color="0.3", fontsize=9)
 
 
-def _draw_links(
-    figure: Figure, axes: Axes, problem: PlacementProblem, tokens: np.ndarray, discs: Sequence[Circle]
-) -> None:
+def _draw_links(figure, axes, problem, tokens, discs):
     """Draw an arrow for each link with tokens [nodes, nodes]: coloured by its time, as wide as it has tokens."""
     crossing = np.where(np.eye(len(tokens)), 0.0, tokens)
     milliseconds = 1e3 * (crossing * problem.link_cost + np.where(crossing > 0, problem.link_latency, 0.0))
@@ -113,9 +107,7 @@ def _draw_links(
         figure.colorbar(scale, ax=axes, shrink=0.7, label="time of a link, ms (width: its tokens)")
 
 
-def _draw_experts(
-    figure: Figure, axes: Axes, tokens: np.ndarray, replicas: np.ndarray, discs: Sequence[Circle]
-) -> None:
+def _draw_experts(figure, axes, tokens, replicas, discs):
     """Draw the experts [nodes, E] inside their nodes' discs, coloured and sized by the tokens they serve there."""
     scale = ScalarMappable(Normalize(0, tokens.max() or 1), LOAD_COLOURS)
     for node, disc in enumerate(discs):

@@ -89,6 +89,8 @@ def make_rates(problem: PlacementProblem) -> csr_array:
     num, names = problem.num_nodes, list_resources(problem.objective)
     sender, receiver = np.divmod(np.arange(num**2), num)
     prices = price_flows(problem, sender, receiver)
+
+    # Leave out the links within nodes, and keep both ways of an uplink together.
     links = make_price_matrix(*prices["link"], num**2)
     blocks = [links[np.flatnonzero(sender != receiver)]]
     if "egress" in names:

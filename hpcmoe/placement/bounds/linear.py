@@ -7,6 +7,7 @@ met so far (Huangfu and Hall 2018, doi:10.1007/s12532-017-0130-5); the cheapest 
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
@@ -22,8 +23,7 @@ _ROUNDING = 1e-9
 _MILP_TOLERANCE = 1e-6
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prices:
+class Prices(NamedTuple):
     """The dual values of a program: of each resource, of room for a replica, and of each expert."""
 
     resource: np.ndarray  # [resources], at most 1 together
@@ -31,16 +31,11 @@ class Prices:
     expert: np.ndarray  # [E] seconds
 
     def mix(self, other: "Prices", weight: float) -> "Prices":
-        """Return the weighted mean with other prices."""
-        return Prices(
-            resource=(1 - weight) * self.resource + weight * other.resource,
-            room=(1 - weight) * self.room + weight * other.room,
-            expert=(1 - weight) * self.expert + weight * other.expert,
-        )
+        """Return the mean with other prices of this weight."""
+        return Prices(*((1 - weight) * mine + weight * its for mine, its in zip(self, other, strict=True)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Columns:
+class Columns(NamedTuple):
     """The choices of a program, one column each."""
 
     expert: np.ndarray  # [n]
@@ -49,15 +44,11 @@ class Columns:
 
     def join(self, other: "Columns") -> "Columns":
         """Return both sets of columns side by side."""
-        return Columns(
-            expert=np.concatenate([self.expert, other.expert]),
-            seconds=np.concatenate([self.seconds, other.seconds], axis=1),
-            replicas=np.concatenate([self.replicas, other.replicas], axis=1),
-        )
+        return Columns(*(np.concatenate(pair, axis=-1) for pair in zip(self, other, strict=True)))
 
     def pick(self, chosen: np.ndarray) -> "Columns":
         """Return some of the columns, chosen [n] bool."""
-        return Columns(expert=self.expert[chosen], seconds=self.seconds[:, chosen], replicas=self.replicas[:, chosen])
+        return Columns(*(array[..., chosen] for array in self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +108,7 @@ class Program:
         flows = shares[choice] * self.demand.T[experts][:, :, None]
         seconds = self.rates @ flows.reshape(len(choice), self.demand.shape[0] ** 2).T
         replicas = replicas[choice].T
-        return Columns(expert=experts, seconds=seconds, replicas=np.vstack([replicas, replicas.sum(axis=0)]))
+        return Columns(experts, seconds, np.vstack([replicas, replicas.sum(axis=0)]))
 
     def make_rows(self, columns: Columns) -> tuple[csr_array, csr_array, csr_array]:
         """Build the rows of resources, of room and of experts over all columns and the time of the busiest resource."""
@@ -149,7 +140,7 @@ class Program:
         resource = np.maximum(-answer.ineqlin.marginals[:num_rows], 0)
         room = np.maximum(-answer.ineqlin.marginals[num_rows:], 0) * self.scale
         expert = answer.eqlin.marginals * self.scale
-        return answer.fun * self.scale, Prices(resource=resource / max(resource.sum(), 1.0), room=room, expert=expert)
+        return answer.fun * self.scale, Prices(resource / max(resource.sum(), 1.0), room, expert)
 
     def price(self, prices: Prices) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
         """Price every choice of every expert -> seconds [C + A, E], and the shares and replicas of the free ones."""
@@ -172,6 +163,7 @@ class Program:
 
         More than the limit: no layout is within it.
         """
+        # Use each choice once or not at all, and minimize the time of the busiest resource.
         choice, experts = np.nonzero(self.alone <= limit * (1 + _ROUNDING))
         columns = self.make_columns(choice, experts)
         busy, held, one = self.make_rows(columns)
@@ -200,10 +192,13 @@ def make_program(
 
     floor [nodes, E]: seconds that an expert's only replica on a node costs at least, where all are single.
     """
+    # Find what each choice costs alone.
     rates = make_rates(problem)
     alone = np.concatenate([evaluate_alone(problem, demand, choices, rates), bound_free(problem, demand, choices)])
     if floor is not None:
         alone = np.maximum(alone, floor[choices.replicas.argmax(axis=1)])
+
+    # Scale by a layer whose tokens go everywhere evenly.
     evenly = np.repeat(demand.sum(axis=1) / len(demand), len(demand))  # [nodes * nodes] tokens
     return Program(
         demand=demand,

@@ -28,10 +28,7 @@ RANGES = {
     "seconds_per_token": _AMOUNT, "P_src_node_domain_weights": _AMOUNT, "P_domain": _AMOUNT,
     "nic_out": _LIMIT, "nic_in": _LIMIT, "uplink": _LIMIT,
 }  # fmt: skip
-CASE_NAMES = {  # of what a problem is made of, as a case file has them
-    "B": "B", "nic_out": "nic_out", "nic_in": "nic_in", "uplink": "uplink", "seconds_per_token": "seconds_per_token",
-    "L": "L", "tokens": "home_tokens_per_rank", "layers": "layers",
-}  # fmt: skip
+CASE_NAMES = {"tokens": "home_tokens_per_rank"}  # what a case file calls otherwise than find_overflow
 
 
 def to_integer(value: object) -> object:
@@ -142,7 +139,8 @@ def find_overflow(problem: PlacementProblem, names: Mapping[str, str] = CASE_NAM
     for key, longest in seconds.items():
         if not longest * problem.num_layers <= MOST_SECONDS:
             yield (
-                f"{names[key]}: at worst {longest:.3g} s for the {tokens:.3g} assignments of {names['tokens']} x "
-                f"{names['layers']} = {problem.num_layers}: must be at most {MOST_SECONDS:g} s"
+                f"{names.get(key, key)}: at worst {longest:.3g} s for the {tokens:.3g} assignments of "
+                f"{names['tokens']} x {names.get('layers', 'layers')} = {problem.num_layers}: "
+                f"must be at most {MOST_SECONDS:g} s"
             )
             return

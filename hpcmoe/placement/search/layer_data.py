@@ -77,6 +77,7 @@ class SmoothMax(NamedTuple):
 
 def make_layer_data(problem: PlacementProblem, layer: int, limits: Limits) -> LayerData:
     """Build what a layer's search looks up."""
+    # Take prices and numbers from the definition of resources.
     names, sizes = list_resources(problem.objective), count_resources(problem)
     cost = {name: np.ascontiguousarray(price * (name in names)) for name, price in token_seconds(problem).items()}
     first = dict(zip(RESOURCES, np.cumsum([0, *sizes.values()]).tolist(), strict=False))

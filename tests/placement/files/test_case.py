@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_refused_and_nothing_else(tmp_path_factory, seed):
     case |= {"rank_to_node": rng.integers(0, nodes, 2 * nodes).tolist(), "expert_bytes": 10}
     case["M"] = rng.integers(0, 10 * layers * experts, nodes).tolist()
 
-    # Send each layer's experts, as a flow, to nodes: at most a replica each and slots from a layer, memory from them all.
+    # Send each layer's experts, as a flow, to nodes: at most a replica each, slots from a layer, memory from them all.
     source, sink = layers + nodes, layers + nodes + 1
     capacity = np.zeros((layers + nodes + 2,) * 2, np.int32)
     capacity[source, :layers] = experts

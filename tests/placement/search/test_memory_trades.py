@@ -38,18 +38,18 @@ def test_where_only_a_pair_of_moves_helps_it_is_found(objective):
     most_of_node = divide_memory(problem)
     assert most_of_node.tolist() == [[2, 1], [1, 2]]
     layouts = [np.array([[1, 2], [0, -1]]), np.array([[0, -1], [1, 2]])]  # one expert of each is where it must not be
-    shifts = [evaluate_moves(problem, k, expert_at) for k, expert_at in enumerate(layouts)]
+    tables = [evaluate_moves(problem, k, expert_at) for k, expert_at in enumerate(layouts)]
 
     # Neither layer can take without giving: what the giver moves goes where the taker comes from.
-    trade = find_trade(most_of_node, shifts)
+    trade = find_trade(most_of_node, tables)
     assert trade in (
         Trade(taker=0, giver=1, source=0, node=1, target=0, returns=True),
         Trade(taker=1, giver=0, source=1, node=0, target=1, returns=True),
     )
-    shifted = trade_memory(problem, most_of_node, layouts, time.perf_counter() + 60, 0)
+    traded = trade_memory(problem, most_of_node, layouts, time.perf_counter() + 60, 0)
     assert most_of_node.tolist() == [[1, 2], [2, 1]]
-    assert [sorted(expert_at[0][expert_at[0] >= 0].tolist()) for expert_at in shifted] == [[2], [0, 1]]
-    assert sum(layer_seconds(problem, k, expert_at.ravel()) for k, expert_at in enumerate(shifted)) == 0
+    assert [sorted(expert_at[0][expert_at[0] >= 0].tolist()) for expert_at in traded] == [[2], [0, 1]]
+    assert sum(layer_seconds(problem, k, expert_at.ravel()) for k, expert_at in enumerate(traded)) == 0
     assert make_placement(problem, iterations=500).objective_seconds == 0
 
 
@@ -63,7 +63,7 @@ def test_memory_to_spare_is_taken_without_a_move_in_return():
 
 
 def test_a_replica_gives_way_to_one_that_is_worth_more():
-    # On node 1 layer 0 lacks a replica of expert 0, which is all that is asked for there; layer 1 has two to choose from.
+    # On node 1 layer 0 lacks a replica of expert 0, which is all that is routed there; layer 1 can give one of two.
     probability = np.array([[[0.5, 0.5], [1, 0]], [[1, 0], [1e-3, 1 - 1e-3]]])
     problem = make_problem([1, 1], 2, 2, num_layers=2, replicate=True, probability=probability)
     problem = dataclasses.replace(problem, tokens_of_rank=np.array([10, 10]))
@@ -83,19 +83,19 @@ def test_no_trade_where_none_helps():
 @given(problems(), st.integers(0, 99))
 def test_the_table_of_shifts_has_the_best_move_of_a_replica_between_any_two_nodes(problem, seed):
     expert_at = scatter(problem, seed)
-    shifts, best = evaluate_moves(problem, 0, expert_at), np.full((problem.num_nodes + 1,) * 2, np.inf)
+    tables, best = evaluate_moves(problem, 0, expert_at), np.full((problem.num_nodes + 1,) * 2, np.inf)
     layer_data = make_layer_data(problem, 0, make_limits(problem, problem.slots_of_node))
-    for source, target, moved in every_shift(problem, layer_data, expert_at):
+    for source, target, moved in list_all_moves(problem, layer_data, expert_at):
         best[source, target] = min(best[source, target], layer_seconds(problem, 0, moved.ravel()))
-    assert shifts.cost == pytest.approx(layer_seconds(problem, 0, expert_at.ravel()), rel=1e-9)
-    np.testing.assert_allclose(shifts.change + shifts.cost, best, rtol=1e-9, atol=1e-12)
+    assert tables.cost == pytest.approx(layer_seconds(problem, 0, expert_at.ravel()), rel=1e-9)
+    np.testing.assert_allclose(tables.change + tables.cost, best, rtol=1e-9, atol=1e-12)
     for source, target in np.argwhere(np.isfinite(best)).tolist():
-        moved = apply_move(expert_at, shifts.best_move[source, target])
+        moved = apply_move(expert_at, tables.best_move[source, target])
         assert layer_seconds(problem, 0, moved.ravel()) == pytest.approx(best[source, target], rel=1e-9, abs=1e-12)
 
 
-def every_shift(problem, layer_data, expert_at):
-    """List every move of one replica, new replicas and removals too -> iterator of from node, to node, layout [P, s]."""
+def list_all_moves(problem, layer_data, expert_at):
+    """Yield every move of one replica, new replicas and removals too -> from node, to node, layout [P, s]."""
     nodes, count = np.append(problem.node_of_rank, problem.num_nodes), (expert_at >= 0).sum(axis=1)
     for expert in range(problem.num_experts):
         holders = np.flatnonzero((expert_at == expert).any(axis=1)).tolist()
@@ -142,8 +142,8 @@ def test_shifts_keep_all_limits_and_never_cost_more(seed):
     for layer, expert_at in enumerate(layouts):
         most_of_node[layer] = np.maximum(most_of_node[layer], count_of_node(problem, expert_at))
     room = most_of_node.sum(axis=0)
-    shifted = trade_memory(problem, most_of_node, layouts, time.perf_counter() + 1, 0)
+    traded = trade_memory(problem, most_of_node, layouts, time.perf_counter() + 1, 0)
     assert (most_of_node.sum(axis=0) == room).all()
-    for layer, expert_at in enumerate(shifted):
+    for layer, expert_at in enumerate(traded):
         assert_layer_is_placed(make_layer_data(problem, layer, make_limits(problem, most_of_node[layer])), expert_at)
-    assert sum(layer_seconds(problem, k, at.ravel()) for k, at in enumerate(shifted)) <= before.objective_seconds
+    assert sum(layer_seconds(problem, k, at.ravel()) for k, at in enumerate(traded)) <= before.objective_seconds
