@@ -79,11 +79,11 @@ def widen_limits(problem: PlacementProblem, most_of_node: np.ndarray, layout: np
 
 def max_replicas_of_node(problem: PlacementProblem) -> np.ndarray:
     """Count the replicas of a layer that fit each node beside those that other nodes must hold -> [nodes] int64."""
-    room = np.minimum(usable_of_node(problem), problem.memory_replicas)
+    most = np.minimum(usable_of_node(problem), problem.memory_replicas)
     if problem.replicate:
-        return room
+        return most
     must = fewest_of_node(problem) * problem.ranks_of_node
-    return np.minimum(room, problem.num_experts - (must.sum() - must))
+    return np.minimum(most, problem.num_experts - (must.sum() - must))
 
 
 def count_of_rank(problem: PlacementProblem, layouts: np.ndarray) -> np.ndarray:

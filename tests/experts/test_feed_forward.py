@@ -40,7 +40,7 @@ def draw_weights(kind, bias, hidden=6, feed_forward=10):
 
 
 def near(found, expected, dtype):
-    """Whether arrays agree up to what the precision rounds, by the norm of their difference."""
+    """Return True if arrays agree up to what the precision rounds, by the norm of their difference."""
     bound = {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
     return ((found.double() - expected).norm() <= bound * expected.norm()).item()
 
@@ -145,7 +145,7 @@ def test_an_unknown_kind_is_refused():
         Expert("tanh", draw_weights("gelu", False))
 
 
-def test_local_experts_count_the_copies_of_their_matrices():
+def test_local_experts_count_the_casts_of_their_matrices():
     replicas = [
         Expert("gelu", draw_weights("gelu", True)),
         nn.Identity(),

@@ -77,7 +77,7 @@ def move(t: LayerData, s: LayerState, log: UndoLog, smooth_max: SmoothMax, e: in
 
 @compiled
 def undo(t: LayerData, s: LayerState, log: UndoLog, e: int, a: int, f: int, b: int) -> None:
-    """Undo the move just made."""
+    """Reverse the move just made."""
     swap(t, s, f, a, e, b)
     busy, power, resource, busy_before, power_before = s.busy, s.power, log.resource, log.busy, log.power
     for n in range(log.counts[0]):
