@@ -77,7 +77,7 @@ def wants_help(words: list[str]) -> bool:
     return arguments.help
 
 
-def check(comm: MPI.Intracomm) -> None:
+def check(comm: MPI.Comm) -> None:
     """Show what is here, and test every backend that can carry rows. Collective over comm."""
     from hpcmoe.comm.device import open_device  # imports torch, as all of comm
     from hpcmoe.comm.select import read_transport_support
@@ -168,7 +168,7 @@ def describe_gpus(reports: list[RankReport]) -> Lines:
     return lines
 
 
-def try_backends(comm: MPI.Intracomm, device: "Device", support_of_rank: list["TransportSupport"]) -> None:
+def try_backends(comm: MPI.Comm, device: "Device", support_of_rank: list["TransportSupport"]) -> None:
     """Test each backend on a small exchange, and show what came of it. Collective over comm."""
     from hpcmoe.comm.device import PlainDevice
     from hpcmoe.comm.select import describe_row_ops, find_obstacles
@@ -187,7 +187,7 @@ def try_backends(comm: MPI.Intracomm, device: "Device", support_of_rank: list["T
             show_lines([(f"try {kind}", outcome + where)])
 
 
-def try_backend(kind: str, comm: MPI.Intracomm, device: "Device") -> str:
+def try_backend(kind: str, comm: MPI.Comm, device: "Device") -> str:
     """Test a backend -> what came of it, in words, the same on all ranks. Collective over comm."""
     from hpcmoe.comm.self_test import run_self_test
 

@@ -55,15 +55,15 @@ def read_counts(name: str, environ: Mapping[str, str] = os.environ) -> list[int]
     """Read a number for each node, repeated as Slurm does, 72(x2),36 -> [72, 72, 36]; [] where there is none."""
     text, counts = read_setting(name, environ), []
     for entry in text.split(",") if text else []:
-        told = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,6})\))?", entry.strip())
-        if told is None:
+        match = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,6})\))?", entry.strip())
+        if match is None:
             raise wrong(name, text, "a number for each node, such as 72(x2),36")
-        counts += [int(told[1])] * int(told[2] or 1)
+        counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
 
 def is_natural(text: str) -> bool:
-    """Return True for digits alone, few enough for a number that anybody means."""
+    """Return True if a text is digits alone, few enough for a number that anybody means."""
     return re.fullmatch(f"[0-9]{{1,{MOST_DIGITS}}}", text) is not None
 
 
@@ -84,7 +84,7 @@ def may_share_gpus() -> bool:
 
 
 def keep_nccl_order() -> None:
-    """Have NCCL launch what several communicators do in the order of the calls, unless the user has said otherwise."""
+    """Set NCCL to launch what several communicators do in the order of the calls, where the user has not."""
     os.environ.setdefault(NCCL_ORDER, "1")
 
 

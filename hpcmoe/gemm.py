@@ -23,43 +23,49 @@ _LARGE_GRADIENT = 2**26  # numbers; with fewer the host takes longer to start a 
 
 
 class WeightMatrix:
-    """A weight [out, in] and the products with it; cast and packed copies are made once and kept until refresh()."""
+    """A weight [out, in], its bias, and the products with them; casts and packed copies are kept until refresh()."""
 
-    def __init__(self, parameter: Parameter, packed: bool = False) -> None:
+    def __init__(self, parameter: Parameter, bias: Parameter | None = None, packed: bool = False) -> None:
         """packed: the weight does not change, as in inference, and is packed for linear()."""
-        self.parameter, self.packed = parameter, packed
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Drop the copies: the weight has changed."""
+        self.parameter, self.bias, self.packed = parameter, bias, packed
         self.weights: dict[torch.dtype, Tensor] = {}  # in that precision
         self.packs: dict[torch.dtype, Tensor] = {}  # opaque
+        self.biases: dict[torch.dtype, Tensor] = {}  # in that precision
+
+    def refresh(self) -> None:
+        """Drop the copies: weight and bias have changed."""
+        for copies in (self.weights, self.packs, self.biases):
+            copies.clear()
 
     @property
     def cast_bytes(self) -> int:
-        """Bytes of the copies that are kept."""
+        """Return the bytes of the copies that are kept."""
         copies = [weight for weight in self.weights.values() if weight.dtype != self.parameter.dtype]
         copies += [pack for dtype, pack in self.packs.items() if pack is not self.weights[dtype]]
         return sum(torch.ops.mkldnn._nbytes(copy) if copy.is_mkldnn else copy.nbytes for copy in copies)
 
-    def linear(self, x: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    def linear(self, x: Tensor, activation: str = "none") -> Tensor:
         """Return activation(x W^T + bias): x [n, in] -> [n, out]; activation as in activate()."""
         gemm, weight = self.prepare(x.dtype)
         if self.packed and gemm.wants_packed(len(x)):
             if x.dtype not in self.packs:
                 self.packs[x.dtype] = gemm.pack(weight)
             weight = self.packs[x.dtype]
-        return gemm.linear(x, weight, bias, activation)
+        if self.bias is not None and x.dtype not in self.biases:
+            self.biases[x.dtype] = self.bias.detach().to(x.dtype)
+        return gemm.linear(x, weight, self.biases.get(x.dtype), activation)
 
     def multiply_back(self, grad_y: Tensor) -> Tensor:
         """Return grad_y W: grad_y [n, out] -> [n, in]."""
         gemm, weight = self.prepare(grad_y.dtype)
         return gemm.multiply_back(grad_y, weight)
 
-    def add_gradient(self, grad_y: Tensor, x: Tensor) -> None:
-        """Add grad_y^T x to the weight's gradient: grad_y [n, out], x [n, in]; float32 whatever they are."""
+    def add_gradients(self, grad_y: Tensor, x: Tensor) -> None:
+        """Add grad_y^T x to the weight's gradient, and grad_y's sum over rows to the bias's, both float32."""
         gemm, _ = self.prepare(x.dtype)
         gemm.add_product(ensure_grad(self.parameter), grad_y, x)
+        if self.bias is not None:
+            ensure_grad(self.bias).add_(grad_y.sum(dim=0, dtype=torch.float32))
 
     def prepare(self, dtype: torch.dtype) -> tuple[TorchGemm, Tensor]:
         """Choose the GEMM of this precision, and cast the weight to what it reads -> (gemm, weight [out, in])."""

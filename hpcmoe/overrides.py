@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import is_one_line, one_line
 
-STRING, STRINGS, NUMBERS, MATRIX = "a string", "a list of strings", "a list of numbers", "a list of lists of numbers"
+_STRING, _STRINGS, _NUMBERS, _MATRIX = (
+    "a string",
+    "a list of strings",
+    "a list of numbers",
+    "a list of lists of numbers",
+)
 
 Kinds = Mapping[tuple[str, str], str | None]  # of each (section, key)
 
@@ -20,8 +25,8 @@ def kind_of(annotation: object) -> str | None:
     if origin is typing.Annotated:
         return kind_of(arguments[0])
     if origin is tuple:
-        return {STRING: STRINGS, None: NUMBERS, NUMBERS: MATRIX}[kind_of(arguments[0])]
-    return STRING if annotation is str or origin is typing.Literal else None
+        return {_STRING: _STRINGS, None: _NUMBERS, _NUMBERS: _MATRIX}[kind_of(arguments[0])]
+    return _STRING if annotation is str or origin is typing.Literal else None
 
 
 def parse_override(override: str, kinds: Kinds) -> tuple[str, str, object]:
@@ -35,9 +40,9 @@ def parse_override(override: str, kinds: Kinds) -> tuple[str, str, object]:
 
     key, value, kind = key.strip(), value.strip(), kinds.get((name, key.strip()))
     is_toml, parsed = parse_value(value)
-    if kind == STRING:
+    if kind == _STRING:
         return name, key, parsed if isinstance(parsed, str) and value[0] in "\"'" else value
-    if kind in (STRINGS, NUMBERS, MATRIX) and not has_shape(parsed, kind):
+    if kind in (_STRINGS, _NUMBERS, _MATRIX) and not has_shape(parsed, kind):
         raise ConfigError(f"{name_option(override)}: must be {kind}{suggest_option(f'{name}.{key}', value, kind)}")
     return name, key, parsed if is_toml else value
 
@@ -52,16 +57,16 @@ def parse_value(text: str) -> tuple[bool, object]:
 
 def has_shape(value: object, kind: str) -> bool:
     """Return True if a value is the list that a kind asks for, whatever its numbers are."""
-    entry = {STRINGS: str, MATRIX: list, NUMBERS: object}[kind]
+    entry = {_STRINGS: str, _MATRIX: list, _NUMBERS: object}[kind]
     return isinstance(value, list) and all(isinstance(each, entry) for each in value)
 
 
 def suggest_option(name: str, value: str, kind: str) -> str:
     """Format a list as a command line takes it, from a value that has lost its quotes or brackets."""
     words = [word.strip(" \"'[]") for word in value.split(",")]
-    entries = ", ".join(json.dumps(word, ensure_ascii=False) if kind == STRINGS else word for word in words if word)
-    option = shlex.quote(f"{name}=[[{entries}]]" if kind == MATRIX else f"{name}=[{entries}]")
-    shell = ", whose quotes the shell takes unless the whole stands in others" if kind == STRINGS else ""
+    entries = ", ".join(json.dumps(word, ensure_ascii=False) if kind == _STRINGS else word for word in words if word)
+    option = shlex.quote(f"{name}=[[{entries}]]" if kind == _MATRIX else f"{name}=[{entries}]")
+    shell = ", whose quotes the shell takes unless the whole stands in others" if kind == _STRINGS else ""
     return f"{shell}; type --set {one_line(option)}"
 
 

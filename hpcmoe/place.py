@@ -34,7 +34,7 @@ from hpcmoe.placement.result import Placement
 from hpcmoe.reading import format_json
 
 SECONDS_A_LAYER = 0.1  # of search where no budget is given
-MAPS, PICTURES = (".json", ".npy"), (".png", ".pdf", ".svg")
+_MAPS, _PICTURES = (".json", ".npy"), (".png", ".pdf", ".svg")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -76,7 +76,7 @@ def read_place_arguments(words: Sequence[str]) -> argparse.Namespace:
         "--moves", type=natural, metavar="COUNT",
         help="after --start: replicas of a layer that may move, 0 to evaluate it as it is; without it as many as help",
     )  # fmt: skip
-    parser.add_argument("--plot", metavar="FILE", help=f"draw it: {', '.join(PICTURES)}")
+    parser.add_argument("--plot", metavar="FILE", help=f"draw it: {', '.join(_PICTURES)}")
     parser.add_argument("--seed", type=natural, default=0, help="of the search (%(default)s)")
     parser.add_argument(
         "--iterations", type=natural, default=0, metavar="COUNT",
@@ -131,7 +131,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
                 probe.write(bytes(4096))
 
     # Check the kinds of file that the endings name.
-    for option, path, endings in (("--eplb-out", arguments.eplb_out, MAPS), ("--plot", arguments.plot, PICTURES)):
+    for option, path, endings in (("--eplb-out", arguments.eplb_out, _MAPS), ("--plot", arguments.plot, _PICTURES)):
         if path and find_ending(path) not in endings:
             raise ConfigError(f"{option} {one_line(path)}: must end with {', '.join(endings)}")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:

@@ -20,7 +20,7 @@ LONGEST_SLEEP_SECONDS = 200e-6
 SLEEP_GROWTH = 1.3
 
 
-class Task(Protocol):
+class BackgroundTask(Protocol):
     """Work in the background that progresses when it is polled."""
 
     @property
@@ -28,10 +28,10 @@ class Task(Protocol):
         """Return True if nothing of it is left."""
 
     def poke(self) -> bool:
-        """Progress without waiting. Return True if anything moved."""
+        """Advance without waiting. Return True if anything moved."""
 
 
-_Task = TypeVar("_Task", bound=Task)
+_Task = TypeVar("_Task", bound=BackgroundTask)
 
 
 class Backoff:

@@ -38,7 +38,7 @@ class Watch:
                 os.kill(self.pid, number)
 
 
-def start_watch(comm: MPI.Intracomm, host: str) -> Watch:
+def start_watch(comm: MPI.Comm, host: str) -> Watch:
     """Start a watcher on each node, without effect where the system cannot watch. Collective over comm."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
     ranks = gather_to_all(node, f"{comm.rank}:{os.getpid()}")

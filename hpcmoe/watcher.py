@@ -61,10 +61,10 @@ def read_end(file: int, pid: str) -> int | None:
     except OSError:
         pass  # its parent has buried it
     try:
-        told, *_, status = _INFO.unpack(fcntl.ioctl(file, _GET_INFO, _INFO.pack(_INFO_EXIT, *[0] * 13)))
+        answered, *_, status = _INFO.unpack(fcntl.ioctl(file, _GET_INFO, _INFO.pack(_INFO_EXIT, *[0] * 13)))
     except OSError:
         return None
-    return status if told & _INFO_EXIT else None
+    return status if answered & _INFO_EXIT else None
 
 
 def describe_end(status: int | None) -> str:

@@ -5,7 +5,7 @@ import pytest
 
 from hpcmoe.config import Config, list_keys, read_config
 from hpcmoe.errors import ConfigError
-from hpcmoe.float32 import LEAST, MOST, InFloat32, find_range_error, round_to_float32
+from hpcmoe.float32 import LARGEST_FLOAT32, SMALLEST_FLOAT32, InFloat32, find_range_error, round_to_float32
 
 MARKED = {
     f"{name}.{key}": annotation
@@ -72,5 +72,5 @@ def test_other_numbers_keep_what_float64_has(read):
 
 
 def test_the_limits_are_those_of_float32():
-    assert (np.finfo(np.float32).tiny, np.finfo(np.float32).max) == (LEAST, MOST)
+    assert (np.finfo(np.float32).tiny, np.finfo(np.float32).max) == (SMALLEST_FLOAT32, LARGEST_FLOAT32)
     assert round_to_float32(0.1) == float(np.float32(0.1))

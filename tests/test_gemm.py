@@ -58,11 +58,11 @@ def multiplier(request, monkeypatch):
 @pytest.mark.parametrize("num_rows", [1, 3, 70])
 def test_linear_is_the_product_the_bias_and_the_activation(num_rows, dtype, packed):
     weight, bias, x = draw(20, 33), draw(20, seed=1).to(dtype), draw(num_rows, 33, seed=2).to(dtype)
-    matrix = WeightMatrix(torch.nn.Parameter(weight), packed)
-    for given in (None, bias):
+    for given in (None, torch.nn.Parameter(bias)):
+        matrix = WeightMatrix(torch.nn.Parameter(weight), given, packed)
         product = x.double() @ weight.to(dtype).double().T + (0 if given is None else bias.double())
         for name, function in ACTIVATIONS.items():
-            y = matrix.linear(x, given, name)
+            y = matrix.linear(x, name)
             assert y.dtype == dtype and y.is_contiguous() and not y.requires_grad
             assert_near(y, function(product), dtype)
 
@@ -71,7 +71,7 @@ def test_linear_is_the_product_the_bias_and_the_activation(num_rows, dtype, pack
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_back_is_the_product_with_the_matrix_itself(dtype, packed):
     weight, grad_y = draw(20, 33), draw(7, 20, seed=2).to(dtype)
-    matrix = WeightMatrix(torch.nn.Parameter(weight), packed)
+    matrix = WeightMatrix(torch.nn.Parameter(weight), packed=packed)
     back = matrix.multiply_back(grad_y)
     assert back.dtype == dtype and back.is_contiguous()
     assert_near(back, grad_y.double() @ weight.to(dtype).double(), dtype)
@@ -89,7 +89,7 @@ def test_gradients_add_up_in_float32(dtype, most_rows, piece_bytes, monkeypatch)
     expected, matrix = gathered.double(), WeightMatrix(parameter)
     for num_rows in (1, 40, 64, 128, 300):
         grad_y, x = draw(num_rows, 20, seed=num_rows).to(dtype), draw(num_rows, 33, seed=-num_rows).to(dtype)
-        matrix.add_gradient(grad_y, x)
+        matrix.add_gradients(grad_y, x)
         expected = expected + grad_y.double().T @ x.double()
     assert parameter.grad is gathered and gathered.dtype == torch.float32  # in place: it may be a view of all gradients
     assert_near(gathered, expected, dtype)
@@ -100,14 +100,14 @@ def test_small_contributions_in_bfloat16_are_not_lost():
     parameter = torch.nn.Parameter(torch.zeros(2, 3))
     matrix = WeightMatrix(parameter)
     for _ in range(1000):
-        matrix.add_gradient(torch.ones(64, 2, dtype=torch.bfloat16) / 64, torch.ones(64, 3, dtype=torch.bfloat16))
+        matrix.add_gradients(torch.ones(64, 2, dtype=torch.bfloat16) / 64, torch.ones(64, 3, dtype=torch.bfloat16))
     assert (parameter.grad == 1000).all()
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_copies_are_made_once_and_anew_after_refresh(packed):
     parameter, x, grad_y = torch.nn.Parameter(draw(64, 32)), draw(3, 32).bfloat16(), draw(3, 64).bfloat16()
-    matrix = WeightMatrix(parameter, packed)
+    matrix = WeightMatrix(parameter, packed=packed)
     assert matrix.cast_bytes == 0
     before = matrix.linear(x), matrix.multiply_back(grad_y)
     held = matrix.cast_bytes

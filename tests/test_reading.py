@@ -119,7 +119,7 @@ def test_any_value_is_shown_short_and_on_one_line():
     deep = [[[[[[[]]]]]], {"a\n": {"b": [1] * 99}}]
     for value in ("x" * 10**6, "\n\x1b\udcff\u2028", 10**10000, [10**10000] * 9, deep, b"\n", None):
         assert show_value(value).isprintable() and len(show_value(value)) <= 121
-    assert show_value("a") == "'a'" and show_value([1, 2.5, True]) == "[1, 2.5, True]"
+    assert show_value("a") == "'a'" and show_value([1, 2.5, True]) == "[1, 2.5, true]"
 
 
 def test_a_long_text_keeps_both_ends():

@@ -58,7 +58,7 @@ def read_host_name() -> str:
     return read_setting("PMI_HOSTNAME") or read_setting("SLURMD_NODENAME") or MPI.Get_processor_name()
 
 
-def read_topology(comm: MPI.Intracomm, cluster: ClusterConfig) -> Topology:
+def read_topology(comm: MPI.Comm, cluster: ClusterConfig) -> Topology:
     """Read where the ranks are, from MPI, Slurm, the system and [cluster]. Collective over comm.
 
     Raises ClusterError on all ranks when [cluster] or a links file does not fit the nodes.
@@ -78,12 +78,12 @@ def log_slow_links(topology: Topology) -> None:
     """Log which links stayed far slower than others of their kind, by name."""
     slow, names = find_slow_links(topology.bytes_per_second, topology.rack_of_node), topology.node_names
     if slow:
-        told = ", ".join(f"{names[i]} to {names[j]} ({share:.0%})" for i, j, share in slow[:_MAX_NAMED])
+        named = ", ".join(f"{names[i]} to {names[j]} ({share:.0%})" for i, j, share in slow[:_MAX_NAMED])
         more = f" and {len(slow) - _MAX_NAMED} more" * (len(slow) > _MAX_NAMED)
-        log.warning("links far slower than the median of their kind, in a rack or between: %s%s", told, more)
+        log.warning("links far slower than the median of their kind, in a rack or between: %s%s", named, more)
 
 
-def read_rank_info(comm: MPI.Intracomm) -> RankInfo:
+def read_rank_info(comm: MPI.Comm) -> RankInfo:
     """Read what this rank finds on its node. Collective over comm."""
     barrier(comm)
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)

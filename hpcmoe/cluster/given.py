@@ -13,9 +13,9 @@ from hpcmoe.cluster.topology import (
     ClusterLinks,
     Topology,
     find_port_maxima,
-    load_tree,
     make_saved_topology,
     naming_file,
+    read_topology_tree,
 )
 from hpcmoe.errors import ClusterError
 from hpcmoe.messages import one_line, show_value, suggest
@@ -31,7 +31,7 @@ def read_links(path: str, node_names: Sequence[str], rack_names: Sequence[str]) 
     The file is written by hand, five lists in the order of nodes and racks as in inputs/links.json, or a topology.json
     of an earlier run, by names. Raises ClusterError that names the file and the entry where it does not fit.
     """
-    tree = load_tree(path)
+    tree = read_topology_tree(path)
     if isinstance(tree, dict) and isinstance(tree.get("bytes_per_second"), list):
         links, source = make_listed_links(tree, len(node_names), len(rack_names), path)
     else:
@@ -66,16 +66,16 @@ def make_listed_links(tree: dict[str, Any], num_nodes: int, num_racks: int, path
         source["uplinks"] = NO_UPLINKS
 
     # Each list has an entry a node or a rack, each matrix a row and a column a node.
-    rates = make_links_array(tree["bytes_per_second"], (num_nodes, num_nodes), f"{path}: bytes_per_second")
+    rates = make_given_array(tree["bytes_per_second"], (num_nodes, num_nodes), f"{path}: bytes_per_second")
     usual = (np.zeros_like(rates), *find_port_maxima(rates), np.full(num_racks, np.inf))
     arrays = {
-        key: make_links_array(given[key], value.shape, f"{path}: {key}") if key in given else value
+        key: make_given_array(given[key], value.shape, f"{path}: {key}") if key in given else value
         for key, value in zip(_KEYS, usual, strict=True)
     }
     return ClusterLinks(bytes_per_second=rates, **arrays), source
 
 
-def make_links_array(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
+def make_given_array(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
     """Return an array of a list, or list of lists, whose shape must be this run's nodes or racks -> float64 `shape`.
 
     null is no limit. Raises ClusterError that begins with `what`, the file and key.

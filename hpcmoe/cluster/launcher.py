@@ -58,19 +58,19 @@ def find_launched(environ: Mapping[str, str]) -> tuple[str, int]:
 
     Raises ClusterError where the variable holds no number.
     """
-    return max(read_counts_of_launchers(environ).items(), key=lambda told: told[1], default=("", 1))
+    return max(read_counts_of_launchers(environ).items(), key=lambda count: count[1], default=("", 1))
 
 
 def read_counts_of_launchers(environ: Mapping[str, str]) -> dict[str, int]:
     """Return how many processes the launchers tell of, MPI's own if there is one, else all others, by variable."""
-    told: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for starts_mpi in (True, False):
         for launcher in list_launchers(environ):
             if launcher.starts_mpi is starts_mpi and launcher.has_needs(environ):
-                told |= read_counts_of(launcher, environ)
-        if told:
+                counts |= read_counts_of(launcher, environ)
+        if counts:
             break
-    return told
+    return counts
 
 
 def list_launchers(environ: Mapping[str, str]) -> list[Launcher]:
@@ -82,11 +82,11 @@ def list_launchers(environ: Mapping[str, str]) -> list[Launcher]:
 
 def read_counts_of(launcher: Launcher, environ: Mapping[str, str]) -> dict[str, int]:
     """Return how many processes one launcher tells of, or as many as its rank needs at least, by variable."""
-    told = {key: read_number(key, environ=environ) for key in launcher.sizes if read_setting(key, environ)}
+    counts = {key: read_number(key, environ=environ) for key in launcher.sizes if read_setting(key, environ)}
     if launcher.counts_by_rank and read_setting(launcher.rank, environ):
         rank = read_number(launcher.rank, environ=environ)
-        told |= {launcher.rank: rank + 1} if 0 < rank < _MAX_PROCESSES else {}
-    return told
+        counts |= {launcher.rank: rank + 1} if 0 < rank < _MAX_PROCESSES else {}
+    return counts
 
 
 def describe_launcher() -> str:

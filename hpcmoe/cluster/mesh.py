@@ -56,7 +56,7 @@ class Mesh:
 
 
 @contextlib.contextmanager
-def open_mesh(comm: MPI.Intracomm, parallel: ParallelConfig) -> Iterator[Mesh]:
+def open_mesh(comm: MPI.Comm, parallel: ParallelConfig) -> Iterator[Mesh]:
     """Open the groups of ranks that [parallel] asks for. Collective over comm, on entry and on exit.
 
     Raises ClusterError on all ranks when the sizes do not fit the ranks.

@@ -46,13 +46,13 @@ def find_racks(
         return racks, "config"
 
     # The tasks' own addresses cost nothing; Slurm's controller is asked where they do not tell all.
-    told, is_flat, doubt = read_addresses(infos_of_node, names)
+    racks_by_address, is_flat, doubt = read_addresses(infos_of_node, names)
     if is_flat:
         return [_ONE] * len(names), "SLURM_TOPOLOGY_ADDR_PATTERN: no switches"
-    if None not in told:
-        return [rack or _UNKNOWN for rack in told], "SLURM_TOPOLOGY_ADDR"
+    if None not in racks_by_address:
+        return [rack or _UNKNOWN for rack in racks_by_address], "SLURM_TOPOLOGY_ADDR"
     asked, errors = ask_slurm(infos_of_node, names)
-    known = [asked.get(name, rack) for name, rack in zip(names, told, strict=True)]
+    known = [asked.get(name, rack) for name, rack in zip(names, racks_by_address, strict=True)]
 
     # Use what is known, and warn of the nodes of which nothing is.
     missing = [name for name, rack in zip(names, known, strict=True) if rack is None]
@@ -66,7 +66,7 @@ def find_racks(
         log.warning('Slurm tells no rack of %s%s: "%s" stands for it', list_some(missing), why, _UNKNOWN)
     elif errors:
         log.info("racks%s: scontrol tells all of this run's nodes", why)
-    by_address = any(rack is not None and name not in asked for name, rack in zip(names, told, strict=True))
+    by_address = any(rack is not None and name not in asked for name, rack in zip(names, racks_by_address, strict=True))
     sources = ["scontrol show topology"] * bool(asked) + ["SLURM_TOPOLOGY_ADDR"] * by_address
     return [rack or _UNKNOWN for rack in known], ", ".join(sources)
 
@@ -98,7 +98,7 @@ def read_addresses(infos_of_node: list[list[RankInfo]], names: Sequence[str]) ->
     if shared:
         return unknown, False, f"SLURM_TOPOLOGY_ADDR of {list_some(shared)} is another node's"
     own = [group[0].name for group in infos_of_node]
-    split = [split_address(*facts, name) for facts, name in zip(given, own, strict=True)]
+    split = [split_address(*address, name) for address, name in zip(given, own, strict=True)]
     racks = [rack for rack, _ in split]
     absent = [name for name, rack in zip(names, racks, strict=True) if rack is None]
 
@@ -111,7 +111,7 @@ def read_addresses(infos_of_node: list[list[RankInfo]], names: Sequence[str]) ->
 def shared_by(given: list[tuple[str, str]], names: Sequence[str]) -> list[str]:
     """Return the nodes whose address, given with its pattern, is also another's, or names another node of the run."""
     uses = Counter(address for address, _ in given if address)
-    named = [split_address(*facts, name)[1] or name for facts, name in zip(given, names, strict=True)]
+    named = [split_address(*address, name)[1] or name for address, name in zip(given, names, strict=True)]
     found, _ = match_names(named, names)
     return [
         name
@@ -141,7 +141,7 @@ def split_address(address: str, pattern: str, name: str) -> tuple[str | None, st
 
 
 def ask_slurm(infos_of_node: list[list[RankInfo]], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Ask Slurm's controller, within a job, for the nodes' racks -> (rack by name, what is wrong)."""
+    """Query Slurm's controller, within a job, for the nodes' racks -> (rack by name, what is wrong)."""
     if not read_setting("SLURM_JOB_ID"):
         return {}, []
     try:
@@ -174,8 +174,8 @@ def show_topology() -> list[str]:
     except OSError as error:
         raise ClusterError(f"{' '.join(command)} cannot be run: {error.strerror}") from None
     if ended.returncode != 0:
-        said = (ended.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise ClusterError(f"{' '.join(command)} ends with status {ended.returncode}: {said}")
+        last_line = (ended.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise ClusterError(f"{' '.join(command)} ends with status {ended.returncode}: {last_line}")
     return ended.stdout.splitlines()
 
 
@@ -237,11 +237,11 @@ def expand_ranges(text: str, most: int) -> list[str]:
     """Expand 01-03,7 -> 01, 02, 03, 7; ValueError where it is no list of ranges, or stands for too many."""
     numbers: list[str] = []
     for part in text.split(","):
-        told = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
-        if told is None:
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        if match is None:
             raise ValueError(text)
-        first, last = int(told[1]), int(told[2] or told[1])
+        first, last = int(match[1]), int(match[2] or match[1])
         if last < first or last - first + len(numbers) >= most:
             raise ValueError(text)
-        numbers += [f"{number:0{len(told[1])}d}" for number in range(first, last + 1)]
+        numbers += [f"{number:0{len(match[1])}d}" for number in range(first, last + 1)]
     return numbers

@@ -120,12 +120,12 @@ def load_topology(path: str | pathlib.Path) -> Topology:
 
     Raises ClusterError that names what is wrong with the file.
     """
-    tree = load_tree(path)
+    tree = read_topology_tree(path)
     with naming_file(path):
         return make_saved_topology(tree)
 
 
-def load_tree(path: str | pathlib.Path) -> Any:
+def read_topology_tree(path: str | pathlib.Path) -> Any:
     """Read a file's JSON. Raises ClusterError that names what is wrong with the file."""
     with naming_file(path):
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))

@@ -66,7 +66,7 @@ class AllToAll(Protocol):
         """
 
     def poke(self) -> bool:
-        """Progress all transfers, without waiting. Return True if anything moved."""
+        """Advance all transfers, without waiting. Return True if anything moved."""
 
 
 class TransferRequest(Request, Protocol):
@@ -96,7 +96,7 @@ class DirectAllToAll:
         return DirectRequest(self, transfer, ready, after)
 
     def poke(self) -> bool:
-        """Progress messages, and then transfers. Return True if anything moved."""
+        """Advance messages, and then transfers. Return True if anything moved."""
         return self.transport.poke() | poke_all(self.requests)
 
 

@@ -54,7 +54,7 @@ class CudaDevice:
         self.cupy.cuda.Device(self.torch_device.index).use()
 
     def use(self, stream: torch.cuda.Stream) -> torch.cuda.StreamContext:
-        """Have torch work on a stream within the with-block."""
+        """Make torch work on a stream within the with-block."""
         return torch.cuda.stream(stream)
 
     def make_buffer(self, num_rows: int, row_bytes: int) -> Buffer:

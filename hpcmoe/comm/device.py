@@ -34,7 +34,7 @@ class Stream(Protocol):
         """Mark the work given to the stream so far, and return the Event."""
 
     def wait_event(self, event: Any) -> None:
-        """Have what the stream is given from now on wait for an Event."""
+        """Make what the stream is given from now on wait for an Event."""
 
 
 class Device(Protocol):
@@ -46,16 +46,16 @@ class Device(Protocol):
     name: str
     torch_device: torch.device
     row_ops: RowOps
-    compute_stream: Stream
-    send_stream: Stream
-    recv_stream: Stream
+    compute_stream: Any  # a Stream, as the next two: torch's own on a GPU
+    send_stream: Any
+    recv_stream: Any
 
     def bind_thread(self) -> None:
         """Make this device the calling thread's own."""
         return None
 
     def use(self, stream: Any) -> contextlib.AbstractContextManager:
-        """Have torch work on a stream within the with-block."""
+        """Make torch work on a stream within the with-block."""
         return contextlib.nullcontext()
 
     def make_buffer(self, num_rows: int, row_bytes: int) -> Buffer:

@@ -11,6 +11,6 @@ NEVER = 2**31 - 1  # bytes at the heap's end above which it would shrink
 
 
 def keep_heap() -> bool:
-    """Have malloc take large blocks from the heap, and never shrink it. Return True if this libc can."""
+    """Make malloc take large blocks from the heap, and never shrink it. Return True if this libc can."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))

@@ -66,7 +66,7 @@ class MpiTransport:
         return self._add(self.comm.Irecv(words, peer, tag), sends=False)
 
     def poke(self) -> bool:
-        """Let messages progress and mark the requests that are done, without waiting. Return True if any is."""
+        """Advance messages and mark the requests that are done, without waiting. Return True if any is."""
         self.num_pokes += 1
         done = MPI.Request.Testsome(self.mpi_requests) if self.mpi_requests else None
         for index in done or ():

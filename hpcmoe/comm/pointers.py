@@ -13,18 +13,18 @@ _MAPS = pathlib.Path("/proc/self/maps")
 
 
 def read_cuda_support(comm: MPI.Comm, maps: pathlib.Path = _MAPS) -> tuple[bool, bool, str]:
-    """Ask the MPI that is loaded, then UCX, for CUDA's pointers -> (MPI takes them, UCX does, how they said so).
+    """Query the MPI that is loaded, then UCX, for CUDA's pointers -> (MPI takes them, UCX does, how they said so).
 
     Open MPI and MPICH answer by a function of their own; MPI 4.1 lists the kinds of memory on a communicator. One built
     without CUDA hands buffers as they are to UCX, which takes them where it has CUDA and carries all messages.
     """
-    takes, how = ask_function(maps) or ask_kinds(comm)
+    takes, how = query_function(maps) or query_kinds(comm)
     answer = f"MPI says {'yes' if takes else 'no'} to CUDA pointers ({how})"
     if takes or not list_libraries(maps, "libuct_cuda"):
         return takes, False, answer
     obstacle = find_ucx_obstacle(MPI.get_vendor()[0], find_netmod(MPI.Get_library_version()))
-    told = f"but {obstacle}" if obstacle else 'and carries all messages, on which buffers = "direct" relies'
-    return False, not obstacle, f"{answer}; UCX has CUDA, {told}"
+    but = f"but {obstacle}" if obstacle else 'and carries all messages, on which buffers = "direct" relies'
+    return False, not obstacle, f"{answer}; UCX has CUDA, {but}"
 
 
 def find_netmod(library_version: str) -> str:
@@ -33,8 +33,8 @@ def find_netmod(library_version: str) -> str:
     return found[1] if found else ""
 
 
-def ask_function(maps: pathlib.Path) -> tuple[bool, str] | None:
-    """Ask by MPIX_Query_cuda_support -> (its answer, its name), None where there is none."""
+def query_function(maps: pathlib.Path) -> tuple[bool, str] | None:
+    """Query MPIX_Query_cuda_support -> (its answer, its name), None where there is none."""
     for path in list_libraries(maps, "libmpi"):
         function = getattr(ctypes.CDLL(path), "MPIX_Query_cuda_support", None)
         if function is not None:
@@ -42,8 +42,8 @@ def ask_function(maps: pathlib.Path) -> tuple[bool, str] | None:
     return None
 
 
-def ask_kinds(comm: MPI.Comm) -> tuple[bool, str]:
-    """Look for CUDA among the kinds of memory that MPI lists -> (found, the list)."""
+def query_kinds(comm: MPI.Comm) -> tuple[bool, str]:
+    """Search the kinds of memory that MPI lists for CUDA -> (found, the list)."""
     info = comm.Get_info()
     kinds = info.Get("mpi_memory_alloc_kinds") or ""
     info.Free()

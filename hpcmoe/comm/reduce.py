@@ -55,7 +55,7 @@ class HostReducer:
         yield from until_done([self.mesh.world.Iallgatherv(MPI.IN_PLACE, [flat.numpy(), counts, edges, MPI.FLOAT])])
 
     def poke(self) -> None:
-        """Do nothing: the generators do it all."""
+        """Return at once: the generators do it all."""
 
     def finish(self) -> Iterable[bool]:
         """Return at once: what is summed is there when its generator is over."""
@@ -112,7 +112,7 @@ class NcclReducer:
             group.check(f"sum of gradients over {name}", group.others)
 
     def finish(self) -> Iterator[None]:
-        """Have the compute stream wait for all sums; yield until they are made."""
+        """Make the compute stream wait for all sums; yield until they are there."""
         event = self.stream.record_event()
         self.device.compute_stream.wait_event(event)
         while not event.query():  # not blindly: an NCCL that has failed would never come to it

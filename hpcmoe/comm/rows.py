@@ -63,7 +63,7 @@ class TorchRowOps:
         self.name = name
 
     def prepare(self, table: Tensor) -> None:
-        """Do nothing: torch is compiled."""
+        """Return at once: torch is compiled."""
 
     def sort_by_slot(self, slots: Tensor, kept: Tensor | None, num_slots: int) -> tuple[RowsOfAssignments, Tensor]:
         """Sort assignments by their slots [T, K], kept [T, K] bool or None (all) -> (permutation, ends [num_slots]).

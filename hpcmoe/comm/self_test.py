@@ -1,5 +1,6 @@
 """A backend tested on a small exchange: every rank's rows must reach every other whole."""
 
+import functools
 import time
 
 import numpy as np
@@ -34,8 +35,8 @@ def run_self_test(kind: str, comm: MPI.Comm, device: Device) -> float:
             send.tensor.copy_(make_pattern(comm.rank, np.arange(comm.size), number, device))
             expected = make_pattern(np.arange(comm.size), comm.rank, number, device)
             transfer = Transfer(tag=number, name="self-test", send=send, send_edges=edges, recv=recv, recv_edges=edges)
-            seconds.append(on_all(comm, lambda transfer=transfer: time_transfer(all_to_all, transfer, device)))
-            on_all(comm, lambda expected=expected: check_received(recv.tensor, expected, comm.size))
+            seconds.append(on_all(comm, functools.partial(time_transfer, all_to_all, transfer, device)))
+            on_all(comm, functools.partial(check_received, recv.tensor, expected, comm.size))
         return comm.size * ROWS * ROW_BYTES / min(seconds)
 
 

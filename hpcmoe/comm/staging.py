@@ -41,7 +41,7 @@ class StagedAllToAll(DirectAllToAll):
         return [StagedPiece(slice(first, min(first + self.piece_rows, rows.stop)), peer) for first in edges]
 
     def allot(self, piece: StagedPiece) -> StagedPiece:
-        """Give a piece pinned memory, and return it."""
+        """Allocate pinned memory for a piece, and return the piece."""
         piece.memory = self.free.pop() if self.free else self.device.make_pinned(self.piece_rows, self.row_bytes)
         piece.staged = piece.memory[: piece.rows.stop - piece.rows.start]
         return piece
@@ -88,7 +88,7 @@ class StagedRequest(MpiRequest):
         return self.send_done and self.recv_done and not self.copied_in and self.event.query()
 
     def begin(self) -> None:
-        """Have both streams wait for what has been done with the buffers, and start the first pieces."""
+        """Make both streams wait for what has been done with the buffers, and start the first pieces."""
         device, self.begun = self.device, True
         device.send_stream.wait_event(self.ready)
         device.recv_stream.wait_event(self.ready)
@@ -97,7 +97,7 @@ class StagedRequest(MpiRequest):
         self.start_pieces()
 
     def poke(self) -> bool:
-        """Take every piece as far as it can go. Return True if anything has changed."""
+        """Advance every piece as far as it can go. Return True if anything has changed."""
         if not self.begun:
             if self.may_begin():
                 self.begin()

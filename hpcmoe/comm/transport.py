@@ -74,22 +74,26 @@ class Transport(Protocol):
 
     def send_rows(self, rows: np.ndarray, peer: int, tag: int) -> Request:
         """Start to send uint8 rows [n, row_bytes], which must stay as they are until the request is done."""
+        raise RuntimeError(f"nothing is carried between this rank and {peer}")
 
     def recv_rows(self, rows: np.ndarray, peer: int, tag: int) -> Request:
         """Start to receive into uint8 rows [n, row_bytes]."""
+        raise RuntimeError(f"nothing is carried between this rank and {peer}")
 
     def send_words(self, words: np.ndarray, peer: int, tag: int) -> Request:
         """Start to send an int64 array."""
+        raise RuntimeError(f"nothing is carried between this rank and {peer}")
 
     def recv_words(self, words: np.ndarray, peer: int, tag: int) -> Request:
         """Start to receive into an int64 array."""
+        raise RuntimeError(f"nothing is carried between this rank and {peer}")
 
     def poke(self) -> bool:
-        """Let messages progress and mark the requests that are done, without waiting. Return True if any is."""
+        """Advance messages and mark the requests that are done, without waiting. Return True if any is."""
 
 
-class Loopback:
-    """The transport of a group on one node: nothing is ever sent."""
+class Loopback(Transport):
+    """The transport of a group on one node: nothing may be sent."""
 
     num_sent = 0
 

@@ -144,11 +144,12 @@ def make_private_window(sizes: WindowSizes) -> Window:
 
 
 @contextlib.contextmanager
-def open_window(comm: MPI.Intracomm, sizes: WindowSizes) -> Iterator[Window]:
+def open_window(comm: MPI.Comm, sizes: WindowSizes) -> Iterator[Window]:
     """Share a window among the ranks of comm, which all lie on one node. Collective over comm, both ends."""
     if comm.size == 1:
         yield make_private_window(sizes)
         return
+    assert isinstance(comm, MPI.Intracomm)
     num_bytes = sizes.num_bytes(comm.size)
 
     # All of it belongs to the first rank, so that it is one range; each page goes to the core that touches it first.

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from hpcmoe.clock import Clock
-from hpcmoe.comm.all_to_all import AllToAll, Request, Transfer
+from hpcmoe.comm.all_to_all import AllToAll, Transfer, TransferRequest
+from hpcmoe.comm.device import Device
 from hpcmoe.comm.rows import RowView, replace_none_by_last
 from hpcmoe.comm.transport import Direction, MessageKind, Transport
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan
@@ -31,7 +32,7 @@ from hpcmoe.wait import Backoff
 class Table:
     """A buffer of message rows, as typed views of the same memory."""
 
-    def __init__(self, sizes: DeviceSizes, device: Any, num_rows: int) -> None:
+    def __init__(self, sizes: DeviceSizes, device: Device, num_rows: int) -> None:
         self.buffer = device.make_buffer(num_rows, sizes.row_bytes)
         self.rows = self.buffer.tensor.view(sizes.dtype)[:, : sizes.hidden]  # [n, H]
         self.gate_values = self.buffer.tensor.view(torch.float32)[:, -1]  # [n], at the end of each row
@@ -48,11 +49,11 @@ class Table:
 class DeviceInFlightBuffers:
     """Where one micro-batch in flight has its rows, at home and at this rank's experts."""
 
-    def __init__(self, sizes: DeviceSizes, device: Any) -> None:
+    def __init__(self, sizes: DeviceSizes, device: Device) -> None:
         self.home = Table(sizes, device, sizes.home_rows)  # assignments out, and their results back
         self.away = Table(sizes, device, sizes.away_rows)  # others' assignments, and their results
-        self.outward: Request | None = None
-        self.homeward: Request | None = None
+        self.outward: TransferRequest | None = None
+        self.homeward: TransferRequest | None = None
 
     def is_over(self) -> bool:
         """Return True if nothing is under way from or to these rows."""
@@ -66,7 +67,7 @@ class DeviceHandle:
     exchange: ExchangeId
     plan: DevicePlan
     buffers: DeviceInFlightBuffers
-    outward: Request
+    outward: TransferRequest
 
 
 class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
@@ -78,7 +79,7 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
         self,
         all_to_all: AllToAll,
         transport: Transport,
-        device: Any,
+        device: Device,
         clock: Clock,
         sizes: DeviceSizes,
         routes: Routes,

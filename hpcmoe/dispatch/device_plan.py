@@ -5,27 +5,27 @@ not sent.
 """
 
 import functools
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hpcmoe.comm.transport import MessageRequest, Transport
+from hpcmoe.comm.device import Device
+from hpcmoe.comm.transport import Request, Transport
 from hpcmoe.dispatch.plan import LARGEST_POINT, SlotChooser
 
 
 class DevicePlan:
     """What one micro-batch exchanges in one layer: on the device where each assignment lies, on the host the counts."""
 
-    def __init__(self, slots: Tensor, kept: Tensor | None, num_slots: int, device: Any) -> None:
+    def __init__(self, slots: Tensor, kept: Tensor | None, num_slots: int, device: Device) -> None:
         """slots [T, K], kept [T, K] bool or None (all), on the device; num_slots of all ranks."""
         self.top_k = slots.shape[1]
         self.assignments, ends = device.row_ops.sort_by_slot(slots, kept, num_slots)  # RowsOfAssignments, [num_slots]
         self.ends, self.event = device.copy_to_host(ends)  # where each slot's rows end, once the event has happened
         self.leaving: np.ndarray  # [P, s] int64, rows from this rank to each slot, once they are known
         self.coming: np.ndarray  # [P, s] int64, rows from each rank to this one's slots
-        self.requests: list[MessageRequest] | None = None
+        self.requests: list[Request] | None = None
 
     def poll_counts(self, transport: Transport, tag: int) -> bool:
         """Return True if all counts are known; send this rank's to each other rank once the device has counted."""
@@ -60,7 +60,7 @@ class DeviceBatch:
 
     __slots__ = ("num_rows", "order", "rows_of_slot")
 
-    def __init__(self, coming: np.ndarray, device: Any) -> None:
+    def __init__(self, coming: np.ndarray, device: Device) -> None:
         """coming [P, s]: rows from each rank for each slot, which lie by rank and within it by slot."""
         self.rows_of_slot = coming.sum(axis=0)  # [s]
         self.num_rows = int(self.rows_of_slot.sum())

@@ -21,7 +21,7 @@ from hpcmoe.dispatch.plan import SlotChooser
 from hpcmoe.dispatch.router import Routing
 from hpcmoe.dispatch.routes import Routes
 from hpcmoe.dispatch.traffic import Traffic, make_traffic
-from hpcmoe.wait import Backoff, poke_all
+from hpcmoe.wait import BackgroundTask, Backoff, poke_all
 
 Buffers = TypeVar("Buffers")
 PAUSES = 16  # between two looks at everything: looking costs more than asking whether there is anything new
@@ -55,17 +55,6 @@ class Chunk:
     slots: Sequence[tuple[int, int]]  # (slot, rows) of each slot that has rows
 
 
-class Task(Protocol):
-    """What goes on in the background, over many steps."""
-
-    @property
-    def done(self) -> bool:
-        """Return True once nothing is left to do."""
-
-    def poke(self) -> bool:
-        """Progress without waiting, and return True if anything moved."""
-
-
 class TokenDispatcher(Protocol):
     """Carries the rows of one expert-parallel group, for all its layers and micro-batches.
 
@@ -89,7 +78,7 @@ class TokenDispatcher(Protocol):
     def is_idle(self) -> bool:
         """Return True if this rank has nothing left to do for others."""
 
-    def register(self, task: Task) -> None:
+    def register(self, task: BackgroundTask) -> None:
         """Poke a task too from now on, until it is over."""
 
     def pop_traffic(self) -> Traffic:
@@ -150,14 +139,14 @@ class ExchangeProgress(Generic[Buffers]):
         """backends: what carries rows besides the transport, each with poke()."""
         self.transport, self.clock = transport, clock
         self.backends = transport, *backends
-        self.background_tasks: list[Task] = []
+        self.background_tasks: list[BackgroundTask] = []
         self.traffic = make_traffic(transport.size)
 
     def find_buffers(self, exchange: ExchangeId) -> Buffers:
         """Return the in-flight buffers of a micro-batch."""
         return self.in_flight_buffers[exchange.micro_batch % len(self.in_flight_buffers)]
 
-    def register(self, task: Task) -> None:
+    def register(self, task: BackgroundTask) -> None:
         """Poke a task too from now on, until it is over."""
         self.background_tasks.append(task)
 

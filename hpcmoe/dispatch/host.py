@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.device import HostDevice
-from hpcmoe.comm.transport import Direction, MessageKind, MessageRequest, Transport
+from hpcmoe.comm.transport import Direction, MessageKind, Request, Transport
 from hpcmoe.comm.window import Window
 from hpcmoe.dispatch.arrivals import Arrivals, Batch, Key
 from hpcmoe.dispatch.dispatcher import Chunk, ExchangeId, ExchangeProgress
@@ -40,7 +40,7 @@ class InFlightBuffers:
         self.zero = self.tokens + sizes.home_window_rows - 1  # a row that nobody writes
         self.send = device.make_buffer(sizes.sent_message_rows, sizes.row_bytes).tensor
         self.num_exchanges = 0
-        self.requests: list[MessageRequest] = []  # of messages from here
+        self.requests: list[Request] = []  # of messages from here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,7 +52,7 @@ class HostHandle:
     buffers: InFlightBuffers
     number: int  # of the exchange in these buffers, from 1
     arrivals: Arrivals
-    returns: tuple[MessageRequest, ...]  # of messages that bring other nodes' sums home
+    returns: tuple[Request, ...]  # of messages that bring other nodes' sums home
 
 
 class HostDispatcher(ExchangeProgress[InFlightBuffers]):
@@ -145,7 +145,7 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
 
     def send_messages(
         self, plan: Plan, buffers: InFlightBuffers, gates: np.ndarray, tag_of: functools.partial[int]
-    ) -> list[MessageRequest]:
+    ) -> list[Request]:
         """Send the headers of all messages to their receivers, and the messages -> requests of what comes back."""
         transport, window, row_bytes = self.transport, self.window, self.sizes.row_bytes
         of_receiver: list[list[Message]] = [[] for _ in self.routes.receivers]

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from hpcmoe.comm.pool import RowPool
-from hpcmoe.comm.transport import HOMEWARD, Direction, MessageKind, MessageRequest, Transport
+from hpcmoe.comm.transport import HOMEWARD, Direction, MessageKind, Request, Transport
 from hpcmoe.comm.window import Window
 from hpcmoe.dispatch.plan import num_trailing_rows
 from hpcmoe.dispatch.routes import Routes
@@ -36,7 +36,7 @@ class InboundMessage:
     counts: np.ndarray  # [local peers, s] assignments for each slot
     rows: slice = field(init=False)  # of the window: its tokens, and behind them the trailer of its assignments
     results: slice = field(init=False)  # of the window, behind these: a row for each assignment
-    request: MessageRequest = field(init=False)  # of what is under way
+    request: Request = field(init=False)  # of what is under way
     gates: np.ndarray = field(init=False)  # [C] float32 that came with the assignments
 
     @property
@@ -64,7 +64,7 @@ class Receiver:
         self.working: list[InboundMessage] = []
         self.leaving: list[InboundMessage] = []
 
-    def expect(self, number: int, sender: int) -> tuple[int, np.ndarray, MessageRequest]:
+    def expect(self, number: int, sender: int) -> tuple[int, np.ndarray, Request]:
         """Start to receive a sender's header -> its number, words and request."""
         words = np.zeros(self.pool.header_words(number), np.int64)
         return number, words, self.transport.recv_words(words, sender, self.tag_of(MessageKind.HEADER))
@@ -170,7 +170,7 @@ class Receiver:
         return bool(left)
 
 
-def is_received(header: tuple[int, np.ndarray, MessageRequest]) -> bool:
+def is_received(header: tuple[int, np.ndarray, Request]) -> bool:
     """Return True if a header has come."""
     return header[2].done
 

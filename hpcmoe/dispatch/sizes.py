@@ -48,12 +48,12 @@ class HostSizes(Sizes):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token on the wire."""
+        """Return the bytes of one token on the wire."""
         return self.hidden * self.dtype.itemsize
 
     @property
     def sent_message_rows(self) -> int:
-        """Rows of all messages that a micro-batch sends in one exchange."""
+        """Count the rows of all messages that a micro-batch sends in one exchange."""
         if self.num_messages_sent == 0:
             return 0
         assignments = self.tokens * self.top_k
@@ -61,17 +61,17 @@ class HostSizes(Sizes):
 
     @property
     def home_window_rows(self) -> int:
-        """Rows of the window for a micro-batch's tokens and results, and one that is zero."""
+        """Count the rows of the window for a micro-batch's tokens and results, and one that is zero."""
         return self.tokens + max(self.tokens * self.top_k, self.sent_message_rows) + 1
 
     @property
     def window_rows(self) -> int:
-        """Rows of the window that belong to this rank."""
+        """Count the rows of the window that belong to this rank."""
         return self.num_in_flight * (self.home_window_rows + self.pool_rows)
 
     @property
     def send_bytes(self) -> int:
-        """Bytes of the buffers from which this rank sends."""
+        """Return the bytes of the buffers from which this rank sends."""
         return self.num_in_flight * self.sent_message_rows * self.row_bytes
 
     def window_sizes(self, routes: Routes) -> WindowSizes:
@@ -86,11 +86,11 @@ class HostSizes(Sizes):
         )
 
     def shared_bytes(self, routes: Routes) -> int:
-        """Bytes of this rank's share of the window."""
+        """Return the bytes of this rank's share of the window."""
         return self.window_sizes(routes).num_bytes(len(routes.local_peers)) // len(routes.local_peers)
 
     def buffer_bytes(self, routes: Routes) -> int:
-        """Bytes of all message buffers of this rank: its share of the window, and what it sends from."""
+        """Return the bytes of all message buffers of this rank: its share of the window, and what it sends from."""
         return self.shared_bytes(routes) + self.send_bytes
 
 
@@ -102,21 +102,21 @@ class DeviceSizes(Sizes):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a token and its gate value on the wire."""
+        """Return the bytes of a token and its gate value on the wire."""
         return -(-(self.hidden * self.dtype.itemsize + 4) // _ALIGNMENT) * _ALIGNMENT
 
     @property
     def home_rows(self) -> int:
-        """Rows of a micro-batch's assignments, and one that is zero."""
+        """Count the rows of a micro-batch's assignments, and one that is zero."""
         return self.tokens * self.top_k + 1
 
     @property
     def away_rows(self) -> int:
-        """Rows at this rank's experts that the buffer holds without growth."""
+        """Count the rows at this rank's experts that the buffer holds without growth."""
         return max(int(self.expert_rows * self.buffer_factor), 1)
 
     def buffer_bytes(self, _routes: Routes | None) -> int:
-        """Bytes of all message buffers on this rank's device."""
+        """Return the bytes of all message buffers on this rank's device."""
         return self.num_in_flight * (self.home_rows + self.away_rows) * self.row_bytes
 
 
@@ -136,6 +136,7 @@ def make_host_sizes(
     Some rows come in messages between nodes, each token before and its results behind. Raises ConfigError when [comm]
     pool_bytes does not hold one token's message.
     """
+    # Size messages between nodes and the pool where they are received, where there are other nodes.
     num_ranks, row_bytes = len(routes.publishers), rows.hidden * rows.dtype.itemsize
     message_tokens, pool_rows, at_once = 1, 0, 0
     if routes.min_local_peers < num_ranks:  # the same on all ranks
@@ -184,12 +185,13 @@ def count_inbound_rows(tokens: int, assignments_of_token: int, row_bytes: int) -
 def fit_messages(
     message_tokens: int, expected_rows: int, most_rows: int, assignments_of_token: int, row_bytes: int
 ) -> tuple[int, int, int]:
-    """Size a pool and the messages received in it: expected_rows where the limit allows.
+    """Fit a pool and the messages received in it: expected_rows where the limit allows.
 
     -> (tokens of a message, rows of the pool, messages that the pool holds together whatever their sizes)
 
     A message must fit whole; where the limit is tight it is made smaller. Raises ConfigError when not one token fits.
     """
+    # Halve a message until it fits whole.
     while message_tokens > 1 and count_inbound_rows(message_tokens, assignments_of_token, row_bytes) > most_rows:
         message_tokens = -(-message_tokens // 2)
     least = count_inbound_rows(message_tokens, assignments_of_token, row_bytes)
@@ -198,6 +200,8 @@ def fit_messages(
             f"[comm] pool_bytes: has {most_rows} rows of {row_bytes} B for each micro-batch in flight, "
             f"and a token with its results takes {least} where it lands"
         )
+
+    # Fill the limit with as many as are expected.
     pool_rows = min(max(expected_rows, least), most_rows)
     at_once = (pool_rows // least + 1) // 2  # with one less there, one of the gaps between them is still large enough
     return message_tokens, pool_rows, at_once
@@ -208,9 +212,9 @@ def choose_message_tokens(bytes_per_second: np.ndarray, latency_seconds: np.ndar
 
     At least MIN_BATCH_ROWS, since rows received together are worked on together.
     """
-    in_flight = (bytes_per_second * latency_seconds)[~np.eye(len(bytes_per_second), dtype=bool)]
-    bytes_in_flight = float(in_flight.max()) if in_flight.size else 0.0
-    return max(MIN_BATCH_ROWS, math.ceil(9 * bytes_in_flight / row_bytes))
+    product = (bytes_per_second * latency_seconds)[~np.eye(len(bytes_per_second), dtype=bool)]
+    delay_bytes = float(product.max()) if product.size else 0.0  # bandwidth x delay
+    return max(MIN_BATCH_ROWS, math.ceil(9 * delay_bytes / row_bytes))
 
 
 def choose_gemm_rows(row_bytes: int) -> int:

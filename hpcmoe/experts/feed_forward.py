@@ -28,7 +28,7 @@ def forward(products: Products, x: Tensor, kept: list[Kept] | None = None) -> Te
     x's precision and is a partial sum under tensor parallelism. Gated: Shazeer 2020, arXiv:2002.05202.
     """
     kind = products.kind
-    if kept is not None:
+    if kept is not None:  # what goes into the activation is wanted before it
         inner = tuple(products.linear(name, x) for name in MATRICES[kind] if name != "down")
         kept.append((x, *inner))
         hidden = apply_activation(kind, inner)
@@ -46,12 +46,13 @@ def backward(products: Products, kept: Kept, grad_y: Tensor, gates: Tensor) -> t
     -> (grad_x [n, H] in grad_y's precision, grad_gate [n] float32), both partial sums under tensor parallelism. Adds to
     the parameters' gradients. grad_gate = grad_y . y = (grad_y W_down) . hidden + grad_y . down_bias.
     """
+    # Propagate to the hidden numbers and the gate.
     x, *inner = kept
     hidden, grad_hidden = apply_activation(products.kind, inner), products.multiply_back("down", grad_y)
     grad_gate = (grad_hidden * hidden).sum(dim=1).float()  # adds in float32, rounds the sum
     products.add_bias_product(grad_gate, grad_y)
 
-    # From here on gradients are times the gate.
+    # Propagate to the weights and the input: from here on gradients are times the gate.
     gates = gates.to(grad_y.dtype)[:, None]
     products.add_gradients("down", grad_y * gates, hidden)
     grad_x: Tensor | None = None
@@ -72,7 +73,7 @@ def apply_activation(kind: str, inner: Sequence[Tensor]) -> Tensor:
 
 
 def activation_backward(kind: str, inner: Sequence[Tensor], grad_hidden: Tensor) -> dict[str, Tensor]:
-    """Go back through the activation, overwriting grad_hidden [n, F] -> dict weight name: gradient of its product."""
+    """Compute the gradients of what went into the activation, by weight name, overwriting grad_hidden [n, F]."""
     match kind:
         case "gelu":
             return {"up": torch.ops.aten.gelu_backward(grad_hidden, inner[0])}
@@ -137,7 +138,7 @@ class LocalExperts(nn.Module):
             yield self.replicas[slot].products, *own
 
     def stack_weights(self) -> None:
-        """Leave each replica's weights where they are: the experts take turns."""
+        """Keep each replica's weights where they are: the experts take turns."""
 
     def refresh(self) -> None:
         """Drop all casts and packed copies of weights: they have changed.
@@ -149,7 +150,7 @@ class LocalExperts(nn.Module):
 
     @property
     def cast_bytes(self) -> int:
-        """Bytes of the casts and packed copies of all replicas' weights."""
+        """Return the bytes of the casts and packed copies of all replicas' weights."""
         return sum(weights.cast_bytes for weights in self.weights())
 
     def weights(self) -> Sequence[ExpertProducts | StackedWeights]:
@@ -171,7 +172,7 @@ class GroupedExperts(LocalExperts):
         yield GroupedProducts(self.stacked, rows, tensors[0].device), *tensors
 
     def stack_weights(self) -> None:
-        """Stack each weight of all replicas into one array, of which their parameters become views."""
+        """Copy each weight of all replicas into one array, of which their parameters become views."""
         replicas = self.local_replicas()
         kind = replicas[0].kind if replicas else ""
         self.stacked = StackedWeights(kind, [dict(replica.named_parameters()) for replica in replicas])

@@ -8,7 +8,7 @@ to wait is a generator: it yields True after a piece of work and False when ther
 runs it may do something else meanwhile. Autograd works in the dense part and the router alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,7 @@ from hpcmoe.comm.transport import Direction
 from hpcmoe.dispatch.dispatcher import ExchangeId, TokenDispatcher
 from hpcmoe.dispatch.plan import SlotChooser
 from hpcmoe.dispatch.router import Router, Routing, repeat_for_shards
-
-Slots = Sequence[tuple[int, int]]  # (slot, rows) of each
+from hpcmoe.experts.feed_forward import Kept, LocalExperts
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -39,7 +38,7 @@ class LayerContext:
     plan: Any = field(init=False)  # the dispatcher's, as the handle and batches
     handle: Any = field(init=False)  # of the exchange under way
     batches: list[Any] = field(default_factory=list)  # of this rank's experts
-    kept: list[list[Any]] = field(default_factory=list)  # of each batch, what its experts need for their backward
+    kept: list[list[Kept]] = field(default_factory=list)  # of each batch, what its experts need for their backward
     output: Tensor = field(init=False)  # [T, H], the next layer's x; after the backward pass the gradient of x
     grad_output: Tensor = field(init=False)  # [T, H]
 
@@ -48,7 +47,7 @@ class MoELayer(nn.Module):
     """A block of the network: `dense` up to the router's input, then the experts, with a residual around both."""
 
     def __init__(
-        self, dense: nn.Module, router: Router, experts: Any, dispatcher: TokenDispatcher, chooser: SlotChooser
+        self, dense: nn.Module, router: Router, experts: LocalExperts, dispatcher: TokenDispatcher, chooser: SlotChooser
     ) -> None:
         """dense: x [T, H] -> (residual, normed) [T, H]; chooser: experts [T, K] -> slots [T, K * shards]."""
         super().__init__()
@@ -86,7 +85,7 @@ class MoELayer(nn.Module):
             if batch is None:
                 yield False
                 continue
-            kept: list[Any] = []
+            kept: list[Kept] = []
             for number, chunk in enumerate(dispatcher.split(context.handle, batch)):
                 if number > 0:
                     yield True
@@ -116,7 +115,7 @@ class MoELayer(nn.Module):
         yield from self.start(context, grad_output, Direction.COMBINE_BACKWARD)
 
     def compute_backward(self, context: LayerContext) -> Iterator[bool]:
-        """Go back through the experts as gradients come, and scatter those of their inputs and of the gates."""
+        """Compute the gradients of inputs and gates at the experts, as gradients come, and scatter them."""
         dispatcher = self.dispatcher
         for index in dispatcher.receive_again(context.handle, context.batches):
             if index is None:

@@ -28,16 +28,14 @@ class ExpertProducts:
 
     def __init__(self, kind: str, parameters: dict[str, Parameter], packed: bool) -> None:
         """parameters: name: weight [out, in] or bias [out]; packed: weights do not change, as in inference."""
-        self.kind, self.parameters = kind, parameters
-        self.matrices = {name: WeightMatrix(parameters[name], packed) for name in MATRICES[kind]}
-        self.biases: dict[tuple[str, torch.dtype], Tensor] = {}  # in that precision
+        self.kind = kind
+        self.matrices = {
+            name: WeightMatrix(parameters[name], parameters.get(f"{name}_bias"), packed) for name in MATRICES[kind]
+        }
 
     def linear(self, name: str, x: Tensor, activation: str = "none") -> Tensor:
         """Return activation(x W^T + b), [n, out]."""
-        bias, key = self.parameters.get(f"{name}_bias"), (name, x.dtype)
-        if bias is not None and key not in self.biases:
-            self.biases[key] = bias.detach().to(x.dtype)
-        return self.matrices[name].linear(x, self.biases.get(key), activation)
+        return self.matrices[name].linear(x, activation)
 
     def multiply_back(self, name: str, grad_y: Tensor) -> Tensor:
         """Return grad_y W, [n, in]."""
@@ -45,24 +43,21 @@ class ExpertProducts:
 
     def add_gradients(self, name: str, grad_y: Tensor, x: Tensor) -> None:
         """Add grad_y^T x to the weight's gradient, and grad_y's sum over rows to the bias's."""
-        self.matrices[name].add_gradient(grad_y, x)
-        if (bias := self.parameters.get(f"{name}_bias")) is not None:
-            ensure_grad(bias).add_(grad_y.sum(dim=0, dtype=torch.float32))
+        self.matrices[name].add_gradients(grad_y, x)
 
     def add_bias_product(self, total: Tensor, grad_y: Tensor) -> None:
         """Add grad_y . down_bias to total [n]."""
-        if (bias := self.parameters.get("down_bias")) is not None:
+        if (bias := self.matrices["down"].bias) is not None:
             total += grad_y.float() @ bias.float()
 
     def refresh(self) -> None:
         """Drop the casts of weights that have changed."""
-        self.biases = {}
         for matrix in self.matrices.values():
             matrix.refresh()
 
     @property
     def cast_bytes(self) -> int:
-        """Bytes of the weights' casts and packed copies."""
+        """Return the bytes of the weights' casts and packed copies."""
         return sum(matrix.cast_bytes for matrix in self.matrices.values())
 
 
@@ -93,7 +88,7 @@ class StackedWeights:
 
     @property
     def cast_bytes(self) -> int:
-        """Bytes of the casts."""
+        """Return the bytes of the casts."""
         return sum(cast.nbytes for cast in self.casts.values())
 
 
@@ -106,7 +101,7 @@ class GroupedProducts:
 
     @functools.cached_property
     def ends(self) -> Tensor:
-        """Where the rows of each expert end, on the device: [e] int32."""
+        """Return where the rows of each expert end, on the device: [e] int32."""
         ends = torch.from_numpy(np.cumsum(self.rows, dtype=np.int32))
         return ends.to(self.torch_device, non_blocking=True)
 

@@ -31,15 +31,15 @@ class ExpertSlots(Protocol):
 
     @property
     def node_of_rank(self) -> np.ndarray:
-        """Return the node of each rank [P]."""
+        """Return each rank's node [P]."""
 
     @property
     def rank_of_replica(self) -> np.ndarray:
-        """Return the rank of each slot [S]."""
+        """Return each slot's rank [S]."""
 
     @property
     def expert_of_replica(self) -> np.ndarray:
-        """Return the expert of each slot [L, S]."""
+        """Return each slot's expert [L, S]."""
 
     @property
     def slots_per_rank(self) -> int:

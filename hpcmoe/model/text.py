@@ -7,7 +7,6 @@ import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 
@@ -74,11 +73,8 @@ def sample_text(split: Split) -> Iterator[tuple[Span, int]]:
 def check_file(span: Span) -> Stamp:
     """Return a file's Stamp on this rank. Raises ConfigError where it cannot be read whole, as rank 0 found it."""
     try:
-        descriptor = os.open(span.path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not block
-        try:
-            info = os.fstat(descriptor)
-        finally:
-            os.close(descriptor)
+        with open(os.open(span.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO must not block
+            info = os.fstat(file.fileno())
     except FileNotFoundError:
         raise file_error(span, "rank 0 found it, this rank does not see it") from None
     except OSError as error:
@@ -94,13 +90,6 @@ def file_error(span: Span, message: str) -> ConfigError:
     return ConfigError(f"[data] files: {printable(span.path)}: {message}")
 
 
-class Sequences(Protocol):
-    """A text that a step reads."""
-
-    def sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Read a sequence and its next byte at each start -> uint8 [n, length + 1]."""
-
-
 class Text:
     """Spans of files as one string of bytes, read on demand; the files must not change."""
 
@@ -112,10 +101,6 @@ class Text:
 
     def __len__(self) -> int:
         return int(self.edges[-1])
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        """Read bytes start, start + 1, ... -> uint8 [length]."""
-        return self.sequences(np.array([start]), length - 1)[0]
 
     def sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Read a sequence and its next byte at each start -> uint8 [n, length + 1].
@@ -223,15 +208,12 @@ def count_sequences(num_sequences: int, num_micro_batches: int, num_shares: int)
 
 
 def read_micro_batches(
-    text: Sequences, starts: np.ndarray, sequence_length: int, num_micro_batches: int, mesh: Mesh
+    text: Text | BlankText, starts: np.ndarray, sequence_length: int, num_micro_batches: int, mesh: Mesh
 ) -> list[np.ndarray]:
     """Read this rank's part of each micro-batch -> list of uint8 [n, sequence_length + 1], n 0 or more.
 
     Micro-batch m is the same set of sequences at any number of ranks, which share it evenly.
     """
-    batches = []
-    for micro_batch in range(num_micro_batches):
-        whole = starts[share_of(len(starts), micro_batch, num_micro_batches)]
-        mine = whole[share_of(len(whole), mesh.token_index, mesh.num_token_shares)]
-        batches.append(text.sequences(mine, sequence_length))
-    return batches
+    batches = (starts[share_of(len(starts), number, num_micro_batches)] for number in range(num_micro_batches))
+    own = (batch[share_of(len(batch), mesh.token_index, mesh.num_token_shares)] for batch in batches)
+    return [text.sequences(mine, sequence_length) for mine in own]

@@ -68,7 +68,7 @@ def list_held(expert_at: np.ndarray, num_experts: int) -> np.ndarray:
 def undo_needless(
     problem: PlacementProblem, layer: int, old: np.ndarray, new: np.ndarray, data: LayerData
 ) -> np.ndarray:
-    """Undo moves slot by slot, as long as the layer costs no more; old, new [S] -> [S]."""
+    """Restore what moved without need, slot by slot, while the layer costs no more; old, new [S] -> [S]."""
     limit = layer_seconds(problem, layer, new) * TIE_FACTOR
     for slot in np.flatnonzero(old != new).tolist():
         back = undo_slot(old, new, slot)

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpcmoe.dispatch.device import DeviceDispatcher
-from hpcmoe.dispatch.host import HostDispatcher
+from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.model.language import LanguageModel
 from hpcmoe.prepare.memory import Memory
 
@@ -93,18 +92,19 @@ def locate(array: Tensor | np.ndarray) -> tuple[int, int]:
 
 def measure_memory(
     network: LanguageModel,
-    optimizer: object | None,
-    dispatcher: HostDispatcher | DeviceDispatcher,
+    adamw: torch.optim.AdamW | None,
+    dispatcher: TokenDispatcher,
     tracker: ActivationTracker,
 ) -> Memory:
     """Add up the arrays that are really there -> Memory; one_expert is a local one times its shards."""
+    # Count the parameters of the experts.
     experts = [layer.experts for layer in network.layers]
     num_replicas = sum(len(local.local_replicas()) for local in experts)
     expert_bytes = sum(p.nbytes for local in experts for p in local.parameters())
     parameters = list(network.parameters())
-    states = [] if optimizer is None else optimizer.adamw.state.values()
+    states = [] if adamw is None else adamw.state.values()
     return Memory(
-        states=4 if optimizer else 1,
+        states=4 if adamw else 1,
         one_expert=expert_bytes * network.mesh.tensor_parallel // max(num_replicas, 1),
         experts=expert_bytes,
         dense=sum(p.nbytes for p in parameters) - expert_bytes,

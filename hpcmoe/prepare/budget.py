@@ -54,7 +54,7 @@ class MemoryBudget:
 
     @property
     def bytes_for_experts(self) -> np.ndarray:
-        """What is left on each node -> [nodes] bytes, not below 0."""
+        """Return what is left on each node: [nodes] bytes, not below 0."""
         return np.maximum(self.node_bytes - self.num_ranks * sum(self.needs.values()), 0)
 
     def __str__(self) -> str:

@@ -39,17 +39,17 @@ class Memory:
 
     @property
     def per_expert(self) -> int:
-        """One logical expert of one layer with its gradient and moments."""
+        """Return the bytes of one logical expert of one layer with its gradient and moments."""
         return self.one_expert * self.states
 
     @property
     def dense_with_state(self) -> int:
-        """All but experts, with gradients and this rank's share of the moments."""
+        """Return the bytes of all but experts, with gradients and this rank's share of the moments."""
         return self.dense + self.gradients + self.optimizer - self.experts * (self.states - 1)
 
     @property
     def total(self) -> int:
-        """All of it on this rank."""
+        """Return the sum of all on this rank."""
         parameters = self.experts + self.dense + self.copies
         passing = self.buffers + self.activations + self.working + self.moving
         return parameters + self.gradients + self.optimizer + passing + self.snapshot
@@ -65,6 +65,7 @@ def estimate_memory(
     Activations are those of a rank that receives FULLEST times the rows of an even load. The snapshot is that of rank
     0, which saves the dense parts.
     """
+    # Count the parameters of the experts and of all else.
     model, training = spec.model, spec.trains
     on_device = isinstance(sizes, DeviceSizes)
     one_expert, states = estimate_expert(spec)

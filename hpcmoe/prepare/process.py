@@ -11,8 +11,7 @@ import numpy as np
 import psutil
 import torch
 
-from hpcmoe.dispatch.device import DeviceDispatcher
-from hpcmoe.dispatch.host import HostDispatcher
+from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.dispatch.sizes import DeviceSizes
 from hpcmoe.gemm import multiply
 from hpcmoe.prepare.memory import Memory
@@ -37,7 +36,7 @@ class ProcessMemory:
 
     @property
     def libraries(self) -> int:
-        """Code and files that other processes have too; alone on its node a process has them unshared."""
+        """Return the bytes of code and files that other processes have too; a process alone has them unshared."""
         return max(self.resident - self.unshared - self.shared_memory, 0)
 
 
@@ -92,7 +91,7 @@ def mean_of_fullest_node(of_ranks: list[int], node_of_rank: np.ndarray) -> int:
     return int((np.bincount(node_of_rank, weights=of_ranks) / np.bincount(node_of_rank)).max())
 
 
-def count_unshared(memory: Memory, dispatcher: HostDispatcher | DeviceDispatcher) -> int:
+def count_unshared(memory: Memory, dispatcher: TokenDispatcher) -> int:
     """Count the bytes of a Memory's arrays that are in this process's own part of the host's memory."""
     if isinstance(dispatcher.sizes, DeviceSizes):
         return memory.moving + memory.snapshot

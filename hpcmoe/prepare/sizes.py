@@ -80,12 +80,15 @@ def make_sizes(spec: NetworkSpec, pipeline: PipelineConfig, batch_sequences: int
 
 def check_tags(sizes: AnySizes, num_layers: int) -> None:
     """Raise ConfigError when this MPI has too few tags for a run's messages: rows between nodes, sums of gradients."""
+    # Check the sums of gradients, one tag a layer; 0 is of experts that move.
     max_tag = read_max_tag()
-    if num_layers > max_tag:  # 0 is of experts that move
+    if num_layers > max_tag:
         raise ConfigError(
             f"[model] num_layers = {num_layers}: sums of gradients need tags up to {num_layers}, this MPI's end at "
             f"{max_tag} (MPI_TAG_UB)"
         )
+
+    # Check the rows between nodes, several tags a micro-batch and message.
     messages = 1
     if isinstance(sizes, HostSizes):
         messages = count_messages(sizes.tokens, sizes.message_tokens) if sizes.num_messages_sent else 0

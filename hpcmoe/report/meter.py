@@ -25,7 +25,7 @@ class StepMetrics:
     """Figures of one step, over all ranks."""
 
     seconds: float  # wall-clock, on this rank
-    seconds_of_stage: dict[str, float]  # mean over the ranks
+    seconds_of_stage: dict[Timer, float]  # mean over the ranks
     num_tokens: int
     num_dropped: int
     utilisation: np.ndarray  # U_e [L, E]

@@ -1,24 +1,30 @@
-"""The tables that show a placement: its figures, its nodes, and what is busiest and binds; short for any cluster."""
+"""The tables of a placement: its figures, its nodes, what is busiest and what binds; short for any cluster."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from tabulate import tabulate
 
 from hpcmoe.messages import format_size
+from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.placement.resources import name_resource
+from hpcmoe.placement.result import Placement, Usage
 
 MOST_NODE_ROWS = 16  # rows of the table of nodes; of a larger cluster those that serve most
 MOST_BUSY = 4  # rows of each kind of resource
 MOST_OFTEN = 2  # resources named in a row of what binds
 MOST_RANGES = 6  # of numbers in a cell
+_Rows = list[tuple[str, ...]]
 KINDS = {
     "link": "link", "egress": "port", "ingress": "port", "uplink_out": "uplink", "uplink_in": "uplink", "rank": "rank",
 }  # fmt: skip
 
 
-def make_placement_tables(problem, placement, usage, rivals, layer):
-    """Lay out a placement, what it uses, and what other methods give (name -> seconds or None) -> text.
+def make_placement_tables(
+    problem: PlacementProblem, placement: Placement, usage: Usage, rivals: Mapping[str, float | None], layer: int
+) -> str:
+    """Format a placement, what it uses, and the seconds of other methods, None where they do not fit -> text.
 
     The table of nodes shows the experts of one layer.
     """
@@ -35,30 +41,26 @@ def make_placement_tables(problem, placement, usage, rivals, layer):
     )
 
 
-def rows_of_figures(problem, placement, usage, rivals, layer):
-    """List what the placement as a whole costs, and what others cost."""
-    cost, bound = placement.objective_seconds, placement.lower_bound_seconds
+def rows_of_figures(
+    problem: PlacementProblem, placement: Placement, usage: Usage, rivals: Mapping[str, float | None], layer: int
+) -> _Rows:
+    """List the cost of the placement as a whole, and of others."""
+    # Count what is placed where.
     layers, other = problem.num_layers, (placement.expert_of_replica != placement.expert_of_replica[layer]).any(axis=1)
-    slots, num_racks = problem.slots_per_rank, len(set(problem.rack_of_node))
+    slots = f"of {plural(layers, 'layer')}, {plural(problem.slots_per_rank, 'slot')} a rank"
+    nodes = f"of {plural(problem.num_nodes, 'node')} in {plural(len(set(problem.rack_of_node)), 'rack')}"
+
+    # Compare the cost with its bound and with other methods.
+    cost, bound = placement.objective_seconds, placement.lower_bound_seconds
     rows = [
-        (
-            "placed",
-            plural(problem.num_experts, "expert"),
-            f"of {plural(layers, 'layer')}, {plural(slots, 'slot')} a rank",
-        ),
-        (
-            "on",
-            plural(problem.num_ranks, "rank"),
-            f"of {plural(problem.num_nodes, 'node')} in {plural(num_racks, 'rack')}",
-        ),
+        ("placed", plural(problem.num_experts, "expert"), slots),
+        ("on", plural(problem.num_ranks, "rank"), nodes),
         (f"objective {problem.objective}", in_ms(cost), "ms a step, one way, the slowest part of each layer"),
-        ("  lower bound", in_ms(bound), gap(placement)),
+        ("  lower bound", in_ms(bound), format_gap(placement)),
     ]
     for method, seconds in rivals.items():
         ratio = f"ms; {seconds / cost:.3f} x the objective" if seconds and cost else "ms"
-        rows.append(
-            (f"  {method}", "-" if seconds is None else in_ms(seconds), "does not fit" if seconds is None else ratio)
-        )
+        rows.append((f"  {method}", *(("-", "does not fit") if seconds is None else (in_ms(seconds), ratio))))
     of_rank = usage.served.sum(axis=0)
     return [
         *rows,
@@ -70,32 +72,35 @@ def rows_of_figures(problem, placement, usage, rivals, layer):
     ]
 
 
-def gap(placement):
-    """Say how far a placement is from what none can be below."""
+def format_gap(placement: Placement) -> str:
+    """Format how far a placement is from its lower bound."""
     cost, bound = placement.objective_seconds, placement.lower_bound_seconds
     if placement.is_optimal:
         return "ms; met: optimal"
     return f"ms; the objective is {100 * (cost / bound - 1):.2f} % above" if bound > 0 else "ms; tells nothing here"
 
 
-def headers_of_nodes(layer):
+def headers_of_nodes(layer: int) -> tuple[str, ...]:
     """Name the columns of the table of nodes."""
     return ("node", "rack", "ranks", f"experts of layer {layer}", "replicas", "memory used", "of", "tokens", "x mean")
 
 
-def rows_of_nodes(problem, usage, layer):
+def rows_of_nodes(problem: PlacementProblem, usage: Usage, layer: int) -> _Rows:
     """List the nodes: their experts of one layer, replicas and memory of all layers, tokens served in all layers."""
+    # Choose the nodes to show.
     tokens = usage.tokens.sum(axis=(0, 1))  # [nodes]
     replicas = usage.replicas.sum(axis=(0, 2))
     shown = np.arange(problem.num_nodes)
     if len(shown) > MOST_NODE_ROWS:
         shown = np.argsort(-tokens, kind="stable")[:MOST_NODE_ROWS]
-    rows = [
+
+    # List them, and the mean of the others.
+    rows: _Rows = [
         (
             problem.node_names[node],
             f"{problem.rack_of_node[node]}",
             f"{problem.ranks_of_node[node]}",
-            compress(np.repeat(np.arange(problem.num_experts), usage.replicas[layer, node])),
+            format_ranges(np.repeat(np.arange(problem.num_experts), usage.replicas[layer, node])),
             f"{replicas[node]}",
             format_size(int(replicas[node] * problem.expert_bytes)),
             format_size(int(problem.memory_bytes[node])),
@@ -107,60 +112,57 @@ def rows_of_nodes(problem, usage, layer):
     left = np.setdiff1d(np.arange(problem.num_nodes), shown)
     if len(left) > 0:
         mean = f"{tokens[left].mean():.0f}", f"{tokens[left].mean() / max(tokens.mean(), 1e-300):.3f}"
-        rows.append(
-            (
-                f"{len(left)} others",
-                "",
-                "",
-                "each at most as many tokens; mean",
-                f"{replicas[left].mean():.0f}",
-                "",
-                "",
-                *mean,
-            )
-        )
+        what = "each at most as many tokens; mean"
+        rows.append((f"{len(left)} others", "", "", what, f"{replicas[left].mean():.0f}", "", "", *mean))
     return rows
 
 
-def rows_of_busiest(problem, usage):
+def rows_of_busiest(problem: PlacementProblem, usage: Usage) -> _Rows:
     """List the busiest few of each kind of resource, by their seconds over all layers."""
-    rows = []
+    rows: _Rows = []
     for kind in dict.fromkeys(KINDS.values()):
-        found = []
+        # Sort the resources of this kind.
+        found: list[tuple[float, str, tuple[int, ...]]] = []
         for name, seconds in usage.seconds.items():
             if KINDS[name] == kind:
                 found += [(total, name, index) for index, total in np.ndenumerate(seconds.sum(axis=0)) if total > 0]
         found.sort(key=lambda entry: -entry[0])
+
+        # List the first, each with its worst layer.
         for total, name, index in found[:MOST_BUSY]:
-            of_layer = usage.seconds[name][:, *index]
+            of_layer = np.array([seconds[index] for seconds in usage.seconds[name]])  # [L]
             worst = int(of_layer.argmax())
             rows.append((kind, name_resource(problem, name, index), in_ms(total), in_ms(of_layer[worst]), f"{worst}"))
     return rows
 
 
-def rows_of_binding(problem, usage):
+def rows_of_binding(problem: PlacementProblem, usage: Usage) -> _Rows:
     """List the kinds of resource that bind: in how many layers, what these cost, and which do most often.
 
     A layer in which several kinds are equally busy counts for the first of them.
     """
-    layers_of_kind, seconds = {}, usage.layer_seconds
+    # Group the layers by the kind that binds.
+    seconds = usage.layer_seconds
+    layers_of_kind: dict[str, list[tuple[int, list]]] = {}
     for layer in range(problem.num_layers):
         if binding := usage.list_binding(layer):
             layers_of_kind.setdefault(KINDS[binding[0][0]], []).append((layer, binding))
-    rows = []
+
+    # Count how often each resource binds.
+    rows: _Rows = []
     for kind, layers in layers_of_kind.items():
         names = Counter(name_resource(problem, *resource) for _, binding in layers for resource in binding)
         often = ", ".join(f"{name} in {count}" for name, count in names.most_common(MOST_OFTEN))
         more = f" and {len(names) - MOST_OFTEN} more" * (len(names) > MOST_OFTEN)
         numbers = [layer for layer, _ in layers]
-        rows.append((kind, f"{len(layers)}: {compress(numbers)}", in_ms(seconds[numbers].sum()), often + more))
+        rows.append((kind, f"{len(layers)}: {format_ranges(numbers)}", in_ms(seconds[numbers].sum()), often + more))
     return rows
 
 
-def compress(numbers):
+def format_ranges(numbers: Iterable[int]) -> str:
     """Write ascending numbers as ranges, and how often one comes if more than once: `0-3 5 x2 7`, cut when long."""
     counts = Counter(int(number) for number in numbers)
-    runs = []
+    runs: list[list[int]] = []
     for number, count in counts.items():
         if runs and runs[-1][1] == number - 1 and runs[-1][2] == count:
             runs[-1][1] = number
@@ -171,11 +173,11 @@ def compress(numbers):
     return ", ".join(words[:MOST_RANGES]) + cut
 
 
-def plural(number, noun):
+def plural(number: int, noun: str) -> str:
     """Write a number of things."""
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def in_ms(seconds):
+def in_ms(seconds: float) -> str:
     """Write seconds in milliseconds, to four digits at least."""
     return f"{1e3 * seconds:.0f}" if seconds >= 1 else f"{1e3 * seconds:.4g}"

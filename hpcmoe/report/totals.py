@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hpcmoe.clock import Timer
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.config import NetworkSpec
@@ -55,7 +56,7 @@ class Totals:
     num_tokens: int
     num_dropped: int
     seconds: float  # wall-clock of rank 0
-    seconds_of_stage: dict[str, float]  # mean over the ranks
+    seconds_of_stage: dict[Timer, float]  # mean over the ranks
     bytes_of_link: np.ndarray | None  # [P, P] bytes sent from rank to rank; on rank 0 alone
     utilisation: np.ndarray  # U_e [L, E], mean over the steps
     balancedness: float  # of the ranks, mean / max of the tokens served; mean over the steps
@@ -85,7 +86,7 @@ def gather_totals(run: MeasuredRun, optimizer: Any, losses: dict[str, float], sn
     meter, world, model, dispatcher = run.meter, run.mesh.world, run.spec.model, run.stepper.dispatcher
 
     # Measure the memory of this rank, and gather that of all.
-    measured = measure_memory(run.stepper.network, optimizer, dispatcher, run.stepper.tracker)
+    measured = measure_memory(run.stepper.network, optimizer and optimizer.adamw, dispatcher, run.stepper.tracker)
     measured = dataclasses.replace(measured, snapshot=snapshot_bytes, moving=run.staged_bytes)
     process = read_process()
     beside = process.unshared - count_unshared(measured, dispatcher)

@@ -55,11 +55,6 @@ class HeldReplica:
     begin: int  # of its gradients in the flat array
     end: int
 
-    @property
-    def size(self) -> int:
-        """Return the number of its parameters."""
-        return self.end - self.begin
-
 
 class SharedExperts:
     """The experts of this rank, the ranks of the group that hold replicas of them, and their gradients.
@@ -179,14 +174,10 @@ class GradientSums:
 
         Collective over world.
         """
-        self.tasks.append(self.gather_dense(counts))
-        self.drain()
-
-    def gather_dense(self, counts: list[int]) -> Iterator:
-        """Gather the dense gradients' array; yields while it waits."""
         if self.mesh.world.size > 1:
             with self.reducer.open_for_sums(self.dense.flat) as flat:
-                yield from self.reducer.all_gather(flat, counts)
+                self.tasks.append(iter(self.reducer.all_gather(flat, counts)))
+                self.drain()
 
     def sum_dense(self, end: int) -> Iterator:
         """Sum the dense gradients that are final, up to number `end`, in whole buckets but for the last."""
@@ -212,7 +203,7 @@ class GradientSums:
             gradient_of = {replica: flat[replica.begin - first : replica.end - first] for replica in held}
             for replica in replicas:
                 yield from self.gather_replica(replica, gradient_of[replica])
-            yield from self.sum_groups(layer, flat[: sum(replica.size for replica in held if replica.owned)])
+            yield from self.sum_groups(layer, flat[: sum(r.end - r.begin for r in held if r.owned)])
             tag = _FIRST_TAG + layer
             to_others = [(tag, rank, gradient_of[r]) for r in replicas if r.owned for rank in r.ranks[1:]]
             from_first = [(tag, r.ranks[0], gradient_of[r]) for r in replicas if not r.owned]

@@ -20,31 +20,36 @@ Metadata = Mapping[str, Any]  # by "[section] key" of the config, and a few othe
 
 def describe_checkpoint(config: Config, step: int, num_ranks: int, text_bytes: int) -> dict[str, Any]:
     """Return the metadata of a checkpoint of a step; text_bytes: of the text for training."""
-    position = {"step": step, "num_ranks": num_ranks}
-    return position | describe_function(config) | describe_training(config) | describe_data(config, text_bytes)
+    function = describe_shapes(config) | describe_function(config)
+    return (
+        {"step": step, "num_ranks": num_ranks}
+        | function
+        | describe_training(config)
+        | describe_data(config, text_bytes)
+    )
+
+
+def describe_shapes(config: Config) -> dict[str, Any]:
+    """Return the keys that the shapes of the arrays tell too."""
+    return read_keys(config, {"model": ["hidden", "feed_forward", "num_layers", "num_experts", "sequence_length"]})
 
 
 def describe_function(config: Config) -> dict[str, Any]:
-    """Return the keys that make the function of the weights; keys without effect are left out.
+    """Return the keys that shapes do not tell of the function of the weights; keys without effect are left out.
 
     The biases of the choice act as the checkpoint holds them, whatever [dispatch] bias_update_speed moves them.
     """
-    model, dispatch, experts = config.model, config.dispatch, config.experts
-    sizes = ("hidden", "feed_forward", "num_layers", "num_experts", "sequence_length")
-    function = {f"[model] {name}": getattr(model, name) for name in sizes} | {
-        "[experts] kind": experts.kind,
-        "[experts] bias": experts.bias,
-        "[model] attention": model.attention,
-        "[model] top_k": model.top_k,
-        "[dispatch] renormalize": renormalizes(dispatch, model.top_k),
-        "[dispatch] load_feedback": dispatch.load_feedback,
-        "[dispatch] capacity_factor": dispatch.capacity_factor,
+    names_of_section = {
+        "experts": ["kind", "bias"],
+        "model": ["attention", "top_k"],
+        "dispatch": ["load_feedback", "capacity_factor"],
     }
-    if model.attention:
-        function["[model] num_heads"] = model.num_heads
-    if dispatch.load_feedback > 0:
-        function["[dispatch] load_feedback_on"] = dispatch.load_feedback_on
-    return function
+    if config.model.attention:
+        names_of_section["model"].append("num_heads")
+    if config.dispatch.load_feedback > 0:
+        names_of_section["dispatch"].append("load_feedback_on")
+    renormalize = renormalizes(config.dispatch, config.model.top_k)
+    return {"[dispatch] renormalize": renormalize} | read_keys(config, names_of_section)
 
 
 def describe_training(config: Config) -> dict[str, Any]:
@@ -57,6 +62,17 @@ def describe_training(config: Config) -> dict[str, Any]:
         names_of_section["train"] = [
             "learning_rate", "learning_rate_warmup_steps", "weight_decay", "beta1", "beta2", "epsilon", "clip_norm",
         ]  # fmt: skip
+    return read_keys(config, names_of_section)
+
+
+def describe_data(config: Config, text_bytes: int) -> dict[str, Any]:
+    """Return what determines, with the step, the sequences that come next."""
+    keys = read_keys(config, {"run": ["seed"], "data": ["batch_sequences"]})
+    return keys | {"[data] files, bytes to train on": text_bytes}
+
+
+def read_keys(config: Config, names_of_section: dict[str, list[str]]) -> dict[str, Any]:
+    """Return the values of some keys of a config, by "[section] key"."""
     return {
         f"[{section}] {name}": getattr(getattr(config, section), name)
         for section, names in names_of_section.items()
@@ -64,20 +80,11 @@ def describe_training(config: Config) -> dict[str, Any]:
     }
 
 
-def describe_data(config: Config, text_bytes: int) -> dict[str, Any]:
-    """Return what determines, with the step, the sequences that come next."""
-    return {
-        "[run] seed": config.run.seed,
-        "[data] batch_sequences": config.data.batch_sequences,
-        "[data] files, bytes to train on": text_bytes,
-    }
-
-
 def check_metadata(metadata: Metadata, config: Config, checkpoint: str | os.PathLike, step: int) -> None:
     """Raise CheckpointError for a checkpoint of another function, a line for each key, or for incomplete metadata."""
     if metadata.get("step") != step or "num_ranks" not in metadata:
         raise CheckpointError(f"{checkpoint}: its step is not the one in its name; it is not whole")
-    wanted = describe_function(config)
+    wanted = describe_shapes(config) | describe_function(config)
     differing = [(key, wants) for key, wants in wanted.items() if metadata.get(key, wants) != wants]
     if differing:
         lines = [format_mismatch(checkpoint, key, metadata[key], wants) for key, wants in differing]

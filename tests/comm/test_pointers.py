@@ -31,7 +31,7 @@ def test_where_it_has_none_it_answers_by_the_standards_list(maps):
 @pytest.mark.parametrize("mpi_takes", [True, False])
 @pytest.mark.parametrize("obstacle", ["", "it does not"])
 def test_ucx_is_asked_where_mpi_says_no_and_ucx_has_cuda(maps, monkeypatch, mpi_takes, obstacle):
-    monkeypatch.setattr("hpcmoe.comm.pointers.ask_function", lambda maps: (mpi_takes, "as told"))
+    monkeypatch.setattr("hpcmoe.comm.pointers.query_function", lambda maps: (mpi_takes, "as told"))
     monkeypatch.setattr("hpcmoe.comm.pointers.find_ucx_obstacle", lambda name, netmod: obstacle)
     maps.write_text(LINE.format("libucp.so.0"))
     assert read_cuda_support(MPI.COMM_SELF, maps)[:2] == (mpi_takes, False)

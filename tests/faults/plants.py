@@ -149,7 +149,7 @@ FAULTS = {
         4,
     ),
     "biases are those of before the step": plant(
-        "experts/products.py", "        self.biases = {}\n        for matrix", "        for matrix", FFN
+        "gemm.py", "(self.weights, self.packs, self.biases):", "(self.weights, self.packs):", FFN
     ),
     # EXCHANGE and what carries it
     "local peers are told before the rows are there": plant(

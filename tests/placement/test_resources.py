@@ -21,7 +21,7 @@ from hpcmoe.placement.resources import (
 )
 from hpcmoe.placement.search.anneal import make_generator
 from hpcmoe.placement.search.layer_data import EMPTY
-from hpcmoe.placement.search.proposals import find_ends
+from hpcmoe.placement.search.proposals import _find_ends
 
 
 def make_traffic(problem, seed):
@@ -79,7 +79,7 @@ def test_the_search_looks_up_the_prices_and_the_order_of_the_definition(problem)
     for number in range(sum(sizes)):
         kind = int(np.searchsorted(np.cumsum(sizes), number, side="right"))
         at = number - sum(sizes[:kind])
-        sender, receiver, rank = find_ends(data, make_generator(number), number)
+        sender, receiver, rank = _find_ends(data, make_generator(number), number)
         match RESOURCES[kind]:
             case "link":
                 assert (sender, receiver, rank) == (*divmod(at, problem.num_nodes), EMPTY)

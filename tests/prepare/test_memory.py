@@ -43,7 +43,9 @@ def take_step(job, optimizer, purpose="train"):
     job.stepper.run(job.training, np.arange(config.data.batch_sequences), load, purpose)
     if optimizer is not None:
         optimizer.step(1)
-    return measure_memory(job.stepper.network, optimizer, job.stepper.dispatcher, job.stepper.tracker)
+    return measure_memory(
+        job.stepper.network, optimizer and optimizer.adamw, job.stepper.dispatcher, job.stepper.tracker
+    )
 
 
 def open_job(comm, folder, **changes):

@@ -10,7 +10,7 @@ from hpcmoe.placement.files.case import read_case
 from hpcmoe.placement.result import SearchStats, compute_usage
 from hpcmoe.report.placement_tables import (
     MOST_NODE_ROWS,
-    compress,
+    format_ranges,
     in_ms,
     make_placement_tables,
     rows_of_binding,
@@ -79,7 +79,7 @@ def test_what_binds_covers_every_layer_once(tmp_path):
      (range(0, 40, 2), "0, 2, 4, 6, 8, 10 ... (20)")],
 )  # fmt: skip
 def test_numbers_are_written_as_ranges(numbers, text):
-    assert compress(numbers) == text
+    assert format_ranges(numbers) == text
 
 
 def test_milliseconds_keep_four_digits():

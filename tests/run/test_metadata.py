@@ -18,6 +18,7 @@ from hpcmoe.run.metadata import (
     describe_checkpoint,
     describe_data,
     describe_function,
+    describe_shapes,
     describe_training,
     log_changes,
 )
@@ -65,7 +66,7 @@ def make_metadata(config, step=3, text_bytes=4000):
 
 def test_every_key_is_of_the_function_of_its_training_of_the_data_or_of_none():
     config = make_config()
-    told = {*describe_function(config), *describe_training(config), *describe_data(config, 1)}
+    told = {*describe_shapes(config), *describe_function(config), *describe_training(config), *describe_data(config, 1)}
     for section in dataclasses.fields(Config):
         free = SAME_FUNCTION.get(section.name, "").split()
         for key in dataclasses.fields(section.default_factory):

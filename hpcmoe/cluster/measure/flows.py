@@ -82,12 +82,12 @@ def run_flows(
     # A flow is several channels, half of each here.
     channels = [(flow, channel) for flow in range(len(ranks)) for channel in range(_CHANNELS)]
     senders = [
-        Sender(comm, ranks[flow, 1], channel, sizes[flow], seconds, num_bytes // _CHANNELS)
+        FlowSender(comm, ranks[flow, 1], channel, sizes[flow], seconds, num_bytes // _CHANNELS)
         for flow, channel in channels
         if ranks[flow, 0] == comm.rank
     ]
     receivers = {
-        (flow, channel): Receiver(comm, ranks[flow, 0], channel, sizes[flow])
+        (flow, channel): FlowReceiver(comm, ranks[flow, 0], channel, sizes[flow])
         for flow, channel in channels
         if ranks[flow, 1] == comm.rank
     }
@@ -101,7 +101,7 @@ def run_flows(
     return arrivals_of_flow
 
 
-class Sender:
+class FlowSender:
     """Half of a channel: sends one message after another until its time or bytes are spent."""
 
     def __init__(self, comm: MPI.Comm, peer: int, channel: int, size: int, seconds: float, num_bytes: int) -> None:
@@ -120,7 +120,7 @@ class Sender:
         return self.comm.Issend(self.message, self.peer, self.tag)  # no buffering: it is done when it is received
 
 
-class Receiver:
+class FlowReceiver:
     """The other half: receives one message after another, and records when."""
 
     def __init__(self, comm: MPI.Comm, peer: int, channel: int, size: int) -> None:
@@ -137,7 +137,7 @@ class Receiver:
         return self.comm.Irecv(self.message, self.peer, self.tag)
 
 
-def open_connections(comm: MPI.Comm, senders: Sequence[Sender], receivers: Iterable[Receiver]) -> None:
+def open_connections(comm: MPI.Comm, senders: Sequence[FlowSender], receivers: Iterable[FlowReceiver]) -> None:
     """Send a byte through each channel, so that none opens while the others are timed. Collective over comm."""
     byte = np.zeros(1, np.uint8)
     requests = [comm.Irecv(np.zeros(1, np.uint8), half.peer, half.tag) for half in receivers]
@@ -145,7 +145,7 @@ def open_connections(comm: MPI.Comm, senders: Sequence[Sender], receivers: Itera
     barrier(comm)
 
 
-def run_channels(halves: Sequence[Sender | Receiver]) -> None:
+def run_channels(halves: Sequence[FlowSender | FlowReceiver]) -> None:
     """Run this rank's halves of channels until all have ended."""
     backoff, begin = Backoff(), time.perf_counter()
     requests = [half.step(0.0) for half in halves]

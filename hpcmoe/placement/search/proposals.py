@@ -1,13 +1,13 @@
-"""Which move to try next: three in four where the busiest resource can be relieved, the others anywhere."""
+"""Proposals of moves: three in four where they can relieve the busiest resource, the others anywhere."""
 
 import numpy as np
 
-from hpcmoe.placement.search.layer_data import EMPTY
+from hpcmoe.placement.search.layer_data import EMPTY, LayerData, LayerState
 from hpcmoe.placement.search.moves import compiled, holds, inlined
 
 
 @compiled
-def draw_integer(random, below):
+def draw_integer(random: np.ndarray, below: int) -> np.int64:
     """Draw an integer from 0 to below - 1, by xorshift64* (Vigna 2016, doi:10.1145/2845077); random is [1] uint64."""
     x = random[0]
     x ^= x >> np.uint64(12)
@@ -19,7 +19,7 @@ def draw_integer(random, below):
 
 
 @inlined
-def draw_rank(t, random, node):
+def _draw_rank(t, random, node):
     """Draw one of a node's ranks; of all ranks where the node is EMPTY or has none."""
     if node != EMPTY:
         first, end = t.first_of_node[node], t.first_of_node[node + 1]
@@ -29,8 +29,8 @@ def draw_rank(t, random, node):
 
 
 @inlined
-def draw_demanded(t, random, node):
-    """Draw an expert, rather one that the node's tokens ask for: the best of a few."""
+def _draw_demanded(t, random, node):
+    """Draw an expert, preferably one that the node's tokens are routed to: the best of a few."""
     demand = t.demand
     best = draw_integer(random, demand.shape[1])
     for _ in range(draw_integer(random, 4)):
@@ -41,11 +41,11 @@ def draw_demanded(t, random, node):
 
 
 @inlined
-def draw_remote(t, s, random, sender, receiver):
-    """Draw an expert that the receiving node holds and the sending one lacks, rather one it sends much for."""
+def _draw_remote(t, s, random, sender, receiver):
+    """Draw an expert that the receiver holds and the sender lacks, preferably one that it sends many tokens for."""
     best, most = EMPTY, 0.0
     for _ in range(3):
-        rank = draw_rank(t, random, receiver)
+        rank = _draw_rank(t, random, receiver)
         expert = s.expert_at[rank, draw_integer(random, t.most_of_rank[rank])]
         if expert != EMPTY and s.replicas[sender, expert] == 0:
             share = t.demand[sender, expert] / s.num_replicas[expert]
@@ -55,23 +55,23 @@ def draw_remote(t, s, random, sender, receiver):
 
 
 @compiled
-def draw_slot(t, s, random, rank):
-    """Draw one of a rank's slots: of a few, the one whose expert is wanted least, on its node or by all for a replica."""
+def _draw_slot(t, s, random, rank):
+    """Draw one of a rank's slots: of a few, that of the expert with least demand, of its node or of all a replica."""
     node, best, least = t.node_of_rank[rank], 0, np.inf
     here, tries = draw_integer(random, 2) == 0, 1 + draw_integer(random, 3)
     for _ in range(tries):
         slot = draw_integer(random, t.most_of_rank[rank])
-        expert, wanted = s.expert_at[rank, slot], -1.0
+        expert, demand = s.expert_at[rank, slot], -1.0
         if expert != EMPTY:
-            wanted = t.demand[node, expert] if here else t.tokens[expert] / s.num_replicas[expert]
-        if wanted < least:
-            best, least = slot, wanted
+            demand = t.demand[node, expert] if here else t.tokens[expert] / s.num_replicas[expert]
+        if demand < least:
+            best, least = slot, demand
     return best
 
 
 @compiled
-def find_ends(t, random, k):
-    """Name what resource k joins -> (sending node, receiving node, rank), EMPTY where it has none."""
+def _find_endpoints(t, random, k):
+    """Find what resource k joins -> (sending node, receiving node, rank), EMPTY where it has none."""
     num_nodes, num_racks = len(t.rack_of_node), len(t.uplink_cost)
     if k < t.first_egress:
         return k // num_nodes, k % num_nodes, EMPTY
@@ -89,37 +89,42 @@ def find_ends(t, random, k):
 
 
 @compiled
-def choose_rank(t, s, random, busiest):
+def _choose_rank(t, s, random, busiest):
     """Choose a rank whose contents to change, and perhaps an expert that it should get -> (rank, expert)."""
+    # Look at the busiest resource, or at none.
     sender, receiver, rank = EMPTY, EMPTY, EMPTY
     if draw_integer(random, 4) > 0:
-        sender, receiver, rank = find_ends(t, random, busiest)
-    if rank != EMPTY:  # it computes too long: change it, or replicate one of its experts on another
+        sender, receiver, rank = _find_endpoints(t, random, busiest)
+
+    # Relieve a rank: change it, or replicate one of its experts on another.
+    if rank != EMPTY:
         if t.replicate and draw_integer(random, 2) == 0:
-            return draw_rank(t, random, EMPTY), s.expert_at[rank, draw_integer(random, t.most_of_rank[rank])]
+            return _draw_rank(t, random, EMPTY), s.expert_at[rank, draw_integer(random, t.most_of_rank[rank])]
         return rank, EMPTY
+
+    # Relieve a port or a link: bring experts to the sender, or change the receiver.
     if sender != EMPTY and receiver == EMPTY:
-        return draw_rank(t, random, sender), draw_demanded(t, random, sender)
+        return _draw_rank(t, random, sender), _draw_demanded(t, random, sender)
     if sender != EMPTY and draw_integer(random, 2) == 0:
-        target = draw_rank(t, random, sender if draw_integer(random, 2) == 0 else EMPTY)
-        return target, draw_remote(t, s, random, sender, receiver)
-    return draw_rank(t, random, receiver), EMPTY
+        target = _draw_rank(t, random, sender if draw_integer(random, 2) == 0 else EMPTY)
+        return target, _draw_remote(t, s, random, sender, receiver)
+    return _draw_rank(t, random, receiver), EMPTY
 
 
 @compiled
-def propose_move(t, s, random, busiest):
-    """Think of a move -> (rank a, its slot, rank b, its slot); b is EMPTY, and its slot an expert, to replace a's."""
-    a, wish = choose_rank(t, s, random, busiest)
-    slot = draw_slot(t, s, random, a)
+def propose_move(t: LayerData, s: LayerState, random: np.ndarray, busiest: int) -> tuple[int, int, int, int]:
+    """Draw a move -> (rank a, its slot, rank b, its slot); b is EMPTY, and its slot an expert, to replace a's."""
+    a, wish = _choose_rank(t, s, random, busiest)
+    slot = _draw_slot(t, s, random, a)
 
-    # Replace what is there: by what is wished for, else by what the node wants, else by nothing.
+    # Replace what is there: by the chosen expert, else by one of demand on the node, else by nothing.
     if t.replicate and draw_integer(random, 2) == 0:
         if wish == EMPTY and draw_integer(random, 16) > 0:
-            wish = draw_demanded(t, random, t.node_of_rank[a])
+            wish = _draw_demanded(t, random, t.node_of_rank[a])
         return a, slot, EMPTY, wish
 
-    # Exchange it: for what is wished for, else for anything.
-    b = draw_rank(t, random, EMPTY)
+    # Swap it: for the chosen expert, else for any.
+    b = _draw_rank(t, random, EMPTY)
     if wish != EMPTY:
         b = s.ranks_of_expert[wish, draw_integer(random, s.num_replicas[wish])]
         for other in range(s.expert_at.shape[1]):
@@ -129,8 +134,8 @@ def propose_move(t, s, random, busiest):
 
 
 @inlined
-def count_new_moves(t, e, a, f, b):
-    """Count how many replicas more would be where they were not, with f on rank a instead of b, and e on b."""
+def _count_new_moves(t, e, a, f, b):
+    """Count the replicas that a move adds where they were not, with f on rank a instead of b, and e on b."""
     more = 0
     for expert, source, target in ((e, a, b), (f, b, a)):
         if expert != EMPTY and source != EMPTY and not t.already_held[source, expert]:
@@ -141,17 +146,22 @@ def count_new_moves(t, e, a, f, b):
 
 
 @compiled
-def may_move(t, s, e, a, f, b):
-    """Tell whether f may come from rank b to a, and e go from a to b, in slots, memory and number of replicas."""
+def may_move(t: LayerData, s: LayerState, e: int, a: int, f: int, b: int) -> bool:
+    """Return True if f may come from rank b to a, and e go from a to b, in slots, memory and number of replicas."""
+    # Check that it is a move, and one more is allowed.
     if e == f or a == b or (f != EMPTY and holds(s, a, f)):
         return False
-    if t.most_moves != EMPTY and s.num_moved[0] + count_new_moves(t, e, a, f, b) > t.most_moves:
+    if t.most_moves != EMPTY and s.num_moved[0] + _count_new_moves(t, e, a, f, b) > t.most_moves:
         return False
     node_of_rank = t.node_of_rank
-    if b == EMPTY:  # f comes anew, e goes for good
+
+    # Check a replacement: f is added, e removed.
+    if b == EMPTY:
         if e != EMPTY:
             return s.num_replicas[e] > 1
         return s.count_of_node[node_of_rank[a]] < t.most_of_node[node_of_rank[a]]
+
+    # Check a swap, or a move to an empty slot.
     if e != EMPTY and holds(s, b, e):
         return False
     here, there = node_of_rank[a], node_of_rank[b]

@@ -157,9 +157,9 @@ BROKEN = {
     "bytes_per_token = 0: must be finite and > 0": make_case(bytes_per_token=0),
     "seconds_per_token = -1: must be finite and >= 0": make_case(seconds_per_token=-1),
     "9 experts do not fit into 8 ranks x 1 slots = 8; E, G, slots_per_gpu": make_case(experts=9),
-    "8 experts x 3 layers x 35 MB = 840 MB do not fit: node n0 with 200 MB and 6 slots holds 5 of 24, all 4 nodes 20; E,":
+    "8 experts x 3 layers x 35 MB = 840 MB do not fit: node n0 with 200 MB and 6 slots holds 5 of 24, all 4 nodes 20":
         make_case(M=[2e8] * 4),
-    "8 experts x 3 layers x 35 MB = 840 MB do not fit: node n1 with 0 B and 6 slots holds 0 of 24, all 4 nodes 18; E, l":
+    "8 experts x 3 layers x 35 MB = 840 MB do not fit: node n1 with 0 B and 6 slots holds 0 of 24, all 4 nodes 18":
         make_case(M=[1e12, 0, 1e12, 1e12]),
     "8 experts x 3 layers x 35 MB = 840 MB do not fit: node n0 with 34 MB and 6 slots holds 0": make_case(M=[34e6] * 4),
 }  # fmt: skip
