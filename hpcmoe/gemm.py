@@ -67,6 +67,11 @@ class WeightMatrix:
         if self.bias is not None:
             ensure_grad(self.bias).add_(grad_y.sum(dim=0, dtype=torch.float32))
 
+    def add_bias_product(self, total: Tensor, grad_y: Tensor) -> None:
+        """Add grad_y . bias to total [n] float32, where there is a bias."""
+        if self.bias is not None:
+            total += grad_y.float() @ self.bias.float()
+
     def prepare(self, dtype: torch.dtype) -> tuple[TorchGemm, Tensor]:
         """Choose the GEMM of this precision, and cast the weight to what it reads -> (gemm, weight [out, in])."""
         gemm = choose_gemm(self.parameter.device.type, dtype)

@@ -91,7 +91,7 @@ def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.E
         log.warning("%s", note)
     folder = pathlib.Path(config.run.output, config.run.name)
     checkpoint = None if arguments.resume is None else find_checkpoint(comm, arguments.resume or folder)
-    goes_on = checkpoint is not None and is_in_folder(checkpoint, folder)
+    resumes = checkpoint is not None and is_in_folder(checkpoint, folder)
     on_root(comm, lambda: check_checkpoint(checkpoint, folder, config))
     split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length, folder))
     split = on_all(comm, lambda: check_text(split))
@@ -99,7 +99,7 @@ def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.E
     # Read an earlier run's files before the folder, which may be theirs, is moved out of the way; measure after it.
     loads = keep_on_root(comm, lambda: find_loads(config.placement.loads, config.model, read_loads))
     topology = read_topology(comm, config.cluster) if config.cluster.links != "measure" else None
-    opened.enter_context(open_folder(comm, config.run.output, config.run.name, resume=goes_on))
+    opened.enter_context(open_folder(comm, config.run.output, config.run.name, resume=resumes))
 
     # Read where the ranks are and what joins them; check the memory of nodes, that of GPUs is known when they are open.
     topology = topology or read_topology(comm, config.cluster)
@@ -123,7 +123,7 @@ def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.E
         gc.enable()
         with open_job(config, topology, mesh, split, loads) as job:
             start = make_start(job, checkpoint)
-            with open_records(comm, folder, start.step if goes_on else None) as records:
+            with open_records(comm, folder, start.step if resumes else None) as records:
                 describe_run(records, job, text)
                 totals = train_or_infer(job, records, folder, start)
                 describe_tokens(records, job)

@@ -19,7 +19,7 @@ import sys
 import time
 
 _DYING_SECONDS = 0.2  # a process's memory goes, and fails its peers, before its end can be seen
-_INFO = struct.Struct("=QQ11Ii")  # struct pidfd_info: what is told, cgroup, numbers of processes and users, the end
+_INFO = struct.Struct("=QQ11Ii")  # struct pidfd_info: mask, cgroup, numbers of processes and users, the end
 _GET_INFO = 3 << 30 | _INFO.size << 16 | 0xFF << 8 | 11  # _IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info)
 _INFO_EXIT = 1 << 3
 _SIGNAL_BITS = 0x7F  # of a wait status: 0 where the process ended by itself
@@ -35,9 +35,12 @@ def main(host: str, size: str, *ranks: str) -> None:
             report_death(host, size, rank, pid, read_end(first, pid))
         os._exit(0)
 
+    # Be stopped or asked by signals.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGUSR1, lambda *_: report_first(_DYING_SECONDS))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's business
+
+    # Wait for the ranks' ends.
     for rank, pid in (word.split(":") for word in ranks):
         try:
             file = os.pidfd_open(int(pid))

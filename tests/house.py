@@ -14,21 +14,21 @@ SAME_IN_MANY = {"main", "log"}  # entry points and loggers
 
 # The first words of functions' docstrings: plain imperatives.
 IMPERATIVES = """
-    Abort Accumulate Acquire Add Advance Allocate Announce Append Apply Assign Attach Average Balance Bind
+    Abort Accumulate Acquire Add Advance Allocate Announce Append Apply Assign Attach Average Balance Bind Bound
     Broadcast Build Call Callback: Cast Check Choose Clear Clip Close Collect Combine Compare Compile Compute
     Concatenate Configure Consume Convert Copy Count Create Cut Decide Decode Delete Derive Describe Detect
     Discard Dispatch Distribute Divide Draw Drop Encode End Ensure Enter Escape Estimate Evaluate Exchange Exclude
     Exit Expand Export Extend Extract Fetch Fill Filter Find Finish Fit Fix Flatten Flush Fold Follow Format
-    Forward Free Gather Generate Group Hash Hide Hold Ignore Import Index Initialize Insert Install Interleave
-    Iterate Join Keep Launch Limit List Load Lock Log Lower Make Map Mark Mask Match Measure Merge Migrate Move
-    Multiply Name Normalize Open Order Pack Pad Pair Parse Pass Pause Permute Pick Pin Place Plan Plot Poke Poll
-    Pop Post Predict Prepare Print Probe Process Prove Prune Push Query Queue Raise Rank Read Rebalance Rebuild
-    Receive Record Redirect Reduce Refine Refresh Register Reject Relabel Release Relocate Remove Rename Renew
-    Reorder Repeat Replace Replicate Report Request Reset Reshape Resize Resolve Restore Restrict Return Reuse
-    Reverse Round Route Run Sample Save Scale Scatter Search Select Send Set Shape Share Show Shuffle Simulate
-    Sleep Solve Sort Split Start Step Stop Store Submit Subtract Sum Summarize Swap Switch Synchronize Test Time
-    Trace Track Trade Train Transfer Transpose Trim Truncate Try Unpack Update Use Validate Verify Wait Warn Watch
-    Wrap Write Yield Zero
+    Forward Free Gather Generate Group Grow Hash Hide Hold Ignore Import Index Initialize Insert Install
+    Interleave Iterate Join Keep Launch Limit List Load Lock Log Lower Make Map Mark Mask Match Measure Merge
+    Migrate Move Multiply Name Normalize Open Order Pack Pad Pair Parse Pass Pause Permute Pick Pin Place Plan
+    Plot Poke Poll Pop Post Predict Prepare Price Print Probe Process Prove Prune Publish Push Query Queue Raise
+    Rank Read Rebalance Rebuild Receive Record Redirect Reduce Refine Refresh Register Reject Relabel Release
+    Relocate Remove Rename Renew Reorder Repeat Replace Replicate Report Request Reset Reshape Resize Resolve
+    Restore Restrict Return Reuse Reverse Round Route Run Sample Save Scale Scatter Search Select Send Set Shape
+    Share Show Shuffle Simulate Sleep Solve Sort Split Start Step Stop Store Submit Subtract Sum Summarize Swap
+    Switch Synchronize Test Time Trace Track Trade Train Transfer Transpose Trim Truncate Try Undo Unpack Update
+    Use Validate Verify Wait Warn Watch Wrap Write Yield Zero
 """
 PREDICATES = ("is_", "has_", "may_", "can_")
 PREDICATE_BEGINNING = "Return True if"

@@ -1,4 +1,4 @@
-"""Products with a weight are those of its values at this moment, whoever multiplies and however they are laid out."""
+"""Products with a weight are those of its values at this moment, by any GEMM and in any layout."""
 
 import pytest
 import torch

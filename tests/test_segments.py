@@ -113,7 +113,7 @@ def test_mpich_s_own_name_of_a_process_alone_is_as_estimated():
 def test_another_user_s_segment_of_our_name_is_found(tmp_path, monkeypatch):
     path = leave(tmp_path, "mpich_shm_eb421bf2_1")
     environ = {"PMI_JOBID": "1.0"}
-    assert segments.find_foreign_segment(tmp_path, environ) is None  # it is our own: swept, or held by a mate
+    assert segments.find_foreign_segment(tmp_path, environ) is None  # it is our own: swept, or held by a local peer
     monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
     assert segments.find_foreign_segment(tmp_path, environ) == path
     assert segments.find_foreign_segment(tmp_path, {"PMI_JOBID": "2.0"}) is None

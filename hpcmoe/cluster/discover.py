@@ -36,7 +36,7 @@ class RankInfo:
     memory_bytes: int
     devices: frozenset[str]
     cores: frozenset[int]  # that it may be scheduled on
-    address_pattern: str = ""  # what the address's labels are, "" where Slurm does not say
+    address_pattern: str = ""  # what the address's labels are, "" where Slurm has none
     cpu_quotas: tuple[tuple[str, float], ...] = ()  # (control group, CPUs) above this rank, outermost first
 
 
@@ -93,7 +93,7 @@ def read_rank_info(comm: MPI.Comm) -> RankInfo:
 
 
 def make_rank_info(leader: int) -> RankInfo:
-    """Return this rank's RankInfo; ClusterError where a variable that tells of it holds nonsense."""
+    """Return this rank's RankInfo; ClusterError where a variable of it holds nonsense."""
     return RankInfo(
         leader=leader,
         name=read_host_name(),
@@ -108,10 +108,13 @@ def make_rank_info(leader: int) -> RankInfo:
 
 def make_cluster_layout(infos: Sequence[RankInfo], cluster: ClusterConfig) -> ClusterLayout:
     """Group the ranks by node, and the nodes by rack. Raises ClusterError for racks that do not fit."""
+    # Number nodes by their lowest rank.
     node_of_rank = np.unique([info.leader for info in infos], return_inverse=True)[1].astype(np.int64)
     infos_of_node: list[list[RankInfo]] = [[] for _ in range(max(node_of_rank) + 1)]
     for node, info in zip(node_of_rank, infos, strict=True):
         infos_of_node[node].append(info)
+
+    # Name nodes and racks, and number racks by their first node.
     names = distinct([group[0].name for group in infos_of_node])
     racks, source = find_racks(infos_of_node, names, cluster.racks)
     rack_names = tuple(dict.fromkeys(racks))
@@ -127,6 +130,7 @@ def make_cluster_layout(infos: Sequence[RankInfo], cluster: ClusterConfig) -> Cl
 
 def make_topology(layout: ClusterLayout, cluster: ClusterConfig, measured: ClusterLinks | None) -> Topology:
     """Join the layout, the config and the measured links, if any. Raises ClusterError where they do not fit."""
+    # Take the links, and each node's memory and devices.
     if cluster.links == "measure" and measured is not None:
         links, source = measured, dict.fromkeys(("links", "ports", "uplinks"), "measured")
     else:
@@ -191,7 +195,7 @@ def usable_memory_bytes() -> int:
 
 
 def count_allotted_cpus() -> int:
-    """Count the CPUs that Slurm has given on this node, 0 where it does not say: the least of the nodes' if unsure."""
+    """Count the CPUs that Slurm has given on this node, 0 where unknown: the least of the nodes' if unsure."""
     of_nodes, node = read_counts("SLURM_JOB_CPUS_PER_NODE"), read_number("SLURM_NODEID", default=sys.maxsize)
     of_job = of_nodes[node] if node < len(of_nodes) else min(of_nodes, default=0)
     return read_number("SLURM_CPUS_ON_NODE") or of_job

@@ -89,6 +89,7 @@ def mesh_shape(num_ranks: int, data_parallel: int, expert_parallel: int, tensor_
 
     expert_parallel 0 takes what is left; tensor_parallel 0, where nobody has chosen it, is 1.
     """
+    # Each size must divide the ranks that the one before leaves.
     tensor_parallel = tensor_parallel or 1
     if num_ranks % tensor_parallel:
         raise ClusterError(f"[parallel] tensor = {tensor_parallel} must divide the {num_ranks} ranks")
@@ -98,6 +99,7 @@ def mesh_shape(num_ranks: int, data_parallel: int, expert_parallel: int, tensor_
         if size and tensor_groups % size:
             raise ClusterError(f"[parallel] {key} = {size} must divide {ranks}")
 
+    # What is left open takes the rest.
     expert_parallel = expert_parallel or tensor_groups // data_parallel
     product = data_parallel * expert_parallel * tensor_parallel
     if product != num_ranks:

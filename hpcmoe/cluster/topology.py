@@ -78,6 +78,7 @@ def find_port_maxima(bytes_per_second: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def save_topology(topology: Topology, path: str | pathlib.Path) -> None:
     """Write a topology as JSON, keyed by the nodes' names: under a temporary name, renamed when whole."""
+    # Key all facts by the nodes' and racks' names.
     names = topology.node_names
     nodes = {
         name: {
@@ -98,15 +99,16 @@ def save_topology(topology: Topology, path: str | pathlib.Path) -> None:
         rows = getattr(topology, key).tolist()
         tree[key] = {name: dict(zip(names, row, strict=True)) for name, row in zip(names, rows, strict=True)}
 
+    # Write and rename.
     try:
         part = pathlib.Path(f"{path}.part")
-        part.write_text(format_json(tree), encoding="utf-8")
+        part.write_text(_format_tree(tree), encoding="utf-8")
         part.replace(path)
     except OSError as error:
         raise ClusterError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def format_json(tree: dict[str, dict]) -> str:
+def _format_tree(tree: dict[str, dict]) -> str:
     """Format a tree as JSON with a line for each entry of its second level."""
     chapters = []
     for key, entries in tree.items():
@@ -144,14 +146,17 @@ def naming_file(path: str | pathlib.Path) -> Iterator[None]:
 
 def make_saved_topology(tree: dict[str, Any]) -> Topology:
     """Return the Topology of a file's tree; a missing or strange entry raises what Python raises."""
+    # Read links by pairs of names, ports and uplinks where the file has them.
     names, nodes = tuple(tree["nodes"]), list(tree["nodes"].values())
     rack_names = tuple(dict.fromkeys(node["rack"] for node in nodes))
     matrices = {
         key: np.array([[tree[key][a][b] for b in names] for a in names], np.float64)
         for key in ("bytes_per_second", "latency_seconds")
     }
-    keys = {"memory_bytes": "memory_bytes", "devices_of_node": "devices", "cores_of_node": "cores"}
     ports, guesses = read_ports(tree, nodes, rack_names, matrices["bytes_per_second"])
+
+    # Number nodes and racks in the file's order.
+    keys = {"memory_bytes": "memory_bytes", "devices_of_node": "devices", "cores_of_node": "cores"}
     return Topology(
         node_of_rank=number_ranks([node["ranks"] for node in nodes]),
         node_names=names,
@@ -177,6 +182,7 @@ def read_ports(
     tree: dict[str, Any], nodes: list[dict], rack_names: tuple[str, ...], bytes_per_second: np.ndarray
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Read ports and uplinks, or what stands for them in an older file -> (arrays by name, source)."""
+    # Read ports, or take the fastest links.
     source: dict[str, str] = {}
     egress, ingress = find_port_maxima(bytes_per_second)
     ports = {"egress_bytes_per_second": egress, "ingress_bytes_per_second": ingress}
@@ -185,6 +191,7 @@ def read_ports(
     else:
         source["ports"] = PORTS_TAKEN
 
+    # Read uplinks, of which null has no limit.
     ports["uplink_bytes_per_second"] = np.full(len(rack_names), np.inf)
     if "uplink_bytes_per_second" in tree:
         rates = [tree["uplink_bytes_per_second"][rack] for rack in rack_names]

@@ -5,7 +5,7 @@ all-to-all between them (hpcmoe.comm.cuda, hpcmoe.comm.all_to_all).
 """
 
 import contextlib
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class Stream(Protocol):
 class Device(Protocol):
     """One rank's memory and streams: torch computes on the compute stream, copies and NCCL have the others.
 
-    Where a device does not say otherwise it is the host, whose memory is every thread's and whose work is done at once.
+    By default it is the host, whose memory is every thread's and whose work is done at once.
     """
 
     name: str
@@ -146,7 +146,7 @@ class PlainDevice(HostDevice):
         return torch.from_numpy(array.copy())
 
 
-def open_device(kind: str, local_rank: int) -> HostDevice | CudaDevice:
+def open_device(kind: str, local_rank: int) -> Device:
     """Open this rank's device: "host", "cuda", or "auto" (CUDA where there is a GPU and what it takes to use it).
 
     Ranks of a node take its GPUs in turn. Raises ClusterError when "cuda" is asked for and something is missing.
@@ -158,6 +158,6 @@ def open_device(kind: str, local_rank: int) -> HostDevice | CudaDevice:
         case "cuda" if missing:
             raise ClusterError(f'[comm] device = "cuda": {missing}; use "host", or "auto" to take what there is')
         case "cuda" | "auto":
-            return HostDevice() if missing else CudaDevice(local_rank % count_gpus())
+            return HostDevice() if missing else cast(Device, CudaDevice(local_rank % count_gpus()))
         case _:
             raise ValueError(f"unknown device {kind}")

@@ -88,7 +88,7 @@ class MpiTransport:
 
 def read_max_tag() -> int:
     """Return the largest tag that this MPI takes, at least 32767."""
-    return int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767)  # Open MPI tells it of no other communicator
+    return int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767)  # Open MPI has it on no other communicator
 
 
 def start_all_reduce(comm: MPI.Comm, array: np.ndarray) -> MPI.Request:
@@ -112,6 +112,8 @@ def open_progress_thread(transport: MpiTransport, begin: Callable[[], None]) -> 
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         yield
         return
+
+    # Start the thread, and raise what its first call raises.
     over, begun = threading.Event(), concurrent.futures.Future[None]()
 
     def work() -> None:
@@ -126,6 +128,8 @@ def open_progress_thread(transport: MpiTransport, begin: Callable[[], None]) -> 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     begun.result()
+
+    # End it with the block.
     try:
         yield
     finally:

@@ -31,6 +31,8 @@ def run_self_test(kind: str, comm: MPI.Comm, device: Device) -> float:
         send = device.make_buffer(comm.size * ROWS, ROW_BYTES)
         recv = device.make_buffer(comm.size * ROWS, ROW_BYTES)
         edges, seconds = np.arange(comm.size + 1) * ROWS, []
+
+        # Fill, time and check each repeat by a pattern of its own.
         for number in range(REPEATS):
             send.tensor.copy_(make_pattern(comm.rank, np.arange(comm.size), number, device))
             expected = make_pattern(np.arange(comm.size), comm.rank, number, device)

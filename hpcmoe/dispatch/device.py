@@ -98,7 +98,7 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
         self.choosers = weakref.WeakKeyDictionary[SlotChooser, DeviceChooser]()
 
     def poke(self) -> bool:
-        """Let messages and tasks progress without waiting, and return True if anything moved."""
+        """Advance messages and tasks without waiting, and return True if anything moved."""
         return self.poke_messages()
 
     @property
@@ -154,7 +154,7 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
         return DeviceHandle(exchange=exchange, plan=plan, buffers=buffers, outward=buffers.outward)
 
     def reserve(self, buffers: DeviceInFlightBuffers, num_rows: int) -> None:
-        """Grow the buffer for others' rows where these are too many; the host then waits for the device."""
+        """Allocate more rows for others where these are too many; the host then waits for the device."""
         if num_rows > len(buffers.away):
             self.settle()
             del buffers.away  # so that its memory can be had again

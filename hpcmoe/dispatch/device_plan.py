@@ -67,8 +67,8 @@ class DeviceBatch:
         self.order: Tensor | None = None  # [R] where each row lies; None: they lie so
         if min(coming.shape) > 1:
             first, lengths = edges_of(coming.ravel())[:-1].reshape(coming.shape), coming.T.ravel()
-            shifts = first.T.ravel() - edges_of(lengths)[:-1]
-            self.order = device.copy_from_host(np.repeat(shifts, lengths) + np.arange(self.num_rows))
+            offsets = first.T.ravel() - edges_of(lengths)[:-1]
+            self.order = device.copy_from_host(np.repeat(offsets, lengths) + np.arange(self.num_rows))
 
 
 class DeviceChooser:

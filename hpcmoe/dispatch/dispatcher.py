@@ -85,7 +85,7 @@ class TokenDispatcher(Protocol):
         """Return what was sent since the last call."""
 
     def poke(self) -> bool:
-        """Let messages and tasks progress without waiting, and return True if anything moved."""
+        """Advance messages and tasks without waiting, and return True if anything moved."""
 
     def wait_for_change(self, backoff: Backoff) -> None:
         """Pause, a few times at most, until something has changed since the last poke."""
@@ -151,7 +151,7 @@ class ExchangeProgress(Generic[Buffers]):
         self.background_tasks.append(task)
 
     def poke_messages(self) -> bool:
-        """Let messages and tasks progress without waiting, and return True if anything moved."""
+        """Advance messages and tasks without waiting, and return True if anything moved."""
         moved = [backend.poke() for backend in self.backends]
         return any(moved) | poke_all(self.background_tasks)
 

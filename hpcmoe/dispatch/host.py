@@ -10,6 +10,7 @@ scatters results straight into it. Between nodes the same rows travel in message
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from hpcmoe.comm.transport import Direction, MessageKind, Request, Transport
 from hpcmoe.comm.window import Window
 from hpcmoe.dispatch.arrivals import Arrivals, Batch, Key
 from hpcmoe.dispatch.dispatcher import Chunk, ExchangeId, ExchangeProgress
-from hpcmoe.dispatch.inbound import ReceivePool, Receiver, view_trailer
+from hpcmoe.dispatch.inbound import InboundReceiver, ReceivePool, view_trailer
 from hpcmoe.dispatch.plan import Message, Plan, SlotChooser, make_plan
 from hpcmoe.dispatch.router import Routing, repeat_for_shards
 from hpcmoe.dispatch.routes import Routes
@@ -57,7 +58,7 @@ class HostHandle:
 class HostDispatcher(ExchangeProgress[InFlightBuffers]):
     """Carries rows through the node's window, and between nodes by MPI (see TokenDispatcher)."""
 
-    sum_groups = None
+    sum_groups: dict[str, Any] | None = None
     works_at_once = False
 
     def __init__(
@@ -71,12 +72,12 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         ]
         pools = make_pools(sizes, window.first_row)
         self.receive_pool = ReceivePool(transport, window, routes, pools, sizes, self.count_rows)
-        self.receivers: list[Receiver] = []
+        self.receivers: list[InboundReceiver] = []
         self.groups = group_peers(routes, sizes)
         self.last_sequence_number = 0  # of the window, when it was last poked
 
     def poke(self) -> bool:
-        """Let messages, tasks and what this rank receives for others progress; return True if anything moved."""
+        """Advance messages, tasks and what this rank receives for others; return True if anything moved."""
         self.last_sequence_number = self.window.read_sequence_number()
         return self.poke_messages() | poke_all(self.receivers)
 
@@ -111,13 +112,13 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         return make_plan(slots, kept, self.routes, self.sizes.message_tokens, self.sizes.row_bytes)
 
     def poll_ready(self, plan: Plan, exchange: ExchangeId) -> bool:
-        """Return True if an exchange can be published: its local peers have read what it would overwrite."""
+        """Return True if an exchange can be announced: its local peers have read what it would overwrite."""
         buffers = self.find_buffers(exchange)
         can_publish = self.window.may_post(buffers.index, buffers.num_exchanges + 1)
         return can_publish and all(request.done for request in buffers.requests)
 
     def dispatch(self, plan: Plan, rows: Tensor, gates: Tensor, exchange: ExchangeId) -> HostHandle:
-        """Publish rows [T, H], and gates [T, K] beside them, to their experts; send what goes to other nodes."""
+        """Announce rows [T, H], and gates [T, K] beside them, to their experts; send what goes to other nodes."""
         buffers, window = self.find_buffers(exchange), self.window
         buffers.num_exchanges += 1
         number = buffers.num_exchanges
@@ -136,7 +137,7 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         tag_of = functools.partial(exchange.tag, max_messages=window.sizes.max_messages)
         returns = self.send_messages(plan, buffers, gate_values, tag_of) if len(self.routes.receivers) else ()
         if self.routes.senders:
-            self.receivers.append(Receiver(self.receive_pool, buffers.index, number, exchange.direction, tag_of))
+            self.receivers.append(InboundReceiver(self.receive_pool, buffers.index, number, exchange.direction, tag_of))
         self.count_dispatch(plan, exchange)
         return HostHandle(
             exchange=exchange, plan=plan, buffers=buffers, number=number, arrivals=arrivals, returns=tuple(returns)
@@ -198,8 +199,8 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         while len(arrivals.expected):
             fresh = arrivals.poll()
             found += fresh
-            takes_room = any(descriptor > 0 for _, descriptor in found)  # a message's, which the next may wait for
-            if len(arrivals.expected) and arrivals.count_rows(found) < enough and (fresh or not takes_room):
+            fills_pool = any(descriptor > 0 for _, descriptor in found)  # a message's, which the next may wait for
+            if len(arrivals.expected) and arrivals.count_rows(found) < enough and (fresh or not fills_pool):
                 yield None
             else:
                 yield found

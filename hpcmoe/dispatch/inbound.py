@@ -49,7 +49,7 @@ class InboundMessage:
         return self.request.done
 
 
-class Receiver:
+class InboundReceiver:
     """All that this rank receives for others, or for itself, in one exchange."""
 
     def __init__(
@@ -75,7 +75,7 @@ class Receiver:
         return not (self.headers or self.waiting or self.receiving or self.working or self.leaving)
 
     def poke(self) -> bool:
-        """Take each message as far as it can go without waiting, and return True if any moved."""
+        """Advance each message as far as it can go without waiting, and return True if any moved."""
         if not self.window.may_post(self.buffer_index, self.exchange):
             return False
         moved = [self.read_headers(), self.admit(), self.announce(), self.send_home(), self.release()]
@@ -131,7 +131,7 @@ class Receiver:
         return moved
 
     def announce(self) -> bool:
-        """Publish the messages that have come: each result row's token and gate, and the descriptor."""
+        """Announce the messages that have come: each result row's token and gate, and the descriptor."""
         window, others = self.window, self.routes.local_peers != self.routes.rank
         received, self.receiving = partition(self.receiving, InboundMessage.is_done)
         for message in received:
@@ -150,7 +150,7 @@ class Receiver:
         """Sum the results of the messages whose assignments are all done, by token, and send the sums home."""
         done, self.working = partition(self.working, self.is_computed)
         for message in done:
-            self.pool.sum_by_token(message, weigh=self.direction == Direction.DISPATCH)
+            self.pool.sum_by_token(message, by_gates=self.direction == Direction.DISPATCH)
             self.pool.count_rows(HOMEWARD[self.direction], message.sender, message.num_tokens)
             rows, tag = self.window.rows[message.rows], self.tag_of(MessageKind.RETURN, message.number)
             message.request = self.transport.send_rows(rows, message.sender, tag)
@@ -209,14 +209,14 @@ class ReceivePool:
         rows = self.window.rows[message.rows.start + message.num_tokens : message.rows.stop]
         return view_trailer(rows, message.num_assignments)
 
-    def sum_by_token(self, message: InboundMessage, weigh: bool) -> None:
+    def sum_by_token(self, message: InboundMessage, by_gates: bool) -> None:
         """Write the sums of the results over the tokens, times the gates or not, and what came back of these behind."""
         table, first, results = self.window.table(self.dtype), message.rows.start, message.results
         token_of_assignment, gates = self.view_trailer(message)
         order = np.argsort(token_of_assignment, kind="stable")
         begins = np.searchsorted(token_of_assignment[order], np.arange(message.num_tokens))
-        weights = message.gates[order] if weigh else np.ones(message.num_assignments, np.float32)
-        if weigh and self.routes.same_order:  # products are rounded before they are added, as at home
+        weights = message.gates[order] if by_gates else np.ones(message.num_assignments, np.float32)
+        if by_gates and self.routes.same_order:  # products are rounded before they are added, as at home
             table[results.start + order] *= torch.from_numpy(weights).to(self.dtype)[:, None]
             weights = np.ones_like(weights)
         table[first : first + message.num_tokens] = functional.embedding_bag(

@@ -170,7 +170,7 @@ class SlotChooser:
         if self.unique:
             return self.slots[experts].reshape(shape)
         flat = experts.ravel()
-        point = (number_equals(flat) + self.phase) / np.bincount(flat)[flat] * LARGEST_POINT
+        point = (count_earlier_equals(flat) + self.phase) / np.bincount(flat)[flat] * LARGEST_POINT
         chosen = np.searchsorted(self.edges, flat + point, side="right")
         return self.slots[chosen].reshape(shape)
 
@@ -189,8 +189,8 @@ def cumulative_share(experts: np.ndarray, shares: np.ndarray) -> np.ndarray:
     return np.where(last, 1.0, total - before)
 
 
-def number_equals(values: np.ndarray) -> np.ndarray:
-    """Number each value's occurrences from 0, in order: [n] -> [n]."""
+def count_earlier_equals(values: np.ndarray) -> np.ndarray:
+    """Count the equal values before each: [n] -> [n]."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     place = np.empty(len(values), dtype=np.int64)

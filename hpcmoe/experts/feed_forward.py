@@ -5,42 +5,42 @@ computes a partial sum of the output (Shoeybi et al. 2019, arXiv:1909.08053, sec
 which adds them up with the K results: the reduce-scatter of the group is part of combine.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hpcmoe.config import NetworkSpec
-from hpcmoe.experts.products import ExpertProducts, GroupedProducts, Products, StackedWeights
+from hpcmoe.experts.products import GroupedMatrix, Groups, Matrix, StackedMatrix
 from hpcmoe.experts.shapes import MATRICES, split_axis, weight_shape
-from hpcmoe.gemm import activate
+from hpcmoe.gemm import WeightMatrix, activate
 
 Slots = Sequence[tuple[int, int]]  # (slot, rows) of each slot that has rows, in the order of the rows
+Matrices = Mapping[str, Matrix]  # by name: gate, up, down
 Kept = tuple[Tensor, ...]  # what one forward pass leaves for backward: x, and what goes into the activation
 
 
 @torch.no_grad()
-def forward(products: Products, x: Tensor, kept: list[Kept] | None = None) -> Tensor:
+def forward(kind: str, matrices: Matrices, x: Tensor, kept: list[Kept] | None = None) -> Tensor:
     """Compute y = W_down act(W_up x), or W_down (silu(W_gate x) * W_up x) when gated: x [n, H] -> y [n, H], n >= 1.
 
     What backward() needs is appended to kept, None in inference: n * (H + F) numbers, n * (H + 2 F) when gated. y has
     x's precision and is a partial sum under tensor parallelism. Gated: Shazeer 2020, arXiv:2002.05202.
     """
-    kind = products.kind
     if kept is not None:  # what goes into the activation is wanted before it
-        inner = tuple(products.linear(name, x) for name in MATRICES[kind] if name != "down")
+        inner = tuple(matrices[name].linear(x) for name in MATRICES[kind] if name != "down")
         kept.append((x, *inner))
         hidden = apply_activation(kind, inner)
     elif kind == "swiglu":
-        hidden = products.linear("gate", x, "silu").mul_(products.linear("up", x))
+        hidden = matrices["gate"].linear(x, "silu").mul_(matrices["up"].linear(x))
     else:
-        hidden = products.linear("up", x, kind)
-    return products.linear("down", hidden)
+        hidden = matrices["up"].linear(x, kind)
+    return matrices["down"].linear(hidden)
 
 
 @torch.no_grad()
-def backward(products: Products, kept: Kept, grad_y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+def backward(kind: str, matrices: Matrices, kept: Kept, grad_y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     """Compute gradients from grad_y [n, H], that of the output to which y came as gate * y, and gates [n] float32.
 
     -> (grad_x [n, H] in grad_y's precision, grad_gate [n] float32), both partial sums under tensor parallelism. Adds to
@@ -48,17 +48,17 @@ def backward(products: Products, kept: Kept, grad_y: Tensor, gates: Tensor) -> t
     """
     # Propagate to the hidden numbers and the gate.
     x, *inner = kept
-    hidden, grad_hidden = apply_activation(products.kind, inner), products.multiply_back("down", grad_y)
+    hidden, grad_hidden = apply_activation(kind, inner), matrices["down"].multiply_back(grad_y)
     grad_gate = (grad_hidden * hidden).sum(dim=1).float()  # adds in float32, rounds the sum
-    products.add_bias_product(grad_gate, grad_y)
+    matrices["down"].add_bias_product(grad_gate, grad_y)
 
     # Propagate to the weights and the input: from here on gradients are times the gate.
     gates = gates.to(grad_y.dtype)[:, None]
-    products.add_gradients("down", grad_y * gates, hidden)
+    matrices["down"].add_gradients(grad_y * gates, hidden)
     grad_x: Tensor | None = None
-    for name, grad_inner in activation_backward(products.kind, inner, grad_hidden.mul_(gates)).items():
-        products.add_gradients(name, grad_inner, x)
-        part = products.multiply_back(name, grad_inner)
+    for name, grad_inner in activation_backward(kind, inner, grad_hidden.mul_(gates)).items():
+        matrices[name].add_gradients(grad_inner, x)
+        part = matrices[name].multiply_back(grad_inner)
         grad_x = part if grad_x is None else grad_x.add_(part)
     assert grad_x is not None  # every kind has a matrix besides down
     return grad_x, grad_gate
@@ -102,11 +102,14 @@ class Expert(nn.Module):
         self.kind = kind
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight))
-        self.products = ExpertProducts(kind, dict(self.named_parameters()), packed)
+        self.matrices = {
+            name: WeightMatrix(getattr(self, name), getattr(self, f"{name}_bias", None), packed)
+            for name in MATRICES[kind]
+        }
 
     def forward(self, x: Tensor, kept: list[Kept] | None = None) -> Tensor:
         """Compute x [n, H] -> y [n, H]."""
-        return forward(self.products, x, kept)
+        return forward(self.kind, self.matrices, x, kept)
 
 
 class LocalExperts(nn.Module):
@@ -119,23 +122,24 @@ class LocalExperts(nn.Module):
 
     def forward(self, slots: Slots, rows: Tensor, kept: list[Kept] | None) -> Tensor:
         """Compute rows [m, H] grouped by slot -> results [m, H]; what backward() needs is appended to kept, if any."""
-        return concatenate([forward(products, own, kept) for products, own in self.split(slots, rows)])
+        return concatenate([forward(kind, matrices, own, kept) for kind, matrices, own in self.split(slots, rows)])
 
     def backward(self, slots: Slots, grads: Tensor, gates: Tensor, kept: list[Kept]) -> tuple[Tensor, Tensor]:
         """Compute from grads [m, H] and gates [m], grouped by slot, the gradients of rows [m, H] and gates [m].
 
-        Each product takes what it kept from the end of `kept`, whose memory is then free for the next.
+        Each expert takes what it kept from the end of `kept`, whose memory is then free for the next.
         """
-        parts = [backward(products, kept.pop(), *own) for products, *own in self.split(slots, grads, gates)]
+        split = self.split(slots, grads, gates)
+        parts = [backward(kind, matrices, kept.pop(), *own) for kind, matrices, *own in split]
         grads_x, grads_gate = zip(*parts, strict=True)
         return concatenate(grads_x), concatenate(grads_gate)
 
     def split(self, slots: Slots, *tensors: Tensor) -> Iterator[tuple]:
-        """Yield each slot's products and its rows of some tensors [m, ...]; the last slot takes any padding."""
+        """Yield each slot's kind, matrices and rows of some tensors [m, ...]; the last slot takes any padding."""
         counts = [rows for _, rows in slots[:-1]]
         parts = [tensor.split([*counts, len(tensor) - sum(counts)]) for tensor in tensors]
         for (slot, _), *own in zip(slots, *parts, strict=True):
-            yield self.replicas[slot].products, *own
+            yield self.replicas[slot].kind, self.replicas[slot].matrices, *own
 
     def stack_weights(self) -> None:
         """Keep each replica's weights where they are: the experts take turns."""
@@ -145,17 +149,17 @@ class LocalExperts(nn.Module):
 
         torch does not always show it: its fused AdamW and writes through .data leave a tensor's version as it was.
         """
-        for weights in self.weights():
-            weights.refresh()
+        for matrix in self.list_matrices():
+            matrix.refresh()
 
     @property
     def cast_bytes(self) -> int:
         """Return the bytes of the casts and packed copies of all replicas' weights."""
-        return sum(weights.cast_bytes for weights in self.weights())
+        return sum(matrix.cast_bytes for matrix in self.list_matrices())
 
-    def weights(self) -> Sequence[ExpertProducts | StackedWeights]:
-        """Return what keeps casts of the replicas' weights."""
-        return [replica.products for replica in self.local_replicas()]
+    def list_matrices(self) -> Sequence[WeightMatrix | StackedMatrix]:
+        """List what keeps casts of the replicas' weights."""
+        return [matrix for replica in self.local_replicas() for matrix in replica.matrices.values()]
 
     def local_replicas(self) -> list[Expert]:
         """Return the replicas that are there, in the order of their slots."""
@@ -165,21 +169,27 @@ class LocalExperts(nn.Module):
 class GroupedExperts(LocalExperts):
     """The replicas in this rank's slots, worked on at once: their weights are stacked."""
 
+    stacked: dict[str, StackedMatrix]  # by name
+
     def split(self, slots: Slots, *tensors: Tensor) -> Iterator[tuple]:
-        """Yield the products of all slots and the tensors [R, ...] as they are."""
-        rows_of_slot = dict(slots)
+        """Yield the experts' kind, the matrices of all, and the tensors [R, ...] as they are."""
+        rows_of_slot, replicas = dict(slots), self.local_replicas()
         rows = [rows_of_slot.get(slot, 0) for slot, e in enumerate(self.replicas) if isinstance(e, Expert)]
-        yield GroupedProducts(self.stacked, rows, tensors[0].device), *tensors
+        groups = Groups(rows, tensors[0].device)
+        yield replicas[0].kind, {name: GroupedMatrix(own, groups) for name, own in self.stacked.items()}, *tensors
 
     def stack_weights(self) -> None:
         """Copy each weight of all replicas into one array, of which their parameters become views."""
         replicas = self.local_replicas()
-        kind = replicas[0].kind if replicas else ""
-        self.stacked = StackedWeights(kind, [dict(replica.named_parameters()) for replica in replicas])
+        self.stacked = {}
+        for name in replicas[0].matrices if replicas else ():
+            own = [replica.matrices[name] for replica in replicas]
+            biases = [matrix.bias for matrix in own if matrix.bias is not None]
+            self.stacked[name] = StackedMatrix([matrix.parameter for matrix in own], biases)
 
-    def weights(self) -> Sequence[StackedWeights]:
-        """Return the stacked weights."""
-        return [self.stacked]
+    def list_matrices(self) -> Sequence[StackedMatrix]:
+        """List the stacked matrices."""
+        return list(self.stacked.values())
 
 
 def concatenate(parts: Sequence[Tensor]) -> Tensor:

@@ -133,7 +133,7 @@ class MoELayer(nn.Module):
         context.batches, context.kept = [], []
 
     def route_backward(self, context: LayerContext, grad_probability: Tensor, grad_z: Tensor) -> Iterator[bool]:
-        """Go back through router and dense part -> gradient of x [T, H].
+        """Compute the gradient of x [T, H] through router and dense part.
 
         grad_probability [E] and grad_z [] are the routing losses' gradients with respect to the routing's sums.
         """

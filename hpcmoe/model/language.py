@@ -31,15 +31,15 @@ class ExpertSlots(Protocol):
 
     @property
     def node_of_rank(self) -> np.ndarray:
-        """Return each rank's node [P]."""
+        """Return the node of each rank [P]."""
 
     @property
     def rank_of_replica(self) -> np.ndarray:
-        """Return each slot's rank [S]."""
+        """Return the rank of each slot [S]."""
 
     @property
     def expert_of_replica(self) -> np.ndarray:
-        """Return each slot's expert [L, S]."""
+        """Return the expert of each slot [L, S]."""
 
     @property
     def slots_per_rank(self) -> int:

@@ -27,7 +27,7 @@ class Network(Protocol):
         """Return the first layer's x [T, H]."""
 
     def head(self, micro_batch: int, x: Tensor, contexts: list[LayerContext]) -> Tensor | None:
-        """Take the last layer's x [T, H] and all layers' contexts, and return the gradient of x when training."""
+        """Compute the loss from the last x [T, H] and all layers' contexts, and return its gradient when training."""
 
     def poll_routing_grads(self, micro_batch: int) -> bool:
         """Return True if routing_grads need not wait."""
@@ -36,13 +36,13 @@ class Network(Protocol):
         """Return the routing losses' gradients with respect to probability_sum [E] and z_sum []."""
 
     def embed_backward(self, micro_batch: int, grad: Tensor) -> None:
-        """Take the gradient of the first layer's x [T, H]."""
+        """Apply the gradient of the first layer's x [T, H]."""
 
     def complete_op(self, op: Op) -> None:
-        """Note that an op of training is done."""
+        """Callback: a micro-batch has completed an op of training."""
 
     def poke(self) -> bool:
-        """Let what goes on beside the schedule progress, and return True if any of it has ended."""
+        """Advance what goes on beside the schedule, and return True if any of it has ended."""
 
 
 class Lane:
@@ -53,12 +53,12 @@ class Lane:
         self.next_op()
 
     def next_op(self) -> None:
-        """Go on to the next op."""
+        """Start the next op."""
         self.op = next(self.ops, None)
         self.pieces = iter(()) if self.op is None else self.run_op(self.op)
 
     def step(self) -> bool:
-        """Do the next piece of work, and return True if there was one to do."""
+        """Advance by one piece of work, and return True if there was one to do."""
         worked = next(self.pieces, None)
         if worked is None:
             self.next_op()
@@ -82,7 +82,7 @@ class Engine:
         training: bool,
         observe: Callable[[Collection[LayerContext]], None] | None = None,
     ) -> None:
-        """Do all ops of the schedule, and show observe() the contexts after each. Collective over ep and tp."""
+        """Run all ops of the schedule, and show observe() the contexts after each. Collective over ep and tp."""
         self.num_heads = 0
         with torch.set_grad_enabled(training), self.located_errors():
             self.go([Lane(ops, lambda op: self.run_op(op, training, observe)) for ops in schedule])
@@ -105,7 +105,7 @@ class Engine:
             raise
 
     def go(self, lanes: list[Lane]) -> None:
-        """Take all lanes to their ends: first those that send and fetch, then one piece of an expert's work."""
+        """Run all lanes to their ends: first those that send and fetch, then one piece of an expert's work."""
         backoff = Backoff()
         while lanes := [lane for lane in lanes if lane.op is not None]:
             moved = self.dispatcher.poke() | self.network.poke()  # before anything is looked at
@@ -122,7 +122,7 @@ class Engine:
                     self.dispatcher.wait_for_change(backoff)
 
     def step(self, lane: Lane) -> bool:
-        """Do the next piece of a lane, and return True if there was one."""
+        """Advance a lane by one piece, and return True if there was one."""
         assert lane.op is not None
         self.at = lane.op
         with self.clock.measure(lane.op.stage.report_as):
@@ -141,7 +141,7 @@ class Engine:
     def run_op(
         self, op: Op, training: bool, observe: Callable[[Collection[LayerContext]], None] | None
     ) -> Iterator[bool]:
-        """Do one op, piece by piece."""
+        """Run one op, piece by piece."""
         yield from self.pieces(op, training)
         if training:
             self.network.complete_op(op)

@@ -19,7 +19,7 @@ _SUM_TOLERANCE = 1e-6  # by which a row of probabilities may miss 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loads:
-    """How tokens were routed to the experts, in any unit, by the node that was their home."""
+    """The tokens routed to each expert, in any unit, by the node that was their home."""
 
     tokens: np.ndarray  # [L, nodes, E]
     node_names: tuple[str, ...]  # [nodes]; empty with one row for every node alike

@@ -23,14 +23,14 @@ def fits(data: LayerData, expert_at: np.ndarray) -> bool:
 
 
 def trim_slots(problem: PlacementProblem, data: LayerData, experts: np.ndarray) -> np.ndarray | None:
-    """Arrange a layer's slots [S] by rank, without the slots that no rank may use -> [P, s'], or None."""
+    """Reshape a layer's slots [S] by rank, without the slots that no rank may use -> [P, s'], or None."""
     expert_at = -np.sort(-experts.reshape(problem.num_ranks, -1), axis=1)  # the empty slots last
     most = data.most_of_rank.max()
     return expert_at[:, :most].copy() if (expert_at[:, most:] == EMPTY).all() else None
 
 
 def pad_slots(problem: PlacementProblem, expert_at: np.ndarray) -> np.ndarray:
-    """Give every rank all its slots, the unused ones empty: [P, s'] -> [S]."""
+    """Pad every rank with empty slots to all that it has: [P, s'] -> [S]."""
     missing = problem.slots_per_rank - expert_at.shape[1]
     return np.pad(expert_at, ((0, 0), (0, missing)), constant_values=EMPTY).ravel()
 
@@ -42,5 +42,5 @@ def match_memory(problem: PlacementProblem, most_of_node: np.ndarray, start: np.
     if (used.sum(axis=0) <= problem.capacity_of_node).all():
         for node in np.flatnonzero((most_of_node < used).any(axis=0)):
             rest = max(most_of_node[:, node].sum() - used[:, node].sum(), 0)
-            room = np.cumsum(np.maximum(usable_of_node(problem)[node] - used[:, node], 0))
-            most_of_node[:, node] = used[:, node] + np.diff(np.minimum(room, rest), prepend=0)
+            most = np.cumsum(np.maximum(usable_of_node(problem)[node] - used[:, node], 0))
+            most_of_node[:, node] = used[:, node] + np.diff(np.minimum(most, rest), prepend=0)

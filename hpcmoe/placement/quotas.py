@@ -79,11 +79,11 @@ def widen_limits(problem: PlacementProblem, most_of_node: np.ndarray, layout: np
 
 def max_replicas_of_node(problem: PlacementProblem) -> np.ndarray:
     """Count the replicas of a layer that fit each node beside those that other nodes must hold -> [nodes] int64."""
-    room = np.minimum(usable_of_node(problem), problem.memory_replicas)
+    most = np.minimum(usable_of_node(problem), problem.memory_replicas)
     if problem.replicate:
-        return room
+        return most
     must = fewest_of_node(problem) * problem.ranks_of_node
-    return np.minimum(room, problem.num_experts - (must.sum() - must))
+    return np.minimum(most, problem.num_experts - (must.sum() - must))
 
 
 def count_of_rank(problem: PlacementProblem, layouts: np.ndarray) -> np.ndarray:
@@ -112,10 +112,14 @@ def describe_unevenness(problem: PlacementProblem, layouts: np.ndarray) -> str:
     ceil = -(-problem.num_experts // problem.num_ranks)
     if problem.replicate or (floor <= count.min() and count.max() <= ceil):
         return ""
+
+    # Compare with floor and ceil.
     text = (
         f"ranks hold {count.min()} to {count.max()} experts of a layer; E / ranks = {problem.num_experts} / "
         f"{problem.num_ranks} would be {floor}" + f" to {ceil}" * (ceil > floor)
     )
+
+    # Name the node that holds the smallest part of what its ranks would.
     wanted, holds = ceil * problem.ranks_of_node * problem.num_layers, problem.memory_replicas
     if has_even_ranks(problem, layouts) and (holds < wanted).any():
         node = int(np.argmin(holds / np.maximum(wanted, 1) + (wanted == 0)))

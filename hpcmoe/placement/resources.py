@@ -81,6 +81,7 @@ def price_flows(
 
     The number is that of a resource among its kind. Seconds are 0 where a flow does not count.
     """
+    # Count a flow on its link and ports where it leaves its node, on uplinks where it leaves its rack.
     racks, seconds = problem.rack_of_node, token_seconds(problem)
     leaves_node, leaves_rack = sender != receiver, racks[sender] != racks[receiver]
     counted_on = {

@@ -23,7 +23,7 @@ _BINDING_RATIO = 1 - 1e-9  # a resource this near to the busiest binds too
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchStats:
-    """What a search took."""
+    """The time and the proposals that a search took."""
 
     seconds: float = 0.0
     num_proposals: int = 0
@@ -32,7 +32,7 @@ class SearchStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where every replica is and who sends it what; replica slot j is on rank j // slots_per_rank."""
+    """The rank of every replica and its shares of tokens; replica slot j is on rank j // slots_per_rank."""
 
     expert_of_replica: np.ndarray  # [L, S] int64, -1 in an empty slot
     rank_of_replica: np.ndarray  # [S] int64
@@ -84,6 +84,7 @@ def evaluate(
     split: np.ndarray | None = None,
 ) -> Placement:
     """Compute what a layout [L, S] costs -> Placement; bounds [L] are seconds below which no layer can come."""
+    # Sum the traffic of all layers.
     layers = list_layers(problem, expert_of_replica, split)
     tokens = np.sum([tokens_on_links(problem, *layer) for layer in layers], axis=0)  # [nodes, nodes]
     crossing = tokens[~np.eye(len(tokens), dtype=bool)]

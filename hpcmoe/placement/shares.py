@@ -29,6 +29,7 @@ def tune_shares(problem: PlacementProblem, expert_of_replica: np.ndarray, second
     deadline, costs = time.perf_counter() + seconds, np.zeros((2, problem.num_layers))
     split: list[np.ndarray] = []
     for layer, experts in enumerate(expert_of_replica):
+        # Take over what a layer that equals the one before it has.
         nearest = best = make_nearest_shares(problem, experts)
         if layer > 0 and all(
             np.array_equal(of[layer], of[layer - 1]) for of in (problem.probability, expert_of_replica)

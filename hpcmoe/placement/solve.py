@@ -41,7 +41,7 @@ _PART_FOR_TRADES = 0.3  # of the time, where the layers compete for memory
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOptions:
-    """How long to search, from where, and with which random numbers."""
+    """The length of a search, its start, and the seed of its random numbers."""
 
     seconds: float = 1.0  # for all layers
     iterations: int = 0  # proposals a layer; 0: as many as the seconds allow
@@ -98,6 +98,8 @@ def place_without_search(
     """
     if problem.num_nodes > 1 or options.start is not None:
         return None
+
+    # Give up at the first layer that breaks a limit or its bound.
     layouts = []
     for layer in range(problem.num_layers):
         data = make_data(problem, layer, most_of_node)
@@ -200,7 +202,7 @@ def search_on(
 
 
 def count_bound(problem: PlacementProblem, layer: int, most_of_node: np.ndarray) -> float:
-    """Bound a layer by counting, within the memory [L, nodes] -> seconds."""
+    """Compute a layer's bound by counting, within the memory [L, nodes] -> seconds."""
     return bound_layer(problem, layer, np.minimum(max_replicas_of_node(problem), most_of_node[layer]))
 
 
@@ -218,12 +220,12 @@ def find_best_seed(
 
     start [P, s] is one more seed. pinned is what was best in an earlier layer; on a large cluster no other is tried.
     """
-    ways = choose_pinned(data, pinned)
-    packed = [make_packed(data, way) for way in ways]
+    candidates = choose_pinned(data, pinned)
+    packed = [make_packed(data, way) for way in candidates]
     others = [make_contiguous(data), make_contiguous(data, spread=False), make_eplb(data), start]
     layouts = packed + [expert_at for expert_at in others if expert_at is not None and fits(data, expert_at)]
     costs = [evaluate_seconds(data, expert_at) for expert_at in layouts]
-    return layouts[np.argmin(costs)], ways[np.argmin(costs[: len(ways)])]
+    return layouts[np.argmin(costs)], candidates[np.argmin(costs[: len(candidates)])]
 
 
 def choose_pinned(data: LayerData, pinned: PinnedCounts | None) -> list[PinnedCounts]:
@@ -236,15 +238,16 @@ def choose_pinned(data: LayerData, pinned: PinnedCounts | None) -> list[PinnedCo
         return [pinned]
 
     def choose(most: float, count: int) -> list[int]:
-        """Spread a few whole numbers from 0 to the most that is possible -> ascending."""
+        """List a few whole numbers from 0 to the most that is possible, ascending."""
         return np.unique(np.linspace(0, max(min(most, num_experts), 0), count).astype(int)).tolist()
 
-    ways = [PinnedCounts(of_node=n) for n in choose(data.most_of_node.max(), 4 if is_large else 8)]
+    # Try numbers for nodes, for racks, and for racks with one a node.
+    candidates = [PinnedCounts(of_node=n) for n in choose(data.most_of_node.max(), 4 if is_large else 8)]
     if num_racks > 1:
         of_rack = np.bincount(data.rack_of_node, data.most_of_node).max()
-        ways += [PinnedCounts(of_rack=n) for n in choose(of_rack, 4)[1:]]
-        ways += [PinnedCounts(of_node=1, of_rack=n) for n in choose(of_rack - num_nodes / num_racks, 3)[1:]]
-    return ways
+        candidates += [PinnedCounts(of_rack=n) for n in choose(of_rack, 4)[1:]]
+        candidates += [PinnedCounts(of_node=1, of_rack=n) for n in choose(of_rack - num_nodes / num_racks, 3)[1:]]
+    return candidates
 
 
 def evaluate_seconds(data: LayerData, expert_at: np.ndarray) -> float:
@@ -263,13 +266,15 @@ def break_ties(data: LayerData, expert_at: np.ndarray, seed: tuple[int, ...]) ->
 def bound_layers(
     problem: PlacementProblem, expert_of_replica: np.ndarray, seconds: float, lower: list[float] | None = None
 ) -> list[float]:
-    """Bound every layer from below in about as many seconds, given layouts [L, S] -> seconds [L].
+    """Compute every layer's bound in about as many seconds, given layouts [L, S] -> seconds [L].
 
     lower [L]: what counting gave before, if it was asked.
     """
     problem = relax_evenness(problem, expert_of_replica)
-    room = max_replicas_of_node(problem)
-    first_equal = find_equal_layers(problem, np.broadcast_to(room, (problem.num_layers, len(room))))
+    capacity = max_replicas_of_node(problem)
+    first_equal = find_equal_layers(problem, np.broadcast_to(capacity, (problem.num_layers, len(capacity))))
+
+    # Share what is left of the time among the different layers that are left.
     deadline, left = time.perf_counter() + seconds, len(set(first_equal))
     bounds: list[float] = []
     for layer in range(problem.num_layers):
@@ -279,6 +284,6 @@ def bound_layers(
         share = max(deadline - time.perf_counter(), 0.0) / left
         incumbent = layer_seconds(problem, layer, expert_of_replica[layer])
         known = None if lower is None else lower[layer]
-        bounds.append(min(bound_layer(problem, layer, room, share, incumbent, known), incumbent))
+        bounds.append(min(bound_layer(problem, layer, capacity, share, incumbent, known), incumbent))
         left -= 1
     return bounds

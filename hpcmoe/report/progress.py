@@ -59,14 +59,14 @@ def find_terminal_width() -> int | None:
 
 def format_step(loss: float | None, metrics: StepMetrics) -> str:
     """Format a step's figures as one line."""
-    stages = (Timer.ROUTE, Timer.DISPATCH, Timer.COMPUTE, Timer.COMBINE, Timer.OPTIMIZER)
-    milliseconds = [(stage, 1000 * metrics.seconds_of_stage[stage]) for stage in stages]
+    shown = (Timer.ROUTE, Timer.DISPATCH, Timer.COMPUTE, Timer.COMBINE, Timer.OPTIMIZER)
+    milliseconds = [(timer, 1000 * metrics.seconds_of_stage[timer]) for timer in shown]
     balancedness, sigma = (
         format_range(values) for values in (metrics.balancedness_of_layer, metrics.link_sigma_of_layer)
     )
     return (
         f"{format_step_briefly(loss, metrics)}; by layer balancedness {balancedness}, sigma {sigma}; "
-        f"dropped {metrics.num_dropped}, ms: " + " ".join(f"{stage} {ms:.0f}" for stage, ms in milliseconds if ms)
+        f"dropped {metrics.num_dropped}, ms: " + " ".join(f"{timer} {ms:.0f}" for timer, ms in milliseconds if ms)
     )
 
 

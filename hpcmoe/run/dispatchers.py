@@ -26,6 +26,7 @@ from hpcmoe.comm.transport import Loopback, Transport
 from hpcmoe.comm.window import open_window
 from hpcmoe.config import CommConfig
 from hpcmoe.dispatch.device import DeviceDispatcher
+from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.dispatch.host import HostDispatcher
 from hpcmoe.dispatch.routes import Routes
 from hpcmoe.dispatch.sizes import AnySizes, DeviceSizes, HostSizes
@@ -103,7 +104,7 @@ def find_communicators(mesh: Mesh, backend: str, trains: bool) -> dict[str, MPI.
 
 def open_dispatcher(
     mesh: Mesh, device: Device, backend: str, sizes: AnySizes, routes: Routes, trains: bool
-) -> contextlib.AbstractContextManager[HostDispatcher | DeviceDispatcher]:
+) -> contextlib.AbstractContextManager[TokenDispatcher]:
     """Open what carries rows between the ranks of mesh.group. Collective over mesh.world, both ends."""
     if isinstance(sizes, HostSizes):
         return open_host_dispatcher(mesh.group, cast(HostDevice, device), sizes, routes)

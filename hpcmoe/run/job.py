@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -104,7 +103,7 @@ def open_job(config: Config, topology: Topology, mesh: Mesh, split: Split, loads
     world, here = mesh.world, topology.ranks_of_node(topology.node_of_rank[mesh.world.rank])
     torch.set_num_threads(config.run.threads_per_rank or min(choose_threads(topology, world.rank), count_own_cores()))
     keep_heap()
-    device = cast(Device, on_all(world, lambda: open_device(config.comm.device, list(here).index(world.rank))))
+    device = on_all(world, lambda: open_device(config.comm.device, list(here).index(world.rank)))
     backend = select_row_backend(config.comm, config.pipeline.schedule, world, device)
     cluster = Cluster(mesh=mesh, topology=topology, device=device, backend=backend, loads=loads)
 

@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, on_all, on_root, raise_or_return
 from hpcmoe.write.checksums import check_checksum, read_checksums
-from hpcmoe.write.hdf5 import Metadata, checkpoint_errors
+from hpcmoe.write.hdf5 import Values, checkpoint_errors
 from hpcmoe.write.pieces import MASTER, Piece, WriteTasks, check_files, remove_folder, write_in_tasks
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ _PARTIAL = re.compile(r"checkpoint-\d+(\.old)?\.partial")
 
 
 def save_checkpoint(
-    comm: MPI.Comm, folder: Path, step: int, pieces: Sequence[Piece], metadata: Metadata, keep: int
+    comm: MPI.Comm, folder: Path, step: int, pieces: Sequence[Piece], metadata: Values, keep: int
 ) -> WriteTasks:
     """Write folder/checkpoint-STEP, then remove all but the last `keep`, in tasks. Collective over comm.
 
@@ -37,7 +37,7 @@ def save_checkpoint(
     log.info("step %d: checkpoint written in %.2f s", step, time.monotonic() - started)
 
 
-def read_metadata(folder: Path) -> Metadata:
+def read_metadata(folder: Path) -> Values:
     """Read a checkpoint's metadata alone, before anything is built or moved for it. Raises CheckpointError."""
     metadata, _ = check_files(folder)
     return metadata

@@ -20,7 +20,7 @@ HDF5_ERRORS = (OSError, RuntimeError, KeyError)
 _LOCKED = "another process, a viewer or another run, has it open"
 
 Value = np.ndarray | str | int | float | bool | list | dict[str, str]
-Metadata = Mapping[str, Any]  # flat, of such values
+Values = Mapping[str, Any]  # such values by name
 
 
 @contextlib.contextmanager

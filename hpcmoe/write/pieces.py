@@ -16,7 +16,7 @@ from mpi4py import MPI
 from hpcmoe.errors import CheckpointError, on_all, on_root
 from hpcmoe.wait import barrier
 from hpcmoe.write.checksums import compute_digest, write_checksums
-from hpcmoe.write.hdf5 import Metadata, check_exists, checkpoint_errors, open_unbuffered, read_entry, sync, write_entry
+from hpcmoe.write.hdf5 import Values, check_exists, checkpoint_errors, open_unbuffered, read_entry, sync, write_entry
 
 MASTER = "master.h5"  # holds a virtual dataset for each array, and besides them:
 METADATA = "metadata"  # one value each
@@ -75,7 +75,7 @@ class RankFile:
     specs: list[PieceSpec]
 
 
-def write_pieces(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata: Metadata) -> None:
+def write_pieces(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata: Values) -> None:
     """Write this rank's pieces and the metadata; the folder appears when all is on disk. Collective over comm.
 
     The pieces of all ranks must tile each array. metadata is a flat dict of strings, numbers and small arrays, as
@@ -92,7 +92,7 @@ def run_tasks(tasks: WriteTasks) -> None:
             task = tasks.send(task)
 
 
-def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata: Metadata) -> WriteTasks:
+def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata: Values) -> WriteTasks:
     """Write as write_pieces does, and yield what needs no MPI as tasks. Collective over comm.
 
     Send back either the task itself, which then runs here, or the `result` of its future.
@@ -116,7 +116,7 @@ def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metada
         raise
 
 
-def read_pieces(comm: MPI.Comm, folder: Path, wanted: Sequence[PieceSpec]) -> tuple[Arrays, Metadata]:
+def read_pieces(comm: MPI.Comm, folder: Path, wanted: Sequence[PieceSpec]) -> tuple[Arrays, Values]:
     """Read the boxes this rank wants -> ({(name, start): array}, metadata). Collective over comm.
 
     Any number of ranks may have written them. Raises CheckpointError on all ranks where a file is missing or cut
@@ -151,7 +151,7 @@ def write_rank_file(path: Path, pieces: Sequence[Piece]) -> tuple[int, str]:
         return path.stat().st_size, compute_digest(path)
 
 
-def publish(folder: Path, partial: Path, files: Sequence[RankFile], metadata: Metadata) -> None:
+def publish(folder: Path, partial: Path, files: Sequence[RankFile], metadata: Values) -> None:
     """Write the master over the ranks' files and the list of checksums, then give the folder its name."""
     # Group the pieces by array, and check that they tile it.
     specs_of_name: dict[str, list[tuple[int, PieceSpec]]] = {}
@@ -226,7 +226,7 @@ def write_virtual(master: h5py.File, name: str, specs: Sequence[tuple[int, Piece
     master.create_virtual_dataset(name, layout)
 
 
-def check_files(folder: Path) -> tuple[Metadata, dict[str, int]]:
+def check_files(folder: Path) -> tuple[Values, dict[str, int]]:
     """Check that each rank's file is there with all its bytes -> (metadata, {name: bytes} of the ranks' files)."""
     path = folder / MASTER
     check_exists(path)

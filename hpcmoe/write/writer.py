@@ -16,7 +16,7 @@ from mpi4py import MPI
 from hpcmoe.errors import CheckpointError, HpcmoeError, raise_or_return
 from hpcmoe.wait import barrier, wait_all
 from hpcmoe.write.checkpoint import save_checkpoint
-from hpcmoe.write.hdf5 import Metadata
+from hpcmoe.write.hdf5 import Values
 from hpcmoe.write.pieces import Piece, WriteTasks, run_tasks
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Writer:
         """Return the size of the snapshots that the thread writes from."""
         return sum(array.nbytes for array in self.snapshots)
 
-    def save(self, step: int, pieces: Iterable[Piece], metadata: Metadata) -> None:
+    def save(self, step: int, pieces: Iterable[Piece], metadata: Values) -> None:
         """Save as save_checkpoint does; where a thread writes, return after a snapshot. Collective over comm.
 
         Wait first for the checkpoint under way. Raises its error, or this one's, on all ranks.

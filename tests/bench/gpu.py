@@ -34,7 +34,7 @@ from hpcmoe.dispatch.dispatcher import ExchangeId
 from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.dispatch.sizes import DeviceSizes
 from hpcmoe.experts.feed_forward import Expert, GroupedExperts
-from hpcmoe.experts.products import GroupedProducts, find_grouped_gemm
+from hpcmoe.experts.products import Groups, find_grouped_gemm
 from hpcmoe.wait import gather_to_all
 
 HIDDEN, FEED_FORWARD, TOKENS, TOP_K = 8192, 32768, 10000, 2  # the published sizes, of a rank
@@ -90,8 +90,8 @@ def time_experts(device, num_experts, hidden, feed_forward, rows):
     experts.stack_weights()
     slots = [(slot, rows // num_experts) for slot in range(num_experts)]
     x = torch.randn(num_experts * (rows // num_experts), hidden, **draw)
-    groups = GroupedProducts(experts.stacked, [rows // num_experts] * num_experts, device.torch_device)
-    calls = {"ours": lambda: experts(slots, x, None)} | theirs(experts.stacked.arrays, groups, x)
+    groups = Groups([rows // num_experts] * num_experts, device.torch_device)
+    calls = {"ours": lambda: experts(slots, x, None)} | theirs(experts.stacked, groups, x)
     flops = 4 * len(x) * hidden * feed_forward
     rates = {name: flops / seconds for name, seconds in time_calls(device, calls, EXPERT_TIMES).items()}
     return {"experts": num_experts, "rows": len(x), "flops": rates}
@@ -99,7 +99,7 @@ def time_experts(device, num_experts, hidden, feed_forward, rows):
 
 def theirs(stacked, groups, x):
     """What torch offers for a block on rows x -> calls by name: one matrix for all, grouped products, one by one."""
-    up, down = (stacked[name].transpose(1, 2) for name in ("up", "down"))  # [e, in, out]
+    up, down = (stacked[name].array.transpose(1, 2) for name in ("up", "down"))  # [e, in, out]
     product, parts = find_grouped_gemm(), list(zip(x.split(groups.rows), up, down, strict=True))
     calls = {"dense": lambda: (x @ up[0]) @ down[0]}
     if product is not None and has_grouped_gemm(x.device):

@@ -177,7 +177,7 @@ def test_nonsense_that_one_rank_sees_is_refused_by_all(comm, alone):
     assert refused.value.shared
 
 
-def seats_with(*quotas, cores=8):
+def make_infos_with(*quotas, cores=8):
     """RankInfo ranks on one node under these quotas, outermost first."""
     return [info(0, cores=frozenset(range(cores)), cpu_quotas=quota) for quota in quotas]
 
@@ -198,7 +198,7 @@ def seats_with(*quotas, cores=8):
     ],
 )
 def test_quotas_of_processor_time_bound_the_cores_of_a_node(quotas, cores):
-    assert topology_of(seats_with(*quotas)).cores_of_node.tolist() == [cores]
+    assert topology_of(make_infos_with(*quotas)).cores_of_node.tolist() == [cores]
 
 
 def test_quotas_and_affinity_are_added_up_group_by_group():
@@ -214,30 +214,30 @@ def test_quotas_and_affinity_are_added_up_group_by_group():
 FOUR = ("s.r0.n0", "s.r0.n1", "s.r1.n2", "s.r1.n3")
 
 
-def seats_at(addresses):
+def make_infos_at(addresses):
     """RankInfo one rank on each of the nodes n0, n1, ... under these addresses."""
     return [info(rank, name=f"n{rank}", address=address) for rank, address in enumerate(addresses)]
 
 
 def test_racks_of_the_config_come_first(alone):
-    made = topology_of(seats_at(FOUR), ClusterConfig(racks=("b", "a", "b", "a")))
+    made = topology_of(make_infos_at(FOUR), ClusterConfig(racks=("b", "a", "b", "a")))
     assert (made.rack_names, made.rack_of_node.tolist()) == (("b", "a"), [0, 1, 0, 1])
     assert (made.num_racks, made.source["racks"]) == (2, "config")
 
 
 def test_racks_for_another_number_of_nodes_are_refused():
     with pytest.raises(ClusterError, match=r"\[cluster\] racks has 3 entries, the run has 4 nodes"):
-        topology_of(seats_at(FOUR), ClusterConfig(racks=("a", "a", "b")))
+        topology_of(make_infos_at(FOUR), ClusterConfig(racks=("a", "a", "b")))
 
 
 def test_racks_are_read_from_slurm_s_addresses(alone):
-    made = topology_of(seats_at(FOUR))
+    made = topology_of(make_infos_at(FOUR))
     assert (made.rack_names, made.rack_of_node.tolist()) == (("r0", "r1"), [0, 0, 1, 1])
     assert made.source["racks"] == "SLURM_TOPOLOGY_ADDR"
 
 
 def test_racks_that_nobody_tells_are_one():
-    made = topology_of(seats_at(("",) * 3))
+    made = topology_of(make_infos_at(("",) * 3))
     assert (made.rack_names, made.source["racks"]) == (("rack0",), "no word of racks: one for all")
 
 

@@ -106,7 +106,7 @@ def test_what_the_file_leaves_out_is_guessed_and_said_to_be(here):
         ),
         (
             {"latency_seconds": [[0, True], [0, 0]]},
-            "links.json: latency_seconds: entry [0][1] = True: must be a number",
+            "links.json: latency_seconds: entry [0][1] = true: must be a number",
         ),
         ({"latency_seconds": 3}, "links.json: latency_seconds must be a list of lists"),
         ({"latency": [[0, 1], [1, 0]]}, "links.json: latency: unknown key; did you mean latency_seconds?"),

@@ -75,7 +75,7 @@ def test_words_reach_peer_and_tag(transport):
 
 
 @pytest.mark.mpi
-def test_a_ticket_is_done_when_its_own_message_is(comm, transport):
+def test_a_request_is_done_when_its_own_message_is(comm, transport):
     """What a late peer has not sent yet is not there, and what others sent is."""
     if comm.size < 3:
         pytest.skip("needs a third rank")

@@ -78,6 +78,6 @@ def test_versions_are_written_as_people_do():
     assert [format_version(number) for number in (23203, 22907, 23000)] == ["2.32.3", "2.29.7", "2.30.0"]
 
 
-def test_an_unknown_carrier_is_refused():
+def test_an_unknown_backend_is_rejected():
     with pytest.raises(ValueError, match="pigeon"), open_all_to_all("pigeon", None, None, 16, None):
         pass

@@ -48,7 +48,7 @@ def test_a_run_that_needs_more_tags_than_mpi_has_is_refused(monkeypatch, last_ta
             ways.check_tags(make_sizes(**changes), num_layers)
 
 
-def test_between_gpus_a_leg_is_one_message(monkeypatch):
+def test_between_gpus_a_transfer_is_one_message(monkeypatch):
     monkeypatch.setattr(ways, "read_max_tag", lambda: 23)
     fields = {name: getattr(make_sizes(), name) for name in ("hidden", "dtype", "tokens", "top_k", "num_in_flight")}
     sizes = DeviceSizes(**fields, num_micro_batches=2, expert_rows=1, batch_rows=1, buffer_factor=1.0)

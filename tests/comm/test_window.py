@@ -68,7 +68,7 @@ def test_a_descriptor_is_written_over_when_all_have_read_the_one_before_the_last
     assert window.may_post(0, 3) and not window.may_post(0, 4) and not window.may_post(1, 3)
 
 
-def test_a_descriptor_is_done_when_every_mate_that_it_asks_has_done_it():
+def test_a_descriptor_is_done_when_every_local_peer_that_it_asks_has_done_it():
     window, counts = make_private_window(SIZES), np.array([[0, 3, 0, 0]])
     assert window.is_done(0, 1, 0, 0 * counts) and not window.is_done(0, 1, 2, counts)
     window.mark_done(0, 1, 0, 2)
@@ -78,7 +78,7 @@ def test_a_descriptor_is_done_when_every_mate_that_it_asks_has_done_it():
 
 
 @pytest.mark.mpi
-def test_mates_share_rows_and_each_has_its_own_part(comm):
+def test_local_peers_share_rows_and_each_has_its_own_part(comm):
     with open_window(comm, SIZES) as window:
         assert (window.local_index, window.num_local_peers, window.first_row) == (comm.rank, comm.size, 10 * comm.rank)
         assert not window.rows.any()
@@ -92,7 +92,7 @@ def test_mates_share_rows_and_each_has_its_own_part(comm):
 
 
 @pytest.mark.mpi
-def test_the_board_tells_each_mate_of_every_other(comm):
+def test_the_window_tells_each_local_peer_of_every_other(comm):
     """Each posts its number; each says it has taken and done all; each sees that the others have."""
     with open_window(comm, SIZES) as window:
         for exchange in range(1, 20):

@@ -173,7 +173,7 @@ def test_traffic_is_counted_by_direction_and_peer(comm, shape):
 
 
 @pytest.mark.mpi
-def test_messages_are_a_header_and_messages_to_each_landing(comm, shape):
+def test_messages_are_a_header_and_messages_to_each_receiver(comm, shape):
     with open_small_dispatcher(comm, HIDDEN, **shape, **SIZES | {"message_tokens": 20, "pool_rows": 200}) as dispatcher:
         round_trip = make_round_trip(dispatcher, 20, seed=6)
         go(dispatcher, run_forward(dispatcher, round_trip))

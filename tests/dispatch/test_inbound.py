@@ -9,7 +9,7 @@ import torch
 from hpcmoe.comm.pool import RowPool
 from hpcmoe.comm.transport import Direction, MessageKind, MessageRequest, make_message_tag
 from hpcmoe.comm.window import WindowSizes, make_private_window
-from hpcmoe.dispatch.inbound import InboundMessage, ReceivePool, Receiver, view_trailer
+from hpcmoe.dispatch.inbound import InboundMessage, InboundReceiver, ReceivePool, view_trailer
 from hpcmoe.dispatch.routes import make_routes
 
 HIDDEN, ROW_BYTES, MAX_MESSAGES = 4, 16, 3
@@ -67,10 +67,10 @@ def header(*messages):
     return np.array([len(messages), *(word for message in messages for word in message)])
 
 
-@pytest.mark.parametrize("weigh", [True, False])
-def test_a_message_goes_all_its_way(receive_pool, weigh):
+@pytest.mark.parametrize("by_gates", [True, False])
+def test_a_message_goes_all_its_way(receive_pool, by_gates):
     receiver, window, post = (
-        Receiver(receive_pool, 0, 1, Direction.DISPATCH if weigh else Direction.COMBINE_BACKWARD, tag_of),
+        InboundReceiver(receive_pool, 0, 1, Direction.DISPATCH if by_gates else Direction.COMBINE_BACKWARD, tag_of),
         receive_pool.window,
         receive_pool.transport,
     )
@@ -92,14 +92,14 @@ def test_a_message_goes_all_its_way(receive_pool, weigh):
     assert window.sources[4:7].tolist() == [1, 0, 1] and window.gate_values[4:7].tolist() == [0.5, 2, 3]
     assert not receiver.poke() and not receiver.done
 
-    # Results are summed by token, weighed or not, and the assignments' numbers go home with them.
+    # Results are summed by token, weighted or not, and the assignments' numbers go home with them.
     window.table(torch.float32)[4:7] = torch.tensor([[1.0], [10.0], [100.0]])
     window.gate_values[4:7] = [7, 8, 9]
     window.mark_done(0, 1, 0, 1)
     assert receiver.poke()
     rows, request = post.sends[1, tag_of(MessageKind.RETURN)]
     sums = rows[:2].view(np.float32)
-    assert sums[:, 0].tolist() == ([20, 300.5] if weigh else [10, 101])
+    assert sums[:, 0].tolist() == ([20, 300.5] if by_gates else [10, 101])
     assert [part.tolist() for part in view_trailer(rows[2:], 3)] == [[1, 0, 1], [7, 8, 9]]
     assert receive_pool.pools[0].runs == [(7, 23)] and not receiver.poke()
     request.complete()
@@ -109,7 +109,7 @@ def test_a_message_goes_all_its_way(receive_pool, weigh):
 @pytest.mark.parametrize("receive_pool", [16], indirect=True)
 def test_messages_wait_for_room_in_order(receive_pool):
     """Ten rows of sixteen are taken: the next has no room, and the small one behind it waits its turn."""
-    receiver, post = Receiver(receive_pool, 0, 1, Direction.DISPATCH, tag_of), receive_pool.transport
+    receiver, post = InboundReceiver(receive_pool, 0, 1, Direction.DISPATCH, tag_of), receive_pool.transport
     post.bring(1, tag_of(MessageKind.HEADER), header((4, 4, 0), (4, 2, 2), (1, 1, 0)))
     post.bring(2, tag_of(MessageKind.HEADER), header())
     receiver.poke()
@@ -130,7 +130,7 @@ def test_messages_wait_for_room_in_order(receive_pool):
 @pytest.mark.parametrize("in_order", [True, False])
 def test_headers_are_read_in_the_senders_order_where_it_is_fixed(receive_pool, in_order):
     receive_pool.in_order = in_order
-    receiver, post = Receiver(receive_pool, 0, 1, Direction.DISPATCH, tag_of), receive_pool.transport
+    receiver, post = InboundReceiver(receive_pool, 0, 1, Direction.DISPATCH, tag_of), receive_pool.transport
     assert receive_pool.routes.senders == (1, 2)
     post.bring(2, tag_of(MessageKind.HEADER), header((1, 1, 0)))
     receiver.poke()
@@ -141,7 +141,7 @@ def test_headers_are_read_in_the_senders_order_where_it_is_fixed(receive_pool, i
 
 
 def test_nothing_is_posted_over_what_a_local_peer_has_not_read(receive_pool):
-    receiver, post = Receiver(receive_pool, 0, 3, Direction.DISPATCH, tag_of), receive_pool.transport
+    receiver, post = InboundReceiver(receive_pool, 0, 3, Direction.DISPATCH, tag_of), receive_pool.transport
     post.bring(1, tag_of(MessageKind.HEADER), header())
     post.bring(2, tag_of(MessageKind.HEADER), header())
     assert not receiver.poke() and not receive_pool.window.descriptors.any()

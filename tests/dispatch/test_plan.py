@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from hpcmoe.dispatch.plan import (
     SlotChooser,
+    count_earlier_equals,
     cumulative_share,
     find_slots_of_shards,
     make_plan,
     num_trailing_rows,
-    number_equals,
     ranges,
 )
 from hpcmoe.dispatch.routes import make_routes
@@ -132,7 +132,7 @@ def test_ranges_are_joined(pairs):
 @given(st.lists(st.integers(0, 4)))
 def test_occurrences_are_numbered(values):
     slowly = [values[:index].count(value) for index, value in enumerate(values)]
-    assert number_equals(np.array(values, np.int64)).tolist() == slowly
+    assert count_earlier_equals(np.array(values, np.int64)).tolist() == slowly
 
 
 def test_shares_run_up_to_exactly_one_within_each_expert():

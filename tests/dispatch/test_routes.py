@@ -100,7 +100,7 @@ def test_in_the_same_order_all_ranks_meet_all_peers_alike(cluster):
     assert len(orders) == 1
 
 
-def test_the_landings_of_a_node_are_shared_out_over_its_ranks():
+def test_the_receivers_of_a_node_are_shared_out_over_its_ranks():
     node_of_rank = np.repeat([0, 1, 2], 4)
     for rank in range(4):
         routes = make_routes(node_of_rank, rank, 1, np.ones((3, 3), bool))

@@ -40,7 +40,7 @@ def test_a_pool_stays_in_its_limit_and_holds_a_full_message(wanted, expected, mo
 
 
 @given(st.integers(1, 12), st.integers(0, 150), st.integers(1, 4), st.randoms())
-def test_so_many_messages_find_room_together_whatever_lies_there(tokens, expected, assignments, random):
+def test_the_pool_always_holds_so_many_messages_together(tokens, expected, assignments, random):
     """They come and go in order, and each is smaller than a full one or as large; at_once of them are always there."""
     tokens, rows, at_once = fit_messages(tokens, expected, 10**6, assignments, 16)
     pool, held, full = RowPool(0, rows), [], count_inbound_rows(tokens, assignments, 16)

@@ -40,7 +40,7 @@ def draw_weights(kind, bias, hidden=6, feed_forward=10):
 
 
 def near(found, expected, dtype):
-    """Whether arrays agree up to what the precision rounds, by the norm of their difference."""
+    """Return True if arrays agree up to what the precision rounds, by the norm of their difference."""
     bound = {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
     return ((found.double() - expected).norm() <= bound * expected.norm()).item()
 
@@ -93,7 +93,7 @@ def test_an_expert_goes_back_as_autograd_does_on_the_formula(kind, bias, dtype, 
     found, expected = [], []
     for x, grad_y, gates, kept in batches:
         before = grad_y.clone(), gates.clone()
-        grad_x, grad_gate = backward(expert.products, kept, grad_y, gates)
+        grad_x, grad_gate = backward(expert.kind, expert.matrices, kept, grad_y, gates)
         assert torch.equal(grad_y, before[0]) and torch.equal(gates, before[1])
         assert grad_x.dtype == dtype and grad_gate.dtype == torch.float32 and grad_x.is_contiguous()
 
@@ -118,7 +118,7 @@ def test_changed_weights_count_after_refresh(dtype, write):
     expert = Expert("swiglu", weights, packed=write == "in place")
     kept = []
     before = expert(x, kept)
-    backward(expert.products, kept.pop(), before, torch.ones(9))
+    backward(expert.kind, expert.matrices, kept.pop(), before, torch.ones(9))
     expert(x)
 
     if write == "by fused AdamW":
@@ -136,8 +136,8 @@ def test_changed_weights_count_after_refresh(dtype, write):
     expected = by_formula("swiglu", now, x.double())
     assert near(y, expected, dtype) and near(expert(x), expected, dtype) and not near(before, expected, dtype)
     fresh = Expert("swiglu", {name: parameter.detach().clone() for name, parameter in expert.named_parameters()})
-    grad_x, _ = backward(fresh.products, kept[0], before, torch.ones(9))
-    assert torch.allclose(backward(expert.products, kept[0], before, torch.ones(9))[0], grad_x)
+    grad_x, _ = backward(fresh.kind, fresh.matrices, kept[0], before, torch.ones(9))
+    assert torch.allclose(backward(expert.kind, expert.matrices, kept[0], before, torch.ones(9))[0], grad_x)
 
 
 def test_an_unknown_kind_is_refused():
@@ -145,7 +145,7 @@ def test_an_unknown_kind_is_refused():
         Expert("tanh", draw_weights("gelu", False))
 
 
-def test_local_experts_count_the_copies_of_their_matrices():
+def test_local_experts_count_the_casts_of_their_matrices():
     replicas = [
         Expert("gelu", draw_weights("gelu", True)),
         nn.Identity(),
@@ -188,7 +188,7 @@ def test_shards_join_to_the_whole_and_their_partial_sums_add_up(kind, tensor_siz
     def go_back(weights):
         expert = Expert(kind, weights)
         expert(x, kept := [])
-        return backward(expert.products, kept[0], draw(5, config.model.hidden, seed=1), draw(5, seed=2))
+        return backward(expert.kind, expert.matrices, kept[0], draw(5, config.model.hidden, seed=1), draw(5, seed=2))
 
     for parts, joined in zip(zip(*map(go_back, shards), strict=True), go_back(whole), strict=True):
         assert torch.allclose(sum(parts), joined, atol=1e-5)

@@ -65,7 +65,7 @@ def test_all_at_once_is_one_by_one(kind, bias, dtype):
             assert all(p.grad is None for p in together.replicas[slot].parameters())
             continue
         expected = alone[slot](x[part], kept)
-        by_x, by_gate = backward(alone[slot].products, kept.pop(), grad_y[part], gates[part])
+        by_x, by_gate = backward(kind, alone[slot].matrices, kept.pop(), grad_y[part], gates[part])
         for ours, theirs in ((y[part], expected), (grad_x[part], by_x), (grad_gate[part], by_gate)):
             assert ours.dtype == theirs.dtype and relative(ours, theirs) < within
         for (name, ours), (_, theirs) in zip(
@@ -139,10 +139,10 @@ def test_the_joined_matrices_are_the_parameters_and_casts_follow_them():
     up = together.replicas[3].up
     with torch.no_grad():
         up.fill_(2.0)
-    assert (together.stacked.cast("up", torch.float32)[2] == 2).all() and together.cast_bytes == 0
-    assert (together.stacked.cast("up", torch.bfloat16)[2] == 2).all()
+    assert (together.stacked["up"].cast(torch.float32)[2] == 2).all() and together.cast_bytes == 0
+    assert (together.stacked["up"].cast(torch.bfloat16)[2] == 2).all()
     assert together.cast_bytes == 3 * 2 * HIDDEN * FEED_FORWARD
     with torch.no_grad():
         up.fill_(3.0)
     together.refresh()
-    assert (together.stacked.cast("up", torch.bfloat16)[2] == 3).all()
+    assert (together.stacked["up"].cast(torch.bfloat16)[2] == 3).all()

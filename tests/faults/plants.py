@@ -127,12 +127,12 @@ FAULTS = {
     ),
     # EXPERTS
     "the gate's gradient forgets the output's bias": plant(
-        "experts/products.py", "total += grad_y.float() @ bias.float()", "pass", FFN
+        "gemm.py", "total += grad_y.float() @ self.bias.float()", "pass", FFN
     ),
     "the down matrix learns from gradients without gates": plant(
         "experts/feed_forward.py",
-        'products.add_gradients("down", grad_y * gates, hidden)',
-        'products.add_gradients("down", grad_y, hidden)',
+        'matrices["down"].add_gradients(grad_y * gates, hidden)',
+        'matrices["down"].add_gradients(grad_y, hidden)',
         FFN,
     ),
     "a gated expert goes back through the wrong half": plant(

@@ -37,7 +37,7 @@ def test_every_micro_batch_goes_through_all_its_stages_in_order_in_one_lane(size
 
 
 @given(sizes)
-def test_each_micro_batch_in_flight_has_a_berth_of_its_own_however_lanes_go_on(sizes):
+def test_each_micro_batch_in_flight_has_buffers_of_its_own_however_lanes_go_on(sizes):
     kind, _, num_micro_batches, in_flight, _ = sizes
     schedule = make_schedule(*sizes)
     num_in_flight = 1 if kind == "serial" else in_flight

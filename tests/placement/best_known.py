@@ -37,7 +37,7 @@ def write_best_known(known):
 
 
 def keep(known, case, placement):
-    """Take a case's value from a placement if it is below what is known, its bound if it is above; in place."""
+    """Update a case's value from a placement if it is below what is known, its bound if it is above; in place."""
     before = known.get(case, {"best_seconds": float("inf"), "bound_seconds": 0.0})
     best = min(before["best_seconds"], placement.objective_seconds)
     known[case] = {

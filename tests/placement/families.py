@@ -16,7 +16,7 @@ NIC = 25e9  # bytes a second
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """What sets one family of cases apart from the others."""
+    """The properties of one family of cases."""
 
     num_experts: tuple[int, int, int]  # at each size
     spare_slots: int = 0  # of a rank, beyond those that hold every expert once

@@ -61,18 +61,18 @@ def problems(draw, tight=False):
 
 
 def has_place(problem):
-    """Tell whether a problem has a placement: a slot for every expert of a layer, and memory for those of all."""
+    """Return True if a problem has a placement: a slot for every expert of a layer, and memory for those of all."""
     room = np.minimum(problem.slots_of_node * problem.num_layers, problem.memory_bytes // problem.expert_bytes)
     return problem.num_experts <= problem.slots_of_node.sum() and problem.num_experts * problem.num_layers <= room.sum()
 
 
 def layer_data_of(problem, layer=0):
-    """Lay down what the search of a layer looks up, with the memory spread over the layers -> LayerData."""
+    """Build the data of a layer's search, with the memory divided among the layers."""
     return make_layer_data(problem, layer, make_limits(problem, divide_memory(problem)[layer]))
 
 
 def scatter(problem, seed):
-    """Lay every expert anywhere, and where there may be more replicas of it, some -> expert_at [P, s]."""
+    """Place every expert anywhere, and where there may be more replicas of it, some -> expert_at [P, s]."""
     rng = np.random.default_rng(seed)
     expert_at = np.full((problem.num_ranks, problem.slots_per_rank), EMPTY)
     free = rng.permutation(expert_at.size)

@@ -15,7 +15,7 @@ from hpcmoe.placement.resources import RESOURCES
 
 
 def tier_of(problem, i, j):
-    """Tell how far node j is from node i."""
+    """Return the distance of node j from node i."""
     return 0 if i == j else 1 if problem.rack_of_node[i] == problem.rack_of_node[j] else 2
 
 

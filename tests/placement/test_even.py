@@ -31,7 +31,7 @@ def assert_is_even(problem, layouts):
 
 
 def skew(problem, seed, power):
-    """Give a problem experts of very different weight, which an uneven layout would suit."""
+    """Return a problem with experts of very different weight, which an uneven layout would suit."""
     weight = np.random.default_rng(seed).random(problem.probability.shape) ** power
     return dataclasses.replace(problem, probability=weight / weight.sum(axis=2, keepdims=True))
 

@@ -24,7 +24,7 @@ METHODS = ("packed", "contiguous", "eplb")
 
 
 def assert_is_placement(problem, placement):
-    """Check all layers: every expert there, none twice on a rank, slots, memory and number of replicas as they may be."""
+    """Check all layers: every expert there, none twice on a rank; slots, memory and replicas within their limits."""
     assert placement.expert_of_replica.shape == (problem.num_layers, problem.num_ranks * problem.slots_per_rank)
     by_rank = placement.expert_of_replica.reshape(problem.num_layers, problem.num_ranks, -1)
     for of_layer, of_count in zip(by_rank.tolist(), placement.replica_count, strict=True):
@@ -43,7 +43,7 @@ def assert_is_placement(problem, placement):
 
 
 def fits_all(problem):
-    """Tell whether there is memory for every slot."""
+    """Return True if there is memory for every slot."""
     return (problem.memory_bytes >= problem.slots_of_node * problem.num_layers * problem.expert_bytes).all()
 
 

@@ -18,7 +18,7 @@ def problem(tmp_path):
 
 
 def spread(problem, seed=0):
-    """Lay experts out with replicas and empty slots: every expert once, then some again."""
+    """Place experts with replicas and empty slots: every expert once, then some again."""
     rng = np.random.default_rng(seed)
     slots = problem.num_ranks * problem.slots_per_rank
     layers = [[*rng.permutation(problem.num_experts), *rng.permutation(problem.num_experts)[:5], -1, -1, -1][:slots]

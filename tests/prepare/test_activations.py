@@ -112,7 +112,7 @@ def test_the_tracker_sees_what_is_saved_and_let_go_within_an_op():
     assert tracker.peak_bytes == 2 * 5 * 8 * 4
 
 
-def test_what_flights_hold_and_autograd_saves_is_counted_once():
+def test_what_contexts_hold_and_autograd_saves_is_counted_once():
     context = LayerContext(layer=0, micro_batch=0, training=True)
     tracker = ActivationTracker(nn.Linear(1, 1))
     context.x = torch.ones(100, requires_grad=True)

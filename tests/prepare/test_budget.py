@@ -24,7 +24,7 @@ MEMORY = SimpleNamespace(dense_with_state=40, activations=100, buffers=7, workin
 @pytest.mark.parametrize(
     ("mode", "dtype", "num_bytes"), [("train", "bfloat16", 16), ("infer", "bfloat16", 2), ("infer", "float32", 4)]
 )
-def test_room_is_that_of_all_nodes_for_all_experts_and_their_state(mode, dtype, num_bytes):
+def test_the_first_look_takes_the_memory_of_all_nodes_for_all_experts_and_their_state(mode, dtype, num_bytes):
     config = make_config(run__mode=mode, model__dtype=dtype)
     needed = 4 * 2 * (2 * 8 * 12) * num_bytes  # experts x layers x numbers x bytes of a number and its state
     topology = make_topology(4, 2)
@@ -42,12 +42,12 @@ def test_room_is_that_of_all_nodes_for_all_experts_and_their_state(mode, dtype, 
 
 
 @pytest.mark.parametrize(
-    ("device", "gpus", "told", "there"),
+    ("device", "gpus", "given", "there"),
     [("host", 8, 0, False), ("auto", 0, 0, False), ("auto", 8, 0, True), ("cuda", 0, 0, True), ("cuda", 8, 9, False)],
 )
-def test_the_hosts_memory_says_nothing_of_what_lies_on_gpus(device, gpus, told, there):
+def test_the_hosts_memory_says_nothing_of_what_lies_on_gpus(device, gpus, given, there):
     topology = dataclasses.replace(make_topology(4, 2), devices_of_node=np.array([gpus, 0]))
-    assert may_use_gpus(device, told, topology) == there
+    assert may_use_gpus(device, given, topology) == there
 
 
 def test_experts_get_what_process_messages_and_dense_parts_leave():
@@ -72,10 +72,10 @@ def test_on_gpus_only_what_lies_there_counts():
 def test_beside_gpus_the_hosts_memory_must_hold_what_lies_there():
     topology = dataclasses.replace(make_topology(4, 2), memory_bytes=np.array([50, 49]))
     memory = SimpleNamespace(**vars(MEMORY) | {"moving": 2, "snapshot": 3})
-    told = (
+    arithmetic = (
         r"node n1: 2 ranks x \(process 20 B \+ experts that come 2 B \+ copy for checkpoints 3 B\) = 50 B do not fit "
     )
-    with pytest.raises(ClusterError, match=told + "into the 49 B"):
+    with pytest.raises(ClusterError, match=arithmetic + "into the 49 B"):
         make_budget(topology, memory, 20, np.full(4, 1e10))
 
 

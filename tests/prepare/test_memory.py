@@ -43,7 +43,8 @@ def take_step(job, optimizer, purpose="train"):
     job.stepper.run(job.training, np.arange(config.data.batch_sequences), load, purpose)
     if optimizer is not None:
         optimizer.step(1)
-    return measure_memory(job.stepper.network, optimizer and optimizer.adamw, job.stepper.dispatcher, job.stepper.tracker)
+    stepper, adamw = job.stepper, optimizer and optimizer.adamw
+    return measure_memory(stepper.network, adamw, stepper.dispatcher, stepper.tracker)
 
 
 def open_job(comm, folder, **changes):
@@ -249,7 +250,7 @@ def test_the_tracker_counts_saved_tensors_once_and_no_parameters():
     assert tracker.peak_bytes == 3 * 5 * 8 * 4
 
 
-def test_the_tracker_counts_what_flights_keep():
+def test_the_tracker_counts_what_contexts_keep():
     x = torch.ones(4)
     context = LayerContext(layer=0, micro_batch=0, training=True, batches=[(x[:2], torch.ones(6))])
     context.x, tracker = x, ActivationTracker(nn.Linear(1, 1))

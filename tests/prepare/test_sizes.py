@@ -76,7 +76,7 @@ def test_ranks_that_serve_others_expect_their_rows_too(changes, expert_rows):
     ("pipeline", "num_in_flight"),
     [({"schedule": "serial"}, 1), ({"in_flight": 2}, 2), ({"in_flight": 9}, 3), ({"schedule": "arrival"}, 2)],
 )
-def test_each_micro_batch_in_flight_has_a_berth(pipeline, num_in_flight):
+def test_each_micro_batch_in_flight_has_buffers(pipeline, num_in_flight):
     changes = {f"pipeline__{key}": value for key, value in pipeline.items()}
     assert make_sizes_of_run(make_config(**changes), 2).num_in_flight == num_in_flight
 
@@ -101,7 +101,7 @@ def test_messages_are_as_long_as_asked_or_as_the_links_ask_but_no_longer_than_a_
         ("auto", 1, [[False] * 3] * 3),
     ],
 )
-def test_a_token_goes_once_to_a_node_where_asked_or_where_the_link_is_slow_and_mates_share(key, top_k, once):
+def test_a_token_goes_once_to_a_node_where_asked_or_where_the_link_is_slow_and_local_peers_share(key, top_k, once):
     """Node 2 has a rank alone. All links are slow but that from node 0 to node 1, half a memory's speed."""
     topology = dataclasses.replace(
         make_topology(3, 3),
@@ -130,12 +130,12 @@ def test_each_shard_of_an_expert_gets_a_copy_of_its_own():
     assert (sizes.tokens, sizes.top_k, sizes.expert_rows) == (10, 2, 10 * 4)
     two = make_config(model__top_k=2)
     sizes = make_sizes_of(two, mesh, make_topology(4), make_routes([0] * 4, 0, 1, np.ones((1, 1), bool)))
-    assert (sizes.top_k, sizes.expert_rows) == (4, 10 * 4)  # half of 4 x 10 x 2 copies
+    assert (sizes.top_k, sizes.expert_rows) == (4, 10 * 4)  # half of 4 x 10 x 2 assignments
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("shared_memory", [True, False])
-def test_ranks_of_a_node_are_mates_unless_the_key_forbids(comm, shared_memory):
+def test_ranks_of_a_node_are_local_peers_unless_the_key_forbids(comm, shared_memory):
     config = make_config(comm__shared_memory=shared_memory)
     mesh = SimpleNamespace(group=comm, world=comm, tensor_parallel=1)
     routes = find_routes(config.comm, make_topology(comm.size, min(2, comm.size)), mesh, 1, 2, False)

@@ -152,7 +152,7 @@ def test_inference_is_told_of_other_micro_batches_where_each_has_a_capacity(capl
     assert len(caplog.messages) == 1 and "[pipeline] micro_batches = 2, was 3" in caplog.messages[0]
 
 
-def test_facts_come_back_from_a_checkpoint_as_they_were(tmp_path):
+def test_metadata_come_back_from_a_checkpoint_as_they_were(tmp_path):
     config = make_config(dispatch__load_feedback=0.3, experts__kind="swiglu", model__top_k=1)
     piece = Piece(name="x", shape=(1,), start=(0,), array=np.ones(1))
     run_tasks(save_checkpoint(MPI.COMM_SELF, tmp_path, 3, [piece], make_metadata(config), 1))

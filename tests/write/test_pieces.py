@@ -57,7 +57,7 @@ def error_of(call):
     return str(error.value)
 
 
-def test_facts_come_back(comm, tmp_path):
+def test_metadata_come_back(comm, tmp_path):
     metadata = {"step": 120, "loss": 2.5, "kind": "swiglu", "placement": np.array([[0, 1], [2, 3]])}
     write_pieces(comm, tmp_path / "a", [], metadata)
     arrays, back = read_pieces(comm, tmp_path / "a", [])

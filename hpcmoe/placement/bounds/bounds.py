@@ -23,41 +23,41 @@ _MOST_COLUMNS = 6000  # of a program in whole numbers that HiGHS should be asked
 def bound_layer(
     problem: PlacementProblem,
     layer: int,
-    room: np.ndarray,
+    capacity: np.ndarray,
     seconds: float = 0.0,
     incumbent: float = np.inf,
     lower: float | None = None,
 ) -> float:
     """Return seconds below which no placement of one layer can come, in about as many seconds as given.
 
-    room [nodes]: the most replicas of the layer's experts that each node can hold. incumbent: the cost of the best
+    capacity [nodes]: the most replicas of the layer's experts that each node can hold. incumbent: the cost of the best
     layout known, which ends the search when it is met. Without seconds, and on clusters too large for a linear
     program, counting must do; lower: what it gave before, if it was asked.
     """
     deadline = time.perf_counter() + seconds
-    demand, room = problem.demand(layer), np.minimum(room, problem.num_experts * problem.ranks_of_node)
+    demand, capacity = problem.demand(layer), np.minimum(capacity, problem.num_experts * problem.ranks_of_node)
     if not demand.any():
         return 0.0
 
-    # Begin with what counting proves. Spare room is of use for replicas alone.
-    spare = count_spare(problem, room) if problem.replicate else 0
-    lower = count_layer(problem, demand, room, spare) if lower is None else lower
+    # Begin with what counting proves. Spare capacity is of use for replicas alone.
+    spare = count_spare(problem, capacity) if problem.replicate else 0
+    lower = count_layer(problem, demand, capacity, spare) if lower is None else lower
     if lower >= incumbent * (1 - _INCUMBENT_GAP) or seconds <= 0:
         return lower
 
     # Go on with the linear program, where it is small enough.
-    choices = make_choices(problem, room, spare)
+    choices = make_choices(problem, capacity, spare)
     if choices is None:
         return lower
-    floor = bound_beside_coldest(problem, demand, room, slice(None)) if choices.is_single else None
-    program = make_program(problem, demand, np.append(room, problem.num_experts + spare), choices, floor)
+    floor = bound_beside_coldest(problem, demand, capacity, slice(None)) if choices.is_single else None
+    program = make_program(problem, demand, np.append(capacity, problem.num_experts + spare), choices, floor)
     return search_bound(program, lower, incumbent, deadline)
 
 
-def count_spare(problem: PlacementProblem, room: np.ndarray) -> int:
+def count_spare(problem: PlacementProblem, capacity: np.ndarray) -> int:
     """Count the replicas that a layer may have beyond one of each expert while the other layers keep that many too."""
     held = problem.capacity_of_node.sum()
-    return int(min(room.sum() - problem.num_experts, held - problem.num_layers * problem.num_experts))
+    return int(min(capacity.sum() - problem.num_experts, held - problem.num_layers * problem.num_experts))
 
 
 def search_bound(program: Program, lower: float, incumbent: float, deadline: float) -> float:
@@ -87,49 +87,49 @@ def search_bound(program: Program, lower: float, incumbent: float, deadline: flo
     return float(min(lower, goal))
 
 
-def count_layer(problem: PlacementProblem, demand: np.ndarray, room: np.ndarray, spare: int) -> float:
+def count_layer(problem: PlacementProblem, demand: np.ndarray, capacity: np.ndarray, spare: int) -> float:
     """Return the best of the counting arguments, for demand [nodes, E] and spare replicas in all -> seconds."""
-    bounds = [bound_leaving(problem, demand, room, spare), bound_scarcity(problem, demand, spare)]
+    bounds = [bound_leaving(problem, demand, capacity, spare), bound_scarcity(problem, demand, spare)]
     if spare == 0:
-        bounds.append(bound_single(problem, demand, room))
+        bounds.append(bound_single(problem, demand, capacity))
     if "rank" in list_resources(problem.objective):
         bounds.append(bound_ranks(problem, demand, spare))
     return float(max(bounds)) * (1 - _ROUNDING)
 
 
-def bound_leaving(problem: PlacementProblem, demand: np.ndarray, room: np.ndarray, spare: int) -> float:
-    """Bound by the tokens that must leave their node or rack: each keeps at most its own hottest experts -> seconds."""
+def bound_leaving(problem: PlacementProblem, demand: np.ndarray, capacity: np.ndarray, spare: int) -> float:
+    """Compute a bound from the tokens that must leave nodes and racks, which keep their hottest experts -> seconds."""
     rates = token_rates(problem)
-    bounds = [bound_senders(demand, room, spare, rates["link"].sum(axis=1))]
+    bounds = [bound_senders(demand, capacity, spare, rates["link"].sum(axis=1))]
     if "egress" in list_resources(problem.objective):
-        bounds.append(bound_senders(demand, room, spare, rates["egress"]))
+        bounds.append(bound_senders(demand, capacity, spare, rates["egress"]))
         ingress = port_rates(problem)["ingress"].sum()
-        bounds.append(find_leaving(demand, room, spare)[1] * problem.bytes_per_token / ingress)
+        bounds.append(find_leaving(demand, capacity, spare)[1] * problem.bytes_per_token / ingress)
 
         # Let a rack send as if it were a node.
         racks = (np.arange(len(rates["uplink_out"]))[:, None] == problem.rack_of_node).astype(np.float64)
-        bounds.append(bound_senders(racks @ demand, (racks @ room).astype(np.int64), spare, rates["uplink_out"]))
+        bounds.append(bound_senders(racks @ demand, (racks @ capacity).astype(np.int64), spare, rates["uplink_out"]))
     return max(bounds)
 
 
-def bound_senders(demand: np.ndarray, room: np.ndarray, spare: int, rate: np.ndarray) -> float:
-    """Bound by nodes that send at most at their rates [nodes]: each, all as one, and their mean time -> seconds."""
+def bound_senders(demand: np.ndarray, capacity: np.ndarray, spare: int, rate: np.ndarray) -> float:
+    """Compute a bound from nodes that send at their rates [nodes]: each, all as one, and their mean -> seconds."""
     seconds = np.divide(1.0, rate, out=np.zeros(len(rate)), where=rate > 0)  # of a token; 0 where rates do not count
     if not seconds.any():
         return 0.0
-    leaving, crossing = find_leaving(demand, room, spare)
-    together = find_leaving(demand * seconds[:, None], room, spare)[1] / np.count_nonzero(seconds)
+    leaving, crossing = find_leaving(demand, capacity, spare)
+    together = find_leaving(demand * seconds[:, None], capacity, spare)[1] / np.count_nonzero(seconds)
     return max((leaving * seconds).max(), crossing / rate.sum(), together)
 
 
-def find_leaving(demand: np.ndarray, room: np.ndarray, spare: int) -> tuple[np.ndarray, float]:
+def find_leaving(demand: np.ndarray, capacity: np.ndarray, spare: int) -> tuple[np.ndarray, float]:
     """Count what must leave its node at least, for demand [nodes, E] -> [nodes] from each alone, and from all.
 
     Each node keeps at most its own hottest experts. In all, every expert keeps one home in its best place, and the
     spare replicas go where they keep most.
     """
     hottest = np.pad(np.cumsum(-np.sort(-demand, axis=1), axis=1), ((0, 0), (1, 0)))
-    leaving = demand.sum(axis=1) - hottest[np.arange(len(demand)), np.minimum(room, demand.shape[1])]
+    leaving = demand.sum(axis=1) - hottest[np.arange(len(demand)), np.minimum(capacity, demand.shape[1])]
 
     # Keep every expert's best place, and the next best ones for the spare replicas.
     order = np.sort(demand, axis=0)
@@ -142,7 +142,7 @@ def find_leaving(demand: np.ndarray, room: np.ndarray, spare: int) -> tuple[np.n
 
 
 def bound_scarcity(problem: PlacementProblem, demand: np.ndarray, spare: int) -> float:
-    """Bound by the replicas that the hottest experts need, each as if alone, and more than there are -> seconds."""
+    """Compute a bound from the replicas that the hottest experts, each as if alone, need and cannot have -> seconds."""
     most = min(problem.num_ranks if "rank" in list_resources(problem.objective) else problem.num_nodes, spare + 1)
     steps = np.unique(np.round(1.4 ** np.arange(np.log(most) / np.log(1.4) + 1)).clip(1, most).astype(np.int64))
     times = np.minimum.accumulate([bound_alone(problem, demand, count) for count in steps])  # [steps, E]
@@ -153,7 +153,7 @@ def bound_scarcity(problem: PlacementProblem, demand: np.ndarray, spare: int) ->
 
 
 def bound_alone(problem: PlacementProblem, demand: np.ndarray, count: int) -> np.ndarray:
-    """Bound what each expert alone costs with `count` replicas in the best places -> seconds [E]."""
+    """Compute a bound of what each expert alone costs with `count` replicas in the best places -> seconds [E]."""
     order, names = -np.sort(-demand, axis=0), list_resources(problem.objective)
     bounds = [np.zeros(demand.shape[1])]
 
@@ -169,12 +169,12 @@ def bound_alone(problem: PlacementProblem, demand: np.ndarray, count: int) -> np
     return np.max(bounds, axis=0)
 
 
-def bound_single(problem: PlacementProblem, demand: np.ndarray, room: np.ndarray) -> float:
-    """Bound by where each expert's only replica can be, beside those that other nodes have no room for -> seconds."""
-    coldest, forced = sum_coldest(demand), count_forced(demand, room)
+def bound_single(problem: PlacementProblem, demand: np.ndarray, capacity: np.ndarray) -> float:
+    """Compute a bound from where single replicas can be, beside those that other nodes cannot hold -> seconds."""
+    coldest, forced = sum_coldest(demand), count_forced(demand, capacity)
     hot = np.argsort(-demand.sum(axis=0), kind="stable")[:_MOST_HOT]  # one of them decides
-    of_node = bound_beside_coldest(problem, demand, room, hot)
-    return max((coldest[:, forced] * problem.link_cost).max(), of_node[room > 0].min(axis=0).max())
+    of_node = bound_beside_coldest(problem, demand, capacity, hot)
+    return max((coldest[:, forced] * problem.link_cost).max(), of_node[capacity > 0].min(axis=0).max())
 
 
 def sum_coldest(demand: np.ndarray) -> np.ndarray:
@@ -182,18 +182,18 @@ def sum_coldest(demand: np.ndarray) -> np.ndarray:
     return np.pad(np.cumsum(np.sort(demand, axis=1), axis=1), ((0, 0), (1, 0)))
 
 
-def count_forced(demand: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Count the single replicas that each node must hold as the others have no room for them -> [nodes]."""
-    return np.maximum(demand.shape[1] - (room.sum() - room), 0)
+def count_forced(demand: np.ndarray, capacity: np.ndarray) -> np.ndarray:
+    """Count the single replicas that each node must hold as the others have no capacity for them -> [nodes]."""
+    return np.maximum(demand.shape[1] - (capacity.sum() - capacity), 0)
 
 
 def bound_beside_coldest(
-    problem: PlacementProblem, demand: np.ndarray, room: np.ndarray, experts: np.ndarray | slice
+    problem: PlacementProblem, demand: np.ndarray, capacity: np.ndarray, experts: np.ndarray | slice
 ) -> np.ndarray:
-    """Bound what a single replica of some experts costs on each node beside the coldest -> seconds [nodes, n]."""
+    """Compute a bound of an expert's single replica on each node beside the coldest ones -> seconds [nodes, n]."""
     counts_ingress = "ingress" in list_resources(problem.objective)
     ingress = port_rates(problem)["ingress"] if counts_ingress else np.full(problem.num_nodes, np.inf)
-    beside = sum_coldest(demand)[:, np.maximum(count_forced(demand, room) - 1, 0)]  # [from, to]
+    beside = sum_coldest(demand)[:, np.maximum(count_forced(demand, capacity) - 1, 0)]  # [from, to]
     asked = demand[:, experts]
     seconds = asked.sum(axis=0) - asked + (beside.sum(axis=0) - np.diag(beside))[:, None]  # [to, n] tokens
     seconds *= (problem.bytes_per_token / ingress)[:, None]
@@ -204,13 +204,13 @@ def bound_beside_coldest(
 
 
 def bound_ranks(problem: PlacementProblem, demand: np.ndarray, spare: int) -> float:
-    """Bound by what ranks compute: their mean, and the hottest expert's only replica beside the coldest -> seconds."""
+    """Compute a bound from the ranks' mean, and the hottest expert's only replica beside the coldest -> seconds."""
     tokens = np.sort(demand.sum(axis=0))
     mean = tokens.sum() / min(problem.num_ranks, problem.num_experts + spare)
     if spare > 0:
         return mean * problem.seconds_per_token
 
-    # Have a rank hold what the others have no room for, and as many as it must.
+    # Have a rank hold what the others have no capacity for, and as many as it must.
     fewest = fewest_of_node(problem)[problem.node_of_rank].min()
     beside = max(problem.num_experts - (problem.num_ranks - 1) * most_of_rank(problem) - 1, fewest - 1, 0)
     return max(mean, tokens[-1] + tokens[:beside].sum()) * problem.seconds_per_token

@@ -36,13 +36,13 @@ class Choices:
         return self.num_single == len(self.replicas)
 
 
-def make_choices(problem: PlacementProblem, room: np.ndarray, spare: int) -> Choices | None:
-    """List the choices with room [nodes] replicas a node and spare ones in all; None if there are too many."""
-    most, num_entries = np.minimum(problem.ranks_of_node, room), problem.num_nodes**2
-    if count_ways(most, spare + 1) * num_entries <= _MOST_ENTRIES:
-        replicas, free = list_ways(most, spare + 1), np.zeros((0, problem.num_nodes), bool)
-    elif count_ways(np.minimum(most, 1), spare + 1) * num_entries <= _MOST_ENTRIES:
-        replicas = list_ways(np.minimum(most, 1), spare + 1)
+def make_choices(problem: PlacementProblem, capacity: np.ndarray, spare: int) -> Choices | None:
+    """List the choices with capacity [nodes] replicas a node and spare ones in all; None if there are too many."""
+    most, num_entries = np.minimum(problem.ranks_of_node, capacity), problem.num_nodes**2
+    if count_combinations(most, spare + 1) * num_entries <= _MOST_ENTRIES:
+        replicas, free = list_combinations(most, spare + 1), np.zeros((0, problem.num_nodes), bool)
+    elif count_combinations(np.minimum(most, 1), spare + 1) * num_entries <= _MOST_ENTRIES:
+        replicas = list_combinations(np.minimum(most, 1), spare + 1)
         num = replicas.sum(axis=1)
 
         # A second replica on the only node changes no traffic, but the work of its ranks.
@@ -56,22 +56,22 @@ def make_choices(problem: PlacementProblem, room: np.ndarray, spare: int) -> Cho
     return Choices(replicas=replicas, shares=shares, free_sets=free, free_within=find_nearest(problem, free))
 
 
-def count_ways(most: np.ndarray, total: int) -> int:
+def count_combinations(most: np.ndarray, total: int) -> int:
     """Count the ways to put 1 to `total` replicas with at most `most` [nodes] on each node."""
-    ways = np.ones(1)
+    found = np.ones(1)
     for limit in most:
-        ways = np.convolve(ways, np.ones(limit + 1))[: total + 1]
-    return int(ways[1:].sum())
+        found = np.convolve(found, np.ones(limit + 1))[: total + 1]
+    return int(found[1:].sum())
 
 
-def list_ways(most: np.ndarray, total: int) -> np.ndarray:
+def list_combinations(most: np.ndarray, total: int) -> np.ndarray:
     """List the ways to put 1 to `total` replicas with at most `most` [nodes] on each, fewest first -> [C, nodes]."""
-    ways = np.zeros((1, 0), np.int64)
+    found = np.zeros((1, 0), np.int64)
     for limit in most:
-        longer = np.repeat(ways, limit + 1, axis=0)
-        ways = np.column_stack([longer, np.tile(np.arange(limit + 1), len(ways))])
-        ways = ways[ways.sum(axis=1) <= total]
-    return ways[np.argsort(ways.sum(axis=1), kind="stable")][1:]
+        longer = np.repeat(found, limit + 1, axis=0)
+        found = np.column_stack([longer, np.tile(np.arange(limit + 1), len(found))])
+        found = found[found.sum(axis=1) <= total]
+    return found[np.argsort(found.sum(axis=1), kind="stable")][1:]
 
 
 def find_nearest(problem: PlacementProblem, sets: np.ndarray) -> np.ndarray:
@@ -89,6 +89,8 @@ def make_rates(problem: PlacementProblem) -> csr_array:
     num, names = problem.num_nodes, list_resources(problem.objective)
     sender, receiver = np.divmod(np.arange(num**2), num)
     prices = price_flows(problem, sender, receiver)
+
+    # Leave out the links within nodes, and keep both ways of an uplink together.
     links = make_price_matrix(*prices["link"], num**2)
     blocks = [links[np.flatnonzero(sender != receiver)]]
     if "egress" in names:
@@ -124,7 +126,7 @@ def evaluate_alone(problem: PlacementProblem, demand: np.ndarray, choices: Choic
 
 
 def bound_free(problem: PlacementProblem, demand: np.ndarray, choices: Choices) -> np.ndarray:
-    """Bound each free choice of each expert by all links that its tokens may take at once -> seconds [A, E]."""
+    """Compute a bound of each expert's free choices from all links that its tokens may take at once -> [A, E]."""
     rate = np.where(problem.link_cost > 0, token_rates(problem)["link"], np.inf)
     together = np.where(choices.free_within, rate, 0.0).sum(axis=2)  # [A, senders] tokens a second
     seconds = np.zeros((len(together), demand.shape[1]))

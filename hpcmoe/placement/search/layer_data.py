@@ -12,7 +12,7 @@ EMPTY: Any = np.int64(-1)  # an empty slot, or no rank; not a literal, for which
 
 
 class LayerData(NamedTuple):
-    """What a layer's search looks up and never changes. Costs are seconds a token, 0 where they do not count."""
+    """The data that a layer's search looks up. Costs are seconds a token, 0 where they do not count."""
 
     demand: np.ndarray  # [nodes, E] tokens
     tokens: np.ndarray  # [E], of all nodes
@@ -39,7 +39,7 @@ class LayerData(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """Where the replicas are and the seconds of every resource, in the order of RESOURCES; changed in place."""
+    """The ranks of all replicas and the seconds of every resource, in the order of RESOURCES; changed in place."""
 
     expert_at: np.ndarray  # [P, s], EMPTY where empty
     count_of_rank: np.ndarray  # [P]
@@ -55,7 +55,7 @@ class LayerState(NamedTuple):
 
 
 class UndoLog(NamedTuple):
-    """What one move has touched, as it was before, and work space."""
+    """The resources that one move has touched, as they were before, and work space."""
 
     resource: np.ndarray  # [resources]
     busy: np.ndarray  # [resources]
@@ -69,14 +69,15 @@ class UndoLog(NamedTuple):
 
 
 class SmoothMax(NamedTuple):
-    """How seconds become powers, whose sum is a smooth maximum."""
+    """The conversion of seconds to powers, whose sum is a smooth maximum."""
 
     scale: float  # seconds that count as 1
     doublings: int  # the exponent is 2 to this
 
 
 def make_layer_data(problem: PlacementProblem, layer: int, limits: Limits) -> LayerData:
-    """Build what a layer's search looks up."""
+    """Build the data that a layer's search looks up."""
+    # Take prices and numbers from the definition of resources.
     names, sizes = list_resources(problem.objective), count_resources(problem)
     cost = {name: np.ascontiguousarray(price * (name in names)) for name, price in token_seconds(problem).items()}
     first = dict(zip(RESOURCES, np.cumsum([0, *sizes.values()]).tolist(), strict=False))

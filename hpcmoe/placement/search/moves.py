@@ -77,7 +77,7 @@ def move(t: LayerData, s: LayerState, log: UndoLog, smooth_max: SmoothMax, e: in
 
 @compiled
 def undo(t: LayerData, s: LayerState, log: UndoLog, e: int, a: int, f: int, b: int) -> None:
-    """Undo the move just made."""
+    """Reverse the move just made."""
     swap(t, s, f, a, e, b)
     busy, power, resource, busy_before, power_before = s.busy, s.power, log.resource, log.busy, log.power
     for n in range(log.counts[0]):
@@ -99,6 +99,8 @@ def swap(t: LayerData, s: LayerState, e: int, a: int, f: int, b: int) -> None:
 def relocate(t: LayerData, s: LayerState, expert: int, source: int, target: int) -> None:
     """Move a replica from rank source to target; from EMPTY it is new, to EMPTY it goes."""
     ranks_of_expert, num_replicas = s.ranks_of_expert, s.num_replicas
+
+    # Find its place among the expert's ranks: the source's, or a new one at the end.
     place = num_replicas[expert]
     if source != EMPTY:
         place = 0
@@ -108,6 +110,8 @@ def relocate(t: LayerData, s: LayerState, expert: int, source: int, target: int)
     if target != EMPTY:
         ranks_of_expert[expert, place] = target
         count_replica(t, s, expert, target, 1)
+
+    # Count one that is new, or close the gap of one that goes.
     if source == EMPTY:
         num_replicas[expert] += 1
     if target == EMPTY:
@@ -172,6 +176,8 @@ def list_sent(t: LayerData, s: LayerState, log: UndoLog, expert: int, sign: floa
         served[c] = entered[c] = 0.0
     for rack in range(crossed.shape[1]):
         crossed[0, rack] = crossed[1, rack] = 0.0
+
+    # Send each node's tokens.
     for i in range(num_nodes):
         tokens = sign * demand[i, expert]
         if tokens == 0.0:
@@ -181,6 +187,8 @@ def list_sent(t: LayerData, s: LayerState, log: UndoLog, expert: int, sign: floa
         here, rack = replicas[i, expert], rack_of_node[i]
         in_rack = replicas_in_rack[rack, expert]
         share = tokens / (here if here > 0 else in_rack if in_rack > 0 else num_replicas)
+
+        # Put it on links, and sum what enters nodes and crosses racks.
         for c in range(num_replicas):
             j = node_of_rank[ranks_of_expert[expert, c]]
             if (here > 0 and j != i) or (here == 0 and in_rack > 0 and rack_of_node[j] != rack):
@@ -208,6 +216,8 @@ def list_received(t: LayerData, s: LayerState, log: UndoLog, expert: int, n: int
     at, by, served, entered, crossed = log.at, log.by, log.served, log.entered, log.crossed
     ranks_of_expert = s.ranks_of_expert
     num_racks = len(uplink_cost)
+
+    # Put what each replica serves on its node's port and its rank.
     for c in range(s.num_replicas[expert]):
         rank = ranks_of_expert[expert, c]
         if entered[c] != 0.0 and ingress_cost[node_of_rank[rank]] > 0.0:
@@ -218,6 +228,8 @@ def list_received(t: LayerData, s: LayerState, log: UndoLog, expert: int, n: int
             at[n] = t.first_rank + rank
             by[n] = served[c] * rank_cost
             n += 1
+
+    # Put what crosses on the uplinks, out and then in.
     for way in range(2):
         for rack in range(num_racks):
             if crossed[way, rack] != 0.0 and uplink_cost[rack] > 0.0:

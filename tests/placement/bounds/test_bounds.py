@@ -14,7 +14,7 @@ from placement.families import FAMILIES, make_family
 
 from hpcmoe.placement.bounds import choices
 from hpcmoe.placement.bounds.bounds import bound_layer, count_layer, count_spare
-from hpcmoe.placement.bounds.choices import count_ways, list_ways, make_choices
+from hpcmoe.placement.bounds.choices import count_combinations, list_combinations, make_choices
 from hpcmoe.placement.cost import meets_bound
 from hpcmoe.placement.problem import OBJECTIVES, PlacementProblem
 
@@ -191,8 +191,8 @@ def test_one_node_costs_what_its_ranks_compute():
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=5), st.integers(1, 6))
 def test_all_ways_to_lay_replicas_are_listed_once(most, total):
-    ways = list_ways(np.array(most), total)
-    assert len(ways) == count_ways(most, total) == len({tuple(way) for way in ways.tolist()})
+    ways = list_combinations(np.array(most), total)
+    assert len(ways) == count_combinations(most, total) == len({tuple(way) for way in ways.tolist()})
     assert ((ways <= most).all(axis=1) & (ways.sum(axis=1) >= 1) & (ways.sum(axis=1) <= total)).all()
     assert (np.diff(ways.sum(axis=1)) >= 0).all()
 

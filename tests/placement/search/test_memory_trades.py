@@ -81,7 +81,7 @@ def test_no_trade_where_none_helps():
 
 
 @given(problems(), st.integers(0, 99))
-def test_the_table_of_shifts_has_the_best_move_of_a_replica_between_any_two_nodes(problem, seed):
+def test_the_table_of_moves_has_the_best_move_of_a_replica_between_any_two_nodes(problem, seed):
     expert_at = scatter(problem, seed)
     tables, best = evaluate_moves(problem, 0, expert_at), np.full((problem.num_nodes + 1,) * 2, np.inf)
     layer_data = make_layer_data(problem, 0, make_limits(problem, problem.slots_of_node))
@@ -134,7 +134,7 @@ def ratio_to_best_of_all(seed, replicate, extra):
 
 
 @pytest.mark.parametrize("seed", [3, 7])
-def test_shifts_keep_all_limits_and_never_cost_more(seed):
+def test_trades_keep_all_limits_and_never_cost_more(seed):
     problem = make_family("all of it together, 32 experts", "16 x 16", seed, "step")
     most_of_node = divide_memory(problem)
     before = make_placement(problem, "packed", iterations=500, seconds=1e-3)
