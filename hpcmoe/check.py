@@ -150,7 +150,7 @@ def describe_software(mpi_answer: str) -> Lines:
 
 
 def read_cupy_version() -> str:
-    """Return CuPy's version; its packages' names say which CUDA they are for."""
+    """Return CuPy's version; its packages' names have the CUDA they are for."""
     names = {str(package.metadata["Name"]) for package in importlib.metadata.distributions()}
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(names) if name.startswith("cupy"))
 

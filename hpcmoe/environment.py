@@ -10,7 +10,7 @@ MOST_DIGITS = 15  # of a number that anybody sets: 10^15 megabytes are more than
 POWER_OF_UNIT = {"K": 10, "": 20, "M": 20, "G": 30, "T": 40, "P": 50}  # Slurm's: a number alone is megabytes
 NCCL_SHARES = "NCCL_MULTI_RANK_GPU_ENABLE"  # 1: NCCL 2.30 and later may run several ranks on one GPU
 NCCL_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"  # 1: several communicators may be busy at once, in the order of the calls
-UCX_CUDA = {"all", "cuda", "cuda_copy"}  # UCX's names for what tells a GPU's memory from the host's
+UCX_CUDA = {"all", "cuda", "cuda_copy"}  # UCX's names for what distinguishes a GPU's memory
 
 
 def read_environment() -> Mapping[str, str]:
@@ -79,7 +79,7 @@ def environment_without(*names: str) -> dict[str, str]:
 
 
 def may_share_gpus() -> bool:
-    """Return True if NCCL has been told that several ranks may run on one GPU."""
+    """Return True if the environment lets NCCL run several ranks on one GPU."""
     return read_setting(NCCL_SHARES) == "1"
 
 

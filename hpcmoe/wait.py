@@ -99,7 +99,7 @@ def barrier(comm: MPI.Comm, timeout_seconds: float | None = None) -> bool:
 
 def broadcast(comm: MPI.Comm, value: Any, root: int = 0) -> Any:
     """Return root's value on every rank (pickled: for set-up alone). Collective over comm."""
-    barrier(comm)  # whoever is early waits here, politely, and not inside the blocking bcast
+    barrier(comm)  # early ranks wait here, and not inside the blocking bcast
     return comm.bcast(value, root)
 
 

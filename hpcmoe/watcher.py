@@ -19,7 +19,7 @@ import sys
 import time
 
 _DYING_SECONDS = 0.2  # a process's memory goes, and fails its peers, before its end can be seen
-_INFO = struct.Struct("=QQ11Ii")  # struct pidfd_info: what is told, cgroup, numbers of processes and users, the end
+_INFO = struct.Struct("=QQ11Ii")  # struct pidfd_info: mask, cgroup, numbers of processes and users, the end
 _GET_INFO = 3 << 30 | _INFO.size << 16 | 0xFF << 8 | 11  # _IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info)
 _INFO_EXIT = 1 << 3
 _SIGNAL_BITS = 0x7F  # of a wait status: 0 where the process ended by itself

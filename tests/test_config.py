@@ -102,8 +102,8 @@ def test_an_error_shows_file_section_key_value_and_what_is_allowed(file, text, s
         ("[model]\nnum_heads = 7", "[model] num_heads = 7: must divide hidden = 64"),
         ("[parallel]\ntensor = 3", "[parallel] tensor = 3: must divide [model] feed_forward = 128"),
         ('[cluster]\nlinks = "file"', "[cluster] links = 'file': must be 'measure', or a file, whose path has a / or"),
-        ('[placement]\nmethod = "packd"', "[placement] method = 'packd': must be 'packed', 'contiguous', 'eplb', or a file"),
-        ('[placement]\nloads = ""', "[placement] loads = '': must be 'uniform', or a file, whose path has a / or a . in it"),
+        ('[placement]\nmethod = "packd"', "[placement] method = 'packd': must be 'packed', 'contiguous', 'eplb', or"),
+        ('[placement]\nloads = ""', "[placement] loads = '': must be 'uniform', or a file, whose path"),
         ('[comm]\ndevice = "host"\ntransport = "nccl"', "[comm] transport = 'nccl': needs GPUs: [comm] device ="),
         ("[pipeline]\nmicro_batches = 65", "[pipeline] micro_batches = 65: must be at most [data] batch_sequences"),
         ("[write]\nactivations_of_layers = [0, 2]",
@@ -118,8 +118,8 @@ def test_values_that_contradict_each_other_are_refused(file, text, said):
 OLD = (
     "data_parallel", "expert_parallel", "tensor_parallel", "links_file", "bytes_per_second", "latency_seconds",
     "egress_bytes_per_second", "ingress_bytes_per_second", "uplink_bytes_per_second", "rack_of_node", "placement",
-    "placement_file", "objective", "count_latency", "search_seconds", "search_iterations", "compare_eplb", "probability",
-    "expert_probability", "loads_file", "seconds_per_token", "replicate", "spare_slots_per_rank", "rebalance_every",
+    "placement_file", "objective", "count_latency", "search_seconds", "search_iterations", "compare_eplb",
+    "probability", "expert_probability", "loads_file", "seconds_per_token", "replicate", "spare_slots_per_rank", "rebalance_every",
     "rebalance_horizon", "rebalance_margin", "rebalance_moves",
 )  # fmt: skip
 

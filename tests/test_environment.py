@@ -1,4 +1,4 @@
-"""What others set in the environment is read as what it should be, or refused with its name and value."""
+"""What others set in the environment is read as what it should be, or rejected with its name and value."""
 
 import os
 
@@ -48,14 +48,14 @@ def test_numbers_of_nodes_are_repeated_as_slurm_does(text, counts):
 @pytest.mark.parametrize("read", [read_number, read_memory, read_counts])
 @pytest.mark.parametrize("text", NONSENSE)
 def test_what_is_no_number_is_refused_in_one_line_with_variable_and_value(read, text):
-    with pytest.raises(ClusterError) as refused:
+    with pytest.raises(ClusterError) as rejected:
         read("SLURM_THING", environ={"SLURM_THING": text})
-    told = str(refused.value)
+    told = str(rejected.value)
     assert told.startswith(f"the environment's SLURM_THING = {text[:40]!r}"[:40]) and ": must be " in told
     assert len(told.splitlines()) == 1 and len(told) < 250
 
 
-def test_a_number_beyond_what_can_be_is_refused():
+def test_a_number_beyond_what_can_be_is_rejected():
     with pytest.raises(ClusterError, match="N = '5000': must be a whole number of 0 to 4096"):
         read_number("N", most=4096, environ={"N": "5000"})
 

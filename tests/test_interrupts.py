@@ -163,6 +163,5 @@ def test_where_nothing_may_raise_the_end_is_called(number):
 def test_what_whoever_started_it_ignores_stays_ignored(monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     start.prepare_process()
-    assert (
-        signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == start.exit_on_signal
-    )
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) == start.exit_on_signal

@@ -36,7 +36,7 @@ class RankInfo:
     memory_bytes: int
     devices: frozenset[str]
     cores: frozenset[int]  # that it may be scheduled on
-    address_pattern: str = ""  # what the address's labels are, "" where Slurm does not say
+    address_pattern: str = ""  # what the address's labels are, "" where Slurm has none
     cpu_quotas: tuple[tuple[str, float], ...] = ()  # (control group, CPUs) above this rank, outermost first
 
 
@@ -93,7 +93,7 @@ def read_rank_info(comm: MPI.Comm) -> RankInfo:
 
 
 def make_rank_info(leader: int) -> RankInfo:
-    """Return this rank's RankInfo; ClusterError where a variable that tells of it holds nonsense."""
+    """Return this rank's RankInfo; ClusterError where a variable of it holds nonsense."""
     return RankInfo(
         leader=leader,
         name=read_host_name(),
@@ -195,7 +195,7 @@ def usable_memory_bytes() -> int:
 
 
 def count_allotted_cpus() -> int:
-    """Count the CPUs that Slurm has given on this node, 0 where it does not say: the least of the nodes' if unsure."""
+    """Count the CPUs that Slurm has given on this node, 0 where unknown: the least of the nodes' if unsure."""
     of_nodes, node = read_counts("SLURM_JOB_CPUS_PER_NODE"), read_number("SLURM_NODEID", default=sys.maxsize)
     of_job = of_nodes[node] if node < len(of_nodes) else min(of_nodes, default=0)
     return read_number("SLURM_CPUS_ON_NODE") or of_job

@@ -1,4 +1,4 @@
-"""Who started the ranks: what a launcher's variables say of them, against what MPI sees."""
+"""Who started the ranks: a launcher's variables against what MPI sees."""
 
 import time
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ def reject_mixed_mpi(environ: Mapping[str, str], size: int = 1) -> None:
     if launched <= size or (size > 1 and size in read_counts_of_launchers(environ).values()):
         return
 
-    # Name what says so, and how to start instead.
+    # Name the variable, and how to start instead.
     name, version = MPI.get_vendor()
     library = f"{name} {'.'.join(map(str, version))}"
     launcher = next(launcher for launcher in list_launchers(environ) if key in (*launcher.sizes, launcher.rank))
@@ -54,7 +54,7 @@ def reject_mixed_mpi(environ: Mapping[str, str], size: int = 1) -> None:
 
 
 def find_launched(environ: Mapping[str, str]) -> tuple[str, int]:
-    """Return how many processes a launcher has started as one job -> (the variable that tells, or "", their number).
+    """Return how many processes a launcher has started as one job -> (the variable, or "", their number).
 
     Raises ClusterError where the variable holds no number.
     """
@@ -62,7 +62,7 @@ def find_launched(environ: Mapping[str, str]) -> tuple[str, int]:
 
 
 def read_counts_of_launchers(environ: Mapping[str, str]) -> dict[str, int]:
-    """Return how many processes the launchers tell of, MPI's own if there is one, else all others, by variable."""
+    """Return how many processes the launchers have started, MPI's own if there is one, else all others, by variable."""
     counts: dict[str, int] = {}
     for starts_mpi in (True, False):
         for launcher in list_launchers(environ):
@@ -81,7 +81,7 @@ def list_launchers(environ: Mapping[str, str]) -> list[Launcher]:
 
 
 def read_counts_of(launcher: Launcher, environ: Mapping[str, str]) -> dict[str, int]:
-    """Return how many processes one launcher tells of, or as many as its rank needs at least, by variable."""
+    """Return how many processes one launcher has started, or as many as its rank needs at least, by variable."""
     counts = {key: read_number(key, environ=environ) for key in launcher.sizes if read_setting(key, environ)}
     if launcher.counts_by_rank and read_setting(launcher.rank, environ):
         rank = read_number(launcher.rank, environ=environ)

@@ -1,4 +1,4 @@
-"""Each node's rack: as the config names it, else the lowest switch or block over the node that Slurm tells.
+"""Each node's rack: as the config names it, else the lowest switch or block over the node by Slurm.
 
 Slurm's sources: SLURM_TOPOLOGY_ADDR and its pattern, which slurmd sets for each task (topology_g_get_node_addr), and
 `scontrol show topology`, whose lines are those of the plugins topology/tree, block, ring and torus3d.
@@ -29,7 +29,7 @@ _NO_SWITCHES = ("", "(null)", "No topology information available")  # lines of s
 _UNITS = ("SwitchName", "BlockName", "RingName", "TorusName")  # what has nodes, by plugin
 _MAX_HOSTS = 100_000  # of one list
 _MAX_NAMED = 8  # nodes in one line
-_ONE, _UNKNOWN = "rack0", "unknown"  # the rack of all where nothing is told; of those of which nothing is
+_ONE, _UNKNOWN = "rack0", "unknown"  # the rack of all without Slurm's; of those that Slurm has not
 NO_WORD = "no word of racks: one for all"
 
 
@@ -38,7 +38,7 @@ def find_racks(
 ) -> tuple[Sequence[str], str]:
     """Return the name of each node's rack: by the config's `racks`, else by Slurm, else one for all; and the source.
 
-    Nodes of which Slurm tells nothing are one rack, "unknown", beside those that it tells; a warning names them.
+    Nodes whose rack Slurm does not have are one rack, "unknown", beside the others; a warning names them.
     """
     if racks:
         if len(racks) != len(names):
@@ -78,7 +78,7 @@ def list_some(names: Sequence[str]) -> str:
 
 
 def read_addresses(infos_of_node: list[list[RankInfo]], names: Sequence[str]) -> tuple[Sequence[str | None], bool, str]:
-    """Read the racks in the tasks' addresses -> (racks [nodes], None where not told; is Slurm flat?; what is wrong).
+    """Read the racks in the tasks' addresses -> (racks [nodes], None where unknown; is Slurm flat?; what is wrong).
 
     Where addresses contradict each other none is believed: a launcher has handed them on from where the job began.
     """
@@ -123,7 +123,7 @@ def shared_by(given: list[tuple[str, str]], names: Sequence[str]) -> list[str]:
 def split_address(address: str, pattern: str, name: str) -> tuple[str | None, str]:
     """Split the address of the node `name` -> (its lowest switch or block, or None; the node that it names).
 
-    The pattern says how many labels are switches; without it they end where the name begins, else at the last label.
+    By the pattern so many labels are switches; without it they end where the name begins, else at the last label.
     Of a label as ring:position the first part is what others share.
     """
     labels = re.split(r"\.(?![^\[]*\])", address)  # a list in brackets is one label, whatever dots it has

@@ -85,7 +85,7 @@ class DirectAllToAll:
         self.requests: list[Any] = []
 
     def start(self, transfer: Transfer, ready: Event, after: Request | None) -> TransferRequest:
-        """Start a transfer, as AllToAll says."""
+        """Start a transfer (see AllToAll)."""
         request = self.make_request(transfer, ready, after)
         self.requests.append(request)
         request.poke()
@@ -149,7 +149,7 @@ class DirectRequest(MpiRequest):
 def list_peers(rank: int, size: int) -> Iterator[tuple[int, int]]:
     """Yield the pairs of ranks that one sends to and receives from at once.
 
-    All ranks take the same steps, so that whoever sends little at a time meets a peer that receives from it.
+    All ranks take the same steps, so that a rank that sends little at a time meets a peer that receives from it.
     """
     yield from (((rank + step) % size, (rank - step) % size) for step in range(1, size))
 

@@ -63,7 +63,7 @@ class CudaDevice:
         torch.cuda.empty_cache()
         with self.cupy.cuda.using_allocator(self.pool.malloc):
             array = self.cupy.zeros((num_rows, row_bytes), self.cupy.uint8)
-        self.synchronize()  # whoever writes first need not know of the zeros
+        self.synchronize()  # the first to write need not wait for the zeros
         return Buffer(array=array, tensor=torch.from_dlpack(array))
 
     def make_pinned(self, num_rows: int, row_bytes: int) -> torch.Tensor:

@@ -40,7 +40,7 @@ class Stream(Protocol):
 class Device(Protocol):
     """One rank's memory and streams: torch computes on the compute stream, copies and NCCL have the others.
 
-    Where a device does not say otherwise it is the host, whose memory is every thread's and whose work is done at once.
+    By default it is the host, whose memory is every thread's and whose work is done at once.
     """
 
     name: str

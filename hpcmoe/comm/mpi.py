@@ -88,7 +88,7 @@ class MpiTransport:
 
 def read_max_tag() -> int:
     """Return the largest tag that this MPI takes, at least 32767."""
-    return int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767)  # Open MPI tells it of no other communicator
+    return int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767)  # Open MPI has it on no other communicator
 
 
 def start_all_reduce(comm: MPI.Comm, array: np.ndarray) -> MPI.Request:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
     from hpcmoe.comm.device import Device, Event
 
-IN_ORDER_VERSION = 22600  # of NCCL: from 2.26 on it keeps the order of calls among communicators, where it is told so
+IN_ORDER_VERSION = (
+    22600  # of NCCL: from 2.26 on it keeps the order of calls among communicators, where the environment asks for it
+)
 _ERRORS = RuntimeError, KeyError  # of CuPy's calls, which has no name for NCCL's newest errors
 
 Parts = Iterable[tuple[int, torch.Tensor]]  # (rank, contiguous tensor)

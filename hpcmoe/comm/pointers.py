@@ -1,4 +1,4 @@
-"""Whether messages may lie on a GPU: what the MPI that is loaded says of CUDA's pointers, and what UCX below it can."""
+"""Whether messages may lie on a GPU: the answer of the MPI that is loaded, and of UCX below it."""
 
 import ctypes
 import os
@@ -13,7 +13,7 @@ _MAPS = pathlib.Path("/proc/self/maps")
 
 
 def read_cuda_support(comm: MPI.Comm, maps: pathlib.Path = _MAPS) -> tuple[bool, bool, str]:
-    """Query the MPI that is loaded, then UCX, for CUDA's pointers -> (MPI takes them, UCX does, how they said so).
+    """Query the MPI that is loaded, then UCX, for CUDA's pointers -> (MPI takes them, UCX does, the answers in words).
 
     Open MPI and MPICH answer by a function of their own; MPI 4.1 lists the kinds of memory on a communicator. One built
     without CUDA hands buffers as they are to UCX, which takes them where it has CUDA and carries all messages.

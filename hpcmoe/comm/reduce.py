@@ -24,7 +24,7 @@ class HostReducer:
     """MPI, in the host's memory: what lies on a GPU is copied there and back."""
 
     def __init__(self, mesh: Mesh, device: Device, bucket: int) -> None:
-        """bucket: numbers that one message sums at most."""
+        """bucket: most scalars that one message sums."""
         self.mesh, self.device, self.bucket = mesh, device, bucket
         self.can_overlap = device.name == "host"  # for a GPU's numbers the host would have to wait
 
@@ -91,7 +91,7 @@ class NcclReducer:
             for side in (outgoing, incoming)
         )
         if sends or recvs:
-            self.groups["world"].send_recv(sends, recvs, self.stream, "gradients of an expert's copies")
+            self.groups["world"].send_recv(sends, recvs, self.stream, "gradients of an expert's replicas")
         return ()
 
     def all_reduce(self, name: str, flat: torch.Tensor) -> Iterable[bool]:

@@ -1,7 +1,7 @@
-// Rows of numbers on a GPU, and a number beside each: moved, spread to several places each, or weighed and summed; and
-// before that copies of rows, put in order by where they go.
+// Row kernels on a GPU, with a gate value beside each row: move (gather, scatter), permute, weighted sum; and the sort of
+// assignments by slot that comes before.
 //
-// blockDim.x threads share a row, blockDim.y rows a block. A thread takes CHUNK numbers of a row at once: 16 bytes of the
+// blockDim.x threads share a row, blockDim.y rows a block. A thread takes CHUNK scalars of a row at once: 16 bytes of the
 // narrower type, or less where rows are not aligned for it. NVRTC compiles this with FROM, TO and CHUNK defined and without
 // any header; tests compile it for the host.
 
@@ -30,7 +30,7 @@ template <class T, class F> __device__ inline Chunk<T> cast(Chunk<F> numbers)
 
 typedef long long int64;  // of all arguments that are no pointers: CuPy and ctypes pass Python's numbers so
 
-// Row order[i] of `from`, or i, becomes row order[i] of `to`, or i. Pitches count numbers.
+// Row order[i] of `from`, or i, becomes row order[i] of `to`, or i. Pitches count scalars.
 extern "C" __global__ void move_rows(
     const FROM *__restrict__ from, int64 from_pitch, const float *__restrict__ from_beside, int64 from_beside_pitch,
     const int64 *__restrict__ from_order,
@@ -47,7 +47,7 @@ extern "C" __global__ void move_rows(
     if (from_beside && threadIdx.x == 0) to_beside[target * to_beside_pitch] = from_beside[source * from_beside_pitch];
 }
 
-// Row i of `from` becomes row entries[i, k] of `to` for each k, with numbers[i, k] beside it; an entry below 0 is none.
+// Row i of `from` becomes row entries[i, k] of `to` for each k, with gate value numbers[i, k]; an entry below 0 is none.
 extern "C" __global__ void permute_rows(
     const FROM *__restrict__ from, int64 from_pitch, const float *__restrict__ numbers,
     const int64 *__restrict__ entries, int64 top_k,
@@ -86,9 +86,9 @@ extern "C" __global__ void sum_rows(
     }
 }
 
-// A thread of the next two looks at entries of one chunk and one slot, the slot changing the fastest. Entries are read by
-// all threads of a warp at once, and in their order: so equal ones keep it, and nobody waits for another. Without `kept`
-// all are.
+// A thread of the next two reads the entries of one chunk and one slot, the slot changing the fastest. Entries are read by
+// all threads of a warp at once, and in their order: so equal ones keep it, and no thread waits for another. Without
+// `kept` all are.
 
 // counts[s, c] becomes how many entries of chunk c go to slot s.
 extern "C" __global__ void count_assignments(

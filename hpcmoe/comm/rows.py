@@ -174,7 +174,7 @@ class KernelRowOps:
         num_rows = lengths.pop()
         too_short = any(side.order is None and len(side.values) < num_rows for side in (source, target))
         if lengths or too_short or (source.gate_values is not None and target.gate_values is None):
-            raise ValueError("a move's two sides must have as many rows, and numbers beside them")
+            raise ValueError("a move's two sides must have as many rows, and gate values beside them")
         arguments = (*point_to(source), *point_to(target), num_rows)
         self.launch("move_rows", source.values, target.values, num_rows, arguments)
 
@@ -193,7 +193,7 @@ class KernelRowOps:
         if num_rows == 0:
             return
         if source.stride(1) != 1 or target.stride(1) != 1 or source.shape[1] != target.shape[1]:
-            raise ValueError("rows must be as wide on both sides, with their numbers side by side")
+            raise ValueError("rows must be as wide on both sides, with their scalars side by side")
         width, chunk = source.shape[1], find_chunk(source, target)
         block = shape_block(width // chunk)
         kernel = self.find_kernel(name, source.dtype, target.dtype, chunk)

@@ -35,7 +35,7 @@ class TransportSupport:
     shares: bool  # NCCL may run several ranks on one GPU
     takes_pointers: bool  # MPI, of devices
     ucx_takes: bool  # or what is below MPI, which knows nothing of it
-    answer: str  # how they said so
+    answer: str  # of MPI and UCX, in words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ def find_nccl_obstacle(support_of_rank: list[TransportSupport], schedule: str) -
     if schedule == "arrival":
         return '[pipeline] schedule = "arrival" starts transfers in another order on each rank, which NCCL cannot take'
 
-    # Ranks may share a GPU with a new NCCL alone, and where it is told so.
+    # Ranks may share a GPU with a new NCCL alone, and where the environment allows it.
     gpus = [support.gpu for support in support_of_rank]
     shared = next((gpu for gpu in gpus if gpus.count(gpu) > 1), None)
     may_share = all(support.shares and (support.nccl or 0) >= _MULTI_RANK_VERSION for support in support_of_rank)
@@ -143,7 +143,7 @@ def find_nccl_obstacle(support_of_rank: list[TransportSupport], schedule: str) -
 def find_direct_obstacle(support_of_rank: list[TransportSupport], asked: bool) -> str:
     """Return what keeps MPI from taking the ranks' buffers as they are, in a few words; "" where nothing does.
 
-    asked: the user has asked for it. Where UCX takes what MPI says it does not, nobody else may choose it.
+    asked: the user has asked for it. Where UCX takes what MPI says it does not, "auto" does not choose it.
     """
     for rank, support in enumerate(support_of_rank):
         takes = support.takes_pointers or (asked and support.ucx_takes)

@@ -1,8 +1,8 @@
 """Memory that the ranks of one node share: rows that any of them gathers from and writes to, without a message.
 
 Three arrays run over all rows of all local peers (the ranks that share the window): the row itself, its gate value, and
-the row from which it is to be computed. Descriptors say what is there, and when. Each of their words has one writer,
-who lets what it announces reach memory first.
+the row from which it is to be computed. Descriptors announce what is there, and when. Each of their words has one
+writer, which lets what it announces reach memory first.
 """
 
 import contextlib

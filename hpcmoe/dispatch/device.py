@@ -55,10 +55,6 @@ class DeviceInFlightBuffers:
         self.outward: TransferRequest | None = None
         self.homeward: TransferRequest | None = None
 
-    def is_over(self) -> bool:
-        """Return True if nothing is under way from or to these rows."""
-        return all(request is None or request.done for request in (self.outward, self.homeward))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DeviceHandle:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from hpcmoe.comm.pool import RowPool
 from hpcmoe.comm.transport import HOMEWARD, Direction, MessageKind, Request, Transport
 from hpcmoe.comm.window import Window
-from hpcmoe.dispatch.plan import num_trailing_rows
+from hpcmoe.dispatch.plan import TRAILER_BYTES, num_trailing_rows
 from hpcmoe.dispatch.routes import Routes
 from hpcmoe.dispatch.sizes import HostSizes
 
@@ -98,6 +98,8 @@ class InboundReceiver:
         first_descriptor = 1 + number * max_messages
         if num_descriptors == 0:
             self.window.post(self.buffer_index, self.exchange, first_descriptor, 0, 0, self.pool.no_counts)
+
+        # Spread each message's counts over the local peers that the sender serves.
         messages = []
         for index, of_message in enumerate(words[1:].reshape(max_messages, -1)[:num_descriptors]):
             counts = self.pool.no_counts.copy()
@@ -118,6 +120,7 @@ class InboundReceiver:
         """Start to receive the messages for which there is room, in order."""
         moved = False
         while self.waiting:
+            # Allocate rows for the tokens and trailer, and behind them for the results.
             message = self.waiting[0]
             num_rows = message.num_tokens + num_trailing_rows(message.num_assignments, self.window.sizes.row_bytes)
             first = self.pool.pools[self.buffer_index].allocate(num_rows + message.num_assignments)
@@ -135,10 +138,13 @@ class InboundReceiver:
         window, others = self.window, self.routes.local_peers != self.routes.rank
         received, self.receiving = partition(self.receiving, InboundMessage.is_done)
         for message in received:
+            # Write beside each result row what it is computed from.
             tokens, gates = self.pool.view_trailer(message)
             message.gates = gates.copy()
             window.sources[message.results] = message.rows.start + tokens
             window.gate_values[message.results] = gates
+
+            # Let the local peers read it, and count what they will.
             announced = message.descriptor, message.results.start, message.num_descriptors, message.counts
             window.post(self.buffer_index, self.exchange, *announced)
             rows = message.counts.sum(axis=1)[others]
@@ -213,12 +219,16 @@ class ReceivePool:
         """Write the sums of the results over the tokens, times the gates or not, and what came back of these behind."""
         table, first, results = self.window.table(self.dtype), message.rows.start, message.results
         token_of_assignment, gates = self.view_trailer(message)
+
+        # Order the results by token, and weigh them by the gates that came with the assignments.
         order = np.argsort(token_of_assignment, kind="stable")
         begins = np.searchsorted(token_of_assignment[order], np.arange(message.num_tokens))
         weights = message.gates[order] if by_gates else np.ones(message.num_assignments, np.float32)
         if by_gates and self.routes.same_order:  # products are rounded before they are added, as at home
             table[results.start + order] *= torch.from_numpy(weights).to(self.dtype)[:, None]
             weights = np.ones_like(weights)
+
+        # Write each token's sum in its place, and what came back of the gates behind.
         table[first : first + message.num_tokens] = functional.embedding_bag(
             torch.from_numpy(results.start + order),
             table,
@@ -231,5 +241,5 @@ class ReceivePool:
 
 def view_trailer(rows: np.ndarray, num_assignments: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a token [C] int32 and a gate [C] float32 of each assignment, as views of uint8 rows."""
-    words = rows.reshape(-1)[: 8 * num_assignments].view(np.int32)
+    words = rows.reshape(-1)[: TRAILER_BYTES * num_assignments].view(np.int32)
     return words[:num_assignments], words[num_assignments:].view(np.float32)

@@ -27,7 +27,7 @@ Draw = Callable[[int, int], torch.Tensor]  # random weights of so many rows and 
 
 
 class ExpertSlots(Protocol):
-    """Where experts live, as a network needs to know it: what placement/result.py's Placement tells."""
+    """What a network needs to know of a placement (placement/result.py)."""
 
     @property
     def node_of_rank(self) -> np.ndarray:

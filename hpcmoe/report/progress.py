@@ -36,6 +36,7 @@ def open_progress(num_steps: int, first_step: int, on_root: bool) -> Iterator[Sh
         bar.set_postfix_str(format_step_briefly(loss, metrics))
         bar.update()
 
+    # Show steps by a bar, by lines, or not at all.
     if width is None:
         yield show_line if on_root else lambda step, loss, metrics: None
     else:

@@ -122,8 +122,9 @@ def rows_between(what: str, bytes_of_link: np.ndarray, run: MeasuredRun, totals:
     """
     if len(bytes_of_link) == 0:
         return []
+    # Compare the bandwidth required by the tokens with that of the bytes carried.
     num_layers, sizes = run.spec.model.num_layers, run.stepper.dispatcher.sizes
-    ways = 4 if run.spec.trains else 2  # there and back, and the same backward
+    transfers = 4 if run.spec.trains else 2  # there and back, and the same backward
     required = totals.tokens_per_second * sizes.row_bytes / len(bytes_of_link) / 1e6
     carried, seconds, unit = bytes_of_link / 1e6, max(totals.seconds, 1e-9), "MB/s a link"
     sigma = carried.std() / max(carried.mean(), 1e-9)
@@ -132,8 +133,8 @@ def rows_between(what: str, bytes_of_link: np.ndarray, run: MeasuredRun, totals:
         ("  bytes carried", f"{carried.min():.2f} / {carried.mean():.2f} / {carried.max():.2f}",
          f"MB a link, least / mean / most; sigma {sigma:.3f}"),
         ("  required, BW_min", f"{required:.4f}", f"{unit}: tokens/s x token bytes / links"),
-        ("  required, counted", f"{required * sizes.top_k * ways * num_layers:.4f}",
-         f"{unit}, x {sizes.top_k} assignments x {ways} ways x {num_layers} layers"),
+        ("  required, counted", f"{required * sizes.top_k * transfers * num_layers:.4f}",
+         f"{unit}, x {sizes.top_k} assignments x {transfers} ways x {num_layers} layers"),
         ("  achieved", f"{carried.mean() / seconds:.4f}", f"{unit}; busiest {carried.max() / seconds:.4f}"),
     ]  # fmt: skip
 

@@ -32,6 +32,8 @@ def describe_causes(step: int, config: Config) -> str:
 def find_causes(step: int, config: Config) -> Iterator[str]:
     """Yield the settings that may be the cause; at the first step none of the optimizer's has acted yet."""
     train, dispatch, model, stepped = config.train, config.dispatch, config.model, step > 1
+
+    # Name the extreme settings first.
     too_large = f"the steps are too large: try less than [train] learning_rate = {train.learning_rate}"
     if stepped and train.learning_rate >= _LARGE_RATE:
         yield too_large
@@ -43,6 +45,8 @@ def find_causes(step: int, config: Config) -> Iterator[str]:
     for key, weight in (("aux_loss_weight", dispatch.aux_loss_weight), ("z_loss_weight", dispatch.z_loss_weight)):
         if weight > _LARGE_LOSS_WEIGHT:
             yield f"[dispatch] {key} = {weight}: its loss outweighs the text's, try 0.01"
+
+    # Then name those that may be too weak a guard, and what is left.
     if stepped:
         if train.learning_rate < _LARGE_RATE:
             yield too_large

@@ -67,12 +67,15 @@ class SharedExperts:
         self.of_layer: dict[int, list[HeldReplica]] = {}
         parts, end = {}, 0
         for layer in reversed(range(len(layers))):
+            # Find the ranks of the group that hold each expert of this rank.
             held = placement.experts_of_rank(layer, comm.rank).tolist()
             ranks_of = {
                 slot: tuple(np.unique(placement.rank_of_replica[placement.expert_of_replica[layer] == expert]).tolist())
                 for slot, expert in enumerate(held)
                 if expert >= 0
             }
+
+            # Order the gradients: those of owned experts first.
             self.of_layer[layer] = []
             for slot in sorted(ranks_of, key=lambda slot: ranks_of[slot][0] != comm.rank):
                 parts[layer, slot] = list(layers[layer].experts.replicas[slot].parameters())

@@ -15,7 +15,6 @@ from hpcmoe.dispatch.gate import renormalizes
 from hpcmoe.errors import CheckpointError
 
 log = logging.getLogger(__name__)
-Metadata = Mapping[str, Any]  # by "[section] key" of the config, and a few other names
 
 
 def describe_checkpoint(config: Config, step: int, num_ranks: int, text_bytes: int) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def read_keys(config: Config, names_of_section: dict[str, list[str]]) -> dict[st
     }
 
 
-def check_metadata(metadata: Metadata, config: Config, checkpoint: str | os.PathLike, step: int) -> None:
+def check_metadata(metadata: Mapping[str, Any], config: Config, checkpoint: str | os.PathLike, step: int) -> None:
     """Raise CheckpointError for a checkpoint of another function, a line for each key, or for incomplete metadata."""
     if metadata.get("step") != step or "num_ranks" not in metadata:
         raise CheckpointError(f"{checkpoint}: its step is not the one in its name; it is not whole")
@@ -100,7 +99,7 @@ def format_mismatch(checkpoint: str | os.PathLike, key: str, was: Any, wants: An
     )
 
 
-def log_changes(metadata: Metadata, config: Config, text_bytes: int) -> None:
+def log_changes(metadata: Mapping[str, Any], config: Config, text_bytes: int) -> None:
     """Log what of the function a checkpoint does not know, and what is set differently from here on."""
     unknown = {key: value for key, value in describe_function(config).items() if key not in metadata}
     if unknown:

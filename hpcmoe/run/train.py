@@ -128,6 +128,7 @@ def is_due(step: int, every: int, last: int) -> bool:
 
 def record_step(records: Recorder, step: int, outcome: Outcome, metrics: StepMetrics) -> None:
     """Record a step's figures."""
+    # List the figures with their units.
     figures = [
         ("run", "tokens_per_second", metrics.tokens_per_second, "tokens/s"),
         ("run", "seconds", metrics.seconds, "s"),
@@ -144,6 +145,8 @@ def record_step(records: Recorder, step: int, outcome: Outcome, metrics: StepMet
     ]
     if outcome.loss is not None:
         figures.append(("train", "loss", outcome.loss, "nats/byte"))
+
+    # Record them.
     for chapter, name, value, unit in figures:
         records.append(step, chapter, name, value, unit)
     records.flush_if_due()

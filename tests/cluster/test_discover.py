@@ -172,9 +172,9 @@ def test_a_variable_that_holds_nonsense_is_named(alone, key, value):
 def test_nonsense_that_one_rank_sees_is_refused_by_all(comm, alone):
     if comm.rank == comm.size - 1:
         alone.setenv("SLURM_MEM_PER_NODE", "lots")
-    with pytest.raises(ClusterError, match=rf"^\[rank {comm.size - 1} of .* SLURM_MEM_PER_NODE = 'lots'") as refused:
+    with pytest.raises(ClusterError, match=rf"^\[rank {comm.size - 1} of .* SLURM_MEM_PER_NODE = 'lots'") as rejected:
         read_topology(comm, ClusterConfig(measure_seconds=0.1))
-    assert refused.value.shared
+    assert rejected.value.shared
 
 
 def make_infos_with(*quotas, cores=8):
@@ -225,7 +225,7 @@ def test_racks_of_the_config_come_first(alone):
     assert (made.num_racks, made.source["racks"]) == (2, "config")
 
 
-def test_racks_for_another_number_of_nodes_are_refused():
+def test_racks_for_another_number_of_nodes_are_rejected():
     with pytest.raises(ClusterError, match=r"\[cluster\] racks has 3 entries, the run has 4 nodes"):
         topology_of(make_infos_at(FOUR), ClusterConfig(racks=("a", "a", "b")))
 
@@ -287,9 +287,9 @@ def test_all_ranks_share_the_refusal_of_links_that_do_not_fit(comm, shared):
     size, file = comm.size + 1, shared / "links.json"  # more nodes than there can be
     if comm.rank == 0:
         file.write_text(json.dumps({"bytes_per_second": [[1] * size] * size}))
-    with pytest.raises(ClusterError, match=rf"is {size} x {size}, the run has \d+ nodes") as refused:
+    with pytest.raises(ClusterError, match=rf"is {size} x {size}, the run has \d+ nodes") as rejected:
         read_topology(comm, ClusterConfig(links=str(file)))
-    assert refused.value.shared
+    assert rejected.value.shared
 
 
 PRINT = """

@@ -1,4 +1,4 @@
-"""Links of a file, by hand or of an earlier run: taken by name, guessed where left out, refused where they conflict."""
+"""Links of a file, by hand or of an earlier run: taken by name, guessed where left out, rejected in a conflict."""
 
 import dataclasses
 import json
@@ -120,10 +120,10 @@ def test_what_the_file_leaves_out_is_guessed_and_said_to_be(here):
         ),
     ],
 )
-def test_links_by_hand_that_do_not_fit_are_refused(here, keys, message):
-    with pytest.raises(ClusterError) as refused:
+def test_links_by_hand_that_do_not_fit_are_rejected(here, keys, message):
+    with pytest.raises(ClusterError) as rejected:
         take(here, **{"bytes_per_second": EVEN} | keys)
-    assert str(refused.value) == message
+    assert str(rejected.value) == message
 
 
 def test_links_of_an_earlier_run_are_found_by_the_names_of_nodes_and_racks(tmp_path):
@@ -149,7 +149,7 @@ def test_a_rack_that_the_file_does_not_know_has_no_limit(tmp_path):
     assert source["uplinks"] == f"file {tmp_path / 'topology.json'}; of middle {NO_UPLINKS}"
 
 
-def test_nodes_are_found_with_a_domain_or_without_and_what_may_be_several_is_told(tmp_path):
+def test_nodes_are_found_with_a_domain_or_without_and_what_may_be_several_is_named(tmp_path):
     links, _ = take_saved(tmp_path, example(), nodes=("n1.cluster.local", "n0"))
     assert links.bytes_per_second.tolist() == example().bytes_per_second[np.ix_([1, 0], [1, 0])].tolist()
     domains = dataclasses.replace(example(), node_names=("n0.a", "n0.b", "n2.a"))
@@ -176,7 +176,7 @@ def test_nodes_that_the_file_lacks_are_named(tmp_path):
         ({"uplink_bytes_per_second": np.zeros(2)}, "uplink_bytes_per_second: entry [0] = 0, left, must be above 0"),
     ],
 )
-def test_figures_of_a_file_that_cannot_be_are_refused(tmp_path, fields, message):
-    with pytest.raises(ClusterError) as refused:
+def test_figures_of_a_file_that_cannot_be_are_rejected(tmp_path, fields, message):
+    with pytest.raises(ClusterError) as rejected:
         take_saved(tmp_path, dataclasses.replace(example(), **fields))
-    assert str(refused.value).startswith(f"{tmp_path / 'topology.json'}: {message}")
+    assert str(rejected.value).startswith(f"{tmp_path / 'topology.json'}: {message}")

@@ -1,4 +1,4 @@
-"""A process that a launcher started among others, but whose MPI does not see them, is refused."""
+"""A process that a launcher started among others, but whose MPI does not see them, is rejected."""
 
 import sys
 
@@ -34,15 +34,15 @@ FLUX = {"FLUX_JOB_SIZE": "4", "FLUX_TASK_RANK": "0"}
         ({"MVP_COMM_WORLD_SIZE": "4"}, "MVP_COMM_WORLD_SIZE", 4),  # any MPI's
     ],
 )
-def test_a_rank_alone_under_a_launcher_of_many_is_refused(environ, key, size):
+def test_a_rank_alone_under_a_launcher_of_many_is_rejected(environ, key, size):
     assert find_launched(environ) == (key, size)
     told = rf"^two MPIs are mixed: the launcher says {key} = \d+ \(.*\), but|, of at least .* sees 1 rank; start"
-    with pytest.raises(ClusterError, match=told) as refused:
+    with pytest.raises(ClusterError, match=told) as rejected:
         reject_mixed_mpi(environ)
-    assert len(str(refused.value).splitlines()) == 1
+    assert len(str(rejected.value).splitlines()) == 1
 
 
-def test_the_refusal_says_how_to_start_instead():
+def test_the_error_says_how_to_start_instead():
     with pytest.raises(
         ClusterError, match=r"sees 1 rank; torchrun starts .* start with mpirun -n 4 python .*, or srun"
     ):
@@ -80,7 +80,7 @@ def test_a_rank_that_is_meant_to_be_alone_may_run(environ):
 
 
 @pytest.mark.parametrize(
-    ("environ", "size", "refused"),
+    ("environ", "size", "rejected"),
     [
         ({"PMI_SIZE": "4"}, 4, False),
         ({"PMI_SIZE": "4"}, 2, True),
@@ -95,8 +95,8 @@ def test_a_rank_that_is_meant_to_be_alone_may_run(environ):
         ({"PMIX_RANK": "3"}, 2, True),
     ],
 )
-def test_a_world_smaller_than_its_launcher_s_is_refused(environ, size, refused):
-    if not refused:
+def test_a_world_smaller_than_its_launcher_s_is_rejected(environ, size, rejected):
+    if not rejected:
         reject_mixed_mpi(environ, size)
         return
     with pytest.raises(ClusterError, match=rf"two MPIs are mixed: .* sees {size} ranks"):
@@ -117,7 +117,7 @@ def test_a_number_that_is_none_is_named(environ, value):
         find_launched(environ | {key: value})
 
 
-def test_the_launcher_is_told(monkeypatch):
+def test_the_launcher_is_named(monkeypatch):
     for key in ("PMI_SIZE", "PMI_RANK", "SLURM_JOB_ID", *SRUN):
         monkeypatch.delenv(key, raising=False)
     assert describe_launcher() == "none: a process alone; no Slurm"

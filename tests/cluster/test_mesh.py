@@ -36,9 +36,9 @@ def test_expert_parallel_zero_takes_what_is_left(ranks, asked, shape):
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_arithmetic(asked, message):
-    with pytest.raises(ClusterError) as refused:
+    with pytest.raises(ClusterError) as rejected:
         mesh_shape(16, *asked)
-    assert str(refused.value) == message
+    assert str(rejected.value) == message
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
@@ -71,9 +71,9 @@ def test_each_group_holds_the_ranks_that_differ_in_its_coordinate_alone(comm):
 @pytest.mark.mpi
 def test_all_ranks_share_the_refusal(comm):
     asked = ParallelConfig(tensor=comm.size + 1)
-    with pytest.raises(ClusterError, match=f"must divide the {comm.size} ranks") as refused, open_mesh(comm, asked):
+    with pytest.raises(ClusterError, match=f"must divide the {comm.size} ranks") as rejected, open_mesh(comm, asked):
         pass
-    assert refused.value.shared
+    assert rejected.value.shared
 
 
 @pytest.mark.mpi

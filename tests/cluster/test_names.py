@@ -26,7 +26,7 @@ def test_names_match_up_to_a_domain(wanted, known, found):
     assert match_names(wanted, known) == (found, {})
 
 
-def test_what_may_be_several_is_not_matched_and_told():
+def test_what_may_be_several_is_not_matched_and_named():
     assert match_names(["n1"], ["n1.a", "n1.b"]) == ({}, {"n1": ["n1.a", "n1.b"]})
     assert match_names(["n1.a", "n1.b"], ["n1"]) == ({}, {"n1.a": ["n1"], "n1.b": ["n1"]})
     assert format_ambiguous({"n1": ["n1.a", "n1.b"], "m.x": ["m"]}) == "n1 may be n1.a or n1.b; m.x may be m"

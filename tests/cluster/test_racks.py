@@ -205,12 +205,12 @@ def test_a_flat_scontrol_is_no_reason_to_warn(scontrol, caplog, text):
     (["n1", "n2"], "switch.node"), (["r0.n1", "r1.n2"], "switch.switch.node"), (["s..n1", "s..n2"], ""),
     (["s.n1", ""], "switch.switch.node"),
 ])  # fmt: skip
-def test_addresses_that_have_lost_their_switches_are_told(caplog, addresses, pattern):
+def test_addresses_that_have_lost_their_switches_are_named(caplog, addresses, pattern):
     assert find(["n1", "n2"], addresses, pattern) == (["rack0", "rack0"], NO_WORD)
     assert "no rack of n1, n2 (no switch in SLURM_TOPOLOGY_ADDR of n1, n2): all are taken as one" in warnings_of(caplog)
 
 
-def test_names_that_may_be_several_are_told(scontrol, caplog):
+def test_names_that_may_be_several_are_named(scontrol, caplog):
     scontrol.write("SwitchName=a Level=0 Nodes=n1.a,n2.a\nSwitchName=b Level=0 Nodes=n1.b\n")
     assert find(["n1", "n2"])[0] == ["unknown", "a"]
     assert "Slurm tells no rack of n1 (n1 may be n1.a or n1.b)" in caplog.text

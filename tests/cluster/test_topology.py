@@ -1,4 +1,4 @@
-"""A topology and its file: it comes back whole, in this version and from earlier ones, or is refused in one line."""
+"""A topology and its file: it comes back whole, in this version and from earlier ones, or is rejected in one line."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def test_a_file_of_an_earlier_version_gives_its_fastest_links_for_ports_and_no_u
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"nodes": {}}', '{"nodes": {"n0": {}}}', '{"nodes": [1]}', "\xff"]
 )
-def test_a_file_that_is_no_topology_is_refused(tmp_path, text):
+def test_a_file_that_is_no_topology_is_rejected(tmp_path, text):
     (tmp_path / "bad.json").write_text(text, encoding="latin-1")
     with pytest.raises(ClusterError, match="bad.json: not a topology file"):
         load_topology(tmp_path / "bad.json")
@@ -110,9 +110,9 @@ def test_an_entry_that_cannot_be_is_refused_in_one_line(tmp_path, keys, value):
         entry = entry[key]
     entry[keys[-1]] = value
     (tmp_path / "bad.json").write_text(json.dumps(tree))
-    with pytest.raises(ClusterError, match="bad.json: not a topology file") as refused:
+    with pytest.raises(ClusterError, match="bad.json: not a topology file") as rejected:
         load_topology(tmp_path / "bad.json")
-    assert len(str(refused.value).splitlines()) == 1
+    assert len(str(rejected.value).splitlines()) == 1
 
 
 def test_files_that_cannot_be_read_or_written_are_named(tmp_path):

@@ -169,11 +169,11 @@ def test_ranks_that_cannot_join_are_told_on_all(comm):
     device = OrderedDevice(Order())
     nccl = StandInNccl(comm, device)
 
-    def refuse(size, number, rank):
+    def reject(size, number, rank):
         if rank == size - 1:
             raise RuntimeError("NCCL_ERROR_UNHANDLED_CUDA_ERROR: out of memory")
 
-    nccl.NcclCommunicator = refuse
+    nccl.NcclCommunicator = reject
     told = rf"\[rank {comm.size - 1} of {comm.size}\] NCCL cannot be set up: .*memory"
     with pytest.raises(ClusterError, match=told), open_nccl(comm, {"rows": comm}, device, nccl):
         pass

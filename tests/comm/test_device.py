@@ -35,7 +35,7 @@ def test_the_host_has_no_memory_but_the_nodes(device):
 
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_put_lays_all_rows_in_the_tables_precision(device, dtype, source):
+def test_put_writes_all_rows_in_the_tables_precision(device, dtype, source):
     rows, table = draw_rows(5, source, device), make_table(device, 7, dtype)
     device.put(rows, table[1:6]).synchronize()
     assert torch.equal(table[1:6], rows.cpu().to(dtype))
@@ -53,7 +53,7 @@ def test_what_was_put_stays_as_it_was(device):
 
 @pytest.mark.parametrize("order", [[3, 3, 1], [1, 2, 3], []])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_take_gives_fresh_rows_in_order(device, dtype, order):
+def test_gather_gives_fresh_rows_in_order(device, dtype, order):
     table, sent = make_table(device, 5, dtype), draw_rows(5, dtype, HostDevice())
     table.copy_(sent)
     rows = device.gather(table, torch.tensor(order, dtype=torch.int64))
@@ -64,7 +64,7 @@ def test_take_gives_fresh_rows_in_order(device, dtype, order):
 
 @pytest.mark.parametrize("order", [[4, 0, 2], []])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lay_writes_only_the_named_rows(device, dtype, order):
+def test_scatter_writes_only_the_named_rows(device, dtype, order):
     rows, table = draw_rows(len(order), dtype, device), make_table(device, 5, dtype)
     device.scatter(rows, table, np.array(order, np.int64))
     assert torch.equal(table[order], rows.cpu())
@@ -96,9 +96,9 @@ def test_cuda_where_something_is_missing_is_refused_in_one_line(monkeypatch, cas
     monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     with pytest.raises(
         ClusterError, match=rf'^\[comm\] device = "cuda": ({text}).*; use "host", or "auto".*$'
-    ) as refused:
+    ) as rejected:
         open_device("cuda", 0)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(rejected.value)
     assert isinstance(open_device("auto", 0), HostDevice) and isinstance(open_device("host", 3), HostDevice)
     with pytest.raises(ValueError, match="tpu"):
         open_device("tpu", 0)

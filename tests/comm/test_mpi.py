@@ -131,7 +131,7 @@ def threads():
 
 
 @pytest.mark.mpi
-def test_a_thread_that_progresses_messages_begins_as_it_is_told(comm, threads):
+def test_a_thread_that_progresses_messages_begins_as_it_is_named(comm, threads):
     begun = []
     with open_mpi_transport(comm, ROW_BYTES, bind_thread=lambda: begun.append(threading.current_thread())) as transport:
         requests, check = exchange_rows(transport, [5], [4000])

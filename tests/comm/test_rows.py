@@ -174,7 +174,7 @@ def test_rows_are_read_as_wide_as_they_are_aligned():
         assert find_chunk(memory, narrow) == find_chunk(narrow, memory) == chunk
 
 
-def test_what_kernels_would_misread_is_refused(compile_on_host):
+def test_what_kernels_would_misread_is_rejected(compile_on_host):
     row_ops, rows = KernelRowOps(compile_on_host), RowView(values=draw(4, 8), gate_values=draw(4))
     wrong = [
         RowView(values=draw(8, 4).T, gate_values=None),
@@ -203,10 +203,10 @@ def test_a_block_has_as_many_rows_as_its_threads_are_enough_for(chunks, block):
 
 
 def test_where_kernels_cannot_be_compiled_torch_moves_rows_and_says_why(compile_on_host):
-    def refuse(source, name, options):
+    def reject(source, name, options):
         raise OSError("libnvrtc.so.13 is not there\nmore of it")
 
-    row_ops = open_row_ops(refuse)
+    row_ops = open_row_ops(reject)
     assert row_ops.name == "torch, for our kernels cannot be compiled: libnvrtc.so.13 is not there"
     rows = RowView(values=draw(3, 8), gate_values=None)
     moved = RowView(values=torch.zeros(3, 8), gate_values=None)

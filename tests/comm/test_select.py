@@ -1,4 +1,4 @@
-"""Who carries rows between GPUs is what the config asks for, or the best that all ranks have; or it is refused."""
+"""The backend between GPUs is what the config asks for, or the best that all ranks have; or it is rejected."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ CHOICES = {
     "staged, if by MPI": ({"buffers": "staged"}, having("a", "a"), "staged", "share a GPU"),
     "nccl": ({"transport": "nccl", "buffers": "direct"}, having("a", "b", **POOR), "nccl", "NCCL"),
 }
-REFUSALS = {
+REJECTED = {
     "nccl, no GPU": ({"transport": "nccl"}, having(None), r'transport = "nccl": rank 0 has no GPU; use "mpi"'),
     "nccl, one GPU": ({"transport": "nccl"}, having("a", "a"), r"NCCL_MULTI_RANK_GPU_ENABLE=1"),
     "direct, not so": ({"transport": "mpi", "buffers": "direct"}, having("a", **POOR), r"rank 0: MPI says no; use"),
@@ -55,12 +55,12 @@ def test_the_choice_and_its_reason(case):
     assert selected.kind == kind and reason in selected.reason and "\n" not in selected.reason
 
 
-@pytest.mark.parametrize("case", REFUSALS)
+@pytest.mark.parametrize("case", REJECTED)
 def test_what_is_not_there_is_refused_in_one_line(case):
-    keys, support_of_rank, text = REFUSALS[case]
-    with pytest.raises(ClusterError, match=text) as refused:
+    keys, support_of_rank, text = REJECTED[case]
+    with pytest.raises(ClusterError, match=text) as rejected:
         select_backend(CommConfig(**keys), support_of_rank, "overlap")
-    assert "\n" not in str(refused.value) and str(refused.value).startswith("[comm] ")
+    assert "\n" not in str(rejected.value) and str(rejected.value).startswith("[comm] ")
 
 
 def test_nccl_wants_the_same_order_on_all_ranks():

@@ -1,4 +1,4 @@
-"""Tags: few, whatever the layers and experts; a run that needs more than MPI has is refused with the arithmetic."""
+"""Tags: few, whatever the layers and experts; a run that needs more than MPI has is rejected with the arithmetic."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def make_sizes(**changes):
 
 
 @pytest.mark.parametrize(
-    ("last_tag", "changes", "num_layers", "error"),
+    ("max_tag", "changes", "num_layers", "error"),
     [
         (2399, {}, 60, None),  # 2 micro-batches x 4 directions x 3 parts x 100 messages
         (2398, {}, 60, r"micro_batches = 2, \[comm\] message_rows: 24 tags x 100 messages .* = 2400, .* has 2399 "),
@@ -39,8 +39,8 @@ def make_sizes(**changes):
         (LEAST_TAG_UB, {"num_micro_batches": 8, "tokens": 3420}, 60, "96 tags x 342 messages .* = 32832"),
     ],
 )
-def test_a_run_that_needs_more_tags_than_mpi_has_is_refused(monkeypatch, last_tag, changes, num_layers, error):
-    monkeypatch.setattr(ways, "read_max_tag", lambda: last_tag)
+def test_a_run_that_needs_more_tags_than_mpi_has_is_rejected(monkeypatch, max_tag, changes, num_layers, error):
+    monkeypatch.setattr(ways, "read_max_tag", lambda: max_tag)
     if error is None:
         ways.check_tags(make_sizes(**changes), num_layers)
     else:

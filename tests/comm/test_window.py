@@ -118,6 +118,6 @@ def test_windows_larger_than_the_shared_memory_are_refused_in_one_line(comm, sha
     monkeypatch.setattr(os, "statvfs", lambda path: small)
     monkeypatch.setattr(os.path, "isdir", lambda path: True)
     said = "MB free, and the ranks of a node share"
-    with pytest.raises(ClusterError, match=said) as refused, open_small_job(comm, shared):
+    with pytest.raises(ClusterError, match=said) as rejected, open_small_job(comm, shared):
         raise AssertionError("it was opened")
-    assert "\n" not in str(refused.value) and "shared_memory = false" in str(refused.value)
+    assert "\n" not in str(rejected.value) and "shared_memory = false" in str(rejected.value)

@@ -66,7 +66,7 @@ def route_steps(batches, alpha, counted=False):
 
 @pytest.mark.parametrize("alpha", [0.1, 0.3])
 def test_alpha_chooses_alike_in_a_batch_eight_times_as_large(alpha):
-    """Eight copies of each token choose what the one does, step after step; by mere counts they would not."""
+    """Each token eight times over choose what the one does, step after step; by mere counts they would not."""
     batches = [make_tokens(40, seed) for seed in range(STEPS)]
     large = [x.repeat(8, 1) for x in batches]
     once, loads = route_steps(batches, alpha)
@@ -113,9 +113,9 @@ def test_biases_even_out_a_router_that_prefers_some():
     weight[:, 0] = -0.4 * torch.arange(EXPERTS)
     layers, busiest = [SimpleNamespace(router=Router(weight, 2, config))], []
     for step in range(150):
-        copies = layers[0].router(make_tokens(2000, step), torch.ones(EXPERTS)).tokens_of_expert.numpy()
-        busiest.append((copies / copies.mean()).max())
-        update_biases(layers, (copies / copies.mean())[None], 0.02)
+        assignments = layers[0].router(make_tokens(2000, step), torch.ones(EXPERTS)).tokens_of_expert.numpy()
+        busiest.append((assignments / assignments.mean()).max())
+        update_biases(layers, (assignments / assignments.mean())[None], 0.02)
     assert busiest[0] > 2.0 and max(busiest[-10:]) < 1.15
 
 

@@ -1,4 +1,4 @@
-"""Each file of text is found once, whatever leads to it; what is none is left out, or refused in one line."""
+"""Each file of text is found once, whatever leads to it; what is none is left out, or rejected in one line."""
 
 import logging
 import os
@@ -34,12 +34,12 @@ def find(*patterns, exclude=(), own_folder=None):
     return list(find_files(DataConfig(files=patterns, exclude=tuple(exclude)), own_folder))
 
 
-def refusal(*patterns, **more):
+def catch_error(*patterns, **more):
     """Look for files that cannot be had -> the one line that says why."""
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as caught:
         find(*patterns, **more)
-    assert str(refused.value).startswith("[data] files") and str(refused.value).isprintable()
-    return str(refused.value)
+    assert str(caught.value).startswith("[data] files") and str(caught.value).isprintable()
+    return str(caught.value)
 
 
 def test_patterns_find_files_in_the_order_of_their_paths(here):
@@ -107,7 +107,7 @@ def test_names_that_are_not_utf_8_or_have_line_breaks_are_names(here, caplog):
     assert "bad/n* matches nothing" in caplog.text
     os.remove(b"bad/x\xff.txt")
     os.symlink("nothing", b"bad/x\xff.txt")
-    assert refusal("bad/x\udcff.txt") == r"[data] files: bad/x\udcff.txt: a link to nothing"
+    assert catch_error("bad/x\udcff.txt") == r"[data] files: bad/x\udcff.txt: a link to nothing"
 
 
 def test_what_is_left_out_and_what_matches_nothing_is_told(here, caplog):
@@ -119,10 +119,10 @@ def test_what_is_left_out_and_what_matches_nothing_is_told(here, caplog):
     with caplog.at_level(logging.INFO):
         found = find("*.txt", "*/*.txt", "test/*", "none/*.txt", exclude=["sub/*", "test/*"])
     assert found == ["a.txt", "b.txt"]
-    told = {record.levelname: record.getMessage() for record in caplog.records}
+    logged = {record.levelname: record.getMessage() for record in caplog.records}
     silent = "*/*.txt matches 3 taken by exclude; test/* matches 1 taken by exclude; none/*.txt matches nothing"
-    assert told["WARNING"] == f"[data] files: {silent}"
-    counts = told["INFO"].removeprefix("[data] files: left out: ").split(", ")
+    assert logged["WARNING"] == f"[data] files: {silent}"
+    counts = logged["INFO"].removeprefix("[data] files: left out: ").split(", ")
     assert sorted(counts) == [
         "1 empty", "1 links to nothing", "1 no regular files", "1 other names of the same files", "3 taken by exclude"
     ]  # fmt: skip
@@ -159,18 +159,18 @@ def test_what_is_named_and_has_no_text_is_refused_in_one_line(here):
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("socket")
         for name in ("fifo", "socket", "/dev/null"):
-            assert refusal("a.txt", name) == f"[data] files: {name}: is no regular file"
-    assert refusal("a.txt", "sub") == "[data] files: sub: is a folder; its files are sub/*"
-    assert refusal("a.txt", "none.txt") == "[data] files: none.txt: no such file"
-    assert refusal("a.txt/b") == "[data] files: a.txt/b: Not a directory"
-    assert refusal("loop") == "[data] files: loop: Too many levels of symbolic links"
-    assert refusal("x" * 300) == f"[data] files: {'x' * 300}: File name too long"
-    assert refusal("~nobody-here/x") == "[data] files = '~nobody-here/x': no user nobody-here"
+            assert catch_error("a.txt", name) == f"[data] files: {name}: is no regular file"
+    assert catch_error("a.txt", "sub") == "[data] files: sub: is a folder; its files are sub/*"
+    assert catch_error("a.txt", "none.txt") == "[data] files: none.txt: no such file"
+    assert catch_error("a.txt/b") == "[data] files: a.txt/b: Not a directory"
+    assert catch_error("loop") == "[data] files: loop: Too many levels of symbolic links"
+    assert catch_error("x" * 300) == f"[data] files: {'x' * 300}: File name too long"
+    assert catch_error("~nobody-here/x") == "[data] files = '~nobody-here/x': no user nobody-here"
     none = "less [data] exclude: no file with text matches; "
-    assert refusal("empty.txt") == f"[data] files = ['empty.txt'], {none}empty.txt matches 1 empty"
-    assert refusal("n*", "su*") == f"[data] files = ['n*', 'su*'], {none}n* matches nothing; su* matches nothing"
-    assert refusal("*/*.txt", exclude=["s*"]).endswith(f"{none}*/*.txt matches 1 taken by exclude")
-    assert refusal(*(f"{number}*" for number in range(9))).endswith("4* matches nothing; and 4 more")
+    assert catch_error("empty.txt") == f"[data] files = ['empty.txt'], {none}empty.txt matches 1 empty"
+    assert catch_error("n*", "su*") == f"[data] files = ['n*', 'su*'], {none}n* matches nothing; su* matches nothing"
+    assert catch_error("*/*.txt", exclude=["s*"]).endswith(f"{none}*/*.txt matches 1 taken by exclude")
+    assert catch_error(*(f"{number}*" for number in range(9))).endswith("4* matches nothing; and 4 more")
 
 
 def test_the_runs_own_folder_is_never_text(here):
@@ -184,8 +184,8 @@ def test_the_runs_own_folder_is_never_text(here):
     assert find("**", own_folder=pathlib.Path("out/run")) == others
     assert find("**", own_folder="out/linked") == sorted(set(find("**")) - {"scratch/run.h5", "scratch.1/run.h5"})
     assert find("scratch/*", "*.txt", own_folder=here / "out/linked") == ["a.txt"]
-    assert refusal("alias/run.h5", own_folder="out/run") == "[data] files: alias/run.h5: is in the run's own folder"
-    assert "alias/* matches 1 in the run's own folder" in refusal("alias/*", own_folder="out/run")
+    assert catch_error("alias/run.h5", own_folder="out/run") == "[data] files: alias/run.h5: is in the run's own folder"
+    assert "alias/* matches 1 in the run's own folder" in catch_error("alias/*", own_folder="out/run")
     assert find("*.txt", own_folder="not/there/yet") == ["a.txt"]
 
 

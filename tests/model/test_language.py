@@ -57,10 +57,10 @@ def test_the_residual_goes_around_norm_and_without_attention_is_the_input():
 def test_each_layers_routing_is_counted_in_a_row(kept):
     routings = [
         SimpleNamespace(
-            tokens_of_expert=torch.tensor(copies), probability_sum=torch.tensor([1.5, 0.5]), z_sum=torch.tensor(7.0),
+            tokens_of_expert=torch.tensor(tokens), probability_sum=torch.tensor([1.5, 0.5]), z_sum=torch.tensor(7.0),
             kept=kept,
         )
-        for copies in ([3, 1], [0, 4])
+        for tokens in ([3, 1], [0, 4])
     ]  # fmt: skip
     drops = 0 if kept is None else 2
     assert count_routings(routings).tolist() == [[3, 1, 1.5, 0.5, 7, drops], [0, 4, 1.5, 0.5, 7, drops]]

@@ -96,10 +96,10 @@ def test_the_runs_own_folder_is_no_text(here):
 )
 def test_text_that_is_not_there_or_too_short_is_refused_in_one_line(here, patterns, said):
     write(a=16, b=12, empty=0)
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as caught:
         find(*patterns, sequence_length=12)
-    assert str(refused.value).startswith("[data] files") and said in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert str(caught.value).startswith("[data] files") and said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_text_of_exactly_one_sequence_is_enough(here):
@@ -177,9 +177,9 @@ def test_a_file_that_changes_under_a_run_is_one_line_that_names_it(here, change,
         read(text, 0, 75)
     alter(path)
     for _ in range(2):
-        with pytest.raises(ConfigError) as refused:
+        with pytest.raises(ConfigError) as caught:
             read(text, 60, 10)
-        line = str(refused.value)
+        line = str(caught.value)
         assert line.isprintable() and line.startswith(f"[data] files: {name.encode('unicode_escape').decode()}: ")
         assert line.endswith(said) or change == "a folder" and "Is a directory" in line
 

@@ -65,10 +65,10 @@ def test_every_copy_is_in_one_batch_none_larger_than_asked_for(comm, shared, gem
         assert batches.most.max() <= 6  # 1.5 times
 
 
-@pytest.mark.parametrize(("sigma", "told"), [(0.199, "aim < 0.2: met"), (0.2, "aim < 0.2: not met")])
-def test_sigma_is_held_against_its_aim(sigma, told):
+@pytest.mark.parametrize(("sigma", "ending"), [(0.199, "aim < 0.2: met"), (0.2, "aim < 0.2: not met")])
+def test_sigma_is_held_against_its_aim(sigma, ending):
     totals = SimpleNamespace(
         utilisation=np.ones((1, 2)), balancedness=1.0, link_sigma=sigma, link_sigma_floor=0.1, num_dropped=0
     )
     (row,) = [row for row in rows_of_balance(totals, []) if row[0] == "link balance sigma"]
-    assert row[2].endswith(told)
+    assert row[2].endswith(ending)

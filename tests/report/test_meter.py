@@ -14,8 +14,8 @@ from hpcmoe.report.meter import MEANS, STAGES, Meter
 from hpcmoe.wait import gather_to_all
 
 
-class FakeExchange:
-    """An exchange that has carried assignments [P] of two layers and rows [4, P] that the test sets."""
+class FakeDispatcher:
+    """A dispatcher that has sent assignments [P] of two layers and rows [4, P] that the test sets."""
 
     def __init__(self, comm):
         self.clock, self.transport = Clock(), SimpleNamespace(rank=comm.rank, size=comm.size)
@@ -39,7 +39,7 @@ def make_stats(num_tokens, num_dropped):
 
 @pytest.fixture
 def meter(comm):
-    return Meter(FakeExchange(comm), SimpleNamespace(world=comm, data_index=0, data_parallel=1))
+    return Meter(FakeDispatcher(comm), SimpleNamespace(world=comm, data_index=0, data_parallel=1))
 
 
 def do_step(meter, seed):
@@ -55,7 +55,7 @@ def do_step(meter, seed):
 
 
 @pytest.mark.mpi
-def test_a_reading_is_of_this_step_and_of_all_ranks(comm, meter):
+def test_a_steps_metrics_are_of_this_step_and_of_all_ranks(comm, meter):
     do_step(meter, seed=0)
     meter.start()  # forgets that
     assignments, _ = do_step(meter, seed=1)
@@ -78,7 +78,7 @@ def test_a_reading_is_of_this_step_and_of_all_ranks(comm, meter):
 
 
 @pytest.mark.mpi
-def test_the_totals_add_up_the_readings(comm, meter):
+def test_the_totals_add_up_the_figures(comm, meter):
     metrics_of_step, rows = [], []
     for step in range(3):
         meter.start()

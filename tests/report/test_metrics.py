@@ -38,10 +38,10 @@ def test_balancedness_is_mean_over_max_layer_by_layer():
 
 
 def make_placement(experts_of_layers, num_ranks, num_nodes=1):
-    """A placement by the experts of each slot, layer by layer; copies of an expert share its tokens evenly."""
+    """A placement by the experts of each slot, layer by layer; replicas of an expert share its tokens evenly."""
     expert_of_replica = np.array(experts_of_layers)
-    copies = (expert_of_replica[:, :, None] == expert_of_replica[:, None, :]).sum(axis=2)
-    shares = (expert_of_replica >= 0) / copies
+    num_replicas = (expert_of_replica[:, :, None] == expert_of_replica[:, None, :]).sum(axis=2)
+    shares = (expert_of_replica >= 0) / num_replicas
     return SimpleNamespace(
         node_of_rank=np.arange(num_ranks) * num_nodes // num_ranks,
         expert_of_replica=expert_of_replica,
@@ -51,7 +51,7 @@ def make_placement(experts_of_layers, num_ranks, num_nodes=1):
 
 
 def simulate_sigma(placement, tokens_of_rank, top_k, num_experts, random):
-    """Route tokens fairly and count the copies between ranks -> sigma."""
+    """Route tokens fairly and count the assignments between ranks -> sigma."""
     num_ranks = len(tokens_of_rank)
     links = np.zeros((num_ranks, num_ranks))
     for layer, experts_of_slot in enumerate(placement.expert_of_replica):

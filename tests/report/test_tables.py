@@ -45,9 +45,9 @@ def figure(table, name):
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_every_copy_crosses_a_link_or_stays_there_and_back(comm, shared, mode):
     job, totals, _, _ = run_job(comm, shared, run__mode=mode)
-    row_bytes, copies, layers, ways = 8 * 4, 2, 2, {"train": 4, "infer": 2}[mode]
+    row_bytes, top_k, layers, ways = 8 * 4, 2, 2, {"train": 4, "infer": 2}[mode]
     assert totals.num_steps == STEPS and totals.num_tokens == STEPS * TOKENS
-    assert totals.bytes_of_link.sum() == totals.num_tokens * copies * layers * ways * row_bytes
+    assert totals.bytes_of_link.sum() == totals.num_tokens * top_k * layers * ways * row_bytes
     assert np.array_equal(totals.bytes_of_link, totals.bytes_of_link.T)  # what leaves comes back
 
 

@@ -14,8 +14,16 @@ FAULT = "NCCL cannot be set up: no memory"
 def see(takes_pointers):
     """What the ranks see, one of them, with NCCL."""
     answer = "MPI says yes" if takes_pointers else "MPI says no"
-    return [TransportSupport(gpu="a", nccl=23203, no_nccl="", shares=False, takes_pointers=takes_pointers, ucx_takes=False,
-                  answer=answer)]  # fmt: skip
+    support = TransportSupport(
+        gpu="a",
+        nccl=23203,
+        no_nccl="",
+        shares=False,
+        takes_pointers=takes_pointers,
+        ucx_takes=False,
+        answer=answer,
+    )
+    return [support]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ NAN, INF = float("nan"), float("inf")
 FIRST_STEP_HAS_NO = ("epsilon", "learning_rate", "clip_norm", "beta2")
 
 
-def refusal(check, *arguments, **figures):
+def catch_error(check, *arguments, **figures):
     """Check what is not finite -> the line."""
     with pytest.raises(TrainingError) as caught:
         check(*arguments, **figures)
@@ -24,7 +24,7 @@ def refusal(check, *arguments, **figures):
 @pytest.mark.parametrize(("loss", "norm"), [(NAN, 1.0), (2.0, INF), (INF, NAN), (-INF, 1.0)])
 def test_a_figure_that_is_not_finite_ends_training_on_all_ranks_alike(loss, norm):
     config = make_config(train__learning_rate=3.0)
-    error = refusal(check_finite, 7, config, loss=loss, norm_of_the_gradients=norm)
+    error = catch_error(check_finite, 7, config, loss=loss, norm_of_the_gradients=norm)
     assert error.shared and str(error).startswith(
         f"step 7: loss {loss:g}, norm of the gradients {norm:g}: likely causes"
     )
@@ -71,9 +71,9 @@ def test_in_the_first_step_no_key_of_the_optimizer_is_to_blame():
 def test_an_array_with_one_number_that_is_not_finite_is_named(value):
     whole, broken = torch.zeros(3, 1000), torch.zeros(3, 1000)
     broken[2, 999] = value
-    line = str(refusal(check_arrays, [("a", whole), ("b", broken)], 9, make_config()))
+    line = str(catch_error(check_arrays, [("a", whole), ("b", broken)], 9, make_config()))
     assert line.startswith("step 9: b is not finite, so no checkpoint is made; those before stay; likely causes")
-    assert "b is not" in str(refusal(check_arrays, [("b", broken.numpy())], 9, make_config()))
+    assert "b is not" in str(catch_error(check_arrays, [("b", broken.numpy())], 9, make_config()))
     check_arrays([("a", whole), ("empty", torch.zeros(0)), ("large", torch.full((2,), 3e38))], 9, make_config())
 
 
@@ -110,7 +110,7 @@ def test_no_state_that_is_not_finite_is_saved_whichever_rank_holds_it(comm, shar
         ]
         if comm.rank == where[-1]:
             assert spoil(state, name, value)
-        error = refusal(check_state, comm, state, 3, load)
+        error = catch_error(check_state, comm, state, 3, load)
     assert error.shared and f"[rank {where[-1]} of {comm.size}] step 3: {name}" in str(error)
     assert ("of expert" in str(error)) == name.startswith("experts/")
 
@@ -118,6 +118,6 @@ def test_no_state_that_is_not_finite_is_saved_whichever_rank_holds_it(comm, shar
 @pytest.mark.mpi
 def test_a_load_or_a_bias_that_is_not_finite_is_not_saved(comm, shared):
     with open_small_job(comm, shared) as (job, _, state):
-        refusal(check_state, comm, state, 3, {LOAD: np.full((2, 4), NAN)})
+        catch_error(check_state, comm, state, 3, {LOAD: np.full((2, 4), NAN)})
         job.stepper.network.layers[1].router.bias[2] = INF
-        assert "balance/bias is not finite" in str(refusal(check_state, comm, state, 3, {LOAD: np.ones((2, 4))}))
+        assert "balance/bias is not finite" in str(catch_error(check_state, comm, state, 3, {LOAD: np.ones((2, 4))}))

@@ -30,7 +30,7 @@ def test_the_meter_counts_the_rows_of_the_window_alone(comm, shared, warmup_step
     with open_small_job(comm, shared, **changes) as (job, _, _):
         infer(job, Notes(), np.ones((2, 4)), lambda *state: None)
         sent = comm.allreduce(int(job.meter.rows_to_peer.sum()))
-    assert sent == 3 * 2 * 2 * 14 * 5 * 2  # steps x there and back x layers x tokens x copies
+    assert sent == 3 * 2 * 2 * 14 * 5 * 2  # steps x there and back x layers x tokens x K
 
 
 @pytest.mark.mpi

@@ -1,4 +1,4 @@
-"""A checkpoint knows the function that its weights are for: another is refused, other training and data are told."""
+"""A checkpoint knows the function that its weights are for: another is rejected, other training and data are logged."""
 
 import dataclasses
 import logging
@@ -39,7 +39,7 @@ SAME_FUNCTION = {  # keys that change when, where or in what order the same is c
     "comm": "*",
     "experts": "gemm_rows",
     "pipeline": "schedule in_flight deterministic",
-    "data": "files exclude validation_share validation_sequences",  # the bytes that these leave are told
+    "data": "files exclude validation_share validation_sequences",  # the bytes that these leave are recorded
     "train": "bucket_bytes shard_optimizer check_every validate_every",
     "write": "*",
 }
@@ -66,11 +66,16 @@ def make_metadata(config, step=3, text_bytes=4000):
 
 def test_every_key_is_of_the_function_of_its_training_of_the_data_or_of_none():
     config = make_config()
-    told = {*describe_shapes(config), *describe_function(config), *describe_training(config), *describe_data(config, 1)}
+    known = {
+        *describe_shapes(config),
+        *describe_function(config),
+        *describe_training(config),
+        *describe_data(config, 1),
+    }
     for section in dataclasses.fields(Config):
         free = SAME_FUNCTION.get(section.name, "").split()
         for key in dataclasses.fields(section.default_factory):
-            named = f"[{section.name}] {key.name}" in told
+            named = f"[{section.name}] {key.name}" in known
             assert named != ("*" in free or key.name in free), f"[{section.name}] {key.name}"
 
 
@@ -79,18 +84,18 @@ def test_every_key_is_of_the_function_of_its_training_of_the_data_or_of_none():
 def test_another_function_is_refused_in_training_and_inference(case, mode):
     before, now, words = FUNCTION[case]
     metadata, config = make_metadata(make_config(**before)), make_config(run__mode=mode, **now)
-    with pytest.raises(CheckpointError) as refusal:
+    with pytest.raises(CheckpointError) as caught:
         check_metadata(metadata, config, "out/run/checkpoint-3", 3)
-    (line,) = [line for line in str(refusal.value).splitlines() if words in line]
+    (line,) = [line for line in str(caught.value).splitlines() if words in line]
     key, value = words.split(",")[0].replace("[", "").replace("] ", ".").split(" = ")
     assert line.startswith(f"out/run/checkpoint-3: was written with {words}") and f": --set {key}={value}, or" in line
 
 
 def test_each_key_that_differs_has_a_line():
     before = {"dispatch__capacity_factor": 2.0, "dispatch__load_feedback": 0.0, "experts__kind": "relu"}
-    with pytest.raises(CheckpointError) as refusal:
+    with pytest.raises(CheckpointError) as caught:
         check_metadata(make_metadata(make_config(**before)), make_config(), "c", 3)
-    lines = str(refusal.value).splitlines()
+    lines = str(caught.value).splitlines()
     assert [line.split("with ")[1].split(" = ")[0] for line in lines] == [
         "[experts] kind", "[dispatch] load_feedback", "[dispatch] capacity_factor",
     ]  # fmt: skip
@@ -171,8 +176,8 @@ def test_an_old_checkpoint_still_loads_and_says_what_it_does_not_know(comm, tmp_
         with caplog.at_level(logging.INFO):
             start = make_start(job, old)
     assert start.step == 1 and start.load.shape == (1, 3) and not np.allclose(start.load, 1)
-    (told,) = [message for message in caplog.messages if "before its gate was recorded" in message]
-    assert told.endswith(
+    (known,) = [message for message in caplog.messages if "before its gate was recorded" in message]
+    assert known.endswith(
         "this run takes [dispatch] renormalize = true, [dispatch] load_feedback = 0.2, [dispatch] capacity_factor = "
         '0.0, [dispatch] load_feedback_on = "selection"'
     )

@@ -6,7 +6,7 @@ from covering import usually
 from moves import MOVES, STEPS, assert_equal, assert_near, force, run_steps, start_load
 from small import gather_pieces, open_small_job
 
-from hpcmoe.run import migrate as moving
+from hpcmoe.run import migrate
 from hpcmoe.run.state import LOAD
 from hpcmoe.run.train import train_step
 
@@ -56,7 +56,7 @@ def test_a_move_leaves_training_as_it_was_to_rounding(comm, shared, case):
 
 @pytest.mark.mpi
 def test_copies_of_an_expert_move_too(comm, shared):
-    """Every copy stays the same bit for bit, which gather_logical asserts; their gradients are summed elsewhere."""
+    """Every replica stays the same bit for bit, which gather_logical asserts; their gradients are summed elsewhere."""
     changes = {
         "placement__replicate": True, "placement__spare_slots_per_rank": 1, "model__num_experts": 5, "num_nodes": 2,
         "loads": ((0.4, 0.2, 0.2, 0.1, 0.1),),
@@ -89,10 +89,10 @@ def test_no_rank_holds_more_than_the_staging_of_what_comes(comm, shared, monkeyp
             seen.append(piece.nbytes)
             yield piece
 
-    cut = moving.cut
+    cut = migrate.cut
     stays = run_steps(comm, shared, **MOVES)
-    monkeypatch.setattr(moving, "STAGING_BYTES", 200)
-    monkeypatch.setattr(moving, "cut", keep)
+    monkeypatch.setattr(migrate, "STAGING_BYTES", 200)
+    monkeypatch.setattr(migrate, "cut", keep)
     assert_equal(stays, run_steps(comm, shared, (1, 3), **MOVES))
     assert all(nbytes <= 200 for nbytes in seen) and (comm.size == 1 or len(seen) > 20)
 
@@ -100,7 +100,7 @@ def test_no_rank_holds_more_than_the_staging_of_what_comes(comm, shared, monkeyp
 @pytest.mark.mpi
 def test_a_checkpoint_is_taken_back_wherever_the_experts_have_moved(comm, shared):
     changes = MOVES | {"model__num_experts": 5}
-    told, *_ = run_steps(comm, shared, steps=STEPS + 1, **changes)
+    steps, *_ = run_steps(comm, shared, steps=STEPS + 1, **changes)
     *_, pieces = run_steps(comm, shared, (1,), **changes)
     with open_small_job(comm, shared, **changes) as (job, optimizer, state):
         load = start_load(job)
@@ -117,4 +117,4 @@ def test_a_checkpoint_is_taken_back_wherever_the_experts_have_moved(comm, shared
         again = gather_pieces(comm, state, {LOAD: load})
         outcome, norm = train_step(job, optimizer, load, STEPS + 1)
     assert set(again) == set(pieces) and all(np.array_equal(again[name], pieces[name]) for name in pieces)
-    assert (outcome.loss, norm) == told[-1]
+    assert (outcome.loss, norm) == steps[-1]

@@ -25,7 +25,7 @@ CASES = {
 
 
 def step_both(comm, folder, **changes):
-    """Take a step on the ranks and in the oracle -> (the ranks' gradients by name, the oracle's, copies dropped)."""
+    """Take a step on the ranks and in the oracle -> (gradients by name, the oracle's, assignments dropped)."""
     with open_small_job(comm, folder, **TASK_ALONE | changes) as (job, optimizer, state):
         load = np.random.default_rng(3).uniform(0, 2, (2, job.config.model.num_experts))
         weights = {name: w.requires_grad_() for name, w in gather_logical(comm, state, lambda p: p.data).items()}

@@ -41,7 +41,7 @@ def test_flat_gradients_are_the_parameters_own_and_sum_over_ranks(comm):
 
 
 @pytest.mark.mpi
-def test_every_copy_of_an_expert_gets_the_sum_in_rank_order(comm, shared):
+def test_every_replica_of_an_expert_gets_the_sum_in_rank_order(comm, shared):
     """Gradients that round differently in any other order."""
     changes = {
         "model__num_experts": 2, "placement__replicate": True, "placement__spare_slots_per_rank": 1,
@@ -50,23 +50,23 @@ def test_every_copy_of_an_expert_gets_the_sum_in_rank_order(comm, shared):
     with open_small_job(comm, shared, **changes) as (job, optimizer, _):
         layers, sharing = job.stepper.network.layers, optimizer.shared
         mine = {}
-        for copy in sharing.held_replicas():
-            up = layers[copy.layer].experts.replicas[copy.slot].up
-            seed = [comm.rank, copy.layer, copy.expert]
+        for replica in sharing.held_replicas():
+            up = layers[replica.layer].experts.replicas[replica.slot].up
+            seed = [comm.rank, replica.layer, replica.expert]
             up.grad.copy_(torch.from_numpy(np.random.default_rng(seed).normal(size=up.shape)))
-            mine[copy.layer, copy.expert] = up.grad.numpy().copy()
+            mine[replica.layer, replica.expert] = up.grad.numpy().copy()
         of_ranks = gather_to_all(comm, mine)
         optimizer.sum_gradients()
-        for copy in sharing.held_replicas():
-            which = copy.layer, copy.expert
-            assert copy.ranks == tuple(rank for rank in range(comm.size) if which in of_ranks[rank])
-            expected = sum(of_ranks[rank][which] for rank in copy.ranks)
-            assert np.array_equal(layers[copy.layer].experts.replicas[copy.slot].up.grad, expected)
+        for replica in sharing.held_replicas():
+            which = replica.layer, replica.expert
+            assert replica.ranks == tuple(rank for rank in range(comm.size) if which in of_ranks[rank])
+            expected = sum(of_ranks[rank][which] for rank in replica.ranks)
+            assert np.array_equal(layers[replica.layer].experts.replicas[replica.slot].up.grad, expected)
 
         # Each expert of each layer has one owner.
         owned = [(c.layer, c.expert) for c in sharing.held_replicas() if sharing.owns(c.layer, c.slot)]
         assert sorted(sum(gather_to_all(comm, owned), [])) == [(layer, e) for layer in range(2) for e in range(2)]
-        assert comm.size == 1 or any(len(copy.ranks) > 1 for copy in sharing.held_replicas())
+        assert comm.size == 1 or any(len(replica.ranks) > 1 for replica in sharing.held_replicas())
 
 
 GROUPS = {"model__num_experts": 2, "placement__replicate": True, "placement__spare_slots_per_rank": 2}
@@ -75,7 +75,7 @@ GROUPS = {"model__num_experts": 2, "placement__replicate": True, "placement__spa
 @pytest.mark.mpi
 @pytest.mark.parametrize("schedule", ["serial", "overlap", "arrival"])
 def test_sums_beside_the_backward_pass_are_those_after_it(comm, shared, schedule):
-    """Buckets of 200 bytes, of 4 MB and none at all, with copies and, where ranks are even, two groups of them."""
+    """Buckets of 200 bytes, of 4 MB and none at all, with replicas and, where ranks are even, two groups of them."""
     norms, gradients, early = [], [], []
     changes = GROUPS | {"parallel__data": 2 - comm.size % 2, "pipeline__schedule": schedule}
     for bucket_bytes in (0, 200, 4_000_000):
@@ -86,7 +86,7 @@ def test_sums_beside_the_backward_pass_are_those_after_it(comm, shared, schedule
             early.append(len(optimizer.sums.left))
             optimizer.sum_gradients()
             norms.append(optimizer.global_norm())
-            gradients.append(gather_logical(comm, state, lambda p: p.grad))  # copies agree bit for bit
+            gradients.append(gather_logical(comm, state, lambda p: p.grad))  # replicas agree bit for bit
     assert early == [6, 0, 0]  # head, two layers' dense parts and experts, embedding
     assert norms == pytest.approx(norms[:1] * 3, rel=1e-6)
     for name, gradient in gradients[0].items():
@@ -176,7 +176,7 @@ def test_adamw_is_torchs_own_and_leaves_its_compiler_out():
 
 @pytest.mark.mpi
 def test_experts_work_with_the_weights_of_the_last_step(comm, shared):
-    """Their copies in bfloat16 have followed: made anew by hand they give the same loss, bit for bit."""
+    """Their casts to bfloat16 have followed: made anew by hand they give the same loss, bit for bit."""
     changes = {"model__dtype": "bfloat16", "experts__bias": True, "train__learning_rate": 0.1}
     changes |= {"train__learning_rate_warmup_steps": 1}
     with open_small_job(comm, shared, **changes) as (job, optimizer, _):

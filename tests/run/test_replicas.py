@@ -1,4 +1,4 @@
-"""A bit that flips in one copy of what several ranks hold is found, and the run ends with a line that names it."""
+"""A bit that flips in one replica of what several ranks hold is found, and the run ends with a line that names it."""
 
 import numpy as np
 import pytest
@@ -46,8 +46,8 @@ def test_an_expert_of_which_one_copy_differs_is_named_with_layer_and_ranks(comm,
         of_ranks = gather_to_all(comm, [(c.layer, c.expert) for c in optimizer.shared.held_replicas()])
         holders = [rank for rank in range(tensor_parallel - 1, comm.size, tensor_parallel) if (1, 0) in of_ranks[rank]]
         if comm.rank == holders[-1]:
-            (copy,) = (c for c in optimizer.shared.held_replicas() if (c.layer, c.expert) == (1, 0))
-            flip(job.stepper.network.layers[1].experts.replicas[copy.slot].down)
+            (held,) = (c for c in optimizer.shared.held_replicas() if (c.layer, c.expert) == (1, 0))
+            flip(job.stepper.network.layers[1].experts.replicas[held.slot].down)
         if len(holders) == 1:
             check(job, optimizer)
             return

@@ -64,7 +64,8 @@ def keys_of_model(experts, kind, attention):
     num_experts, replicas = experts
     return {
         "model__num_experts": num_experts, "experts__kind": kind, "experts__bias": kind == "swiglu",
-        "model__attention": attention, "placement__replicate": replicas, "placement__spare_slots_per_rank": int(replicas),
+        "model__attention": attention, "placement__replicate": replicas,
+        "placement__spare_slots_per_rank": int(replicas),
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ NUM_DRAWS = 3000
 
 
 def make_placement(layouts, num_ranks, num_nodes=1):
-    """A placement with experts as listed for each layer, nearest copies first."""
+    """A placement with experts as listed for each layer, nearest replicas first."""
     layouts = np.array([list(row) for row in layouts])
     ranks_of_node = np.bincount(np.arange(num_ranks) * num_nodes // num_ranks)
     slots = layouts.shape[1] // num_ranks
@@ -20,7 +20,7 @@ def make_placement(layouts, num_ranks, num_nodes=1):
 
 
 def draw_links(placement, tokens_of_rank, top_k, layers, shards=1):
-    """Route an even router's tokens NUM_DRAWS times -> copies between ranks [draws, P, P], of the layers together."""
+    """Route an even router's tokens NUM_DRAWS times -> assignments between ranks [draws, P, P], of all layers."""
     random, num_experts = np.random.default_rng(1), placement.replica_count.shape[1]
     num_ranks = len(tokens_of_rank)
     links = np.zeros((NUM_DRAWS, num_ranks, num_ranks))

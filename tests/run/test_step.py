@@ -72,7 +72,7 @@ def test_a_step_whose_text_one_rank_cannot_read_ends_on_all_with_its_line(comm, 
     with open_small_job(comm, shared, pipeline__micro_batches=1) as (job, _, _):
         if comm.rank == alone:
             job.training.spans = [dataclasses.replace(span, path=f"{span.path}.gone") for span in job.training.spans]
-        with pytest.raises(ConfigError) as refused:
+        with pytest.raises(ConfigError) as caught:
             job.stepper.run(job.training, np.arange(14), LOAD, purpose)
     line = f"[rank {alone} of {comm.size}] [data] files: {shared}/text.bin.gone: is gone since the run began"
-    assert refused.value.shared and gather_to_all(comm, str(refused.value)) == [line] * comm.size
+    assert caught.value.shared and gather_to_all(comm, str(caught.value)) == [line] * comm.size

@@ -1,4 +1,4 @@
-"""Training lowers the loss, tells what it does step by step, and repeats itself bit for bit."""
+"""Training lowers the loss, records what it does step by step, and repeats itself bit for bit."""
 
 import math
 

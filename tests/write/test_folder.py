@@ -242,9 +242,9 @@ def test_ctrl_c_as_a_checkpoint_is_written_leaves_the_one_before_it(comm, tmp_pa
     late.set()  # a thread that goes on until all are aborted finds no folder to write to
     assert names(folder) == {MARK, "checkpoint-1"}
     with pytest.raises(CheckpointError, match="cannot be written"):
-        writer.under_way[1].result() if asynchronous else write_file(
-            folder / "checkpoint-2.partial" / "x.h5", [*piece()]
-        )
+        if asynchronous:
+            writer.under_way[1].result()
+        write_file(folder / "checkpoint-2.partial" / "x.h5", [*piece()])
     assert names(folder) == {MARK, "checkpoint-1"}
 
 

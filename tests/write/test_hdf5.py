@@ -1,4 +1,4 @@
-"""Facts come back as they were; a file is replaced whole or stays as it was."""
+"""Values come back as they were; a file is replaced whole or stays as it was."""
 
 import errno
 import fcntl
@@ -15,10 +15,10 @@ from hpcmoe.write.hdf5 import checkpoint_errors, describe_os_error, open_replace
 @pytest.mark.parametrize(
     "value", [3, -2.5, True, "text, é", "", np.arange(6.0).reshape(2, 3), np.zeros((0, 2), np.int32)]
 )
-def test_fact_comes_back_as_it_was(tmp_path, value):
+def test_a_value_comes_back_as_it_was(tmp_path, value):
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        write_entry(file, "fact", value)
-        back = read_entry(file["fact"])
+        write_entry(file, "value", value)
+        back = read_entry(file["value"])
     assert type(back) is type(value)
     np.testing.assert_array_equal(back, value)
     if isinstance(value, np.ndarray):
@@ -95,9 +95,8 @@ def test_error_of_a_damaged_file_is_one_line(tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES])
 def test_a_file_system_without_locks_is_named_with_the_cure(number):
     error = OSError(number, f"Unable to synchronously open file (unable to lock file, errno = {number}, error ...")
-    assert describe_os_error(error).startswith(
-        os.strerror(number)
-    ) and "HDF5_USE_FILE_LOCKING=FALSE" in describe_os_error(error)
+    line = describe_os_error(error)
+    assert line.startswith(os.strerror(number)) and "HDF5_USE_FILE_LOCKING=FALSE" in line
 
 
 def test_a_file_that_another_process_holds_is_said_to_be_open(tmp_path):

@@ -212,7 +212,7 @@ def able_to_carry(
 ) -> np.ndarray:
     """Return what could leave and enter each rack in a round were there no uplinks -> [2, racks].
 
-    It is 0 where a rack's peers have flows with other racks too, so that nobody can say.
+    It is 0 where a rack's peers have flows with other racks too, so that it is unknown.
     """
     num_nodes, racks, own = len(own_rates), rack_of_node[flows], own_rates[flows[:, 0], flows[:, 1]]
     able = np.zeros((2, max(rack_of_node) + 1))

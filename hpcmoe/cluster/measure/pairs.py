@@ -11,7 +11,7 @@ from hpcmoe.wait import barrier, wait_all
 SIZES = tuple(2**power for power in range(16, 24))  # bytes, 64 KiB to 8 MiB
 _LATENCY_TRIPS = 20
 _BANDWIDTH_TRIPS = 5
-_LONG_TRIPS = 20  # a message that takes longer than so many empty trips tells its link's bandwidth alone
+_LONG_TRIPS = 20  # a message that takes longer than so many empty trips measures its link's bandwidth alone
 _STEEPEST = 0.1  # share of a large message's seconds that its last three quarters must take to be believed
 _TAG = 1
 
@@ -85,7 +85,7 @@ def ramp(time_message: Callable[[int], float], empty_seconds: float, deadline: f
         if late or 2 * size > bytes_left:
             break
 
-    # Repeat what tells the bandwidth; the fastest is the least disturbed.
+    # Repeat what determines the bandwidth; the fastest is the least disturbed.
     sizes = telling_sizes(seconds_of_bytes)
     for _ in range(_BANDWIDTH_TRIPS):
         expected = sum(seconds_of_bytes[size] for size in sizes)
@@ -98,7 +98,7 @@ def ramp(time_message: Callable[[int], float], empty_seconds: float, deadline: f
 
 
 def telling_sizes(seconds_of_bytes: dict[int, float]) -> list[int]:
-    """Return the sizes that tell the bandwidth: the largest, and a quarter of it where fixed costs count."""
+    """Return the sizes that determine the bandwidth: the largest, and a quarter of it where fixed costs count."""
     largest = max(seconds_of_bytes)
     short = seconds_of_bytes[largest] < _LONG_TRIPS * seconds_of_bytes[0]
     return [largest, largest // 4] if short and largest // 4 in seconds_of_bytes else [largest]

@@ -38,7 +38,7 @@ def make_circle(num_nodes: int) -> list[np.ndarray]:
     for turn in range(around if num_nodes > 1 else 0):
         facing = (turn - positions) % around
         pairs = np.stack([positions, facing], axis=1)[positions < facing]
-        if num_nodes % 2 == 0:  # whoever faces itself meets the last node, who does not sit in the circle
+        if num_nodes % 2 == 0:  # the node that faces itself meets the last one, which is not in the circle
             pairs = np.append(pairs, [[int(np.flatnonzero(positions == facing)[0]), num_nodes - 1]], axis=0)
         rounds.append(pairs)
     return rounds

@@ -120,7 +120,9 @@ def format_first(key: str, value: np.ndarray, wrong: np.ndarray, what: str) -> I
     """Yield a line for the first of a key's wrong entries, if there is one."""
     if wrong.any():
         index = tuple(np.argwhere(wrong)[0].tolist())
-        yield f"{key}{format_index(index)} = {value[index]:.9g}: {what}{format_more(int(wrong.sum()) - 1)}"
+        entry = value[index].item()
+        shown = f"{entry:.9g}" if isinstance(entry, float) else entry
+        yield f"{key}{format_index(index)} = {shown}: {what}{format_more(int(wrong.sum()) - 1)}"
 
 
 def find_overflow(problem: PlacementProblem, names: Mapping[str, str] = CASE_NAMES) -> Iterator[str]:

@@ -59,9 +59,9 @@ def test_repeats_hold_each_doubtful_pair_once_and_no_node_twice_in_a_round(racks
 def test_too_few_bytes_are_refused_with_the_arithmetic():
     measure.check_bytes(393216, 4)
     measure.check_bytes(1, 1)
-    with pytest.raises(ClusterError) as refused:
+    with pytest.raises(ClusterError) as rejected:
         measure.check_bytes(393215, 4)
-    assert str(refused.value) == (
+    assert str(rejected.value) == (
         "[cluster] measure_bytes = 393215: must be at least 3 other nodes x 65536 / 0.5 of all = 393216"
     )
 
