@@ -119,8 +119,8 @@ OLD = (
     "data_parallel", "expert_parallel", "tensor_parallel", "links_file", "bytes_per_second", "latency_seconds",
     "egress_bytes_per_second", "ingress_bytes_per_second", "uplink_bytes_per_second", "rack_of_node", "placement",
     "placement_file", "objective", "count_latency", "search_seconds", "search_iterations", "compare_eplb",
-    "probability", "expert_probability", "loads_file", "seconds_per_token", "replicate", "spare_slots_per_rank", "rebalance_every",
-    "rebalance_horizon", "rebalance_margin", "rebalance_moves",
+    "probability", "expert_probability", "loads_file", "seconds_per_token", "replicate", "spare_slots_per_rank",
+    "rebalance_every", "rebalance_horizon", "rebalance_margin", "rebalance_moves",
 )  # fmt: skip
 
 

@@ -132,8 +132,7 @@ def prepare(config: Config, cluster: Cluster) -> Prepared:
 
     Raises ConfigError, ClusterError or PlacementError on all ranks where something does not fit.
     """
-    mesh, topology, spec = cluster.mesh, cluster.topology, config.spec
-    world = mesh.world
+    mesh, topology, spec, world = cluster.mesh, cluster.topology, config.spec, cluster.mesh.world
 
     # Compute how many rows come to a rank at most, and the buffers for them.
     slots = count_slots_per_rank(spec.model.num_experts, mesh.expert_parallel, config.placement.spare_slots_per_rank)
