@@ -53,4 +53,4 @@ Letters in shapes: T tokens of this rank's micro-batch, K experts of a token, N 
 group, s slots of a rank, S = P * s slots of the group, L layers, M micro-batches.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -26,7 +26,7 @@ def test_its_tree_has_a_line_for_each_chapter_in_the_order_of_imports():
 
 
 def test_it_names_the_version():
-    assert f"Version {__version__}." in README
+    assert f"Version {__version__} (" in README
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
