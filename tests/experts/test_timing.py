@@ -1,5 +1,7 @@
 """The time of an expert is that of its own shapes, in whole or by a slice that takes long enough."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -57,11 +59,13 @@ def test_a_pass_is_an_experts_forward_pass(kind, dtype, monkeypatch):
     assert hasattr(expert, "gate") == (kind == "swiglu")
 
 
-def test_twice_the_width_takes_about_twice_as_long():
-    """Measured: the best of a few tries on each, since others may use the machine."""
+def test_eight_times_the_width_takes_about_eight_times_as_long(monkeypatch):
+    """Measured in this thread's processor seconds, for others use the machine too."""
+    monkeypatch.setattr(timing.time, "perf_counter", time.thread_time)
     config = make_config(model__hidden=256, model__feed_forward=4096)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    narrow, wide = (min(time_passes(config.spec, inner, 256, HOST) for _ in range(5)) for inner in (512, 4096))
+    tries = [[time_passes(config.spec, inner, 256, HOST) for inner in (512, 4096)] for _ in range(7)]
     torch.set_num_threads(threads)
-    assert 3 < wide / narrow < 20 and np.isfinite(narrow)
+    narrow, wide = np.min(tries, axis=0)
+    assert 3 < wide / narrow < 30
