@@ -97,6 +97,6 @@ def mean_input(job, router):
     watch = router.register_forward_pre_hook(look)
     starts = draw_starts(len(job.training), job.config.data.batch_sequences, model.sequence_length, 0, 0)
     even = even_load(model.num_layers, model.num_experts)
-    num_tokens = job.stepper.run(job.training, starts, even, "evaluate").num_tokens
+    num_tokens = job.stepper.run(job.training, starts, even, "evaluate").stats.num_tokens
     watch.remove()
     return torch.from_numpy(all_reduce(job.mesh.world, sums.numpy())) / num_tokens

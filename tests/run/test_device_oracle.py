@@ -14,6 +14,7 @@ from mpi4py import MPI
 from small import BY_BACKEND, gather_logical, open_small_job
 from standin import Order, Stream, watch_job
 
+from hpcmoe.comm.all_to_all import MpiRequest
 from hpcmoe.comm.reduce import HostReducer
 from hpcmoe.run.gradient_sums import GradientSums
 
@@ -181,7 +182,7 @@ def test_a_stream_that_does_not_wait_is_caught(comm, shared, monkeypatch, way, d
     """The watch itself, and that each wait is needed, when streams know of nothing by what the host happens to know."""
     wait = Stream.wait_event
     monkeypatch.setattr(Stream, "wait_event", lambda self, event: self.name != deaf and wait(self, event))
-    monkeypatch.setattr(Order, "told_at_launch", lambda self: {"host": self.clocks["host"]["host"]})
+    monkeypatch.setattr(Order, "clock_at_launch", lambda self: {"host": self.clocks["host"]["host"]})
     races = step(comm, shared, monkeypatch, way).races
     for race, waiting in NEEDED[way].items():
         if comm.size > 1 or race not in (UNSUMMED, UNFINISHED):  # one rank sums nothing
@@ -191,8 +192,7 @@ def test_a_stream_that_does_not_wait_is_caught(comm, shared, monkeypatch, way, d
 @pytest.mark.mpi
 @pytest.mark.parametrize("way", ["direct", "staged"])
 def test_who_begins_before_the_rows_are_packed_is_caught(comm, shared, monkeypatch, way):
-    for module in ("all_to_all", "staging"):
-        monkeypatch.setattr(f"hpcmoe.comm.{module}.may_begin", lambda pending: True)
+    monkeypatch.setattr(MpiRequest, "may_begin", lambda self: not self.begun)
     wait = Stream.wait_event
     monkeypatch.setattr(Stream, "wait_event", lambda self, event: self.name == "compute" and wait(self, event))
     assert step(comm, shared, monkeypatch, way).races
