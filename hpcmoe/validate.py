@@ -89,10 +89,7 @@ def format_entry(name: str, tree: dict[str, Any], errors: Sequence[Any], depth: 
 
 
 def _format_errors(
-    errors: list[Any],
-    tree: dict[str, Any],
-    source_of: Callable[..., str],
-    keys_of_section: dict[str, list[str]],
+    errors: list[Any], tree: dict[str, Any], source_of: Callable[..., str], keys_of_section: dict[str, list[str]]
 ) -> str:
     """Format pydantic's errors of a key or section: where it is, what stands there, what may stand there."""
     name, *inner = map(str, errors[0]["loc"][:2])
