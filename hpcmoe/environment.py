@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from hpcmoe.errors import ClusterError
 
-MOST_DIGITS = 15  # of a number that anybody sets: 10^15 megabytes are more than any machine has
-POWER_OF_UNIT = {"K": 10, "": 20, "M": 20, "G": 30, "T": 40, "P": 50}  # Slurm's: a number alone is megabytes
+_MOST_DIGITS = 15  # of a number that anybody sets: 10^15 megabytes are more than any machine has
+_POWER_OF_UNIT = {"K": 10, "": 20, "M": 20, "G": 30, "T": 40, "P": 50}  # Slurm's: a number alone is megabytes
 NCCL_SHARES = "NCCL_MULTI_RANK_GPU_ENABLE"  # 1: NCCL 2.30 and later may run several ranks on one GPU
 NCCL_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"  # 1: several communicators may be busy at once, in the order of the calls
-UCX_CUDA = {"all", "cuda", "cuda_copy"}  # UCX's names for what distinguishes a GPU's memory
+_UCX_CUDA = {"all", "cuda", "cuda_copy"}  # UCX's names for what distinguishes a GPU's memory
 
 
 def read_environment() -> Mapping[str, str]:
@@ -29,7 +29,7 @@ def is_set(name: str, environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def read_number(
-    name: str, default: int = 0, most: int = 10**MOST_DIGITS - 1, environ: Mapping[str, str] = os.environ
+    name: str, default: int = 0, most: int = 10**_MOST_DIGITS - 1, environ: Mapping[str, str] = os.environ
 ) -> int:
     """Read a whole number of 0 to `most`, `default` where there is none; raise ClusterError that names the variable."""
     text = read_setting(name, environ)
@@ -46,9 +46,9 @@ def read_memory(name: str, environ: Mapping[str, str] = os.environ) -> int:
     digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     if not text:
         return 0
-    if not is_natural(digits) or unit not in POWER_OF_UNIT:
+    if not is_natural(digits) or unit not in _POWER_OF_UNIT:
         raise wrong(name, text, "megabytes, or a whole number with K, M, G, T or P behind it")
-    return int(digits) << POWER_OF_UNIT[unit]
+    return int(digits) << _POWER_OF_UNIT[unit]
 
 
 def read_counts(name: str, environ: Mapping[str, str] = os.environ) -> list[int]:
@@ -64,7 +64,7 @@ def read_counts(name: str, environ: Mapping[str, str] = os.environ) -> list[int]
 
 def is_natural(text: str) -> bool:
     """Return True if a text is digits alone, few enough for a number that anybody means."""
-    return re.fullmatch(f"[0-9]{{1,{MOST_DIGITS}}}", text) is not None
+    return re.fullmatch(f"[0-9]{{1,{_MOST_DIGITS}}}", text) is not None
 
 
 def wrong(name: str, text: str, allowed: str) -> ClusterError:
@@ -115,7 +115,7 @@ def find_ucx_obstacle(mpi_name: str, netmod: str) -> str:
 
 def knows_cuda(transports: str) -> bool:
     """Return True if a list of UCX's transports, or with ^ of those left out, leaves one that knows a GPU's memory."""
-    return transports.startswith("^") == UCX_CUDA.isdisjoint(transports.removeprefix("^").split(","))
+    return transports.startswith("^") == _UCX_CUDA.isdisjoint(transports.removeprefix("^").split(","))
 
 
 def find_job() -> tuple[str, str]:

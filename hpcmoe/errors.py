@@ -15,7 +15,7 @@ from hpcmoe.wait import barrier, broadcast, gather_to_all
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-EXIT_BUG = 1  # the status of any other error, shown with its traceback
+_EXIT_BUG = 1  # the status of any other error, shown with its traceback
 EXIT_BARRIER_SECONDS = 5.0  # how long a failing rank waits for the others before it aborts them
 WAIT_FOR_ROOT_SECONDS = 3.0  # how long an interrupted rank waits for rank 0 to speak for all
 
@@ -110,7 +110,7 @@ def exit_with(comm: "MPI.Comm", error: BaseException, host: str) -> NoReturn:
     expected = isinstance(error, HpcmoeError)
     text = str(error) if expected else "".join(traceback.format_exception(error))
     print_to_stderr(f"{own} {line}" for line in text.splitlines())
-    abort_ranks(comm, EXIT_USER if expected else EXIT_BUG)
+    abort_ranks(comm, EXIT_USER if expected else _EXIT_BUG)
 
 
 def abort_ranks(comm: "MPI.Comm", status: int) -> NoReturn:

@@ -6,7 +6,7 @@ from hpcmoe.config import Config
 from hpcmoe.messages import show_value
 
 Reason = tuple[bool, str, str]  # does it hold? why; the keys, section.key, that then have no effect
-LEAST_DECAY = 2.0**-25  # of a weight, that float32 can take off it
+_LEAST_DECAY = 2.0**-25  # of a weight, that float32 can take off it
 
 
 def find_ineffective(config: Config) -> Iterator[str]:
@@ -143,13 +143,13 @@ def find_untrained(config: Config) -> Iterator[str]:
             f"{steps / warmup:.3g} of learning_rate"
         )
     longest = train.learning_rate * (min(1.0, train.clip_norm / train.epsilon) if train.clip_norm > 0 else 1.0)
-    if longest < LEAST_DECAY:
+    if longest < _LEAST_DECAY:
         yield (
             f"[train] learning_rate = {train.learning_rate:g}, clip_norm = {train.clip_norm:g}, epsilon = "
             f"{train.epsilon:g}: a step is about {longest:.3g} at most, which float32 does not take off weights of 1: "
             "the norms stay untrained"
         )
-    if 0 < train.learning_rate * train.weight_decay < LEAST_DECAY:
+    if 0 < train.learning_rate * train.weight_decay < _LEAST_DECAY:
         yield (
             f"[train] weight_decay = {train.weight_decay:g} x learning_rate = {train.learning_rate:g} is less than "
             "float32 can take off a weight: nothing decays"

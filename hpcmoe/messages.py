@@ -6,9 +6,9 @@ import unicodedata
 from collections.abc import Iterable
 from datetime import date, time
 
-MOST_SHOWN, MOST_OF_LINE = 120, 320  # characters of a value in a message, and of a path or an option
+_MOST_SHOWN, _MOST_OF_LINE = 120, 320  # characters of a value in a message, and of a path or an option
 _MOST_BITS = 256  # of a whole number that is written out
-BREAKING = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's controls, surrogates, separators of lines and paragraphs
+_BREAKING = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's controls, surrogates, separators of lines and paragraphs
 
 
 def printable(text: str) -> str:
@@ -23,10 +23,10 @@ def _escape(character: str) -> str:
 
 def is_one_line(text: str) -> bool:
     """Return True if a text has neither line breaks, nor other controls, nor bytes that were not UTF-8."""
-    return text.isprintable() or not any(unicodedata.category(c) in BREAKING for c in text)
+    return text.isprintable() or not any(unicodedata.category(c) in _BREAKING for c in text)
 
 
-def one_line(text: object, most: int = MOST_OF_LINE) -> str:
+def one_line(text: object, most: int = _MOST_OF_LINE) -> str:
     """Write a text on one line of at most about so many characters, cut in the middle: its end tells as much."""
     line = printable(str(text)[: 4 * most] + str(text)[4 * most :][-most:])
     return line if len(line) <= most else f"{line[: most // 2]} ... {line[-(most // 2 - 5) :]}"
@@ -34,7 +34,7 @@ def one_line(text: object, most: int = MOST_OF_LINE) -> str:
 
 def show_value(value: object) -> str:
     """Write a value of any type, size and depth on one line: as Python does, but true, false, null and dates."""
-    return one_line(SHORT.repr(value), MOST_SHOWN)
+    return one_line(SHORT.repr(value), _MOST_SHOWN)
 
 
 class ShortRepr(reprlib.Repr):
@@ -43,7 +43,7 @@ class ShortRepr(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 4, 8, 8, 8
-        self.maxstring = self.maxlong = self.maxother = MOST_SHOWN
+        self.maxstring = self.maxlong = self.maxother = _MOST_SHOWN
 
     def repr_bool(self, value: bool, _level: int) -> str:
         """Write a truth value as TOML and JSON have it."""
@@ -71,7 +71,7 @@ SHORT = ShortRepr()
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Name the nearest known word, or all of them."""
-    near = difflib.get_close_matches(word[:MOST_SHOWN], known, n=1)
+    near = difflib.get_close_matches(word[:_MOST_SHOWN], known, n=1)
     return f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(known)}"
 
 

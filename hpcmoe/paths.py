@@ -18,8 +18,8 @@ WORDS_OR_PATH = {  # keys that take one of some words, or the path of a file
     ("placement", "method"): ("packed", "contiguous", "eplb"),
     ("placement", "loads"): ("uniform",),
 }
-PATTERNS = (("data", "files"), ("data", "exclude"))  # stay as they are: the files that they name are found on rank 0
-VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
+_PATTERNS = (("data", "files"), ("data", "exclude"))  # stay as they are: the files that they name are found on rank 0
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
 
 
 def expand_paths(config: Any, source_of: Callable[..., str]) -> Any:
@@ -39,7 +39,7 @@ def expand_paths(config: Any, source_of: Callable[..., str]) -> Any:
         section = getattr(config, name)
         path = collect(expand_path, getattr(section, key), f"{source_of(name, key)}: [{name}] {key}")
         config = dataclasses.replace(config, **{name: dataclasses.replace(section, **{key: path})})
-    for name, key in PATTERNS:
+    for name, key in _PATTERNS:
         for pattern in getattr(getattr(config, name), key):
             collect(expand_pattern, pattern, f"{source_of(name, key)}: [{name}] {key}")
     run_name = config.run.name
@@ -76,12 +76,12 @@ def expand_path(path: str, what: str) -> str:
 
     head, slash, tail = path.partition("/")
     if not head.startswith("~"):
-        head = VARIABLE.sub(find_value, head)
+        head = _VARIABLE.sub(find_value, head)
     elif folder := find_home(head[1:]):
         head = folder
     else:
         raise ConfigError(f"{what}: {f'no user {printable(head[1:])}' if head[1:] else '$HOME is not set'}")
-    expanded = head + slash + VARIABLE.sub(find_value, tail)
+    expanded = head + slash + _VARIABLE.sub(find_value, tail)
     check_name(expanded, what)
     return expanded
 

@@ -33,7 +33,7 @@ from hpcmoe.placement.quotas import describe_unevenness, has_even_ranks
 from hpcmoe.placement.result import Placement
 from hpcmoe.reading import format_json
 
-SECONDS_A_LAYER = 0.1  # of search where no budget is given
+_SECONDS_A_LAYER = 0.1  # of search where no budget is given
 _MAPS, _PICTURES = (".json", ".npy"), (".png", ".pdf", ".svg")
 
 
@@ -229,7 +229,7 @@ def search_placement(problem: PlacementProblem, arguments: argparse.Namespace) -
     from hpcmoe.placement.solve import SearchOptions, bound_layers, make_placement
 
     # Search from the start, or from seeds.
-    seconds = arguments.budget or SECONDS_A_LAYER * problem.num_layers
+    seconds = arguments.budget or _SECONDS_A_LAYER * problem.num_layers
     options = {"seconds": seconds, "iterations": arguments.iterations, "seed": arguments.seed}
     start = read_start_layouts(problem, arguments.start) if arguments.start else None
     if start is None or arguments.moves is None:

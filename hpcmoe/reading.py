@@ -12,24 +12,24 @@ from typing import Any
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import join_lines, one_line
 
-MOST_BYTES = 2**28  # of an input file
-MOST_TOML_BYTES = 2**24  # which the parser takes seconds for; a matrix of all links of 1000 nodes has half as many
+_MOST_BYTES = 2**28  # of an input file
+_MOST_TOML_BYTES = 2**24  # which the parser takes seconds for; a matrix of all links of 1000 nodes has half as many
 PIPE_SECONDS = 5.0  # how long to wait for a pipe's or a terminal's next bytes
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-def read_text(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> str:
+def read_text(path: str | os.PathLike, most_bytes: int = _MOST_BYTES) -> str:
     """Read a text file in UTF-8, with or without its mark. Raises ConfigError in one line."""
     content = read_bytes(path, most_bytes)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        what = "UTF-16; save it as UTF-8" if content.startswith(UTF_16) else f"byte {error.start} is not"
+        what = "UTF-16; save it as UTF-8" if content.startswith(_UTF_16) else f"byte {error.start} is not"
         raise ConfigError(f"{one_line(path)}: not a text file in UTF-8: {what}") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_bytes(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> bytes:
+def read_bytes(path: str | os.PathLike, most_bytes: int = _MOST_BYTES) -> bytes:
     """Read a file, a pipe or a device to its end. Raises ConfigError where that is too far, or nothing comes."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -74,7 +74,7 @@ def parse_text(path: str | os.PathLike, text: str, parser: Callable[[str], Any],
 
 def read_toml(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     """Read a TOML file -> (its tree, its text)."""
-    text = read_text(path, MOST_TOML_BYTES)
+    text = read_text(path, _MOST_TOML_BYTES)
     return parse_text(path, text, tomllib.loads, "TOML"), text
 
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:  # rank 0 alone pays for this import
     from pydantic import TypeAdapter, ValidationError
 
 STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # what pydantic is to be picky about
-DEEPEST = 8  # lists within lists: no key takes as many
+_DEEPEST = 8  # lists within lists: no key takes as many
 _MOST_BITS = 1000  # of a whole number: no key takes as many, and Python does not write thousands of digits
-OVERFLOWING = 10**400  # stands for any larger one: more than a float, too, can be
+_OVERFLOWING = 10**400  # stands for any larger one: more than a float, too, can be
 
 
 def validate(cls: type, tree: dict[str, Any], source_of: Callable[..., str]) -> Any:
@@ -50,7 +50,7 @@ def make_validator(cls: type) -> TypeAdapter[Any]:
 def make_json(value: object, depth: int = 0) -> object:
     """Make JSON of what TOML may hold: what no key can take is replaced by what pydantic rejects in its stead."""
     match value:
-        case dict() | list() if depth > DEEPEST:
+        case dict() | list() if depth > _DEEPEST:
             return None
         case dict():
             return {key: make_json(each, depth + 1) for key, each in value.items()}
@@ -59,7 +59,7 @@ def make_json(value: object, depth: int = 0) -> object:
         case bool() | str() | float():
             return value
         case int():
-            return value if value.bit_length() <= _MOST_BITS else OVERFLOWING * (1 if value > 0 else -1)
+            return value if value.bit_length() <= _MOST_BITS else _OVERFLOWING * (1 if value > 0 else -1)
     return {"date": str(value)}
 
 
@@ -89,10 +89,7 @@ def format_entry(name: str, tree: dict[str, Any], errors: Sequence[Any], depth: 
 
 
 def _format_errors(
-    errors: list[Any],
-    tree: dict[str, Any],
-    source_of: Callable[..., str],
-    keys_of_section: dict[str, list[str]],
+    errors: list[Any], tree: dict[str, Any], source_of: Callable[..., str], keys_of_section: dict[str, list[str]]
 ) -> str:
     """Format pydantic's errors of a key or section: where it is, what stands there, what may stand there."""
     name, *inner = map(str, errors[0]["loc"][:2])

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 # Measured with 16 ranks on 2 cores: a GEMM beside 15 waiting ranks slows 1.1 times, a wake-up takes 1.2 ms.
 # A blocking Recv there slowed the GEMM 8.9 times.
-YIELDS_BEFORE_SLEEP = 32  # that give the core to somebody
-AT_ONCE_SECONDS = 5e-6  # a yield that comes back so soon has given it to nobody,
-YIELDS_TO_NOBODY = 16  # and so many of these count as one
-FIRST_SLEEP_SECONDS = 50e-6
-LONGEST_SLEEP_SECONDS = 200e-6
-SLEEP_GROWTH = 1.3
+_YIELDS_BEFORE_SLEEP = 32  # that give the core to somebody
+_AT_ONCE_SECONDS = 5e-6  # a yield that comes back so soon has given it to nobody,
+_YIELDS_TO_NOBODY = 16  # and so many of these count as one
+_FIRST_SLEEP_SECONDS = 50e-6
+_LONGEST_SLEEP_SECONDS = 200e-6
+_SLEEP_GROWTH = 1.3
 
 
 class BackgroundTask(Protocol):
@@ -42,19 +42,19 @@ class Backoff:
 
     def reset(self) -> None:
         """Start over with short pauses, as after each completion."""
-        self.yields_left: float = YIELDS_BEFORE_SLEEP
-        self.sleep_seconds = FIRST_SLEEP_SECONDS
+        self.yields_left: float = _YIELDS_BEFORE_SLEEP
+        self.sleep_seconds = _FIRST_SLEEP_SECONDS
 
     def pause(self) -> None:
         """Yield the core, or sleep."""
         if self.yields_left > 0:
             begin = time.perf_counter()
             os.sched_yield()
-            alone = time.perf_counter() - begin < AT_ONCE_SECONDS
-            self.yields_left -= 1 / YIELDS_TO_NOBODY if alone else 1
+            alone = time.perf_counter() - begin < _AT_ONCE_SECONDS
+            self.yields_left -= 1 / _YIELDS_TO_NOBODY if alone else 1
         else:
             time.sleep(self.sleep_seconds)
-            self.sleep_seconds = min(self.sleep_seconds * SLEEP_GROWTH, LONGEST_SLEEP_SECONDS)
+            self.sleep_seconds = min(self.sleep_seconds * _SLEEP_GROWTH, _LONGEST_SLEEP_SECONDS)
 
 
 def poke_all(tasks: list[_Task]) -> bool:

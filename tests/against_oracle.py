@@ -36,7 +36,7 @@ def check_against_oracle(comm, folder, bias=0.0, **changes):
 
         optimizer.zero_gradients()
         outcome = job.stepper.run(job.training, starts, load, "train")
-        optimizer.sum_gradients()
+        optimizer.sums.finish()
         gradients = gather_logical(comm, state, lambda p: p.grad)
         norm = optimizer.global_norm()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -159,6 +160,19 @@ def hesitate_to_poke(transport, hesitate):
     poke = transport.poke
     if hesitate is not None:
         transport.poke = lambda: not hesitate() and poke()
+
+
+def record_sends(transport):
+    """List the tags of the messages that a transport sends from now on, as it sends them."""
+    tags = []
+    for name in ("send_rows", "send_words"):
+
+        def send(carry, array, peer, tag):
+            tags.append(tag)
+            return carry(array, peer, tag)
+
+        setattr(transport, name, functools.partial(send, getattr(transport, name)))
+    return tags
 
 
 def make_sizes(routes, **sizes):

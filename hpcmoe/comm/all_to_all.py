@@ -9,28 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 
+from hpcmoe.comm.device import Device, Event
+from hpcmoe.comm.rows import Buffer
 from hpcmoe.comm.transport import Request, Transport
 from hpcmoe.wait import poke_all
-
-if TYPE_CHECKING:
-    from hpcmoe.comm.device import Device, Event
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Buffer:
-    """Message rows on a device, for who sends them and for who computes on them."""
-
-    array: Any  # [n, row_bytes] uint8: NumPy's or CuPy's
-    tensor: torch.Tensor  # [n, row_bytes] uint8, of the same memory
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.array)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcmoe.comm.all_to_all import Buffer
-from hpcmoe.comm.rows import open_row_ops
+from hpcmoe.comm.rows import Buffer, open_row_ops
 from hpcmoe.errors import ClusterError
 
 _CUPY = 'cupy is missing: pip install "hpcmoe[gpu]", or cupy-cuda12x where the driver is of CUDA 12'

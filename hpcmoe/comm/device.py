@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpcmoe.comm.all_to_all import Buffer
 from hpcmoe.comm.cuda import CudaDevice, count_gpus, find_missing_cuda
-from hpcmoe.comm.rows import RowOps, TorchRowOps
+from hpcmoe.comm.rows import Buffer, RowOps, TorchRowOps
 from hpcmoe.errors import ClusterError
 
 

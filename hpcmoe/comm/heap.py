@@ -7,10 +7,10 @@ by page: packing 32 MB costs eight times the copy. See mallopt(3).
 import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-NEVER = 2**31 - 1  # bytes at the heap's end above which it would shrink
+_NEVER = 2**31 - 1  # bytes at the heap's end above which it would shrink
 
 
 def keep_heap() -> bool:
     """Make malloc take large blocks from the heap, and never shrink it. Return True if this libc can."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, _NEVER))

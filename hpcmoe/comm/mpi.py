@@ -47,7 +47,7 @@ class MpiTransport:
         self.rank, self.size = comm.rank, comm.size
         self.mpi_requests: list[MPI.Request] = []  # under way, in pairs with:
         self.requests: list[MessageRequest] = []
-        self.num_sent, self.num_pokes = 0, 0  # messages and pokes, ever
+        self.num_pokes = 0  # ever
 
     def send_rows(self, rows: np.ndarray, peer: int, tag: int) -> MessageRequest:
         """Start to send uint8 rows [n, row_bytes], which must stay as they are until the request is done."""
@@ -80,7 +80,6 @@ class MpiTransport:
     def _add(self, mpi_request: MPI.Request, sends: bool) -> MessageRequest:
         """Follow one of MPI's requests until it is done."""
         request = MessageRequest(sends)
-        self.num_sent += sends
         self.mpi_requests.append(mpi_request)
         self.requests.append(request)
         return request

@@ -8,6 +8,7 @@ thirty kernels, each of which the host must start.
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,18 @@ _MANY_THREADS = 2**17  # enough to fill a GPU
 _NO_DTYPES = torch.float32, torch.float32, 1  # of a kernel that moves no rows
 
 Kernel = Callable[[tuple[int, ...], tuple[int, int], tuple[int, ...]], None]  # (grid, block, arguments)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffer:
+    """Message rows on a device, for who sends them and for who computes on them."""
+
+    array: Any  # [n, row_bytes] uint8: NumPy's or CuPy's
+    tensor: Tensor  # [n, row_bytes] uint8, of the same memory
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.array)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,15 +7,12 @@ other rank's pinned memory, and from there to its device on the receive stream.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
 
 import torch
 
 from hpcmoe.comm.all_to_all import DirectAllToAll, MpiRequest, Transfer, copy_own, list_peers
+from hpcmoe.comm.device import Device, Event
 from hpcmoe.comm.transport import Request, Transport
-
-if TYPE_CHECKING:
-    from hpcmoe.comm.device import Device, Event
 
 _PIECE_BYTES = 2**22  # long enough for a copy's and a message's full speed, short beside what a rank sends
 MAX_PIECES = 8  # of a transfer that are on their way out, and as many on their way in

@@ -70,7 +70,6 @@ class Transport(Protocol):
 
     rank: int
     size: int
-    num_sent: int  # messages, ever
 
     def send_rows(self, rows: np.ndarray, peer: int, tag: int) -> Request:
         """Start to send uint8 rows [n, row_bytes], which must stay as they are until the request is done."""
@@ -94,8 +93,6 @@ class Transport(Protocol):
 
 class Loopback(Transport):
     """The transport of a group on one node: nothing may be sent."""
-
-    num_sent = 0
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size

@@ -70,12 +70,7 @@ class Window:
     descriptors: np.ndarray
 
     def __init__(
-        self,
-        sizes: WindowSizes,
-        num_local_peers: int,
-        local_index: int,
-        memory: np.ndarray,
-        sync: Callable[[], object],
+        self, sizes: WindowSizes, num_local_peers: int, local_index: int, memory: np.ndarray, sync: Callable[[], object]
     ) -> None:
         """memory: uint8 array of sizes.num_bytes, all zero; sync: a call that orders memory among the local peers."""
         self.sizes, self.num_local_peers, self.local_index, self.sync = sizes, num_local_peers, local_index, sync

@@ -16,7 +16,7 @@ from hpcmoe.comm.window import DESCRIPTOR_WORDS, Window
 from hpcmoe.dispatch.plan import ranges
 from hpcmoe.dispatch.routes import Routes
 
-MAX_CHUNK_FACTOR = 1.5  # x the rows that a chunk is to have, as rounding to whole chunks gives
+_MAX_CHUNK_FACTOR = 1.5  # x the rows that a chunk is to have, as rounding to whole chunks gives
 Key = tuple[int, int]  # of a descriptor: the local peer that published it, and its number in that peer's table
 
 
@@ -33,13 +33,13 @@ class Batch:
         """Yield the chunks into which the rows are cut: a slice, and (slot, rows) of each slot in it.
 
         A slot with many rows has several chunks, as even as can be. Slots with few rows share one or, apart, have one
-        each, so that none depends on another. None has more than MAX_CHUNK_FACTOR x about_rows.
+        each, so that none depends on another. None has more than _MAX_CHUNK_FACTOR x about_rows.
         """
         begin, end = 0, 0  # of the chunk that is not full yet
         shared: list[tuple[int, int]] = []
         for slot, rows in enumerate(self.rows_of_slot.tolist()):
             # Close the shared chunk where this slot's rows would be too many in it.
-            if shared and (apart or end - begin + rows > MAX_CHUNK_FACTOR * about_rows):
+            if shared and (apart or end - begin + rows > _MAX_CHUNK_FACTOR * about_rows):
                 yield slice(begin, end), shared
                 begin, shared = end, []
 

@@ -18,7 +18,7 @@ from hpcmoe.config import DispatchConfig
 from hpcmoe.dispatch.gate import load_acts_on_gates, renormalizes
 from hpcmoe.gemm import multiply
 
-FEW_MAXIMA, FEW_EXPERTS = 2, 64  # one maximum after the other then takes a third of topk's time
+_FEW_MAXIMA, _FEW_EXPERTS = 2, 64  # one maximum after the other then takes a third of topk's time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ def count_assignments(experts: Tensor, num_experts: int) -> Tensor:
 
 def choose_largest(logits: Tensor, count: int) -> Tensor:
     """Return the columns of each row's largest entries, largest first: logits [T, E] -> [T, count] int64."""
-    if count > FEW_MAXIMA or logits.shape[-1] > FEW_EXPERTS:
+    if count > _FEW_MAXIMA or logits.shape[-1] > _FEW_EXPERTS:
         return logits.topk(count, dim=-1).indices
     chosen, left = list[Tensor](), logits
     for _ in range(count):

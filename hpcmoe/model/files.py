@@ -20,9 +20,9 @@ from hpcmoe.paths import expand_pattern
 log = logging.getLogger(__name__)
 
 # Reasons why a path is no text.
-FOLDER, EMPTY_FILE, IRREGULAR = "folders", "empty", "no regular files"
-DANGLING, OWN = "links to nothing", "in the run's own folder"
-EXCLUDED, DUPLICATE = "taken by exclude", "other names of the same files"
+_FOLDER, _EMPTY_FILE, _IRREGULAR = "folders", "empty", "no regular files"
+_DANGLING, _OWN = "links to nothing", "in the run's own folder"
+_EXCLUDED, _DUPLICATE = "taken by exclude", "other names of the same files"
 _MAX_NAMED = 5  # patterns in one line
 
 
@@ -100,7 +100,7 @@ def log_left_out(data: DataConfig, files: dict[str, Stamp], left_out: dict[str, 
 
 def count_reasons(left_out: dict[str, str]) -> str:
     """Format how many paths were left out for each reason."""
-    return ", ".join(f"{count} {why}" for why, count in Counter(left_out.values()).items() if why != FOLDER)
+    return ", ".join(f"{count} {why}" for why, count in Counter(left_out.values()).items() if why != _FOLDER)
 
 
 def drop_duplicates(found: dict[str, os.stat_result], left_out: dict[str, str]) -> dict[str, Stamp]:
@@ -108,7 +108,7 @@ def drop_duplicates(found: dict[str, os.stat_result], left_out: dict[str, str]) 
     files, seen = {}, set()
     for path, info in sorted(found.items()):
         if (info.st_dev, info.st_ino) in seen:
-            left_out[path] = DUPLICATE
+            left_out[path] = _DUPLICATE
         else:
             seen.add((info.st_dev, info.st_ino))
             files[path] = make_stamp(info)
@@ -126,7 +126,7 @@ def stat_named(path: str, is_own: Callable[[str], bool]) -> tuple[dict[str, os.s
         raise ConfigError(f"{what}: {error.strerror}") from None
     why = find_reason(path, info, is_own)
     hint = f"a folder; its files are {printable(os.path.join(path, '*'))}"
-    if problem := {FOLDER: hint, OWN: OWN, IRREGULAR: "no regular file"}.get(why):
+    if problem := {_FOLDER: hint, _OWN: _OWN, _IRREGULAR: "no regular file"}.get(why):
         raise ConfigError(f"{what}: is {problem}")
     return ({}, {path: why}) if why else ({path: info}, {})
 
@@ -141,9 +141,9 @@ def stat_matches(
             info = os.stat(path)
             why = find_reason(path, info, is_own)
         except OSError:
-            why = DANGLING
-        if why != FOLDER and any(is_excluded(path, pattern) for pattern in exclude):
-            why = EXCLUDED
+            why = _DANGLING
+        if why != _FOLDER and any(is_excluded(path, pattern) for pattern in exclude):
+            why = _EXCLUDED
         if why:
             left_out[path] = why
         else:
@@ -161,12 +161,12 @@ def is_excluded(path: str, pattern: str) -> bool:
 def find_reason(path: str, info: os.stat_result, is_own: Callable[[str], bool]) -> str:
     """Return why an existing path is no text, "" where it is."""
     if stat.S_ISDIR(info.st_mode):
-        return FOLDER
+        return _FOLDER
     if not stat.S_ISREG(info.st_mode):
-        return IRREGULAR
+        return _IRREGULAR
     if is_own(path):
-        return OWN
-    return EMPTY_FILE if info.st_size == 0 else ""
+        return _OWN
+    return _EMPTY_FILE if info.st_size == 0 else ""
 
 
 def make_own_test(own_folder: str | os.PathLike | None) -> Callable[[str], bool]:

@@ -192,11 +192,7 @@ class LanguageModel(nn.Module):
 
 
 def make_model(
-    spec: NetworkSpec,
-    mesh: Mesh,
-    placement: ExpertSlots,
-    dispatcher: TokenDispatcher,
-    device: Device,
+    spec: NetworkSpec, mesh: Mesh, placement: ExpertSlots, dispatcher: TokenDispatcher, device: Device
 ) -> LanguageModel:
     """Build this rank's part of the network; the weights drawn are the same at any number of ranks."""
     generator = torch.Generator().manual_seed(spec.seed)
@@ -212,12 +208,7 @@ def make_model(
 
 
 def make_layer(
-    spec: NetworkSpec,
-    mesh: Mesh,
-    placement: ExpertSlots,
-    dispatcher: TokenDispatcher,
-    draw: Draw,
-    layer: int,
+    spec: NetworkSpec, mesh: Mesh, placement: ExpertSlots, dispatcher: TokenDispatcher, draw: Draw, layer: int
 ) -> MoELayer:
     """Build a block: dense part and router whole, and the experts of this rank's slots."""
     model = spec.model

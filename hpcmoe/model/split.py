@@ -11,7 +11,7 @@ import numpy as np
 from hpcmoe.model.files import Stamp
 
 MOST_TRIED = 16  # files whose every combination is tried
-GOLDEN_RATIO = (5**0.5 - 1) / 2  # the fractional parts of its multiples fill 0 to 1 evenly
+_GOLDEN_RATIO = (5**0.5 - 1) / 2  # the fractional parts of its multiples fill 0 to 1 evenly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ def interleave_folders(paths: Iterable[str]) -> list[str]:
     for number, files in enumerate(folders.values(), start=1):
         files.sort(key=lambda path: zlib.crc32(os.fsencode(os.path.basename(path))))
         for index, path in enumerate(files):
-            positions[path] = (index + number * GOLDEN_RATIO % 1) / len(files), absolute[path]
+            positions[path] = (index + number * _GOLDEN_RATIO % 1) / len(files), absolute[path]
     return sorted(absolute, key=positions.__getitem__)
 
 

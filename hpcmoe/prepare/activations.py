@@ -91,10 +91,7 @@ def locate(array: Tensor | np.ndarray) -> tuple[int, int]:
 
 
 def measure_memory(
-    network: LanguageModel,
-    adamw: torch.optim.AdamW | None,
-    dispatcher: TokenDispatcher,
-    tracker: ActivationTracker,
+    network: LanguageModel, adamw: torch.optim.AdamW | None, dispatcher: TokenDispatcher, tracker: ActivationTracker
 ) -> Memory:
     """Add up the arrays that are really there -> Memory; one_expert is a local one times its shards."""
     # Count the parameters of the experts.

@@ -57,7 +57,7 @@ class Memory:
 
 def estimate_memory(
     spec: NetworkSpec, mesh: Mesh, slots: int, sizes: AnySizes, buffer_bytes: int,
-    *, shard_optimizer: bool = False, keeps_snapshot: bool = False, num_moves: int = 0,
+    *, shard_optimizer: bool, keeps_snapshot: bool, num_moves: int,
 ) -> Memory:  # fmt: skip
     """Estimate the memory of a rank with all its slots full.
 

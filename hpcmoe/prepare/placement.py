@@ -54,12 +54,7 @@ class Demand:
 
 
 def make_run_problem(
-    model: ModelConfig,
-    settings: PlacementConfig,
-    demand: Demand,
-    topology: Topology,
-    mesh: Mesh,
-    budget: MemoryBudget,
+    model: ModelConfig, settings: PlacementConfig, demand: Demand, topology: Topology, mesh: Mesh, budget: MemoryBudget
 ) -> PlacementProblem:
     """Build the placement problem that all expert-parallel groups share."""
     assert demand.loads is not None  # rank 0 states the problem

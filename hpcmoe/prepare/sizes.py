@@ -12,14 +12,7 @@ from hpcmoe.comm.mpi import read_max_tag
 from hpcmoe.comm.transport import count_tags
 from hpcmoe.config import CommConfig, NetworkSpec, PipelineConfig
 from hpcmoe.dispatch.routes import Routes, make_routes
-from hpcmoe.dispatch.sizes import (
-    AnySizes,
-    DeviceSizes,
-    HostSizes,
-    Sizes,
-    choose_gemm_rows,
-    count_messages,
-)
+from hpcmoe.dispatch.sizes import AnySizes, DeviceSizes, HostSizes, Sizes, choose_gemm_rows, count_messages
 from hpcmoe.errors import ConfigError
 from hpcmoe.wait import gather_to_all
 

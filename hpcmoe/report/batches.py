@@ -1,14 +1,13 @@
 """How many rows an expert works on at once: B_e = min(T_e, B_max), as they came, expert by expert."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.dispatch.sizes import HostSizes, Sizes
-from hpcmoe.dispatch.traffic import add_batches
+from hpcmoe.dispatch.traffic import BatchCount, add_batches
 from hpcmoe.placement.result import Placement
 from hpcmoe.report.metrics import Recorder
 from hpcmoe.wait import wait_all
@@ -18,10 +17,10 @@ class Batches:
     """Batches of this rank's experts since the run began; experts may move between slots."""
 
     def __init__(self) -> None:
-        self.of_slot: dict[tuple[int, int], Any] = {}  # (layer, slot): (number, rows, least, most)
-        self.of_expert: dict[tuple[int, int], Any] = {}  # (layer, expert): the same
+        self.of_slot: dict[tuple[int, int], BatchCount] = {}  # by (layer, slot)
+        self.of_expert: dict[tuple[int, int], BatchCount] = {}  # by (layer, expert)
 
-    def add(self, batches: dict[tuple[int, int], Any]) -> None:
+    def add(self, batches: dict[tuple[int, int], BatchCount]) -> None:
         """Add a step's batches, by layer and slot."""
         for place, counted in batches.items():
             add_batches(self.of_slot, place, counted)

@@ -13,11 +13,11 @@ from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.placement.resources import name_resource
 from hpcmoe.placement.result import Placement, Usage
 
-MOST_NODES_IN_A_RING = 16
-MOST_NAMED_EXPERTS = 12  # of a node; more are drawn without their numbers
-MOST_NAMED_RESOURCES = 2  # of those that bind
-TIME_COLOURS, LOAD_COLOURS = colormaps["plasma_r"], colormaps["Greens"]
-GOLDEN_ANGLE = np.pi * (3 - 5**0.5)
+_MOST_NODES_IN_A_RING = 16
+_MOST_NAMED_EXPERTS = 12  # of a node; more are drawn without their numbers
+_MOST_NAMED_RESOURCES = 2  # of those that bind
+_TIME_COLOURS, _LOAD_COLOURS = colormaps["plasma_r"], colormaps["Greens"]
+_GOLDEN_ANGLE = np.pi * (3 - 5**0.5)
 
 
 def draw_placement(
@@ -25,12 +25,12 @@ def draw_placement(
 ) -> None:
     """Draw a placement to a file of a kind that matplotlib writes: one layer in a ring, or all where nodes are many."""
     # Draw the layer, or all.
-    figure = Figure(figsize=(12, 9) if problem.num_nodes <= MOST_NODES_IN_A_RING else (14, 9), layout="constrained")
-    if problem.num_nodes <= MOST_NODES_IN_A_RING:
+    figure = Figure(figsize=(12, 9) if problem.num_nodes <= _MOST_NODES_IN_A_RING else (14, 9), layout="constrained")
+    if problem.num_nodes <= _MOST_NODES_IN_A_RING:
         draw_ring(figure, problem, usage, layer)
         shown = f"layer {layer} of {problem.num_layers}: {1e3 * usage.layer_seconds[layer]:.4g} ms"
         names = [name_resource(problem, *resource) for resource in usage.list_binding(layer)]
-        shown += f" ({', '.join(names[:MOST_NAMED_RESOURCES])})" if names else ""
+        shown += f" ({', '.join(names[:_MOST_NAMED_RESOURCES])})" if names else ""
     else:
         draw_maps(figure, problem, usage)
         shown = f"sums over {problem.num_layers} layers"
@@ -93,14 +93,14 @@ def _draw_links(figure, axes, problem, tokens, discs):
     """Draw an arrow for each link with tokens [nodes, nodes]: coloured by its time, as wide as it has tokens."""
     crossing = np.where(np.eye(len(tokens)), 0.0, tokens)
     milliseconds = 1e3 * (crossing * problem.link_cost + np.where(crossing > 0, problem.link_latency, 0.0))
-    scale = ScalarMappable(Normalize(0, milliseconds.max() or 1), TIME_COLOURS)
+    scale = ScalarMappable(Normalize(0, milliseconds.max() or 1), _TIME_COLOURS)
     for source, target in np.argwhere(crossing > 0):
         busy = milliseconds[source, target] / scale.norm.vmax
         width = 0.3 + 4 * crossing[source, target] / crossing.max()
         arrow = FancyArrowPatch(
             discs[source].center, discs[target].center, patchA=discs[source], patchB=discs[target],
             connectionstyle="arc3,rad=0.14", arrowstyle="-|>", mutation_scale=8 + width, shrinkA=0, shrinkB=1,
-            linewidth=width, color=TIME_COLOURS(busy), alpha=0.1 + 0.9 * busy**2, zorder=1 + busy,
+            linewidth=width, color=_TIME_COLOURS(busy), alpha=0.1 + 0.9 * busy**2, zorder=1 + busy,
         )  # fmt: skip
         axes.add_patch(arrow)
     if crossing.any():
@@ -109,20 +109,20 @@ def _draw_links(figure, axes, problem, tokens, discs):
 
 def _draw_experts(figure, axes, tokens, replicas, discs):
     """Draw the experts [nodes, E] inside their nodes' discs, coloured and sized by the tokens they serve there."""
-    scale = ScalarMappable(Normalize(0, tokens.max() or 1), LOAD_COLOURS)
+    scale = ScalarMappable(Normalize(0, tokens.max() or 1), _LOAD_COLOURS)
     for node, disc in enumerate(discs):
         experts = np.flatnonzero(replicas[node])
         spacing = 0.8 * disc.radius / max(len(experts), 1) ** 0.5
         for place, expert in enumerate(experts[np.argsort(-tokens[node, experts], kind="stable")]):
             # Place them like a sunflower's seeds: evenly over the disc, the hottest in the middle.
             reach = (disc.radius - 0.6 * spacing) * ((place + 0.5 * (len(experts) > 1)) / len(experts)) ** 0.5
-            turn = np.array([np.cos(place * GOLDEN_ANGLE), np.sin(place * GOLDEN_ANGLE)])
+            turn = np.array([np.cos(place * _GOLDEN_ANGLE), np.sin(place * _GOLDEN_ANGLE)])
             spot, load = disc.center + reach * turn, tokens[node, expert] / scale.norm.vmax
             size = spacing * (0.36 + 0.36 * load**0.5)
-            axes.add_patch(Circle(spot, size, facecolor=LOAD_COLOURS(load), edgecolor="0.3", linewidth=0.6, zorder=4))
+            axes.add_patch(Circle(spot, size, facecolor=_LOAD_COLOURS(load), edgecolor="0.3", linewidth=0.6, zorder=4))
 
             # Name them where they are few.
-            if len(experts) <= MOST_NAMED_EXPERTS:
+            if len(experts) <= _MOST_NAMED_EXPERTS:
                 name = f"{expert}" if replicas[node, expert] == 1 else f"{expert}x{replicas[node, expert]}"
                 ink = "white" if load > 0.6 else "black"
                 axes.text(spot[0], spot[1], name, ha="center", va="center", fontsize=7, color=ink, zorder=5)
@@ -136,7 +136,7 @@ def draw_maps(figure: Figure, problem: PlacementProblem, usage: Usage) -> None:
     grid = figure.add_gridspec(3, 2, width_ratios=(1.25, 1))
     axes = figure.add_subplot(grid[:, 0])
     milliseconds = np.where(crossing > 0, 1e3 * crossing * problem.link_cost, np.nan)  # white where nothing goes
-    figure.colorbar(axes.imshow(milliseconds, cmap=TIME_COLOURS, vmin=0, interpolation="nearest"), ax=axes, shrink=0.8)
+    figure.colorbar(axes.imshow(milliseconds, cmap=_TIME_COLOURS, vmin=0, interpolation="nearest"), ax=axes, shrink=0.8)
     axes.set(title="time of a link, ms", xlabel="to node", ylabel="from node")
     for border in np.flatnonzero(np.diff(problem.rack_of_node)) + 0.5:
         axes.axhline(border, color="0.3", linewidth=0.6)

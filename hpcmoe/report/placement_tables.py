@@ -12,9 +12,9 @@ from hpcmoe.placement.resources import name_resource
 from hpcmoe.placement.result import Placement, Usage
 
 MOST_NODE_ROWS = 16  # rows of the table of nodes; of a larger cluster those that serve most
-MOST_BUSY = 4  # rows of each kind of resource
-MOST_OFTEN = 2  # resources named in a row of what binds
-MOST_RANGES = 6  # of numbers in a cell
+_MOST_BUSY = 4  # rows of each kind of resource
+_MOST_OFTEN = 2  # resources named in a row of what binds
+_MOST_RANGES = 6  # of numbers in a cell
 _Rows = list[tuple[str, ...]]
 KINDS = {
     "link": "link", "egress": "port", "ingress": "port", "uplink_out": "uplink", "uplink_in": "uplink", "rank": "rank",
@@ -129,7 +129,7 @@ def rows_of_busiest(problem: PlacementProblem, usage: Usage) -> _Rows:
         found.sort(key=lambda entry: -entry[0])
 
         # List the first, each with its worst layer.
-        for total, name, index in found[:MOST_BUSY]:
+        for total, name, index in found[:_MOST_BUSY]:
             of_layer = np.array([seconds[index] for seconds in usage.seconds[name]])  # [L]
             worst = int(of_layer.argmax())
             rows.append((kind, name_resource(problem, name, index), in_ms(total), in_ms(of_layer[worst]), f"{worst}"))
@@ -152,8 +152,8 @@ def rows_of_binding(problem: PlacementProblem, usage: Usage) -> _Rows:
     rows: _Rows = []
     for kind, layers in layers_of_kind.items():
         names = Counter(name_resource(problem, *resource) for _, binding in layers for resource in binding)
-        often = ", ".join(f"{name} in {count}" for name, count in names.most_common(MOST_OFTEN))
-        more = f" and {len(names) - MOST_OFTEN} more" * (len(names) > MOST_OFTEN)
+        often = ", ".join(f"{name} in {count}" for name, count in names.most_common(_MOST_OFTEN))
+        more = f" and {len(names) - _MOST_OFTEN} more" * (len(names) > _MOST_OFTEN)
         numbers = [layer for layer, _ in layers]
         rows.append((kind, f"{len(layers)}: {format_ranges(numbers)}", in_ms(seconds[numbers].sum()), often + more))
     return rows
@@ -169,8 +169,8 @@ def format_ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number, count])
     words = [f"{a}-{b}"[: None if b > a else len(f"{a}")] + f" x{count}" * (count > 1) for a, b, count in runs]
-    cut = f" ... ({len(counts)})" if len(words) > MOST_RANGES else ""
-    return ", ".join(words[:MOST_RANGES]) + cut
+    cut = f" ... ({len(counts)})" if len(words) > _MOST_RANGES else ""
+    return ", ".join(words[:_MOST_RANGES]) + cut
 
 
 def plural(number: int, noun: str) -> str:

@@ -101,7 +101,7 @@ class Optimizer:
 
         Collective over world.
         """
-        self.sum_gradients()
+        self.sums.finish()
         norm = self.global_norm()
         if 0 < self.train.clip_norm < norm:
             self.dense.flat *= self.train.clip_norm / norm
@@ -114,10 +114,6 @@ class Optimizer:
         for layer in self.network.layers:
             layer.experts.refresh()
         return norm
-
-    def sum_gradients(self) -> None:
-        """Wait for the sums of gradients over the ranks that share a parameter. Collective over world."""
-        self.sums.finish()
 
     def gather_dense(self) -> None:
         """Gather the rows that other ranks stepped, in the memory of the applied gradients. Collective over world."""

@@ -14,7 +14,7 @@ from hpcmoe.run.optimizer import SharedExperts
 from hpcmoe.wait import gather_to_all, wait_all
 
 NOT_HELD = np.iinfo(np.int64).min  # the digest of what a rank does not hold
-MOST_ERRORS = 8  # that a message lists
+_MOST_ERRORS = 8  # that a message lists
 
 
 def check_shared_parameters(network: LanguageModel, shared: SharedExperts, mesh: Mesh, step: int) -> None:
@@ -37,9 +37,9 @@ def check_shared_parameters(network: LanguageModel, shared: SharedExperts, mesh:
     names = name_parts(network, mesh)
     errors = [
         f"step {step}: copies of {names[part]} differ: {describe_ranks(of_ranks[:, number])}"
-        for number, part in enumerate(differ[:MOST_ERRORS].tolist())
+        for number, part in enumerate(differ[:_MOST_ERRORS].tolist())
     ]
-    more = [f"step {step}: and {len(differ) - MOST_ERRORS} others"] * (len(differ) > MOST_ERRORS)
+    more = [f"step {step}: and {len(differ) - _MOST_ERRORS} others"] * (len(differ) > _MOST_ERRORS)
     raise_or_return(None, TrainingError("\n".join(errors + more)))
 
 
@@ -87,5 +87,6 @@ def describe_ranks(digests: np.ndarray) -> str:
 
 def list_ranks(ranks: list[int]) -> str:
     """Format rank numbers, the first few of many."""
-    few = ", ".join(map(str, ranks[:MOST_ERRORS]))
-    return f"rank{'s' * (len(ranks) > 1)} {few}" + f" and {len(ranks) - MOST_ERRORS} more" * (len(ranks) > MOST_ERRORS)
+    few = ", ".join(map(str, ranks[:_MOST_ERRORS]))
+    more = f" and {len(ranks) - _MOST_ERRORS} more" * (len(ranks) > _MOST_ERRORS)
+    return f"rank{'s' * (len(ranks) > 1)} {few}{more}"

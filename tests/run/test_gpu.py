@@ -83,7 +83,7 @@ def test_bfloat16_is_within_a_hundredth(comm, shared, way, kind):
         starts, batches, groups = whole_batches(job, 1)
         optimizer.zero_gradients()
         outcome = job.stepper.run(job.training, starts, load, "train")
-        optimizer.sum_gradients()
+        optimizer.sums.finish()
         gradients = gather_logical(comm, state, lambda p: p.grad)
         total, entropy, _ = oracle.loss_of(weights, job.config, batches, torch.tensor(load).float(), groups)
         total.backward()

@@ -32,7 +32,7 @@ def step_both(comm, folder, **changes):
         starts, batches, groups = whole_batches(job, 1)
         optimizer.zero_gradients()
         dropped = job.stepper.run(job.training, starts, load, "train").stats.num_dropped
-        optimizer.sum_gradients()
+        optimizer.sums.finish()
         gradients = gather_logical(comm, state, lambda p: p.grad)
         total, _, _ = oracle.loss_of(weights, job.config, batches, torch.tensor(load).float(), groups)
         total.backward()

@@ -56,7 +56,7 @@ def test_every_replica_of_an_expert_gets_the_sum_in_rank_order(comm, shared):
             up.grad.copy_(torch.from_numpy(np.random.default_rng(seed).normal(size=up.shape)))
             mine[replica.layer, replica.expert] = up.grad.numpy().copy()
         of_ranks = gather_to_all(comm, mine)
-        optimizer.sum_gradients()
+        optimizer.sums.finish()
         for replica in sharing.held_replicas():
             which = replica.layer, replica.expert
             assert replica.ranks == tuple(rank for rank in range(comm.size) if which in of_ranks[rank])
@@ -84,7 +84,7 @@ def test_sums_beside_the_backward_pass_are_those_after_it(comm, shared, schedule
             optimizer.zero_gradients()
             job.stepper.run(job.training, np.arange(14), np.ones((2, 2)), "train")
             early.append(len(optimizer.sums.left))
-            optimizer.sum_gradients()
+            optimizer.sums.finish()
             norms.append(optimizer.global_norm())
             gradients.append(gather_logical(comm, state, lambda p: p.grad))  # replicas agree bit for bit
     assert early == [6, 0, 0]  # head, two layers' dense parts and experts, embedding

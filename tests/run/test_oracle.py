@@ -222,7 +222,7 @@ def test_all_tokens_to_one_expert(comm, shared, way):
         weights = {name: w.requires_grad_() for name, w in gather_logical(comm, state, lambda p: p.data).items()}
         starts, batches, groups = whole_batches(job, 1)
         outcome = job.stepper.run(job.training, starts, load, "train")
-        optimizer.sum_gradients()
+        optimizer.sums.finish()
         gradients = gather_logical(comm, state, lambda p: p.grad)
         total, entropy, _ = oracle.loss_of(weights, job.config, batches, torch.tensor(load).float(), groups)
         total.backward()

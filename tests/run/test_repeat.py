@@ -43,7 +43,7 @@ def run_steps(comm, folder, seed, monkeypatch, **changes):
             starts = draw_starts(len(job.training), count, length, config.run.seed, step)
             optimizer.zero_gradients()
             outcome = job.stepper.run(job.training, starts, load, "train")
-            optimizer.sum_gradients()
+            optimizer.sums.finish()
             values += [p.grad.clone() for p in job.stepper.network.parameters() if p.grad is not None]
             optimizer.step(step)
             values += [p.detach().clone() for p in job.stepper.network.parameters()] + [torch.tensor(outcome.loss)]

@@ -44,7 +44,7 @@ def test_measuring_activations_changes_no_gradient(comm, shared):
         for _ in range(2):  # only the first is measured
             optimizer.zero_gradients()
             job.stepper.run(job.training, np.arange(14), LOAD, "train")
-            optimizer.sum_gradients()
+            optimizer.sums.finish()
             taken.append(gradients(job))
         assert all(torch.equal(first, second) for first, second in zip(*taken, strict=True))
 

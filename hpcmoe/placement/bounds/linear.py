@@ -186,11 +186,7 @@ class Program:
 
 
 def make_program(
-    problem: PlacementProblem,
-    demand: np.ndarray,
-    capacity: np.ndarray,
-    choices: Choices,
-    floor: np.ndarray | None = None,
+    problem: PlacementProblem, demand: np.ndarray, capacity: np.ndarray, choices: Choices, floor: np.ndarray | None
 ) -> Program:
     """Build what a layer's programs share: demand [nodes, E], capacity [nodes + 1] on each node and in all.
 

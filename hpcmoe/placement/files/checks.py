@@ -13,22 +13,22 @@ from hpcmoe.placement.problem import PlacementProblem
 if TYPE_CHECKING:
     from hpcmoe.placement.files.case import Case
 
-SUM_TOLERANCE = 1e-6  # of a row of probabilities
-MOST_SLOTS = 10**8  # layers x G x slots_per_gpu that are written out
-MOST_SECONDS = 1e15  # longer than that nothing is worth placing
-PROBABILITIES = ("P", "P_src_node_domain_weights", "P_domain")  # whose rows sum to 1
+_SUM_TOLERANCE = 1e-6  # of a row of probabilities
+_MOST_SLOTS = 10**8  # layers x G x slots_per_gpu that are written out
+_MOST_SECONDS = 1e15  # longer than that nothing is worth placing
+_PROBABILITIES = ("P", "P_src_node_domain_weights", "P_domain")  # whose rows sum to 1
 SHAPES = {
     "rank_to_node": ("G",), "B": ("nodes", "nodes"), "L": ("nodes", "nodes"), "M": ("nodes",),
     "home_tokens_per_rank": ("G",), "P": ("layers", "E"), "nic_out": ("nodes",), "nic_in": ("nodes",),
     "rack": ("nodes",), "P_src_node_domain_weights": ("nodes", "D"), "P_domain": ("layers", "D", "E"),
 }  # fmt: skip
 _RATE, _AMOUNT, _LIMIT = "finite and > 0", "finite and >= 0", "> 0; Infinity is no limit"
-RANGES = {
+_RANGES = {
     "B": _RATE, "bytes_per_token": _RATE, "L": _AMOUNT, "M": _AMOUNT, "home_tokens_per_rank": _AMOUNT, "P": _AMOUNT,
     "seconds_per_token": _AMOUNT, "P_src_node_domain_weights": _AMOUNT, "P_domain": _AMOUNT,
     "nic_out": _LIMIT, "nic_in": _LIMIT, "uplink": _LIMIT,
 }  # fmt: skip
-CASE_NAMES = {"tokens": "home_tokens_per_rank"}  # what a case file calls otherwise than find_overflow
+_CASE_NAMES = {"tokens": "home_tokens_per_rank"}  # what a case file calls otherwise than find_overflow
 
 
 def to_integer(value: object) -> object:
@@ -62,10 +62,10 @@ def find_shape_mismatches(case: Case) -> Iterator[str]:
             names = sorted({*case.rack})
             yield f"uplink has {len(case.uplink)} entries, rack names {len(names)} racks: {show_value(names)}"
     num_slots = case.layers * case.G * case.slots_per_gpu
-    if num_slots > MOST_SLOTS:
+    if num_slots > _MOST_SLOTS:
         yield (
             f"slots_per_gpu = {case.slots_per_gpu}: layers {case.layers} x G {case.G} x {case.slots_per_gpu} = "
-            f"{num_slots} slots: must be at most {MOST_SLOTS}"
+            f"{num_slots} slots: must be at most {_MOST_SLOTS}"
         )
 
 
@@ -95,7 +95,7 @@ def number_racks(rack: Sequence[Any], num_uplinks: int) -> Sequence[int] | None:
 def find_invalid_numbers(case: Case) -> Iterator[str]:
     """Yield a line for each key with a number that cannot be, naming the first of them."""
     off_diagonal = ~np.eye(case.nodes, dtype=bool)
-    for key, what in RANGES.items():
+    for key, what in _RANGES.items():
         if getattr(case, key) is None:
             continue
 
@@ -107,10 +107,10 @@ def find_invalid_numbers(case: Case) -> Iterator[str]:
         yield from format_first(key, value, wrong, f"must be {what}")
 
         # Sum rows of probabilities.
-        if key in PROBABILITIES and not wrong.any():
+        if key in _PROBABILITIES and not wrong.any():
             total = value.sum(axis=-1)
-            wrong = np.abs(total - 1) > SUM_TOLERANCE
-            yield from format_first(f"sum of {key}", total, wrong, f"must be 1, to within {SUM_TOLERANCE:g}")
+            wrong = np.abs(total - 1) > _SUM_TOLERANCE
+            yield from format_first(f"sum of {key}", total, wrong, f"must be 1, to within {_SUM_TOLERANCE:g}")
 
     nodes = np.array(case.rank_to_node)
     yield from format_first("rank_to_node", nodes, nodes >= case.nodes, f"must be below nodes = {case.nodes}")
@@ -125,7 +125,7 @@ def format_first(key: str, value: np.ndarray, wrong: np.ndarray, what: str) -> I
         yield f"{key}{format_index(index)} = {shown}: {what}{format_more(int(wrong.sum()) - 1)}"
 
 
-def find_overflow(problem: PlacementProblem, names: Mapping[str, str] = CASE_NAMES) -> Iterator[str]:
+def find_overflow(problem: PlacementProblem, names: Mapping[str, str] = _CASE_NAMES) -> Iterator[str]:
     """Yield one line where seconds could leave the numbers that can be computed with; names: the user's for these."""
     tokens = problem.tokens_of_rank.sum()
     rates = {
@@ -139,10 +139,10 @@ def find_overflow(problem: PlacementProblem, names: Mapping[str, str] = CASE_NAM
         seconds["seconds_per_token"] = tokens * problem.seconds_per_token
         seconds["L"] = problem.latency_seconds.max()
     for key, longest in seconds.items():
-        if not longest * problem.num_layers <= MOST_SECONDS:
+        if not longest * problem.num_layers <= _MOST_SECONDS:
             yield (
                 f"{names.get(key, key)}: at worst {longest:.3g} s for the {tokens:.3g} assignments of "
                 f"{names['tokens']} x {names.get('layers', 'layers')} = {problem.num_layers}: "
-                f"must be at most {MOST_SECONDS:g} s"
+                f"must be at most {_MOST_SECONDS:g} s"
             )
             return

@@ -22,12 +22,12 @@ from hpcmoe.placement.search.layer_data import EMPTY
 from hpcmoe.reading import read_bytes, read_json
 
 SLOTS = ("expert_of_slot", "physical_to_logical", "physical_to_logical_map", "phy2log", "initial_global_assignments")
-INVERSES = ("logical_to_physical", "logical_to_physical_map", "logical_to_all_physical_map", "log2phy")
-POSITIONS = ("expert_map", "expert_maps")
-COUNTS = ("logical_count", "expert_count", "logcnt")  # how often experts are there, or were chosen, not where
-POSITIONS_READ = "its numbers are read as each expert's place on each rank"
-MOST_DEEP, _MOST_ENTRIES = 3, 10**7
-ARCHIVES = {
+_INVERSES = ("logical_to_physical", "logical_to_physical_map", "logical_to_all_physical_map", "log2phy")
+_POSITIONS = ("expert_map", "expert_maps")
+_COUNTS = ("logical_count", "expert_count", "logcnt")  # how often experts are there, or were chosen, not where
+_POSITIONS_READ = "its numbers are read as each expert's place on each rank"
+_MOST_DEEP, _MOST_ENTRIES = 3, 10**7
+_ARCHIVES = {
     b"PK\x03\x04": "a zip archive, as torch.save and numpy.savez make",
     b"\x80": "a pickle, as old versions of torch.save make",
     b"\x89HDF": "an HDF5 file",
@@ -47,7 +47,7 @@ def read_slots(path: str | os.PathLike, problem: PlacementProblem) -> tuple[str,
     check_range(where, array, problem.num_experts)
     array, notes = _shape_by_rank(where, array, widths, problem)
     if kind == "positions" or _is_position_map(array, problem.num_experts):
-        array, notes = _invert_positions(where, array, problem.num_experts), [*notes, POSITIONS_READ]
+        array, notes = _invert_positions(where, array, problem.num_experts), [*notes, _POSITIONS_READ]
     return name, array, notes
 
 
@@ -55,7 +55,7 @@ def _find_numbers(path):
     """Find a file's numbers -> (their name there, "slots", "inverses" or "positions", nested lists or array)."""
     # Read arrays, and reject what is not read.
     content = read_bytes(path)
-    for mark, what in ARCHIVES.items():
+    for mark, what in _ARCHIVES.items():
         if content.startswith(mark):
             raise ConfigError(f"{one_line(path)}: is {what}, which is not read: save its map as .npy or .json")
     if content.startswith(b"\x93NUMPY") or pathlib.Path(path).suffix == ".npy":
@@ -67,7 +67,7 @@ def _find_numbers(path):
     tree = read_json(path)
     if not isinstance(tree, dict):
         return "the list", "slots", tree
-    for kind, names in (("slots", SLOTS), ("inverses", INVERSES), ("positions", POSITIONS)):
+    for kind, names in (("slots", SLOTS), ("inverses", _INVERSES), ("positions", _POSITIONS)):
         for name in names:
             if name in tree:
                 return name, kind, tree[name]
@@ -77,10 +77,10 @@ def _find_numbers(path):
         return "the object", "slots", tree
 
     # Explain what is missing.
-    counts = [name for name in COUNTS if name in tree]
+    counts = [name for name in _COUNTS if name in tree]
     what = f"{counts[0]} tells how many, not where" if counts else f"has {show_value(sorted(tree))}"
     raise ConfigError(
-        f"{one_line(path)}: {what}: an object needs {', '.join((*SLOTS, 'layer_list'))}, or {INVERSES[0]}"
+        f"{one_line(path)}: {what}: an object needs {', '.join((*SLOTS, 'layer_list'))}, or {_INVERSES[0]}"
     )
 
 
@@ -141,12 +141,12 @@ def _make_array(where, numbers):
     # Flatten it level by level.
     lists = numbers.tolist() if isinstance(numbers, np.ndarray) else _order_numbered(where, numbers)
     levels = [[lists]]
-    while all(isinstance(entry, list) for entry in levels[-1]) and len(levels) <= MOST_DEEP + 1:
+    while all(isinstance(entry, list) for entry in levels[-1]) and len(levels) <= _MOST_DEEP + 1:
         levels.append(list(itertools.chain.from_iterable(levels[-1])))
         if not levels[-1]:
             raise ConfigError(f"{where} is empty")
     *outer, entries = levels
-    if not 1 <= len(outer) <= MOST_DEEP or any(isinstance(entry, list) for entry in entries):
+    if not 1 <= len(outer) <= _MOST_DEEP or any(isinstance(entry, list) for entry in entries):
         what = "[slots], [layers][slots] or [layers][ranks][slots]"
         raise ConfigError(f"{where} must be {what}, is {show_value(lists)}")
 
@@ -162,7 +162,7 @@ def _make_array(where, numbers):
 
 def _order_numbered(where, value, depth=0):
     """Make lists of objects whose keys are consecutive numbers, such as layers or devices; leave others."""
-    if depth > MOST_DEEP or not isinstance(value, (dict, list)):
+    if depth > _MOST_DEEP or not isinstance(value, (dict, list)):
         return value
     if isinstance(value, list):
         return [_order_numbered(where, entry, depth + 1) for entry in value]

@@ -15,12 +15,12 @@ from hpcmoe.placement.search.layer_data import EMPTY, LayerData, LayerState, Smo
 from hpcmoe.placement.search.moves import compiled, crossing_change, find_busiest, max_seconds, move, rebuild, undo
 from hpcmoe.placement.search.proposals import draw_integer, may_move, propose_move
 
-CHUNK = 500  # proposals between two looks at the clock
-PROPOSALS_BETWEEN_LOOKS = 8  # at the busiest resource
-FEW_PROPOSALS = 50  # for each slot: too few for annealing
+_CHUNK = 500  # proposals between two looks at the clock
+_PROPOSALS_BETWEEN_LOOKS = 8  # at the busiest resource
+_FEW_PROPOSALS = 50  # for each slot: too few for annealing
 ROUND = 40  # proposals for each slot and expert: enough to cool down once
 MOST_ROUNDS = 16
-HOTTER, HOTTEST = 1.5, 2.0  # a round's temperatures over the last's; the highest of all
+_HOTTER, _HOTTEST = 1.5, 2.0  # a round's temperatures over the last's; the highest of all
 TIE_FACTOR = 1 + 1e-9  # figures closer than this are ties
 
 
@@ -38,14 +38,14 @@ class Cooling:
 
 
 # Measured on the families of tests/placement/families.py: a low exponent finds where replicas go, a high one ends it.
-FINISH = Cooling(until=1.0, hot=0.0, cold=0.0, doublings=7)
-FEW: tuple[Cooling, ...] = (Cooling(until=0.9, hot=1e-3, cold=1e-4, doublings=6), FINISH)
-SINGLE = (Cooling(until=0.9, hot=0.05, cold=2e-3, doublings=6), FINISH)
+_FINISH = Cooling(until=1.0, hot=0.0, cold=0.0, doublings=7)
+FEW: tuple[Cooling, ...] = (Cooling(until=0.9, hot=1e-3, cold=1e-4, doublings=6), _FINISH)
+SINGLE = (Cooling(until=0.9, hot=0.05, cold=2e-3, doublings=6), _FINISH)
 REPLICATED = (
     Cooling(until=0.1, hot=1e-3, cold=1e-4, doublings=6),
     Cooling(until=0.55, hot=1e-2, cold=2e-4, doublings=2),
     Cooling(until=0.9, hot=3e-2, cold=1e-3, doublings=5),
-    FINISH,
+    _FINISH,
 )
 
 
@@ -60,12 +60,12 @@ class Budget:
 
 @compiled
 def _anneal(t, s, log, random, smooth_max, temperature):
-    """Make CHUNK proposals; accept those that lower the sum of powers, and others as the temperature allows."""
+    """Make a chunk of proposals; accept those that lower the sum of powers, and others as the temperature allows."""
     total = rebuild(t, s, log, smooth_max)
     exponent, expert_at, busiest = 2.0**smooth_max.doublings, s.expert_at, find_busiest(s.power)
-    for proposal in range(CHUNK):
+    for proposal in range(_CHUNK):
         # Propose a move, most often one that relieves the busiest resource.
-        if proposal % PROPOSALS_BETWEEN_LOOKS == PROPOSALS_BETWEEN_LOOKS - 1:
+        if proposal % _PROPOSALS_BETWEEN_LOOKS == _PROPOSALS_BETWEEN_LOOKS - 1:
             busiest = find_busiest(s.power)
         a, slot, b, other = propose_move(t, s, random, busiest)
         e = expert_at[a, slot]
@@ -136,7 +136,7 @@ def search_layout(data: LayerData, expert_at: np.ndarray, seed: int | Sequence[i
             state.expert_at[:], now = expert_at if is_fresh else best, (number, cooling)
 
         # Anneal at this temperature, and keep what is better.
-        hot = min(cooling.hot * HOTTER**number, HOTTEST)
+        hot = min(cooling.hot * _HOTTER**number, _HOTTEST)
         temperature = hot * (cooling.cold / hot) ** cooled if hot else 0.0
         _anneal(data, state, log, random, SmoothMax(least, cooling.doublings), temperature)
         found = max_seconds(data, state, log, False)
@@ -144,7 +144,7 @@ def search_layout(data: LayerData, expert_at: np.ndarray, seed: int | Sequence[i
             best, least = state.expert_at.copy(), found
 
         # Measure progress by proposals if they are counted, else by the clock, which ends the search either way.
-        made, spent = made + CHUNK, (time.perf_counter() - begun) / budget.seconds
+        made, spent = made + _CHUNK, (time.perf_counter() - begun) / budget.seconds
         part = max(made / budget.proposals, float(spent >= 1)) if budget.proposals else spent
     short = part > 0 and made < budget.proposals and least > budget.goal * TIE_FACTOR
     return SearchResult(expert_at=best, num_proposals=made, cut_short=bool(short))
@@ -154,7 +154,7 @@ def find_cooling(data: LayerData, part: float, proposals: float) -> tuple[int, C
     """Find where a search of so many proposals is after a part of it -> (round, Cooling, part of that Cooling)."""
     # Divide the proposals into rounds.
     slots = data.most_of_rank.sum()
-    if 0 < proposals < FEW_PROPOSALS * slots:
+    if 0 < proposals < _FEW_PROPOSALS * slots:
         coolings, num_rounds = FEW, 1
     else:
         coolings = REPLICATED if data.replicate else SINGLE

@@ -13,7 +13,7 @@ from hpcmoe.placement.search.layer_data import EMPTY, SmoothMax, make_layer_data
 from hpcmoe.placement.search.moves import compiled, holds, max_seconds, move, undo
 
 MOST_TRADING_NODES = 32  # every pair of nodes is evaluated in every layer
-PROPOSALS_AFTER = 3000  # to settle a layer after a trade
+_PROPOSALS_AFTER = 3000  # to settle a layer after a trade
 _LEAST_GAIN = 1e-9  # of the cost
 
 
@@ -63,7 +63,7 @@ def trade_memory(
         for layer, source, target in trade.moves:
             expert_at = apply_move(layouts[layer], tables[layer].best_move[source, target])
             data = make_layer_data(problem, layer, make_limits(problem, most_of_node[layer]))
-            layouts[layer] = search_layout(data, expert_at, (seed, layer), Budget(proposals=PROPOSALS_AFTER)).expert_at
+            layouts[layer] = search_layout(data, expert_at, (seed, layer), Budget(proposals=_PROPOSALS_AFTER)).expert_at
             tables[layer] = evaluate_moves(problem, layer, layouts[layer])
     return layouts
 

@@ -10,8 +10,8 @@ import numpy as np
 from hpcmoe.placement.search.layer_data import EMPTY, LayerData, SmoothMax, make_state
 from hpcmoe.placement.search.moves import compiled, holds, move, rebuild, undo
 
-NODES_TRIED = 32  # for an expert's first replica: of more nodes, the one of each class that wants it most
-GREEDY = 3  # doublings of the exponent, the 8th power: prices of all that are busy, for a layout still to grow
+_NODES_TRIED = 32  # for an expert's first replica: of more nodes, the one of each class that wants it most
+_GREEDY = 3  # doublings of the exponent, the 8th power: prices of all that are busy, for a layout still to grow
 
 
 def make_contiguous(data: LayerData, spread: bool = True) -> np.ndarray:
@@ -87,7 +87,7 @@ def make_packed(data: LayerData, pinned: PinnedCounts) -> np.ndarray:
     # Begin with an empty layout.
     num_ranks, num_experts = len(data.node_of_rank), data.demand.shape[1]
     state, log = make_state(data, np.full((num_ranks, data.most_of_rank.max()), EMPTY))
-    smooth_max, load = SmoothMax(_estimate_worst_seconds(data), GREEDY), np.zeros(num_ranks)
+    smooth_max, load = SmoothMax(_estimate_worst_seconds(data), _GREEDY), np.zeros(num_ranks)
     rebuild(data, state, log, smooth_max)
 
     # Pin what each node's and each rack's tokens ask for most.
@@ -137,9 +137,9 @@ def _find_open_rank(t, s, node, expert, load, most_of_rank):
 
 @compiled
 def _find_rank_among(t, s, first, expert, load, most_of_rank):
-    """Find an open rank on the node of most demand for an expert, of first, first + NODES_TRIED, ... -> it or EMPTY."""
+    """Find an open rank on the node of most demand for an expert, of every _NODES_TRIED-th -> it or EMPTY."""
     best, most = EMPTY, -1.0
-    for node in range(first, len(t.rack_of_node), NODES_TRIED):
+    for node in range(first, len(t.rack_of_node), _NODES_TRIED):
         if t.demand[node, expert] > most:
             rank = _find_open_rank(t, s, node, expert, load, most_of_rank)
             if rank != EMPTY:
@@ -211,7 +211,7 @@ def _place_missing(t, s, log, smooth_max, order, load):
 
         # Choose the rank where it adds least.
         best, least = EMPTY, np.inf
-        for first in range(min(len(t.rack_of_node), NODES_TRIED)):
+        for first in range(min(len(t.rack_of_node), _NODES_TRIED)):
             rank = _find_rank_among(t, s, first, expert, load, most_of_rank)
             if rank != EMPTY:
                 change = _evaluate_addition(t, s, log, smooth_max, expert, rank)
