@@ -9,19 +9,18 @@ from collections.abc import Mapping
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import is_one_line, one_line
 
-_STRING, _STRINGS = "a string", "a list of strings"
-_NUMBERS, _MATRIX = "a list of numbers", "a list of lists of numbers"
+_STRING, _STRINGS, _NUMBERS = "a string", "a list of strings", "a list of numbers"
 
 Kinds = Mapping[tuple[str, str], str | None]  # of each (section, key)
 
 
 def kind_of(annotation: object) -> str | None:
-    """Find what a key's annotation takes: one of the four kinds that quotes and brackets matter to, else None."""
+    """Find what a key's annotation takes: one of the three kinds that quotes and brackets matter to, else None."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return kind_of(arguments[0])
     if origin is tuple:
-        return {_STRING: _STRINGS, None: _NUMBERS, _NUMBERS: _MATRIX}[kind_of(arguments[0])]
+        return {_STRING: _STRINGS, None: _NUMBERS}[kind_of(arguments[0])]
     return _STRING if annotation is str or origin is typing.Literal else None
 
 
@@ -38,7 +37,7 @@ def parse_override(override: str, kinds: Kinds) -> tuple[str, str, object]:
     is_toml, parsed = parse_value(value)
     if kind == _STRING:
         return name, key, parsed if isinstance(parsed, str) and value[0] in "\"'" else value
-    if kind in (_STRINGS, _NUMBERS, _MATRIX) and not has_shape(parsed, kind):
+    if kind in (_STRINGS, _NUMBERS) and not has_shape(parsed, kind):
         raise ConfigError(f"{name_option(override)}: must be {kind}{suggest_option(f'{name}.{key}', value, kind)}")
     return name, key, parsed if is_toml else value
 
@@ -53,7 +52,7 @@ def parse_value(text: str) -> tuple[bool, object]:
 
 def has_shape(value: object, kind: str) -> bool:
     """Return True if a value is the list that a kind asks for, whatever its numbers are."""
-    entry = {_STRINGS: str, _MATRIX: list, _NUMBERS: object}[kind]
+    entry = str if kind == _STRINGS else object
     return isinstance(value, list) and all(isinstance(each, entry) for each in value)
 
 
@@ -61,7 +60,7 @@ def suggest_option(name: str, value: str, kind: str) -> str:
     """Format a list as a command line takes it, from a value that has lost its quotes or brackets."""
     words = [word.strip(" \"'[]") for word in value.split(",")]
     entries = ", ".join(json.dumps(word, ensure_ascii=False) if kind == _STRINGS else word for word in words if word)
-    option = shlex.quote(f"{name}=[[{entries}]]" if kind == _MATRIX else f"{name}=[{entries}]")
+    option = shlex.quote(f"{name}=[{entries}]")
     shell = ", whose quotes the shell takes unless the whole stands in others" if kind == _STRINGS else ""
     return f"{shell}; type --set {one_line(option)}"
 

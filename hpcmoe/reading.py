@@ -4,6 +4,7 @@ import json
 import os
 import select
 import stat
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from hpcmoe.errors import ConfigError
 from hpcmoe.messages import join_lines, one_line
 
 _MOST_BYTES = 2**28  # of an input file
-_MOST_TOML_BYTES = 2**24  # which the parser takes seconds for; a matrix of all links of 1000 nodes has half as many
+_MOST_TOML_BYTES = 2**24  # which the parser takes seconds for
 PIPE_SECONDS = 5.0  # how long to wait for a pipe's or a terminal's next bytes
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -90,6 +91,11 @@ def read_json(path: str | os.PathLike) -> Any:
         return dict(pairs)
 
     return parse_text(path, read_text(path), lambda text: json.loads(text, object_pairs_hook=make_object), "JSON")
+
+
+def is_number(value: object) -> bool:
+    """Return True if a value of a JSON file is a number, NaN or infinite, and no whole number beyond float64."""
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
 
 
 def format_json(tree: Mapping[str, object]) -> str:

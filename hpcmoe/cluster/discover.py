@@ -17,7 +17,7 @@ from hpcmoe.cluster.racks import find_racks
 from hpcmoe.cluster.topology import ClusterLinks, Topology
 from hpcmoe.config import ClusterConfig
 from hpcmoe.environment import is_set, read_counts, read_memory, read_number, read_setting
-from hpcmoe.errors import on_all, on_root
+from hpcmoe.errors import ClusterError, on_all, on_root
 from hpcmoe.wait import barrier, broadcast, gather_to_all
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,10 @@ def make_topology(layout: ClusterLayout, cluster: ClusterConfig, measured: Clust
     if cluster.links == "measure" and measured is not None:
         links, source = measured, dict.fromkeys(("links", "ports", "uplinks"), "measured")
     else:
-        links, source = read_links(cluster.links, layout.node_names, layout.rack_names)
+        try:
+            links, source = read_links(cluster.links, layout.node_names, layout.rack_names)
+        except ClusterError as error:
+            raise ClusterError(f"[cluster] links = {error}") from None
     given, infos_of_node = cluster.memory_bytes_per_node, layout.infos_of_node
     memory = [given or min(info.memory_bytes for info in group) for group in infos_of_node]
     devices = [frozenset().union(*(info.devices for info in group)) for group in infos_of_node]

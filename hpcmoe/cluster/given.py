@@ -19,6 +19,7 @@ from hpcmoe.cluster.topology import (
 )
 from hpcmoe.errors import ClusterError
 from hpcmoe.messages import one_line, show_value, suggest
+from hpcmoe.reading import is_number
 
 _KEYS = ("latency_seconds", "egress_bytes_per_second", "ingress_bytes_per_second", "uplink_bytes_per_second")
 _LISTS = ("bytes_per_second", *_KEYS)  # of a file by hand
@@ -32,12 +33,12 @@ def read_links(path: str, node_names: Sequence[str], rack_names: Sequence[str]) 
     of an earlier run, by names. Raises ClusterError that names the file and the entry where it does not fit.
     """
     tree = read_topology_tree(path)
-    if isinstance(tree, dict) and isinstance(tree.get("bytes_per_second"), list):
-        links, source = make_listed_links(tree, len(node_names), len(rack_names), path)
-    else:
+    if isinstance(tree, dict) and "nodes" in tree:
         with naming_file(path):
             saved = make_saved_topology(tree)
         links, source = saved_links(saved, node_names, rack_names, path)
+    else:
+        links, source = make_listed_links(tree, len(node_names), len(rack_names), path)
 
     # Rates are above 0; an uplink without limit is none, and a latency may be 0.
     for key in _LISTS:
@@ -45,18 +46,26 @@ def read_links(path: str, node_names: Sequence[str], rack_names: Sequence[str]) 
         most = np.inf if key.startswith("uplink") else sys.float_info.max
         right = (array >= 0) & np.isfinite(array) if key == "latency_seconds" else (array > 0) & (array <= most)
         allowed = "0 or above" if key == "latency_seconds" else "above 0"
+        allowed = allowed if key.startswith("uplink") else f"finite and {allowed}"
         for index in np.argwhere(~right)[:1]:
             place, of = "".join(f"[{i}]" for i in index), " to ".join(names[i] for i in index)
             raise ClusterError(f"{path}: {key}: entry {place} = {array[tuple(index)]:g}, {of}, must be {allowed}")
     return links, source
 
 
-def make_listed_links(tree: dict[str, Any], num_nodes: int, num_racks: int, path: str) -> LinksAndSource:
+def make_listed_links(tree: Any, num_nodes: int, num_racks: int, path: str) -> LinksAndSource:
     """Return the links that a file lists; what it leaves out is guessed, and the source says so."""
+    # Check that it is such a file.
+    if not isinstance(tree, dict):
+        raise ClusterError(f"{path}: must hold one JSON object, not {show_value(tree)}")
     for key in tree:
         if key not in _LISTS:
             raise ClusterError(f"{path}: {one_line(key)}: unknown key{suggest(key, _LISTS)}")
     given = {key: value for key, value in tree.items() if value != []}
+    if "bytes_per_second" not in given:
+        raise ClusterError(f"{path}: bytes_per_second: missing; must be a list of lists, or the file a topology.json")
+
+    # What is not given has a guess.
     source = dict.fromkeys(("links", "ports", "uplinks"), f"file {path}")
     if "latency_seconds" not in given:
         source["links"] = f"file {path}; latency not given, taken as 0"
@@ -93,7 +102,7 @@ def make_given_array(value: Any, shape: tuple[int, ...], what: str) -> np.ndarra
     # Check the numbers.
     for i, row in enumerate(rows):
         for j, number in enumerate(row):
-            if not (number is None or type(number) in (int, float)):
+            if not (number is None or is_number(number)):
                 place = f"[{i}][{j}]" if is_matrix else f"[{j}]"
                 raise ClusterError(f"{what}: entry {place} = {show_value(number)}: must be a number")
     numbers = [[np.inf if number is None else number for number in row] for row in rows]
@@ -108,7 +117,7 @@ def saved_links(saved: Topology, node_names: Sequence[str], rack_names: Sequence
     if missing:
         unclear = f" ({format_ambiguous(ambiguous)})" if ambiguous else ""
         raise ClusterError(
-            f"[cluster] links = {path}: has no links of {', '.join(missing)}{unclear}; "
+            f"{path}: has no links of {', '.join(missing)}{unclear}; "
             f"the run's nodes are {', '.join(node_names)}, the file's {', '.join(saved.node_names)}"
         )
 

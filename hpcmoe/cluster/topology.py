@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hpcmoe.errors import ClusterError
+from hpcmoe.errors import ClusterError, ConfigError
+from hpcmoe.reading import read_json
 
 # What a file of an earlier version lacks.
 PORTS_TAKEN = "not given, taken as the largest of bytes_per_second"
@@ -129,17 +130,17 @@ def load_topology(path: str | pathlib.Path) -> Topology:
 
 def read_topology_tree(path: str | pathlib.Path) -> Any:
     """Read a file's JSON. Raises ClusterError that names what is wrong with the file."""
-    with naming_file(path):
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    try:
+        return read_json(path)
+    except ConfigError as error:
+        raise ClusterError(str(error)) from None
 
 
 @contextlib.contextmanager
 def naming_file(path: str | pathlib.Path) -> Iterator[None]:
-    """Raise what Python raises about a file, or about a missing or strange entry of it, as a ClusterError."""
+    """Raise what Python raises about a missing or strange entry of a file as a ClusterError."""
     try:
         yield
-    except OSError as error:
-        raise ClusterError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ClusterError(f"{path}: not a topology file: {type(error).__name__} {error}") from None
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from hpcmoe.cluster.names import format_ambiguous, match_names
 from hpcmoe.config import ModelConfig
-from hpcmoe.errors import ConfigError
+from hpcmoe.errors import ConfigError, HpcmoeError
 from hpcmoe.messages import show_value
-from hpcmoe.reading import read_json
+from hpcmoe.reading import is_number, read_json
 
 log = logging.getLogger(__name__)
 _SUM_TOLERANCE = 1e-6  # by which a row of probabilities may miss 1
@@ -32,9 +32,14 @@ def find_loads(loads: str, model: ModelConfig, read_loads: Callable[[str], Loads
     """
     if loads == "uniform":
         return Loads(tokens=np.ones((model.num_layers, 1, model.num_experts)), node_names=())
-    if loads.endswith(".json"):
-        return Loads(tokens=check_rows(read_json(loads), model, loads), node_names=())
-    return check_loads(read_loads(loads), model, loads)
+    is_json = loads.endswith(".json")
+    try:
+        content = read_json(loads) if is_json else read_loads(loads)
+    except HpcmoeError as error:
+        raise type(error)(f"[placement] loads = {error}") from None
+    if is_json:
+        return Loads(tokens=check_rows(content, model, loads), node_names=())
+    return check_loads(content, model, loads)
 
 
 def check_rows(rows: Any, model: ModelConfig, path: str) -> np.ndarray:
@@ -48,12 +53,13 @@ def check_rows(rows: Any, model: ModelConfig, path: str) -> np.ndarray:
         if len(row) != num_experts:
             raise ConfigError(f"{what}: row [{number}] has {len(row)} entries, [model] num_experts = {num_experts}")
         for expert, entry in enumerate(row):
-            if type(entry) not in (int, float):
+            if not is_number(entry):
                 raise ConfigError(f"{what}: entry [{number}][{expert}] = {show_value(entry)}, must be a number")
         if min(row) < 0:
             raise ConfigError(f"{what}: entry [{number}][{row.index(min(row))}] = {min(row):g}, must be 0 or above")
-        if not abs(sum(row) - 1) <= _SUM_TOLERANCE:
-            raise ConfigError(f"{what}: row [{number}] sums to {sum(row):.8g}, must sum to 1")
+        total = sum(map(float, row))  # of whole numbers alone it may be beyond float64
+        if not abs(total - 1) <= _SUM_TOLERANCE:
+            raise ConfigError(f"{what}: row [{number}] sums to {total:.8g}, must sum to 1")
     return np.broadcast_to(np.array(rows, np.float64)[:, None], (num_layers, 1, num_experts))
 
 

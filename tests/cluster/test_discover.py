@@ -287,7 +287,9 @@ def test_all_ranks_share_the_refusal_of_links_that_do_not_fit(comm, shared):
     size, file = comm.size + 1, shared / "links.json"  # more nodes than there can be
     if comm.rank == 0:
         file.write_text(json.dumps({"bytes_per_second": [[1] * size] * size}))
-    with pytest.raises(ClusterError, match=rf"is {size} x {size}, the run has \d+ nodes") as rejected:
+    with pytest.raises(
+        ClusterError, match=rf"^\[cluster\] links = .*is {size} x {size}, the run has \d+ nodes"
+    ) as rejected:
         read_topology(comm, ClusterConfig(links=str(file)))
     assert rejected.value.shared
 

@@ -73,19 +73,19 @@ def test_what_the_file_leaves_out_is_guessed_and_said_to_be(here):
         ({"bytes_per_second": ((1.0, 1.0), (1.0,))}, "links.json: bytes_per_second is 2 x 1 or 2, the run has 2 nodes"),
         (
             {"bytes_per_second": ((1.0, 0.0), (1.0, 1.0))},
-            "links.json: bytes_per_second: entry [0][1] = 0, n0 to n1, must be above 0",
+            "links.json: bytes_per_second: entry [0][1] = 0, n0 to n1, must be finite and above 0",
         ),
         (
             {"bytes_per_second": ((1.0, 1.0), (-2e9, 1.0))},
-            "links.json: bytes_per_second: entry [1][0] = -2e+09, n1 to n0, must be above 0",
+            "links.json: bytes_per_second: entry [1][0] = -2e+09, n1 to n0, must be finite and above 0",
         ),
         (
             {"bytes_per_second": ((1.0, 1.0), (1.0, float("nan")))},
-            "links.json: bytes_per_second: entry [1][1] = nan, n1 to n1, must be above 0",
+            "links.json: bytes_per_second: entry [1][1] = nan, n1 to n1, must be finite and above 0",
         ),
         (
             {"latency_seconds": ((0.0, -1.0), (0.0, 0.0))},
-            "links.json: latency_seconds: entry [0][1] = -1, n0 to n1, must be 0 or above",
+            "links.json: latency_seconds: entry [0][1] = -1, n0 to n1, must be finite and 0 or above",
         ),
         ({"latency_seconds": ((0.0,),)}, "links.json: latency_seconds is 1 x 1, the run has 2 nodes"),
         (
@@ -94,11 +94,11 @@ def test_what_the_file_leaves_out_is_guessed_and_said_to_be(here):
         ),
         (
             {"egress_bytes_per_second": (1.0, 0.0)},
-            "links.json: egress_bytes_per_second: entry [1] = 0, n1, must be above 0",
+            "links.json: egress_bytes_per_second: entry [1] = 0, n1, must be finite and above 0",
         ),
         (
             {"ingress_bytes_per_second": (float("inf"), 1.0)},
-            "links.json: ingress_bytes_per_second: entry [0] = inf, n0, must be above 0",
+            "links.json: ingress_bytes_per_second: entry [0] = inf, n0, must be finite and above 0",
         ),
         (
             {"uplink_bytes_per_second": [1, "fast"]},
@@ -108,6 +108,15 @@ def test_what_the_file_leaves_out_is_guessed_and_said_to_be(here):
             {"latency_seconds": [[0, True], [0, 0]]},
             "links.json: latency_seconds: entry [0][1] = true: must be a number",
         ),
+        (
+            {"bytes_per_second": [[10**400, 1], [1, 1]]},
+            "links.json: bytes_per_second: entry [0][0] = a whole number of 1329 bits: must be a number",
+        ),
+        (
+            {"bytes_per_second": [[None, 1], [1, 1]]},
+            "links.json: bytes_per_second: entry [0][0] = inf, n0 to n0, must be finite and above 0",
+        ),
+        ({"bytes_per_second": "fast"}, "links.json: bytes_per_second must be a list of lists"),
         ({"latency_seconds": 3}, "links.json: latency_seconds must be a list of lists"),
         ({"latency": [[0, 1], [1, 0]]}, "links.json: latency: unknown key; did you mean latency_seconds?"),
         (
@@ -124,6 +133,24 @@ def test_links_by_hand_that_do_not_fit_are_rejected(here, keys, message):
     with pytest.raises(ClusterError) as rejected:
         take(here, **{"bytes_per_second": EVEN} | keys)
     assert str(rejected.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "bytes_per_second: missing; must be a list of lists, or the file a topology.json"),
+        ('{"bytes_per_second": []}', "bytes_per_second: missing; must be a list of lists, or the file a topology.json"),
+        ('{"bytes_per_seconds": [[1]]}', "bytes_per_seconds: unknown key; did you mean bytes_per_second?"),
+        ("[[1, 1], [1, 1]]", "must hold one JSON object, not [[1, 1], [1, 1]]"),
+        ('{"bytes_per_second": 1, "bytes_per_second": 2}', "bytes_per_second: stands 2 times, must stand once"),
+        ("", "not JSON: Expecting value: line 1 column 1 (char 0)"),
+    ],
+)
+def test_a_file_that_is_neither_by_hand_nor_a_topology_is_rejected(here, text, message):
+    (here / "links.json").write_text(text)
+    with pytest.raises(ClusterError) as rejected:
+        read_links("links.json", ("n0", "n1"), ("left", "right"))
+    assert str(rejected.value) == f"links.json: {message}"
 
 
 def test_links_of_an_earlier_run_are_found_by_the_names_of_nodes_and_racks(tmp_path):
@@ -169,9 +196,15 @@ def test_nodes_that_the_file_lacks_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bytes_per_second": np.zeros((3, 3))}, "bytes_per_second: entry [0][0] = 0, n0 to n0, must be above 0"),
-        ({"latency_seconds": np.full((3, 3), np.nan)}, "latency_seconds: entry [0][0] = nan, n0 to n0, must be 0 or"),
-        ({"egress_bytes_per_second": np.full(3, -1.0)}, "egress_bytes_per_second: entry [0] = -1, n0, must be above"),
+        (
+            {"bytes_per_second": np.zeros((3, 3))},
+            "bytes_per_second: entry [0][0] = 0, n0 to n0, must be finite and above 0",
+        ),
+        (
+            {"latency_seconds": np.full((3, 3), np.nan)},
+            "latency_seconds: entry [0][0] = nan, n0 to n0, must be finite and 0 or",
+        ),
+        ({"egress_bytes_per_second": np.full(3, -1.0)}, "egress_bytes_per_second: entry [0] = -1, n0, must be finite"),
         ({"ingress_bytes_per_second": np.full(3, np.inf)}, "ingress_bytes_per_second: entry [0] = inf, n0, must be"),
         ({"uplink_bytes_per_second": np.zeros(2)}, "uplink_bytes_per_second: entry [0] = 0, left, must be above 0"),
     ],

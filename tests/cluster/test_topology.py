@@ -73,11 +73,21 @@ def test_a_file_of_an_earlier_version_gives_its_fastest_links_for_ports_and_no_u
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"nodes": {}}', '{"nodes": {"n0": {}}}', '{"nodes": [1]}', "\xff"]
+    ("text", "said"),
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[]", "not a topology"),
+        ("{}", "not a topology"),
+        ('{"nodes": {}}', "not a topology"),
+        ('{"nodes": {"n0": {}}}', "not a topology"),
+        ('{"nodes": [1]}', "not a topology"),
+        ("\xff", "not a text file in UTF-8"),
+    ],
 )
-def test_a_file_that_is_no_topology_is_rejected(tmp_path, text):
+def test_a_file_that_is_no_topology_is_rejected(tmp_path, text, said):
     (tmp_path / "bad.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ClusterError, match="bad.json: not a topology file"):
+    with pytest.raises(ClusterError, match=f"bad.json: {said}"):
         load_topology(tmp_path / "bad.json")
 
 

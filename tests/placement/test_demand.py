@@ -48,6 +48,8 @@ def test_a_file_gives_a_row_for_all_layers_or_one_each(tmp_path):
         (((0.5, 0.25, 0.25), (0.5, 0.3, 0.25)), "row [1] sums to 1.05, must sum to 1"),
         ((("a", 0, 0),), "entry [0][0] = 'a', must be a number"),
         (((True, 0, 0),), "entry [0][0] = true, must be a number"),
+        (((10**400, 0.5, 0),), "entry [0][0] = a whole number of 1329 bits, must be a number"),
+        (((10**308, 10**308, 0),), "row [0] sums to inf, must sum to 1"),
         (((float("nan"), 0, 0),), "row [0] sums to nan, must sum to 1"),
         ({"rows": 1}, "must be a list of rows of numbers"),
         ((1.0, 0.0, 0.0), "must be a list of rows of numbers"),
@@ -57,6 +59,13 @@ def test_a_file_gives_a_row_for_all_layers_or_one_each(tmp_path):
 def test_rows_that_do_not_fit_are_refused(tmp_path, rows, said):
     file = write(tmp_path, rows)
     assert refusal(file) == f"[placement] loads = {file}: {said}"
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_its_key(tmp_path):
+    assert (
+        refusal(tmp_path / "a.json")
+        == f"[placement] loads = {tmp_path}/a.json: cannot be read: No such file or directory"
+    )
 
 
 @pytest.mark.parametrize(
