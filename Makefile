@@ -76,7 +76,7 @@ test-serial: $(VENV)/test-ready
 	python -m pytest -m racks $(WHICH) $(ARGS) || [ $$? = 5 ] # there may be none among those of ARGS
 
 # Both of torch's ways to choose its kernels are told: its own, and oneDNN's.
-NUMERIC = tests/test_gemm.py tests/comm/test_rows.py tests/dispatch tests/experts tests/pipeline tests/run
+NUMERIC = tests/test_gemm.py tests/comm/test_rows.py tests/dispatch tests/experts tests/model tests/pipeline tests/run
 test-avx2: export ATEN_CPU_CAPABILITY = avx2
 test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
 test-avx2: $(VENV)/test-ready
@@ -126,7 +126,7 @@ $(VENV)/test-ready: $(VENV)/ready | mpi4py-of-$(MPI)
 	@echo "$(VENV): installing what tests need: pytest, hypothesis, matplotlib, ruff, mypy; 60 MB to download, 180 MB on disk"
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	@echo "$(VENV): compiling the placement's search with numba, once: about 20 s"
-	$(VENV)/bin/python -c 'from hpcmoe.placement.search.warm import compile_all; compile_all()'
+	$(VENV)/bin/python -c 'from hpcmoe.placement.search.warm import compile_search; compile_search()'
 	touch $@
 
 $(VENV)/gpu-ready: $(VENV)/test-ready
