@@ -67,6 +67,7 @@ def test_a_stream_that_is_closed_or_not_there_is_passed_over(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         print_to_stdout("lost")
         StderrHandler(stream).handle(logging.makeLogRecord({"msg": "lost"}))
+        assert (sys.stdout, sys.stderr) == (stream, stream)
 
 
 def test_a_log_whose_stream_breaks_goes_on_in_silence(capsys):

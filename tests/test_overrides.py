@@ -88,7 +88,7 @@ def test_what_is_told_of_a_name_with_a_quote_is_safe_to_type(read):
     ids=lambda override: show_value(override)[:40],
 )  # fmt: skip
 def test_anything_else_is_refused_in_one_line(read, override):
-    refusal(read, override)
+    assert refusal(read, override).startswith("--set ")
 
 
 def test_the_last_of_two_wins_whatever_the_first_was(read):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ _ALIGNMENT = 16  # bytes; GEMMs and copies on a GPU read no row faster than thos
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """How many rows pass through, whatever carries them."""
+
+    works_at_once: ClassVar[bool] = False  # all rows of an exchange make one batch, which is never cut
 
     hidden: int  # H
     dtype: torch.dtype  # of the rows that travel
@@ -97,6 +100,9 @@ class HostSizes(Sizes):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSizes(Sizes):
     """Sizes of buffers on a device."""
+
+    works_at_once: ClassVar[bool] = True
+    num_messages_sent: ClassVar[int] = 0  # rows go by all-to-all
 
     buffer_factor: float  # capacity for rows at the experts / those expected
 

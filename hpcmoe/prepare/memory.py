@@ -7,7 +7,7 @@ import torch
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.config import DispatchConfig, ModelConfig, NetworkSpec
 from hpcmoe.dispatch.gate import load_acts_on_gates, renormalizes
-from hpcmoe.dispatch.sizes import AnySizes, DeviceSizes, HostSizes, Sizes
+from hpcmoe.dispatch.sizes import AnySizes
 from hpcmoe.experts.shapes import MATRICES, estimate_expert
 from hpcmoe.float32 import FLOAT32_BYTES
 from hpcmoe.gemm import adds_in_place, count_cast_bytes
@@ -67,7 +67,6 @@ def estimate_memory(
     """
     # Count the parameters of the experts and of all else.
     model, training = spec.model, spec.trains
-    on_device = isinstance(sizes, DeviceSizes)
     one_expert, states = estimate_expert(spec)
     experts = one_expert * slots * model.num_layers // mesh.tensor_parallel
     num_shares = mesh.world.size if shard_optimizer else 1
@@ -80,10 +79,10 @@ def estimate_memory(
         gradients=experts + dense if training else 0,
         optimizer=2 * (experts + dense // num_shares) if training else 0,
         buffers=buffer_bytes,
-        copies=estimate_copies(spec, mesh.tensor_parallel, slots, on_device),
+        copies=estimate_copies(spec, mesh.tensor_parallel, slots, sizes.works_at_once),
         activations=estimate_activations(spec, mesh, slots, sizes) if training else estimate_passing(spec, mesh, sizes),
-        working=estimate_working(spec, mesh, slots, sizes) if on_device else 0,
-        moving=estimate_moving(spec, num_moves, mesh.tensor_parallel, on_device),
+        working=estimate_working(spec, mesh, slots, sizes) if sizes.works_at_once else 0,
+        moving=estimate_moving(spec, num_moves, mesh.tensor_parallel, sizes.works_at_once),
         snapshot=3 * (experts + dense) if training and keeps_snapshot else 0,
     )
 
@@ -107,7 +106,7 @@ def estimate_moving(spec: NetworkSpec, num_moves: int, tensor_parallel: int, on_
     return min(STAGING_BYTES, matrices) * (1 + on_device)
 
 
-def estimate_activations(spec: NetworkSpec, mesh: Mesh, slots: int, sizes: Sizes) -> int:
+def estimate_activations(spec: NetworkSpec, mesh: Mesh, slots: int, sizes: AnySizes) -> int:
     """Estimate the bytes that micro-batches in flight keep for their backward pass, when all have come to the head.
 
     The head's own arrays are there for one micro-batch at a time.
@@ -139,7 +138,7 @@ def estimate_activations(spec: NetworkSpec, mesh: Mesh, slots: int, sizes: Sizes
     return sizes.num_in_flight * (model.num_layers * of_layer + of_ends) + of_head
 
 
-def estimate_passing(spec: NetworkSpec, mesh: Mesh, sizes: Sizes) -> int:
+def estimate_passing(spec: NetworkSpec, mesh: Mesh, sizes: AnySizes) -> int:
     """Estimate the bytes of micro-batches in flight in inference: each layer's input and routing, until the last.
 
     The last layer has its router's input, and in attention its residual, until its results are home.
@@ -151,7 +150,7 @@ def estimate_passing(spec: NetworkSpec, mesh: Mesh, sizes: Sizes) -> int:
     return sizes.num_in_flight * (model.num_layers * of_layer + of_last)
 
 
-def count_choice_bytes(dispatch: DispatchConfig, mesh: Mesh, sizes: Sizes) -> int:
+def count_choice_bytes(dispatch: DispatchConfig, mesh: Mesh, sizes: AnySizes) -> int:
     """Count the bytes that one of a token's K choices takes at its home in a layer."""
     shards = mesh.tensor_parallel
     routing = _INDEX + FLOAT32_BYTES  # expert and gate
@@ -159,12 +158,12 @@ def count_choice_bytes(dispatch: DispatchConfig, mesh: Mesh, sizes: Sizes) -> in
     if dispatch.capacity_factor > 0:
         routing += FLOAT32_BYTES + 1  # the gate before it was dropped, and whether it was
     plan = 2 * _INDEX + 1  # assignment, row of its result, whether that is a sum
-    if isinstance(sizes, HostSizes) and sizes.num_messages_sent:
+    if sizes.num_messages_sent:
         plan += _INDEX + _INDEX // 2  # the tokens of messages to other nodes, and the token of each assignment
     return routing + plan * shards
 
 
-def estimate_working(spec: NetworkSpec, mesh: Mesh, slots: int, sizes: Sizes) -> int:
+def estimate_working(spec: NetworkSpec, mesh: Mesh, slots: int, sizes: AnySizes) -> int:
     """Estimate the bytes of arrays that experts on a GPU make of a batch at most at one time, besides what they keep.
 
     Forward: rows, what goes into the activation, results. Backward: gradients of all these and the activation's output;
@@ -187,7 +186,7 @@ def count_inner(spec: NetworkSpec, mesh: Mesh) -> int:
     return matrices * spec.model.feed_forward // mesh.tensor_parallel
 
 
-def count_fullest_rows(model: ModelConfig, mesh: Mesh, slots: int, sizes: Sizes) -> int:
+def count_fullest_rows(model: ModelConfig, mesh: Mesh, slots: int, sizes: AnySizes) -> int:
     """Count the rows of a micro-batch at the experts of the fullest rank, which has so many slots."""
     every = sizes.tokens * mesh.group.size * min(model.top_k, slots)  # a token has no expert twice
     return min(int(FULLEST * sizes.expert_rows), every)

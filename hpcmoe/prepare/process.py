@@ -12,7 +12,6 @@ import psutil
 import torch
 
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
-from hpcmoe.dispatch.sizes import DeviceSizes
 from hpcmoe.gemm import multiply
 from hpcmoe.prepare.memory import Memory
 from hpcmoe.wait import gather_to_all
@@ -93,7 +92,7 @@ def mean_of_fullest_node(of_ranks: list[int], node_of_rank: np.ndarray) -> int:
 
 def count_unshared(memory: Memory, dispatcher: TokenDispatcher) -> int:
     """Count the bytes of a Memory's arrays that are in this process's own part of the host's memory."""
-    if isinstance(dispatcher.sizes, DeviceSizes):
+    if dispatcher.sizes.works_at_once:
         return memory.moving + memory.snapshot
     routes = dispatcher.routes
     return memory.total - (dispatcher.sizes.shared_bytes(routes) if len(routes.local_peers) > 1 else 0)

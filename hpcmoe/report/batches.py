@@ -6,7 +6,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.comm.mpi import all_reduce
-from hpcmoe.dispatch.sizes import HostSizes, Sizes
+from hpcmoe.dispatch.sizes import Sizes
 from hpcmoe.dispatch.traffic import BatchCount, add_batches
 from hpcmoe.placement.result import Placement
 from hpcmoe.report.metrics import Recorder
@@ -72,6 +72,6 @@ def rows_of_batches(batches: BatchSizes, sizes: Sizes) -> list[tuple[str, ...]]:
     worked = batches.number > 0
     if not worked.any():
         return []
-    cut = f"B_max about {sizes.batch_rows}" if isinstance(sizes, HostSizes) else "not cut"
+    cut = "not cut" if sizes.works_at_once else f"B_max about {sizes.batch_rows}"
     least, mean, most = batches.least[worked].min(), batches.rows.sum() / batches.number.sum(), batches.most.max()
     return [("batch of an expert, B_e", f"{least} / {mean:.0f} / {most}", f"rows, least / mean / most; {cut}")]

@@ -15,7 +15,7 @@ MOST_NODE_ROWS = 16  # rows of the table of nodes; of a larger cluster those tha
 _MOST_BUSY = 4  # rows of each kind of resource
 _MOST_OFTEN = 2  # resources named in a row of what binds
 _MOST_RANGES = 6  # of numbers in a cell
-_Rows = list[tuple[str, ...]]
+Rows = list[tuple[str, ...]]
 KINDS = {
     "link": "link", "egress": "port", "ingress": "port", "uplink_out": "uplink", "uplink_in": "uplink", "rank": "rank",
 }  # fmt: skip
@@ -43,7 +43,7 @@ def make_placement_tables(
 
 def rows_of_figures(
     problem: PlacementProblem, placement: Placement, usage: Usage, rivals: Mapping[str, float | None], layer: int
-) -> _Rows:
+) -> Rows:
     """List the cost of the placement as a whole, and of others."""
     # Count what is placed where.
     layers, other = problem.num_layers, (placement.expert_of_replica != placement.expert_of_replica[layer]).any(axis=1)
@@ -85,7 +85,7 @@ def headers_of_nodes(layer: int) -> tuple[str, ...]:
     return ("node", "rack", "ranks", f"experts of layer {layer}", "replicas", "memory used", "of", "tokens", "x mean")
 
 
-def rows_of_nodes(problem: PlacementProblem, usage: Usage, layer: int) -> _Rows:
+def rows_of_nodes(problem: PlacementProblem, usage: Usage, layer: int) -> Rows:
     """List the nodes: their experts of one layer, replicas and memory of all layers, tokens served in all layers."""
     # Choose the nodes to show.
     tokens = usage.tokens.sum(axis=(0, 1))  # [nodes]
@@ -95,7 +95,7 @@ def rows_of_nodes(problem: PlacementProblem, usage: Usage, layer: int) -> _Rows:
         shown = np.argsort(-tokens, kind="stable")[:MOST_NODE_ROWS]
 
     # List them, and the mean of the others.
-    rows: _Rows = [
+    rows: Rows = [
         (
             problem.node_names[node],
             f"{problem.rack_of_node[node]}",
@@ -117,9 +117,9 @@ def rows_of_nodes(problem: PlacementProblem, usage: Usage, layer: int) -> _Rows:
     return rows
 
 
-def rows_of_busiest(problem: PlacementProblem, usage: Usage) -> _Rows:
+def rows_of_busiest(problem: PlacementProblem, usage: Usage) -> Rows:
     """List the busiest few of each kind of resource, by their seconds over all layers."""
-    rows: _Rows = []
+    rows: Rows = []
     for kind in dict.fromkeys(KINDS.values()):
         # Sort the resources of this kind.
         found: list[tuple[float, str, tuple[int, ...]]] = []
@@ -136,7 +136,7 @@ def rows_of_busiest(problem: PlacementProblem, usage: Usage) -> _Rows:
     return rows
 
 
-def rows_of_binding(problem: PlacementProblem, usage: Usage) -> _Rows:
+def rows_of_binding(problem: PlacementProblem, usage: Usage) -> Rows:
     """List the kinds of resource that bind: in how many layers, what these cost, and which do most often.
 
     A layer in which several kinds are equally busy counts for the first of them.
@@ -149,7 +149,7 @@ def rows_of_binding(problem: PlacementProblem, usage: Usage) -> _Rows:
             layers_of_kind.setdefault(KINDS[binding[0][0]], []).append((layer, binding))
 
     # Count how often each resource binds.
-    rows: _Rows = []
+    rows: Rows = []
     for kind, layers in layers_of_kind.items():
         names = Counter(name_resource(problem, *resource) for _, binding in layers for resource in binding)
         often = ", ".join(f"{name} in {count}" for name, count in names.most_common(_MOST_OFTEN))

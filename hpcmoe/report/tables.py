@@ -8,6 +8,7 @@ from hpcmoe.prepare.memory import Memory
 from hpcmoe.prepare.process import count_unshared
 from hpcmoe.report.batches import rows_of_batches
 from hpcmoe.report.metrics import SIGMA_AIM, sum_links_by_node
+from hpcmoe.report.placement_tables import Rows
 from hpcmoe.report.totals import MeasuredRun, Totals
 
 _MAX_NODES, _MAX_LAYERS = 8, 8  # in a table
@@ -30,7 +31,6 @@ _PARTS_OF_MEMORY = {
     "snapshot": "copy of the state for checkpoints",
     "total": "all of these",
 }
-Rows = list[tuple[str, ...]]
 
 
 def make_table(run: MeasuredRun, totals: Totals) -> str:

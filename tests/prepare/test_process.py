@@ -63,7 +63,7 @@ def test_a_nodes_ranks_share_evenly_and_the_fullest_node_counts():
 def test_a_window_of_several_ranks_is_not_unshared_and_on_gpus_only_copies_are():
     def dispatcher(local_peers):
         return SimpleNamespace(
-            sizes=SimpleNamespace(shared_bytes=lambda routes: 60),
+            sizes=SimpleNamespace(works_at_once=False, shared_bytes=lambda routes: 60),
             routes=SimpleNamespace(local_peers=range(local_peers)),
         )
 

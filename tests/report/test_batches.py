@@ -30,7 +30,7 @@ def test_batches_are_credited_to_the_experts_that_were_in_the_slots():
 def test_the_table_and_the_record_show_them():
     number = np.array([[2, 0], [1, 1]])
     sizes = BatchSizes(number=number, rows=np.array([[30, 0], [5, 9]]), least=number * 5, most=number * 9)
-    ((name, value, unit),) = rows_of_batches(sizes, SimpleNamespace(batch_rows=256))
+    ((name, value, unit),) = rows_of_batches(sizes, SimpleNamespace(batch_rows=256, works_at_once=True))
     assert (name, value, unit) == ("batch of an expert, B_e", "5 / 11 / 18", "rows, least / mean / most; not cut")
     kept = {}
     records = SimpleNamespace(describe=lambda chapter, name, value, unit: kept.update({f"{chapter}/{name}": value}))

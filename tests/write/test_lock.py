@@ -175,6 +175,7 @@ def test_the_holder_shows_signs_of_life(tmp_path, own, monkeypatch):
     leave(tmp_path, own, age_seconds=1000)
     with heartbeat(tmp_path, own):
         wait_for(lambda: time.time() - (tmp_path / LOCK).stat().st_mtime < 500)
+    assert holds_lock(tmp_path, own)
 
 
 def test_a_holder_whose_lock_was_taken_while_it_stood_still_ends(tmp_path, own, elsewhere, monkeypatch, caplog):
