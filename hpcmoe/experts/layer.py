@@ -131,6 +131,7 @@ class MoELayer(nn.Module):
             dispatcher.return_batch(context.handle, batch)
             yield True
         context.batches, context.kept = [], []
+        self.experts.gradients_added()
 
     def route_backward(self, context: LayerContext, grad_probability: Tensor, grad_z: Tensor) -> Iterator[bool]:
         """Compute the gradient of x [T, H] through router and dense part.

@@ -102,17 +102,15 @@ class LanguageModel(nn.Module):
         self.head_weight = nn.Parameter(0.1 * draw(VOCABULARY_SIZE, model.hidden))
         self.sums: Any = None  # GradientSums during training
 
-    def dense_parts(self) -> dict[tuple[str, int], list[nn.Parameter]]:
-        """Return the parameters that all ranks hold, by the op (stage, layer) that completes their gradients."""
-        parts = {("head", 0): [self.last_norm, self.head_weight]}
-        for number, layer in reversed(list(enumerate(self.layers))):
-            parts["route_backward", number] = [*layer.dense.parameters(), *layer.router.parameters()]
-        return parts | {("embed_backward", 0): [self.embedding, self.positions]}
+    def dense_parts(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters that all ranks hold, in the order in which the backward pass reaches them.
 
-    def complete_op(self, op: Any) -> None:
-        """Callback: a micro-batch has completed a training op."""
-        if self.sums is not None:
-            self.sums.complete_op(op)
+        Keys: the head, the dense parts of each layer, the last first, the embedding.
+        """
+        parts = {"the head": [self.last_norm, self.head_weight]}
+        for number, layer in reversed(list(enumerate(self.layers))):
+            parts[f"the dense parts of layer {number}"] = [*layer.dense.parameters(), *layer.router.parameters()]
+        return parts | {"the embedding": [self.embedding, self.positions]}
 
     def poke(self) -> bool:
         """Advance the sums of gradients -> whether one has ended."""

@@ -38,9 +38,6 @@ class Network(Protocol):
     def embed_backward(self, micro_batch: int, grad: Tensor) -> None:
         """Apply the gradient of the first layer's x [T, H]."""
 
-    def complete_op(self, op: Op) -> None:
-        """Callback: a micro-batch has completed an op of training."""
-
     def poke(self) -> bool:
         """Advance what goes on beside the schedule, and return True if any of it has ended."""
 
@@ -143,8 +140,6 @@ class Engine:
     ) -> Iterator[bool]:
         """Run one op, piece by piece."""
         yield from self.pieces(op, training)
-        if training:
-            self.network.complete_op(op)
         if observe is not None:
             observe(self.contexts.values())
 
