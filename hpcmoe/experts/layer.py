@@ -168,7 +168,7 @@ class Exchange(torch.autograd.Function):
         x: Tensor,
         gates: Tensor,
         residual: Tensor | None,
-        _: Tensor,
+        _anchor: Tensor,
         layer: ExpertLayer,
         context: LayerContext,
     ) -> Tensor:

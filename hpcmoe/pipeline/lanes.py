@@ -109,9 +109,10 @@ class Lanes:
         self.current.lane = lane
         try:
             with torch.autograd.set_multithreading_enabled(False):  # backward runs in this thread too
-                for lane.micro_batch in lane.micro_batches:
+                for number in lane.micro_batches:
+                    lane.micro_batch = number
                     with located_errors(lane):
-                        results[lane.micro_batch] = step(lane.micro_batch)
+                        results[number] = step(number)
         finally:
             del self.current.lane
             self.clock.switch(outside)
@@ -257,11 +258,8 @@ class Lanes:
             if ready is not None:
                 return ready
             moved = self.poke()  # before anything is looked at
-            if (
-                self.advance([lane for lane in self.lanes if not lane.is_heavy], all_of_them=True)
-                or self.advance([lane for lane in self.lanes if lane.is_heavy], all_of_them=False)
-                or moved
-            ):
+            light, heavy = ([lane for lane in self.lanes if lane.is_heavy == which] for which in (False, True))
+            if self.advance(light, all_of_them=True) or self.advance(heavy, all_of_them=False) or moved:
                 backoff.reset()
             else:
                 stage, _ = self.lanes[0].at or (Stage.COMBINE, 0)
