@@ -11,9 +11,11 @@ while there is nothing to do. A lane hands its turn on there, and nowhere else. 
 import contextlib
 import contextvars
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_futures
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -76,7 +78,7 @@ class Lanes:
         self.caller = Lane()  # the thread outside all lanes
         self.lanes: list[Lane] = []  # that have not ended, in the order of the circle
         self.failure: BaseException | None = None
-        self.threads: ThreadPoolExecutor | None = None
+        self.threads = ThreadPoolExecutor(sys.maxsize, "lane")  # starts one only where none is idle
 
     @property
     def lane(self) -> Lane:
@@ -120,25 +122,27 @@ class Lanes:
     def run_threads(self, lanes: list[Lane], step: Callable[[int], Result], results: dict[int, Result]) -> None:
         """Take several lanes' micro-batches through the network, each in a thread, while the caller waits."""
         # Start the threads, and give the first of them the turn.
-        self.lanes, self.failure, caller_timers = list(lanes), None, self.clock.running
-        self.threads = self.threads or ThreadPoolExecutor(len(lanes), "lane")
+        self.lanes, caller_timers = list(lanes), self.clock.running
         modes = capture_modes()
         threads = [
             self.threads.submit(contextvars.copy_context().run, self.work, lane, step, results, modes) for lane in lanes
         ]
         lanes[0].turn.release()
 
-        # Wait for the last of them; a signal's exception ends them.
+        # Wait for the last of them.
+        self.join(threads)
+        self.clock.switch(caller_timers)
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+    def join(self, threads: list[Future[None]]) -> None:
+        """Wait for the lanes' ends; a signal's exception, of which several may come, ends them."""
         try:
-            self.caller.turn.acquire()
+            wait_futures(threads)
         except BaseException as error:
             self.failure = self.failure or error
-            self.caller.turn.acquire()
-        for thread in threads:
-            thread.result()
-        self.clock.switch(caller_timers)
-        if self.failure is not None:
-            raise self.failure
+            self.join(threads)
 
     def work(self, lane: Lane, step: Callable[[int], Result], results: dict[int, Result], modes: Modes) -> None:
         """Run a lane when it first has the turn, and hand this on at its end."""
@@ -156,6 +160,8 @@ class Lanes:
             self.failure = self.failure or error
         place = self.lanes.index(lane)
         self.lanes.remove(lane)
+        if not self.lanes:
+            return
         try:
             successor = self.choose(place)
         except BaseException as error:
@@ -169,8 +175,9 @@ class Lanes:
         if self.lanes and self.kind == "arrival":
             lane.at, lane.pieces = (stage, layer), pieces
             self.hand_on(lane)
-            if lane.error is not None:
-                raise lane.error
+            error, lane.error = lane.error, None
+            if error is not None:
+                raise error
         else:
             with self.stage(stage, layer):
                 self.drive(stage, pieces)
@@ -245,8 +252,6 @@ class Lanes:
 
     def choose(self, place: int) -> Lane:
         """Choose the lane that goes on: the next in the circle, or the first that has what it waits for."""
-        if not self.lanes:
-            return self.caller
         following = self.lanes[place % len(self.lanes)]
         return following if self.failure is not None or self.kind == "overlap" else self.advance_until_ready()
 
@@ -276,8 +281,7 @@ class Lanes:
 
     def close(self) -> None:
         """End the threads."""
-        if self.threads is not None:
-            self.threads.shutdown()
+        self.threads.shutdown()
 
 
 def advance_lane(lane: Lane) -> bool:
