@@ -9,7 +9,7 @@ gradients of the experts' parameters are added where they are computed.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -181,7 +181,7 @@ class Exchange(torch.autograd.Function):
         run(Stage.COMBINE, number, layer.combine(context, residual))
         layer.turns.end_exchange()
         ctx.layer, ctx.context, ctx.dtype, ctx.top_k = layer, context, x.dtype, gates.shape[1]
-        ctx.save_for_backward(*pack_kept(context))
+        ctx.save_for_backward(context.gates, *pack_kept(context))  # never nothing: a checkpoint recomputes on all ranks
         output, context.output = context.output, None
         return output if residual is not None else output.to(x.dtype)
 
@@ -191,7 +191,8 @@ class Exchange(torch.autograd.Function):
         """Return the gradients of x [T, H], gates [T, K] and residual; add those of the experts' parameters."""
         layer, context = ctx.layer, ctx.context
         run, number = layer.turns.run_stage, layer.number
-        unpack_kept(context, ctx.saved_tensors)
+        context.gates, *kept = ctx.saved_tensors
+        unpack_kept(context, kept)
         run(Stage.COMBINE_BACKWARD, number, layer.start(context, grad_output, Direction.COMBINE_BACKWARD))
         run(Stage.COMPUTE_BACKWARD, number, layer.compute_backward(context))
         layer.local.gradients_added()
@@ -215,7 +216,7 @@ def pack_kept(context: LayerContext) -> list[Tensor]:
     return [tensor for of_batch in kept for of_slot in of_batch for tensor in of_slot]
 
 
-def unpack_kept(context: LayerContext, tensors: tuple[Tensor, ...]) -> None:
+def unpack_kept(context: LayerContext, tensors: Sequence[Tensor]) -> None:
     """Put what pack_kept() took back into the context."""
     left = iter(tensors)
     context.kept = [[tuple(itertools.islice(left, number)) for number in of_batch] for of_batch in context.num_kept]
