@@ -77,9 +77,7 @@ class Dense(nn.Module):
         """Compute causal self-attention within each sequence: x [T, H] -> [T, H]."""
         mixed = multiply(x, self.query_key_value.to(x.dtype))
         shape = (len(x) // self.sequence_length, self.sequence_length, 3, self.num_heads, -1)
-        if (
-            len(x) == 0
-        ):  # some of torch's kernels reject it; the matrices get their gradient, of zeros, as on other ranks
+        if len(x) == 0:  # some of torch's kernels reject it; the gradients are zeros, as on other ranks
             heads = mixed[:, : x.shape[1]]
         else:
             query, key, value = mixed.view(shape).permute(2, 0, 3, 1, 4)
