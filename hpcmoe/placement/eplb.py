@@ -174,7 +174,7 @@ def sum_packs(weight: np.ndarray, pack: np.ndarray, num_packs: int) -> np.ndarra
 
 
 def invert_slots(expert_of_slot: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find experts' slots: maps [layers, slots] -> (replicas of each [layers, E], slots [layers, E, most], -1 padded)."""
+    """Find experts' slots: maps [layers, slots] -> (replicas of each [layers, E], slots [layers, E, most])."""
     layers = np.arange(len(expert_of_slot))[:, None]
     count = np.zeros((len(expert_of_slot), num_experts), np.int64)
     np.add.at(count, (layers, expert_of_slot), 1)
