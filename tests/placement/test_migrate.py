@@ -134,7 +134,8 @@ def test_a_planned_placement_is_the_same_with_what_stays_in_its_slot(old, new, s
         shares = [dict(zip(p.expert_of_replica[0, here], p.split[0, :, here].T.tolist(), strict=True))
                   for p in (after, planned)]  # fmt: skip
         assert {e: s for e, s in shares[0].items() if e >= 0} == {e: s for e, s in shares[1].items() if e >= 0}
-        assert all(kept[0, slot] == e for slot, e in enumerate(old) if slot // 2 == rank and e in kept[0, here])
+        assert all(kept[0, slot] == e for slot, e in enumerate(old)
+                   if e >= 0 and slot // 2 == rank and e in kept[0, here])  # fmt: skip
     assert sorted(zip(moves.target * 2 + moves.target_slot, moves.expert, strict=True)) == [
         (slot, e) for slot, e in enumerate(kept[0]) if e >= 0 and e != old[slot]
     ]
