@@ -1,4 +1,4 @@
-"""A state_dict names experts, not slots; a rank takes its own from a dict of all; deep copies share what ranks share."""
+"""A state_dict names experts, not slots; a rank takes its own from a dict of all; copies share what ranks share."""
 
 import copy
 

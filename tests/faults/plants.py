@@ -271,7 +271,7 @@ FAULTS = {
         3,
     ),
     "moments of a share lie at its first row": plant(
-        "run/state.py", "(rows.first, *part.start[1:])", "(0, *part.start[1:])", STATE, 3
+        "run/slices.py", "start=(first, *part.start[1:])", "start=(0, *part.start[1:])", STATE, 3
     ),
     # THE LOAD
     "biases push towards busy experts": plant(

@@ -16,7 +16,8 @@ from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.reduce import HostReducer
 from hpcmoe.config import TrainConfig
 from hpcmoe.run.gradient_sums import FlatGradients
-from hpcmoe.run.optimizer import AdamW, cut_rows, learning_rate_at
+from hpcmoe.run.optimizer import AdamW, learning_rate_at
+from hpcmoe.run.slices import cut_rows
 from hpcmoe.run.train import train_step
 from hpcmoe.wait import gather_to_all
 
