@@ -289,12 +289,12 @@ FAULTS = {
     ),
     "an old checkpoint is torn while it is removed": plant(
         "write/pieces.py",
-        "        folder.rename(doomed)\n        shutil.rmtree(doomed)\n",
+        "        shutil.rmtree(rename_old(folder))\n",
         "        shutil.rmtree(folder)\n",
         "write/test_pieces.py write/test_checkpoint.py",
     ),
     "a hole in an array goes unseen": plant(
-        "write/pieces.py", "if twice or held != size:", "if twice:", "write/test_pieces.py"
+        "write/boxes.py", "if twice or held != size:", "if twice:", "write/test_pieces.py"
     ),
     "the oldest checkpoint stays": plant(
         "write/checkpoint.py", "earlier[:-keep] + later", "earlier[: -keep - 1] + later", "write/test_checkpoint.py"
