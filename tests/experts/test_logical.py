@@ -26,12 +26,16 @@ class Experts(LogicalExperts):
 
     def __init__(self, expert_of_slot, kind=LocalExperts):
         super().__init__()
-        self.num_experts, self.expert_of_slot = NUM_EXPERTS, np.array(expert_of_slot)
+        self.num_experts, self.slots = NUM_EXPERTS, np.array(expert_of_slot)
         self.local = kind([nn.Identity() if expert < 0 else make_expert(expert) for expert in expert_of_slot])
         self.local.stack_weights()
-        self.local.listeners = [Shared()]
+        self.local.listeners.append(Shared())
         self.dispatcher = Shared()
         self.scale = nn.Parameter(torch.ones(1))
+
+    @property
+    def expert_of_slot(self):
+        return self.slots
 
 
 class Block(GroupModule):
@@ -82,6 +86,16 @@ def test_a_rank_takes_its_own_from_a_dict_of_all_experts():
     assert not any(module.load_state_dict(given)) and len(given) == 1 + NUM_EXPERTS * len(WEIGHTS)
     assert all(torch.equal(values, given[name]) for name, values in weights_of(module).items())
     assert not any(nn.ModuleDict({"moe": Experts([-1])}).load_state_dict(given))
+
+
+def test_a_module_called_experts_adds_no_second_one():
+    module = nn.ModuleDict({"experts": Experts([3])})
+    saved = weights_of(module)
+    assert set(saved) == {"experts.scale"} | {f"experts.3.{name}" for name in WEIGHTS}
+    assert not any(zero(module).load_state_dict(saved))
+    own = {name.removeprefix("experts."): values for name, values in saved.items()}
+    assert not any(zero(module)["experts"].load_state_dict(own))
+    assert torch.equal(module["experts"].local.replicas[0].up, make_expert(3).up)
 
 
 def test_two_slots_of_one_expert_are_one_entry():
