@@ -65,8 +65,8 @@ class FakeNetwork:
         self.weight = torch.ones(3, requires_grad=True)
 
     def pass_stages(self, stages, layer):
-        for stage in stages:
-            self.lanes.run_stage(stage, layer, self.pieces(stage, layer, self.lanes.micro_batch))
+        micro_batch = self.lanes.micro_batch
+        self.lanes.run_stages(layer, [(stage, self.pieces(stage, layer, micro_batch)) for stage in stages])
 
     def pieces(self, stage, layer, micro_batch):
         """Do a stage's two pieces."""

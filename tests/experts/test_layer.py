@@ -118,17 +118,14 @@ def test_the_experts_work_comes_in_pieces():
 
 def watch_pieces(layer):
     """Count the pieces of each stage from now on -> {stage: pieces}, in the order of the stages."""
-    pieces_of, run_stage = {}, layer.turns.run_stage
+    pieces_of, run_stages = {}, layer.turns.run_stages
 
-    def count(stage, number, pieces):
-        def counted():
-            for worked in pieces:
-                pieces_of[stage] = pieces_of.get(stage, 0) + worked
-                yield worked
+    def count(stage, pieces):
+        for worked in pieces:
+            pieces_of[stage] = pieces_of.get(stage, 0) + worked
+            yield worked
 
-        run_stage(stage, number, counted())
-
-    layer.turns.run_stage = count
+    layer.turns.run_stages = lambda number, stages: run_stages(number, [(stage, count(stage, p)) for stage, p in stages])
     return pieces_of
 
 
@@ -302,6 +299,7 @@ def test_micro_batches_in_lanes_give_what_each_gives_alone(kind):
 
     outputs = layer.turns.run(step, 4, 2)
     layer.turns.close()
+    assert not layer.dispatcher.table.requires_grad  # whoever's thread it was that wrote rows
     found = {name: parameter.grad for name, parameter in layer.named_parameters()}
     total = dict.fromkeys(found, 0.0)
     for batch, grad, y in zip(batches, grads, outputs, strict=True):
