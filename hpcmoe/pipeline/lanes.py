@@ -11,14 +11,12 @@ that the turn goes to another thread as rarely as can be. The order of work depe
 
 import contextlib
 import contextvars
-import functools
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_futures
-from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -26,48 +24,13 @@ import torch
 
 from hpcmoe.clock import Clock, Stage, Timer
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
-from hpcmoe.errors import HpcmoeError
-from hpcmoe.pipeline.cores import Place
+from hpcmoe.pipeline.lane import EndedError, Lane, Modes, capture_modes, located_errors
 from hpcmoe.wait import Backoff
 
 KINDS = ("serial", "overlap", "arrival")
-_HEAVY = (Stage.COMPUTE, Stage.COMPUTE_BACKWARD)  # experts' work, which may wait while others send and fetch
 
 Result = TypeVar("Result")
-Modes = list[Callable[[], AbstractContextManager]]
 Stages = Sequence[tuple[Stage, Iterator[bool]]]
-
-
-class Lane:
-    """A thread that takes some micro-batches through the network, and where it is."""
-
-    def __init__(self, micro_batches: range = range(1)) -> None:
-        self.micro_batches, self.micro_batch = micro_batches, micro_batches.start
-        self.at: tuple[Stage, int] | None = None  # stage and layer of what was last worked on
-        self.layer, self.stages = 0, deque[tuple[Stage, Iterator[bool]]]()  # that its thread waits for
-        self.error: Exception | None = None  # of one of these
-        self.timers = [Timer.DENSE]  # what its seconds count for, innermost last
-        self.turn, self.place = threading.Lock(), Place()  # the lock is free while the lane may go on
-        self.turn.acquire()
-
-    @property
-    def is_heavy(self) -> bool:
-        """Return True if the lane is at its experts' work."""
-        return len(self.stages) > 0 and self.stages[0][0] in _HEAVY
-
-    def give_turn(self) -> None:
-        """Let this lane's thread go on, on the caller's core, when the caller stops."""
-        self.place.call_here()
-        self.turn.release()
-
-    def await_turn(self) -> None:
-        """Wait until this lane, the calling thread's, may go on."""
-        self.turn.acquire()
-        self.place.release()
-
-
-class EndedError(BaseException):
-    """Ends a lane where another has failed: not an Exception, which a user's code may catch."""
 
 
 class Lanes:
@@ -162,17 +125,21 @@ class Lanes:
         """Run a lane when it first has the turn, and hand this on at its end."""
         lane.place.enter()
         lane.await_turn()
-        try:
-            with contextlib.ExitStack() as entered:
+        with contextlib.ExitStack() as entered:
+            try:
                 self.bind_thread()
                 for mode in modes:
                     entered.enter_context(mode())
                 self.stop_if_failed()
                 self.run_lane(lane, step, results)
-        except EndedError:
-            pass
-        except BaseException as error:
-            self.failure = self.failure or error
+            except EndedError:
+                pass
+            except BaseException as error:
+                self.failure = self.failure or error
+            self.leave(lane)  # under the modes too: what others have posted may be worked on
+
+    def leave(self, lane: Lane) -> None:
+        """Take a lane out of the circle, and hand its turn on."""
         place = self.lanes.index(lane)
         self.lanes.remove(lane)
         if not self.lanes:
@@ -221,7 +188,7 @@ class Lanes:
         stage, pieces = lane.stages[0]
         lane.at = stage, lane.layer
         try:
-            with self.clock.measure(stage.report_as):
+            with self.clock.measure(stage.report_as), torch.no_grad():  # in whoever's thread
                 worked = next(pieces, None)
         except Exception as error:
             lane.error = error
@@ -309,28 +276,3 @@ class Lanes:
     def close(self) -> None:
         """End the threads."""
         self.threads.shutdown()
-
-
-@contextlib.contextmanager
-def located_errors(lane: Lane) -> Iterator[None]:
-    """Add to whatever goes wrong which stage saw it; a device reports it some time after its cause."""
-    try:
-        yield
-    except Exception as error:
-        if lane.at is None:
-            raise
-        place = f"in stage {lane.at[0]} of layer {lane.at[1]}, micro-batch {lane.micro_batch}"
-        if isinstance(error, HpcmoeError):
-            raise type(error)(f"{place}: {error}") from error
-        error.add_note(place)
-        raise
-
-
-def capture_modes() -> Modes:
-    """Capture this thread's modes of torch -> what enters them in another."""
-    casting = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-    return [
-        *[torch.inference_mode] * torch.is_inference_mode_enabled(),
-        functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()),
-        *(functools.partial(torch.autocast, device, torch.get_autocast_dtype(device)) for device in casting),
-    ]

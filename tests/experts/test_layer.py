@@ -125,7 +125,9 @@ def watch_pieces(layer):
             pieces_of[stage] = pieces_of.get(stage, 0) + worked
             yield worked
 
-    layer.turns.run_stages = lambda number, stages: run_stages(number, [(stage, count(stage, p)) for stage, p in stages])
+    layer.turns.run_stages = lambda number, stages: run_stages(
+        number, [(stage, count(stage, p)) for stage, p in stages]
+    )
     return pieces_of
 
 

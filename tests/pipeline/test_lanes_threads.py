@@ -52,7 +52,7 @@ def test_an_error_ends_all_lanes_and_tells_its_stage_layer_and_micro_batch(kind,
                 network.run(4, in_flight)
             told = "".join(traceback.format_exception_only(seen.value))
             assert f"in stage {stage.value} of layer 1, micro-batch 1" in told and "illegal memory access" in told
-            assert 0 < len(network.failed) >= len(network.trace) - 2  # at most what the others were just doing
+            assert 0 < len(network.failed) >= len(network.trace) - 8  # of 96: what comes before the lane's turn
         repair()
         seen = None  # its traceback holds the lanes' contexts
         for again in (1, in_flight):
@@ -209,6 +209,26 @@ def test_lanes_work_under_the_callers_modes(kind, mode):
     finally:
         VARIABLE.reset(token)
     assert modes() == (*outside[:-1], "of nobody")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_stages_work_under_the_same_modes_in_whoever_s_thread(kind, mode):
+    """They write into buffers: a graph must not grow there, not even where a lane that has ended works for others."""
+    with open_network(kind, lambda micro_batch: 2 * micro_batch) as network, MODES[mode]():
+        expected = (False, torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), VARIABLE.get())
+        seen, inner = [], network.pieces
+
+        def pieces(*at):
+            for worked in inner(*at):
+                seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+                seen[-1] += torch.is_autocast_enabled("cpu"), VARIABLE.get()
+                yield worked
+
+        network.pieces = pieces
+        for num_micro_batches in (3, 4, 5):
+            network.run(num_micro_batches, 3)
+    assert len(seen) > 100 and set(seen) == {expected}
 
 
 @pytest.mark.parametrize("kind", KINDS)
