@@ -36,7 +36,7 @@ class Lane:
         return len(self.stages) > 0 and self.stages[0][0] in _HEAVY
 
     def give_turn(self) -> None:
-        """Let this lane's thread go on, on the caller's core, when the caller stops."""
+        """Pass the turn to this lane's thread, which goes on where the caller stops, on its core."""
         self.place.call_here()
         self.turn.release()
 
@@ -66,7 +66,7 @@ def located_errors(lane: Lane) -> Iterator[None]:
 
 
 def capture_modes() -> Modes:
-    """Capture this thread's modes of torch -> what enters them in another."""
+    """Collect this thread's modes of torch -> what enters them in another."""
     casting = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
     return [
         *[torch.inference_mode] * torch.is_inference_mode_enabled(),

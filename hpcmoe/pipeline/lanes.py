@@ -27,9 +27,9 @@ from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.pipeline.lane import EndedError, Lane, Modes, capture_modes, located_errors
 from hpcmoe.wait import Backoff
 
-KINDS = ("serial", "overlap", "arrival")
+SCHEDULES = ("serial", "overlap", "arrival")
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 Stages = Sequence[tuple[Stage, Iterator[bool]]]
 
 
@@ -44,7 +44,7 @@ class Lanes:
         bind_thread: Callable[[], None] = lambda: None,
     ) -> None:
         """dispatchers progress wherever a lane waits; bind_thread is the first call of a lane's thread."""
-        if kind not in KINDS:
+        if kind not in SCHEDULES:
             raise ValueError(f"unknown schedule {kind}")
         self.dispatchers, self.clock, self.kind, self.bind_thread = dispatchers, clock, kind, bind_thread
         self.pokes: list[Callable[[], bool]] = []  # advance what else goes on, and return True if any of it has moved
@@ -67,14 +67,14 @@ class Lanes:
         """Return the number of this thread's micro-batch, 0 outside run()."""
         return self.lane.micro_batch
 
-    def run(self, step: Callable[[int], Result], num_micro_batches: int, in_flight: int) -> list[Result]:
+    def run(self, step: Callable[[int], _Result], num_micro_batches: int, in_flight: int) -> list[_Result]:
         """Call step(micro_batch) for each micro-batch, at most in_flight of them under way -> the results in order.
 
         What a step raises ends all lanes, and is raised with its stage, layer and micro-batch. Collective over the
         group.
         """
         in_flight = 1 if self.kind == "serial" else min(in_flight, num_micro_batches)
-        results: dict[int, Result] = {}
+        results: dict[int, _Result] = {}
         if in_flight > 1:
             self.run_threads([Lane(range(k, num_micro_batches, in_flight)) for k in range(in_flight)], step, results)
         else:
@@ -82,8 +82,8 @@ class Lanes:
         self.drain()
         return [results[number] for number in range(num_micro_batches)]
 
-    def run_lane(self, lane: Lane, step: Callable[[int], Result], results: dict[int, Result]) -> None:
-        """Take a lane's micro-batches through the network, one after the other, in this thread."""
+    def run_lane(self, lane: Lane, step: Callable[[int], _Result], results: dict[int, _Result]) -> None:
+        """Pass a lane's micro-batches through the network, one after the other, in this thread."""
         outside = self.clock.switch(lane.timers)
         self.current.lane = lane
         try:
@@ -96,8 +96,8 @@ class Lanes:
             del self.current.lane
             self.clock.switch(outside)
 
-    def run_threads(self, lanes: list[Lane], step: Callable[[int], Result], results: dict[int, Result]) -> None:
-        """Take several lanes' micro-batches through the network, each in a thread, while the caller waits."""
+    def run_threads(self, lanes: list[Lane], step: Callable[[int], _Result], results: dict[int, _Result]) -> None:
+        """Pass several lanes' micro-batches through the network, each in a thread, while the caller waits."""
         # Start the threads, and give the first of them the turn.
         self.lanes, caller_timers = list(lanes), self.clock.running
         modes = capture_modes()
@@ -121,7 +121,7 @@ class Lanes:
             self.failure = self.failure or error
             self.join(threads)
 
-    def work(self, lane: Lane, step: Callable[[int], Result], results: dict[int, Result], modes: Modes) -> None:
+    def work(self, lane: Lane, step: Callable[[int], _Result], results: dict[int, _Result], modes: Modes) -> None:
         """Run a lane when it first has the turn, and hand this on at its end."""
         lane.place.enter()
         lane.await_turn()
@@ -139,7 +139,7 @@ class Lanes:
             self.leave(lane)  # under the modes too: what others have posted may be worked on
 
     def leave(self, lane: Lane) -> None:
-        """Take a lane out of the circle, and hand its turn on."""
+        """Remove a lane from the circle, and hand its turn on."""
         place = self.lanes.index(lane)
         self.lanes.remove(lane)
         if not self.lanes:
@@ -184,7 +184,7 @@ class Lanes:
                 self.wait(stage.wait_as, backoff)
 
     def advance(self, lane: Lane) -> bool:
-        """Do the next piece of what a lane waits for -> whether there was one."""
+        """Run the next piece of what a lane waits for -> whether there was one."""
         stage, pieces = lane.stages[0]
         lane.at = stage, lane.layer
         try:
@@ -211,7 +211,7 @@ class Lanes:
                     self.wait(Timer.WAITING, backoff)
 
     def end_exchange(self) -> None:
-        """Serve the other ranks to the end where no lane will wait soon: what the caller does next is not known."""
+        """Finish what the other ranks want where no lane will wait soon: what the caller does next is not known."""
         if self.lane is self.caller:
             self.drain()
 
@@ -236,7 +236,7 @@ class Lanes:
             raise EndedError
 
     def hand_on(self, lane: Lane) -> None:
-        """Hand this thread's turn on, and wait until it comes back."""
+        """Pass this thread's turn on, and wait until it comes back."""
         successor = self.choose(self.lanes.index(lane) + 1)
         if successor is not lane:
             successor.give_turn()
@@ -245,7 +245,7 @@ class Lanes:
         self.stop_if_failed()
 
     def choose(self, place: int) -> Lane:
-        """Work on what lanes have posted, until one of them needs its thread -> that lane.
+        """Run what lanes have posted, until one of them needs its thread -> that lane.
 
         place: of the lane in the circle whose turn it is.
         """
