@@ -66,7 +66,7 @@ class Layer:
 
     def call(self, x):
         """x [T, H] float32 -> x and what its experts add to it [T, H]."""
-        routing = self.router(x, self.load)
+        routing = self.choose(x)
         return self.experts(x, routing.experts, routing.gates, routing.kept, residual=x)
 
     def forward(self, x):
@@ -80,10 +80,14 @@ class Layer:
         self.call(x).backward(grad)
         return x.grad
 
+    def choose(self, x):
+        """Choose experts for x [T, H] -> Routing."""
+        return self.router(x, self.load)
+
     def route(self, x):
         """Choose experts for x [T, H] -> what `carry` takes: x, its plan and gates."""
         with torch.no_grad():
-            routing = self.router(x, self.load)
+            routing = self.choose(x)
             return x, self.dispatcher.plan(routing.experts, routing.kept, self.experts.chooser), routing.gates
 
     def carry(self, routed):
