@@ -12,10 +12,12 @@ that the turn goes to another thread as rarely as can be. The order of work depe
 import contextlib
 import contextvars
 import functools
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_futures
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -84,7 +86,7 @@ class Lanes:
         self.caller = Lane()  # the thread outside all lanes
         self.lanes: list[Lane] = []  # that have not ended, in the order of the circle
         self.failure: BaseException | None = None
-        self.threads, self.num_threads = ThreadPoolExecutor(1), 0
+        self.threads = ThreadPoolExecutor(sys.maxsize, "lane")  # starts one only where none is idle
 
     @property
     def lane(self) -> Lane:
@@ -128,28 +130,27 @@ class Lanes:
     def run_threads(self, lanes: list[Lane], step: Callable[[int], Result], results: dict[int, Result]) -> None:
         """Take several lanes' micro-batches through the network, each in a thread, while the caller waits."""
         # Start the threads, and give the first of them the turn.
-        self.lanes, self.failure, caller_timers = list(lanes), None, self.clock.running
-        if self.num_threads < len(lanes):
-            self.close()
-            self.threads, self.num_threads = ThreadPoolExecutor(len(lanes), "lane"), len(lanes)
+        self.lanes, caller_timers = list(lanes), self.clock.running
         modes = capture_modes()
         threads = [
             self.threads.submit(contextvars.copy_context().run, self.work, lane, step, results, modes) for lane in lanes
         ]
-        self.caller.place.enter()
         self.give_turn(lanes[0])
 
-        # Wait for the last of them; a signal's exception ends them.
+        # Wait for the last of them.
+        self.join(threads)
+        self.clock.switch(caller_timers)
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+    def join(self, threads: list[Future[None]]) -> None:
+        """Wait for the lanes' ends; a signal's exception, of which several may come, ends them."""
         try:
-            self.caller.await_turn()
+            wait_futures(threads)
         except BaseException as error:
             self.failure = self.failure or error
-            self.caller.await_turn()
-        for thread in threads:
-            thread.result()
-        self.clock.switch(caller_timers)
-        if self.failure is not None:
-            raise self.failure
+            self.join(threads)
 
     def work(self, lane: Lane, step: Callable[[int], Result], results: dict[int, Result], modes: Modes) -> None:
         """Run a lane when it first has the turn, and hand this on at its end."""
@@ -165,9 +166,10 @@ class Lanes:
         # Go on for the others where they need no threads of their own; whatever fails, one of these must go on.
         place, successor = self.lanes.index(lane), None
         self.lanes.remove(lane)
-        with self.keep_failure():
-            successor = self.choose(place)
-        self.give_turn(successor or self.choose(place))
+        if self.lanes:
+            with self.keep_failure():
+                successor = self.choose(place)
+            self.give_turn(successor or self.choose(place))
 
     @contextlib.contextmanager
     def keep_failure(self) -> Iterator[None]:
@@ -278,12 +280,10 @@ class Lanes:
         lane.turn.release()
 
     def choose(self, place: int) -> Lane:
-        """Work on what lanes have posted, until one of them needs its thread -> that lane; the caller's at the end.
+        """Work on what lanes have posted, until one of them needs its thread -> that lane.
 
         place: of the lane in the circle whose turn it is.
         """
-        if not self.lanes:
-            return self.caller
         while self.failure is None:
             lane = self.lanes[place % len(self.lanes)]
             if self.kind == "arrival":
@@ -291,6 +291,8 @@ class Lanes:
             if len(lane.stages) <= 1:  # behind its last stage comes what its thread has to do
                 return lane
             self.drive(lane)
+            if lane.error is not None:
+                return lane
             place += 1
         return self.lanes[0]
 
