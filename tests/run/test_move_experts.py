@@ -61,8 +61,8 @@ def step(layers, all_slots, optimizer, comm, stepped=lambda expert: True):
 
 def make_optimizer(make, layers):
     parameters = [p for layer in layers for p in layer.parameters()]
-    groups = [{"params": [p for p in parameters if p.dim() > 1]},
-              {"params": [p for p in parameters if p.dim() == 1] + [nn.Parameter(torch.zeros(1))], "lr": 0.3}]  # fmt: skip
+    biases = [p for p in parameters if p.dim() == 1] + [nn.Parameter(torch.zeros(1))]  # a rank may have no expert
+    groups = [{"params": [p for p in parameters if p.dim() > 1]}, {"params": biases, "lr": 0.3}]
     return make(groups)
 
 
@@ -114,11 +114,11 @@ def test_an_expert_is_the_same_wherever_it_moves(comm, monkeypatch, name):
         for replica in layer.local_replicas():
             replica.up_bias.requires_grad_(number == 0)  # frozen in one layer
     optimizer = OPTIMIZERS[name] and make_optimizer(OPTIMIZERS[name], layers)
-    for round in range(4):
+    for turn in range(4):
         if optimizer is not None:  # some experts have no state yet
-            step(layers, slots, optimizer, comm, stepped=lambda expert, round=round: expert > 0 or round > 1)
+            step(layers, slots, optimizer, comm, stepped=lambda expert, turn=turn: expert > 0 or turn > 1)
         before = assert_same_everywhere(comm, describe(layers, slots, optimizer, comm))
-        slots = move(comm, layers, slots, [draw_slots(comm, 10 * round + n) for n in range(2)], optimizer)
+        slots = move(comm, layers, slots, [draw_slots(comm, 10 * turn + n) for n in range(2)], optimizer)
         assert assert_same_everywhere(comm, describe(layers, slots, optimizer, comm)) == before
 
         # The optimizer has what is there, and nothing else.
