@@ -20,7 +20,8 @@ from hpcmoe.comm.reduce import HostReducer
 from hpcmoe.config import TrainConfig
 from hpcmoe.experts.feed_forward import LocalExperts
 from hpcmoe.run.gradient_sums import FlatGradients, GradientSums, PlacedExperts, SharedExperts
-from hpcmoe.run.optimizer import AdamW, cut_rows, learning_rate_at
+from hpcmoe.run.optimizer import AdamW, learning_rate_at
+from hpcmoe.run.slices import cut_rows
 from hpcmoe.run.train import train_step
 from hpcmoe.wait import gather_to_all
 
@@ -36,7 +37,7 @@ def test_flat_gradients_are_the_parameters_own_and_sum_over_ranks(comm):
     parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
     gradients = FlatGradients({"first": parameters[:1], "second": parameters[1:]})
     (parameters[0].sum() * (comm.rank + 1) + (parameters[1] * torch.arange(4.0)).sum()).backward()
-    for _ in HostReducer(SimpleNamespace(world=comm), HostDevice(), 4).all_reduce("world", gradients.flat):
+    for _ in HostReducer(SimpleNamespace(sums=comm), HostDevice(), 4).all_reduce("world", gradients.flat):
         time.sleep(1e-4)
     assert torch.equal(parameters[0].grad, torch.full((2, 3), sum(range(1, comm.size + 1))))
     assert torch.equal(parameters[1].grad, torch.arange(4.0) * comm.size)
@@ -110,7 +111,7 @@ def open_sums(parameters, order, reducer, local):
 def make_reducer_of_one():
     """A reducer of a group of one."""
     alone = MPI.COMM_SELF
-    return HostReducer(SimpleNamespace(world=alone, ep=alone, dp=alone), HostDevice(), 4)
+    return HostReducer(SimpleNamespace(world=alone, sums=alone, ep=alone, dp=alone), HostDevice(), 4)
 
 
 def test_sums_start_in_their_order_once_all_passes_have_come():
