@@ -258,7 +258,7 @@ FAULTS = {
     ),
     "a step's weights are those of the step before": plant(
         "run/optimizer.py",
-        "            layer.experts.refresh()\n        return norm",
+        "            layer.experts.local.refresh()\n        return norm",
         "            pass\n        return norm",
         "run/test_optimizer.py -k weights_of_the_last_step",
         3,
