@@ -5,7 +5,7 @@ computes a partial sum of the output (Shoeybi et al. 2019, arXiv:1909.08053, sec
 which adds them up with the K results: the reduce-scatter of the group is part of combine.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -112,6 +112,13 @@ class Expert(nn.Module):
         return forward(self.kind, self.matrices, x, kept)
 
 
+class Listeners(list):
+    """Callbacks of one object, of which a deep or pickled copy has none."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Listeners, ()
+
+
 class LocalExperts(nn.Module):
     """The replicas in this rank's slots, worked on one by one; an empty slot is an Identity that no row reaches."""
 
@@ -119,6 +126,7 @@ class LocalExperts(nn.Module):
         super().__init__()
         self.replicas = nn.ModuleList(replicas)
         self.awaits_weights = False  # while weights are on their way from other ranks
+        self.listeners: list[Callable[[], None]] = Listeners()  # called once a micro-batch's backward() is over
 
     def forward(self, slots: Slots, rows: Tensor, kept: list[Kept] | None) -> Tensor:
         """Compute rows [m, H] grouped by slot -> results [m, H]; what backward() needs is appended to kept, if any."""
@@ -133,6 +141,11 @@ class LocalExperts(nn.Module):
         parts = [backward(kind, matrices, kept.pop(), *own) for kind, matrices, *own in split]
         grads_x, grads_gate = zip(*parts, strict=True)
         return concatenate(grads_x), concatenate(grads_gate)
+
+    def gradients_added(self) -> None:
+        """Call the listeners: all of a micro-batch's rows have added to the parameters' gradients."""
+        for listener in self.listeners:
+            listener()
 
     def split(self, slots: Slots, *tensors: Tensor) -> Iterator[tuple]:
         """Yield each slot's kind, matrices and rows of some tensors [m, ...]; the last slot takes any padding."""

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hpcmoe.pipeline.engine import Engine, Lane
+from hpcmoe.pipeline.schedule import Op, make_schedule
 
 from hpcmoe.clock import Clock, Timer
 from hpcmoe.errors import ClusterError
-from hpcmoe.pipeline.engine import Engine, Lane
-from hpcmoe.pipeline.schedule import Op, make_schedule
 
 KINDS = ["serial", "overlap", "arrival"]
 
@@ -95,7 +95,7 @@ class FakeNetwork:
         self.calls, self.tops, self.bottoms, self.asked = [], {}, {}, Counter()
         self.layers = [FakeLayer(letter, self.calls, delays) for letter in "ab"]
         self.load = ["load a", "load b"]
-        self.ops, self.pokes = [], 0
+        self.pokes = 0
 
     def embed(self, micro_batch):
         return f"{micro_batch}:"
@@ -115,9 +115,6 @@ class FakeNetwork:
 
     def embed_backward(self, micro_batch, grad):
         self.bottoms[micro_batch] = grad
-
-    def complete_op(self, op):
-        self.ops.append(op)
 
     def poke(self):
         self.pokes += 1
