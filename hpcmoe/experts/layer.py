@@ -42,7 +42,7 @@ class Turns(Protocol):
         """Run stages of a layer, one after the other, to their ends."""
 
     def end_exchange(self) -> None:
-        """Serve the other ranks to the end of an exchange, where no stage follows."""
+        """Finish an exchange for the other ranks, where no stage follows."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -214,7 +214,7 @@ class Exchange(torch.autograd.Function):
 
 
 def pack_kept(context: LayerContext, repeats_order: bool) -> list[Tensor]:
-    """Take what the experts keep out of a context, as one list: autograd holds it, and may recompute it.
+    """Move what the experts keep out of a context, into one list: autograd holds it, and may recompute it.
 
     Batches that come in another order at each run are put into one that does not depend on it.
     """
@@ -227,6 +227,6 @@ def pack_kept(context: LayerContext, repeats_order: bool) -> list[Tensor]:
 
 
 def unpack_kept(context: LayerContext, tensors: Sequence[Tensor]) -> None:
-    """Put what pack_kept() took back into the context."""
+    """Restore in the context what pack_kept() has moved."""
     left = iter(tensors)
     context.kept = [[tuple(itertools.islice(left, number)) for number in of_batch] for of_batch in context.num_kept]

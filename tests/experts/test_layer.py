@@ -14,7 +14,7 @@ from hpcmoe.clock import Stage
 from hpcmoe.dispatch.plan import SlotChooser
 from hpcmoe.experts.feed_forward import Expert, LocalExperts
 from hpcmoe.experts.layer import ExpertLayer
-from hpcmoe.pipeline.lanes import KINDS, Lanes
+from hpcmoe.pipeline.lanes import SCHEDULES, Lanes
 
 HIDDEN, FEED_FORWARD, NUM_EXPERTS, TOP_K, TOKENS = 4, 6, 3, 2, 11
 EXPERT_OF_SLOT, SLOT_OF_EXPERT = np.array([2, -1, 0, 1]), (2, 3, 0)
@@ -287,7 +287,7 @@ def test_rows_travel_in_the_dispatchers_precision_and_come_back_in_that_of_x(dty
         assert (found.float() - value).norm() <= 0.02 * value.norm(), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_micro_batches_in_lanes_give_what_each_gives_alone(kind):
     """Four of them, of different sizes, two in flight; what they add to the experts is the sum."""
     layer = make_layer(kind, in_flight=2, num_micro_batches=4)

@@ -8,7 +8,7 @@ import torch
 from lanes_by_hand import BACKWARD, FORWARD, open_network
 
 from hpcmoe.clock import Clock, Stage, Timer
-from hpcmoe.pipeline.lanes import KINDS, Lanes
+from hpcmoe.pipeline.lanes import SCHEDULES, Lanes
 from hpcmoe.wait import call_at_pauses
 
 FINAL = {m: [4.0 * (m + 1)] * 3 for m in range(5)}  # each of two layers doubles
@@ -26,7 +26,7 @@ def make_delays(seed):
     return lambda micro_batch: 0 if seed is None else draw.choice([0, 0, 3, 40])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("in_flight", [1, 2, 3, 7])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("seed", [None, 0, 1])
@@ -47,7 +47,7 @@ def test_every_micro_batch_passes_forward_and_in_training_backward(kind, in_flig
             network.dispatcher.left = 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_at_most_so_many_are_in_flight(kind):
     with open_network(kind, make_delays(3)) as network:
         network.run(7, 3)
@@ -143,14 +143,14 @@ def test_one_piece_of_one_expert_is_done_at_a_time():
     assert len(set(pokes_of_piece)) == len(pokes_of_piece) == 8
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_what_others_want_is_done_before_a_step_ends(kind):
     with open_network(kind, left=10_000) as network:
         network.run(1, 1)
         assert network.dispatcher.is_idle and network.dispatcher.pokes >= 10_000
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_tasks_advance_while_anybody_waits(kind):
     """Every stage waits for a sum that only pokes end."""
     with open_network(kind) as network, torch.no_grad():
@@ -166,7 +166,7 @@ def test_tasks_advance_while_anybody_waits(kind):
     assert left[0] <= 0 and len(network.trace) == 24
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_what_is_called_at_pauses_is_called_wherever_a_lane_waits(kind):
     def fail():
         raise RuntimeError("rank 1 has left")
@@ -179,7 +179,7 @@ def test_what_is_called_at_pauses_is_called_wherever_a_lane_waits(kind):
             network.run(3, 2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_all_seconds_of_a_run_are_counted_once(kind):
     """Stages that work, stages that wait, and what is between them."""
     with open_network(kind, make_delays(0)) as network:
@@ -215,7 +215,7 @@ def test_a_stages_work_and_its_waiting_are_told_apart():
     assert seconds[Timer.DISPATCH] >= 2 * 2 * 2 * 2e-3 > 2e-3 > seconds[Timer.COMPUTE]  # two stages, two pieces, layers
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_contexts_are_shown_after_each_stage(kind):
     """A layer's context lasts from its forward pass to the end of its backward pass."""
     with open_network(kind) as network:

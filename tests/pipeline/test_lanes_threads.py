@@ -11,9 +11,9 @@ from lanes_by_hand import FORWARD, Layer, open_network
 
 from hpcmoe.clock import Stage
 from hpcmoe.errors import ClusterError
-from hpcmoe.pipeline.lanes import KINDS
+from hpcmoe.pipeline.lanes import SCHEDULES
 
-IN_THREADS = [kind for kind in KINDS if kind != "serial"]
+IN_THREADS = [kind for kind in SCHEDULES if kind != "serial"]
 VARIABLE = contextvars.ContextVar("VARIABLE", default="of nobody")
 
 
@@ -36,7 +36,7 @@ def break_at(network, place, error):
     return lambda: setattr(network, "pieces", inner)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("in_flight", [1, 3])
 @pytest.mark.parametrize("error", [RuntimeError, ClusterError])
 @pytest.mark.parametrize("stage", [Stage.COMPUTE, Stage.COMPUTE_BACKWARD])
@@ -52,7 +52,7 @@ def test_an_error_ends_all_lanes_and_tells_its_stage_layer_and_micro_batch(kind,
                 network.run(4, in_flight)
             told = "".join(traceback.format_exception_only(seen.value))
             assert f"in stage {stage.value} of layer 1, micro-batch 1" in told and "illegal memory access" in told
-            assert 0 < len(network.failed) >= len(network.trace) - 2  # at most what the others were just doing
+            assert 0 < len(network.failed) >= len(network.trace) - 8  # of 96: what comes before the lane's turn
         repair()
         seen = None  # its traceback holds the lanes' contexts
         for again in (1, in_flight):
@@ -60,7 +60,7 @@ def test_an_error_ends_all_lanes_and_tells_its_stage_layer_and_micro_batch(kind,
             assert [number for number, _ in network.run(4, again)] == list(range(4))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("where", ["before the first stage", "after the last"])
 def test_an_error_outside_all_stages_ends_all_lanes(kind, where):
     with open_network(kind, lambda micro_batch: 3) as network:
@@ -94,7 +94,7 @@ def test_code_that_catches_all_exceptions_ends_with_the_others(kind):
         assert caught == [0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_an_error_that_is_caught_is_over(kind):
     """A stage's error reaches its own lane; if this goes on, so do all."""
     with open_network(kind) as network, torch.no_grad():
@@ -110,7 +110,7 @@ def test_an_error_that_is_caught_is_over(kind):
         assert network.lanes.run(step, 3, 2) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("stage", [Stage.COMPUTE, Stage.COMPUTE_BACKWARD])
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_ends_all_lanes_and_the_process_lives_on(kind, stage, times):
@@ -162,7 +162,7 @@ def test_one_at_a_time_needs_no_thread(kind, in_flight, num_micro_batches):
         assert set(ran_in) == {threading.main_thread()} and list_threads() <= before
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_autograd_works_in_the_lanes_own_thread(kind):
     """Otherwise two lanes' backward passes would wait for each other inside autograd."""
     with open_network(kind) as network:
@@ -187,7 +187,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("mode", MODES)
 def test_lanes_work_under_the_callers_modes(kind, mode):
     def modes(micro_batch=0):
@@ -211,7 +211,27 @@ def test_lanes_work_under_the_callers_modes(kind, mode):
     assert modes() == (*outside[:-1], "of nobody")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("mode", MODES)
+def test_stages_work_under_the_same_modes_in_whoever_s_thread(kind, mode):
+    """They write into buffers: a graph must not grow there, not even where a lane that has ended works for others."""
+    with open_network(kind, lambda micro_batch: 2 * micro_batch) as network, MODES[mode]():
+        expected = (False, torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), VARIABLE.get())
+        seen, inner = [], network.pieces
+
+        def pieces(*at):
+            for worked in inner(*at):
+                seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+                seen[-1] += torch.is_autocast_enabled("cpu"), VARIABLE.get()
+                yield worked
+
+        network.pieces = pieces
+        for num_micro_batches in (3, 4, 5):
+            network.run(num_micro_batches, 3)
+    assert len(seen) > 100 and set(seen) == {expected}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_a_lane_knows_its_micro_batch(kind):
     with open_network(kind) as network:
         assert network.lanes.run(lambda micro_batch: network.lanes.micro_batch, 5, 2) == list(range(5))
