@@ -83,11 +83,13 @@ class GroupedMatrix:
         return multiply_grouped(grad_y, self.stacked.cast(grad_y.dtype), self.groups)
 
     def add_gradients(self, grad_y: Tensor, x: Tensor) -> None:
-        """Add to the gradients of every expert's weight and bias."""
+        """Add to the gradients of every expert's weight and bias; frozen ones have none."""
         for weight, own, inputs in self.each(self.stacked.weights, grad_y, x):
-            TorchGemm().add_product(ensure_grad(weight), own, inputs)
+            if weight.requires_grad:
+                TorchGemm().add_product(ensure_grad(weight), own, inputs)
         for bias, own in self.each(self.stacked.biases, grad_y):
-            ensure_grad(bias).add_(own.sum(dim=0, dtype=torch.float32))
+            if bias.requires_grad:
+                ensure_grad(bias).add_(own.sum(dim=0, dtype=torch.float32))
 
     def add_bias_product(self, total: Tensor, grad_y: Tensor) -> None:
         """Add grad_y . bias to total [R] float32."""

@@ -19,6 +19,7 @@ from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
 from hpcmoe.dispatch.router import Router
 from hpcmoe.experts.feed_forward import Expert, GroupedExperts, LocalExperts, make_expert_weights
 from hpcmoe.experts.layer import LayerContext, MoELayer
+from hpcmoe.experts.shapes import make_expert_shape
 from hpcmoe.gemm import multiply
 from hpcmoe.model.routing_stats import RoutingSums
 from hpcmoe.model.text import VOCABULARY_SIZE
@@ -237,7 +238,8 @@ def make_expert(spec: NetworkSpec, mesh: Mesh, layer: int, expert: int) -> nn.Mo
     """Build this rank's shard of a logical expert, or an Identity for an empty slot (-1)."""
     if expert < 0:
         return nn.Identity()
-    return make_expert_from(spec, make_expert_weights(spec, layer, expert, mesh.tensor_index, mesh.tensor_parallel))
+    shape, seeds = make_expert_shape(spec), (spec.seed, layer, expert)
+    return make_expert_from(spec, make_expert_weights(shape, seeds, mesh.tensor_index, mesh.tensor_parallel))
 
 
 def make_expert_from(spec: NetworkSpec, weights: dict[str, torch.Tensor]) -> Expert:

@@ -14,6 +14,7 @@ from mpi4py import MPI
 from torch import nn
 
 from hpcmoe.experts.feed_forward import LocalExperts, make_empty_weights
+from hpcmoe.experts.shapes import make_expert_shape
 from hpcmoe.model.language import LanguageModel, make_chooser, make_expert_from
 from hpcmoe.placement.migrate import Moves
 from hpcmoe.placement.result import Placement
@@ -154,7 +155,8 @@ def resize_slots(job: Job, layer: int, placement: Placement) -> None:
     block, mesh = job.stepper.network.layers[layer], job.mesh
     before, after = (p.experts_of_rank(layer, mesh.expert_index) == EMPTY for p in (job.placement, placement))
     for slot in np.flatnonzero(before & ~after).tolist():
-        expert = make_expert_from(job.spec, make_empty_weights(job.spec, mesh.tensor_index, mesh.tensor_parallel))
+        weights = make_empty_weights(make_expert_shape(job.spec), mesh.tensor_index, mesh.tensor_parallel)
+        expert = make_expert_from(job.spec, weights)
         block.experts.replicas[slot] = expert.to(job.stepper.network.device.torch_device)
     for slot in np.flatnonzero(after & ~before).tolist():
         block.experts.replicas[slot] = nn.Identity()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hpcmoe.config import ModelConfig
-from hpcmoe.experts.shapes import split_axis, weight_shape
+from hpcmoe.experts.shapes import make_expert_shape, split_axis, weight_shape
 from hpcmoe.model.balance import read_biases, write_biases
 from hpcmoe.run.job import Job
 from hpcmoe.run.optimizer import MOMENTS, Optimizer, SteppedRows, make_zero_state
@@ -121,7 +121,7 @@ def slice_of_dense(parameter: nn.Parameter, name: str, owned: bool) -> ArraySlic
 def slice_of_expert(job: Job, parameter: nn.Parameter, where: tuple[int, int, str], owned: bool) -> ArraySlice:
     """Return the slice of this rank's shard of one expert's weight; where = (layer, expert, name)."""
     layer, expert, name = where
-    rows, columns = weight_shape(job.config.model, name.removesuffix("_bias"))
+    rows, columns = weight_shape(make_expert_shape(job.spec), name.removesuffix("_bias"))
     is_bias = name.endswith("_bias")
     shape = (job.config.model.num_experts, rows) if is_bias else (job.config.model.num_experts, rows, columns)
 
