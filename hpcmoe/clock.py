@@ -25,16 +25,14 @@ class Stage(enum.StrEnum):
     report_as: Timer
     wait_as: Timer
 
-    EMBED = "embed", Timer.DENSE, Timer.DENSE
+    DENSE = "dense", Timer.DENSE, Timer.DENSE
     ROUTE = "route", Timer.ROUTE, Timer.ROUTE
     DISPATCH = "dispatch", Timer.DISPATCH, Timer.DISPATCH
     COMPUTE = "compute", Timer.COMPUTE, Timer.DISPATCH
     COMBINE = "combine", Timer.COMBINE, Timer.COMBINE
-    HEAD = "head", Timer.DENSE, Timer.WAITING
     COMBINE_BACKWARD = "combine_backward", Timer.COMBINE, Timer.COMBINE
     COMPUTE_BACKWARD = "compute_backward", Timer.COMPUTE, Timer.DISPATCH
     ROUTE_BACKWARD = "route_backward", Timer.DENSE, Timer.COMBINE
-    EMBED_BACKWARD = "embed_backward", Timer.DENSE, Timer.DENSE
 
     def __new__(cls, name: str, report_as: Timer, wait_as: Timer) -> "Stage":
         """Make a member whose value is its name."""
@@ -69,6 +67,12 @@ class Clock:
             timer = self.running[-1]
             self.seconds[timer] = self.seconds.get(timer, 0.0) + now - self.since
         self.since = now
+
+    def switch(self, timers: list[Timer]) -> list[Timer]:
+        """Go on with another thread's timers, innermost last, and return those that were running."""
+        self.charge()
+        before, self.running = self.running, timers
+        return before
 
     def pop_seconds(self) -> dict[Timer, float]:
         """Return the totals since the last call, and start again from zero."""

@@ -61,9 +61,9 @@ class WeightMatrix:
         return gemm.multiply_back(grad_y, weight)
 
     def add_gradients(self, grad_y: Tensor, x: Tensor) -> None:
-        """Add grad_y^T x to the weight's gradient, and grad_y's sum over rows to the bias's; frozen ones have none."""
-        gemm, _ = self.prepare(x.dtype)
+        """Add grad_y^T x to the weight's gradient, and grad_y's sum over rows to the bias's; none to a frozen one's."""
         if self.parameter.requires_grad:
+            gemm, _ = self.prepare(x.dtype)
             gemm.add_product(ensure_grad(self.parameter), grad_y, x)
         if self.bias is not None and self.bias.requires_grad:
             ensure_grad(self.bias).add_(grad_y.sum(dim=0, dtype=torch.float32))

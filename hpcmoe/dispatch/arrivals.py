@@ -29,6 +29,11 @@ class Batch:
     offset_of_row: np.ndarray  # [n] int64, its place in that descriptor's rows
     rows_of_slot: np.ndarray  # [s] int64
 
+    @property
+    def key(self) -> tuple[Key, ...]:
+        """Return what tells a batch from the others of its exchange, at every run alike."""
+        return self.descriptors
+
     def split(self, about_rows: int, apart: bool = False) -> Iterator[tuple[slice, list[tuple[int, int]]]]:
         """Yield the chunks into which the rows are cut: a slice, and (slot, rows) of each slot in it.
 

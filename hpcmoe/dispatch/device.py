@@ -23,7 +23,7 @@ from hpcmoe.comm.transport import Direction, MessageKind, Transport
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan
 from hpcmoe.dispatch.dispatcher import Chunk, ExchangeId, ExchangeProgress
 from hpcmoe.dispatch.plan import SlotChooser
-from hpcmoe.dispatch.router import Routing, repeat_for_shards
+from hpcmoe.dispatch.router import repeat_for_shards
 from hpcmoe.dispatch.routes import Routes
 from hpcmoe.dispatch.sizes import DeviceSizes, round_rows
 from hpcmoe.wait import Backoff
@@ -109,12 +109,12 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
         requests = [request for buffers in self.in_flight_buffers for request in (buffers.outward, buffers.homeward)]
         return not self.background_tasks and all(request is None or request.done for request in requests)
 
-    def plan(self, routing: Routing, chooser: SlotChooser) -> DevicePlan:
-        """Choose a replica for each assignment of a Routing, and return the plan of its exchanges, on the device."""
+    def plan(self, experts: Tensor, kept: Tensor | None, chooser: SlotChooser) -> DevicePlan:
+        """Choose a replica for each assignment to experts [T, K], kept [T, K] bool, and return their plan."""
         if chooser not in self.choosers:
             self.choosers[chooser] = DeviceChooser(chooser, self.device.torch_device)
-        slots = self.choosers[chooser].choose(routing.experts)
-        num_shards, kept = slots.shape[1] // routing.experts.shape[1], routing.kept
+        slots = self.choosers[chooser].choose(experts)
+        num_shards = slots.shape[1] // experts.shape[1]
         return self.make_plan(slots, None if kept is None else repeat_for_shards(kept, num_shards))
 
     def make_plan(self, slots: Any, kept: Any) -> DevicePlan:

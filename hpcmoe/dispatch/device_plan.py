@@ -59,6 +59,7 @@ class DeviceBatch:
     """All rows of an exchange, grouped by slot and within it by rank: permutation 2 of hpcmoe.dispatch.plan."""
 
     __slots__ = ("num_rows", "order", "rows_of_slot")
+    key = ()  # it is alone
 
     def __init__(self, coming: np.ndarray, device: Device) -> None:
         """coming [P, s]: rows from each rank for each slot, which lie by rank and within it by slot."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from hpcmoe.clock import Clock
 from hpcmoe.comm.transport import HOMEWARD, Direction, MessageKind, Transport, make_message_tag, make_tag
 from hpcmoe.dispatch.plan import SlotChooser
-from hpcmoe.dispatch.router import Routing
 from hpcmoe.dispatch.routes import Routes
 from hpcmoe.dispatch.traffic import Traffic, make_traffic
 from hpcmoe.wait import BackgroundTask, Backoff, poke_all
@@ -90,8 +89,8 @@ class TokenDispatcher(Protocol):
     def wait_for_change(self, backoff: Backoff) -> None:
         """Pause, a few times at most, until something has changed since the last poke."""
 
-    def plan(self, routing: Routing, chooser: SlotChooser) -> Any:
-        """Choose a replica for each assignment of a Routing, and return the plan of its exchanges."""
+    def plan(self, experts: Tensor, kept: Tensor | None, chooser: SlotChooser) -> Any:
+        """Choose a replica for each assignment to experts [T, K], kept [T, K] bool, and return their plan."""
 
     def make_plan(self, slots: Any, kept: Any) -> Any:
         """Return the plan for assignments to slots [T, K], kept [T, K] bool."""

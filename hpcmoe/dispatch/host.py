@@ -24,7 +24,7 @@ from hpcmoe.dispatch.arrivals import Arrivals, Batch, Key
 from hpcmoe.dispatch.dispatcher import Chunk, ExchangeId, ExchangeProgress
 from hpcmoe.dispatch.inbound import InboundReceiver, ReceivePool, view_trailer
 from hpcmoe.dispatch.plan import Message, Plan, SlotChooser, make_plan
-from hpcmoe.dispatch.router import Routing, repeat_for_shards
+from hpcmoe.dispatch.router import repeat_for_shards
 from hpcmoe.dispatch.routes import Routes
 from hpcmoe.dispatch.sizes import MIN_BATCH_ROWS, HostSizes, group_peers, make_pools, round_rows
 from hpcmoe.wait import poke_all
@@ -97,15 +97,13 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         under_way = self.receivers or self.background_tasks
         return not under_way and all(request.done for buffers in self.in_flight_buffers for request in buffers.requests)
 
-    def plan(self, routing: Routing, chooser: SlotChooser) -> Plan:
-        """Choose a replica for each assignment of a Routing, and return the plan of its exchanges."""
+    def plan(self, experts: Tensor, kept: Tensor | None, chooser: SlotChooser) -> Plan:
+        """Choose a replica for each assignment to experts [T, K], kept [T, K] bool, and return their plan."""
         # Host waits for the device here: it must know where the tokens go.
-        experts = routing.experts.cpu().numpy()
-        slots = chooser.choose(experts)
-        kept = np.ones(slots.shape, bool)
-        if routing.kept is not None:
-            kept = repeat_for_shards(routing.kept, slots.shape[1] // experts.shape[1]).cpu().numpy()
-        return self.make_plan(slots, kept)
+        slots = chooser.choose(experts.cpu().numpy())
+        if kept is None:
+            return self.make_plan(slots, np.ones(slots.shape, bool))
+        return self.make_plan(slots, repeat_for_shards(kept, slots.shape[1] // experts.shape[1]).cpu().numpy())
 
     def make_plan(self, slots: np.ndarray, kept: np.ndarray) -> Plan:
         """Return the plan for assignments to slots [T, K], kept [T, K] bool."""

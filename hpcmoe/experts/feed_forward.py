@@ -5,7 +5,7 @@ computes a partial sum of the output (Shoeybi et al. 2019, arXiv:1909.08053, sec
 which adds them up with the K results: the reduce-scatter of the group is part of combine.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -118,6 +118,7 @@ class LocalExperts(nn.Module):
         super().__init__()
         self.replicas = nn.ModuleList(replicas)
         self.awaits_weights = False  # while weights are on their way from other ranks
+        self.listeners: list[Callable[[], None]] = []  # called when a micro-batch has added its gradients
 
     def forward(self, slots: Slots, rows: Tensor, kept: list[Kept] | None) -> Tensor:
         """Compute rows [m, H] grouped by slot -> results [m, H]; what backward() needs is appended to kept, if any."""
@@ -132,6 +133,11 @@ class LocalExperts(nn.Module):
         parts = [backward(kind, matrices, kept.pop(), *own) for kind, matrices, *own in split]
         grads_x, grads_gate = zip(*parts, strict=True)
         return concatenate(grads_x), concatenate(grads_gate)
+
+    def gradients_added(self) -> None:
+        """Tell the listeners that a micro-batch has added the gradients of all its rows."""
+        for listener in self.listeners:
+            listener()
 
     def split(self, slots: Slots, *tensors: Tensor) -> Iterator[tuple]:
         """Yield each slot's kind, matrices and rows of some tensors [m, ...]; the last slot takes any padding."""

@@ -1,76 +1,101 @@
-"""One mixture-of-experts layer as its stages, forward and mirrored backward.
+"""A layer's experts, wherever they live, as one differentiable function of tokens, choices and gates.
 
-    forward    route -> dispatch -> compute -> combine
-    backward   combine_backward -> compute_backward -> route_backward
+    forward    dispatch -> compute -> combine
+    backward   combine_backward -> compute_backward -> the gradients come home
 
-Between stages rows travel, so a schedule may put any other work there, in the backward pass too. A stage that may have
-to wait is a generator: it yields True after a piece of work and False when there is nothing to do yet, and whoever
-runs it may do something else meanwhile. Autograd works in the dense part and the router alone.
+A stage that may have to wait is a generator: it yields True after a piece of work and False when there is nothing to do
+yet. Who runs it may let another micro-batch go on meanwhile (hpcmoe.pipeline.lanes). Autograd sees one function: the
+gradients of the experts' parameters are added where they are computed.
 """
 
+import itertools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from hpcmoe.clock import Timer
+from hpcmoe.clock import Stage
 from hpcmoe.comm.transport import Direction
 from hpcmoe.dispatch.dispatcher import ExchangeId, TokenDispatcher
 from hpcmoe.dispatch.plan import SlotChooser
-from hpcmoe.dispatch.router import Router, Routing, repeat_for_shards
+from hpcmoe.dispatch.router import repeat_for_shards
 from hpcmoe.experts.feed_forward import Kept, LocalExperts
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class LayerContext:
-    """What one micro-batch leaves behind in one layer in its forward pass, for its backward pass."""
+class Turns(Protocol):
+    """Who runs stages (hpcmoe.pipeline.lanes.Lanes)."""
 
-    layer: int
+    contexts: Any  # a set of LayerContext
+
+    @property
+    def micro_batch(self) -> int:
+        """Return the number of the calling thread's micro-batch."""
+
+    def stage(self, stage: Stage, layer: int) -> AbstractContextManager[None]:
+        """Count the seconds of the with-block to a stage that need not wait, and name this in what goes wrong."""
+
+    def run_stage(self, stage: Stage, layer: int, pieces: Iterator[bool]) -> None:
+        """Run a stage to its end."""
+
+    def end_exchange(self) -> None:
+        """Serve the other ranks to the end of an exchange, where no stage follows."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False, weakref_slot=True)
+class LayerContext:
+    """What a call of a layer leaves behind in its forward pass, for its backward pass."""
+
     micro_batch: int
     training: bool
-    x: Tensor = field(init=False)  # [T, H], the input of the dense part
-    residual: Tensor = field(init=False)  # [T, H]
-    normed: Tensor = field(init=False)  # [T, H], the router's input
-    routing: Routing = field(init=False)
-    gates: Tensor = field(init=False)  # [T, K * shards] float32
-    plan: Any = field(init=False)  # the dispatcher's, as the handle and batches
+    plan: Any  # the dispatcher's, as the handle and batches
+    gates: Tensor  # [T, K * shards] float32
     handle: Any = field(init=False)  # of the exchange under way
     batches: list[Any] = field(default_factory=list)  # of this rank's experts
     kept: list[list[Kept]] = field(default_factory=list)  # of each batch, what its experts need for their backward
-    output: Tensor = field(init=False)  # [T, H], the next layer's x; after the backward pass the gradient of x
-    grad_output: Tensor = field(init=False)  # [T, H]
+    num_kept: list[list[int]] = field(default_factory=list)  # tensors of each of these
+    output: Any = None  # [T, H], of the forward pass, then the gradient of x
+    grad_gates: Any = None  # [T, K * shards]
 
 
-class MoELayer(nn.Module):
-    """A block of the network: `dense` up to the router's input, then the experts, with a residual around both."""
+class ExpertLayer(nn.Module):
+    """The experts of a layer: those of this rank's slots, and the way to all others."""
 
     def __init__(
-        self, dense: nn.Module, router: Router, experts: LocalExperts, dispatcher: TokenDispatcher, chooser: SlotChooser
+        self, local: LocalExperts, dispatcher: TokenDispatcher, chooser: SlotChooser, turns: Turns, number: int
     ) -> None:
-        """dense: x [T, H] -> (residual, normed) [T, H]; chooser: experts [T, K] -> slots [T, K * shards]."""
+        """local: this rank's; chooser: experts [T, K] -> slots [T, K * shards]; number: of the layer, from 0."""
         super().__init__()
-        self.dense, self.router, self.experts = dense, router, experts
-        self.dispatcher, self.chooser = dispatcher, chooser
+        self.local, self.dispatcher, self.chooser = local, dispatcher, chooser
+        self.turns, self.number = turns, number
+        self.anchor = torch.empty(0, requires_grad=True)  # of the graph, where nothing else wants a gradient
 
-    def route(self, context: LayerContext, x: Tensor, load: Tensor) -> None:
-        """Choose experts for the tokens x [T, H], and plan the way of each assignment to them."""
-        context.x = x.detach().requires_grad_(context.training)
-        with self.dispatcher.clock.measure(Timer.DENSE):
-            context.residual, context.normed = self.dense(context.x)
-        context.routing = self.router(context.normed, load)
-        context.plan = self.dispatcher.plan(context.routing, self.chooser)
-        num_shards = context.plan.top_k // context.routing.gates.shape[1]  # one assignment to each shard of an expert
-        context.gates = repeat_for_shards(context.routing.gates.detach(), num_shards)
+    def forward(
+        self, x: Tensor, experts: Tensor, gates: Tensor, kept: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """Compute residual + the sum over k of gates[:, k] * expert[experts[:, k]](x) -> [T, H].
 
-    def dispatch(self, context: LayerContext) -> Iterator[bool]:
-        """Send the tokens to their experts."""
-        yield from self.start(context, context.normed.detach(), Direction.DISPATCH)
+        x [T, H]; experts [T, K] int64; gates [T, K] float32; kept [T, K] bool where assignments are dropped; residual
+        [T, H] or none. Collective over the group: all ranks call the same layers in the same order, in training and
+        not alike. Once differentiable.
+        """
+        with self.turns.stage(Stage.ROUTE, self.number):
+            plan = self.dispatcher.plan(experts, kept, self.chooser)
+        num_shards = plan.top_k // experts.shape[1]  # one assignment to each shard of an expert
+        context = LayerContext(
+            micro_batch=self.turns.micro_batch,
+            training=torch.is_grad_enabled(),
+            plan=plan,
+            gates=repeat_for_shards(gates.detach().float(), num_shards),
+        )
+        return Exchange.apply(x, gates, residual, self.anchor, self, context)
 
     def start(self, context: LayerContext, rows: Tensor, direction: Direction) -> Iterator[bool]:
         """Start an exchange of rows [T, H] as soon as it can."""
-        exchange = ExchangeId(context.layer, context.micro_batch, direction)
+        exchange = ExchangeId(self.number, context.micro_batch, direction)
         while not self.dispatcher.poll_ready(context.plan, exchange):
             yield False
         context.handle = self.dispatcher.dispatch(context.plan, rows, context.gates, exchange)
@@ -79,7 +104,7 @@ class MoELayer(nn.Module):
     def compute(self, context: LayerContext) -> Iterator[bool]:
         """Compute on rows as they come, and scatter the results to where they go home from."""
         dispatcher = self.dispatcher
-        while self.experts.awaits_weights:
+        while self.local.awaits_weights:
             yield False
         for batch in dispatcher.receive(context.handle):
             if batch is None:
@@ -89,30 +114,14 @@ class MoELayer(nn.Module):
             for number, chunk in enumerate(dispatcher.split(context.handle, batch)):
                 if number > 0:
                     yield True
-                dispatcher.traffic.count_batches(context.layer, chunk.slots)
+                dispatcher.traffic.count_batches(self.number, chunk.slots)
                 rows, _ = dispatcher.gather(chunk.rows)
-                dispatcher.scatter(self.experts(chunk.slots, rows, kept if context.training else None), chunk.rows)
+                dispatcher.scatter(self.local(chunk.slots, rows, kept if context.training else None), chunk.rows)
             dispatcher.return_batch(context.handle, batch)  # before anything else is done: the homes wait for it
             if context.training:
                 context.batches.append(batch)
                 context.kept.append(kept)
             yield True
-
-    def combine(self, context: LayerContext) -> Iterator[bool]:
-        """Add the results of each token, times their gates, to the residual: the next x [T, H]."""
-        while not self.dispatcher.poll_results(context.handle):
-            yield False
-        total = self.dispatcher.combine(context.handle, context.gates)
-        residual = context.residual.detach()
-        context.output = total.add_(residual) if total.dtype == residual.dtype else residual + total
-        if not context.training:
-            del context.residual, context.normed  # nothing will ask for them
-        yield True
-
-    def combine_backward(self, context: LayerContext, grad_output: Tensor) -> Iterator[bool]:
-        """Send the gradient of the next x [T, H] to the experts, with each assignment's gate."""
-        context.grad_output = grad_output
-        yield from self.start(context, grad_output, Direction.COMBINE_BACKWARD)
 
     def compute_backward(self, context: LayerContext) -> Iterator[bool]:
         """Compute the gradients of inputs and gates at the experts, as gradients come, and scatter them."""
@@ -126,26 +135,83 @@ class MoELayer(nn.Module):
             for number, chunk in enumerate(dispatcher.split(context.handle, batch)):
                 if number > 0:
                     yield True
-                grad_x, grad_gates = self.experts.backward(chunk.slots, *dispatcher.gather(chunk.rows), kept)
+                grad_x, grad_gates = self.local.backward(chunk.slots, *dispatcher.gather(chunk.rows), kept)
                 dispatcher.scatter(grad_x, chunk.rows, grad_gates)
             dispatcher.return_batch(context.handle, batch)
             yield True
-        context.batches, context.kept = [], []
 
-    def route_backward(self, context: LayerContext, grad_probability: Tensor, grad_z: Tensor) -> Iterator[bool]:
-        """Compute the gradient of x [T, H] through router and dense part.
-
-        grad_probability [E] and grad_z [] are the routing losses' gradients with respect to the routing's sums.
-        """
+    def combine(self, context: LayerContext, residual: Tensor | None) -> Iterator[bool]:
+        """Add the results of each token, times their gates, to the residual, if any."""
         while not self.dispatcher.poll_results(context.handle):
             yield False
-        routing = context.routing
-        grad_normed = self.dispatcher.combine(context.handle, torch.ones_like(context.gates)).float()
-        of_shards = self.dispatcher.gather_gate_grads(context.handle).unflatten(1, (routing.gates.shape[1], -1))
-        torch.autograd.backward(
-            [context.residual, context.normed, routing.gates, routing.probability_sum, routing.z_sum],
-            [context.grad_output, grad_normed, of_shards.sum(dim=2), grad_probability, grad_z],
-        )
-        assert context.x.grad is not None
-        context.output = context.x.grad
+        context.output = self.dispatcher.combine(context.handle, context.gates)
+        if residual is not None:
+            same = context.output.dtype == residual.dtype
+            context.output = context.output.add_(residual) if same else residual + context.output
         yield True
+
+    def gather_grads(self, context: LayerContext) -> Iterator[bool]:
+        """Sum each token's gradients, and gather those of its gates."""
+        while not self.dispatcher.poll_results(context.handle):
+            yield False
+        context.output = self.dispatcher.combine(context.handle, torch.ones_like(context.gates))
+        context.grad_gates = self.dispatcher.gather_gate_grads(context.handle)
+        yield True
+
+
+class Exchange(torch.autograd.Function):
+    """Tokens to their experts and back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gates: Tensor, residual: Tensor | None, _: Tensor, layer: ExpertLayer, context: LayerContext
+    ) -> Tensor:
+        """Return residual, if any, + the sum of the experts' results times their gates [T, H]."""
+        run, number = layer.turns.run_stage, layer.number
+        if context.training:
+            layer.turns.contexts.add(context)
+        run(Stage.DISPATCH, number, layer.start(context, x, Direction.DISPATCH))
+        run(Stage.COMPUTE, number, layer.compute(context))
+        run(Stage.COMBINE, number, layer.combine(context, residual))
+        layer.turns.end_exchange()
+        ctx.layer, ctx.context, ctx.dtype, ctx.top_k = layer, context, x.dtype, gates.shape[1]
+        ctx.save_for_backward(*pack_kept(context))
+        output, context.output = context.output, None
+        return output if residual is not None else output.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x [T, H], gates [T, K] and residual; add those of the experts' parameters."""
+        layer, context = ctx.layer, ctx.context
+        run, number = layer.turns.run_stage, layer.number
+        unpack_kept(context, ctx.saved_tensors)
+        run(Stage.COMBINE_BACKWARD, number, layer.start(context, grad_output, Direction.COMBINE_BACKWARD))
+        run(Stage.COMPUTE_BACKWARD, number, layer.compute_backward(context))
+        layer.local.gradients_added()
+        run(Stage.ROUTE_BACKWARD, number, layer.gather_grads(context))
+        layer.turns.end_exchange()
+        layer.turns.contexts.discard(context)
+        grad_x, context.output = context.output.to(ctx.dtype), None
+        grad_gates = context.grad_gates.unflatten(1, (ctx.top_k, -1)).sum(dim=2)
+        return grad_x, grad_gates, grad_output if ctx.needs_input_grad[2] else None, None, None, None
+
+
+def pack_kept(context: LayerContext) -> list[Tensor]:
+    """Take what the experts keep out of a context, as one list: autograd holds it, and may recompute it.
+
+    Batches are put into an order that does not depend on when their rows came.
+    """
+    order = sorted(range(len(context.batches)), key=lambda index: context.batches[index].key)
+    context.batches, kept = [context.batches[index] for index in order], [context.kept[index] for index in order]
+    context.num_kept = [[len(of_slot) for of_slot in of_batch] for of_batch in kept]
+    context.kept = []
+    return [tensor for of_batch in kept for of_slot in of_batch for tensor in of_slot]
+
+
+def unpack_kept(context: LayerContext, tensors: tuple[Tensor, ...]) -> None:
+    """Put what pack_kept() took back into the context."""
+    left = iter(tensors)
+    context.kept = [
+        [tuple(itertools.islice(left, number)) for number in of_batch] for of_batch in context.num_kept
+    ]

@@ -83,7 +83,7 @@ class GroupedMatrix:
         return multiply_grouped(grad_y, self.stacked.cast(grad_y.dtype), self.groups)
 
     def add_gradients(self, grad_y: Tensor, x: Tensor) -> None:
-        """Add to the gradients of every expert's weight and bias; frozen ones have none."""
+        """Add to the gradients of every expert's weight and bias that is not frozen."""
         for weight, own, inputs in self.each(self.stacked.weights, grad_y, x):
             if weight.requires_grad:
                 TorchGemm().add_product(ensure_grad(weight), own, inputs)

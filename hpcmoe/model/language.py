@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from hpcmoe.clock import Stage
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.device import Device
 from hpcmoe.config import ModelConfig, NetworkSpec
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
-from hpcmoe.dispatch.router import Router
+from hpcmoe.dispatch.router import Router, Routing
 from hpcmoe.experts.feed_forward import Expert, GroupedExperts, LocalExperts, make_expert_weights
-from hpcmoe.experts.layer import LayerContext, MoELayer
+from hpcmoe.experts.layer import ExpertLayer, Turns
 from hpcmoe.experts.shapes import make_expert_shape
 from hpcmoe.gemm import multiply
 from hpcmoe.model.routing_stats import RoutingSums
@@ -89,16 +90,34 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return nn.functional.rms_norm(x, x.shape[-1:], weight)
 
 
-class LanguageModel(nn.Module):
-    """The network that an engine runs; it holds one step's batch, losses and routing counts while the step lasts."""
+class Block(nn.Module):
+    """A layer of the network: `dense` up to the router's input, then the experts, with a residual around both."""
 
-    def __init__(self, spec: NetworkSpec, layers: Sequence[MoELayer], draw: Draw, mesh: Mesh, device: Device):
+    def __init__(self, dense: Dense, router: Router, experts: ExpertLayer):
+        super().__init__()
+        self.dense, self.router, self.experts = dense, router, experts
+
+    def forward(self, x: torch.Tensor, load: torch.Tensor, sums: RoutingSums) -> tuple[torch.Tensor, Routing]:
+        """Compute x [T, H] -> the next x [T, H], and how its tokens were routed under the load [E]. Collective."""
+        turns = self.experts.turns
+        with turns.stage(Stage.DENSE, self.experts.number):
+            residual, normed = self.dense(x)
+        with turns.stage(Stage.ROUTE, self.experts.number):
+            routing = self.router(normed, load)
+            gates = sums.add(turns.micro_batch, routing, turns)
+        return self.experts(normed, routing.experts, gates, routing.kept, residual), routing
+
+
+class LanguageModel(nn.Module):
+    """The network of a run; it holds one step's batch, losses and routing counts while the step lasts."""
+
+    def __init__(self, spec: NetworkSpec, layers: Sequence[Block], draw: Draw, mesh: Mesh, device: Device):
         super().__init__()
         model = spec.model
         self.spec, self.mesh, self.device = spec, mesh, device
         self.embedding = nn.Parameter(draw(VOCABULARY_SIZE, model.hidden) * model.hidden**0.5)
         self.positions = nn.Parameter(0.1 * draw(model.sequence_length, model.hidden) * model.hidden**0.5)
-        self.layers = cast(Sequence[MoELayer], nn.ModuleList(layers))
+        self.layers = cast(Sequence[Block], nn.ModuleList(layers))
         self.last_norm = nn.Parameter(torch.ones(model.hidden))
         self.head_weight = nn.Parameter(0.1 * draw(VOCABULARY_SIZE, model.hidden))
         self.sums: Any = None  # GradientSums during training
@@ -109,15 +128,6 @@ class LanguageModel(nn.Module):
         for number, layer in reversed(list(enumerate(self.layers))):
             parts["route_backward", number] = [*layer.dense.parameters(), *layer.router.parameters()]
         return parts | {("embed_backward", 0): [self.embedding, self.positions]}
-
-    def complete_op(self, op: Any) -> None:
-        """Callback: a micro-batch has completed a training op."""
-        if self.sums is not None:
-            self.sums.complete_op(op)
-
-    def poke(self) -> bool:
-        """Advance the sums of gradients -> whether one has ended."""
-        return self.sums is not None and self.sums.poke()
 
     def begin(
         self, batches: list[np.ndarray], num_tokens: int, load: np.ndarray, purpose: str, watched: Sequence[int] = ()
@@ -130,70 +140,55 @@ class LanguageModel(nn.Module):
         self.batches = [self.device.copy_from_host(batch.astype(np.int64)) for batch in batches]
         self.num_tokens, self.purpose, self.watched = max(num_tokens, 1), purpose, watched
         self.load = self.device.copy_from_host(np.asarray(load, np.float32))
-        self.loss_sum: Any = 0.0  # cross-entropy over this rank's tokens, nats
+        self.loss_sums: dict[int, torch.Tensor] = {}  # by micro-batch, cross-entropy over this rank's tokens, nats
         self.routing = RoutingSums(self.spec, self.mesh, self.device, self.num_tokens)
-        self.activations: dict[str, list[np.ndarray]] = {}  # of the watched layers, an array a micro-batch
+        self.activations: dict[str, dict[int, np.ndarray]] = {}  # of the watched layers, an array a micro-batch
 
-    def embed(self, micro_batch: int) -> torch.Tensor:
-        """Return the first layer's x [T, H]: bytes and their positions."""
-        with torch.no_grad():
-            return self.look_up(micro_batch)
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Compute the last x of a micro-batch of bytes: inputs [n, length] int64 -> [n * length, H]. Collective."""
+        x = (nn.functional.embedding(inputs, self.embedding) + self.positions).flatten(0, 1)
+        for layer, (block, load) in enumerate(zip(self.layers, self.load, strict=True)):
+            before = x
+            x, routing = block(x, load, self.routing)
+            if layer in self.watched:
+                self.watch(layer, {"input": before, "output": x, "experts": routing.experts})
+        return x
 
-    def head(self, micro_batch: int, x: torch.Tensor, contexts: Sequence[LayerContext]) -> torch.Tensor | None:
-        """Compute the loss from the last x [T, H], and start the sums of routings over all ranks.
-
-        Returns the gradient of x in training, else None.
-        """
-        self.routing.add(micro_batch, [context.routing for context in contexts])
-        self.watch(x, contexts)
+    def run(self, micro_batch: int) -> None:
+        """Take a micro-batch of the step forward and, when training, backward. Collective over the group."""
+        batch = self.batches[micro_batch]
+        x = self(batch[:, :-1])
+        self.routing.close(micro_batch)
         if self.purpose == "infer":
-            return None
-        x.requires_grad_(self.purpose == "train")
-        targets = self.batches[micro_batch][:, 1:].flatten()
-        loss_sum = self.sum_losses(x, targets)
-        self.loss_sum = self.loss_sum + loss_sum.detach().double()  # on the device: no wait of the host
+            return
+        loss_sum = self.sum_losses(x, batch[:, 1:].flatten())
+        self.loss_sums[micro_batch] = loss_sum.detach().double()  # on the device: no wait of the host
         if self.purpose == "train":
             (loss_sum / self.num_tokens).backward()
-        return x.grad
 
     def sum_losses(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Predict each next byte from x [T, H] and sum the cross-entropies -> []; no logits are kept."""
         logits = multiply(norm(x, self.last_norm), self.head_weight)
         return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
-    def watch(self, x: torch.Tensor, contexts: Sequence[LayerContext]) -> None:
-        """Keep inputs, outputs and chosen experts of the watched layers; x is the last layer's output."""
-        outputs = [context.x for context in contexts[1:]] + [x]
-        for layer in self.watched:
-            context = contexts[layer]
-            kept = {"input": context.x, "output": outputs[layer], "experts": context.routing.experts}
-            for name, values in kept.items():
-                self.activations.setdefault(f"layer{layer}/{name}", []).append(values.detach().cpu().numpy().copy())
+    def watch(self, layer: int, values: dict[str, torch.Tensor]) -> None:
+        """Keep what passes through a watched layer."""
+        for name, value in values.items():
+            of_micro_batch = self.activations.setdefault(f"layer{layer}/{name}", {})
+            of_micro_batch[self.layers[layer].experts.turns.micro_batch] = value.detach().cpu().numpy().copy()
 
     def take_activations(self) -> dict[str, np.ndarray]:
         """Return the activations kept in the last step, by name: [tokens of this rank, ...]."""
-        return {name: np.concatenate(arrays) for name, arrays in self.activations.items()}
-
-    def poll_routing_grads(self, micro_batch: int) -> bool:
-        """Advance the sums of routings and return True once routing_grads need not wait."""
-        return self.routing.poll(micro_batch)
-
-    def routing_grads(self, layer: int, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the routing losses' gradients with respect to a layer's probability_sum [E] and z_sum []."""
-        return self.routing.grads(layer, micro_batch)
-
-    def embed_backward(self, micro_batch: int, grad: torch.Tensor) -> None:
-        """Add the gradients of the embedding, from that of the first layer's x [T, H]."""
-        self.look_up(micro_batch).backward(grad)
-
-    def look_up(self, micro_batch: int) -> torch.Tensor:
-        """Sum the vectors of bytes and positions -> [T, H]."""
-        inputs = self.batches[micro_batch][:, :-1]
-        return (nn.functional.embedding(inputs, self.embedding) + self.positions).flatten(0, 1)
+        return {name: np.concatenate([a for _, a in sorted(arrays.items())]) for name, arrays in self.activations.items()}
 
 
 def make_model(
-    spec: NetworkSpec, mesh: Mesh, placement: ExpertSlots, dispatcher: TokenDispatcher, device: Device
+    spec: NetworkSpec,
+    mesh: Mesh,
+    placement: ExpertSlots,
+    dispatcher: TokenDispatcher,
+    turns: Turns,
+    device: Device,
 ) -> LanguageModel:
     """Build this rank's part of the network; the weights drawn are the same at any number of ranks."""
     generator = torch.Generator().manual_seed(spec.seed)
@@ -201,25 +196,32 @@ def make_model(
     def draw(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator) * columns**-0.5
 
-    layers = [make_layer(spec, mesh, placement, dispatcher, draw, layer) for layer in range(spec.model.num_layers)]
+    numbers = range(spec.model.num_layers)
+    layers = [make_block(spec, mesh, placement, dispatcher, turns, draw, number) for number in numbers]
     network = LanguageModel(spec, layers, draw, mesh, device).to(device.torch_device)
     for layer in layers:
-        layer.experts.stack_weights()
+        layer.experts.local.stack_weights()
     return network
 
 
-def make_layer(
-    spec: NetworkSpec, mesh: Mesh, placement: ExpertSlots, dispatcher: TokenDispatcher, draw: Draw, layer: int
-) -> MoELayer:
+def make_block(
+    spec: NetworkSpec,
+    mesh: Mesh,
+    placement: ExpertSlots,
+    dispatcher: TokenDispatcher,
+    turns: Turns,
+    draw: Draw,
+    number: int,
+) -> Block:
     """Build a block: dense part and router whole, and the experts of this rank's slots."""
     model = spec.model
     dense = Dense(model, draw)
     router = Router(draw(model.num_experts, model.hidden), model.top_k, spec.dispatch)
-    expert_of_slot = placement.experts_of_rank(layer, mesh.expert_index)
-    replicas = [make_expert(spec, mesh, layer, expert) for expert in expert_of_slot.tolist()]
-    experts = (GroupedExperts if dispatcher.works_at_once else LocalExperts)(replicas)
-    chooser = make_chooser(model.num_experts, mesh, placement, layer)
-    return MoELayer(dense, router, experts, dispatcher, chooser)
+    expert_of_slot = placement.experts_of_rank(number, mesh.expert_index)
+    replicas = [make_expert(spec, mesh, number, expert) for expert in expert_of_slot.tolist()]
+    local = (GroupedExperts if dispatcher.works_at_once else LocalExperts)(replicas)
+    chooser = make_chooser(model.num_experts, mesh, placement, number)
+    return Block(dense, router, ExpertLayer(local, dispatcher, chooser, turns, number))
 
 
 def make_chooser(num_experts: int, mesh: Mesh, placement: ExpertSlots, layer: int) -> SlotChooser:

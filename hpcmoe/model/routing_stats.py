@@ -1,16 +1,21 @@
 """How a step's tokens were routed, summed over all ranks while the step goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from hpcmoe.clock import Stage
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.device import Device
 from hpcmoe.comm.mpi import start_all_reduce
 from hpcmoe.config import NetworkSpec
 from hpcmoe.dispatch.router import Routing, load_balancing_grad, load_balancing_loss
+from hpcmoe.experts.layer import Turns
 from hpcmoe.wait import wait_all
 
 
@@ -33,14 +38,27 @@ class RoutingSums:
     def __init__(self, spec: NetworkSpec, mesh: Mesh, device: Device, num_tokens: int):
         """num_tokens: of the step, over all ranks."""
         self.spec, self.mesh, self.device, self.num_tokens = spec, mesh, device, num_tokens
+        self.routings: dict[int, list[Routing]] = {}  # micro-batch: of its layers so far
         self.counted: dict = {}  # micro-batch: (this rank's counts, the event of their arrival on the host)
         self.counts: dict = {}  # micro-batch: (array, the request for its sum over all ranks, None when it is done)
         self.loss_grads: dict = {}  # micro-batch: gradients of the routing losses, [L, E + 1] on the device
         self.own_tokens = np.zeros((spec.model.num_layers, spec.model.num_experts), np.int64)
 
-    def add(self, micro_batch: int, routings: Sequence[Routing]) -> None:
-        """Count the routings of all layers of a micro-batch, and start to sum them where the device has them ready."""
-        self.counted[micro_batch] = self.device.copy_to_host(count_routings(routings))
+    def add(self, micro_batch: int, routing: Routing, turns: Turns) -> Tensor:
+        """Count the routing of a micro-batch's next layer -> its gates, from which the routing losses are derived too.
+
+        Where gradients come back to these, they wait for the counts of all ranks as one of `turns`.
+        """
+        routings = self.routings.setdefault(micro_batch, [])
+        routings.append(routing)
+        layer = len(routings) - 1
+        if not routing.gates.requires_grad:
+            return routing.gates
+        return AddLosses.apply(routing.gates, routing.probability_sum, routing.z_sum, self, turns, layer, micro_batch)
+
+    def close(self, micro_batch: int) -> None:
+        """Count a micro-batch, all of whose layers are routed, and start to sum where the device has counts ready."""
+        self.counted[micro_batch] = self.device.copy_to_host(count_routings(self.routings.pop(micro_batch)))
         self.start()
 
     def start(self, wait_for: int = -1) -> None:
@@ -48,14 +66,13 @@ class RoutingSums:
 
         The host waits for the device up to micro-batch wait_for, and for no other.
         """
-        for micro_batch in sorted(self.counted):
+        while (micro_batch := len(self.counts)) in self.counted:
             on_host, event = self.counted[micro_batch]
             if micro_batch <= wait_for:
                 event.synchronize()
             elif not event.query():
                 return
-            del self.counted[micro_batch]
-            counts = on_host.numpy()
+            counts = self.counted.pop(micro_batch)[0].numpy()
             self.own_tokens += counts[:, : self.own_tokens.shape[1]].astype(np.int64)
             self.counts[micro_batch] = (counts, start_all_reduce(self.mesh.world, counts))
 
@@ -67,6 +84,11 @@ class RoutingSums:
         _, request = self.counts[micro_batch]
         return request is None or request.Test()
 
+    def until_done(self, micro_batch: int) -> Iterator[bool]:
+        """Yield False until the sums of a micro-batch are done."""
+        while not self.poll(micro_batch):
+            yield False
+
     def wait(self, micro_batch: int) -> np.ndarray:
         """Wait for a micro-batch's counts, summed over all ranks -> float64 [L, 2 E + 2]."""
         self.start(micro_batch)
@@ -76,7 +98,7 @@ class RoutingSums:
             self.counts[micro_batch] = (counts, None)
         return counts
 
-    def grads(self, layer: int, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def grads(self, layer: int, micro_batch: int) -> tuple[Tensor, Tensor]:
         """Return the routing losses' gradients with respect to a layer's probability_sum [E] and z_sum []."""
         if micro_batch not in self.loss_grads:
             self.loss_grads[micro_batch] = self.device.copy_from_host(self.compute_grads(self.wait(micro_batch)))
@@ -113,8 +135,28 @@ def make_routing_stats(counts: list[np.ndarray], num_tokens: int, own_tokens: np
     )
 
 
+class AddLosses(torch.autograd.Function):
+    """Passes gates on; where their gradients come back, adds those of the routing losses."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gates: Tensor, _probability: Tensor, _z: Tensor, sums: RoutingSums, turns: Turns, layer: int, micro: int
+    ) -> Tensor:
+        """Return gates [T, K]."""
+        ctx.sums, ctx.turns, ctx.layer, ctx.micro_batch = sums, turns, layer, micro
+        return gates.view_as(gates)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_gates: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of gates [T, K], and of the routing's probability_sum [E] and z_sum []."""
+        sums, layer, micro_batch = ctx.sums, ctx.layer, ctx.micro_batch
+        ctx.turns.run_stage(Stage.ROUTE_BACKWARD, layer, sums.until_done(micro_batch))
+        return grad_gates, *sums.grads(layer, micro_batch), None, None, None, None
+
+
 @torch.no_grad()
-def count_routings(routings: Sequence[Routing]) -> torch.Tensor:
+def count_routings(routings: Sequence[Routing]) -> Tensor:
     """Count in a row per layer: assignments and probability of each expert, z, drops -> float64 [L, 2 E + 2]."""
     assignments, probabilities, z = (
         torch.stack([getattr(routing, name) for routing in routings])

@@ -95,7 +95,7 @@ def measure_memory(
 ) -> Memory:
     """Add up the arrays that are really there -> Memory; one_expert is a local one times its shards."""
     # Count the parameters of the experts.
-    experts = [layer.experts for layer in network.layers]
+    experts = [layer.experts.local for layer in network.layers]
     num_replicas = sum(len(local.local_replicas()) for local in experts)
     expert_bytes = sum(p.nbytes for local in experts for p in local.parameters())
     parameters = list(network.parameters())

@@ -16,9 +16,8 @@ from mpi4py import MPI
 from torch import nn
 
 from hpcmoe.comm.reduce import HostReducer, NcclReducer
-from hpcmoe.experts.layer import MoELayer
 from hpcmoe.float32 import FLOAT32_BYTES
-from hpcmoe.model.language import LanguageModel
+from hpcmoe.model.language import Block, LanguageModel
 from hpcmoe.pipeline.schedule import Op
 from hpcmoe.placement.result import Placement
 from hpcmoe.wait import Backoff
@@ -62,7 +61,7 @@ class SharedExperts:
     Gradients are in the order of the backward pass, last layer first; in a layer those of owned experts come first.
     """
 
-    def __init__(self, placement: Placement, comm: MPI.Comm, layers: Sequence[MoELayer]):
+    def __init__(self, placement: Placement, comm: MPI.Comm, layers: Sequence[Block]):
         """comm: the expert-parallel group."""
         self.of_layer: dict[int, list[HeldReplica]] = {}
         parts, end = {}, 0
@@ -78,7 +77,7 @@ class SharedExperts:
             # Order the gradients: those of owned experts first.
             self.of_layer[layer] = []
             for slot in sorted(ranks_of, key=lambda slot: ranks_of[slot][0] != comm.rank):
-                parts[layer, slot] = list(layers[layer].experts.replicas[slot].parameters())
+                parts[layer, slot] = list(layers[layer].experts.local.replicas[slot].parameters())
                 begin, end = end, end + sum(p.numel() for p in parts[layer, slot])
                 where = {"layer": layer, "slot": slot, "expert": held[slot], "ranks": ranks_of[slot]}
                 owned = ranks_of[slot][0] == comm.rank
@@ -107,7 +106,7 @@ class GradientSums:
     ):
         """All sums start in finish() where bucket_bytes is 0, and where a GPU's gradients go by MPI."""
         self.dense, self.experts, self.mesh = dense, experts, network.mesh
-        groups = network.layers[0].dispatcher.sum_groups
+        groups = network.layers[0].experts.dispatcher.sum_groups
         self.bucket = max(bucket_bytes // FLOAT32_BYTES, 1) if bucket_bytes else 2**31
         self.reducer: Any = (
             HostReducer(self.mesh, network.device, self.bucket)

@@ -21,6 +21,7 @@ from hpcmoe.errors import keep_on_root, on_all, on_root
 from hpcmoe.model.language import make_model
 from hpcmoe.model.split import Split
 from hpcmoe.model.text import Text, count_sequences
+from hpcmoe.pipeline.lanes import Lanes
 from hpcmoe.placement.demand import Loads
 from hpcmoe.placement.problem import PlacementProblem, count_slots_per_rank
 from hpcmoe.placement.result import Placement
@@ -110,8 +111,13 @@ def open_job(config: Config, topology: Topology, mesh: Mesh, split: Split, loads
     # Compute what fits and where the experts go; then open what carries rows, and build the network over it.
     prepared = prepare(config, cluster)
     sizes, routes = prepared.sizes, prepared.routes
-    with open_dispatcher(mesh, device, backend, sizes, routes, config.spec.trains) as dispatcher:
-        network = make_model(config.spec, mesh, prepared.run_placement.placement, dispatcher, device)
+    with contextlib.ExitStack() as opened:
+        dispatcher = opened.enter_context(
+            open_dispatcher(mesh, device, backend, sizes, routes, config.spec.trains)
+        )
+        lanes = Lanes([dispatcher], dispatcher.clock, config.pipeline.schedule, device.bind_thread)
+        opened.callback(lanes.close)
+        network = make_model(config.spec, mesh, prepared.run_placement.placement, dispatcher, lanes, device)
         yield Job(
             config=config,
             topology=prepared.topology,
@@ -120,7 +126,7 @@ def open_job(config: Config, topology: Topology, mesh: Mesh, split: Split, loads
             problem=prepared.problem,
             budget=prepared.budget,
             memory=prepared.memory,
-            stepper=Stepper(config, mesh, network, dispatcher),
+            stepper=Stepper(config, mesh, network, dispatcher, lanes),
             meter=Meter(dispatcher, mesh),
             training=Text(split.training),
             validation=Text(split.validation),

@@ -121,7 +121,7 @@ def start_migration(job: Job, optimizer: Optimizer | None, layout: RunPlacement,
         most = max(int(np.bincount(ranks[here]).max()) for ranks in (moves.source, moves.target))
         layers.append(
             LayerMoves(
-                experts=network.layers[layer].experts,
+                experts=network.layers[layer].experts.local,
                 piece_bytes=STAGING_BYTES // most,
                 sends=sends.get(layer, []),
                 receives=receives.get(layer, []),
@@ -157,17 +157,17 @@ def resize_slots(job: Job, layer: int, placement: Placement) -> None:
     for slot in np.flatnonzero(before & ~after).tolist():
         weights = make_empty_weights(make_expert_shape(job.spec), mesh.tensor_index, mesh.tensor_parallel)
         expert = make_expert_from(job.spec, weights)
-        block.experts.replicas[slot] = expert.to(job.stepper.network.device.torch_device)
+        block.experts.local.replicas[slot] = expert.to(job.stepper.network.device.torch_device)
     for slot in np.flatnonzero(after & ~before).tolist():
-        block.experts.replicas[slot] = nn.Identity()
+        block.experts.local.replicas[slot] = nn.Identity()
     if (before != after).any():
-        block.experts.stack_weights()
-    block.chooser = make_chooser(job.spec.model.num_experts, mesh, placement, layer)
+        block.experts.local.stack_weights()
+    block.experts.chooser = make_chooser(job.spec.model.num_experts, mesh, placement, layer)
 
 
 def expert_tensors(network: LanguageModel, optimizer: Optimizer | None, layer: int, slot: int) -> list[torch.Tensor]:
     """List the tensors of an expert: its weights, and in training their moments; the same for every expert."""
-    parameters = list(network.layers[layer].experts.replicas[slot].parameters())
+    parameters = list(network.layers[layer].experts.local.replicas[slot].parameters())
     tensors = [parameter.data for parameter in parameters]
     if optimizer is not None:
         states = [optimizer.adamw.state[parameter] for parameter in parameters]

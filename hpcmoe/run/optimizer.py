@@ -71,7 +71,7 @@ class Optimizer:
     def follow_placement(self, placement: Placement, step: int) -> None:
         """Replace this rank's experts by those of another placement after a step; a new expert's moments are zero."""
         # Free the gradients before those of the new placement are allocated.
-        held = {p for layer in self.network.layers for p in layer.experts.parameters()}
+        held = {p for layer in self.network.layers for p in layer.experts.local.parameters()}
         gone = self.stepped_rows.keys() - held - set(self.dense.parameters)
         for parameter in gone | held:
             parameter.grad = None
@@ -80,7 +80,7 @@ class Optimizer:
         self.share_gradients(placement)
 
         # Exchange the parameters that AdamW steps, and their state.
-        new = [p for layer in self.network.layers for p in layer.experts.parameters() if p not in self.stepped_rows]
+        new = [p for layer in self.network.layers for p in layer.experts.local.parameters() if p not in self.stepped_rows]
         for parameter in gone:
             del self.stepped_rows[parameter]
             self.adamw.state.pop(parameter, None)
@@ -112,7 +112,7 @@ class Optimizer:
         if self.train.shard_optimizer:
             self.gather_dense()
         for layer in self.network.layers:
-            layer.experts.refresh()
+            layer.experts.local.refresh()
         return norm
 
     def gather_dense(self) -> None:

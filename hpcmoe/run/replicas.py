@@ -52,7 +52,7 @@ def hash_parts(network: LanguageModel, shared: SharedExperts, mesh: Mesh) -> np.
     num_experts = network.spec.model.num_experts
     experts = np.full((mesh.tensor_parallel, len(network.layers), num_experts), NOT_HELD)
     for held in shared.held_replicas():
-        replica = network.layers[held.layer].experts.replicas[held.slot]
+        replica = network.layers[held.layer].experts.local.replicas[held.slot]
         experts[mesh.tensor_index, held.layer, held.expert] = digest(replica.parameters())
     return np.concatenate([dense, experts.ravel()])
 

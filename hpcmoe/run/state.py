@@ -42,7 +42,7 @@ class TrainingState:
         slices, job, optimizer = {}, self.job, self.optimizer
         for layer, block in enumerate(self.network.layers):
             experts = job.placement.experts_of_rank(layer, job.mesh.expert_index).tolist()
-            for slot, (expert, replica) in enumerate(zip(experts, block.experts.replicas, strict=True)):
+            for slot, (expert, replica) in enumerate(zip(experts, block.experts.local.replicas, strict=True)):
                 owned = job.mesh.data_index == 0 and optimizer is not None and optimizer.shared.owns(layer, slot)
                 for name, parameter in replica.named_parameters():
                     slices[parameter] = slice_of_expert(job, parameter, (layer, expert, name), owned)
@@ -82,7 +82,7 @@ class TrainingState:
         shared = {name: arrays[name, part.start] for name, part in self.shared.items()}
         write_biases(self.network.layers, shared[BIAS])
         for block in self.network.layers:
-            block.experts.refresh()
+            block.experts.local.refresh()
         if self.optimizer is not None:
             for state in self.optimizer.adamw.state.values():
                 state["step"].fill_(float(step))

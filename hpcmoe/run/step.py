@@ -1,10 +1,12 @@
 """One step over one batch: read it, run the schedule, sum the results over all ranks."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from hpcmoe.clock import Timer
 from hpcmoe.cluster.mesh import Mesh
@@ -15,8 +17,7 @@ from hpcmoe.errors import attempt, on_all, raise_or_return
 from hpcmoe.model.language import LanguageModel
 from hpcmoe.model.routing_stats import RoutingStats
 from hpcmoe.model.text import BlankText, Text, read_micro_batches
-from hpcmoe.pipeline.engine import Engine
-from hpcmoe.pipeline.schedule import make_schedule
+from hpcmoe.pipeline.lanes import Lanes
 from hpcmoe.prepare.activations import ActivationTracker
 
 
@@ -31,15 +32,11 @@ class Outcome:
 class Stepper:
     """Runs a network over batches of text."""
 
-    def __init__(self, config: Config, mesh: Mesh, network: LanguageModel, dispatcher: TokenDispatcher):
+    def __init__(
+        self, config: Config, mesh: Mesh, network: LanguageModel, dispatcher: TokenDispatcher, lanes: Lanes
+    ) -> None:
         self.config, self.mesh, self.network, self.dispatcher = config, mesh, network, dispatcher
-        self.clock, self.tracker = dispatcher.clock, ActivationTracker(network)
-        pipeline, num_layers, in_flight = config.pipeline, config.model.num_layers, dispatcher.sizes.num_in_flight
-        self.engine = Engine(network, dispatcher)
-        self.schedules = {
-            training: make_schedule(pipeline.schedule, num_layers, pipeline.micro_batches, in_flight, training)
-            for training in (True, False)
-        }
+        self.clock, self.tracker, self.lanes = dispatcher.clock, ActivationTracker(network), lanes
 
     def run(
         self, text: Text, starts: np.ndarray, load: np.ndarray, purpose: str, watched: Sequence[int] = ()
@@ -58,22 +55,26 @@ class Stepper:
 
         num_tokens = len(starts) * self.config.model.sequence_length
         self.network.begin(batches, num_tokens, load, purpose, watched)
-        self.run_engine(purpose == "train")
+        self.run_network(training=purpose == "train")
 
         # Sum routings, losses and errors over all ranks.
         with self.clock.measure(Timer.WAITING):
             stats = self.network.routing.wait_stats()
-            sums = all_reduce(self.mesh.world, np.array([float(self.network.loss_sum), error is not None]))
+            sums = all_reduce(self.mesh.world, np.array([float(sum(self.network.loss_sums.values())), error is not None]))
             loss_sum, num_errors = sums.tolist()
         if num_errors > 0:
             on_all(self.mesh.world, lambda: raise_or_return(None, error))
         return Outcome(loss=None if purpose == "infer" else loss_sum / num_tokens, stats=stats)
 
-    def run_engine(self, training: bool) -> None:
-        """Run the schedule; measure the activations in flight in the first step of the run's kind."""
-        if training == (self.config.run.mode == "train") and self.tracker.peak_bytes == 0:
-            with self.tracker.hooks():
-                passing = self.engine.values
-                self.engine.run(self.schedules[training], training, lambda held: self.tracker.observe(held, passing))
-        else:
-            self.engine.run(self.schedules[training], training)
+    def run_network(self, training: bool) -> None:
+        """Run all micro-batches; measure the activations in flight in the first step of the run's kind."""
+        lanes, num_micro_batches = self.lanes, self.config.pipeline.micro_batches
+        measures = training == (self.config.run.mode == "train") and self.tracker.peak_bytes == 0
+        lanes.observe = self.tracker.observe if measures else None
+
+        def take(micro_batch: int) -> None:
+            with self.tracker.hooks() if measures else contextlib.nullcontext():
+                self.network.run(micro_batch)
+
+        with torch.set_grad_enabled(training):
+            lanes.run(take, num_micro_batches, self.dispatcher.sizes.num_in_flight)
