@@ -70,6 +70,25 @@ def on_all(comm: "MPI.Comm", fn: Callable[[], Result]) -> Result:
     return raise_or_return(result, error)
 
 
+def agree_on(comm: "MPI.Comm", where: str, fn: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run fn on every rank -> what it returns, values by name that must be the same on all ranks. Collective over comm.
+
+    Raises the lowest failing rank's HpcmoeError on all, or a ConfigError that begins with `where` where values differ.
+    """
+    values, error = attempt(fn)
+    of_root = broadcast(comm, values)
+
+    def compare() -> dict[str, Any]:
+        own = raise_or_return(values, error)
+        for name in own if of_root is not None else ():
+            if own[name] != of_root.get(name):
+                differs = f"{name} = {own[name]!r} here and {of_root.get(name)!r} on rank 0"
+                raise ConfigError(f"{where}: {differs}: must be the same on all ranks")
+        return own
+
+    return on_all(comm, compare)
+
+
 def attempt(fn: Callable[[], Result]) -> tuple[Any, HpcmoeError | None]:
     """Call fn -> (result, None) or (None, the HpcmoeError it raised); other exceptions pass."""
     try:

@@ -15,7 +15,8 @@ from torch import nn
 
 from hpcmoe.experts.feed_forward import LocalExperts, make_empty_weights
 from hpcmoe.experts.shapes import make_expert_shape
-from hpcmoe.model.language import LanguageModel, make_chooser, make_expert_from
+from hpcmoe.experts.slots import make_chooser
+from hpcmoe.model.language import LanguageModel, make_expert_from
 from hpcmoe.placement.migrate import Moves
 from hpcmoe.placement.result import Placement
 from hpcmoe.placement.search.layer_data import EMPTY

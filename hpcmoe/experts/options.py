@@ -1,0 +1,63 @@
+"""What a layer of the library is built from: its arguments, checked before anything is built."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from annotated_types import Ge, Interval
+
+from hpcmoe.errors import ConfigError
+from hpcmoe.experts.shapes import ExpertShape
+from hpcmoe.validate import STRICT, validate_arguments
+
+Count = Annotated[int, Interval(ge=1, lt=2**31)]
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsOptions:
+    """The arguments of an Experts, the same on all ranks of its group."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    hidden: Count
+    feed_forward: Count
+    num_experts: Count
+    kind: Literal["gelu", "relu", "swiglu"]
+    bias: bool
+    top_k: Count
+    dtype: Literal["float32", "bfloat16"]  # of the rows that travel, and in which experts compute
+    max_tokens: Count  # of a rank in one exchange
+    spare_slots_per_rank: Annotated[int, Interval(ge=0, le=1024)]
+    replicate: bool
+    placement: tuple[Annotated[int, Ge(-1)], ...]  # [S] the expert of each slot, -1 in an empty one; (): dealt evenly
+    seed: Annotated[int, Interval(ge=0, lt=2**63)]
+
+    @property
+    def shape(self) -> ExpertShape:
+        """Return what each expert is."""
+        return ExpertShape(
+            hidden=self.hidden, feed_forward=self.feed_forward, kind=self.kind, bias=self.bias, dtype=self.dtype
+        )
+
+
+def make_options(
+    where: str, tensor_parallel: int, dtype: torch.dtype, placement: Sequence[int] | None, **arguments: Any
+) -> ExpertsOptions:
+    """Check the arguments of an Experts. Raises ConfigError with a line for each at fault, which begins with `where`."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"{where}: dtype = {dtype}: must be torch.float32 or torch.bfloat16")
+    slots = [] if placement is None else np.asarray(placement).ravel().tolist()
+    options = validate_arguments(
+        ExpertsOptions, arguments | {"dtype": DTYPES[dtype], "placement": slots}, where
+    )
+    if options.top_k > options.num_experts:
+        raise ConfigError(f"{where}: top_k = {options.top_k}: must be at most num_experts = {options.num_experts}")
+    if options.feed_forward % tensor_parallel:
+        raise ConfigError(
+            f"{where}: feed_forward = {options.feed_forward}: must be a multiple of the group's tensor_parallel = "
+            f"{tensor_parallel}"
+        )
+    return options
