@@ -15,6 +15,7 @@ from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.device import Device
 from hpcmoe.comm.mpi import start_all_reduce
 from hpcmoe.comm.nccl import IN_ORDER_VERSION, NcclGroup
+from hpcmoe.float32 import FLOAT32_BYTES
 from hpcmoe.wait import until_done
 
 Messages = Iterable[tuple[int, int, torch.Tensor]]  # (tag, rank of mesh.ep, contiguous tensor)
@@ -71,9 +72,9 @@ class NcclReducer:
 
     can_overlap = True
 
-    def __init__(self, mesh: Mesh, device: Device, groups: dict[str, NcclGroup]) -> None:
-        """groups: by name, "world" and "dp", each where it has more ranks than one."""
-        self.device, self.groups, self.world_ranks = device, groups, mesh.ep_ranks
+    def __init__(self, mesh: Mesh, device: Device, bucket: int, groups: dict[str, NcclGroup]) -> None:
+        """bucket: whoever sums many numbers cuts them so; groups: by name, "world" and "dp", where larger than one."""
+        self.mesh, self.device, self.groups, self.bucket = mesh, device, groups, bucket
         in_order = all(group.nccl.get_version() >= IN_ORDER_VERSION for group in groups.values())
         self.stream = device.recv_stream if in_order else device.send_stream
 
@@ -86,8 +87,9 @@ class NcclReducer:
 
     def send_recv(self, outgoing: Messages, incoming: Messages) -> Iterable[bool]:
         """Send tensors to ranks of mesh.ep and receive others."""
+        world_ranks = self.mesh.ep_ranks
         sends, recvs = (  # between two ranks NCCL knows an array by its turn
-            [(self.world_ranks[rank], tensor) for tag, rank, tensor in sorted(side, key=lambda entry: entry[:2])]
+            [(world_ranks[rank], tensor) for tag, rank, tensor in sorted(side, key=lambda entry: entry[:2])]
             for side in (outgoing, incoming)
         )
         if sends or recvs:
@@ -117,3 +119,12 @@ class NcclReducer:
         self.device.compute_stream.wait_event(event)
         while not event.query():  # not blindly: an NCCL that has failed would never come to it
             yield
+
+
+Reducer = HostReducer | NcclReducer
+
+
+def make_reducer(mesh: Mesh, device: Device, groups: dict[str, NcclGroup] | None, bucket_bytes: int) -> Reducer:
+    """Build NCCL's reducer where there are groups of it, else MPI's; bucket_bytes 0: a message sums any number."""
+    bucket = max(bucket_bytes // FLOAT32_BYTES, 1) if bucket_bytes else 2**31
+    return HostReducer(mesh, device, bucket) if groups is None else NcclReducer(mesh, device, bucket, groups)

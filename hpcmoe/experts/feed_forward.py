@@ -111,6 +111,13 @@ class Expert(nn.Module):
         return forward(self.kind, self.matrices, x, kept)
 
 
+class Listeners(list):
+    """Callbacks of one object, of which a deep or pickled copy has none."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Listeners, ()
+
+
 class LocalExperts(nn.Module):
     """The replicas in this rank's slots, worked on one by one; an empty slot is an Identity that no row reaches."""
 
@@ -118,7 +125,7 @@ class LocalExperts(nn.Module):
         super().__init__()
         self.replicas = nn.ModuleList(replicas)
         self.awaits_weights = False  # while weights are on their way from other ranks
-        self.listeners: list[Callable[[], None]] = []  # called when a micro-batch has added its gradients
+        self.listeners: list[Callable[[], None]] = Listeners()  # called once a micro-batch's backward() is over
 
     def forward(self, slots: Slots, rows: Tensor, kept: list[Kept] | None) -> Tensor:
         """Compute rows [m, H] grouped by slot -> results [m, H]; what backward() needs is appended to kept, if any."""
@@ -135,7 +142,7 @@ class LocalExperts(nn.Module):
         return concatenate(grads_x), concatenate(grads_gate)
 
     def gradients_added(self) -> None:
-        """Tell the listeners that a micro-batch has added the gradients of all its rows."""
+        """Call the listeners: all of a micro-batch's rows have added to the parameters' gradients."""
         for listener in self.listeners:
             listener()
 

@@ -164,7 +164,13 @@ class Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gates: Tensor, residual: Tensor | None, _: Tensor, layer: ExpertLayer, context: LayerContext
+        ctx: Any,
+        x: Tensor,
+        gates: Tensor,
+        residual: Tensor | None,
+        _anchor: Tensor,
+        layer: ExpertLayer,
+        context: LayerContext,
     ) -> Tensor:
         """Return residual, if any, + the sum of the experts' results times their gates [T, H]."""
         run, number = layer.turns.run_stage, layer.number
@@ -212,6 +218,4 @@ def pack_kept(context: LayerContext) -> list[Tensor]:
 def unpack_kept(context: LayerContext, tensors: tuple[Tensor, ...]) -> None:
     """Put what pack_kept() took back into the context."""
     left = iter(tensors)
-    context.kept = [
-        [tuple(itertools.islice(left, number)) for number in of_batch] for of_batch in context.num_kept
-    ]
+    context.kept = [[tuple(itertools.islice(left, number)) for number in of_batch] for of_batch in context.num_kept]

@@ -96,12 +96,23 @@ class LanguageModel(nn.Module):
         self.head_weight = nn.Parameter(0.1 * draw(VOCABULARY_SIZE, model.hidden))
         self.sums: Any = None  # GradientSums during training
 
-    def dense_parts(self) -> dict[tuple[str, int], list[nn.Parameter]]:
-        """Return the parameters that all ranks hold, by the op (stage, layer) that completes their gradients."""
-        parts = {("head", 0): [self.last_norm, self.head_weight]}
+    def dense_parts(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters that all ranks hold, in the order in which the backward pass reaches them.
+
+        Keys: the head, the dense parts of each layer, the last first, the embedding.
+        """
+        parts = {"the head": [self.last_norm, self.head_weight]}
         for number, layer in reversed(list(enumerate(self.layers))):
-            parts["route_backward", number] = [*layer.dense.parameters(), *layer.router.parameters()]
-        return parts | {("embed_backward", 0): [self.embedding, self.positions]}
+            parts[f"the dense parts of layer {number}"] = [*layer.dense.parameters(), *layer.router.parameters()]
+        return parts | {"the embedding": [self.embedding, self.positions]}
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the experts that this rank holds."""
+        return [parameter for layer in self.layers for parameter in layer.experts.local.parameters()]
+
+    def poke(self) -> bool:
+        """Advance the sums of gradients -> whether one has ended."""
+        return self.sums is not None and self.sums.poke()
 
     def begin(
         self, batches: list[np.ndarray], num_tokens: int, load: np.ndarray, purpose: str, watched: Sequence[int] = ()
@@ -145,6 +156,10 @@ class LanguageModel(nn.Module):
         logits = multiply(norm(x, self.last_norm), self.head_weight)
         return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
+    def sum_own_losses(self) -> float:
+        """Sum the cross-entropies of this rank's micro-batches, nats; the host waits for the device."""
+        return float(sum(loss for _, loss in sorted(self.loss_sums.items())))
+
     def watch(self, layer: int, values: dict[str, torch.Tensor]) -> None:
         """Keep what passes through a watched layer."""
         for name, value in values.items():
@@ -153,7 +168,9 @@ class LanguageModel(nn.Module):
 
     def take_activations(self) -> dict[str, np.ndarray]:
         """Return the activations kept in the last step, by name: [tokens of this rank, ...]."""
-        return {name: np.concatenate([a for _, a in sorted(arrays.items())]) for name, arrays in self.activations.items()}
+        return {
+            name: np.concatenate([a for _, a in sorted(arrays.items())]) for name, arrays in self.activations.items()
+        }
 
 
 def make_model(

@@ -140,7 +140,14 @@ class AddLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gates: Tensor, _probability: Tensor, _z: Tensor, sums: RoutingSums, turns: Turns, layer: int, micro: int
+        ctx: Any,
+        gates: Tensor,
+        _probability: Tensor,
+        _z: Tensor,
+        sums: RoutingSums,
+        turns: Turns,
+        layer: int,
+        micro: int,
     ) -> Tensor:
         """Return gates [T, K]."""
         ctx.sums, ctx.turns, ctx.layer, ctx.micro_batch = sums, turns, layer, micro

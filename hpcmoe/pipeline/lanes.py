@@ -10,6 +10,7 @@ while there is nothing to do. A lane hands its turn on there, and nowhere else. 
 
 import contextlib
 import contextvars
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ import torch
 from hpcmoe.clock import Clock, Stage, Timer
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.errors import HpcmoeError
-from hpcmoe.wait import BackgroundTask, Backoff, poke_all
+from hpcmoe.wait import Backoff
 
 KINDS = ("serial", "overlap", "arrival")
 _HEAVY = (Stage.COMPUTE, Stage.COMPUTE_BACKWARD)  # experts' work, which may wait while others send and fetch
@@ -57,13 +58,17 @@ class Lanes:
     """The lanes of a group of ranks, and what goes on while they wait."""
 
     def __init__(
-        self, dispatchers: list[TokenDispatcher], clock: Clock, kind: str, bind_thread: Callable[[], None] = lambda: None
+        self,
+        dispatchers: list[TokenDispatcher],
+        clock: Clock,
+        kind: str,
+        bind_thread: Callable[[], None] = lambda: None,
     ) -> None:
         """dispatchers progress wherever a lane waits; bind_thread is the first call of a lane's thread."""
         if kind not in KINDS:
             raise ValueError(f"unknown schedule {kind}")
         self.dispatchers, self.clock, self.kind, self.bind_thread = dispatchers, clock, kind, bind_thread
-        self.tasks: list[BackgroundTask] = []  # that progress too
+        self.pokes: list[Callable[[], bool]] = []  # advance what else goes on, and return True if any of it has moved
         self.check: Callable[[], None] = lambda: None  # raises what other ranks have to tell, wherever one waits
         self.contexts = WeakSet[Any]()  # what forward passes have left for backward passes
         self.observe: Callable[[Iterable[Any]], None] | None = None  # is shown them after each stage
@@ -104,9 +109,10 @@ class Lanes:
         self.current.lane = lane
         try:
             with torch.autograd.set_multithreading_enabled(False):  # backward runs in this thread too
-                for lane.micro_batch in lane.micro_batches:
+                for number in lane.micro_batches:
+                    lane.micro_batch = number
                     with located_errors(lane):
-                        results[lane.micro_batch] = step(lane.micro_batch)
+                        results[number] = step(number)
         finally:
             del self.current.lane
             self.clock.switch(outside)
@@ -118,8 +124,7 @@ class Lanes:
         self.threads = self.threads or ThreadPoolExecutor(len(lanes), "lane")
         modes = capture_modes()
         threads = [
-            self.threads.submit(contextvars.copy_context().run, self.work, lane, step, results, modes)
-            for lane in lanes
+            self.threads.submit(contextvars.copy_context().run, self.work, lane, step, results, modes) for lane in lanes
         ]
         lanes[0].turn.release()
 
@@ -212,7 +217,7 @@ class Lanes:
     def poke(self) -> bool:
         """Advance messages and tasks without waiting, and return True if anything moved."""
         moved = [dispatcher.poke() for dispatcher in self.dispatchers]
-        return any(moved) | poke_all(self.tasks)
+        return any([*moved, *(poke() for poke in self.pokes)])
 
     def wait(self, timer: Timer, backoff: Backoff) -> None:
         """Pause, a few times at most, until something may have changed since the last poke."""
@@ -253,9 +258,8 @@ class Lanes:
             if ready is not None:
                 return ready
             moved = self.poke()  # before anything is looked at
-            if self.advance([lane for lane in self.lanes if not lane.is_heavy], all_of_them=True):
-                backoff.reset()
-            elif self.advance([lane for lane in self.lanes if lane.is_heavy], all_of_them=False) or moved:
+            light, heavy = ([lane for lane in self.lanes if lane.is_heavy == which] for which in (False, True))
+            if self.advance(light, all_of_them=True) or self.advance(heavy, all_of_them=False) or moved:
                 backoff.reset()
             else:
                 stage, _ = self.lanes[0].at or (Stage.COMBINE, 0)
@@ -305,11 +309,9 @@ def located_errors(lane: Lane) -> Iterator[None]:
 
 def capture_modes() -> Modes:
     """Capture this thread's modes of torch -> what enters them in another."""
-    modes: Modes = []
-    if torch.is_inference_mode_enabled():
-        modes.append(torch.inference_mode)
-    modes.append(lambda enabled=torch.is_grad_enabled(): torch.set_grad_enabled(enabled))
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            modes.append(lambda name=device, dtype=torch.get_autocast_dtype(device): torch.autocast(name, dtype))
-    return modes
+    casting = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    return [
+        *[torch.inference_mode] * torch.is_inference_mode_enabled(),
+        functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()),
+        *(functools.partial(torch.autocast, device, torch.get_autocast_dtype(device)) for device in casting),
+    ]

@@ -2,11 +2,14 @@
 
 On GPUs NCCL does so too. Where MPI carries the rows between GPUs, sums go through the host when the pass is over.
 
-A gradient is final when the last micro-batch has completed its op. Gradients become final in one order on all ranks,
-under any schedule: head, last layer ... first layer, embedding. So all ranks start the same sums in one order.
+A part of the model is final when each of its parameters has had the backward passes that are expected, which hooks
+count. All ranks start the same sums in one order: a part that is final early waits for those before it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import collections
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +18,8 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from hpcmoe.comm.reduce import HostReducer, NcclReducer
-from hpcmoe.float32 import FLOAT32_BYTES
-from hpcmoe.model.language import Block, LanguageModel
-from hpcmoe.pipeline.schedule import Op
-from hpcmoe.placement.result import Placement
+from hpcmoe.comm.reduce import Reducer
+from hpcmoe.experts.feed_forward import LocalExperts
 from hpcmoe.wait import Backoff
 
 _FIRST_TAG = 1  # of a layer's sums; MPI keeps the order of the experts in it. 0 is of migrations
@@ -31,6 +31,7 @@ class FlatGradients:
 
     def __init__(self, parts: Mapping[Any, Sequence[nn.Parameter]]):
         """parts: parameters by part, in the order of the array."""
+        self.parts = parts
         self.parameters = [p for parameters in parts.values() for p in parameters]
         device = self.parameters[0].device if self.parameters else None
         self.flat = torch.zeros(sum(p.numel() for p in self.parameters), device=device)
@@ -40,6 +41,25 @@ class FlatGradients:
             parameter.grad = grad
         sizes = [sum(p.numel() for p in parameters) for parameters in parts.values()]
         self.end_of_part = dict(zip(parts, np.cumsum(sizes, dtype=int).tolist(), strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlacedExperts:
+    """This rank's experts of a layer, and where all replicas of the layer's experts are."""
+
+    layer: int
+    local: LocalExperts
+    expert_of_replica: np.ndarray  # [S] int64, -1 in an empty slot
+    rank_of_replica: np.ndarray  # [S] int64, of the expert-parallel group
+
+    def ranks_of_slots(self, rank: int) -> dict[int, tuple[int, tuple[int, ...]]]:
+        """Find what a rank's slots hold -> {slot: (expert, the ranks that hold it, ascending)}."""
+        held = self.expert_of_replica[self.rank_of_replica == rank].tolist()
+        return {
+            slot: (expert, tuple(np.unique(self.rank_of_replica[self.expert_of_replica == expert]).tolist()))
+            for slot, expert in enumerate(held)
+            if expert >= 0
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,30 +78,25 @@ class HeldReplica:
 class SharedExperts:
     """The experts of this rank, the ranks of the group that hold replicas of them, and their gradients.
 
-    Gradients are in the order of the backward pass, last layer first; in a layer those of owned experts come first.
+    Gradients are in the order of the layers given; in a layer those of owned experts come first.
     """
 
-    def __init__(self, placement: Placement, comm: MPI.Comm, layers: Sequence[Block]):
-        """comm: the expert-parallel group."""
+    def __init__(self, layers: Sequence[PlacedExperts], comm: MPI.Comm):
+        """layers: in the order in which their sums start; comm: the expert-parallel group."""
+        self.local_of_layer = {placed.layer: placed.local for placed in layers}
         self.of_layer: dict[int, list[HeldReplica]] = {}
         parts, end = {}, 0
-        for layer in reversed(range(len(layers))):
-            # Find the ranks of the group that hold each expert of this rank.
-            held = placement.experts_of_rank(layer, comm.rank).tolist()
-            ranks_of = {
-                slot: tuple(np.unique(placement.rank_of_replica[placement.expert_of_replica[layer] == expert]).tolist())
-                for slot, expert in enumerate(held)
-                if expert >= 0
-            }
-
-            # Order the gradients: those of owned experts first.
+        for placed in layers:
+            layer, held = placed.layer, placed.ranks_of_slots(comm.rank)
             self.of_layer[layer] = []
-            for slot in sorted(ranks_of, key=lambda slot: ranks_of[slot][0] != comm.rank):
-                parts[layer, slot] = list(layers[layer].experts.local.replicas[slot].parameters())
+            for slot, (expert, ranks) in sorted(held.items(), key=lambda entry: entry[1][1][0] != comm.rank):
+                parts[layer, slot] = list(placed.local.replicas[slot].parameters())
                 begin, end = end, end + sum(p.numel() for p in parts[layer, slot])
-                where = {"layer": layer, "slot": slot, "expert": held[slot], "ranks": ranks_of[slot]}
-                owned = ranks_of[slot][0] == comm.rank
-                self.of_layer[layer].append(HeldReplica(**where, owned=owned, begin=begin, end=end))
+                owned = ranks[0] == comm.rank
+                where = HeldReplica(
+                    layer=layer, slot=slot, expert=expert, ranks=ranks, owned=owned, begin=begin, end=end
+                )
+                self.of_layer[layer].append(where)
         self.flat = FlatGradients(parts).flat
 
     def held_replicas(self) -> list[HeldReplica]:
@@ -97,50 +112,51 @@ class GradientSums:
     """The sums of one step: dense gradients over all ranks, experts' over those that hold the same shard of them."""
 
     def __init__(
-        self,
-        dense: FlatGradients,
-        experts: SharedExperts,
-        network: LanguageModel,
-        bucket_bytes: int,
-        num_micro_batches: int,
-    ):
-        """All sums start in finish() where bucket_bytes is 0, and where a GPU's gradients go by MPI."""
-        self.dense, self.experts, self.mesh = dense, experts, network.mesh
-        groups = network.layers[0].experts.dispatcher.sum_groups
-        self.bucket = max(bucket_bytes // FLOAT32_BYTES, 1) if bucket_bytes else 2**31
-        self.reducer: Any = (
-            HostReducer(self.mesh, network.device, self.bucket)
-            if groups is None
-            else NcclReducer(self.mesh, network.device, groups)
-        )
-        self.overlaps = bucket_bytes > 0 and self.reducer.can_overlap
-        self.num_micro_batches = num_micro_batches
+        self, dense: FlatGradients, experts: SharedExperts, order: Sequence[str | int], reducer: Reducer
+    ) -> None:
+        """order: names of the dense parts, in their order, and layers of experts, in theirs; the same on all ranks."""
+        self.dense, self.experts, self.order, self.reducer = dense, experts, order, reducer
+        self.mesh, self.bucket = reducer.mesh, reducer.bucket
         self.tasks: list[Iterator] = []
-        self.begin()
+        sources = [(place, source) for place, part in enumerate(order) for source in self.list_sources(part)]
+        self.place_of_source = [place for place, _ in sources]
+        remove_hooks = count_passes([source for _, source in sources], self.add_pass)
+        weakref.finalize(self, remove_hooks)
+        self.begin(0)
 
-    def begin(self) -> None:
-        """Prepare for the gradients of a step, once the sums of the last are done. Collective over world."""
+    def list_sources(self, part: str | int) -> Sequence[nn.Parameter | LocalExperts]:
+        """List what tells of the backward passes of a part: dense parameters, or a layer's experts."""
+        return self.dense.parts[part] if isinstance(part, str) else [self.experts.local_of_layer[part]]
+
+    def begin(self, num_passes: int) -> None:
+        """Prepare for the gradients of so many backward passes, once the sums of the last step are done.
+
+        No sum starts before finish() where num_passes is 0, or where MPI sums a GPU's gradients. Collective over world.
+        """
         self.drain()
-        ops = [*self.dense.end_of_part, *(("compute_backward", layer) for layer in self.experts.of_layer)]
-        ops.sort(key=lambda op: (op[0] == "embed_backward", op[0] != "head", -op[1]))
-        self.left = dict.fromkeys(ops, self.num_micro_batches)  # micro-batches that have yet to complete an op
-        self.is_open, self.num_started, self.next_layer = True, 0, max(self.experts.of_layer, default=0)
+        self.passes_left = [num_passes if self.reducer.can_overlap else 0] * len(self.place_of_source)
+        self.sources_left = np.bincount(self.place_of_source, minlength=len(self.order)).tolist()
+        self.waiting = collections.deque(enumerate(self.order))  # parts whose sums have not started
+        self.is_open, self.num_started = True, 0
+        self.next_layers = collections.deque(self.experts.of_layer)  # whose sums over data-parallel groups are to start
 
-    def complete_op(self, op: Op) -> None:
-        """Callback: a micro-batch has completed an op. Start the sums of gradients that are final now."""
-        part = op.stage, op.layer
-        if not (self.overlaps and self.is_open and part in self.left):
+    def add_pass(self, source: int) -> None:
+        """Callback: a backward pass has added to the gradients of a source. Start the sums that may start now."""
+        if not self.is_open or self.passes_left[source] == 0:
             return
-        self.left[part] -= 1
-        if self.left[part] == 0:
-            self.start(part)
+        self.passes_left[source] -= 1
+        if self.passes_left[source] == 0:
+            self.sources_left[self.place_of_source[source]] -= 1
+        while self.waiting and self.sources_left[self.waiting[0][0]] == 0:
+            self.start_next()
 
-    def start(self, part: tuple[str, int]) -> None:
-        """Start to sum the gradients that an op (stage, layer) has completed."""
-        del self.left[part]
-        stage, layer = part
-        of_experts = stage == "compute_backward"
-        self.tasks.append(self.sum_experts(layer) if of_experts else self.sum_dense(self.dense.end_of_part[part]))
+    def start_next(self) -> None:
+        """Start the sums of the next part in the order."""
+        _, part = self.waiting.popleft()
+        if isinstance(part, str):
+            self.tasks.append(self.sum_dense(self.dense.end_of_part[part]))
+        else:
+            self.tasks.append(self.sum_experts(part))
         self.poke()
 
     def poke(self) -> bool:
@@ -154,8 +170,8 @@ class GradientSums:
         """Start the sums that have not started and wait for all, once a step. Collective over world."""
         if not self.is_open:
             return
-        for part in list(self.left):
-            self.start(part)
+        while self.waiting:
+            self.start_next()
             if not self.reducer.can_overlap:  # host memory for one part, not for all
                 self.drain()
         self.drain()
@@ -233,7 +249,27 @@ class GradientSums:
     def sum_groups(self, layer: int, owned: torch.Tensor) -> Iterator:
         """Sum over the data-parallel groups, layer after layer: all ranks of a communicator start in one order."""
         if self.mesh.dp.size > 1:
-            while self.next_layer != layer:
+            while self.next_layers[0] != layer:
                 yield
-            self.next_layer -= 1
+            self.next_layers.popleft()
             yield from self.reducer.all_reduce("dp", owned)
+
+
+def count_passes(sources: Sequence[nn.Parameter | LocalExperts], add_pass: Callable[[int], None]) -> Callable[[], None]:
+    """Call a method with a source's index after each backward pass that has added to its gradients.
+
+    The hooks keep neither the method's object nor the sources alive. -> a function that removes them.
+    """
+    method, removals = weakref.WeakMethod(add_pass), contextlib.ExitStack()
+    for index, source in enumerate(sources):
+
+        def added(_: Any = None, index: int = index) -> None:
+            if (alive := method()) is not None:
+                alive(index)
+
+        if isinstance(source, LocalExperts):
+            source.listeners.append(added)
+            removals.callback(source.listeners.remove, added)
+        else:
+            removals.callback(source.register_post_accumulate_grad_hook(added).remove)
+    return removals.close

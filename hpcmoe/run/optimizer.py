@@ -14,10 +14,12 @@ from torch import nn
 
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.mpi import all_reduce
+from hpcmoe.comm.reduce import make_reducer
 from hpcmoe.config import Config, TrainConfig
+from hpcmoe.experts.layer import ExpertLayer
 from hpcmoe.model.language import LanguageModel
 from hpcmoe.placement.result import Placement
-from hpcmoe.run.gradient_sums import FlatGradients, GradientSums, SharedExperts
+from hpcmoe.run.gradient_sums import FlatGradients, GradientSums, PlacedExperts, SharedExperts
 
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  # our name: AdamW's
 
@@ -63,15 +65,21 @@ class Optimizer:
 
     def share_gradients(self, placement: Placement) -> None:
         """Sum the experts' gradients by a placement from the next step on."""
-        self.shared = SharedExperts(placement, self.mesh.ep, self.network.layers)
-        self.sums = self.network.sums = GradientSums(
-            self.dense, self.shared, self.network, self.train.bucket_bytes, self.num_micro_batches
-        )
+        layers = [place_experts(placement, n, layer.experts) for n, layer in enumerate(self.network.layers)]
+        self.shared = SharedExperts(layers[::-1], self.mesh.ep)
+
+        # Order the sums as the backward pass goes: a layer's experts before its dense part.
+        head, *blocks, embedding = self.dense.parts
+        by_layer = [part for pair in zip(self.shared.of_layer, blocks, strict=True) for part in pair]
+        groups = self.network.layers[0].experts.dispatcher.sum_groups
+        reducer = make_reducer(self.mesh, self.network.device, groups, self.train.bucket_bytes)
+        order = [head, *by_layer, embedding]
+        self.sums = self.network.sums = GradientSums(self.dense, self.shared, order, reducer)
 
     def follow_placement(self, placement: Placement, step: int) -> None:
         """Replace this rank's experts by those of another placement after a step; a new expert's moments are zero."""
         # Free the gradients before those of the new placement are allocated.
-        held = {p for layer in self.network.layers for p in layer.experts.local.parameters()}
+        held = set(self.network.expert_parameters())
         gone = self.stepped_rows.keys() - held - set(self.dense.parameters)
         for parameter in gone | held:
             parameter.grad = None
@@ -80,7 +88,7 @@ class Optimizer:
         self.share_gradients(placement)
 
         # Exchange the parameters that AdamW steps, and their state.
-        new = [p for layer in self.network.layers for p in layer.experts.local.parameters() if p not in self.stepped_rows]
+        new = [p for p in self.network.expert_parameters() if p not in self.stepped_rows]
         for parameter in gone:
             del self.stepped_rows[parameter]
             self.adamw.state.pop(parameter, None)
@@ -92,7 +100,7 @@ class Optimizer:
 
     def zero_gradients(self) -> None:
         """Set the gradients to zero before a step. Collective over world."""
-        self.sums.begin()
+        self.sums.begin(self.num_micro_batches if self.train.bucket_bytes else 0)
         self.dense.flat.zero_()
         self.shared.flat.zero_()
 
@@ -137,6 +145,14 @@ class Optimizer:
         for replica, square in zip(owned, own, strict=True):
             squares[replica.layer, replica.expert] = square
         return float(all_reduce(self.mesh.world, squares).sum() / self.mesh.data_parallel + dense) ** 0.5
+
+
+def place_experts(placement: Placement, number: int, layer: ExpertLayer) -> PlacedExperts:
+    """Build what sums of gradients need to know of a layer's experts."""
+    expert_of_replica, rank_of_replica = placement.expert_of_replica[number], placement.rank_of_replica
+    return PlacedExperts(
+        layer=number, local=layer.local, expert_of_replica=expert_of_replica, rank_of_replica=rank_of_replica
+    )
 
 
 def make_zero_state(rows: torch.Tensor, step: int) -> dict[str, torch.Tensor]:

@@ -67,9 +67,7 @@ def digest(parameters: Iterable[torch.Tensor]) -> int:
 
 def name_parts(network: LanguageModel, mesh: Mesh) -> list[str]:
     """Name the entries of hash_parts."""
-    names = {"head": "the head", "embed_backward": "the embedding"}
-    dense = [names.get(stage, f"the dense parts of layer {layer}") for stage, layer in network.dense_parts()]
-    return dense + [
+    return list(network.dense_parts()) + [
         f"expert {expert} of layer {layer}" + f" (shard {shard} of {mesh.tensor_parallel})" * (mesh.tensor_parallel > 1)
         for shard in range(mesh.tensor_parallel)
         for layer in range(len(network.layers))

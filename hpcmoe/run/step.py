@@ -60,7 +60,8 @@ class Stepper:
         # Sum routings, losses and errors over all ranks.
         with self.clock.measure(Timer.WAITING):
             stats = self.network.routing.wait_stats()
-            sums = all_reduce(self.mesh.world, np.array([float(sum(self.network.loss_sums.values())), error is not None]))
+            own = [self.network.sum_own_losses(), error is not None]
+            sums = all_reduce(self.mesh.world, np.array(own, np.float64))
             loss_sum, num_errors = sums.tolist()
         if num_errors > 0:
             on_all(self.mesh.world, lambda: raise_or_return(None, error))

@@ -39,7 +39,7 @@ def open_reducer(way, mesh):
         if way == "nccl":
             nccl = StandInNccl(mesh.world, device)
             comms = {"world": mesh.world, "dp": mesh.dp}
-            reducer = NcclReducer(mesh, device, opened.enter_context(open_nccl(mesh.world, comms, device, nccl)))
+            reducer = NcclReducer(mesh, device, 3, opened.enter_context(open_nccl(mesh.world, comms, device, nccl)))
         opened.enter_context(Watching(order))
 
         def make(values):
@@ -114,7 +114,7 @@ def test_nccl_keeps_one_order_or_has_one_stream(mesh, monkeypatch, version, stre
     nccl = StandInNccl(mesh.world, device)
     nccl.version = version
     with open_nccl(mesh.world, {"world": mesh.world}, device, nccl) as groups:
-        assert NcclReducer(mesh, device, groups).stream is getattr(device, stream)
+        assert NcclReducer(mesh, device, 3, groups).stream is getattr(device, stream)
     assert os.environ[NCCL_ORDER] == "1"
 
 
@@ -122,7 +122,7 @@ def test_what_nccl_says_of_a_sum_names_it_and_the_ranks(mesh):
     device = OrderedDevice(Order())
     nccl = StandInNccl(mesh.world, device)
     with pytest.raises(ClusterError) as seen, open_nccl(mesh.world, {"world": mesh.world}, device, nccl) as groups:
-        reducer = NcclReducer(mesh, device, groups)
+        reducer = NcclReducer(mesh, device, 3, groups)
         reducer.poke()
         nccl.error = KeyError(6)
         reducer.poke()

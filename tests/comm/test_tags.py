@@ -4,11 +4,10 @@ import pytest
 import torch
 from moves import MOVES, assert_near, run_steps
 
-from hpcmoe.comm import mpi
+from hpcmoe.comm import mpi, reduce
 from hpcmoe.dispatch.sizes import DeviceSizes, HostSizes
 from hpcmoe.errors import ConfigError
 from hpcmoe.prepare import sizes as ways
-from hpcmoe.run import gradient_sums as sums
 
 LEAST_TAG_UB = 32767  # that the standard guarantees
 
@@ -68,7 +67,7 @@ def test_tags_grow_neither_with_experts_nor_with_the_layers_of_an_exchange(comm,
     """Copies of experts, moves in between, each rank a node of its own: the losses of one node, and few tags."""
     of_sums, of_rows = [], []
 
-    class NotingReducer(sums.HostReducer):
+    class NotingReducer(reduce.HostReducer):
         def send_recv(self, outgoing, incoming):
             of_sums.extend(tag for tag, _, _ in [*outgoing, *incoming])
             return super().send_recv(outgoing, incoming)
@@ -78,7 +77,7 @@ def test_tags_grow_neither_with_experts_nor_with_the_layers_of_an_exchange(comm,
             of_rows.append(tag)
             return super().send_rows(rows, peer, tag)
 
-    monkeypatch.setattr(sums, "HostReducer", NotingReducer)
+    monkeypatch.setattr(reduce, "HostReducer", NotingReducer)
     monkeypatch.setattr(mpi, "MpiTransport", NotingTransport)
     changes = MOVES | {"model__num_experts": 5, "model__num_layers": 4, "placement__replicate": True}
     changes |= {"placement__spare_slots_per_rank": 1, "pipeline__in_flight": 3, "pipeline__schedule": schedule}

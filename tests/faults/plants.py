@@ -223,8 +223,8 @@ FAULTS = {
     ),
     "sums over groups take others' experts for their own": plant(
         "run/gradient_sums.py",
-        "key=lambda slot: ranks_of[slot][0] != comm.rank)",
-        "key=lambda slot: ranks_of[slot][0] == comm.rank)",
+        "key=lambda entry: entry[1][1][0] != comm.rank)",
+        "key=lambda entry: entry[1][1][0] == comm.rank)",
         "run/test_shapes.py -k 'dp2 and ep2 and tp1 and every_model'",
         4,
     ),

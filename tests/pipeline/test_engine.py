@@ -95,7 +95,7 @@ class FakeNetwork:
         self.calls, self.tops, self.bottoms, self.asked = [], {}, {}, Counter()
         self.layers = [FakeLayer(letter, self.calls, delays) for letter in "ab"]
         self.load = ["load a", "load b"]
-        self.ops, self.pokes = [], 0
+        self.pokes = 0
 
     def embed(self, micro_batch):
         return f"{micro_batch}:"
@@ -115,9 +115,6 @@ class FakeNetwork:
 
     def embed_backward(self, micro_batch, grad):
         self.bottoms[micro_batch] = grad
-
-    def complete_op(self, op):
-        self.ops.append(op)
 
     def poke(self):
         self.pokes += 1

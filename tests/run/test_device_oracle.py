@@ -108,7 +108,7 @@ def test_gradients_of_data_parallel_groups_are_summed(comm, shared, monkeypatch,
 def test_nccl_sums_during_the_backward_pass(comm, shared, monkeypatch, bucket_bytes):
     """As many sums of dense gradients as parts have whole buckets, and none before the end without one."""
     early, finish = [], GradientSums.finish
-    monkeypatch.setattr(GradientSums, "finish", lambda sums: (early.append(len(sums.left)), finish(sums)))
+    monkeypatch.setattr(GradientSums, "finish", lambda sums: (early.append(len(sums.waiting)), finish(sums)))
     order = step(comm, shared, monkeypatch, "nccl", train__bucket_bytes=bucket_bytes, **CASES["replicas"])
     assert order.races == []
     assert early == [0 if bucket_bytes else 6]  # head, two layers' dense parts and experts, embedding

@@ -1,5 +1,7 @@
 """Copies of an expert get the same gradient, the norm counts each parameter once, and clipping keeps its direction."""
 
+import copy
+import pickle
 import sys
 import time
 from types import SimpleNamespace
@@ -10,12 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from launch import run
+from mpi4py import MPI
 from small import gather_logical, open_small_job
 
 from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.reduce import HostReducer
 from hpcmoe.config import TrainConfig
-from hpcmoe.run.gradient_sums import FlatGradients
+from hpcmoe.experts.feed_forward import LocalExperts
+from hpcmoe.run.gradient_sums import FlatGradients, GradientSums, PlacedExperts, SharedExperts
 from hpcmoe.run.optimizer import AdamW, cut_rows, learning_rate_at
 from hpcmoe.run.train import train_step
 from hpcmoe.wait import gather_to_all
@@ -83,7 +87,7 @@ def test_sums_beside_the_backward_pass_are_those_after_it(comm, shared, schedule
         with open_small_job(comm, shared, **changes) as (job, optimizer, state):
             optimizer.zero_gradients()
             job.stepper.run(job.training, np.arange(14), np.ones((2, 2)), "train")
-            early.append(len(optimizer.sums.left))
+            early.append(len(optimizer.sums.waiting))
             optimizer.sums.finish()
             norms.append(optimizer.global_norm())
             gradients.append(gather_logical(comm, state, lambda p: p.grad))  # replicas agree bit for bit
@@ -91,6 +95,75 @@ def test_sums_beside_the_backward_pass_are_those_after_it(comm, shared, schedule
     assert norms == pytest.approx(norms[:1] * 3, rel=1e-6)
     for name, gradient in gradients[0].items():
         assert all(torch.allclose(other[name], gradient, rtol=1e-4, atol=1e-7) for other in gradients[1:]), name
+
+
+def open_sums(parameters, order, reducer, local):
+    """Sums over parts of one parameter each, and one layer of experts that no other rank has."""
+    dense = FlatGradients({name: [parameter] for name, parameter in parameters.items()})
+    slots = np.zeros((2, 0), np.int64)
+    placed = (
+        [PlacedExperts(layer=0, local=local, expert_of_replica=slots[0], rank_of_replica=slots[1])] if local else []
+    )
+    return GradientSums(dense, SharedExperts(placed, reducer.mesh.ep), order, reducer)
+
+
+def make_reducer_of_one():
+    """A reducer of a group of one."""
+    alone = MPI.COMM_SELF
+    return HostReducer(SimpleNamespace(world=alone, ep=alone, dp=alone), HostDevice(), 4)
+
+
+def test_sums_start_in_their_order_once_all_passes_have_come():
+    """The second part is final first; experts tell of their passes themselves; later passes count for the next step."""
+    first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    local = LocalExperts([])
+    sums = open_sums({"first": first, "second": second}, ["first", 0, "second"], make_reducer_of_one(), local)
+
+    def waiting():
+        return [part for _, part in sums.waiting]
+
+    for _ in range(2):
+        sums.begin(2)
+        for left in (["first", 0, "second"], [0, "second"]):
+            second.sum().backward()
+            first.sum().backward()
+            assert waiting() == left
+        local.gradients_added()
+        assert waiting() == [0, "second"]
+        local.gradients_added()
+        assert waiting() == []
+        sums.finish()
+        first.sum().backward()  # after the sums: nobody counts it
+        sums.begin(0)
+        for _ in range(3):
+            second.sum().backward()
+            first.sum().backward()
+        assert waiting() == ["first", 0, "second"]
+
+
+def test_hooks_go_with_the_sums_and_are_not_copied():
+    parameter, local = torch.nn.Parameter(torch.ones(3)), LocalExperts([])
+    sums = open_sums({"only": parameter}, ["only", 0], make_reducer_of_one(), local)
+    assert len(local.listeners) == 1 and len(parameter._post_accumulate_grad_hooks) == 1
+    assert copy.deepcopy(local).listeners == pickle.loads(pickle.dumps(local)).listeners == []
+    del sums
+    assert len(local.listeners) == 0 and len(parameter._post_accumulate_grad_hooks) == 0
+    parameter.sum().backward()
+
+
+@pytest.mark.mpi
+def test_experts_that_have_moved_are_heard_once(comm, shared):
+    """Sums by another placement take the place of the first ones, and begin during the backward pass too."""
+    with open_small_job(comm, shared) as (job, optimizer, _):
+        for step in range(2):
+            optimizer.follow_placement(job.placement, step)
+        assert [len(layer.experts.listeners) for layer in job.stepper.network.layers] == [1, 1]
+        optimizer.zero_gradients()
+        job.stepper.run(job.training, np.arange(14), np.ones((2, 4)), "evaluate")
+        assert len(optimizer.sums.waiting) == 6
+        job.stepper.run(job.training, np.arange(14), np.ones((2, 4)), "train")
+        assert len(optimizer.sums.waiting) == 0
+        optimizer.sums.finish()
 
 
 @pytest.mark.mpi
