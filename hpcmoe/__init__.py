@@ -53,4 +53,22 @@ Letters in shapes: T tokens of this rank's micro-batch, K experts of a token, N 
 group, s slots of a rank, S = P * s slots of the group, L layers, M micro-batches.
 """
 
+_PUBLIC_NAMES = {  # the module of each, and its name there
+    "Experts": ("hpcmoe.experts.moe", "Experts"),
+    "Group": ("hpcmoe.group", "Group"),
+    "MoE": ("hpcmoe.experts.moe", "MoE"),
+    "open": ("hpcmoe.group", "open_group"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first asked for: torch and MPI take seconds."""
+    import importlib
+
+    if name not in _PUBLIC_NAMES:
+        raise AttributeError(f"module 'hpcmoe' has no attribute {name!r}")
+    module, attribute = _PUBLIC_NAMES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
 __version__ = "0.3.0"

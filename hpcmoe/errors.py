@@ -1,5 +1,6 @@
 """How a rank fails: together with the others where all can know why, alone and loudly where only it knows."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -70,21 +71,21 @@ def on_all(comm: "MPI.Comm", fn: Callable[[], Result]) -> Result:
     return raise_or_return(result, error)
 
 
-def agree_on(comm: "MPI.Comm", where: str, fn: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run fn on every rank -> what it returns, values by name that must be the same on all ranks. Collective over comm.
+def agree_on(comm: "MPI.Comm", where: str, fn: Callable[[], Result]) -> Result:
+    """Run fn on every rank -> its result, a dataclass that must be the same on all ranks. Collective over comm.
 
-    Raises the lowest failing rank's HpcmoeError on all, or a ConfigError that begins with `where` where values differ.
+    Raises the lowest failing rank's HpcmoeError on all, or a ConfigError that begins with `where` where fields differ.
     """
-    values, error = attempt(fn)
-    of_root = broadcast(comm, values)
+    own, error = attempt(fn)
+    of_root = broadcast(comm, own)
 
-    def compare() -> dict[str, Any]:
-        own = raise_or_return(values, error)
-        for name in own if of_root is not None else ():
-            if own[name] != of_root.get(name):
-                differs = f"{name} = {own[name]!r} here and {of_root.get(name)!r} on rank 0"
-                raise ConfigError(f"{where}: {differs}: must be the same on all ranks")
-        return own
+    def compare() -> Result:
+        made = raise_or_return(own, error)
+        for field in dataclasses.fields(made) if of_root is not None else ():
+            here, there = getattr(made, field.name), getattr(of_root, field.name)
+            if here != there:
+                raise ConfigError(f"{where}: {field.name} = {here!r}, {there!r} on rank 0: must be alike on all ranks")
+        return made
 
     return on_all(comm, compare)
 

@@ -50,7 +50,8 @@ def validate_arguments(cls: type, arguments: dict[str, Any], where: str) -> Any:
     try:
         return make_validator(cls).validate_json(json.dumps(make_json(plain)))
     except ValidationError as invalid:
-        lines = [format_entry(f"{where}: {errors[0]['loc'][0]}", plain, errors, 1) for errors in group_errors(invalid, 1)]
+        errors_of_key = group_errors(invalid, 1)
+    lines = (format_entry(f"{where}: {errors[0]['loc'][0]}", plain, errors, 1) for errors in errors_of_key)
     raise ConfigError(join_lines(lines))
 
 

@@ -1,4 +1,4 @@
-"""What a layer of the library is built from: its arguments, checked before anything is built."""
+"""What the library's groups and layers are built from: their arguments, checked before anything is built."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,27 @@ from hpcmoe.experts.shapes import ExpertShape
 from hpcmoe.validate import STRICT, validate_arguments
 
 Count = Annotated[int, Interval(ge=1, lt=2**31)]
+CountOrZero = Annotated[int, Interval(ge=0, lt=2**31)]
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupOptions:
+    """The arguments of hpcmoe.open, the same on all ranks."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    tensor_parallel: Count
+    data_parallel: Count
+    expert_parallel: CountOrZero  # 0: what the others leave
+    device: Literal["auto", "host", "cuda"]
+    links: str  # "" takes all links as alike, "measure" measures them, else a file
+    schedule: Literal["serial", "overlap", "arrival"]
+    deterministic: bool
+    in_flight: Annotated[int, Interval(ge=1, le=64)]  # micro-batches under way at once
+    max_tokens: Count  # of a rank in one exchange, where a layer says nothing else
+    refuse_more: bool  # more tokens are an error; else they go in several exchanges
+    threads: Annotated[int, Interval(ge=0, le=4096)]  # of torch; 0: this rank's share of its node's cores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +66,11 @@ class ExpertsOptions:
 def make_options(
     where: str, tensor_parallel: int, dtype: torch.dtype, placement: Sequence[int] | None, **arguments: Any
 ) -> ExpertsOptions:
-    """Check the arguments of an Experts. Raises ConfigError with a line for each at fault, which begins with `where`."""
+    """Check the arguments of an Experts. Raises ConfigError with a line for each at fault, beginning with `where`."""
     if dtype not in DTYPES:
         raise ConfigError(f"{where}: dtype = {dtype}: must be torch.float32 or torch.bfloat16")
     slots = [] if placement is None else np.asarray(placement).ravel().tolist()
-    options = validate_arguments(
-        ExpertsOptions, arguments | {"dtype": DTYPES[dtype], "placement": slots}, where
-    )
+    options = validate_arguments(ExpertsOptions, arguments | {"dtype": DTYPES[dtype], "placement": slots}, where)
     if options.top_k > options.num_experts:
         raise ConfigError(f"{where}: top_k = {options.top_k}: must be at most num_experts = {options.num_experts}")
     if options.feed_forward % tensor_parallel:

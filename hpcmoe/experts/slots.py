@@ -34,7 +34,6 @@ class ExpertSlots(Protocol):
         """Return the share of a node's tokens that each replica of an expert takes [S]."""
 
 
-
 def make_chooser(num_experts: int, mesh: Mesh, placement: ExpertSlots, layer: int) -> SlotChooser:
     """Build the choice of replicas of a layer for this rank's tokens."""
     node = placement.node_of_rank[mesh.expert_index]

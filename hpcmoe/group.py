@@ -1,0 +1,295 @@
+"""A group of ranks for any torch model: where they are, what carries rows among them, and what its layers share."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from hpcmoe.clock import Clock
+from hpcmoe.cluster.discover import read_topology
+from hpcmoe.cluster.launcher import reject_mixed_mpi
+from hpcmoe.cluster.machine import count_own_cores
+from hpcmoe.cluster.mesh import Mesh, open_mesh
+from hpcmoe.cluster.topology import Topology
+from hpcmoe.comm.device import Device, open_device
+from hpcmoe.comm.heap import keep_heap
+from hpcmoe.comm.mpi import all_reduce
+from hpcmoe.config import ClusterConfig, CommConfig, DispatchConfig, ParallelConfig
+from hpcmoe.dispatch.dispatcher import TokenDispatcher
+from hpcmoe.dispatch.sizes import AnySizes, Sizes, make_device_sizes, make_host_sizes
+from hpcmoe.environment import read_environment
+from hpcmoe.errors import ClusterError, ConfigError, agree_on, on_all
+from hpcmoe.experts.losses import LaneSums
+from hpcmoe.experts.moe import Experts, LayerSeat, MoE
+from hpcmoe.experts.options import GroupOptions, make_options
+from hpcmoe.model.balance import update_biases, update_load
+from hpcmoe.pipeline.lanes import Lanes
+from hpcmoe.prepare.layer import make_layer_sizes, place_layer
+from hpcmoe.prepare.sizes import find_routes
+from hpcmoe.run.dispatchers import open_dispatcher, select_row_backend
+from hpcmoe.run.job import check_windows, choose_threads
+from hpcmoe.validate import validate_arguments
+from hpcmoe.wait import barrier
+
+Result = TypeVar("Result")
+MicroBatch = TypeVar("MicroBatch")
+_OPEN = "hpcmoe.open"
+_MEASURE = "measure"
+
+
+class Group:
+    """Ranks that run one model together: hpcmoe.open() makes it, its layers take it."""
+
+    def __init__(self, mesh: Mesh, topology: Topology, device: Device, backend: str, options: GroupOptions) -> None:
+        """backend: what carries rows, "window" on the host."""
+        self.mesh, self.topology, self.device, self.backend, self.options = mesh, topology, device, backend, options
+        self.rank, self.size = mesh.world.rank, mesh.world.size
+        self.layers: list[Experts] = []
+        self.routers: list[MoE] = []
+        self.dispatchers: dict[tuple, TokenDispatcher] = {}
+        self.engine = Lanes([], Clock(), options.schedule, device.bind_thread)
+        self.opened = contextlib.ExitStack()  # what the layers have made it open
+        self.sums: LaneSums | None = None
+        self.loads_since: list[np.ndarray] = []  # by layer [E], tokens since loads() was called
+        self.routed_since: list[np.ndarray] = []  # and since update_routers() was
+
+    def lanes(
+        self,
+        step: Callable[[MicroBatch], Result],
+        micro_batches: Sequence[MicroBatch],
+        in_flight: int | None = None,
+        schedule: str | None = None,
+    ) -> Iterator[Result]:
+        """Call step(micro_batch) for each micro-batch, several at a time -> an iterator of the results, in order.
+
+        While one waits for rows another goes on. in_flight: 1, or as the group was opened (the default). schedule:
+        "serial", "overlap" or "arrival", by default the group's. A step calls forward and backward as it likes.
+        Collective over the group: as many micro-batches on every rank. What a step raises is raised here.
+        """
+        most = self.options.in_flight
+        if in_flight not in (None, 1, most):
+            raise ConfigError(f"hpcmoe lanes: in_flight = {in_flight}: must be 1 or that of hpcmoe.open, {most}")
+        if schedule not in (None, "serial", "overlap", "arrival"):
+            raise ConfigError(f"hpcmoe lanes: schedule = {schedule!r}: must be 'serial', 'overlap' or 'arrival'")
+        self.engine.kind = schedule or self.options.schedule
+        try:
+            results = self.engine.run(lambda m: step(micro_batches[m]), len(micro_batches), in_flight or most)
+        finally:
+            self.engine.kind = self.options.schedule
+        return iter(results)
+
+    def loads(self) -> list[np.ndarray]:
+        """Return the tokens that each expert of each layer has had since the last call, on all ranks -> int64 [E] each.
+
+        Collective over the group.
+        """
+        self.sum_counts()
+        loads, self.loads_since = self.loads_since, [np.zeros_like(counts) for counts in self.loads_since]
+        return loads
+
+    def update_routers(self) -> None:
+        """Move the load feedback and the biases of all MoE layers by what was routed since the last call.
+
+        Call it after the optimizer's step. Collective over the group.
+        """
+        self.sum_counts()
+        for moe in self.routers:
+            counts = self.routed_since[moe.experts.number]
+            if counts.any():
+                utilisation = counts / counts.mean()
+                load = update_load(moe.load.numpy(force=True), utilisation, moe.settings.load_window_steps)
+                moe.load.copy_(torch.from_numpy(load))
+                update_biases([moe], utilisation[None], moe.settings.bias_update_speed)
+            counts[:] = 0
+
+    def sum_counts(self) -> None:
+        """Sum over all ranks what the layers have counted since they were last asked. Collective over the group."""
+        own = [layer.tokens_of_expert.numpy(force=True).copy() for layer in self.layers]
+        counts = all_reduce(self.mesh.world, np.concatenate([np.zeros(0, np.int64), *own]))
+        for layer, new in zip(self.layers, np.split(counts, np.cumsum([len(each) for each in own])), strict=False):
+            layer.tokens_of_expert.zero_()
+            self.loads_since[layer.number] += new
+            self.routed_since[layer.number] += new
+
+    def finish(self) -> None:
+        """Serve the other ranks to the end, and wait for sums that nobody has waited for. Collective over the group."""
+        self.engine.drain()
+        if self.sums is not None:
+            self.sums.finish()
+
+    def poke(self) -> bool:
+        """Advance what goes on beside this rank's computing, without waiting -> whether anything moved."""
+        return self.engine.poke()
+
+    def add_layer(self, experts: Experts, **arguments: Any) -> LayerSeat:
+        """Check that all ranks build the same layer, place its experts, and open what carries their rows.
+
+        Collective over the group. Raises ConfigError, PlacementError or ClusterError on all ranks.
+        """
+        number, mesh = len(self.layers), self.mesh
+        where = f"hpcmoe.Experts, layer {number}"
+        if arguments["max_tokens"] is None:
+            arguments["max_tokens"] = self.options.max_tokens
+        options = agree_on(mesh.world, where, lambda: make_options(where, mesh.tensor_parallel, **arguments))
+        placement = on_all(mesh.world, lambda: place_layer(options, self.topology, mesh, where))
+        busy = len(np.unique(placement.rank_of_replica[placement.expert_of_replica[0] >= 0]))
+        sizes = make_layer_sizes(options, mesh, busy, self.options.in_flight)
+        dispatcher = self.find_dispatcher(sizes, placement.slots_per_rank)
+        self.layers.append(experts)
+        self.loads_since.append(np.zeros(options.num_experts, np.int64))
+        self.routed_since.append(np.zeros(options.num_experts, np.int64))
+        return LayerSeat(
+            number=number,
+            options=options,
+            placement=placement,
+            dispatcher=dispatcher,
+            mesh=mesh,
+            device=self.device,
+            turns=self.engine,
+        )
+
+    def find_dispatcher(self, sizes: Sizes, slots_per_rank: int) -> TokenDispatcher:
+        """Find what carries rows of these sizes, which layers share, or open it. Collective over the group."""
+        key = sizes, slots_per_rank
+        if key not in self.dispatchers:
+            self.dispatchers[key] = self.opened.enter_context(self.open_dispatcher(sizes, slots_per_rank))
+            self.engine.dispatchers.append(self.dispatchers[key])
+        return self.dispatchers[key]
+
+    @contextlib.contextmanager
+    def open_dispatcher(self, sizes: Sizes, slots_per_rank: int) -> Iterator[TokenDispatcher]:
+        """Open what carries rows of these sizes. Collective over the group, both ends."""
+        mesh, options = self.mesh, self.options
+        config = CommConfig(device=options.device)
+        top_k = sizes.top_k // mesh.tensor_parallel
+        routes = find_routes(config, self.topology, mesh, slots_per_rank, top_k, same_order=False)
+        own: AnySizes = make_device_sizes(sizes, config.buffer_factor)
+        if self.backend == "window":
+            rest = config, self.topology, routes, True, options.deterministic
+            own = host_sizes = on_all(mesh.world, lambda: make_host_sizes(sizes, *rest))
+            check_windows(mesh.world, self.topology, host_sizes, routes)
+        with open_dispatcher(mesh, self.device, self.backend, own, routes, True) as dispatcher:
+            yield dispatcher
+
+    def add_router(self, moe: MoE, **arguments: Any) -> tuple[DispatchConfig, LaneSums]:
+        """Check that all ranks build the same router -> its settings, and what sums its losses' counts.
+
+        Collective over the group. Raises ConfigError on all ranks.
+        """
+        world, where = self.mesh.world, f"hpcmoe.MoE, layer {len(self.layers)}"
+        settings = agree_on(world, where, lambda: validate_arguments(DispatchConfig, arguments, where))
+        if self.sums is None:
+            self.sums = LaneSums([self.open_comm() for _ in range(self.options.in_flight)], self.device)
+            self.engine.pokes.append(self.sums.poke)
+        self.routers.append(moe)
+        return settings, self.sums
+
+    def open_comm(self) -> MPI.Comm:
+        """Open a communicator of all ranks, freed with the group. Collective over the group."""
+        barrier(self.mesh.world)
+        comm = self.mesh.world.Dup()
+        self.opened.push(lambda kind, *_: comm.Free() if kind is None else None)  # freeing is collective: see open_mesh
+        return comm
+
+    def count_rounds(self, experts: Experts, num_tokens: int) -> int:
+        """Return the exchanges that a call of so many tokens takes, the same on all ranks."""
+        if num_tokens > experts.max_tokens and (self.options.refuse_more or self.size > 1):
+            raise experts.error(f"{num_tokens} tokens: must be at most max_tokens = {experts.max_tokens}")
+        return max(-(-num_tokens // experts.max_tokens), 1)
+
+    def forget_casts(self, *_: Any) -> None:
+        """Callback: an optimizer has stepped. Not every one shows that it has changed a parameter."""
+        for layer in self.layers:
+            layer.refresh()
+
+
+@contextlib.contextmanager
+def open_group(
+    comm: MPI.Intracomm | None = None,
+    *,
+    tensor_parallel: int = 1,
+    data_parallel: int = 1,
+    expert_parallel: int = 0,
+    device: str = "auto",
+    links: str | Topology | None = None,
+    schedule: str = "overlap",
+    deterministic: bool = True,
+    in_flight: int = 2,
+    max_tokens: int = 4096,
+    refuse_more: bool = False,
+    threads: int = 0,
+) -> Iterator[Group]:
+    """Open a group of the ranks of comm, all of the world by default. Collective over comm, both ends.
+
+    Experts are spread over expert_parallel ranks (0: what the others leave), each over tensor_parallel ranks, and held
+    data_parallel times; the product is the number of ranks. device: "auto", "host" or "cuda". links: None takes all
+    links between nodes as alike, "measure" measures them for some seconds, else a links file or a Topology. schedule,
+    in_flight: how micro-batches take turns (Group.lanes). deterministic: the same bits at every run. max_tokens: of a
+    rank in one exchange; a call with more takes several, or is an error by refuse_more. threads of torch while the
+    group is open, 0: this rank's share of its node's cores; malloc keeps large blocks from then on. Raises ConfigError
+    or ClusterError on all ranks.
+    """
+    arguments = {
+        "tensor_parallel": tensor_parallel, "data_parallel": data_parallel, "expert_parallel": expert_parallel,
+        "device": device, "links": "" if links is None or isinstance(links, Topology) else links, "schedule": schedule,
+        "deterministic": deterministic, "in_flight": in_flight, "max_tokens": max_tokens, "refuse_more": refuse_more,
+        "threads": threads,
+    }  # fmt: skip
+    world = check_comm(comm)
+    options = agree_on(world, _OPEN, lambda: validate_arguments(GroupOptions, arguments, _OPEN))
+    topology = read_group_topology(world, links if isinstance(links, Topology) else options.links)
+    parallel = ParallelConfig(data=options.data_parallel, expert=expert_parallel, tensor=tensor_parallel)
+    with open_mesh(world, parallel) as mesh, torch_threads(options.threads or choose_own_threads(topology, mesh)):
+        keep_heap()
+        here = topology.ranks_of_node(topology.node_of_rank[mesh.world.rank]).tolist()
+        own = on_all(mesh.world, lambda: open_device(options.device, here.index(mesh.world.rank)))
+        config = CommConfig(device=options.device)
+        backend = select_row_backend(config, options.schedule, mesh.world, own)
+        group = Group(mesh, topology, own, backend, options)
+        hook = register_optimizer_step_post_hook(group.forget_casts)
+        try:
+            with group.opened:
+                yield group
+                group.finish()
+        finally:
+            hook.remove()
+            group.engine.close()
+
+
+def check_comm(comm: MPI.Intracomm | None) -> MPI.Intracomm:
+    """Return the ranks of a group, by default all. Raises ConfigError, or ClusterError where two MPIs are mixed."""
+    if comm is None:
+        reject_mixed_mpi(read_environment(), MPI.COMM_WORLD.size)
+        return MPI.COMM_WORLD
+    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        raise ConfigError(f"{_OPEN}: comm = {comm!r}: must be an intracommunicator of mpi4py")
+    return comm
+
+
+def read_group_topology(comm: MPI.Intracomm, links: str | Topology) -> Topology:
+    """Read where a group's ranks are, unless it is given. Collective over comm. Raises ClusterError on all ranks."""
+    if not isinstance(links, Topology):
+        return read_topology(comm, ClusterConfig(links=links or _MEASURE), assumes_links=not links)
+    if len(links.node_of_rank) != comm.size:
+        raise ClusterError(f"{_OPEN}: links: a Topology of {len(links.node_of_rank)} ranks: must be of {comm.size}")
+    return links
+
+
+def choose_own_threads(topology: Topology, mesh: Mesh) -> int:
+    """Return the threads of torch of this rank: its share of its node's cores, or of those it may use."""
+    return min(choose_threads(topology, mesh.world.rank), count_own_cores())
+
+
+@contextlib.contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """Let torch use so many threads in the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
