@@ -53,22 +53,71 @@ Letters in shapes: T tokens of this rank's micro-batch, K experts of a token, N 
 group, s slots of a rank, S = P * s slots of the group, L layers, M micro-batches.
 """
 
-_PUBLIC_NAMES = {  # the module of each, and its name there
-    "Experts": ("hpcmoe.experts.moe", "Experts"),
-    "Group": ("hpcmoe.group", "Group"),
-    "MoE": ("hpcmoe.experts.moe", "MoE"),
-    "open": ("hpcmoe.group", "open_group"),
-}
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-
-def __getattr__(name: str) -> object:
-    """Import a public name when it is first asked for: torch and MPI take seconds."""
-    import importlib
-
-    if name not in _PUBLIC_NAMES:
-        raise AttributeError(f"module 'hpcmoe' has no attribute {name!r}")
-    module, attribute = _PUBLIC_NAMES[name]
-    return getattr(importlib.import_module(module), attribute)
-
+if TYPE_CHECKING:
+    from hpcmoe.cluster.discover import measure as measure
+    from hpcmoe.cluster.topology import Topology as Topology
+    from hpcmoe.errors import CheckpointError as CheckpointError
+    from hpcmoe.errors import ClusterError as ClusterError
+    from hpcmoe.errors import ConfigError as ConfigError
+    from hpcmoe.errors import HpcmoeError as HpcmoeError
+    from hpcmoe.errors import PlacementError as PlacementError
+    from hpcmoe.experts.moe import Experts as Experts
+    from hpcmoe.experts.moe import MoE as MoE
+    from hpcmoe.group import Group as Group
+    from hpcmoe.group import open as open
+    from hpcmoe.placement.eplb import rebalance as rebalance
+    from hpcmoe.placement.place import place as place
+    from hpcmoe.placement.problem import PlacementProblem as PlacementProblem
+    from hpcmoe.placement.result import Placement as Placement
 
 __version__ = "0.3.0"
+
+_MODULE_OF_NAME = {  # the public names, imported when they are first used: `import hpcmoe` alone takes no time
+    "CheckpointError": "hpcmoe.errors",
+    "ClusterError": "hpcmoe.errors",
+    "ConfigError": "hpcmoe.errors",
+    "Experts": "hpcmoe.experts.moe",
+    "Group": "hpcmoe.group",
+    "HpcmoeError": "hpcmoe.errors",
+    "MoE": "hpcmoe.experts.moe",
+    "Placement": "hpcmoe.placement.result",
+    "PlacementError": "hpcmoe.errors",
+    "PlacementProblem": "hpcmoe.placement.problem",
+    "Topology": "hpcmoe.cluster.topology",
+    "measure": "hpcmoe.cluster.discover",
+    "open": "hpcmoe.group",
+    "place": "hpcmoe.placement.place",
+    "rebalance": "hpcmoe.placement.eplb",
+}
+__all__ = list(_MODULE_OF_NAME)
+
+
+class _Package(ModuleType):
+    """The package: a program's module, such as that of `python -m hpcmoe.place`, never hides a public name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute, but not a public name to a module, as the import of hpcmoe.place would."""
+        if not (name in _MODULE_OF_NAME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use."""
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names beside those that are there already."""
+    return sorted({*globals(), *_MODULE_OF_NAME})

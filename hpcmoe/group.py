@@ -22,14 +22,16 @@ from hpcmoe.config import ClusterConfig, CommConfig, DispatchConfig, ParallelCon
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.dispatch.sizes import AnySizes, Sizes, make_device_sizes, make_host_sizes
 from hpcmoe.environment import read_environment
-from hpcmoe.errors import ClusterError, ConfigError, agree_on, on_all
+from hpcmoe.errors import ClusterError, ConfigError, HpcmoeError, agree_on, on_all, raise_or_return
 from hpcmoe.experts.losses import LaneSums
 from hpcmoe.experts.moe import Experts, LayerSeat, MoE
-from hpcmoe.experts.options import GroupOptions, make_options
+from hpcmoe.experts.options import ExpertsOptions, GroupOptions, make_options
+from hpcmoe.experts.shapes import estimate_expert
 from hpcmoe.model.balance import update_biases, update_load
 from hpcmoe.pipeline.lanes import Lanes
-from hpcmoe.prepare.layer import make_layer_sizes, place_layer
-from hpcmoe.prepare.sizes import find_routes
+from hpcmoe.placement.result import Placement
+from hpcmoe.prepare.layer import LayerExperts, place_layer
+from hpcmoe.prepare.sizes import find_routes, make_layer_sizes
 from hpcmoe.run.dispatchers import open_dispatcher, select_row_backend
 from hpcmoe.run.job import check_windows, choose_threads
 from hpcmoe.validate import validate_arguments
@@ -135,7 +137,7 @@ class Group:
         if arguments["max_tokens"] is None:
             arguments["max_tokens"] = self.options.max_tokens
         options = agree_on(mesh.world, where, lambda: make_options(where, mesh.tensor_parallel, **arguments))
-        placement = on_all(mesh.world, lambda: place_layer(options, self.topology, mesh, where))
+        placement = self.place_layer(options, where)
         busy = len(np.unique(placement.rank_of_replica[placement.expert_of_replica[0] >= 0]))
         sizes = make_layer_sizes(options, mesh, busy, self.options.in_flight)
         dispatcher = self.find_dispatcher(sizes, placement.slots_per_rank)
@@ -151,6 +153,25 @@ class Group:
             device=self.device,
             turns=self.engine,
         )
+
+    def place_layer(self, options: ExpertsOptions, where: str) -> Placement:
+        """Place a layer's experts as its options say. Collective over the group. Raises PlacementError on all ranks."""
+        one_expert, states = estimate_expert(options.shape, trains=True)
+        layer = LayerExperts(
+            num_experts=options.num_experts,
+            top_k=options.top_k,
+            tokens_per_rank=options.max_tokens,
+            row_bytes=options.hidden * getattr(torch, options.dtype).itemsize,
+            expert_bytes=one_expert * states,
+            spare_slots_per_rank=options.spare_slots_per_rank,
+            replicate=options.replicate,
+        )
+        given = np.array(options.placement, np.int64) if options.placement else None
+        method = given if given is not None else "eplb" if options.replicate else "auto"
+        try:
+            return place_layer(self.topology, self.mesh, layer, method)
+        except HpcmoeError as error:
+            return raise_or_return(None, type(error)(f"{where}: {error}"))
 
     def find_dispatcher(self, sizes: Sizes, slots_per_rank: int) -> TokenDispatcher:
         """Find what carries rows of these sizes, which layers share, or open it. Collective over the group."""
@@ -208,7 +229,7 @@ class Group:
 
 
 @contextlib.contextmanager
-def open_group(
+def open(
     comm: MPI.Intracomm | None = None,
     *,
     tensor_parallel: int = 1,

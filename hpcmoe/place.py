@@ -28,12 +28,12 @@ from hpcmoe.messages import one_line
 from hpcmoe.output import StderrHandler, print_to_stderr, print_to_stdout
 from hpcmoe.placement.files.case import read_case
 from hpcmoe.placement.files.maps import check_map, read_map, write_map
+from hpcmoe.placement.place import SECONDS_A_LAYER, place
 from hpcmoe.placement.problem import OBJECTIVES, PlacementProblem, check_problem
 from hpcmoe.placement.quotas import describe_unevenness, has_even_ranks
 from hpcmoe.placement.result import Placement
 from hpcmoe.reading import format_json
 
-_SECONDS_A_LAYER = 0.1  # of search where no budget is given
 _MAPS, _PICTURES = (".json", ".npy"), (".png", ".pdf", ".svg")
 
 
@@ -226,16 +226,16 @@ def search_placement(problem: PlacementProblem, arguments: argparse.Namespace) -
     """Search for a placement, from the one that --start names if any."""
     from hpcmoe.placement.refine import refine
     from hpcmoe.placement.result import SearchStats, evaluate
-    from hpcmoe.placement.solve import SearchOptions, bound_layers, make_placement
+    from hpcmoe.placement.solve import SearchOptions, bound_layers
 
     # Search from the start, or from seeds.
-    seconds = arguments.budget or _SECONDS_A_LAYER * problem.num_layers
+    seconds = arguments.budget or SECONDS_A_LAYER * problem.num_layers
     options = {"seconds": seconds, "iterations": arguments.iterations, "seed": arguments.seed}
     start = read_start_layouts(problem, arguments.start) if arguments.start else None
     if start is None or arguments.moves is None:
         if start is not None and not has_even_ranks(problem, start):
             print_notes(["the search begins elsewhere, since what it finds is to be even; --moves begins there"])
-        return make_placement(problem, start=start, **options)
+        return place(problem, start=start, **options)
 
     # Refine the start by some moves, or evaluate it as it is.
     begun = time.perf_counter()

@@ -79,6 +79,30 @@ def read_topology(comm: MPI.Comm, cluster: ClusterConfig, assumes_links: bool = 
     return topology
 
 
+def measure(comm: MPI.Intracomm | None = None, seconds: float = 2.0) -> Topology:
+    """Measure what joins the nodes of a communicator's ranks -> Topology, the same on all. Collective over comm.
+
+    comm: the world where it is None; any number of ranks, with or without Slurm. It takes about `seconds`, more where
+    pairs of nodes are many. Raises ClusterError on all ranks.
+    """
+    world: MPI.Comm = MPI.COMM_WORLD if comm is None else comm
+    if world.is_inter:
+        raise ClusterError("measure: needs a communicator of one group, not one between two")
+    seconds = on_root(world, lambda: _check_seconds(seconds))
+    own = world.Dup()  # so that no message meets one of the caller's
+    topology = read_topology(own, ClusterConfig(links="measure", measure_seconds=seconds))
+    barrier(own)
+    own.Free()  # collective: after an error, which not all ranks may share, it is left to the end of the process
+    return topology
+
+
+def _check_seconds(seconds: float) -> float:
+    """Return the seconds that a measurement may take; ClusterError where that is no time."""
+    if not 0 < seconds < np.inf:
+        raise ClusterError(f"measure: seconds = {seconds}: must be finite and > 0")
+    return seconds
+
+
 def log_slow_links(topology: Topology) -> None:
     """Log which links stayed far slower than others of their kind, by name."""
     slow, names = find_slow_links(topology.bytes_per_second, topology.rack_of_node), topology.node_names

@@ -1,13 +1,37 @@
 """The migration decision: the replicas that would move, what that costs, what it gains, and the rule for both."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
+from hpcmoe.errors import PlacementError
 from hpcmoe.placement.cost import resource_seconds
 from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.placement.resources import list_resources, port_seconds
+from hpcmoe.placement.result import Placement
 from hpcmoe.placement.search.layer_data import EMPTY
+
+
+class RankLayout(Protocol):
+    """The ranks of a problem or of a placement: their slots, their nodes, and how far these are apart."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Return the number of ranks, P."""
+
+    @property
+    def slots_per_rank(self) -> int:
+        """Return the number of slots of each rank, s."""
+
+    @property
+    def node_of_rank(self) -> np.ndarray:
+        """Return the node of each rank -> [P] int64."""
+
+    @property
+    def distance(self) -> np.ndarray:
+        """Return the distance of two nodes -> [nodes, nodes]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,21 +79,47 @@ def keep_slots(old: np.ndarray, new: np.ndarray, slots_per_rank: int) -> np.ndar
     return kept
 
 
-def list_moves(problem: PlacementProblem, old: np.ndarray, new: np.ndarray) -> Moves:
+def list_moves(ranks: RankLayout, old: np.ndarray, new: np.ndarray) -> Moves:
     """List the replicas to send from layouts [L, S] to layouts whose slots are kept.
 
     Each comes from the nearest rank that holds it; of several, from the one that has least to send so far.
     """
-    size, rows, sends = problem.slots_per_rank, [], np.zeros(problem.num_ranks, np.int64)
+    size, rows, sends = ranks.slots_per_rank, [], np.zeros(ranks.num_ranks, np.int64)
     for layer, slot in np.argwhere((new != old) & (new != EMPTY)).tolist():
         expert, target = int(new[layer, slot]), slot // size
         holders = np.flatnonzero(old[layer] == expert)
-        distance = problem.distance[problem.node_of_rank[holders // size], problem.node_of_rank[target]]
+        distance = ranks.distance[ranks.node_of_rank[holders // size], ranks.node_of_rank[target]]
         nearest = holders[np.lexsort((sends[holders // size], distance))[0]]
         sends[nearest // size] += 1
         rows.append((layer, expert, nearest // size, nearest % size, target, slot % size))
     columns = np.array(rows, np.int64).reshape(-1, 6).T
     return Moves(**dict(zip(Moves.__slots__, columns, strict=True)))
+
+
+def plan_moves(before: Placement, after: Placement) -> tuple[Placement, Moves]:
+    """Plan the change from one placement to another of the same layers and ranks -> (that other, moves to it).
+
+    The slots of each rank are ordered anew, so that an expert that stays on a rank stays in its slot. Raises
+    PlacementError where their sizes differ.
+    """
+    old, new, size = before.expert_of_replica, after.expert_of_replica, after.slots_per_rank
+    if old.shape != new.shape or before.num_ranks != after.num_ranks:
+        raise PlacementError(
+            f"placements of {len(old)} layers x {before.num_ranks} ranks x {before.slots_per_rank} slots and of "
+            f"{len(new)} x {after.num_ranks} x {size}: must be alike"
+        )
+    kept = np.stack([keep_slots(*layers, size) for layers in zip(old, new, strict=True)])
+    split = None if after.split is None else _follow_slots(after.split, new, kept, size)
+    after = dataclasses.replace(after, expert_of_replica=kept, split=split)
+    return after, list_moves(after, old, kept)
+
+
+def _follow_slots(split: np.ndarray, new: np.ndarray, kept: np.ndarray, slots_per_rank: int) -> np.ndarray:
+    """Order shares [L, nodes, S] of layouts [L, S] as their experts' slots on each rank have been."""
+    by_rank = (len(new), -1, slots_per_rank)
+    slot = np.argmax(kept.reshape(by_rank)[..., None] == new.reshape(by_rank)[:, :, None, :], axis=3)  # [L, P, s]
+    of_ranks = split.reshape(*split.shape[:2], -1, slots_per_rank)  # [L, nodes, P, s]
+    return np.take_along_axis(of_ranks, slot[:, None], axis=3).reshape(split.shape)
 
 
 def estimate_move_seconds(problem: PlacementProblem, moves: Moves, bytes_of_expert: int) -> float:

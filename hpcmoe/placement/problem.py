@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcmoe.errors import PlacementError
-from hpcmoe.messages import format_size
+from hpcmoe.messages import format_index, format_size
 
 OBJECTIVES = ("links", "ports", "step")
 
@@ -103,6 +103,51 @@ class PlacementProblem:
     def name_node(self, node: int) -> str:
         """Return a node's name, its number where nodes have none."""
         return self.node_names[node] if self.node_names else str(node)
+
+
+_SHAPES = {  # of a problem's arrays
+    "node_of_rank": ("ranks",), "tokens_of_rank": ("ranks",), "rack_of_node": ("nodes",), "memory_bytes": ("nodes",),
+    "egress_bytes_per_second": ("nodes",), "ingress_bytes_per_second": ("nodes",),
+    "bytes_per_second": ("nodes", "nodes"), "latency_seconds": ("nodes", "nodes"),
+    "uplink_bytes_per_second": ("racks",), "probability": ("layers", "nodes", "experts"),
+}  # fmt: skip
+_SUM_TOLERANCE = 1e-6  # of a row of probabilities
+
+
+def check_problem_arrays(problem: PlacementProblem) -> None:
+    """Raise PlacementError unless a problem's arrays have the shapes that they should, and numbers that can be."""
+    sizes = {
+        "ranks": problem.num_ranks,
+        "nodes": problem.num_nodes,
+        "racks": len(problem.uplink_bytes_per_second),
+        "layers": problem.num_layers,
+        "experts": problem.num_experts,
+    }
+    for name, dimensions in _SHAPES.items():
+        has, wants = np.shape(getattr(problem, name)), tuple(sizes[dimension] for dimension in dimensions)
+        if has != wants:
+            raise PlacementError(f"{name} has shape {list(has)}: must be [{', '.join(dimensions)}] = {list(wants)}")
+
+    # Compare the numbers with their ranges; a node has no link to itself.
+    links = ~np.eye(problem.num_nodes, dtype=bool)
+    for name, fits, must in (
+        ("node_of_rank", np.isin(problem.node_of_rank, np.arange(sizes["nodes"])), f"from 0 to {sizes['nodes'] - 1}"),
+        ("rack_of_node", np.isin(problem.rack_of_node, np.arange(sizes["racks"])), f"from 0 to {sizes['racks'] - 1}"),
+        ("bytes_per_second", (problem.bytes_per_second > 0) | ~links, "> 0"),
+        ("latency_seconds", (problem.latency_seconds >= 0) | ~links, ">= 0"),
+        ("egress_bytes_per_second", problem.egress_bytes_per_second > 0, "> 0"),
+        ("ingress_bytes_per_second", problem.ingress_bytes_per_second > 0, "> 0"),
+        ("uplink_bytes_per_second", problem.uplink_bytes_per_second > 0, "> 0"),
+        ("memory_bytes", problem.memory_bytes >= 0, ">= 0"),
+        ("tokens_of_rank", problem.tokens_of_rank >= 0, ">= 0"),
+        ("probability", problem.probability >= 0, ">= 0"),
+    ):
+        if not fits.all():
+            index = tuple(np.argwhere(~fits)[0].tolist())
+            raise PlacementError(f"{name}{format_index(index)} = {getattr(problem, name)[index]:g}: must be {must}")
+    wrong = np.argwhere(np.abs(problem.probability.sum(axis=2) - 1) > _SUM_TOLERANCE)
+    if len(wrong):
+        raise PlacementError(f"probability{format_index(wrong[0].tolist())}: must sum to 1 over the experts")
 
 
 def count_slots_per_rank(num_experts: int, num_ranks: int, spare: int) -> int:

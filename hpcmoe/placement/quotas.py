@@ -26,6 +26,11 @@ def usable_of_node(problem: PlacementProblem) -> np.ndarray:
     return problem.ranks_of_node * most_of_rank(problem)
 
 
+def has_ample_memory(problem: PlacementProblem) -> bool:
+    """Return True if the memory holds the experts of all slots that may be filled: layers do not compete for it."""
+    return bool((problem.memory_replicas >= usable_of_node(problem) * problem.num_layers).all())
+
+
 def requires_even_ranks(problem: PlacementProblem) -> bool:
     """Return True if the numbers of experts on two ranks may differ by one at most, as for single replicas."""
     return problem.even and not problem.replicate

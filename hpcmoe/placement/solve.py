@@ -18,19 +18,19 @@ from hpcmoe.placement.layouts import fits, match_memory, pad_slots, trim_slots
 from hpcmoe.placement.problem import PlacementProblem, check_problem
 from hpcmoe.placement.quotas import (
     divide_memory,
+    has_ample_memory,
     has_even_ranks,
-    make_limits,
     max_replicas_of_node,
     relax_evenness,
-    usable_of_node,
 )
 from hpcmoe.placement.result import Placement, SearchStats, evaluate
+from hpcmoe.placement.rules import make_contiguous, make_data, make_eplb, place_by_rule
 from hpcmoe.placement.search.anneal import TIE_FACTOR, Budget, SearchResult, reduce_crossing, search_layout
 from hpcmoe.placement.search.balance_node import balance_nodes
-from hpcmoe.placement.search.layer_data import EMPTY, LayerData, SmoothMax, make_layer_data, make_state
+from hpcmoe.placement.search.layer_data import EMPTY, LayerData, SmoothMax, make_state
 from hpcmoe.placement.search.memory_trades import MOST_TRADING_NODES, trade_memory
 from hpcmoe.placement.search.moves import max_seconds, rebuild
-from hpcmoe.placement.search.seeds import PinnedCounts, make_contiguous, make_eplb, make_packed
+from hpcmoe.placement.search.seeds import PinnedCounts, make_packed
 from hpcmoe.placement.search.warm import compile_search
 
 LEAST_SECONDS = 1e-3  # of a layer's search, however late
@@ -84,11 +84,6 @@ def make_placement(problem: PlacementProblem, method: str = "packed", **fields: 
     return evaluate(problem, expert_of_replica, bounds, method, search_stats)
 
 
-def make_data(problem: PlacementProblem, layer: int, most_of_node: np.ndarray) -> LayerData:
-    """Build a layer's search data with the limits that memory [L, nodes] sets."""
-    return make_layer_data(problem, layer, make_limits(problem, most_of_node[layer]))
-
-
 def place_without_search(
     problem: PlacementProblem, most_of_node: np.ndarray, options: SearchOptions
 ) -> list[np.ndarray] | None:
@@ -124,22 +119,6 @@ def compare_methods(problem: PlacementProblem, methods: Iterable[str]) -> dict[s
             experts = [pad_slots(problem, expert_at) for expert_at in layouts]
             seconds_of_method[method] = sum(layer_seconds(problem, k, of_layer) for k, of_layer in enumerate(experts))
     return seconds_of_method
-
-
-def has_ample_memory(problem: PlacementProblem) -> bool:
-    """Return True if the memory holds the experts of all slots that may be filled: layers do not compete for it."""
-    return bool((problem.memory_replicas >= usable_of_node(problem) * problem.num_layers).all())
-
-
-def place_by_rule(problem: PlacementProblem, most_of_node: np.ndarray, method: str) -> list[np.ndarray]:
-    """Place by a method that does not search -> layouts [P, s]; PlacementError where one does not fit the memory."""
-    layouts = []
-    for layer in range(problem.num_layers):
-        data = make_data(problem, layer, most_of_node)
-        layouts.append(make_contiguous(data) if method == "contiguous" else make_eplb(data))
-        if not fits(data, layouts[-1]):
-            raise PlacementError(f"{method} placement: layer {layer} does not fit the memory of every node")
-    return layouts
 
 
 def search_layers(

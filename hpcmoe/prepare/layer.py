@@ -1,99 +1,155 @@
-"""What a layer of the library needs before it is built: where its experts go, and the buffers for its rows."""
+"""Where one layer's experts go, in a group of a library's user: evenly without a search, or by what is known of it."""
 
-import math
+import logging
+import time
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.cluster.topology import Topology
-from hpcmoe.dispatch.sizes import Sizes, choose_gemm_rows
-from hpcmoe.errors import PlacementError
-from hpcmoe.experts.options import ExpertsOptions
-from hpcmoe.placement.groups import fold_groups, list_groups
-from hpcmoe.placement.problem import PlacementProblem, count_slots_per_rank
+from hpcmoe.errors import ConfigError, on_root
+from hpcmoe.messages import format_index
+from hpcmoe.placement.demand import Loads
+from hpcmoe.placement.files.checks import find_overflow
+from hpcmoe.placement.files.maps import check_map, read_map
+from hpcmoe.placement.layouts import pad_slots
+from hpcmoe.placement.problem import PlacementProblem, check_problem
+from hpcmoe.placement.quotas import divide_memory, has_ample_memory
 from hpcmoe.placement.result import Placement, SearchStats, evaluate
+from hpcmoe.placement.rules import place_by_rule
+from hpcmoe.prepare.placement import make_folded_problem, tune_placement
+
+log = logging.getLogger(__name__)
+
+_ALIKE = 0.7  # of the fastest: a slower link, port or uplink is of another kind
+_NAMES = {"B": "bytes_per_second", "L": "latency_seconds", "tokens": "tokens_per_rank"}  # a user's, for find_overflow
 
 
-def place_layer(options: ExpertsOptions, topology: Topology, mesh: Mesh, where: str) -> Placement:
-    """Place a layer's experts as given, else evenly in their order -> Placement of one layer.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerExperts:
+    """What the placement of one layer's experts depends on."""
 
-    Raises PlacementError that begins with `where` for a placement that does not fit.
+    num_experts: int
+    top_k: int
+    tokens_per_rank: float  # of a step
+    row_bytes: int  # of a token on its way
+    expert_bytes: int  # one expert, whole, with its gradient and the optimizer's state
+    seconds_per_token: float = 0.0  # a rank's for one assignment, forward; 0: computing does not count
+    spare_slots_per_rank: int = 0
+    replicate: bool = False  # may spare slots hold second replicas?
+    loads: np.ndarray | None = None  # [E], or [nodes, E] by the tokens' home; in any unit; None: not known yet
+    memory_bytes: np.ndarray | None = None  # [nodes] for this layer's experts; None: all that the topology has
+
+
+def place_layer(
+    topology: Topology,
+    mesh: Mesh,
+    layer: LayerExperts,
+    method: str | np.ndarray = "auto",
+    *,
+    seconds: float = 1.0,
+    seed: int = 0,
+) -> Placement:
+    """Place one layer's experts -> Placement of one layer, the same on all ranks. Collective over mesh.world.
+
+    method: "auto" places them evenly in their order, in milliseconds, unless loads are given, or nodes have links or
+    too little memory of their own kind: then it searches, as "packed" does, for so many seconds. "contiguous" and
+    "eplb" place by rule. An array [S] or [P, s] has the expert of each slot, -1 where it is empty; any other word is
+    the path of a placement file. Raises ConfigError or PlacementError on all ranks. What rank 0 is given counts.
     """
-    num_ranks, num_experts = mesh.expert_parallel, options.num_experts
-    slots = count_slots_per_rank(num_experts, num_ranks, options.spare_slots_per_rank)
-    expert_of_slot = deal_experts(num_experts, num_ranks, slots, options.replicate)
-    if options.placement:
-        expert_of_slot = np.array(options.placement, np.int64)
-        if error := find_slot_error(expert_of_slot, num_experts, num_ranks):
-            raise PlacementError(f"{where}: placement: {error}")
-    problem = make_even_problem(options, topology, mesh, len(expert_of_slot) // num_ranks)
-    method = "given" if options.placement else "even"
-    return evaluate(problem, expert_of_slot[None], [0.0], method, SearchStats())
+    return on_root(mesh.world, lambda: solve_layer(topology, mesh, layer, method, seconds, seed))
 
 
-def deal_experts(num_experts: int, num_ranks: int, slots: int, replicate: bool) -> np.ndarray:
-    """Deal experts evenly to ranks, in order; replicas, if wanted, fill the other slots -> int64 [S], -1: empty."""
-    # Give each rank a run of experts.
-    expert_at = np.full((num_ranks, slots), -1)
-    for rank, experts in enumerate(np.array_split(np.arange(num_experts), num_ranks)):
-        expert_at[rank, : len(experts)] = experts
+def solve_layer(
+    topology: Topology, mesh: Mesh, layer: LayerExperts, method: str | np.ndarray, seconds: float, seed: int
+) -> Placement:
+    """Place one layer's experts, on the rank that calls it alone."""
+    problem = make_layer_problem(topology, mesh, layer)
+    if isinstance(method, np.ndarray):
+        return evaluate(problem, check_given_slots(problem, method), [0.0], "given", SearchStats())
+    if method == "auto":
+        method = "contiguous" if layer.loads is None and has_like_nodes(problem) else "packed"
+    match method:
+        case "contiguous" | "eplb":
+            layouts = place_by_rule(problem, divide_memory(problem), method)
+            slots = np.stack([pad_slots(problem, expert_at) for expert_at in layouts])
+            return evaluate(problem, slots, [0.0], method, SearchStats())
+        case "packed":
+            from hpcmoe.placement.solve import make_placement  # imports numba and scipy
 
-    # Give each free slot the expert with fewest replicas that its rank does not hold, slot by slot over all ranks.
-    count = np.ones(num_experts, np.int64)
-    for slot, rank in np.argwhere(expert_at.T < 0) if replicate else ():
-        held = expert_at[rank][expert_at[rank] >= 0]
-        if len(held) < num_experts:
-            count_elsewhere = np.where(np.isin(np.arange(num_experts), held), num_ranks + 1, count)
-            expert_at[rank, slot] = np.argmin(count_elsewhere)
-            count[expert_at[rank, slot]] += 1
-    return expert_at.ravel()
-
-
-def find_slot_error(expert_of_slot: np.ndarray, num_experts: int, num_ranks: int) -> str:
-    """Return what is wrong with a given placement [S], "" where nothing is."""
-    if len(expert_of_slot) % num_ranks:
-        return f"{len(expert_of_slot)} slots: must be a multiple of the {num_ranks} ranks that share the experts"
-    if expert_of_slot.max() >= num_experts:
-        return f"names expert {expert_of_slot.max()}, num_experts = {num_experts}"
-    if missing := np.setdiff1d(np.arange(num_experts), expert_of_slot).tolist():
-        return f"has no slot of expert {missing[0]}"
-    for rank, held in enumerate(expert_of_slot.reshape(num_ranks, -1)):
-        experts, count = np.unique(held[held >= 0], return_counts=True)
-        if (count > 1).any():
-            return f"rank {rank} holds expert {experts[count > 1][0]} twice"
-    return ""
+            begun = time.perf_counter()
+            placement = make_placement(problem, seconds=seconds, seed=seed)
+            return tune_placement(problem, placement, seconds, begun)
+        case path:
+            slots, notes = read_map(path, problem)
+            for note in notes:
+                log.warning("placement %s: %s", path, note)
+            return evaluate(problem, slots, [0.0], "file", SearchStats())
 
 
-def make_even_problem(options: ExpertsOptions, topology: Topology, mesh: Mesh, slots: int) -> PlacementProblem:
-    """Build the placement problem of a layer whose tokens choose all experts alike, with memory for all slots."""
-    nodes, network = fold_groups(topology, list_groups(mesh))
-    num_nodes = len(network["rack_of_node"])
-    return PlacementProblem(
-        num_layers=1,
-        num_experts=options.num_experts,
-        slots_per_rank=slots,
-        replicate=options.replicate,
-        memory_bytes=np.full(num_nodes, 2**62),
-        expert_bytes=1,
-        bytes_per_token=options.hidden * getattr(torch, options.dtype).itemsize,
-        tokens_of_rank=np.full(mesh.expert_parallel, float(options.max_tokens * options.top_k)),
-        probability=np.full((1, num_nodes, options.num_experts), 1 / options.num_experts),
-        **network,
+def make_layer_problem(topology: Topology, mesh: Mesh, layer: LayerExperts) -> PlacementProblem:
+    """Build the placement problem of one layer. Raises ConfigError or PlacementError where it has no answer."""
+    memory = topology.memory_bytes if layer.memory_bytes is None else layer.memory_bytes
+    assignments = layer.tokens_per_rank * mesh.tensor_parallel * layer.top_k
+    problem = make_folded_problem(
+        topology,
+        mesh,
+        make_layer_loads(topology, layer),
+        np.asarray(memory) / np.bincount(topology.node_of_rank),
+        layer.spare_slots_per_rank,
+        tokens_of_rank=np.full(mesh.expert_parallel, float(assignments)),
+        replicate=layer.replicate,
+        expert_bytes=layer.expert_bytes,
+        bytes_per_token=layer.row_bytes,
+        seconds_per_token=layer.seconds_per_token,
+        objective="step",
     )
+    for line in find_overflow(problem, _NAMES):
+        raise ConfigError(line)
+    check_problem(problem, "num_experts, spare_slots_per_rank", "num_experts, hidden, feed_forward")
+    return problem
 
 
-def make_layer_sizes(options: ExpertsOptions, mesh: Mesh, num_ranks_with_experts: int, num_in_flight: int) -> Sizes:
-    """Compute how many rows of a layer pass through a rank at most, and likely at its experts."""
-    dtype, top_k = getattr(torch, options.dtype), options.top_k * mesh.tensor_parallel
-    rows = options.max_tokens * top_k
-    return Sizes(
-        hidden=options.hidden,
-        dtype=dtype,
-        tokens=options.max_tokens,
-        top_k=top_k,
-        num_in_flight=num_in_flight,
-        num_micro_batches=num_in_flight,
-        expert_rows=math.ceil(rows * mesh.expert_parallel / num_ranks_with_experts),
-        batch_rows=choose_gemm_rows(options.hidden * dtype.itemsize),
-    )
+def make_layer_loads(topology: Topology, layer: LayerExperts) -> Loads:
+    """Return the loads that are given, else even ones. Raises ConfigError."""
+    if layer.loads is None:
+        return Loads(tokens=np.ones((1, 1, layer.num_experts)), node_names=())
+    loads = np.asarray(layer.loads, np.float64)
+    shape = (topology.num_nodes, layer.num_experts)
+    if loads.shape not in (shape, shape[1:]):
+        raise ConfigError(
+            f"loads has shape {list(loads.shape)}: must be [num_experts] = {list(shape[1:])} or [nodes, num_experts] = "
+            f"{list(shape)}"
+        )
+    wrong = np.argwhere(~(np.isfinite(loads) & (loads >= 0)))
+    if len(wrong):
+        index = tuple(wrong[0].tolist())
+        raise ConfigError(f"loads{format_index(index)} = {loads[index]:g}: must be finite and >= 0")
+    if not loads.any():
+        raise ConfigError("loads: must not all be 0")
+    return Loads(tokens=np.atleast_2d(loads)[None], node_names=topology.node_names if loads.ndim == 2 else ())
+
+
+def has_like_nodes(problem: PlacementProblem) -> bool:
+    """Return True if no node differs from the others in a way by which experts had better be elsewhere."""
+    same_rack = np.equal.outer(problem.rack_of_node, problem.rack_of_node)
+    rates = [problem.egress_bytes_per_second, problem.ingress_bytes_per_second, problem.uplink_bytes_per_second]
+    rates += [problem.bytes_per_second[same_rack & ~np.eye(problem.num_nodes, dtype=bool)]]
+    rates += [problem.bytes_per_second[~same_rack]]
+    return has_ample_memory(problem) and all(is_alike(kind) for kind in rates)
+
+
+def is_alike(rates: np.ndarray) -> bool:
+    """Return True if no rate is far below the highest; of none, or all without limit, too."""
+    return bool((rates >= _ALIKE * rates.max(initial=0.0)).all())
+
+
+def check_given_slots(problem: PlacementProblem, experts: np.ndarray) -> np.ndarray:
+    """Check the expert of each slot, [S] or [P, s], as a user gives it -> int64 [1, S]. Raises ConfigError."""
+    if experts.ndim not in (1, 2) or experts.size == 0 or experts.dtype.kind not in "iu":
+        raise ConfigError("placement: must be an array of whole numbers, [slots] or [ranks, slots of each]")
+    slots, notes = check_map("placement", "expert_of_slot", experts.astype(np.int64)[None], problem)
+    for note in notes:
+        log.warning("placement: %s", note)
+    return slots

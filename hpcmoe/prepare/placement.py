@@ -5,6 +5,7 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,28 +61,46 @@ def make_run_problem(
     """Build the placement problem that all expert-parallel groups share."""
     assert demand.loads is not None  # rank 0 states the problem
 
-    # Fold the groups into one, each of whose ranks has the least memory of those in its place.
-    groups = list_groups(mesh)
-    nodes, network = fold_groups(topology, groups)
-    rank_bytes = (budget.bytes_for_experts / budget.num_ranks)[topology.node_of_rank]
-
     # Share a step's assignments evenly among the ranks where tokens begin; those of a tensor-parallel group are one.
     homes = mesh.data_parallel * mesh.expert_parallel
-    assignments = demand.batch_sequences * model.sequence_length * model.top_k / homes
-    return PlacementProblem(
-        num_layers=model.num_layers,
-        num_experts=model.num_experts,
-        slots_per_rank=count_slots_per_rank(model.num_experts, mesh.expert_parallel, settings.spare_slots_per_rank),
+    return make_folded_problem(
+        topology,
+        mesh,
+        demand.loads,
+        budget.bytes_for_experts / budget.num_ranks,
+        settings.spare_slots_per_rank,
+        tokens_of_rank=np.full(
+            mesh.expert_parallel, demand.batch_sequences * model.sequence_length * model.top_k / homes
+        ),
         replicate=settings.replicate,
-        memory_bytes=fold_memory(rank_bytes, groups, network["node_of_rank"], mesh.tensor_parallel),
         expert_bytes=demand.expert_bytes,
         bytes_per_token=model.hidden * getattr(torch, model.dtype).itemsize,
         seconds_per_token=demand.seconds_per_token,
-        tokens_of_rank=np.full(mesh.expert_parallel, assignments),
-        probability=fold_probability(make_probability(demand.loads, topology.node_names), nodes),
         objective=settings.objective,
         count_latency=settings.count_latency,
+    )
+
+
+def make_folded_problem(
+    topology: Topology, mesh: Mesh, loads: Loads, rank_bytes: np.ndarray, spare_slots_per_rank: int, **fields: Any
+) -> PlacementProblem:
+    """Build a problem whose ranks are all expert-parallel groups folded into one, from loads and its other fields.
+
+    rank_bytes [nodes]: what a rank of each node has for experts; of the ranks in one place the least counts.
+    """
+    groups = list_groups(mesh)
+    nodes, network = fold_groups(topology, groups)
+    num_layers, _, num_experts = loads.tokens.shape
+    return PlacementProblem(
+        num_layers=num_layers,
+        num_experts=num_experts,
+        slots_per_rank=count_slots_per_rank(num_experts, mesh.expert_parallel, spare_slots_per_rank),
+        memory_bytes=fold_memory(
+            rank_bytes[topology.node_of_rank], groups, network["node_of_rank"], mesh.tensor_parallel
+        ),
+        probability=fold_probability(make_probability(loads, topology.node_names), nodes),
         **network,
+        **fields,
     )
 
 
@@ -148,7 +167,7 @@ def find_placement(problem: PlacementProblem, settings: PlacementConfig, seed: i
     placement = make_placement(problem, settings.method, **search)
     if uneven := describe_unevenness(problem, placement.expert_of_replica):
         log.warning("placement %s: %s", placement.method, uneven)
-    return tune_placement(problem, settings, placement, begun)
+    return tune_placement(problem, placement, settings.search_seconds, begun)
 
 
 def read_placement_file(problem: PlacementProblem, path: str) -> np.ndarray:
@@ -169,18 +188,17 @@ def evaluate_layouts(
     from hpcmoe.placement.solve import bound_layers
 
     begun, bounds = time.perf_counter(), bound_layers(problem, layouts, seconds)
-    return tune_placement(problem, settings, evaluate(problem, layouts, bounds, method, SearchStats()), begun)
+    placement = evaluate(problem, layouts, bounds, method, SearchStats())
+    return tune_placement(problem, placement, settings.search_seconds, begun)
 
 
-def tune_placement(
-    problem: PlacementProblem, settings: PlacementConfig, placement: Placement, begun: float
-) -> Placement:
+def tune_placement(problem: PlacementProblem, placement: Placement, seconds: float, begun: float) -> Placement:
     """Balance tokens among replicas for the objective "step", where that gains; the search began at `begun`."""
     from hpcmoe.placement.shares import tune_shares
 
-    if settings.objective != "step" or not settings.replicate:
+    if problem.objective != "step" or not problem.replicate:
         return placement
-    split = tune_shares(problem, placement.expert_of_replica, settings.search_seconds)
+    split = tune_shares(problem, placement.expert_of_replica, seconds)
     if split is None:
         return placement
 

@@ -4,19 +4,22 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from placement.problems import make_problem
 
+from hpcmoe.errors import PlacementError
 from hpcmoe.placement.cost import make_nearest_shares, resource_seconds
 from hpcmoe.placement.migrate import (
     estimate_layer_seconds,
     estimate_move_seconds,
     keep_slots,
     list_moves,
+    plan_moves,
     should_migrate,
     standard_error,
 )
+from hpcmoe.placement.result import SearchStats, evaluate
 
 
 def make_plain(**changes):
@@ -109,3 +112,39 @@ def test_the_noise_of_a_gain_is_that_of_its_mean_over_parts():
     assert standard_error([1.0, 3.0], 2) == pytest.approx(1.0)
     assert standard_error([1.0, 3.0, 1.0, 3.0], 1) == pytest.approx((4 / 3) ** 0.5)
     assert standard_error([2.0, 2.0, 2.0], 1) == 0.0
+
+
+def evaluate_slots(problem, experts, split=None):
+    return evaluate(problem, np.array(experts), [0.0] * len(experts), "given", SearchStats(), split)
+
+
+@given(st.permutations([0, 1, 2, 3, 0, 2, -1, -1]), st.permutations([0, 1, 2, 3, 1, 3, -1, -1]), st.integers(0, 99))
+def test_a_planned_placement_is_the_same_with_what_stays_in_its_slot(old, new, seed):
+    problem = make_problem([2, 2], 4, 2, replicate=True)
+    new = np.array([new])
+    assume(all(a != b or a < 0 for a, b in [*np.reshape(old, (4, 2)), *new.reshape(4, 2)]))  # no expert twice on a rank
+    split = np.random.default_rng(seed).random((1, 2, 8)) * (new >= 0)
+    before, after = evaluate_slots(problem, [old]), evaluate_slots(problem, new, split)
+    planned, moves = plan_moves(before, after)
+
+    # Each rank has the same experts and shares, those that stay in their slots; what is new comes from who has it.
+    kept = planned.expert_of_replica
+    for rank in range(4):
+        here = slice(2 * rank, 2 * rank + 2)
+        shares = [dict(zip(p.expert_of_replica[0, here], p.split[0, :, here].T.tolist(), strict=True))
+                  for p in (after, planned)]  # fmt: skip
+        assert {e: s for e, s in shares[0].items() if e >= 0} == {e: s for e, s in shares[1].items() if e >= 0}
+        assert all(kept[0, slot] == e for slot, e in enumerate(old)
+                   if e >= 0 and slot // 2 == rank and e in kept[0, here])  # fmt: skip
+    assert sorted(zip(moves.target * 2 + moves.target_slot, moves.expert, strict=True)) == [
+        (slot, e) for slot, e in enumerate(kept[0]) if e >= 0 and e != old[slot]
+    ]
+    assert all(old[2 * source + slot] == e
+               for source, slot, e in zip(moves.source, moves.source_slot, moves.expert, strict=True))  # fmt: skip
+
+
+def test_placements_of_other_sizes_are_refused():
+    small = evaluate_slots(make_problem([2, 2], 4, 1), [[0, 1, 2, 3]])
+    large = evaluate_slots(make_problem([2, 2], 4, 2), [[0, -1, 1, -1, 2, -1, 3, -1]])
+    with pytest.raises(PlacementError, match="of 1 layers x 4 ranks x 1 slots and of 1 x 4 x 2: must be alike"):
+        plan_moves(small, large)

@@ -63,9 +63,15 @@ def read_case(
 
     Raises ConfigError or PlacementError with one line per error: file, key, index, arithmetic.
     """
-    tree = read_json(path)
+    return check_case(read_json(path), f"{one_line(path)}: ", objective, count_latency)
+
+
+def check_case(
+    tree: Any, prefix: str = "", objective: str = "step", count_latency: bool = False
+) -> tuple[PlacementProblem, list[str]]:
+    """Check the object of a case file -> (PlacementProblem, notes); each line of an error begins with the prefix."""
     if not isinstance(tree, dict):
-        raise ConfigError(f"{one_line(path)}: must hold one JSON object, not {show_value(tree)}")
+        raise ConfigError(f"{prefix}must hold one JSON object, not {show_value(tree)}")
     try:
         case = Case.model_validate(tree)
     except ValidationError as invalid:
@@ -76,11 +82,11 @@ def read_case(
         problem = make_case_problem(case, objective, count_latency)
         lines = [*find_overflow(problem)]
     if lines:
-        raise ConfigError("\n".join(f"{one_line(path)}: {line}" for line in lines))
+        raise ConfigError("\n".join(f"{prefix}{line}" for line in lines))
     try:
         check_problem(problem, "E, G, slots_per_gpu", "E, layers, M")
     except PlacementError as error:
-        raise PlacementError(f"{one_line(path)}: {error}") from None
+        raise PlacementError(f"{prefix}{error}") from None
     return problem, make_notes(tree, objective)
 
 

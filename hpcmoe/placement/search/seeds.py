@@ -1,4 +1,4 @@
-"""Layouts that a search begins with: contiguous, by EPLB's method, or packed greedily around nodes' hottest experts.
+"""Layouts that a search begins with beside those of rules: packed greedily around nodes' hottest experts.
 
 A layout is a layer's experts at [P, s], -1 in an empty slot.
 """
@@ -12,67 +12,6 @@ from hpcmoe.placement.search.moves import compiled, holds, move, rebuild, undo
 
 _NODES_TRIED = 32  # for an expert's first replica: of more nodes, the one of each class that wants it most
 _GREEDY = 3  # doublings of the exponent, the 8th power: prices of all that are busy, for a layout still to grow
-
-
-def make_contiguous(data: LayerData, spread: bool = True) -> np.ndarray:
-    """Place the experts in order along the ranks: evenly over the nodes, or rank by rank from the first."""
-    # Count each node's experts.
-    expert_at = np.full((len(data.node_of_rank), data.most_of_rank.max()), EMPTY)
-    ranks_of_node = np.diff(data.first_of_node)
-    slots = np.bincount(data.node_of_rank, data.most_of_rank, len(ranks_of_node))
-    most = np.minimum(slots, data.most_of_node)
-    count = np.zeros(len(most), np.int64)
-    for _ in range(len(data.tokens)):
-        fill = count / np.maximum(ranks_of_node, 1) if spread else np.arange(len(most))
-        count[np.argmin(np.where(count < most, fill, np.inf))] += 1
-
-    # Fill the ranks in order.
-    expert = 0
-    for rank, number in enumerate(_divide_among_ranks(data, count, spread)):
-        expert_at[rank, :number] = np.arange(expert, expert + number)
-        expert += number
-    return expert_at
-
-
-def _divide_among_ranks(data: LayerData, count: np.ndarray, spread: bool) -> np.ndarray:
-    """Divide each node's number of experts [nodes] among its ranks, evenly or rank by rank -> [P]."""
-    num_of_rank = np.zeros(len(data.node_of_rank), np.int64)
-    for node, number in enumerate(count):
-        ranks = data.rank_by_node[data.first_of_node[node] : data.first_of_node[node + 1]]
-        for _ in range(int(number)):
-            fill = num_of_rank[ranks] if spread else np.arange(len(ranks))
-            has_slot = num_of_rank[ranks] < data.most_of_rank[ranks]
-            num_of_rank[ranks[np.argmin(np.where(has_slot, fill, np.inf))]] += 1
-    return num_of_rank
-
-
-def make_eplb(data: LayerData) -> np.ndarray:
-    """Place as DeepSeek's Expert Parallelism Load Balancer without groups (github.com/deepseek-ai/EPLB).
-
-    Ranks get equal numbers of replicas, to within one. Links and memory do not matter. Two replicas of an expert on one
-    rank count as one here.
-    """
-    # Give each spare slot to the expert with most tokens a replica.
-    num_ranks, num_slots, num_experts = len(data.node_of_rank), data.most_of_rank.max(), len(data.tokens)
-    replicas = np.ones(num_experts, np.int64)
-    if data.replicate:
-        for _ in range(num_ranks * num_slots - num_experts):
-            replicas[np.argmax(data.tokens / replicas)] += 1
-
-    # Place the replicas, heaviest first, each on the least loaded rank with a slot left.
-    weight = np.repeat(data.tokens / replicas, replicas)
-    experts = np.repeat(np.arange(num_experts), replicas)
-    expert_at = np.full((num_ranks, num_slots), EMPTY)
-    load, count = np.zeros(num_ranks), np.zeros(num_ranks, np.int64)
-    base, extras = divmod(len(weight), num_ranks)
-    for item in np.argsort(-weight, kind="stable"):
-        may_take = count < base + (np.sum(count > base) < extras)
-        rank = np.argmin(np.where(may_take, load, np.inf))
-        if experts[item] not in expert_at[rank]:
-            expert_at[rank, count[rank]] = experts[item]
-        load[rank] += weight[item]
-        count[rank] += 1
-    return expert_at
 
 
 class PinnedCounts(NamedTuple):

@@ -10,6 +10,7 @@ from placement.families import make_family
 from placement.problems import assert_layer_is_placed, has_place, layer_data_of, make_problem, problems
 
 from hpcmoe.placement.cost import layer_seconds, make_nearest_shares, tokens_on_links
+from hpcmoe.placement.rules import make_contiguous
 from hpcmoe.placement.search.anneal import (
     FEW,
     MOST_ROUNDS,
@@ -22,7 +23,7 @@ from hpcmoe.placement.search.anneal import (
     reduce_crossing,
     search_layout,
 )
-from hpcmoe.placement.search.seeds import PinnedCounts, make_contiguous, make_packed
+from hpcmoe.placement.search.seeds import PinnedCounts, make_packed
 
 
 @settings(max_examples=60)

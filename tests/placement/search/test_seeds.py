@@ -10,7 +10,8 @@ from placement.families import make_family
 from placement.problems import EXPERT_BYTES, assert_layer_is_placed, has_place, layer_data_of, make_problem, problems
 
 from hpcmoe.placement.cost import count_replicas, layer_seconds
-from hpcmoe.placement.search.seeds import PinnedCounts, make_contiguous, make_eplb, make_packed
+from hpcmoe.placement.rules import make_contiguous, make_eplb
+from hpcmoe.placement.search.seeds import PinnedCounts, make_packed
 
 
 @pytest.mark.parametrize(
