@@ -40,9 +40,10 @@ from hpcmoe.run.metadata import check_metadata, describe_checkpoint, log_changes
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
+from hpcmoe.write.boxes import Piece, PieceSpec
 from hpcmoe.write.checkpoint import find_checkpoint, is_in_folder, newest_checkpoint, read_metadata, step_of
 from hpcmoe.write.folder import open_folder
-from hpcmoe.write.pieces import Piece, PieceSpec, read_pieces
+from hpcmoe.write.pieces import read_pieces
 from hpcmoe.write.problem import read_loads
 from hpcmoe.write.records import Records, open_records
 from hpcmoe.write.writer import open_writer

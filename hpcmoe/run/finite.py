@@ -10,7 +10,8 @@ from mpi4py import MPI
 from hpcmoe.config import Config
 from hpcmoe.errors import TrainingError, on_all, raise_or_return
 from hpcmoe.model.balance import read_biases
-from hpcmoe.run.state import BIAS, ArraySlice, SharedArrays, TrainingState
+from hpcmoe.run.slices import ArraySlice
+from hpcmoe.run.state import BIAS, SharedArrays, TrainingState
 
 _SMALL_EPSILON = 1e-12  # below it steps are unbounded where the square of a gradient underflows float32
 _LARGE_RATE = 1.0  # AdamW moves each weight by about that much per step

@@ -20,6 +20,7 @@ from hpcmoe.experts.layer import ExpertLayer
 from hpcmoe.model.language import LanguageModel
 from hpcmoe.placement.result import Placement
 from hpcmoe.run.gradient_sums import FlatGradients, GradientSums, PlacedExperts, SharedExperts
+from hpcmoe.run.slices import cut_rows
 
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  # our name: AdamW's
 
@@ -159,19 +160,6 @@ def make_zero_state(rows: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
     """Build AdamW's state of rows that it has not stepped yet, after so many steps: moments of zero."""
     moments = {name: torch.zeros_like(rows) for name in MOMENTS.values()}
     return {"step": torch.tensor(float(step), device=rows.device)} | moments
-
-
-def cut_rows(parameters: Sequence[nn.Parameter], index: int, num_shares: int) -> list[tuple[nn.Parameter, int, int]]:
-    """Cut the rows of parameters into nearly equal shares -> (parameter, first row, end) of one share."""
-    total, before, rows = sum(p.numel() for p in parameters), 0, []
-    for parameter in parameters:
-        width = parameter[0].numel()
-        edges = (total * edge // num_shares - before for edge in (index, index + 1))
-        first, end = (min(max(-(-edge // width), 0), len(parameter)) for edge in edges)
-        if first < end:
-            rows.append((parameter, first, end))
-        before += parameter.numel()
-    return rows
 
 
 def cut_stepped_rows(dense: FlatGradients, index: int, num_shares: int) -> dict[nn.Parameter, list[SteppedRows]]:

@@ -1,32 +1,20 @@
 """The state of training as logical arrays: a checkpoint names experts, never the ranks that held them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from hpcmoe.config import ModelConfig
-from hpcmoe.experts.shapes import make_expert_shape, split_axis, weight_shape
 from hpcmoe.model.balance import read_biases, write_biases
 from hpcmoe.run.job import Job
 from hpcmoe.run.optimizer import MOMENTS, Optimizer, SteppedRows, make_zero_state
+from hpcmoe.run.slices import ArraySlice, cut_slice, slice_of_weight, slice_of_whole
 
 LOAD, BIAS = "balance/load", "balance/bias"  # the load that routers feel, and their biases, [L, E]
 SharedArrays = dict[str, np.ndarray]  # by name, equal on all ranks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArraySlice:
-    """Part of a logical array."""
-
-    name: str
-    shape: tuple[int, ...]  # of the whole array
-    start: tuple[int, ...]
-    extent: tuple[int, ...]
-    keys: tuple[str, ...] = ()  # of the config, axis by axis
-    owned: bool = False  # this rank, and no other, saves it
 
 
 class TrainingState:
@@ -45,10 +33,13 @@ class TrainingState:
             for slot, (expert, replica) in enumerate(zip(experts, block.experts.local.replicas, strict=True)):
                 owned = job.mesh.data_index == 0 and optimizer is not None and optimizer.shared.owns(layer, slot)
                 for name, parameter in replica.named_parameters():
-                    slices[parameter] = slice_of_expert(job, parameter, (layer, expert, name), owned)
+                    path, num_experts = f"experts/layer{layer}/{name}", job.config.model.num_experts
+                    part = slice_of_weight(path, parameter, job.mesh, expert, num_experts)
+                    keys = tuple(f"[model] {key}" for key in part.keys)
+                    slices[parameter] = replace(part, keys=keys, owned=owned)
         for name, parameter in self.network.named_parameters():
             if parameter not in slices:
-                slices[parameter] = slice_of_dense(parameter, name, owned=job.mesh.world.rank == 0)
+                slices[parameter] = slice_of_whole(f"dense/{name}", parameter.shape, owned=job.mesh.world.rank == 0)
         return slices
 
     def arrays(self) -> Iterator[tuple[ArraySlice, torch.Tensor]]:
@@ -106,36 +97,4 @@ def make_shared_slices(model: ModelConfig, owned: bool) -> dict[str, ArraySlice]
 
 def slice_of_rows(part: ArraySlice, parameter: nn.Parameter, rows: SteppedRows) -> ArraySlice:
     """Return the slice of what of a parameter is stepped here; rows of a share are on no other rank."""
-    if rows.rows is parameter:
-        return part
-    start, extent = (rows.first, *part.start[1:]), (len(rows.rows), *part.extent[1:])
-    return replace(part, start=start, extent=extent, owned=True)
-
-
-def slice_of_dense(parameter: nn.Parameter, name: str, owned: bool) -> ArraySlice:
-    """Return the slice of a parameter that every rank holds whole."""
-    shape = tuple(parameter.shape)
-    return ArraySlice(name=f"dense/{name}", shape=shape, start=(0,) * len(shape), extent=shape, owned=owned)
-
-
-def slice_of_expert(job: Job, parameter: nn.Parameter, where: tuple[int, int, str], owned: bool) -> ArraySlice:
-    """Return the slice of this rank's shard of one expert's weight; where = (layer, expert, name)."""
-    layer, expert, name = where
-    rows, columns = weight_shape(make_expert_shape(job.spec), name.removesuffix("_bias"))
-    is_bias = name.endswith("_bias")
-    shape = (job.config.model.num_experts, rows) if is_bias else (job.config.model.num_experts, rows, columns)
-
-    # The bias of the output is whole on its one rank; all else is split over the tensor-parallel group.
-    start = [expert] + [0] * parameter.dim()
-    if name != "down_bias":
-        axis = split_axis(name.removesuffix("_bias"))
-        start[1 + axis] = job.mesh.tensor_index * parameter.shape[axis]
-    sizes = ("[model] hidden", "[model] feed_forward")  # of "down"; of the others the other way round
-    return ArraySlice(
-        name=f"experts/layer{layer}/{name}",
-        shape=shape,
-        start=tuple(start),
-        extent=(1, *parameter.shape),
-        keys=("[model] num_experts", *(sizes if name.startswith("down") else sizes[::-1])),
-        owned=owned,
-    )
+    return part if rows.rows is parameter else cut_slice(part, rows.first, len(rows.rows))

@@ -7,7 +7,8 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.wait import gather_to_all
-from hpcmoe.write.pieces import Piece, write_pieces
+from hpcmoe.write.boxes import Piece
+from hpcmoe.write.pieces import write_pieces
 
 
 def write_activations(comm: MPI.Comm, folder: Path, step: int, rows: Mapping[str, np.ndarray]) -> None:

@@ -15,55 +15,19 @@ from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, on_all, on_root
 from hpcmoe.wait import barrier
+from hpcmoe.write.boxes import HeldPiece, PieceSpec, check_tiling
 from hpcmoe.write.checksums import compute_digest, write_checksums
 from hpcmoe.write.hdf5 import Values, check_exists, checkpoint_errors, open_unbuffered, read_entry, sync, write_entry
 
 MASTER = "master.h5"  # holds a virtual dataset for each array, and besides them:
 METADATA = "metadata"  # one value each
 FILES = "files"  # name and bytes of each rank's file: a lost one would read as zeros
+OLD = ".old.partial"  # after the name of a folder that is about to go
 _METADATA_BEFORE = "facts"  # the group of 0.2 and earlier
 
 WriteTask = Callable[[], Any]  # needs no MPI: a thread may run it
 WriteTasks = Generator[WriteTask, Any, None]  # yields tasks; is sent what returns a task's result, or raises its error
 Arrays = dict[tuple[str, tuple[int, ...]], np.ndarray]  # by name and start
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PieceSpec:
-    """A box of a logical array, which a rank holds or wants."""
-
-    name: str  # HDF5 path of the array, at least one axis; not under metadata/ or files/
-    shape: tuple[int, ...]  # of the whole array
-    start: tuple[int, ...]  # where the box begins
-    extent: tuple[int, ...]  # its length along each axis
-    dtype: str = ""  # NumPy's name; empty: any
-    keys: tuple[str, ...] = ()  # of the config, axis by axis, to be named where the shape differs
-
-    @property
-    def box(self) -> tuple[slice, ...]:
-        """Return the index of the box in the whole array."""
-        return tuple(slice(first, first + count) for first, count in zip(self.start, self.extent, strict=True))
-
-    @property
-    def source(self) -> str:
-        """Return the path of the box in the file of the rank that holds it."""
-        return f"{self.name}/{'.'.join(map(str, self.start))}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """This rank's piece of a logical array."""
-
-    name: str  # HDF5 path of the array
-    shape: tuple[int, ...]  # of the whole array
-    start: tuple[int, ...]  # where the piece begins in it
-    array: np.ndarray
-
-    @property
-    def spec(self) -> PieceSpec:
-        """Return the piece's box and dtype, without its data."""
-        extent, dtype = self.array.shape, self.array.dtype.name
-        return PieceSpec(name=self.name, shape=self.shape, start=self.start, extent=extent, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +39,7 @@ class RankFile:
     specs: list[PieceSpec]
 
 
-def write_pieces(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata: Values) -> None:
+def write_pieces(comm: MPI.Comm, folder: Path, pieces: Sequence[HeldPiece], metadata: Values) -> None:
     """Write this rank's pieces and the metadata; the folder appears when all is on disk. Collective over comm.
 
     The pieces of all ranks must tile each array. metadata is a flat dict of strings, numbers and small arrays, as
@@ -92,13 +56,13 @@ def run_tasks(tasks: WriteTasks) -> None:
             task = tasks.send(task)
 
 
-def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[Piece], metadata: Values) -> WriteTasks:
+def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[HeldPiece], metadata: Values) -> WriteTasks:
     """Write as write_pieces does, and yield what needs no MPI as tasks. Collective over comm.
 
     Send back either the task itself, which then runs here, or the `result` of its future.
     """
     partial = folder.with_name(f"{folder.name}.partial")
-    held = [piece for piece in pieces if piece.array.size > 0]
+    held = [piece for piece in pieces if math.prod(piece.spec.extent) > 0]
     try:
         # Write one file per rank.
         on_root(comm, lambda: make_empty(partial))
@@ -122,8 +86,26 @@ def read_pieces(comm: MPI.Comm, folder: Path, wanted: Sequence[PieceSpec]) -> tu
     Any number of ranks may have written them. Raises CheckpointError on all ranks where a file is missing or cut
     short, or an array is unknown or of another shape; verify_pieces finds what is altered.
     """
+    arrays: Arrays = {}
+
+    def keep(spec: PieceSpec, array: np.ndarray) -> None:
+        """Keep one box."""
+        arrays[spec.name, spec.start] = array
+
     metadata, _ = on_root(comm, lambda: check_files(folder))
-    return on_all(comm, lambda: read_boxes(folder, wanted)), metadata
+    read_each(comm, folder, wanted, keep)
+    return arrays, metadata
+
+
+def read_each(
+    comm: MPI.Comm, folder: Path, wanted: Sequence[PieceSpec], take: Callable[[PieceSpec, np.ndarray], None]
+) -> None:
+    """Read the boxes this rank wants, and hand each to take(spec, array) before the next. Collective over comm.
+
+    Nothing is taken on any rank before each rank's boxes have been found with their shapes. Raises as read_pieces.
+    """
+    on_all(comm, lambda: check_arrays(folder, wanted))
+    on_all(comm, lambda: read_boxes(folder, wanted, take))
 
 
 def name_rank_file(rank: int) -> str:
@@ -139,7 +121,7 @@ def make_empty(folder: Path) -> None:
         folder.mkdir(parents=True)
 
 
-def write_rank_file(path: Path, pieces: Sequence[Piece]) -> tuple[int, str]:
+def write_rank_file(path: Path, pieces: Sequence[HeldPiece]) -> tuple[int, str]:
     """Write one rank's pieces -> (bytes, digest) of its file; without pieces it writes none."""
     if not pieces:
         return 0, ""
@@ -179,38 +161,25 @@ def publish(folder: Path, partial: Path, files: Sequence[RankFile], metadata: Va
     # Rename at the last moment: a folder of that name is of a course that this run left.
     with checkpoint_errors(folder, "written"):
         sync(partial)
-        remove_folder(folder)
+        old = rename_old(folder) if folder.exists() else None
         partial.rename(folder)
         sync(folder.parent)
+        if old is not None:
+            shutil.rmtree(old)
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that a kill midway leaves none of its name."""
     if folder.exists():
-        doomed = folder.with_name(f"{folder.name}.old.partial")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(rename_old(folder))
 
 
-def check_tiling(name: str, specs: Sequence[PieceSpec]) -> None:
-    """Check that pieces make one array whole: one shape and dtype, within bounds, no two alike, none missing."""
-    # Compare shapes and dtypes.
-    kinds = sorted({(spec.shape, spec.dtype) for spec in specs})
-    if len(kinds) > 1:
-        seen = " and ".join(f"{dtype} {list(shape)}" for shape, dtype in kinds)
-        raise CheckpointError(f"pieces of {name} disagree on the whole: {seen}")
-
-    # Check the bounds, then count the elements: without two alike, as many as the array's are all of it.
-    shape = kinds[0][0]
-    for spec in specs:
-        if not all(0 <= side.start <= side.stop <= size for side, size in zip(spec.box, shape, strict=True)):
-            raise CheckpointError(f"piece of {name} {list(shape)} lies outside: {spec.extent} from {spec.start}")
-    filled = [spec for spec in specs if math.prod(spec.extent) > 0]
-    twice = len(filled) - len({spec.start for spec in filled})
-    held, size = sum(math.prod(spec.extent) for spec in filled), math.prod(shape)
-    if twice or held != size:
-        raise CheckpointError(f"pieces of {name} {list(shape)} hold {held} of {size} elements, {twice} pieces twice")
+def rename_old(folder: Path) -> Path:
+    """Rename a folder that is to be replaced or removed -> its name then."""
+    old = folder.with_name(f"{folder.name}{OLD}")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    return old
 
 
 def write_virtual(master: h5py.File, name: str, specs: Sequence[tuple[int, PieceSpec]]) -> None:
@@ -242,13 +211,20 @@ def check_files(folder: Path) -> tuple[Values, dict[str, int]]:
         return {name: read_entry(dataset) for name, dataset in group.items()}, bytes_of_file
 
 
-def read_boxes(folder: Path, wanted: Sequence[PieceSpec]) -> Arrays:
-    """Read boxes from the master -> {(name, start): array}."""
+def check_arrays(folder: Path, wanted: Sequence[PieceSpec]) -> None:
+    """Check that the master has the arrays wanted."""
     path = folder / MASTER
     with checkpoint_errors(path, "read"), h5py.File(path) as master:
         for spec in wanted:
             check_array(master, path, spec)
-        return {(spec.name, spec.start): master[spec.name][spec.box] for spec in wanted}
+
+
+def read_boxes(folder: Path, wanted: Sequence[PieceSpec], take: Callable[[PieceSpec, np.ndarray], None]) -> None:
+    """Read boxes from the master, each handed to take(spec, array)."""
+    path = folder / MASTER
+    with checkpoint_errors(path, "read"), h5py.File(path) as master:
+        for spec in wanted:
+            take(spec, master[spec.name][spec.box])
 
 
 def check_array(master: h5py.File, path: Path, spec: PieceSpec) -> None:

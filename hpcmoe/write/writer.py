@@ -15,9 +15,10 @@ from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, HpcmoeError, raise_or_return
 from hpcmoe.wait import barrier, wait_all
+from hpcmoe.write.boxes import Piece
 from hpcmoe.write.checkpoint import save_checkpoint
 from hpcmoe.write.hdf5 import Values
-from hpcmoe.write.pieces import Piece, WriteTasks, run_tasks
+from hpcmoe.write.pieces import WriteTasks, run_tasks
 
 log = logging.getLogger(__name__)
 

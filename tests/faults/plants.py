@@ -271,7 +271,7 @@ FAULTS = {
         3,
     ),
     "moments of a share lie at its first row": plant(
-        "run/state.py", "(rows.first, *part.start[1:])", "(0, *part.start[1:])", STATE, 3
+        "run/slices.py", "start=(first, *part.start[1:])", "start=(0, *part.start[1:])", STATE, 3
     ),
     # THE LOAD
     "biases push towards busy experts": plant(
@@ -289,12 +289,12 @@ FAULTS = {
     ),
     "an old checkpoint is torn while it is removed": plant(
         "write/pieces.py",
-        "        folder.rename(doomed)\n        shutil.rmtree(doomed)\n",
+        "        shutil.rmtree(rename_old(folder))\n",
         "        shutil.rmtree(folder)\n",
         "write/test_pieces.py write/test_checkpoint.py",
     ),
     "a hole in an array goes unseen": plant(
-        "write/pieces.py", "if twice or held != size:", "if twice:", "write/test_pieces.py"
+        "write/boxes.py", "if twice or held != size:", "if twice:", "write/test_pieces.py"
     ),
     "the oldest checkpoint stays": plant(
         "write/checkpoint.py", "earlier[:-keep] + later", "earlier[: -keep - 1] + later", "write/test_checkpoint.py"

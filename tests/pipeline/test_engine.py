@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hpcmoe.pipeline.engine import Engine, Lane
+from hpcmoe.pipeline.schedule import Op, make_schedule
 
 from hpcmoe.clock import Clock, Timer
 from hpcmoe.errors import ClusterError
-from hpcmoe.pipeline.engine import Engine, Lane
-from hpcmoe.pipeline.schedule import Op, make_schedule
 
 KINDS = ["serial", "overlap", "arrival"]
 

@@ -22,8 +22,9 @@ from hpcmoe.run.metadata import (
     describe_training,
     log_changes,
 )
+from hpcmoe.write.boxes import Piece
 from hpcmoe.write.checkpoint import read_metadata, save_checkpoint
-from hpcmoe.write.pieces import Piece, run_tasks
+from hpcmoe.write.pieces import run_tasks
 
 OLD = pathlib.Path(__file__).with_name("checkpoint_without_gate.tar.xz")  # as written before gates were recorded
 OF_OLD = {

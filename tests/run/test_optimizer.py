@@ -20,7 +20,8 @@ from hpcmoe.comm.reduce import HostReducer
 from hpcmoe.config import TrainConfig
 from hpcmoe.experts.feed_forward import LocalExperts
 from hpcmoe.run.gradient_sums import FlatGradients, GradientSums, PlacedExperts, SharedExperts
-from hpcmoe.run.optimizer import AdamW, cut_rows, learning_rate_at
+from hpcmoe.run.optimizer import AdamW, learning_rate_at
+from hpcmoe.run.slices import cut_rows
 from hpcmoe.run.train import train_step
 from hpcmoe.wait import gather_to_all
 

@@ -19,7 +19,7 @@ mpi4py.rc.initialize = False  # each fork starts its own
 import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
-from hpcmoe.write.pieces import Piece  # noqa: E402
+from hpcmoe.write.boxes import Piece  # noqa: E402
 from hpcmoe.write.writer import open_writer  # noqa: E402
 
 NUMBERS, LOOKS, KEPT = 200_000, 6, 2  # of a rank's array; between two saves; checkpoints

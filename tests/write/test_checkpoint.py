@@ -5,19 +5,20 @@ import pytest
 from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError
+from hpcmoe.write.boxes import Piece, PieceSpec
 from hpcmoe.write.checkpoint import find_checkpoint, newest_checkpoint, save_checkpoint
-from hpcmoe.write.pieces import Piece, PieceSpec, read_pieces, run_tasks
+from hpcmoe.write.pieces import read_pieces, run_tasks
 
 # Save step 1 and 2, then be killed at the named point of saving step 3 with one kept.
 KILLED = """
 import os, pathlib, signal, sys
 import numpy as np
 from mpi4py import MPI
-from hpcmoe.write import checkpoint, pieces
+from hpcmoe.write import boxes, checkpoint, pieces
 folder, module, name, when = pathlib.Path(sys.argv[1]), *sys.argv[2:]
 module = {"checkpoint": checkpoint, "pieces": pieces, "shutil": pieces.shutil}[module]
 def save(step, keep):
-    piece = pieces.Piece(name="w", shape=(4,), start=(0,), array=np.full(4, step))
+    piece = boxes.Piece(name="w", shape=(4,), start=(0,), array=np.full(4, step))
     pieces.run_tasks(checkpoint.save_checkpoint(MPI.COMM_WORLD, folder, step, [piece], {"step": step}, keep))
 save(1, 2)
 save(2, 2)

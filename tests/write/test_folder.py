@@ -15,6 +15,7 @@ import pytest
 from hpcmoe.errors import CheckpointError, ConfigError, on_all
 from hpcmoe.interrupts import Interrupted
 from hpcmoe.write import pieces
+from hpcmoe.write.boxes import Piece
 from hpcmoe.write.folder import MARK, open_folder
 from hpcmoe.write.lock import LOCK
 from hpcmoe.write.writer import open_writer
@@ -218,7 +219,7 @@ def test_ctrl_c_as_a_checkpoint_is_written_leaves_the_one_before_it(comm, tmp_pa
     write_file, begun, late = pieces.write_rank_file, threading.Event(), threading.Event()
 
     def piece():
-        yield pieces.Piece(name="w", shape=(3,), start=(0,), array=np.ones(3))
+        yield Piece(name="w", shape=(3,), start=(0,), array=np.ones(3))
 
     def interrupt(path, held):
         (path.parent / "half.h5").write_text("half")

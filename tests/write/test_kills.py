@@ -10,8 +10,9 @@ import pytest
 from launch import HANG_SECONDS, MPIRUN, ROOT, Running, run
 from mpi4py import MPI
 
+from hpcmoe.write.boxes import PieceSpec
 from hpcmoe.write.checkpoint import find_checkpoint, list_checkpoints
-from hpcmoe.write.pieces import PieceSpec, read_pieces
+from hpcmoe.write.pieces import read_pieces
 
 SAVER = ROOT / "tests" / "write" / "saver.py"
 SOURCE = {"PYTHONPATH": str(ROOT)}

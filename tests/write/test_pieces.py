@@ -14,7 +14,8 @@ from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, on_all
 from hpcmoe.write import checksums, pieces
-from hpcmoe.write.pieces import Piece, PieceSpec, check_tiling, read_pieces, write_pieces
+from hpcmoe.write.boxes import Piece, PieceSpec, check_tiling
+from hpcmoe.write.pieces import read_pieces, write_pieces
 
 SHAPE = (7, 6, 10)  # no axis divides by 2, 3 and 4 alike
 WHOLE = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)

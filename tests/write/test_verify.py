@@ -7,8 +7,9 @@ import pytest
 
 from hpcmoe.errors import CheckpointError
 from hpcmoe.wait import barrier
+from hpcmoe.write.boxes import Piece
 from hpcmoe.write.checkpoint import find_checkpoint, save_checkpoint
-from hpcmoe.write.pieces import Piece, run_tasks
+from hpcmoe.write.pieces import run_tasks
 
 
 def save(comm, folder, *steps):

@@ -10,8 +10,9 @@ import pytest
 
 from hpcmoe.errors import CheckpointError, TrainingError, raise_or_return
 from hpcmoe.write import pieces as pieces_module
+from hpcmoe.write.boxes import Piece, PieceSpec
 from hpcmoe.write.checkpoint import find_checkpoint
-from hpcmoe.write.pieces import Piece, PieceSpec, read_pieces
+from hpcmoe.write.pieces import read_pieces
 from hpcmoe.write.writer import open_writer
 
 DEADLINE_SECONDS = 300.0
