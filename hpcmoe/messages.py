@@ -3,11 +3,13 @@
 import difflib
 import reprlib
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from datetime import date, time
 
 _MOST_SHOWN, _MOST_OF_LINE = 120, 320  # characters of a value in a message, and of a path or an option
 _MOST_BITS = 256  # of a whole number that is written out
+_MOST_RANGES = 6  # of numbers
 _BREAKING = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's controls, surrogates, separators of lines and paragraphs
 
 
@@ -91,6 +93,20 @@ def format_size(num_bytes: int) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.3g} {unit}"
     return f"{num_bytes} B"
+
+
+def format_ranges(numbers: Iterable[int]) -> str:
+    """Write ascending numbers as ranges, and how often one comes if more than once: `0-3 5 x2 7`, cut when long."""
+    counts = Counter(int(number) for number in numbers)
+    runs: list[list[int]] = []
+    for number, count in counts.items():
+        if runs and runs[-1][1] == number - 1 and runs[-1][2] == count:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number, count])
+    words = [f"{a}-{b}"[: None if b > a else len(f"{a}")] + f" x{count}" * (count > 1) for a, b, count in runs]
+    cut = f" ... ({len(counts)})" if len(words) > _MOST_RANGES else ""
+    return ", ".join(words[:_MOST_RANGES]) + cut
 
 
 def join_lines(lines: Iterable[str], most: int = 40) -> str:

@@ -25,6 +25,7 @@ class RoundTrip:
     gates: torch.Tensor  # [T, K]
     x: torch.Tensor  # [T, H]
     grad: torch.Tensor  # [T, H], of the output
+    word: int = 0  # of this rank to all others
     handle: Any = None
     output: Any = None  # [T, H]
     grad_x: Any = None  # [T, H]
@@ -69,7 +70,7 @@ def map_of(slot, hidden):
 
 def start(dispatcher, round_trip, rows, direction):
     """Dispatch rows [T, H] as soon as may be; yields until then."""
-    exchange = ExchangeId(0, round_trip.micro_batch, direction)
+    exchange = ExchangeId(0, round_trip.micro_batch, direction, round_trip.word)
     while not dispatcher.poll_ready(round_trip.plan, exchange):
         yield
     round_trip.handle = dispatcher.dispatch(round_trip.plan, rows, round_trip.gates, exchange)

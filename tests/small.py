@@ -11,14 +11,16 @@ import torch
 from hpcmoe.clock import Clock
 from hpcmoe.cluster.discover import Topology
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.comm.device import HostDevice
+from hpcmoe.comm.device import HostDevice, PlainDevice
 from hpcmoe.comm.mpi import open_mpi_transport
+from hpcmoe.comm.select import open_all_to_all
 from hpcmoe.comm.transport import Loopback
 from hpcmoe.comm.window import make_private_window, open_window
 from hpcmoe.config import Config
+from hpcmoe.dispatch.device import DeviceDispatcher
 from hpcmoe.dispatch.host import HostDispatcher
 from hpcmoe.dispatch.routes import make_routes
-from hpcmoe.dispatch.sizes import HostSizes, make_host_sizes, max_messages_sent
+from hpcmoe.dispatch.sizes import DeviceSizes, HostSizes, make_host_sizes, max_messages_sent
 from hpcmoe.model.text import find_text
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.prepare.sizes import make_sizes as make_run_sizes
@@ -153,6 +155,23 @@ def open_small_dispatcher(comm, hidden, num_nodes=1, once=False, hesitate=None, 
         hesitate_to_poke(transport, hesitate)
         yield make_dispatcher(hidden, transport, window, node_of_rank, once, **changes)
     local_comm.Free()
+
+
+@contextlib.contextmanager
+def open_small_device_dispatcher(comm, kind="direct", row_ops=None, **changes):
+    """Open an exchange on the host in a GPU's place -> DeviceDispatcher. Collective over comm."""
+    usual = {
+        "hidden": 4, "dtype": torch.float32, "tokens": 20, "top_k": 3, "num_in_flight": 2,
+        "num_micro_batches": 2, "expert_rows": 60, "buffer_factor": 1.0, "batch_rows": 2**62,
+    } | changes  # fmt: skip
+    sizes, one = DeviceSizes(**usual), np.zeros((1, 1), bool)
+    routes, device = make_routes(np.zeros(comm.size, int), comm.rank, 2, one), PlainDevice()
+    device.row_ops = row_ops or device.row_ops
+    with (
+        open_mpi_transport(comm, sizes.row_bytes) as transport,
+        open_all_to_all(kind, comm, device, sizes.row_bytes, transport) as all_to_all,
+    ):
+        yield DeviceDispatcher(all_to_all, transport, device, Clock(), sizes, routes)
 
 
 def hesitate_to_poke(transport, hesitate):

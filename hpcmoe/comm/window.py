@@ -20,7 +20,9 @@ from hpcmoe.errors import ClusterError
 from hpcmoe.wait import barrier
 
 _SHARED_MEMORY = "/dev/shm"  # where MPIs on Linux keep it
-DESCRIPTOR_WORDS = 3  # exchange, first row, number of its sender's descriptors; then rows for each local peer's slots
+# A descriptor: its exchange, first row, the number of its sender's descriptors, the sender's word to all ranks; behind
+# these the rows for each local peer's slots.
+DESCRIPTOR_WORDS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +88,19 @@ class Window:
         return torch.from_numpy(self.rows).view(dtype)
 
     def post(
-        self, buffer_index: int, exchange: int, descriptor: int, first: int, num_descriptors: int, counts: np.ndarray
+        self,
+        buffer_index: int,
+        exchange: int,
+        descriptor: int,
+        head: tuple[int, int, int],
+        counts: np.ndarray | None = None,
     ) -> None:
-        """Announce rows that lie in the window: counts [local peers, s] of them for each slot, from `first` on."""
+        """Announce rows that lie in the window: counts [local peers, s] of them for each slot; None: no rows.
+
+        head: their first row, the number of their sender's descriptors, and the sender's word.
+        """
         words = self.descriptors[self.local_index, buffer_index, exchange % 2, descriptor]
-        words[1], words[2], words[DESCRIPTOR_WORDS:] = first, num_descriptors, counts.ravel()
+        words[1:DESCRIPTOR_WORDS], words[DESCRIPTOR_WORDS:] = head, 0 if counts is None else counts.ravel()
         self.sync()
         words[0] = exchange
         self.sequence_numbers[self.local_index] += 1

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hpcmoe.comm.window import DESCRIPTOR_WORDS, Window
+from hpcmoe.dispatch.notice import Notices
 from hpcmoe.dispatch.plan import ranges
 from hpcmoe.dispatch.routes import Routes
 
@@ -90,11 +91,11 @@ class Descriptor(NamedTuple):
 class Arrivals:
     """The descriptors of one exchange, read as they are published."""
 
-    def __init__(self, window: Window, routes: Routes, buffer_index: int, exchange: int) -> None:
-        """exchange: the number of the exchange in these in-flight buffers, from 1."""
+    def __init__(self, window: Window, routes: Routes, buffer_index: int, exchange: int, notices: Notices) -> None:
+        """exchange: the number of the exchange in these in-flight buffers, from 1; notices: none known yet."""
         self.window, self.routes, self.buffer_index, self.exchange = window, routes, buffer_index, exchange
-        self.seen: dict[Key, Descriptor] = {}
-        self.expected = np.stack(self.find_descriptors(np.arange(len(routes.publishers))), axis=1)  # [n, 2], not seen
+        self.notices, self.seen, peers = notices, dict[Key, Descriptor](), np.arange(len(routes.publishers))
+        self.expected = np.stack([*self.find_descriptors(peers), peers], axis=1)  # [n, 3], not seen; whose they are
 
     def find_descriptors(self, peer: int | np.ndarray, number: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Return where peers' rows are announced: publishers and descriptors; number counts another node's messages."""
@@ -117,24 +118,31 @@ class Arrivals:
         return found
 
     def read(self, fresh: np.ndarray, words: np.ndarray) -> list[Key]:
-        """Read descriptors [n, 2] from their words [n, ...], and return those with rows for this rank.
+        """Read descriptors [n, 3] from their words [n, ...], and return those with rows for this rank.
 
-        The first of several of one peer has their number: the others are expected from now on.
+        The first of several of one peer has their number: the others are expected from now on. A peer whose call
+        differs from this rank's has no rows for it.
         """
+        agreed = self.notices.add(fresh[:, 2], words[:, 3])
+        if self.notices.differ:
+            fresh, words = fresh[agreed], words[agreed]
+        if len(fresh) == 0:
+            return []
+
         # Read where this rank's rows begin among those of a descriptor, and how many there are for each slot.
         counts, index = (
             words[:, DESCRIPTOR_WORDS:].reshape(len(words), -1, self.routes.num_slots),
             self.routes.local_index,
         )
         own, starts = counts[:, index], counts[:, :index].sum(axis=(1, 2)).tolist()
-        totals, (firsts, nums_descriptors) = own.sum(axis=1).tolist(), words[:, 1:DESCRIPTOR_WORDS].T.tolist()
-        found: list[Key] = [(publisher, descriptor) for publisher, descriptor in fresh.tolist()]
+        totals, (firsts, nums_descriptors) = own.sum(axis=1).tolist(), words[:, 1:3].T.tolist()
+        found: list[Key] = [(publisher, descriptor) for publisher, descriptor, _ in fresh.tolist()]
         self.seen.update(zip(found, map(Descriptor, firsts, starts, own, totals, nums_descriptors), strict=True))
 
         # Expect the others of each peer.
         more = [
-            (publisher, descriptor + number)
-            for (publisher, descriptor), num_descriptors in zip(found, nums_descriptors, strict=True)
+            (publisher, descriptor + number, peer)
+            for (publisher, descriptor, peer), num_descriptors in zip(fresh.tolist(), nums_descriptors, strict=True)
             for number in range(1, num_descriptors)
         ]
         if more:

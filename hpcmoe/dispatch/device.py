@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from hpcmoe.clock import Clock
 from hpcmoe.comm.all_to_all import AllToAll, Transfer, TransferRequest
 from hpcmoe.comm.device import Device
 from hpcmoe.comm.rows import RowView, replace_none_by_last
-from hpcmoe.comm.transport import Direction, MessageKind, Transport
+from hpcmoe.comm.transport import MessageKind, Transport
 from hpcmoe.dispatch.device_plan import DeviceBatch, DeviceChooser, DevicePlan
 from hpcmoe.dispatch.dispatcher import Chunk, ExchangeId, ExchangeProgress
 from hpcmoe.dispatch.plan import SlotChooser
@@ -64,6 +65,7 @@ class DeviceHandle:
     plan: DevicePlan
     buffers: DeviceInFlightBuffers
     outward: TransferRequest
+    words: np.ndarray  # [P] int64 of all ranks
 
 
 class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
@@ -124,14 +126,19 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
         return DevicePlan(slots, kept, self.num_slots, self.device)
 
     def poll_ready(self, plan: DevicePlan, exchange: ExchangeId) -> bool:
-        """Return True if an exchange can start: all counts are known, and its rows free. Send this rank's counts."""
-        counts_tag = exchange._replace(direction=Direction.DISPATCH).tag(MessageKind.HEADER)
+        """Return True if an exchange can start: its rows are free, and all headers here. Send this rank's.
+
+        No row is sent or received before all ranks are known to make the same call.
+        """
+        self.raise_conflict()
+        are_known = plan.poll_headers(self.transport, exchange.tag(MessageKind.HEADER), exchange.word)
+        self.raise_conflict(plan.notices)
         homeward = self.find_buffers(exchange).homeward
-        return plan.poll_counts(self.transport, counts_tag) and (homeward is None or homeward.send_done)
+        return are_known and (homeward is None or homeward.send_done)
 
     def dispatch(self, plan: DevicePlan, rows: Tensor, gates: Tensor, exchange: ExchangeId) -> DeviceHandle:
         """Pack rows [T, H], and gates [T, K] beside them, by destination, and send them to their experts."""
-        buffers = self.find_buffers(exchange)
+        buffers, words = self.find_buffers(exchange), plan.consume_headers()
         self.pack(plan, rows, gates, buffers)
         buffers.outward = buffers.homeward = None
         self.reserve(buffers, int(plan.recv_edges[-1]))
@@ -147,7 +154,7 @@ class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
         leaving = plan.leaving.sum(axis=1)
         self.count_rows(exchange.direction, slice(None), leaving)
         self.count_assignments(exchange, leaving)
-        return DeviceHandle(exchange=exchange, plan=plan, buffers=buffers, outward=buffers.outward)
+        return DeviceHandle(exchange=exchange, plan=plan, buffers=buffers, outward=buffers.outward, words=words)
 
     def reserve(self, buffers: DeviceInFlightBuffers, num_rows: int) -> None:
         """Allocate more rows for others where these are too many; the host then waits for the device."""

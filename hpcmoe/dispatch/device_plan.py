@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hpcmoe.comm.device import Device
-from hpcmoe.comm.transport import Request, Transport
+from hpcmoe.comm.transport import Transport
+from hpcmoe.dispatch.notice import Notices
 from hpcmoe.dispatch.plan import LARGEST_POINT, SlotChooser
 
 
@@ -25,34 +26,60 @@ class DevicePlan:
         self.ends, self.event = device.copy_to_host(ends)  # where each slot's rows end, once the event has happened
         self.leaving: np.ndarray  # [P, s] int64, rows from this rank to each slot, once they are known
         self.coming: np.ndarray  # [P, s] int64, rows from each rank to this one's slots
-        self.requests: list[Request] | None = None
+        self.headers: Headers | None = None  # of the exchange that is to start
 
-    def poll_counts(self, transport: Transport, tag: int) -> bool:
-        """Return True if all counts are known; send this rank's to each other rank once the device has counted."""
-        if self.requests is None:
+    def poll_headers(self, transport: Transport, tag: int, word: int) -> bool:
+        """Return True if all ranks' counts and words are known.
+
+        Send this rank's to each other rank once the device has counted, before each exchange.
+        """
+        if self.headers is None:
             if not self.event.query():
                 return False
-            self.exchange_counts(transport, tag)
-        return all(request.done for request in self.requests or ())
+            self.leaving = np.diff(self.ends.numpy(), prepend=0).reshape(transport.size, -1)
+            self.headers = Headers(transport, tag, word, self.leaving)
+        return self.headers.poll()
 
-    def exchange_counts(self, transport: Transport, tag: int) -> None:
-        """Send each rank what goes to its slots, and start to receive what comes from it."""
-        self.leaving = np.diff(self.ends.numpy(), prepend=0).reshape(transport.size, -1)
-        self.coming = np.empty_like(self.leaving)
-        self.coming[transport.rank] = self.leaving[transport.rank]
-        others = [rank for rank in range(transport.size) if rank != transport.rank]
-        self.requests = [transport.recv_words(self.coming[rank], rank, tag) for rank in others]
-        self.requests += [transport.send_words(self.leaving[rank], rank, tag) for rank in others]
+    @property
+    def notices(self) -> Notices | None:
+        """Return the words that have come, once this rank's own is on its way."""
+        return None if self.headers is None else self.headers.notices
+
+    def consume_headers(self) -> np.ndarray:
+        """Consume all ranks' headers, and return their words [P]: the next exchange has headers of its own."""
+        assert self.headers is not None, "an exchange starts once poll_ready has returned True"
+        self.coming, words, self.headers = self.headers.received[:, 1:], self.headers.notices.words, None
+        return words
 
     @functools.cached_property
     def send_edges(self) -> np.ndarray:
         """Return which rows at home go to each rank [P + 1]."""
         return edges_of(self.leaving.sum(axis=1))
 
-    @functools.cached_property
+    @property
     def recv_edges(self) -> np.ndarray:
         """Return which rows here come from each rank [P + 1]."""
         return edges_of(self.coming.sum(axis=1))
+
+
+class Headers:
+    """What all ranks send each other before the rows of one exchange: a word, and the rows for each slot."""
+
+    def __init__(self, transport: Transport, tag: int, word: int, leaving: np.ndarray) -> None:
+        """leaving [P, s]: rows from this rank to each slot."""
+        self.notices, self.sent = Notices(word, transport.size), np.insert(leaving, 0, word, axis=1)  # [P, 1 + s]
+        self.received = self.sent.copy()  # [P, 1 + s]; this rank's own is there
+        self.notices.add(np.array([transport.rank]), np.array([word]))
+        others = [rank for rank in range(transport.size) if rank != transport.rank]
+        self.coming = {rank: transport.recv_words(self.received[rank], rank, tag) for rank in others}
+        self.leaving = [transport.send_words(self.sent[rank], rank, tag) for rank in others]
+
+    def poll(self) -> bool:
+        """Return True if all headers have come and gone; note the words of those that have come."""
+        if fresh := [rank for rank, request in self.coming.items() if request.done]:
+            self.notices.add(np.array(fresh), self.received[fresh, 0])
+            self.coming = {rank: request for rank, request in self.coming.items() if not request.done}
+        return not self.coming and all(request.done for request in self.leaving)
 
 
 class DeviceBatch:

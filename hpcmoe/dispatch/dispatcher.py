@@ -17,9 +17,11 @@ from torch import Tensor
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.transport import HOMEWARD, Direction, MessageKind, Transport, make_message_tag, make_tag
+from hpcmoe.dispatch.notice import Notices
 from hpcmoe.dispatch.plan import SlotChooser
 from hpcmoe.dispatch.routes import Routes
 from hpcmoe.dispatch.traffic import Traffic, make_traffic
+from hpcmoe.errors import ClusterError
 from hpcmoe.wait import BackgroundTask, Backoff, poke_all
 
 Buffers = TypeVar("Buffers")
@@ -32,6 +34,7 @@ class ExchangeId(NamedTuple):
     layer: int
     micro_batch: int
     direction: Direction
+    word: int = 0  # of this rank to all ranks of the group: a packed hpcmoe.dispatch.notice.Notice
 
     def __str__(self) -> str:
         """Format the exchange for who reads an error."""
@@ -42,8 +45,9 @@ class ExchangeId(NamedTuple):
         return self._replace(direction=HOMEWARD[self.direction])
 
     def tag(self, kind: MessageKind, message: int = 0, max_messages: int = 1) -> int:
-        """Return the tag of one of its messages."""
-        return make_message_tag(make_tag(self.micro_batch, self.direction), kind, message, max_messages)
+        """Return the tag of one of its messages. Headers of both directions meet, and show which ranks err."""
+        direction = Direction.DISPATCH if kind == MessageKind.HEADER else self.direction
+        return make_message_tag(make_tag(self.micro_batch, direction), kind, message, max_messages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,6 +63,10 @@ class TokenDispatcher(Protocol):
 
     All ranks of the group start the same exchanges in the same order. What plan, dispatch and receive return is the
     dispatcher's own: a plan [T, K], a handle and batches, which its other methods take.
+
+    The handle's `words` [P] int64 are those of all ranks' ExchangeId, complete once receive or receive_again has ended.
+    Where they do not fit together, all ranks raise the same ClusterError, from poll_ready, receive or receive_again,
+    and from poll_ready ever after.
     """
 
     clock: Clock
@@ -139,6 +147,7 @@ class ExchangeProgress(Generic[Buffers]):
         self.transport, self.clock = transport, clock
         self.backends = transport, *backends
         self.background_tasks: list[BackgroundTask] = []
+        self.conflict: ClusterError | None = None  # of calls that did not fit together: messages may be left from them
         self.traffic = make_traffic(transport.size)
 
     def find_buffers(self, exchange: ExchangeId) -> Buffers:
@@ -153,6 +162,13 @@ class ExchangeProgress(Generic[Buffers]):
         """Advance messages and tasks without waiting, and return True if anything moved."""
         moved = [backend.poke() for backend in self.backends]
         return any(moved) | poke_all(self.background_tasks)
+
+    def raise_conflict(self, notices: Notices | None = None) -> None:
+        """Raise the ClusterError of an exchange in which the ranks' calls do not fit together, or of an earlier one."""
+        if self.conflict is None and notices is not None:
+            self.conflict = notices.find_conflict()
+        if self.conflict is not None:
+            raise self.conflict
 
     def has_changed(self) -> bool:
         """Return True if anything but a message tells of a change since the last poke."""

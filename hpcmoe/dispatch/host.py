@@ -18,29 +18,18 @@ from torch import Tensor
 
 from hpcmoe.clock import Clock
 from hpcmoe.comm.device import HostDevice
-from hpcmoe.comm.transport import Direction, MessageKind, Request, Transport
+from hpcmoe.comm.transport import Direction, Request, Transport
 from hpcmoe.comm.window import Window
 from hpcmoe.dispatch.arrivals import Arrivals, Batch, Key
 from hpcmoe.dispatch.dispatcher import Chunk, ExchangeId, ExchangeProgress
 from hpcmoe.dispatch.inbound import InboundReceiver, ReceivePool, view_trailer
-from hpcmoe.dispatch.plan import Message, Plan, SlotChooser, make_plan
+from hpcmoe.dispatch.notice import Notices
+from hpcmoe.dispatch.outbound import InFlightBuffers, MessageSender
+from hpcmoe.dispatch.plan import Plan, SlotChooser, make_plan
 from hpcmoe.dispatch.router import repeat_for_shards
 from hpcmoe.dispatch.routes import Routes
 from hpcmoe.dispatch.sizes import MIN_BATCH_ROWS, HostSizes, group_peers, make_pools, round_rows
 from hpcmoe.wait import poke_all
-
-
-class InFlightBuffers:
-    """Where one micro-batch in flight has its tokens, results and messages."""
-
-    def __init__(self, index: int, sizes: HostSizes, first_row: int, device: HostDevice) -> None:
-        self.index = index
-        self.tokens = first_row + index * sizes.home_window_rows  # first row in the window
-        self.results = self.tokens + sizes.tokens
-        self.zero = self.tokens + sizes.home_window_rows - 1  # a row that nobody writes
-        self.send = device.make_buffer(sizes.sent_message_rows, sizes.row_bytes).tensor
-        self.num_exchanges = 0
-        self.requests: list[Request] = []  # of messages from here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -53,6 +42,7 @@ class HostHandle:
     number: int  # of the exchange in these buffers, from 1
     arrivals: Arrivals
     returns: tuple[Request, ...]  # of messages that bring other nodes' sums home
+    words: np.ndarray  # [P] int64 of all ranks, complete once all rows have come
 
 
 class HostDispatcher(ExchangeProgress[InFlightBuffers]):
@@ -73,6 +63,7 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         pools = make_pools(sizes, window.first_row)
         self.receive_pool = ReceivePool(transport, window, routes, pools, sizes, self.count_rows)
         self.receivers: list[InboundReceiver] = []
+        self.sender = MessageSender(transport, window, routes, sizes.row_bytes)
         self.groups = group_peers(routes, sizes)
         self.last_sequence_number = 0  # of the window, when it was last poked
 
@@ -111,6 +102,7 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
 
     def poll_ready(self, plan: Plan, exchange: ExchangeId) -> bool:
         """Return True if an exchange can be announced: its local peers have read what it would overwrite."""
+        self.raise_conflict()
         buffers = self.find_buffers(exchange)
         can_publish = self.window.may_post(buffers.index, buffers.num_exchanges + 1)
         return can_publish and all(request.done for request in buffers.requests)
@@ -120,7 +112,8 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         buffers, window = self.find_buffers(exchange), self.window
         buffers.num_exchanges += 1
         number = buffers.num_exchanges
-        arrivals = Arrivals(window, self.routes, buffers.index, number)
+        notices = Notices(exchange.word, len(self.routes.publishers))
+        arrivals = Arrivals(window, self.routes, buffers.index, number, notices)
         gate_values = gates.numpy(force=True).ravel()
         ready = self.device.put(rows, self.table[buffers.tokens : buffers.tokens + len(rows)])
 
@@ -129,48 +122,23 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         window.sources[results] = buffers.tokens + plan.assignments // plan.top_k
         window.gate_values[results] = gate_values[plan.assignments]
         ready.synchronize()  # host waits for the device here: local peers read the rows from now on
-        window.post(buffers.index, number, 0, buffers.results, 1, plan.counts)
+        window.post(buffers.index, number, 0, (buffers.results, 1, exchange.word), plan.counts)
 
         # Send to other nodes, and receive from them.
         tag_of = functools.partial(exchange.tag, max_messages=window.sizes.max_messages)
-        returns = self.send_messages(plan, buffers, gate_values, tag_of) if len(self.routes.receivers) else ()
+        returns = self.sender.send(plan, buffers, gate_values, tag_of, exchange.word)
         if self.routes.senders:
-            self.receivers.append(InboundReceiver(self.receive_pool, buffers.index, number, exchange.direction, tag_of))
+            self.receivers.append(InboundReceiver(self.receive_pool, arrivals, exchange.direction, tag_of))
         self.count_dispatch(plan, exchange)
         return HostHandle(
-            exchange=exchange, plan=plan, buffers=buffers, number=number, arrivals=arrivals, returns=tuple(returns)
+            exchange=exchange,
+            plan=plan,
+            buffers=buffers,
+            number=number,
+            arrivals=arrivals,
+            returns=tuple(returns),
+            words=notices.words,
         )
-
-    def send_messages(
-        self, plan: Plan, buffers: InFlightBuffers, gates: np.ndarray, tag_of: functools.partial[int]
-    ) -> list[Request]:
-        """Send the headers of all messages to their receivers, and the messages -> requests of what comes back."""
-        transport, window, row_bytes = self.transport, self.window, self.sizes.row_bytes
-        of_receiver: list[list[Message]] = [[] for _ in self.routes.receivers]
-        for message in plan.messages:
-            of_receiver[message.receiver].append(message)
-        buffers.requests, returns = [], []
-        for peer, messages in zip(self.routes.receivers.tolist(), of_receiver, strict=True):
-            # Send how many messages there are, and of each its tokens and its assignments by slot.
-            header = [[len(messages)], *([message.num_tokens, *message.counts.ravel()] for message in messages)]
-            buffers.requests.append(transport.send_words(np.concatenate(header), peer, tag_of(MessageKind.HEADER)))
-
-            # Receive each message's sums where its results belong, and send its tokens.
-            for number, message in enumerate(messages):
-                num_rows, home = message.num_rows(row_bytes), buffers.results + message.first
-                rows = window.rows[home : home + num_rows]
-                returns.append(transport.recv_rows(rows, peer, tag_of(MessageKind.RETURN, number)))
-                first = message.first - len(plan.assignments)
-                rows = buffers.send[first : first + num_rows].numpy()
-                self.pack(rows, buffers.tokens, message, gates)
-                buffers.requests.append(transport.send_rows(rows, peer, tag_of(MessageKind.ROWS, number)))
-        return returns
-
-    def pack(self, rows: np.ndarray, first: int, message: Message, gates: np.ndarray) -> None:
-        """Write a message's tokens, of those from window row `first` on, and its assignments' gates into its rows."""
-        self.window.rows.take(first + message.tokens, axis=0, out=rows[: message.num_tokens], mode="clip")
-        tokens, gate_values = view_trailer(rows[message.num_tokens :], message.num_assignments)
-        tokens[:], gate_values[:] = message.token_of_assignment, gates[message.assignments]
 
     def count_dispatch(self, plan: Plan, exchange: ExchangeId) -> None:
         """Count what leaves for the experts."""
@@ -188,6 +156,12 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
             elif descriptors:
                 yield handle.arrivals.build_batch(descriptors)
 
+    def poll_arrivals(self, arrivals: Arrivals) -> list[Key]:
+        """Read new descriptors, and return those with rows for this rank. Raises ClusterError where calls differ."""
+        found = arrivals.poll()
+        self.raise_conflict(arrivals.notices)
+        return found
+
     def read_by_arrival(self, arrivals: Arrivals) -> Iterator[list[Key] | None]:
         """Yield lists of descriptors as they come, enough of them for a GEMM of some rows, and None while too few.
 
@@ -195,7 +169,7 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         """
         found, enough = list[Key](), MIN_BATCH_ROWS * self.routes.num_slots
         while len(arrivals.expected):
-            fresh = arrivals.poll()
+            fresh = self.poll_arrivals(arrivals)
             found += fresh
             fills_pool = any(descriptor > 0 for _, descriptor in found)  # a message's, which the next may wait for
             if len(arrivals.expected) and arrivals.count_rows(found) < enough and (fresh or not fills_pool):
@@ -211,7 +185,7 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         """
         groups = [arrivals.read_in_order(peers, self.sizes.messages_at_once) for peers in self.groups]
         while groups:
-            arrivals.poll()
+            self.poll_arrivals(arrivals)
             for group in groups[:1] if self.sizes.deterministic else list(groups):
                 try:
                     found = next(group)
@@ -228,7 +202,7 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
         """Yield the indices of an earlier exchange's batches, of the same plans, as their rows come again, and None."""
         arrivals, left = handle.arrivals, list(enumerate(batches))
         while left or len(arrivals.expected):
-            arrivals.poll()
+            self.poll_arrivals(arrivals)
             ahead = left[:1] if self.sizes.deterministic else left
             ready = next((entry for entry in ahead if arrivals.has(entry[1])), None)
             if ready is not None:

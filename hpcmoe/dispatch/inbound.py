@@ -15,6 +15,7 @@ from torch.nn import functional
 from hpcmoe.comm.pool import RowPool
 from hpcmoe.comm.transport import HOMEWARD, Direction, MessageKind, Request, Transport
 from hpcmoe.comm.window import Window
+from hpcmoe.dispatch.arrivals import Arrivals
 from hpcmoe.dispatch.plan import TRAILER_BYTES, num_trailing_rows
 from hpcmoe.dispatch.routes import Routes
 from hpcmoe.dispatch.sizes import HostSizes
@@ -32,6 +33,7 @@ class InboundMessage:
     number: int  # of the sender's messages
     descriptor: int
     num_descriptors: int  # that its sender has in this exchange
+    word: int  # of its sender, to all ranks
     num_tokens: int  # U
     counts: np.ndarray  # [local peers, s] assignments for each slot
     rows: slice = field(init=False)  # of the window: its tokens, and behind them the trailer of its assignments
@@ -52,12 +54,11 @@ class InboundMessage:
 class InboundReceiver:
     """All that this rank receives for others, or for itself, in one exchange."""
 
-    def __init__(
-        self, pool: "ReceivePool", buffer_index: int, exchange: int, direction: Direction, tag_of: TagOf
-    ) -> None:
-        """direction: outward; exchange: its number in these in-flight buffers."""
+    def __init__(self, pool: "ReceivePool", arrivals: Arrivals, direction: Direction, tag_of: TagOf) -> None:
+        """direction: outward; arrivals: what is announced to this rank in the same exchange."""
         self.pool, self.window, self.routes, self.transport = pool, pool.window, pool.routes, pool.transport
-        self.buffer_index, self.exchange, self.direction, self.tag_of = buffer_index, exchange, direction, tag_of
+        self.buffer_index, self.exchange, self.notices = arrivals.buffer_index, arrivals.exchange, arrivals.notices
+        self.direction, self.tag_of = direction, tag_of
         self.headers = [self.expect(number, sender) for number, sender in enumerate(self.routes.senders)]
         self.waiting: list[InboundMessage] = []  # for room; messages by what they wait for
         self.receiving: list[InboundMessage] = []
@@ -78,6 +79,8 @@ class InboundReceiver:
         """Advance each message as far as it can go without waiting, and return True if any moved."""
         if not self.window.may_post(self.buffer_index, self.exchange):
             return False
+        if self.notices.differ:
+            self.give_up()
         moved = [self.read_headers(), self.admit(), self.announce(), self.send_home(), self.release()]
         return any(moved)
 
@@ -93,15 +96,16 @@ class InboundReceiver:
         return bool(ready)
 
     def make_inbound(self, number: int, words: np.ndarray) -> list[InboundMessage]:
-        """Return the messages that a header announces; publish that a sender has none."""
-        num_descriptors, max_messages = int(words[0]), self.window.sizes.max_messages
+        """Return the messages that a header announces; publish that a sender has none, or none that fit this call."""
+        (num_descriptors, word), max_messages = words[:2].tolist(), self.window.sizes.max_messages
         first_descriptor = 1 + number * max_messages
-        if num_descriptors == 0:
-            self.window.post(self.buffer_index, self.exchange, first_descriptor, 0, 0, self.pool.no_counts)
+        if num_descriptors == 0 or not self.notices.agrees(words[1]):
+            self.window.post(self.buffer_index, self.exchange, first_descriptor, (0, 0, word))
+            return []
 
         # Spread each message's counts over the local peers that the sender serves.
         messages = []
-        for index, of_message in enumerate(words[1:].reshape(max_messages, -1)[:num_descriptors]):
+        for index, of_message in enumerate(words[2:].reshape(max_messages, -1)[:num_descriptors]):
             counts = self.pool.no_counts.copy()
             counts[self.routes.served[number]] = of_message[1:].reshape(-1, self.routes.num_slots)
             messages.append(
@@ -110,11 +114,19 @@ class InboundReceiver:
                     number=index,
                     descriptor=first_descriptor + index,
                     num_descriptors=num_descriptors if index == 0 else 1,
+                    word=word,
                     num_tokens=int(of_message[0]),
                     counts=counts,
                 )
             )
         return messages
+
+    def give_up(self) -> None:
+        """Publish the words alone of the senders whose rows have not come: the ranks' calls differ, and all raise."""
+        for message in self.waiting + self.receiving:
+            if message.number == 0:
+                self.window.post(self.buffer_index, self.exchange, message.descriptor, (0, 0, message.word))
+        self.waiting, self.receiving = [], []
 
     def admit(self) -> bool:
         """Start to receive the messages for which there is room, in order."""
@@ -145,8 +157,8 @@ class InboundReceiver:
             window.gate_values[message.results] = gates
 
             # Let the local peers read it, and count what they will.
-            announced = message.descriptor, message.results.start, message.num_descriptors, message.counts
-            window.post(self.buffer_index, self.exchange, *announced)
+            head = message.results.start, message.num_descriptors, message.word
+            window.post(self.buffer_index, self.exchange, message.descriptor, head, message.counts)
             rows = message.counts.sum(axis=1)[others]
             self.pool.count_rows(self.direction, self.routes.local_peers[others], rows)
             self.working.append(message)
@@ -207,8 +219,8 @@ class ReceivePool:
         self.no_counts = np.zeros((len(routes.local_peers), routes.num_slots), np.int64)
 
     def header_words(self, number: int) -> int:
-        """Return the words of a sender's header: how many messages; of each its tokens, and assignments by slot."""
-        return 1 + self.window.sizes.max_messages * (1 + len(self.routes.served[number]) * self.routes.num_slots)
+        """Count a header's words: how many messages, the sender's word; of each its tokens and assignments by slot."""
+        return 2 + self.window.sizes.max_messages * (1 + len(self.routes.served[number]) * self.routes.num_slots)
 
     def view_trailer(self, message: InboundMessage) -> tuple[np.ndarray, np.ndarray]:
         """Return the token [C] int32 and gate [C] float32 of each assignment, as views of the window."""

@@ -1,12 +1,12 @@
 """The tables of a placement: its figures, its nodes, what is busiest and what binds; short for any cluster."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from tabulate import tabulate
 
-from hpcmoe.messages import format_size
+from hpcmoe.messages import format_ranges, format_size
 from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.placement.resources import name_resource
 from hpcmoe.placement.result import Placement, Usage
@@ -14,7 +14,6 @@ from hpcmoe.placement.result import Placement, Usage
 MOST_NODE_ROWS = 16  # rows of the table of nodes; of a larger cluster those that serve most
 _MOST_BUSY = 4  # rows of each kind of resource
 _MOST_OFTEN = 2  # resources named in a row of what binds
-_MOST_RANGES = 6  # of numbers in a cell
 Rows = list[tuple[str, ...]]
 KINDS = {
     "link": "link", "egress": "port", "ingress": "port", "uplink_out": "uplink", "uplink_in": "uplink", "rank": "rank",
@@ -157,20 +156,6 @@ def rows_of_binding(problem: PlacementProblem, usage: Usage) -> Rows:
         numbers = [layer for layer, _ in layers]
         rows.append((kind, f"{len(layers)}: {format_ranges(numbers)}", in_ms(seconds[numbers].sum()), often + more))
     return rows
-
-
-def format_ranges(numbers: Iterable[int]) -> str:
-    """Write ascending numbers as ranges, and how often one comes if more than once: `0-3 5 x2 7`, cut when long."""
-    counts = Counter(int(number) for number in numbers)
-    runs: list[list[int]] = []
-    for number, count in counts.items():
-        if runs and runs[-1][1] == number - 1 and runs[-1][2] == count:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number, count])
-    words = [f"{a}-{b}"[: None if b > a else len(f"{a}")] + f" x{count}" * (count > 1) for a, b, count in runs]
-    cut = f" ... ({len(counts)})" if len(words) > _MOST_RANGES else ""
-    return ", ".join(words[:_MOST_RANGES]) + cut
 
 
 def plural(number: int, noun: str) -> str:

@@ -55,10 +55,12 @@ def test_no_array_runs_into_another():
 def test_a_descriptor_is_dated_after_all_that_it_says():
     window, seen = make_private_window(SIZES), []
     window.sync = lambda: seen.append(window.descriptors[0, 1, 1, 5].tolist())
-    window.post(1, 7, 5, 42, 3, np.arange(4).reshape(1, 4))
-    assert seen == [[0, 42, 3, 0, 1, 2, 3]]
-    assert window.descriptors[0, 1, 1, 5].tolist() == [7, 42, 3, 0, 1, 2, 3]
-    assert not np.delete(window.descriptors.reshape(-1, 7), (1 * 2 + 1) * 7 + 5, axis=0).any()
+    window.post(1, 7, 5, (42, 3, 99), np.arange(4).reshape(1, 4))
+    assert seen == [[0, 42, 3, 99, 0, 1, 2, 3]]
+    assert window.descriptors[0, 1, 1, 5].tolist() == [7, 42, 3, 99, 0, 1, 2, 3]
+    assert not np.delete(window.descriptors.reshape(-1, 8), (1 * 2 + 1) * 7 + 5, axis=0).any()
+    window.post(1, 9, 5, (0, 0, -1))
+    assert window.descriptors[0, 1, 1, 5].tolist() == [9, 0, 0, -1, 0, 0, 0, 0]
 
 
 def test_a_descriptor_is_written_over_when_all_have_read_the_one_before_the_last():
@@ -97,7 +99,7 @@ def test_the_window_tells_each_local_peer_of_every_other(comm):
     with open_window(comm, SIZES) as window:
         for exchange in range(1, 20):
             wait_for(lambda exchange=exchange: window.may_post(0, exchange))
-            window.post(0, exchange, 0, 100 * comm.rank + exchange, 1, np.full(4, exchange))
+            window.post(0, exchange, 0, (100 * comm.rank + exchange, 1, exchange), np.full(4, exchange))
             for local_peer in range(comm.size):
                 descriptor = window.descriptors[local_peer, 0, exchange % 2, 0]
                 wait_for(lambda descriptor=descriptor, exchange=exchange: descriptor[0] == exchange)

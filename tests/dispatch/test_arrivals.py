@@ -13,6 +13,7 @@ from small import make_dispatcher
 from hpcmoe.comm.transport import Loopback
 from hpcmoe.comm.window import Window, WindowSizes
 from hpcmoe.dispatch.arrivals import Arrivals, make_batch
+from hpcmoe.dispatch.notice import Notices
 from hpcmoe.dispatch.routes import make_routes
 
 counts_of = arrays(np.int64, st.tuples(st.integers(1, 5), st.integers(1, 4)), elements=st.integers(0, 6))  # [n, s]
@@ -82,12 +83,17 @@ def make_windows(node_of_rank, rank, once, max_messages=3, num_slots=2):
     return routes, windows
 
 
-def announce(routes, windows, peer, number, num_descriptors, exchange, first, counts):
+def make_arrivals(window, routes, exchange, word=0):
+    """What is announced to a rank of these routes, which gives the others a word."""
+    return Arrivals(window, routes, 0, exchange, Notices(word, len(routes.publishers)))
+
+
+def announce(routes, windows, peer, number, num_descriptors, exchange, first, counts, word=0):
     """Do what the publisher of a peer's rows does."""
     descriptor = (
         0 if routes.inbound_index[peer] < 0 else 1 + routes.inbound_index[peer] * windows[0].sizes.max_messages + number
     )
-    windows[routes.publishers[peer]].post(0, exchange, descriptor, first, num_descriptors, counts)
+    windows[routes.publishers[peer]].post(0, exchange, descriptor, (first, num_descriptors, word), counts)
     return int(routes.publishers[peer]), int(descriptor)
 
 
@@ -95,7 +101,7 @@ def announce(routes, windows, peer, number, num_descriptors, exchange, first, co
 def test_descriptors_are_seen_once_as_they_come_and_then_marked_as_taken(once):
     routes, windows = make_windows([0, 0, 1, 1, 1], 1, once)
     window = windows[routes.local_index]
-    arrivals, rows = Arrivals(window, routes, 0, 4), {}
+    arrivals, rows = make_arrivals(window, routes, 4), {}
     assert arrivals.poll() == [] and len(arrivals.expected) == 5
     for peer in (3, 0, 4, 1, 2):
         counts = np.array([[1, 0], [peer, 2]]) if peer != 4 else np.zeros((2, 2), int)
@@ -119,9 +125,9 @@ def test_an_earlier_exchanges_descriptors_are_not_taken_for_this_ones():
     routes, windows = make_windows([0, 0], 0, False)
     for peer in (0, 1):
         announce(routes, windows, peer, 0, 1, 2, 0, np.ones((2, 2), int))
-    assert Arrivals(windows[0], routes, 0, 4).poll() == []
-    assert Arrivals(windows[0], routes, 0, 3).poll() == []
-    assert Arrivals(windows[0], routes, 0, 2).poll() == [(0, 0), (1, 0)]
+    assert make_arrivals(windows[0], routes, 4).poll() == []
+    assert make_arrivals(windows[0], routes, 3).poll() == []
+    assert make_arrivals(windows[0], routes, 2).poll() == [(0, 0), (1, 0)]
 
 
 def test_rows_are_found_where_they_lie_this_time():
@@ -129,7 +135,7 @@ def test_rows_are_found_where_they_lie_this_time():
     routes, windows = make_windows([0, 1], 0, False)
     batches = []
     for exchange, first in ((1, 20), (2, 33)):
-        arrivals = Arrivals(windows[0], routes, 0, exchange)
+        arrivals = make_arrivals(windows[0], routes, exchange)
         descriptor = announce(routes, windows, 1, 0, 1, exchange, first, np.array([[2, 1]]))
         assert not batches or not arrivals.has(batches[0])
         arrivals.poll()
@@ -146,7 +152,7 @@ def test_groups_hold_no_more_messages_than_find_room_and_are_the_same_for_all_lo
     node_of_rank, groups_of_peer = [0, 0, 1, 1, 1], []
     for rank in (0, 1):
         routes, windows = make_windows(node_of_rank, rank, True)
-        arrivals, peers = Arrivals(windows[rank], routes, 0, 1), [2, 3, 4]
+        arrivals, peers = make_arrivals(windows[rank], routes, 1), [2, 3, 4]
         groups = arrivals.read_in_order(peers, at_once)
         assert next(groups) is None
         for peer, num_descriptors in ((4, 3), (3, 0), (2, 2)):
@@ -171,7 +177,7 @@ def test_groups_hold_no_more_messages_than_find_room_and_are_the_same_for_all_lo
 
 def test_groups_go_on_only_as_far_as_descriptors_are_there():
     routes, windows = make_windows([0, 0, 1], 0, False)
-    arrivals = Arrivals(windows[0], routes, 0, 1)
+    arrivals = make_arrivals(windows[0], routes, 1)
     groups = arrivals.read_in_order([1, 2], 1)
     announce(routes, windows, 2, 0, 2, 1, 0, np.ones((2, 2), int))
     arrivals.poll()
@@ -192,12 +198,12 @@ def test_whoever_is_first_goes_first_unless_the_order_is_fixed():
             batch_rows=1, deterministic=deterministic,
         )  # fmt: skip
         assert dispatcher.groups == [[0], [1]]
-        handle = SimpleNamespace(arrivals=Arrivals(dispatcher.window, dispatcher.routes, 0, 1))
+        handle = SimpleNamespace(arrivals=make_arrivals(dispatcher.window, dispatcher.routes, 1))
         batches = dispatcher.receive(handle)
-        dispatcher.window.descriptors[1, 0, 1, 0] = [1, 5, 1, 2, 0]
+        dispatcher.window.descriptors[1, 0, 1, 0] = [1, 5, 1, 0, 2, 0]
         first = next(batches)
         assert (first is None) if deterministic else (first.descriptors == ((1, 0),))
-        dispatcher.window.descriptors[0, 0, 1, 0] = [1, 0, 1, 3, 0]
+        dispatcher.window.descriptors[0, 0, 1, 0] = [1, 0, 1, 0, 3, 0]
         rest = [batch.descriptors for batch in batches if batch is not None]
         assert rest == ([((0, 0),), ((1, 0),)] if deterministic else [((0, 0),)])
         assert len(handle.arrivals.expected) == 0

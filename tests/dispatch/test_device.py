@@ -1,7 +1,5 @@
 """Between devices, too, each way is the other's adjoint; buffers grow for what they cannot hold; traffic is counted."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
@@ -15,42 +13,19 @@ from round_trips import (
     run_both_ways,
     run_forward,
 )
+from small import open_small_device_dispatcher
 
-from hpcmoe.clock import Clock
-from hpcmoe.comm.device import PlainDevice
-from hpcmoe.comm.mpi import open_mpi_transport
 from hpcmoe.comm.rows import KernelRowOps
-from hpcmoe.comm.select import open_all_to_all
 from hpcmoe.comm.transport import HOMEWARD, Direction
-from hpcmoe.dispatch.device import DeviceDispatcher
-from hpcmoe.dispatch.routes import make_routes
-from hpcmoe.dispatch.sizes import DeviceSizes
 from hpcmoe.wait import gather_to_all
 
-HIDDEN, TOP_K, SLOTS = 4, 3, 2
-
-
-@contextlib.contextmanager
-def open_dispatcher(comm, kind="direct", row_ops=None, **changes):
-    """Open an exchange on the host in a GPU's place -> DeviceDispatcher. Collective over comm."""
-    usual = {
-        "hidden": HIDDEN, "dtype": torch.float32, "tokens": 20, "top_k": TOP_K, "num_in_flight": 2,
-        "num_micro_batches": 2, "expert_rows": 60, "buffer_factor": 1.0, "batch_rows": 2**62,
-    } | changes  # fmt: skip
-    sizes, one = DeviceSizes(**usual), np.zeros((1, 1), bool)
-    routes, device = make_routes(np.zeros(comm.size, int), comm.rank, SLOTS, one), PlainDevice()
-    device.row_ops = row_ops or device.row_ops
-    with (
-        open_mpi_transport(comm, sizes.row_bytes) as transport,
-        open_all_to_all(kind, comm, device, sizes.row_bytes, transport) as all_to_all,
-    ):
-        yield DeviceDispatcher(all_to_all, transport, device, Clock(), sizes, routes)
+HIDDEN, SLOTS = 4, 2  # as those of open_small_device_dispatcher
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("kind", ["direct", "staged"])
 def test_both_ways_are_what_their_definitions_say(comm, kind):
-    with open_dispatcher(comm, kind) as dispatcher:
+    with open_small_device_dispatcher(comm, kind) as dispatcher:
         for seed in range(4):
             round_trip = make_round_trip(dispatcher, (7 * comm.rank + 5 * seed) % 21, seed, kept_share=seed / 3)
             go(dispatcher, run_both_ways(dispatcher, round_trip))
@@ -62,13 +37,13 @@ def test_both_ways_are_what_their_definitions_say(comm, kind):
 @pytest.mark.parametrize("hidden", [HIDDEN, pytest.param(24, marks=pytest.mark.full)])
 def test_kernels_of_our_own_do_both_ways_and_are_compiled_before(comm, tmp_path, hidden):
     row_ops = KernelRowOps(compiler_for_host(tmp_path))
-    with open_dispatcher(comm, row_ops=row_ops, hidden=hidden) as dispatcher:
+    with open_small_device_dispatcher(comm, row_ops=row_ops, hidden=hidden) as dispatcher:
         compiled = set(row_ops.kernels)
         round_trip = make_round_trip(dispatcher, 7 * comm.rank, 1)
         go(dispatcher, run_both_ways(dispatcher, round_trip))
         check_forward(dispatcher, round_trip)
         check_backward(dispatcher, round_trip)
-    with open_dispatcher(comm, row_ops=row_ops, dtype=torch.bfloat16, hidden=hidden) as dispatcher:
+    with open_small_device_dispatcher(comm, row_ops=row_ops, dtype=torch.bfloat16, hidden=hidden) as dispatcher:
         compiled |= set(row_ops.kernels)
         round_trip = make_round_trip(dispatcher, 15, seed=3)
         round_trip.x = round_trip.x.float()  # as a model's tokens are
@@ -79,14 +54,14 @@ def test_kernels_of_our_own_do_both_ways_and_are_compiled_before(comm, tmp_path,
 
 @pytest.mark.mpi
 def test_two_micro_batches_under_way_do_not_mix(comm):
-    with open_dispatcher(comm) as dispatcher:
+    with open_small_device_dispatcher(comm) as dispatcher:
         for seed in range(3):
             check_two_at_once(dispatcher, 19, seed)
 
 
 @pytest.mark.mpi
 def test_a_buffer_grows_when_all_go_to_one_slot_and_stays_so(comm):
-    with open_dispatcher(comm, expert_rows=3) as dispatcher:
+    with open_small_device_dispatcher(comm, expert_rows=3) as dispatcher:
         announced = dispatcher.sizes.buffer_bytes(dispatcher.routes)
         assert dispatcher.buffer_bytes == announced
         for _ in range(2):
@@ -100,7 +75,7 @@ def test_a_buffer_grows_when_all_go_to_one_slot_and_stays_so(comm):
 
 @pytest.mark.mpi
 def test_bfloat16_goes_as_bytes(comm):
-    with open_dispatcher(comm, dtype=torch.bfloat16) as dispatcher:
+    with open_small_device_dispatcher(comm, dtype=torch.bfloat16) as dispatcher:
         round_trip = make_round_trip(dispatcher, 15, seed=3)
         go(dispatcher, run_forward(dispatcher, round_trip))
         check_forward(dispatcher, round_trip)
@@ -109,7 +84,7 @@ def test_bfloat16_goes_as_bytes(comm):
 
 @pytest.mark.mpi
 def test_traffic_is_counted_by_direction_and_peer(comm):
-    with open_dispatcher(comm) as dispatcher:
+    with open_small_device_dispatcher(comm) as dispatcher:
         round_trip = make_round_trip(dispatcher, 18, seed=5)
         go(dispatcher, run_both_ways(dispatcher, round_trip))
         traffic = dispatcher.pop_traffic()

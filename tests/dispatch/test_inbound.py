@@ -9,7 +9,9 @@ import torch
 from hpcmoe.comm.pool import RowPool
 from hpcmoe.comm.transport import Direction, MessageKind, MessageRequest, make_message_tag
 from hpcmoe.comm.window import WindowSizes, make_private_window
+from hpcmoe.dispatch.arrivals import Arrivals
 from hpcmoe.dispatch.inbound import InboundMessage, InboundReceiver, ReceivePool, view_trailer
+from hpcmoe.dispatch.notice import Notices
 from hpcmoe.dispatch.routes import make_routes
 
 HIDDEN, ROW_BYTES, MAX_MESSAGES = 4, 16, 3
@@ -52,6 +54,12 @@ def receive_pool(request):
     return ReceivePool(Post(), make_private_window(sizes), routes, [RowPool(0, rows)], how, lambda *counted: None)
 
 
+def make_receiver(receive_pool, exchange, direction, word=0):
+    """What receives one exchange's messages, on a rank that gives the others a word."""
+    arrivals = Arrivals(receive_pool.window, receive_pool.routes, 0, exchange, Notices(word, 3))
+    return InboundReceiver(receive_pool, arrivals, direction, tag_of)
+
+
 def make_message(tokens, token_of_assignment, numbers):
     """A message: tokens [U, H], and behind them each assignment's token and number."""
     num_assignments = len(token_of_assignment)
@@ -62,33 +70,30 @@ def make_message(tokens, token_of_assignment, numbers):
     return rows
 
 
-def header(*messages):
-    """How many messages; tokens of each, and assignments for each of the two slots."""
-    return np.array([len(messages), *(word for message in messages for word in message)])
+def header(*messages, word=0):
+    """How many messages, their sender's word; tokens of each, and assignments for each of the two slots."""
+    return np.array([len(messages), word, *(word for message in messages for word in message)])
 
 
 @pytest.mark.parametrize("by_gates", [True, False])
 def test_a_message_goes_all_its_way(receive_pool, by_gates):
     receiver, window, post = (
-        InboundReceiver(receive_pool, 0, 1, Direction.DISPATCH if by_gates else Direction.COMBINE_BACKWARD, tag_of),
+        make_receiver(receive_pool, 1, Direction.DISPATCH if by_gates else Direction.COMBINE_BACKWARD),
         receive_pool.window,
         receive_pool.transport,
     )
     assert not receiver.poke()
-    post.bring(1, tag_of(MessageKind.HEADER), header((2, 2, 1)))
-    post.bring(2, tag_of(MessageKind.HEADER), header())
-    assert receiver.poke() and window.descriptors[0, 0, 1, 1 + MAX_MESSAGES, :3].tolist() == [
-        1,
-        0,
-        0,
-    ]  # nothing from rank 2
+    post.bring(1, tag_of(MessageKind.HEADER), header((2, 2, 1), word=5 << 32))
+    post.bring(2, tag_of(MessageKind.HEADER), header(word=3 << 32))
+    assert receiver.poke()
+    assert window.descriptors[0, 0, 1, 1 + MAX_MESSAGES, :4].tolist() == [1, 0, 0, 3 << 32]  # nothing from rank 2
     message = make_message([[1, 2, 3, 4], [5, 6, 7, 8]], [1, 0, 1], [0.5, 2.0, 3.0])
     post.bring(1, tag_of(MessageKind.ROWS), message)
     assert window.descriptors[0, 0, 1, 1, 0] == 0 and receiver.poke()
 
     # The descriptor names three result rows, each of which knows its token and number.
-    dispatcher, first, num_descriptors, *counts = window.descriptors[0, 0, 1, 1].tolist()
-    assert (dispatcher, first, num_descriptors, counts) == (1, 4, 1, [2, 1])
+    dispatcher, first, num_descriptors, word, *counts = window.descriptors[0, 0, 1, 1].tolist()
+    assert (dispatcher, first, num_descriptors, word, counts) == (1, 4, 1, 5 << 32, [2, 1])
     assert window.sources[4:7].tolist() == [1, 0, 1] and window.gate_values[4:7].tolist() == [0.5, 2, 3]
     assert not receiver.poke() and not receiver.done
 
@@ -109,7 +114,7 @@ def test_a_message_goes_all_its_way(receive_pool, by_gates):
 @pytest.mark.parametrize("receive_pool", [16], indirect=True)
 def test_messages_wait_for_room_in_order(receive_pool):
     """Ten rows of sixteen are taken: the next has no room, and the small one behind it waits its turn."""
-    receiver, post = InboundReceiver(receive_pool, 0, 1, Direction.DISPATCH, tag_of), receive_pool.transport
+    receiver, post = make_receiver(receive_pool, 1, Direction.DISPATCH), receive_pool.transport
     post.bring(1, tag_of(MessageKind.HEADER), header((4, 4, 0), (4, 2, 2), (1, 1, 0)))
     post.bring(2, tag_of(MessageKind.HEADER), header())
     receiver.poke()
@@ -130,7 +135,7 @@ def test_messages_wait_for_room_in_order(receive_pool):
 @pytest.mark.parametrize("in_order", [True, False])
 def test_headers_are_read_in_the_senders_order_where_it_is_fixed(receive_pool, in_order):
     receive_pool.in_order = in_order
-    receiver, post = InboundReceiver(receive_pool, 0, 1, Direction.DISPATCH, tag_of), receive_pool.transport
+    receiver, post = make_receiver(receive_pool, 1, Direction.DISPATCH), receive_pool.transport
     assert receive_pool.routes.senders == (1, 2)
     post.bring(2, tag_of(MessageKind.HEADER), header((1, 1, 0)))
     receiver.poke()
@@ -141,7 +146,7 @@ def test_headers_are_read_in_the_senders_order_where_it_is_fixed(receive_pool, i
 
 
 def test_nothing_is_posted_over_what_a_local_peer_has_not_read(receive_pool):
-    receiver, post = InboundReceiver(receive_pool, 0, 3, Direction.DISPATCH, tag_of), receive_pool.transport
+    receiver, post = make_receiver(receive_pool, 3, Direction.DISPATCH), receive_pool.transport
     post.bring(1, tag_of(MessageKind.HEADER), header())
     post.bring(2, tag_of(MessageKind.HEADER), header())
     assert not receiver.poke() and not receive_pool.window.descriptors.any()
@@ -155,8 +160,8 @@ def test_a_header_has_words_for_each_slot_that_the_sender_serves():
     routes = make_routes([0, 0, 1, 2], 0, 2, once)
     receive_pool = SimpleNamespace(window=SimpleNamespace(sizes=SimpleNamespace(max_messages=3)), routes=routes)
     assert routes.senders == (2, 3)
-    assert [ReceivePool.header_words(receive_pool, number) for number in range(2)] == [1 + 3 * (1 + 4), 1 + 3 * (1 + 2)]
+    assert [ReceivePool.header_words(receive_pool, number) for number in range(2)] == [2 + 3 * (1 + 4), 2 + 3 * (1 + 2)]
     message = InboundMessage(
-        sender=1, number=0, descriptor=1, num_descriptors=1, num_tokens=1, counts=np.array([[1, 2], [0, 4]])
+        sender=1, number=0, descriptor=1, num_descriptors=1, word=0, num_tokens=1, counts=np.array([[1, 2], [0, 4]])
     )
     assert message.num_assignments == 7

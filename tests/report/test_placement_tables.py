@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from cases import make_case, write_case
 
+from hpcmoe.messages import format_ranges
 from hpcmoe.placement.files.case import read_case
 from hpcmoe.placement.result import SearchStats, compute_usage
 from hpcmoe.report.placement_tables import (
     MOST_NODE_ROWS,
-    format_ranges,
     in_ms,
     make_placement_tables,
     rows_of_binding,
