@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from hpcmoe.errors import PlacementError as PlacementError
     from hpcmoe.experts.moe import Experts as Experts
     from hpcmoe.experts.moe import MoE as MoE
+    from hpcmoe.experts.own import Dispatcher as Dispatcher
     from hpcmoe.group import Group as Group
     from hpcmoe.group import open as open
     from hpcmoe.placement.eplb import rebalance as rebalance
@@ -81,6 +82,7 @@ _MODULE_OF_NAME = {  # the public names, imported when they are first used: `imp
     "CheckpointError": "hpcmoe.errors",
     "ClusterError": "hpcmoe.errors",
     "ConfigError": "hpcmoe.errors",
+    "Dispatcher": "hpcmoe.experts.own",
     "Experts": "hpcmoe.experts.moe",
     "Group": "hpcmoe.group",
     "HpcmoeError": "hpcmoe.errors",

@@ -21,6 +21,7 @@ EXIT_BARRIER_SECONDS = 5.0  # how long a failing rank waits for the others befor
 WAIT_FOR_ROOT_SECONDS = 3.0  # how long an interrupted rank waits for rank 0 to speak for all
 
 Result = TypeVar("Result")
+AnyError = TypeVar("AnyError", bound="HpcmoeError")
 
 
 class HpcmoeError(Exception):
@@ -101,9 +102,14 @@ def attempt(fn: Callable[[], Result]) -> tuple[Any, HpcmoeError | None]:
 def raise_or_return(result: Result, error: HpcmoeError | None) -> Result:
     """Raise the error that all ranks share, or return the result."""
     if error is not None:
-        error.shared = True
-        raise error
+        raise share(error)
     return result
+
+
+def share(error: AnyError) -> AnyError:
+    """Mark an error as one that every rank holds, and return it."""
+    error.shared = True
+    return error
 
 
 def exit_with(comm: "MPI.Comm", error: BaseException, host: str) -> NoReturn:

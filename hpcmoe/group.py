@@ -19,21 +19,19 @@ from hpcmoe.comm.device import Device, open_device
 from hpcmoe.comm.heap import keep_heap
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.config import ClusterConfig, CommConfig, DispatchConfig, ParallelConfig
-from hpcmoe.dispatch.dispatcher import TokenDispatcher
-from hpcmoe.dispatch.sizes import AnySizes, Sizes, make_device_sizes, make_host_sizes
 from hpcmoe.environment import read_environment
-from hpcmoe.errors import ClusterError, ConfigError, HpcmoeError, agree_on, on_all, raise_or_return
+from hpcmoe.errors import ClusterError, ConfigError, HpcmoeError, agree_on, on_all, share
 from hpcmoe.experts.losses import LaneSums
 from hpcmoe.experts.moe import Experts, LayerSeat, MoE
-from hpcmoe.experts.options import ExpertsOptions, GroupOptions, make_options
-from hpcmoe.experts.shapes import estimate_expert
+from hpcmoe.experts.options import GroupOptions, make_options
+from hpcmoe.experts.own import Dispatcher
 from hpcmoe.model.balance import update_biases, update_load
 from hpcmoe.pipeline.lanes import Lanes
-from hpcmoe.placement.result import Placement
-from hpcmoe.prepare.layer import LayerExperts, place_layer
-from hpcmoe.prepare.sizes import find_routes, make_layer_sizes
-from hpcmoe.run.dispatchers import open_dispatcher, select_row_backend
-from hpcmoe.run.job import check_windows, choose_threads
+from hpcmoe.prepare.layer import choose_method, make_layer_experts, place_layer
+from hpcmoe.prepare.sizes import make_layer_sizes
+from hpcmoe.run.dispatchers import select_row_backend
+from hpcmoe.run.job import choose_threads
+from hpcmoe.run.shared_dispatchers import SharedDispatchers
 from hpcmoe.validate import validate_arguments
 from hpcmoe.wait import barrier
 
@@ -46,16 +44,18 @@ _MEASURE = "measure"
 class Group:
     """Ranks that run one model together: hpcmoe.open() makes it, its layers take it."""
 
-    def __init__(self, mesh: Mesh, topology: Topology, device: Device, backend: str, options: GroupOptions) -> None:
-        """backend: what carries rows, "window" on the host."""
-        self.mesh, self.topology, self.device, self.backend, self.options = mesh, topology, device, backend, options
+    def __init__(
+        self, mesh: Mesh, topology: Topology, device: Device, dispatchers: SharedDispatchers, options: GroupOptions
+    ) -> None:
+        """dispatchers: those that the layers share, none as yet."""
+        self.mesh, self.topology, self.device, self.dispatchers = mesh, topology, device, dispatchers
+        self.options = options
         self.rank, self.size = mesh.world.rank, mesh.world.size
-        self.layers: list[Experts] = []
+        self.layers: list[Experts | Dispatcher] = []
         self.routers: list[MoE] = []
-        self.dispatchers: dict[tuple, TokenDispatcher] = {}
         self.engine = Lanes([], Clock(), options.schedule, device.bind_thread)
-        self.opened = contextlib.ExitStack()  # what the layers have made it open
         self.sums: LaneSums | None = None
+        self.refuses_more, self.num_optimizer_steps = options.refuse_more, 0
         self.loads_since: list[np.ndarray] = []  # by layer [E], tokens since loads() was called
         self.routed_since: list[np.ndarray] = []  # and since update_routers() was
 
@@ -127,21 +127,28 @@ class Group:
         """Advance what goes on beside this rank's computing, without waiting -> whether anything moved."""
         return self.engine.poke()
 
-    def add_layer(self, experts: Experts, **arguments: Any) -> LayerSeat:
+    def add_layer(self, layer: Experts | Dispatcher, **arguments: Any) -> LayerSeat:
         """Check that all ranks build the same layer, place its experts, and open what carries their rows.
 
         Collective over the group. Raises ConfigError, PlacementError or ClusterError on all ranks.
         """
         number, mesh = len(self.layers), self.mesh
-        where = f"hpcmoe.Experts, layer {number}"
+        where = f"hpcmoe.{type(layer).__name__}, layer {number}"
         if arguments["max_tokens"] is None:
             arguments["max_tokens"] = self.options.max_tokens
         options = agree_on(mesh.world, where, lambda: make_options(where, mesh.tensor_parallel, **arguments))
-        placement = self.place_layer(options, where)
+        try:
+            placement = place_layer(self.topology, mesh, make_layer_experts(options, mesh), choose_method(options))
+        except HpcmoeError as error:
+            raise share(type(error)(f"{where}: {error}")) from None
         busy = len(np.unique(placement.rank_of_replica[placement.expert_of_replica[0] >= 0]))
         sizes = make_layer_sizes(options, mesh, busy, self.options.in_flight)
-        dispatcher = self.find_dispatcher(sizes, placement.slots_per_rank)
-        self.layers.append(experts)
+        dispatcher, is_new = self.dispatchers.find(
+            sizes, placement.slots_per_rank, number if isinstance(layer, Dispatcher) else None
+        )
+        if is_new:
+            self.engine.dispatchers.append(dispatcher)
+        self.layers.append(layer)
         self.loads_since.append(np.zeros(options.num_experts, np.int64))
         self.routed_since.append(np.zeros(options.num_experts, np.int64))
         return LayerSeat(
@@ -153,48 +160,6 @@ class Group:
             device=self.device,
             turns=self.engine,
         )
-
-    def place_layer(self, options: ExpertsOptions, where: str) -> Placement:
-        """Place a layer's experts as its options say. Collective over the group. Raises PlacementError on all ranks."""
-        one_expert, states = estimate_expert(options.shape, trains=True)
-        layer = LayerExperts(
-            num_experts=options.num_experts,
-            top_k=options.top_k,
-            tokens_per_rank=options.max_tokens,
-            row_bytes=options.hidden * getattr(torch, options.dtype).itemsize,
-            expert_bytes=one_expert * states,
-            spare_slots_per_rank=options.spare_slots_per_rank,
-            replicate=options.replicate,
-        )
-        given = np.array(options.placement, np.int64) if options.placement else None
-        method = given if given is not None else "eplb" if options.replicate else "auto"
-        try:
-            return place_layer(self.topology, self.mesh, layer, method)
-        except HpcmoeError as error:
-            return raise_or_return(None, type(error)(f"{where}: {error}"))
-
-    def find_dispatcher(self, sizes: Sizes, slots_per_rank: int) -> TokenDispatcher:
-        """Find what carries rows of these sizes, which layers share, or open it. Collective over the group."""
-        key = sizes, slots_per_rank
-        if key not in self.dispatchers:
-            self.dispatchers[key] = self.opened.enter_context(self.open_dispatcher(sizes, slots_per_rank))
-            self.engine.dispatchers.append(self.dispatchers[key])
-        return self.dispatchers[key]
-
-    @contextlib.contextmanager
-    def open_dispatcher(self, sizes: Sizes, slots_per_rank: int) -> Iterator[TokenDispatcher]:
-        """Open what carries rows of these sizes. Collective over the group, both ends."""
-        mesh, options = self.mesh, self.options
-        config = CommConfig(device=options.device)
-        top_k = sizes.top_k // mesh.tensor_parallel
-        routes = find_routes(config, self.topology, mesh, slots_per_rank, top_k, same_order=False)
-        own: AnySizes = make_device_sizes(sizes, config.buffer_factor)
-        if self.backend == "window":
-            rest = config, self.topology, routes, True, options.deterministic
-            own = host_sizes = on_all(mesh.world, lambda: make_host_sizes(sizes, *rest))
-            check_windows(mesh.world, self.topology, host_sizes, routes)
-        with open_dispatcher(mesh, self.device, self.backend, own, routes, True) as dispatcher:
-            yield dispatcher
 
     def add_router(self, moe: MoE, **arguments: Any) -> tuple[DispatchConfig, LaneSums]:
         """Check that all ranks build the same router -> its settings, and what sums its losses' counts.
@@ -213,19 +178,13 @@ class Group:
         """Open a communicator of all ranks, freed with the group. Collective over the group."""
         barrier(self.mesh.world)
         comm = self.mesh.world.Dup()
-        self.opened.push(lambda kind, *_: comm.Free() if kind is None else None)  # freeing is collective: see open_mesh
+        # Freeing is collective: after an error, which not all ranks may share, leave it to the end of the process.
+        self.dispatchers.stack.push(lambda kind, *_: comm.Free() if kind is None else None)
         return comm
 
-    def count_rounds(self, experts: Experts, num_tokens: int) -> int:
-        """Return the exchanges that a call of so many tokens takes, the same on all ranks."""
-        if num_tokens > experts.max_tokens and (self.options.refuse_more or self.size > 1):
-            raise experts.error(f"{num_tokens} tokens: must be at most max_tokens = {experts.max_tokens}")
-        return max(-(-num_tokens // experts.max_tokens), 1)
-
-    def forget_casts(self, *_: Any) -> None:
-        """Callback: an optimizer has stepped. Not every one shows that it has changed a parameter."""
-        for layer in self.layers:
-            layer.refresh()
+    def count_step(self, *_: Any) -> None:
+        """Callback: an optimizer has stepped."""
+        self.num_optimizer_steps += 1
 
 
 @contextlib.contextmanager
@@ -270,10 +229,11 @@ def open(
         own = on_all(mesh.world, lambda: open_device(options.device, here.index(mesh.world.rank)))
         config = CommConfig(device=options.device)
         backend = select_row_backend(config, options.schedule, mesh.world, own)
-        group = Group(mesh, topology, own, backend, options)
-        hook = register_optimizer_step_post_hook(group.forget_casts)
+        dispatchers = SharedDispatchers(mesh, topology, own, config, backend, options.deterministic)
+        group = Group(mesh, topology, own, dispatchers, options)
+        hook = register_optimizer_step_post_hook(group.count_step)
         try:
-            with group.opened:
+            with dispatchers.stack:
                 yield group
                 group.finish()
         finally:

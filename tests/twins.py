@@ -26,7 +26,10 @@ class DenseExperts:
 
     def __init__(self, layer):
         options = layer.options
-        drawn = [make_expert_weights(options.shape, (options.seed, layer.number, e), 0, 1) for e in range(options.num_experts)]
+        drawn = [
+            make_expert_weights(options.shape, (options.seed, layer.number, e), 0, 1)
+            for e in range(options.num_experts)
+        ]
         self.kind, self.num_experts = options.kind, options.num_experts
         self.weights = {name: torch.stack([w[name] for w in drawn]) for name in drawn[0]}
         for name, weight in self.weights.items():
@@ -76,7 +79,9 @@ def gather_expert_grads(comm, layer):
                 continue
             own = total[expert]
             if name != "down_bias":
-                own = np.split(own, mesh.tensor_parallel, axis=split_axis(name.removesuffix("_bias")))[mesh.tensor_index]
+                own = np.split(own, mesh.tensor_parallel, axis=split_axis(name.removesuffix("_bias")))[
+                    mesh.tensor_index
+                ]
             own += grad.float().numpy()
         comm.Allreduce(MPI.IN_PLACE, total)
         sums[name] = torch.from_numpy(total)

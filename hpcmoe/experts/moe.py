@@ -1,6 +1,6 @@
 """The library's layers: experts on many ranks as modules of any torch model, with a router of one's own or ours."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,12 +13,13 @@ from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.device import Device
 from hpcmoe.config import DispatchConfig
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
+from hpcmoe.dispatch.notice import Notice
 from hpcmoe.dispatch.router import Router, count_assignments
-from hpcmoe.errors import ConfigError
-from hpcmoe.experts.feed_forward import Expert, GroupedExperts, LocalExperts, make_expert_weights
+from hpcmoe.experts.feed_forward import Expert, GroupedExperts, LocalExperts, concatenate, make_expert_weights
 from hpcmoe.experts.layer import ExpertLayer, Turns
+from hpcmoe.experts.logical import GroupModule, LogicalExperts
 from hpcmoe.experts.losses import LaneSums
-from hpcmoe.experts.options import ExpertsOptions
+from hpcmoe.experts.options import ExpertsOptions, check_choices, check_rows
 from hpcmoe.experts.slots import ExpertSlots, make_chooser
 
 
@@ -40,17 +41,22 @@ class LayerGroup(Protocol):
 
     mesh: Mesh
 
-    def add_layer(self, experts: "Experts", **arguments: Any) -> LayerSeat:
+    def add_layer(self, layer: Any, **arguments: Any) -> LayerSeat:
         """Check that all ranks build the same layer, place its experts, and open what carries their rows."""
 
     def add_router(self, moe: "MoE", **arguments: Any) -> tuple[DispatchConfig, LaneSums]:
         """Check that all ranks build the same router -> its settings, and what sums its losses' counts."""
 
-    def count_rounds(self, experts: "Experts", num_tokens: int) -> int:
-        """Return the exchanges that a call of so many tokens takes, the same on all ranks."""
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Return how often any optimizer has stepped while the group was open."""
+
+    @property
+    def refuses_more(self) -> bool:
+        """Return True if a call with more than max_tokens is an error."""
 
 
-class Experts(ExpertLayer):
+class Experts(LogicalExperts, ExpertLayer):
     """The experts of one layer, spread over a group's ranks; the router is elsewhere.
 
     Each expert is down(act(up x)), or down(silu(gate x) * up x) for kind "swiglu". This rank holds those of its slots;
@@ -111,7 +117,7 @@ class Experts(ExpertLayer):
         Collective over the group: all ranks call the same layers in the same order, each with its own number of tokens,
         and call backward alike. Once differentiable. Raises ConfigError for what does not fit.
         """
-        self.check_call(x, top_k_index, top_k_weights)
+        check_choices(self.name, self.options, x, top_k_index, top_k_weights)
         top_k = top_k_index.shape[-1]
         rows, choices = x.reshape(-1, self.hidden), top_k_index.reshape(-1, top_k).long()
         return self.apply_to(rows, choices, top_k_weights.reshape(-1, top_k), None).view(x.shape)
@@ -120,37 +126,26 @@ class Experts(ExpertLayer):
         """Compute what forward() does, for x [T, H], experts and gates [T, K], kept [T, K] bool if any are dropped."""
         self.refresh_if_changed()
         self.count(experts)
-        num_rounds = self.group.count_rounds(self, len(x))
         with torch.autocast(x.device.type, enabled=False):
-            if num_rounds == 1:
-                return super().forward(x, experts, gates, kept)
-            parts = [slice(k * self.max_tokens, (k + 1) * self.max_tokens) for k in range(num_rounds)]
-            kept_of = [None if kept is None else kept[part] for part in parts]
-            rounds = zip(parts, kept_of, strict=True)
-            return torch.cat([super(Experts, self).forward(x[p], experts[p], gates[p], own) for p, own in rounds])
+            return concatenate(list(self.run_rounds(x, experts, gates, kept)))
 
-    def check_call(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
-        """Raise ConfigError where a call's tensors do not fit this layer."""
-        self.check_rows(x)
-        shape, top_k = list(x.shape[:-1]), top_k_index.shape[-1] if top_k_index.dim() else 0
-        for name, tensor in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
-            if list(tensor.shape) != [*shape, top_k] or not 1 <= top_k <= self.top_k:
-                raise self.error(f"{name} has shape {list(tensor.shape)}: must be {shape} + [K], K 1 to {self.top_k}")
-        if top_k_index.is_floating_point() or not top_k_weights.is_floating_point():
-            raise self.error(f"{top_k_index.dtype} indices, {top_k_weights.dtype} weights: must be integers and floats")
-        if top_k_index.device.type == "cpu" and top_k_index.numel():  # on a GPU it would wait for the device
-            least, most = int(top_k_index.min()), int(top_k_index.max())
-            if least < 0 or most >= self.num_experts:
-                raise self.error(f"top_k_index is from {least} to {most}: must be from 0 to {self.num_experts - 1}")
+    def run_rounds(self, x: Tensor, experts: Tensor, gates: Tensor, kept: Tensor | None) -> Iterator[Tensor]:
+        """Yield the outputs of max_tokens tokens after the other, for as long as any rank has more."""
+        number, more = 0, True
+        own = -(-len(x) // self.max_tokens)
+        while more:
+            part = slice(number * self.max_tokens, (number + 1) * self.max_tokens)
+            left = max(own - number - 1, 0)
+            notice = Notice(rounds_left=left, refuses=left > 0 and self.group.refuses_more)
+            kept_part = None if kept is None else kept[part]
+            output, left_anywhere = self.exchange(x[part], experts[part], gates[part], kept_part, notice=notice)
+            yield output
+            number, more = number + 1, left_anywhere > 0
 
-    def check_rows(self, x: Tensor) -> None:
-        """Raise ConfigError where x is not [..., H] of floating-point numbers."""
-        if x.dim() == 0 or x.shape[-1] != self.hidden or not x.is_floating_point():
-            raise self.error(f"x has shape {list(x.shape)} of {x.dtype}: must be [..., {self.hidden}], floating-point")
-
-    def error(self, what: str) -> ConfigError:
-        """Return an error that names this layer."""
-        return ConfigError(f"hpcmoe layer {self.number}: {what}")
+    @property
+    def name(self) -> str:
+        """Return what errors call this layer."""
+        return f"hpcmoe layer {self.number}"
 
     @torch.no_grad()
     def count(self, experts: Tensor) -> None:
@@ -161,6 +156,7 @@ class Experts(ExpertLayer):
     def refresh_if_changed(self) -> None:
         """Drop the weights' casts if any weight has changed. Writes through .data do not show: refresh() after them."""
         seen = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.local.parameters()]
+        seen.append((self.group.num_optimizer_steps, 0))  # torch's fused AdamW does not show in versions
         if seen != vars(self).get("_seen"):
             self.refresh()
             self._seen = seen
@@ -178,7 +174,7 @@ class Experts(ExpertLayer):
         return self
 
 
-class MoE(nn.Module):
+class MoE(GroupModule):
     """A mixture-of-experts layer: a router with its losses, and Experts."""
 
     load: Tensor  # [E] float32, tokens of each expert / an even share, as update_routers() last averaged them
@@ -224,7 +220,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the gated sum of each token's experts: x [..., H] -> [..., H] as x. See Experts.forward()."""
         experts, settings = self.experts, self.settings
-        experts.check_rows(x)
+        check_rows(experts.name, experts.options, x)
         rows = x.reshape(-1, experts.hidden)
         with torch.autocast(x.device.type, enabled=False), experts.turns.stage(Stage.ROUTE, experts.number):
             routing = self.router(rows, self.load)

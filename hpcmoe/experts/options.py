@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 from annotated_types import Ge, Interval
+from torch import Tensor
 
 from hpcmoe.errors import ConfigError
 from hpcmoe.experts.shapes import ExpertShape
@@ -79,3 +80,26 @@ def make_options(
             f"{tensor_parallel}"
         )
     return options
+
+
+def check_rows(where: str, options: ExpertsOptions, x: Tensor) -> None:
+    """Raise ConfigError where x is not [..., H] of floating-point numbers."""
+    if x.dim() == 0 or x.shape[-1] != options.hidden or not x.is_floating_point():
+        shape = f"{list(x.shape)} of {x.dtype}"
+        raise ConfigError(f"{where}: x has shape {shape}: must be [..., {options.hidden}], floating-point")
+
+
+def check_choices(where: str, options: ExpertsOptions, x: Tensor, experts: Tensor, gates: Tensor) -> None:
+    """Raise ConfigError where x [..., H], experts [..., K] and gates [..., K] do not fit the layer."""
+    check_rows(where, options, x)
+    shape, top_k = list(x.shape[:-1]), experts.shape[-1] if experts.dim() else 0
+    for name, tensor in (("top_k_index", experts), ("top_k_weights", gates)):
+        if list(tensor.shape) != [*shape, top_k] or not 1 <= top_k <= options.top_k:
+            wanted = f"{shape} + [K], K 1 to {options.top_k}"
+            raise ConfigError(f"{where}: {name} has shape {list(tensor.shape)}: must be {wanted}")
+    if experts.is_floating_point() or not gates.is_floating_point():
+        raise ConfigError(f"{where}: {experts.dtype} indices, {gates.dtype} weights: must be integers and floats")
+    if experts.device.type == "cpu" and experts.numel():  # on a GPU it would wait for the device
+        least, most = int(experts.min()), int(experts.max())
+        if least < 0 or most >= options.num_experts:
+            raise ConfigError(f"{where}: top_k_index is {least} to {most}: must be from 0 to {options.num_experts - 1}")
