@@ -1,4 +1,4 @@
-"""What a layer of the library computes, written out without ranks, and what all ranks together have of its gradients."""
+"""What a layer of the library computes, written out without ranks, and the sums of its gradients over all ranks."""
 
 import numpy as np
 import torch
@@ -52,6 +52,14 @@ class DenseExperts:
         for expert in range(self.num_experts):
             y = y + (gates * (choices == expert)).sum(dim=1, keepdim=True) * self.expert(x, expert)
         return y
+
+
+def compare(found, wanted, atol=1e-6):
+    """Assert that two tensors agree to some part of the largest number."""
+    assert found.shape == wanted.shape
+    scale = max(float(wanted.detach().abs().max()), 1.0) if wanted.numel() else 1.0
+    furthest = (found.float() - wanted.float()).abs().max().item() if wanted.numel() else 0.0
+    assert furthest <= 4 * atol * scale, f"{furthest} of {scale}"
 
 
 def set_biases(layer):

@@ -95,7 +95,7 @@ class Dispatcher(GroupModule):
         if x.dim() != 2:
             raise ConfigError(f"hpcmoe layer {self.number}: x has shape {list(x.shape)}: must be [T, {options.hidden}]")
         if turns.micro_batch in self.open_handles:
-            raise ConfigError(f"hpcmoe layer {self.number}: dispatch: combine() of the one before is still to come")
+            raise ConfigError(f"hpcmoe layer {self.number}: dispatch: combine() of the one before is to come")
         self.tokens_of_expert += count_assignments(experts.long(), options.num_experts)
         first = slice(options.max_tokens)  # what is beyond is refused, on all ranks
         with turns.stage(Stage.ROUTE, self.number):
