@@ -50,6 +50,10 @@ class CheckpointError(HpcmoeError):
     """Something that could not be written, or was read back incomplete."""
 
 
+class PeerError(HpcmoeError):
+    """What made another rank of the group leave: this one can no longer meet it."""
+
+
 def on_root(comm: "MPI.Comm", fn: Callable[[], Result]) -> Result:
     """Run fn on rank 0 -> its result, or its HpcmoeError, on every rank. Collective over comm."""
     result, error = attempt(fn) if comm.rank == 0 else (None, None)

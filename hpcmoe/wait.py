@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -34,6 +36,19 @@ class BackgroundTask(Protocol):
 _Task = TypeVar("_Task", bound=BackgroundTask)
 
 
+_HOOKS: ContextVar[tuple[Callable[[], object], ...]] = ContextVar("hooks", default=())
+
+
+@contextlib.contextmanager
+def call_at_pauses(hook: Callable[[], object]) -> Iterator[None]:
+    """Call hook() at every pause of this thread's waits in the block; what it raises ends the wait."""
+    _HOOKS.set((*_HOOKS.get(), hook))
+    try:
+        yield
+    finally:
+        _HOOKS.set(tuple(other for other in _HOOKS.get() if other is not hook))
+
+
 class Backoff:
     """Yield the core a few times, more often while nobody else wants it, then sleep a little longer at each pause."""
 
@@ -46,7 +61,9 @@ class Backoff:
         self.sleep_seconds = _FIRST_SLEEP_SECONDS
 
     def pause(self) -> None:
-        """Yield the core, or sleep."""
+        """Yield the core, or sleep; but first call what call_at_pauses has."""
+        for hook in _HOOKS.get():
+            hook()
         if self.yields_left > 0:
             begin = time.perf_counter()
             os.sched_yield()

@@ -20,6 +20,7 @@ class Mesh:
     """
 
     world: MPI.Comm  # all ranks of the run
+    sums: MPI.Comm  # all ranks again: gradients are summed here, beside whatever goes on in world
     group: MPI.Comm  # the ranks that hold the network once: its tokens travel among them
     ep: MPI.Comm  # of these, the ranks among which the same shard of all experts is spread
     dp: MPI.Comm  # the ranks that hold the same shard of the same experts
@@ -68,6 +69,7 @@ def open_mesh(comm: MPI.Comm, parallel: ParallelConfig) -> Iterator[Mesh]:
     barrier(comm)
     mesh = Mesh(
         world=comm.Dup(),
+        sums=comm.Dup(),
         group=comm.Split(data_index, expert_index * tp + tensor_index),
         ep=comm.Split(data_index * tp + tensor_index, expert_index),
         dp=comm.Split(expert_index * tp + tensor_index, data_index),
@@ -80,7 +82,7 @@ def open_mesh(comm: MPI.Comm, parallel: ParallelConfig) -> Iterator[Mesh]:
 
     # Freeing is collective: after an error, which not all ranks may share, leave it to the end of the process.
     barrier(mesh.world)
-    for group in (mesh.dp, mesh.ep, mesh.group, mesh.world):
+    for group in (mesh.dp, mesh.ep, mesh.group, mesh.sums, mesh.world):
         group.Free()
 
 

@@ -45,15 +45,15 @@ class HostReducer:
         yield from until_done(requests)
 
     def all_reduce(self, name: str, flat: torch.Tensor) -> Iterator[bool]:
-        """Sum an opened flat tensor over mesh.world or mesh.dp, whose name it is, in place."""
-        comm = getattr(self.mesh, name)
+        """Sum an opened flat tensor over all ranks ("world") or the data-parallel group ("dp"), in place."""
+        comm = self.mesh.sums if name == "world" else self.mesh.dp
         if comm.size > 1 and len(flat):
             yield from until_done([start_all_reduce(comm, piece.numpy()) for piece in flat.split(self.bucket)])
 
     def all_gather(self, flat: torch.Tensor, counts: list[int]) -> Iterator[bool]:
-        """Gather an opened flat tensor on all ranks of mesh.world, of which rank r has counts[r] numbers."""
+        """Gather an opened flat tensor on all ranks, of which rank r has counts[r] numbers."""
         edges = np.cumsum([0, *counts[:-1]]).tolist()
-        yield from until_done([self.mesh.world.Iallgatherv(MPI.IN_PLACE, [flat.numpy(), counts, edges, MPI.FLOAT])])
+        yield from until_done([self.mesh.sums.Iallgatherv(MPI.IN_PLACE, [flat.numpy(), counts, edges, MPI.FLOAT])])
 
     def poke(self) -> None:
         """Return at once: the generators do it all."""
@@ -97,13 +97,13 @@ class NcclReducer:
         return ()
 
     def all_reduce(self, name: str, flat: torch.Tensor) -> Iterable[bool]:
-        """Sum a flat tensor over mesh.world or mesh.dp, whose name it is, in place."""
+        """Sum a flat tensor over all ranks ("world") or the data-parallel group ("dp"), in place."""
         if name in self.groups and len(flat):
             self.groups[name].all_reduce(flat, self.stream, f"sum of gradients over {name}")
         return ()
 
     def all_gather(self, flat: torch.Tensor, counts: list[int]) -> Iterable[bool]:
-        """Gather a flat tensor on all ranks of mesh.world, of which rank r has counts[r] numbers."""
+        """Gather a flat tensor on all ranks, of which rank r has counts[r] numbers."""
         parts = [(rank, part) for rank, part in enumerate(flat.split(counts)) if len(part)]
         self.groups["world"].broadcast(parts, self.stream, "parameters stepped elsewhere")
         return ()

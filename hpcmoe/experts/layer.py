@@ -9,7 +9,7 @@ gradients of the experts' parameters are added where they are computed.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -41,8 +41,8 @@ class Turns(Protocol):
     def stage(self, stage: Stage, layer: int) -> AbstractContextManager[None]:
         """Count the seconds of the with-block to a stage that need not wait, and name this in what goes wrong."""
 
-    def run_stage(self, stage: Stage, layer: int, pieces: Iterator[bool]) -> None:
-        """Run a stage to its end."""
+    def run_stages(self, layer: int, stages: Sequence[tuple[Stage, Iterator[bool]]]) -> None:
+        """Run stages of a layer, one after the other, to their ends."""
 
     def end_exchange(self) -> None:
         """Serve the other ranks to the end of an exchange, where no stage follows."""
@@ -162,6 +162,7 @@ class ExpertLayer(nn.Module):
                 dispatcher.scatter(grad_x, chunk.rows, grad_gates)
             dispatcher.return_batch(context.handle, batch)
             yield True
+        self.local.gradients_added()
 
     def combine(self, context: LayerContext, residual: Tensor | None) -> Iterator[bool]:
         """Add the results of each token, times their gates, to the residual, if any."""
@@ -196,13 +197,17 @@ class Exchange(torch.autograd.Function):
         context: LayerContext,
     ) -> Tensor:
         """Return residual, if any, + the sum of the experts' results times their gates [T, H]."""
-        run, number = layer.turns.run_stage, layer.number
         if context.training:
             layer.turns.contexts.add(context)
-        run(Stage.DISPATCH, number, layer.start(context, x, Direction.DISPATCH))
-        run(Stage.COMPUTE, number, layer.compute(context))
+        layer.turns.run_stages(
+            layer.number,
+            [
+                (Stage.DISPATCH, layer.start(context, x, Direction.DISPATCH)),
+                (Stage.COMPUTE, layer.compute(context)),
+                (Stage.COMBINE, layer.combine(context, residual)),
+            ],
+        )
         context.rounds_left = count_rounds_left(context.handle.words)
-        run(Stage.COMBINE, number, layer.combine(context, residual))
         layer.turns.end_exchange()
         ctx.layer, ctx.context, ctx.dtype, ctx.top_k = layer, context, x.dtype, gates.shape[1]
         ctx.save_for_backward(*pack_kept(context))
@@ -214,12 +219,15 @@ class Exchange(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x [T, H], gates [T, K] and residual; add those of the experts' parameters."""
         layer, context = ctx.layer, ctx.context
-        run, number = layer.turns.run_stage, layer.number
         unpack_kept(context, ctx.saved_tensors)
-        run(Stage.COMBINE_BACKWARD, number, layer.start(context, grad_output, Direction.COMBINE_BACKWARD))
-        run(Stage.COMPUTE_BACKWARD, number, layer.compute_backward(context))
-        layer.local.gradients_added()
-        run(Stage.ROUTE_BACKWARD, number, layer.gather_grads(context))
+        layer.turns.run_stages(
+            layer.number,
+            [
+                (Stage.COMBINE_BACKWARD, layer.start(context, grad_output, Direction.COMBINE_BACKWARD)),
+                (Stage.COMPUTE_BACKWARD, layer.compute_backward(context)),
+                (Stage.ROUTE_BACKWARD, layer.gather_grads(context)),
+            ],
+        )
         layer.turns.end_exchange()
         layer.turns.contexts.discard(context)
         grad_x, context.output = context.output.to(ctx.dtype), None

@@ -54,7 +54,7 @@ class AddLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_gates: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of gates [T, K], and of the routing's probability_sum [E] and z_sum []."""
         sums, layer, micro_batch = ctx.sums, ctx.layer, ctx.micro_batch
-        ctx.turns.run_stage(Stage.ROUTE_BACKWARD, layer, sums.until_done(micro_batch))
+        ctx.turns.run_stages(layer, [(Stage.ROUTE_BACKWARD, sums.until_done(micro_batch))])
         return grad_gates, *sums.grads(layer, micro_batch), None, None, None, None
 
 

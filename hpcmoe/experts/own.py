@@ -129,9 +129,9 @@ class Dispatcher(GroupModule):
         del self.open_handles[micro_batch]
         return Combine.apply(rows, handle.anchor, self, handle)
 
-    def run(self, stage: Stage, pieces: Iterator[bool]) -> None:
-        """Run a stage to its end, while other micro-batches go on."""
-        self.turns.run_stage(stage, self.number, pieces)
+    def run(self, *stages: tuple[Stage, Iterator[bool]]) -> None:
+        """Run stages to their ends, one after the other, while other micro-batches go on."""
+        self.turns.run_stages(self.number, list(stages))
 
     def start(self, handle: OwnHandle, rows: Tensor, direction: Direction) -> Iterator[bool]:
         """Start an exchange of rows [T, H] as soon as it can."""
@@ -185,8 +185,7 @@ class Dispatch(torch.autograd.Function):
         """Return rows [R, H] by slot, an anchor [0], and the rows of each slot [s]."""
         # Receive all batches; their order is the same at every run.
         found: list[Any] = []
-        own.run(Stage.DISPATCH, own.start(handle, x, Direction.DISPATCH))
-        own.run(Stage.COMPUTE, own.receive(handle, found))
+        own.run((Stage.DISPATCH, own.start(handle, x, Direction.DISPATCH)), (Stage.COMPUTE, own.receive(handle, found)))
         found.sort(key=lambda entry: entry[0].key)
         handle.batches = [batch for batch, _, _ in found]
         handle.rows_of_chunk = [[count_rows(slots) for slots in chunks] for _, chunks, _ in found]
@@ -211,7 +210,7 @@ class Dispatch(torch.autograd.Function):
         if handle.grad_gates is None:
             raise ConfigError(f"hpcmoe layer {own.number}: backward of dispatch() without that of its combine()")
         by_chunk = torch.empty_like(grad_rows).index_copy_(0, handle.order, grad_rows)
-        own.run(Stage.ROUTE_BACKWARD, own.send_home(handle, by_chunk, handle.grad_gates))
+        own.run((Stage.ROUTE_BACKWARD, own.send_home(handle, by_chunk, handle.grad_gates)))
         grad_x = own.dispatcher.combine(handle.exchange, torch.ones_like(handle.gates)).to(ctx.dtype)
         grad_gates = own.dispatcher.gather_gate_grads(handle.exchange).unflatten(1, (ctx.top_k, -1)).sum(dim=2)
         own.turns.end_exchange()
@@ -225,7 +224,7 @@ class Combine(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, _: Tensor, own: Dispatcher, handle: OwnHandle) -> Tensor:
         """Return the sums [T, H]."""
         by_chunk = torch.empty_like(rows).index_copy_(0, handle.order, rows)
-        own.run(Stage.COMBINE, own.send_home(handle, by_chunk))
+        own.run((Stage.COMBINE, own.send_home(handle, by_chunk)))
         output = own.dispatcher.combine(handle.exchange, handle.gates).to(rows.dtype)
         own.turns.end_exchange()
         ctx.own, ctx.handle = own, handle
@@ -238,8 +237,10 @@ class Combine(torch.autograd.Function):
         """Return the gradient of the rows [R, H], and leave that of each row's gate to dispatch."""
         own, handle, (results,) = ctx.own, ctx.handle, ctx.saved_tensors
         found: dict[int, Any] = {}
-        own.run(Stage.COMBINE_BACKWARD, own.start(handle, grad_output, Direction.COMBINE_BACKWARD))
-        own.run(Stage.COMPUTE_BACKWARD, own.receive_again(handle, found))
+        own.run(
+            (Stage.COMBINE_BACKWARD, own.start(handle, grad_output, Direction.COMBINE_BACKWARD)),
+            (Stage.COMPUTE_BACKWARD, own.receive_again(handle, found)),
+        )
         pairs = [pair for index in sorted(found) for pair in found[index]]
         grads = torch.cat([results[:0], *(rows for rows, _ in pairs)])
         gates = torch.cat([results.new_empty(0, dtype=torch.float32), *(gates for _, gates in pairs)])

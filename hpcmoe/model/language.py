@@ -50,13 +50,15 @@ class Dense(nn.Module):
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """Compute causal self-attention within each sequence: x [T, H] -> [T, H]."""
-        if len(x) == 0:  # some of torch's kernels reject it
-            return x
         mixed = multiply(x, self.query_key_value.to(x.dtype))
-        shape = (-1, self.sequence_length, 3, self.num_heads, x.shape[1] // self.num_heads)
-        query, key, value = mixed.view(len(x) // self.sequence_length, *shape[1:]).permute(2, 0, 3, 1, 4)
-        heads = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return multiply(heads.transpose(1, 2).reshape(x.shape), self.attention_out.to(x.dtype))
+        shape = (len(x) // self.sequence_length, self.sequence_length, 3, self.num_heads, -1)
+        if len(x) == 0:  # some of torch's kernels reject it; the gradients are zeros, as on other ranks
+            heads = mixed[:, : x.shape[1]]
+        else:
+            query, key, value = mixed.view(shape).permute(2, 0, 3, 1, 4)
+            heads = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            heads = heads.transpose(1, 2).reshape(x.shape)
+        return multiply(heads, self.attention_out.to(x.dtype))
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

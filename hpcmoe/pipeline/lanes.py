@@ -1,10 +1,11 @@
 """Micro-batches take turns: each is plain torch code in a thread of its own, and one of them works at a time.
 
-A lane is such a thread. What it waits for is a stage: a generator that yields True after a piece of work, and False
-while there is nothing to do. A lane hands its turn on there, and nowhere else. To whom depends on the kind alone:
+A lane is such a thread. What it waits for are stages: generators that yield True after a piece of work, and False while
+there is nothing to do. They need no thread of their own: a lane posts them, and whoever has the turn works on them, so
+that the turn goes to another thread as rarely as can be. The order of work depends on the kind alone:
 
     serial   one micro-batch after the other, in the caller's thread
-    overlap  in a fixed circle, after each stage behind which rows travel: the same order on every rank at every run
+    overlap  in a fixed circle, a stage of each lane, then the next of each: the same order at every run
     arrival  whoever has rows goes on; first those that send and fetch, then one piece of an expert's work
 """
 
@@ -12,7 +13,8 @@ import contextlib
 import contextvars
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -23,14 +25,15 @@ import torch
 from hpcmoe.clock import Clock, Stage, Timer
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.errors import HpcmoeError
+from hpcmoe.pipeline.cores import Place
 from hpcmoe.wait import Backoff
 
 KINDS = ("serial", "overlap", "arrival")
 _HEAVY = (Stage.COMPUTE, Stage.COMPUTE_BACKWARD)  # experts' work, which may wait while others send and fetch
-_HAND_ON = (Stage.DISPATCH, Stage.COMPUTE, Stage.COMBINE_BACKWARD, Stage.COMPUTE_BACKWARD)  # rows travel after these
 
 Result = TypeVar("Result")
 Modes = list[Callable[[], AbstractContextManager]]
+Stages = Sequence[tuple[Stage, Iterator[bool]]]
 
 
 class Lane:
@@ -39,15 +42,26 @@ class Lane:
     def __init__(self, micro_batches: range = range(1)) -> None:
         self.micro_batches, self.micro_batch = micro_batches, micro_batches.start
         self.at: tuple[Stage, int] | None = None  # stage and layer of what was last worked on
-        self.pieces: Iterator[bool] | None = None  # of the stage that it waits for, while others have the turn
-        self.error: Exception | None = None  # of that stage
+        self.layer, self.stages = 0, deque[tuple[Stage, Iterator[bool]]]()  # that its thread waits for
+        self.error: Exception | None = None  # of one of these
         self.timers = [Timer.DENSE]  # what its seconds count for, innermost last
-        self.turn = threading.Semaphore(0)
+        self.turn, self.place = threading.Lock(), Place()  # the lock is free while the lane may go on
+        self.turn.acquire()
 
     @property
     def is_heavy(self) -> bool:
         """Return True if the lane is at its experts' work."""
-        return self.at is not None and self.at[0] in _HEAVY
+        return len(self.stages) > 0 and self.stages[0][0] in _HEAVY
+
+    def give_turn(self) -> None:
+        """Let this lane's thread go on, on the caller's core, when the caller stops."""
+        self.place.call_here()
+        self.turn.release()
+
+    def await_turn(self) -> None:
+        """Wait until this lane, the calling thread's, may go on."""
+        self.turn.acquire()
+        self.place.release()
 
 
 class EndedError(BaseException):
@@ -126,14 +140,15 @@ class Lanes:
         threads = [
             self.threads.submit(contextvars.copy_context().run, self.work, lane, step, results, modes) for lane in lanes
         ]
-        lanes[0].turn.release()
+        self.caller.place.enter()
+        lanes[0].give_turn()
 
         # Wait for the last of them; a signal's exception ends them.
         try:
-            self.caller.turn.acquire()
+            self.caller.await_turn()
         except BaseException as error:
             self.failure = self.failure or error
-            self.caller.turn.acquire()
+            self.caller.await_turn()
         for thread in threads:
             thread.result()
         self.clock.switch(caller_timers)
@@ -142,7 +157,8 @@ class Lanes:
 
     def work(self, lane: Lane, step: Callable[[int], Result], results: dict[int, Result], modes: Modes) -> None:
         """Run a lane when it first has the turn, and hand this on at its end."""
-        lane.turn.acquire()
+        lane.place.enter()
+        lane.await_turn()
         try:
             with contextlib.ExitStack() as entered:
                 self.bind_thread()
@@ -161,23 +177,21 @@ class Lanes:
         except BaseException as error:
             self.failure = self.failure or error
             successor = self.choose(place)
-        successor.turn.release()
+        successor.give_turn()
 
-    def run_stage(self, stage: Stage, layer: int, pieces: Iterator[bool]) -> None:
-        """Run a stage to its end; meanwhile, or behind it, other lanes go on as the kind says."""
+    def run_stages(self, layer: int, stages: Stages) -> None:
+        """Run stages of a layer to their ends; between them, or meanwhile, other lanes go on as the kind says."""
         lane = self.lane
-        if self.lanes and self.kind == "arrival":
-            lane.at, lane.pieces = (stage, layer), pieces
-            self.hand_on(lane)
-            if lane.error is not None:
-                raise lane.error
-        else:
-            with self.stage(stage, layer):
-                self.drive(stage, pieces)
-            if self.lanes and stage in _HAND_ON:
+        lane.layer, lane.stages = layer, deque(stages)
+        if not self.lanes or self.kind == "overlap":
+            self.drive(lane)
+        while lane.stages:
+            if self.lanes:
                 self.hand_on(lane)
-        if self.observe is not None:
-            self.observe(self.contexts)
+            if lane.stages:
+                self.drive(lane)
+        if lane.error is not None:
+            raise lane.error
 
     @contextlib.contextmanager
     def stage(self, stage: Stage, layer: int) -> Iterator[None]:
@@ -186,18 +200,32 @@ class Lanes:
         with self.clock.measure(stage.report_as):
             yield
 
-    def drive(self, stage: Stage, pieces: Iterator[bool]) -> None:
-        """Run a stage to its end in this thread, while no other lane goes on."""
-        backoff = Backoff()
-        while True:
+    def drive(self, lane: Lane) -> None:
+        """Run the next stage that a lane waits for to its end, while no other lane goes on."""
+        stage, left, backoff = lane.stages[0][0], len(lane.stages), Backoff()
+        while len(lane.stages) == left:
             moved = self.poke()  # before anything is looked at
-            worked = next(pieces, None)
-            if worked is None:
-                return
-            if moved or worked:
+            if self.advance(lane) or moved:
                 backoff.reset()
             else:
                 self.wait(stage.wait_as, backoff)
+
+    def advance(self, lane: Lane) -> bool:
+        """Do the next piece of what a lane waits for -> whether there was one."""
+        stage, pieces = lane.stages[0]
+        lane.at = stage, lane.layer
+        try:
+            with self.clock.measure(stage.report_as):
+                worked = next(pieces, None)
+        except Exception as error:
+            lane.error = error
+            lane.stages.clear()
+            return True
+        if worked is None:
+            lane.stages.popleft()
+            if self.observe is not None:
+                self.observe(self.contexts)
+        return worked is not False
 
     def drain(self) -> None:
         """Wait until this rank has done all that others want of it."""
@@ -238,58 +266,46 @@ class Lanes:
         """Hand this thread's turn on, and wait until it comes back."""
         successor = self.choose(self.lanes.index(lane) + 1)
         if successor is not lane:
-            successor.turn.release()
-            lane.turn.acquire()
+            successor.give_turn()
+            lane.await_turn()
             self.clock.switch(lane.timers)
         self.stop_if_failed()
 
     def choose(self, place: int) -> Lane:
-        """Choose the lane that goes on: the next in the circle, or the first that has what it waits for."""
+        """Work on what lanes have posted, until one of them needs its thread -> that lane; the caller's at the end.
+
+        place: of the lane in the circle whose turn it is.
+        """
         if not self.lanes:
             return self.caller
-        following = self.lanes[place % len(self.lanes)]
-        return following if self.failure is not None or self.kind == "overlap" else self.advance_until_ready()
+        while self.failure is None:
+            lane = self.lanes[place % len(self.lanes)]
+            if self.kind == "arrival":
+                return self.advance_until_ready()
+            if len(lane.stages) <= 1:  # behind its last stage comes what its thread has to do
+                return lane
+            self.drive(lane)
+            place += 1
+        return self.lanes[0]
 
     def advance_until_ready(self) -> Lane:
-        """Advance what all lanes wait for, until one of them need not wait any longer."""
+        """Advance what all lanes wait for, until one of them need not wait any longer -> that lane."""
         backoff = Backoff()
         while True:
-            ready = next((lane for lane in self.lanes if lane.pieces is None), None)
+            ready = next((lane for lane in self.lanes if not lane.stages), None)
             if ready is not None:
                 return ready
             moved = self.poke()  # before anything is looked at
-            light, heavy = ([lane for lane in self.lanes if lane.is_heavy == which] for which in (False, True))
-            if self.advance(light, all_of_them=True) or self.advance(heavy, all_of_them=False) or moved:
+            light = [self.advance(lane) for lane in self.lanes if not lane.is_heavy]
+            if any(light) or any(self.advance(lane) for lane in self.lanes if lane.is_heavy) or moved:
                 backoff.reset()
             else:
-                stage, _ = self.lanes[0].at or (Stage.COMBINE, 0)
-                self.wait(stage.wait_as, backoff)
-
-    def advance(self, lanes: list[Lane], all_of_them: bool) -> bool:
-        """Advance what these lanes wait for by a piece, all or the first that can, and return True if any did."""
-        moved = False
-        for lane in lanes:
-            if (all_of_them or not moved) and lane.pieces is not None and lane.at is not None:
-                with self.clock.measure(lane.at[0].report_as):
-                    moved |= advance_lane(lane)
-        return moved
+                self.wait(self.lanes[0].stages[0][0].wait_as, backoff)
 
     def close(self) -> None:
         """End the threads."""
         if self.threads is not None:
             self.threads.shutdown()
-
-
-def advance_lane(lane: Lane) -> bool:
-    """Do the next piece of what a lane waits for -> whether there was one; at the end it waits no longer."""
-    assert lane.pieces is not None
-    try:
-        worked = next(lane.pieces, None)
-    except Exception as error:
-        lane.error, worked = error, None
-    if worked is None:
-        lane.pieces = None
-    return worked is not False
 
 
 @contextlib.contextmanager

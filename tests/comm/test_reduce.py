@@ -24,7 +24,7 @@ def mesh(comm):
     groups = 2 - comm.size % 2
     index, place = divmod(comm.rank, comm.size // groups)
     parts = {"ep": comm.Split(index, place), "dp": comm.Split(place, index)}
-    yield SimpleNamespace(world=comm, ep_ranks=parts["ep"].allgather(comm.rank), **parts)
+    yield SimpleNamespace(world=comm, sums=comm, ep_ranks=parts["ep"].allgather(comm.rank), **parts)
     for part in parts.values():
         part.Free()
 

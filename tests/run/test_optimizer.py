@@ -37,7 +37,7 @@ def test_flat_gradients_are_the_parameters_own_and_sum_over_ranks(comm):
     parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
     gradients = FlatGradients({"first": parameters[:1], "second": parameters[1:]})
     (parameters[0].sum() * (comm.rank + 1) + (parameters[1] * torch.arange(4.0)).sum()).backward()
-    for _ in HostReducer(SimpleNamespace(world=comm), HostDevice(), 4).all_reduce("world", gradients.flat):
+    for _ in HostReducer(SimpleNamespace(sums=comm), HostDevice(), 4).all_reduce("world", gradients.flat):
         time.sleep(1e-4)
     assert torch.equal(parameters[0].grad, torch.full((2, 3), sum(range(1, comm.size + 1))))
     assert torch.equal(parameters[1].grad, torch.arange(4.0) * comm.size)
@@ -111,7 +111,7 @@ def open_sums(parameters, order, reducer, local):
 def make_reducer_of_one():
     """A reducer of a group of one."""
     alone = MPI.COMM_SELF
-    return HostReducer(SimpleNamespace(world=alone, ep=alone, dp=alone), HostDevice(), 4)
+    return HostReducer(SimpleNamespace(world=alone, sums=alone, ep=alone, dp=alone), HostDevice(), 4)
 
 
 def test_sums_start_in_their_order_once_all_passes_have_come():
