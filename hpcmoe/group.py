@@ -2,25 +2,26 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from mpi4py import MPI
+from torch import nn
+from torch.optim import Optimizer as TorchOptimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hpcmoe.checkpointing import load_model, save_model
 from hpcmoe.clock import Clock
-from hpcmoe.cluster.discover import read_topology
-from hpcmoe.cluster.launcher import reject_mixed_mpi
-from hpcmoe.cluster.machine import count_own_cores
 from hpcmoe.cluster.mesh import Mesh, open_mesh
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.device import Device, open_device
+from hpcmoe.comm.failures import open_failures
 from hpcmoe.comm.heap import keep_heap
 from hpcmoe.comm.mpi import all_reduce
-from hpcmoe.config import ClusterConfig, CommConfig, DispatchConfig, ParallelConfig
-from hpcmoe.environment import read_environment
-from hpcmoe.errors import ClusterError, ConfigError, HpcmoeError, agree_on, on_all, share
+from hpcmoe.config import CommConfig, DispatchConfig, ParallelConfig
+from hpcmoe.errors import ConfigError, HpcmoeError, agree_on, on_all, share
 from hpcmoe.experts.losses import LaneSums
 from hpcmoe.experts.moe import Experts, LayerSeat, MoE
 from hpcmoe.experts.options import GroupOptions, make_options
@@ -30,15 +31,13 @@ from hpcmoe.pipeline.lanes import Lanes
 from hpcmoe.prepare.layer import choose_method, make_layer_experts, place_layer
 from hpcmoe.prepare.sizes import make_layer_sizes
 from hpcmoe.run.dispatchers import select_row_backend
-from hpcmoe.run.job import choose_threads
+from hpcmoe.run.ranks import OPEN, check_comm, choose_own_threads, read_group_topology, torch_threads
 from hpcmoe.run.shared_dispatchers import SharedDispatchers
 from hpcmoe.validate import validate_arguments
 from hpcmoe.wait import barrier
 
 Result = TypeVar("Result")
 MicroBatch = TypeVar("MicroBatch")
-_OPEN = "hpcmoe.open"
-_MEASURE = "measure"
 
 
 class Group:
@@ -83,6 +82,26 @@ class Group:
         finally:
             self.engine.kind = self.options.schedule
         return iter(results)
+
+    def save(
+        self,
+        folder: Path | str,
+        model: nn.Module,
+        optimizer: TorchOptimizer | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Write a model, its optimizer and extra (what JSON holds) to a folder, whole or not at all.
+
+        Collective over the group. Raises CheckpointError on all ranks.
+        """
+        save_model(self.mesh, folder, model, optimizer, extra)
+
+    def load(self, folder: Path | str, model: nn.Module, optimizer: TorchOptimizer | None = None) -> dict[str, Any]:
+        """Read what save() wrote, on any number of ranks -> extra. Collective over the group.
+
+        Raises CheckpointError on all ranks, before anything has changed.
+        """
+        return load_model(self.mesh, folder, model, optimizer)
 
     def loads(self) -> list[np.ndarray]:
         """Return the tokens that each expert of each layer has had since the last call, on all ranks -> int64 [E] each.
@@ -220,10 +239,14 @@ def open(
         "threads": threads,
     }  # fmt: skip
     world = check_comm(comm)
-    options = agree_on(world, _OPEN, lambda: validate_arguments(GroupOptions, arguments, _OPEN))
+    options = agree_on(world, OPEN, lambda: validate_arguments(GroupOptions, arguments, OPEN))
     topology = read_group_topology(world, links if isinstance(links, Topology) else options.links)
     parallel = ParallelConfig(data=options.data_parallel, expert=expert_parallel, tensor=tensor_parallel)
-    with open_mesh(world, parallel) as mesh, torch_threads(options.threads or choose_own_threads(topology, mesh)):
+    with (
+        open_failures(world),
+        open_mesh(world, parallel) as mesh,
+        torch_threads(options.threads or choose_own_threads(topology, mesh)),
+    ):
         keep_heap()
         here = topology.ranks_of_node(topology.node_of_rank[mesh.world.rank]).tolist()
         own = on_all(mesh.world, lambda: open_device(options.device, here.index(mesh.world.rank)))
@@ -239,38 +262,3 @@ def open(
         finally:
             hook.remove()
             group.engine.close()
-
-
-def check_comm(comm: MPI.Intracomm | None) -> MPI.Intracomm:
-    """Return the ranks of a group, by default all. Raises ConfigError, or ClusterError where two MPIs are mixed."""
-    if comm is None:
-        reject_mixed_mpi(read_environment(), MPI.COMM_WORLD.size)
-        return MPI.COMM_WORLD
-    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
-        raise ConfigError(f"{_OPEN}: comm = {comm!r}: must be an intracommunicator of mpi4py")
-    return comm
-
-
-def read_group_topology(comm: MPI.Intracomm, links: str | Topology) -> Topology:
-    """Read where a group's ranks are, unless it is given. Collective over comm. Raises ClusterError on all ranks."""
-    if not isinstance(links, Topology):
-        return read_topology(comm, ClusterConfig(links=links or _MEASURE), assumes_links=not links)
-    if len(links.node_of_rank) != comm.size:
-        raise ClusterError(f"{_OPEN}: links: a Topology of {len(links.node_of_rank)} ranks: must be of {comm.size}")
-    return links
-
-
-def choose_own_threads(topology: Topology, mesh: Mesh) -> int:
-    """Return the threads of torch of this rank: its share of its node's cores, or of those it may use."""
-    return min(choose_threads(topology, mesh.world.rank), count_own_cores())
-
-
-@contextlib.contextmanager
-def torch_threads(number: int) -> Iterator[None]:
-    """Let torch use so many threads in the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -30,6 +30,7 @@ from hpcmoe.wait import Backoff
 
 KINDS = ("serial", "overlap", "arrival")
 _HEAVY = (Stage.COMPUTE, Stage.COMPUTE_BACKWARD)  # experts' work, which may wait while others send and fetch
+_MOST_THREADS = 2**16  # a thread is made when a lane first needs one more
 
 Result = TypeVar("Result")
 Modes = list[Callable[[], AbstractContextManager]]
@@ -135,7 +136,7 @@ class Lanes:
         """Take several lanes' micro-batches through the network, each in a thread, while the caller waits."""
         # Start the threads, and give the first of them the turn.
         self.lanes, self.failure, caller_timers = list(lanes), None, self.clock.running
-        self.threads = self.threads or ThreadPoolExecutor(len(lanes), "lane")
+        self.threads = self.threads or ThreadPoolExecutor(_MOST_THREADS, "lane")
         modes = capture_modes()
         threads = [
             self.threads.submit(contextvars.copy_context().run, self.work, lane, step, results, modes) for lane in lanes
