@@ -222,7 +222,7 @@ FAULTS = {
         3,
     ),
     "sums over groups take others' experts for their own": plant(
-        "run/gradient_sums.py",
+        "run/flat_gradients.py",
         "key=lambda entry: entry[1][1][0] != comm.rank)",
         "key=lambda entry: entry[1][1][0] == comm.rank)",
         "run/test_shapes.py -k 'dp2 and ep2 and tp1 and every_model'",
@@ -236,9 +236,9 @@ FAULTS = {
         3,
     ),
     "the norm counts every copy": plant(
-        "run/optimizer.py",
-        "[replica for replica in self.shared.held_replicas() if replica.owned]",
-        "list(self.shared.held_replicas())",
+        "run/gradient_sums.py",
+        "[replica for replica in self.experts.held_replicas() if replica.owned]",
+        "list(self.experts.held_replicas())",
         ORACLE,
         3,
     ),
