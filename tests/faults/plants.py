@@ -305,6 +305,20 @@ FAULTS = {
         "if len(compute_digest(path)) != 64:",
         "write/test_checksums.py write/test_verify.py",
     ),
+    "an optimizer's state begins at zero where there was none": plant(
+        "checkpointing.py",
+        "if expert not in info.absent.get(entry, [])",
+        "if info is not None",
+        "test_checkpointing.py -k any_optimizer",
+        2,
+    ),
+    "every replica is saved": plant(
+        "run/model_state.py",
+        "mesh.data_index == 0 and experts.index(expert) == before + slot",
+        "mesh.data_index == 0",
+        "test_checkpointing.py -k some_ranks",
+        2,
+    ),
     "what is saved is not a copy": plant(
         "write/writer.py", "dataclasses.replace(piece, array=array)", "piece", "write/test_writer.py", 3
     ),
