@@ -75,8 +75,8 @@ class Optimizer:
         order = [head, *by_layer, embedding]
         self.sums = self.network.sums = GradientSums(self.dense, self.shared, order, reducer)
 
-    def follow_placement(self, placement: Placement, step: int) -> None:
-        """Replace this rank's experts by those of another placement after a step; a new expert's moments are zero."""
+    def follow_placement(self, placement: Placement) -> None:
+        """Step and sum the parameters of another placement's experts, which AdamW has already (run.move_experts)."""
         # Free the gradients before those of the new placement are allocated.
         held = set(self.network.expert_parameters())
         gone = self.stepped_rows.keys() - held - set(self.dense.parameters)
@@ -85,17 +85,9 @@ class Optimizer:
         self.network.sums = None
         del self.shared, self.sums
         self.share_gradients(placement)
-
-        # Exchange the parameters that AdamW steps, and their state.
-        new = [p for p in self.network.expert_parameters() if p not in self.stepped_rows]
         for parameter in gone:
             del self.stepped_rows[parameter]
-            self.adamw.state.pop(parameter, None)
-        self.stepped_rows |= {p: [SteppedRows(rows=p, first=0)] for p in new}
-        for group, wanted in zip(self.adamw.param_groups, (lambda p: p.dim() > 1, lambda p: p.dim() <= 1), strict=True):
-            group["params"] = [p for p in group["params"] if p not in gone] + [p for p in new if wanted(p)]
-        for parameter in new:
-            self.adamw.state[parameter] = make_zero_state(parameter, step)
+        self.stepped_rows |= {p: [SteppedRows(rows=p, first=0)] for p in held - self.stepped_rows.keys()}
 
     def zero_gradients(self) -> None:
         """Set the gradients to zero before a step. Collective over world."""
