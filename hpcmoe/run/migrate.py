@@ -1,7 +1,9 @@
 """Experts of a run move to other ranks while its next step begins: their slots, choosers and gradients follow."""
 
 from hpcmoe.experts.feed_forward import Expert, make_empty_weights
-from hpcmoe.model.language import make_chooser, make_expert_from
+from hpcmoe.experts.shapes import make_expert_shape
+from hpcmoe.experts.slots import make_chooser
+from hpcmoe.model.language import make_expert_from
 from hpcmoe.placement.migrate import Moves
 from hpcmoe.prepare.placement import RunPlacement
 from hpcmoe.run.job import Job
@@ -32,7 +34,7 @@ def list_changes(job: Job, layout: RunPlacement, moves: Moves) -> list[LayerChan
 
     def make_replica() -> Expert:
         """Allocate an expert of the run, on its device."""
-        weights = make_empty_weights(job.spec, job.mesh.tensor_index, job.mesh.tensor_parallel)
+        weights = make_empty_weights(make_expert_shape(job.spec), job.mesh.tensor_index, job.mesh.tensor_parallel)
         return make_expert_from(job.spec, weights).to(device)
 
     return [

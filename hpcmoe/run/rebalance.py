@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hpcmoe.clock import Timer
-from hpcmoe.experts.shapes import estimate_expert
+from hpcmoe.experts.shapes import estimate_expert, make_expert_shape
 from hpcmoe.model.routing_stats import RoutingStats
 from hpcmoe.placement.demand import Loads, make_probability
 from hpcmoe.placement.groups import fold_groups, fold_probability, list_groups
@@ -121,7 +121,7 @@ def propose_migration(job: Job, tokens: np.ndarray, step: int) -> tuple[Migratio
     (before, after), noise = predict_gain(job, tokens, layout.placement)
 
     # Compare the gain in the steps for which the loads are trusted with the cost.
-    one_expert, states = estimate_expert(job.spec)
+    one_expert, states = estimate_expert(make_expert_shape(job.spec), job.spec.trains)
     num_bytes = one_expert * (states - job.spec.trains) // job.mesh.tensor_parallel  # without gradients
     cost = estimate_move_seconds(solved, moves, num_bytes)
     horizon = min(rebalance.horizon or rebalance.every, config.run.steps - step)
