@@ -27,8 +27,8 @@ The path of a token:
     dispatch.host         dispatch: rows are written or sent to their experts' ranks, without blocking
     experts.feed_forward  experts compute on the rows of the peers that have arrived
     dispatch.host         combine: results return, weighted by their gate values
-    experts.layer         the sum of a token's K results is added to the residual; backward, gradients take the same path
-    run.optimizer         they are summed over the ranks that share a parameter, clipped, applied
+    experts.layer         the sum of a token's K results is added to the residual
+    run.optimizer         backward, gradients take the same path; they are summed, clipped, applied
 
 Glossary:
 
@@ -66,6 +66,11 @@ if TYPE_CHECKING:
     from hpcmoe.errors import ConfigError as ConfigError
     from hpcmoe.errors import HpcmoeError as HpcmoeError
     from hpcmoe.errors import PlacementError as PlacementError
+    from hpcmoe.experts.moe import Experts as Experts
+    from hpcmoe.experts.moe import MoE as MoE
+    from hpcmoe.experts.own import Dispatcher as Dispatcher
+    from hpcmoe.group import Group as Group
+    from hpcmoe.group import open as open
     from hpcmoe.placement.eplb import rebalance as rebalance
     from hpcmoe.placement.place import place as place
     from hpcmoe.placement.problem import PlacementProblem as PlacementProblem
@@ -77,12 +82,17 @@ _MODULE_OF_NAME = {  # the public names, imported when they are first used: `imp
     "CheckpointError": "hpcmoe.errors",
     "ClusterError": "hpcmoe.errors",
     "ConfigError": "hpcmoe.errors",
+    "Dispatcher": "hpcmoe.experts.own",
+    "Experts": "hpcmoe.experts.moe",
+    "Group": "hpcmoe.group",
     "HpcmoeError": "hpcmoe.errors",
+    "MoE": "hpcmoe.experts.moe",
     "Placement": "hpcmoe.placement.result",
     "PlacementError": "hpcmoe.errors",
     "PlacementProblem": "hpcmoe.placement.problem",
     "Topology": "hpcmoe.cluster.topology",
     "measure": "hpcmoe.cluster.discover",
+    "open": "hpcmoe.group",
     "place": "hpcmoe.placement.place",
     "rebalance": "hpcmoe.placement.eplb",
 }

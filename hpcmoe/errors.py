@@ -1,5 +1,6 @@
 """How a rank fails: together with the others where all can know why, alone and loudly where only it knows."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ EXIT_BARRIER_SECONDS = 5.0  # how long a failing rank waits for the others befor
 WAIT_FOR_ROOT_SECONDS = 3.0  # how long an interrupted rank waits for rank 0 to speak for all
 
 Result = TypeVar("Result")
+AnyError = TypeVar("AnyError", bound="HpcmoeError")
 
 
 class HpcmoeError(Exception):
@@ -74,6 +76,25 @@ def on_all(comm: "MPI.Comm", fn: Callable[[], Result]) -> Result:
     return raise_or_return(result, error)
 
 
+def agree_on(comm: "MPI.Comm", where: str, fn: Callable[[], Result]) -> Result:
+    """Run fn on every rank -> its result, a dataclass that must be the same on all ranks. Collective over comm.
+
+    Raises the lowest failing rank's HpcmoeError on all, or a ConfigError that begins with `where` where fields differ.
+    """
+    own, error = attempt(fn)
+    of_root = broadcast(comm, own)
+
+    def compare() -> Result:
+        made = raise_or_return(own, error)
+        for field in dataclasses.fields(made) if of_root is not None else ():
+            here, there = getattr(made, field.name), getattr(of_root, field.name)
+            if here != there:
+                raise ConfigError(f"{where}: {field.name} = {here!r}, {there!r} on rank 0: must be alike on all ranks")
+        return made
+
+    return on_all(comm, compare)
+
+
 def attempt(fn: Callable[[], Result]) -> tuple[Any, HpcmoeError | None]:
     """Call fn -> (result, None) or (None, the HpcmoeError it raised); other exceptions pass."""
     try:
@@ -85,9 +106,14 @@ def attempt(fn: Callable[[], Result]) -> tuple[Any, HpcmoeError | None]:
 def raise_or_return(result: Result, error: HpcmoeError | None) -> Result:
     """Raise the error that all ranks share, or return the result."""
     if error is not None:
-        error.shared = True
-        raise error
+        raise share(error)
     return result
+
+
+def share(error: AnyError) -> AnyError:
+    """Mark an error as one that every rank holds, and return it."""
+    error.shared = True
+    return error
 
 
 def exit_with(comm: "MPI.Comm", error: BaseException, host: str) -> NoReturn:

@@ -39,6 +39,22 @@ def validate(cls: type, tree: dict[str, Any], source_of: Callable[..., str]) -> 
     raise ConfigError(join_lines(lines))
 
 
+def validate_arguments(cls: type, arguments: dict[str, Any], where: str) -> Any:
+    """Build a dataclass of a call's arguments; numbers of NumPy count as Python's.
+
+    Raises ConfigError with one line for each argument at fault, which begins with `where`.
+    """
+    from pydantic import ValidationError
+
+    plain = {name: value.item() if hasattr(value, "item") else value for name, value in arguments.items()}
+    try:
+        return make_validator(cls).validate_json(json.dumps(make_json(plain)))
+    except ValidationError as invalid:
+        errors_of_key = group_errors(invalid, 1)
+    lines = (format_entry(f"{where}: {errors[0]['loc'][0]}", plain, errors, 1) for errors in errors_of_key)
+    raise ConfigError(join_lines(lines))
+
+
 @functools.cache
 def make_validator(cls: type) -> TypeAdapter[Any]:
     """Make what reads a dataclass, once: it takes pydantic as long as a hundred readings."""

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _MAX_NAMED = 5  # slow links in one line
 _MAX_DEVICES = 4096  # of a node
+_ASSUMED_BYTES_PER_SECOND, _ASSUMED_LATENCY_SECONDS = 1e10, 2e-6  # of a link between nodes that nobody has measured
+_ASSUMED_MEMORY_BYTES_PER_SECOND = 1e11  # and within one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,18 +60,21 @@ def read_host_name() -> str:
     return read_setting("PMI_HOSTNAME") or read_setting("SLURMD_NODENAME") or MPI.Get_processor_name()
 
 
-def read_topology(comm: MPI.Comm, cluster: ClusterConfig) -> Topology:
+def read_topology(comm: MPI.Comm, cluster: ClusterConfig, assumes_links: bool = False) -> Topology:
     """Read where the ranks are, from MPI, Slurm, the system and [cluster]. Collective over comm.
 
-    Raises ClusterError on all ranks when [cluster] or a links file does not fit the nodes.
+    assumes_links: all links are taken as alike, which takes no time. Raises ClusterError on all ranks when [cluster] or
+    a links file does not fit the nodes.
     """
     infos = gather_to_all(comm, read_rank_info(comm))
     layout = on_root(comm, lambda: make_cluster_layout(infos, cluster))  # racks come first: they share an uplink
-    measured = None
-    if cluster.links == "measure":
+    measured, source = None, "measured"
+    if assumes_links:
+        measured, source = assume_links(len(layout.node_names), len(layout.rack_names)), "assumed"
+    elif cluster.links == "measure":
         measured = measure_links(comm, layout.node_of_rank, layout.rack_of_node, cluster)
-    topology = on_root(comm, lambda: make_topology(layout, cluster, measured))
-    if measured is not None and comm.rank == 0:
+    topology = on_root(comm, lambda: make_topology(layout, cluster, measured, source))
+    if source == "measured" and measured is not None and comm.rank == 0:
         log_slow_links(topology)
     return topology
 
@@ -152,11 +157,26 @@ def make_cluster_layout(infos: Sequence[RankInfo], cluster: ClusterConfig) -> Cl
     )
 
 
-def make_topology(layout: ClusterLayout, cluster: ClusterConfig, measured: ClusterLinks | None) -> Topology:
-    """Join the layout, the config and the measured links, if any. Raises ClusterError where they do not fit."""
+def assume_links(num_nodes: int, num_racks: int) -> ClusterLinks:
+    """Return links that are all alike: slower than a node's memory, as they are on nearly every cluster."""
+    within = np.eye(num_nodes, dtype=bool)
+    ports = np.full(num_nodes, _ASSUMED_BYTES_PER_SECOND)
+    return ClusterLinks(
+        bytes_per_second=np.where(within, _ASSUMED_MEMORY_BYTES_PER_SECOND, _ASSUMED_BYTES_PER_SECOND),
+        latency_seconds=np.where(within, _ASSUMED_LATENCY_SECONDS / 10, _ASSUMED_LATENCY_SECONDS),
+        egress_bytes_per_second=ports,
+        ingress_bytes_per_second=ports,
+        uplink_bytes_per_second=np.full(num_racks, np.inf),
+    )
+
+
+def make_topology(
+    layout: ClusterLayout, cluster: ClusterConfig, measured: ClusterLinks | None, where_from: str = "measured"
+) -> Topology:
+    """Join the layout, the config and links found otherwise, if any. Raises ClusterError where they do not fit."""
     # Take the links, and each node's memory and devices.
-    if cluster.links == "measure" and measured is not None:
-        links, source = measured, dict.fromkeys(("links", "ports", "uplinks"), "measured")
+    if measured is not None:
+        links, source = measured, dict.fromkeys(("links", "ports", "uplinks"), where_from)
     else:
         try:
             links, source = read_links(cluster.links, layout.node_names, layout.rack_names)

@@ -7,7 +7,7 @@ others' words before their rows, and where they differ all ranks raise the same 
 import enum
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -52,6 +52,10 @@ class Notice:
             shift += bits
         return word
 
+    def of_call(self, layer: int, direction: Direction, top_k: int) -> "Notice":
+        """Return the notice of a call: what exceeds its bits is told modulo them."""
+        return replace(self, layer=layer % 2 ** _BITS[0], direction=direction, top_k=top_k % 2 ** _BITS[2])
+
     def __str__(self) -> str:
         """Format what is called, for who reads an error."""
         way = "forward" if self.direction == Direction.DISPATCH else "backward"
@@ -76,6 +80,11 @@ def unpack_notice(word: int) -> Notice:
         refuses=bool(refuses),
         rounds_left=rounds_left,
     )
+
+
+def count_rounds_left(words: np.ndarray) -> int:
+    """Return the exchanges that some rank has still to make for the same call, by the words [P] of all."""
+    return unpack_notice(int(words.max())).rounds_left  # in a word's highest bits
 
 
 class Notices:

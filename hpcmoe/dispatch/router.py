@@ -54,7 +54,7 @@ class Router(nn.Module):
 
         The choice is by logits - alpha x load + bias; the gates never see the bias.
         """
-        logits = multiply(x.float(), self.weight)  # [T, E]
+        logits = multiply(x.float(), self.weight.float())  # [T, E]
 
         # Push the choice by load and bias, and the gates by the load where it is to act on them.
         pressure = self.settings.load_feedback * load

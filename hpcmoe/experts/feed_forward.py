@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpcmoe.config import NetworkSpec
 from hpcmoe.experts.products import GroupedMatrix, Groups, Matrix, StackedMatrix
-from hpcmoe.experts.shapes import MATRICES, split_axis, weight_shape
+from hpcmoe.experts.shapes import MATRICES, ExpertShape, split_axis, weight_shape
 from hpcmoe.gemm import WeightMatrix, activate
 
 Slots = Sequence[tuple[int, int]]  # (slot, rows) of each slot that has rows, in the order of the rows
@@ -211,31 +210,33 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
 
 
 def make_expert_weights(
-    spec: NetworkSpec, layer: int, expert: int, tensor_index: int, tensor_size: int
+    shape: ExpertShape, seeds: tuple[int, int, int], tensor_index: int, tensor_size: int
 ) -> dict[str, Tensor]:
-    """Draw a logical expert's weights, the same on whichever rank it lives -> dict name: this rank's shard."""
-    model = spec.model
-    (seed,) = np.random.SeedSequence([spec.seed, layer, expert]).generate_state(1, np.uint64)
+    """Draw a logical expert's weights, the same on whichever rank it lives -> dict name: this rank's shard.
+
+    seeds: those of the run, the layer and the expert. A matrix [out, in] has standard deviation in ** -0.5.
+    """
+    (seed,) = np.random.SeedSequence(seeds).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(seed))
     shards = {}
-    for name in MATRICES[spec.experts.kind]:
-        rows, columns = weight_shape(model, name)
+    for name in MATRICES[shape.kind]:
+        rows, columns = weight_shape(shape, name)
         whole = torch.randn(rows, columns, generator=generator) * columns**-0.5
         shards[name] = whole.chunk(tensor_size, dim=split_axis(name))[tensor_index].contiguous()
-    return _add_biases(shards, spec, tensor_index)
+    return _add_biases(shards, shape, tensor_index)
 
 
-def make_empty_weights(spec: NetworkSpec, tensor_index: int, tensor_size: int) -> dict[str, Tensor]:
+def make_empty_weights(shape: ExpertShape, tensor_index: int, tensor_size: int) -> dict[str, Tensor]:
     """Allocate a shard of an expert whose weights are to come from another rank -> dict name: tensor."""
-    model, names = spec.model, MATRICES[spec.experts.kind]
-    shards = {name: torch.empty(weight_shape(model, name, model.feed_forward // tensor_size)) for name in names}
-    return _add_biases(shards, spec, tensor_index)
+    inner = shape.feed_forward // tensor_size
+    shards = {name: torch.empty(weight_shape(shape, name, inner)) for name in MATRICES[shape.kind]}
+    return _add_biases(shards, shape, tensor_index)
 
 
-def _add_biases(shards: dict[str, Tensor], spec: NetworkSpec, tensor_index: int) -> dict[str, Tensor]:
+def _add_biases(shards: dict[str, Tensor], shape: ExpertShape, tensor_index: int) -> dict[str, Tensor]:
     """Add biases of zero to a shard's matrices, if experts have any."""
-    if spec.experts.bias:
+    if shape.bias:
         shards |= {f"{name}_bias": torch.zeros(len(matrix)) for name, matrix in shards.items() if name != "down"}
         if tensor_index == 0:  # added once, to the first rank's partial sum
-            shards["down_bias"] = torch.zeros(spec.model.hidden)
+            shards["down_bias"] = torch.zeros(shape.hidden)
     return shards

@@ -21,9 +21,12 @@ from torch.autograd.function import once_differentiable
 from hpcmoe.clock import Stage
 from hpcmoe.comm.transport import Direction
 from hpcmoe.dispatch.dispatcher import ExchangeId, TokenDispatcher
+from hpcmoe.dispatch.notice import Notice, count_rounds_left
 from hpcmoe.dispatch.plan import SlotChooser
 from hpcmoe.dispatch.router import repeat_for_shards
 from hpcmoe.experts.feed_forward import Kept, LocalExperts
+
+_ONE_ROUND = Notice()
 
 
 class Turns(Protocol):
@@ -53,6 +56,8 @@ class LayerContext:
     training: bool
     plan: Any  # the dispatcher's, as the handle and batches
     gates: Tensor  # [T, K * shards] float32
+    notice: Notice  # what this rank tells the others of the call
+    rounds_left: int = 0  # exchanges of the same call that some rank has still to make, as all have told
     handle: Any = field(init=False)  # of the exchange under way
     batches: list[Any] = field(default_factory=list)  # of this rank's experts
     kept: list[list[Kept]] = field(default_factory=list)  # of each batch, what its experts need for their backward
@@ -83,6 +88,21 @@ class ExpertLayer(nn.Module):
         [T, H] or none. Collective over the group: all ranks call the same layers in the same order, in training and
         not alike. Once differentiable.
         """
+        return self.exchange(x, experts, gates, kept, residual)[0]
+
+    def exchange(
+        self,
+        x: Tensor,
+        experts: Tensor,
+        gates: Tensor,
+        kept: Tensor | None,
+        residual: Tensor | None = None,
+        notice: Notice = _ONE_ROUND,
+    ) -> tuple[Tensor, int]:
+        """Compute what forward() does, for one of several exchanges of a call -> (output, exchanges to come).
+
+        notice: how many this rank has still to make; the most of any rank is returned. Collective over the group.
+        """
         with self.turns.stage(Stage.ROUTE, self.number):
             plan = self.dispatcher.plan(experts, kept, self.chooser)
         num_shards = plan.top_k // experts.shape[1]  # one assignment to each shard of an expert
@@ -91,12 +111,15 @@ class ExpertLayer(nn.Module):
             training=torch.is_grad_enabled(),
             plan=plan,
             gates=repeat_for_shards(gates.detach().float(), num_shards),
+            notice=notice,
         )
-        return Exchange.apply(x, gates, residual, self.anchor, self, context)
+        output = Exchange.apply(x, gates, residual, self.anchor, self, context)
+        return output, context.rounds_left
 
     def start(self, context: LayerContext, rows: Tensor, direction: Direction) -> Iterator[bool]:
         """Start an exchange of rows [T, H] as soon as it can."""
-        exchange = ExchangeId(self.number, context.micro_batch, direction)
+        word = context.notice.of_call(self.number, direction, context.plan.top_k).pack()
+        exchange = ExchangeId(self.number, context.micro_batch, direction, word)
         while not self.dispatcher.poll_ready(context.plan, exchange):
             yield False
         context.handle = self.dispatcher.dispatch(context.plan, rows, context.gates, exchange)
@@ -185,9 +208,11 @@ class Exchange(torch.autograd.Function):
                 (Stage.COMBINE, layer.combine(context, residual)),
             ],
         )
+        context.rounds_left = count_rounds_left(context.handle.words)
         layer.turns.end_exchange()
         ctx.layer, ctx.context, ctx.dtype, ctx.top_k = layer, context, x.dtype, gates.shape[1]
-        ctx.save_for_backward(context.gates, *pack_kept(context))  # never nothing: a checkpoint recomputes on all ranks
+        kept = pack_kept(context, layer.dispatcher.repeats_order)
+        ctx.save_for_backward(context.gates, *kept)  # never nothing: a checkpoint recomputes on all ranks
         output, context.output, context.inputs = context.output, None, None
         return output if residual is not None else output.to(x.dtype)
 
@@ -213,15 +238,16 @@ class Exchange(torch.autograd.Function):
         return grad_x, grad_gates, grad_output if ctx.needs_input_grad[2] else None, None, None, None
 
 
-def pack_kept(context: LayerContext) -> list[Tensor]:
+def pack_kept(context: LayerContext, repeats_order: bool) -> list[Tensor]:
     """Move what the experts keep out of a context, into one list: autograd holds it, and may recompute it.
 
-    Batches are put into an order that does not depend on when their rows came.
+    Batches that come in another order at each run are put into one that does not depend on it.
     """
-    order = sorted(range(len(context.batches)), key=lambda index: context.batches[index].key)
-    context.batches, kept = [context.batches[index] for index in order], [context.kept[index] for index in order]
+    if not repeats_order:
+        order = sorted(range(len(context.batches)), key=lambda index: context.batches[index].key)
+        context.batches, context.kept = ([of[index] for index in order] for of in (context.batches, context.kept))
+    kept, context.kept = context.kept, []
     context.num_kept = [[len(of_slot) for of_slot in of_batch] for of_batch in kept]
-    context.kept = []
     return [tensor for of_batch in kept for of_slot in of_batch for tensor in of_slot]
 
 

@@ -1,14 +1,39 @@
 """The shapes of an expert's weights, known before anything is imported that takes seconds."""
 
-from hpcmoe.config import ModelConfig, NetworkSpec
+from dataclasses import dataclass
+
+from hpcmoe.config import NetworkSpec
 
 MATRICES = {"gelu": ("up", "down"), "relu": ("up", "down"), "swiglu": ("gate", "up", "down")}  # by kind of expert
 
 
-def weight_shape(model: ModelConfig, name: str, inner: int = 0) -> tuple[int, int]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertShape:
+    """What an expert is: all that its weights, its memory and its time depend on."""
+
+    hidden: int  # H
+    feed_forward: int  # F, whole
+    kind: str  # one of MATRICES
+    bias: bool
+    dtype: str  # of the rows that it computes on: "float32" or "bfloat16"
+
+
+def make_expert_shape(spec: NetworkSpec) -> ExpertShape:
+    """Return what the experts of a network are."""
+    model, experts = spec.model, spec.experts
+    return ExpertShape(
+        hidden=model.hidden,
+        feed_forward=model.feed_forward,
+        kind=experts.kind,
+        bias=experts.bias,
+        dtype=model.dtype,
+    )
+
+
+def weight_shape(shape: ExpertShape, name: str, inner: int = 0) -> tuple[int, int]:
     """Return the shape of a matrix, [out, in], whole or a shard that is `inner` wide."""
-    inner = inner or model.feed_forward
-    return (model.hidden, inner) if name == "down" else (inner, model.hidden)
+    inner = inner or shape.feed_forward
+    return (shape.hidden, inner) if name == "down" else (inner, shape.hidden)
 
 
 def split_axis(name: str) -> int:
@@ -16,12 +41,12 @@ def split_axis(name: str) -> int:
     return 1 if name == "down" else 0
 
 
-def estimate_expert(spec: NetworkSpec) -> tuple[int, int]:
+def estimate_expert(shape: ExpertShape, trains: bool) -> tuple[int, int]:
     """Compute the bytes of one logical expert's parameters, and how many arrays of that size it has -> (bytes, arrays).
 
-    Training keeps float32 parameters, gradients and two moments; inference the parameters in the model's precision.
+    Training keeps float32 parameters, gradients and two moments; inference the parameters in the rows' precision.
     """
-    model, names, training = spec.model, MATRICES[spec.experts.kind], spec.trains
-    biases = (len(names) - 1) * model.feed_forward + model.hidden if spec.experts.bias else 0
-    itemsize = 2 if model.dtype == "bfloat16" and not training else 4
-    return (len(names) * model.hidden * model.feed_forward + biases) * itemsize, 4 if training else 1
+    num_matrices = len(MATRICES[shape.kind])
+    biases = (num_matrices - 1) * shape.feed_forward + shape.hidden if shape.bias else 0
+    itemsize = 2 if shape.dtype == "bfloat16" and not trains else 4
+    return (num_matrices * shape.hidden * shape.feed_forward + biases) * itemsize, 4 if trains else 1

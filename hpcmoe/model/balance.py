@@ -6,11 +6,18 @@ Wang et al. 2024 (arXiv:2408.15664), algorithm 1, here on the logits, where it a
 """
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from hpcmoe.model.language import Block
+from hpcmoe.dispatch.router import Router
+
+
+class Routed(Protocol):
+    """A layer with a router."""
+
+    router: Router
 
 
 def even_load(num_layers: int, num_experts: int) -> np.ndarray:
@@ -23,7 +30,7 @@ def update_load(load: np.ndarray, utilisation: np.ndarray, window_steps: int) ->
     return load + (utilisation - load) / window_steps
 
 
-def update_biases(layers: Iterable[Block], utilisation: np.ndarray, speed: float) -> None:
+def update_biases(layers: Iterable[Routed], utilisation: np.ndarray, speed: float) -> None:
     """Lower the bias of each expert with more tokens than expected by speed, raise that of each with fewer.
 
     utilisation U_e [L, E] is of all ranks, so their biases stay equal bit for bit.
@@ -32,12 +39,12 @@ def update_biases(layers: Iterable[Block], utilisation: np.ndarray, speed: float
         write_biases(layers, read_biases(layers) + np.float32(speed) * np.sign(1 - utilisation).astype(np.float32))
 
 
-def read_biases(layers: Iterable[Block]) -> np.ndarray:
+def read_biases(layers: Iterable[Routed]) -> np.ndarray:
     """Collect the biases of all layers' routers -> float32 [L, E]."""
     return np.stack([layer.router.bias.numpy(force=True) for layer in layers])
 
 
-def write_biases(layers: Iterable[Block], biases: np.ndarray) -> None:
+def write_biases(layers: Iterable[Routed], biases: np.ndarray) -> None:
     """Set the biases of all layers' routers from [L, E]."""
     for layer, bias in zip(layers, biases, strict=True):
         layer.router.bias.copy_(torch.from_numpy(np.ascontiguousarray(bias)))

@@ -5,7 +5,7 @@ RMSNorm: Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,41 +16,16 @@ from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.device import Device
 from hpcmoe.config import ModelConfig, NetworkSpec
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
-from hpcmoe.dispatch.plan import SlotChooser, find_slots_of_shards
 from hpcmoe.dispatch.router import Router, Routing
 from hpcmoe.experts.feed_forward import Expert, GroupedExperts, LocalExperts, make_expert_weights
 from hpcmoe.experts.layer import ExpertLayer, Turns
+from hpcmoe.experts.shapes import make_expert_shape
+from hpcmoe.experts.slots import ExpertSlots, make_chooser
 from hpcmoe.gemm import multiply
 from hpcmoe.model.routing_stats import RoutingSums
 from hpcmoe.model.text import VOCABULARY_SIZE
 
 Draw = Callable[[int, int], torch.Tensor]  # random weights of so many rows and columns
-
-
-class ExpertSlots(Protocol):
-    """What a network needs to know of a placement (placement/result.py)."""
-
-    @property
-    def node_of_rank(self) -> np.ndarray:
-        """Return the node of each rank [P]."""
-
-    @property
-    def rank_of_replica(self) -> np.ndarray:
-        """Return the rank of each slot [S]."""
-
-    @property
-    def expert_of_replica(self) -> np.ndarray:
-        """Return the expert of each slot [L, S]."""
-
-    @property
-    def slots_per_rank(self) -> int:
-        """Return the number of slots of a rank."""
-
-    def experts_of_rank(self, layer: int, rank: int) -> np.ndarray:
-        """Return the experts in a rank's slots, EMPTY where there is none."""
-
-    def shares_of_node(self, layer: int, node: int) -> np.ndarray:
-        """Return the share of a node's tokens that each replica of an expert takes [S]."""
 
 
 class Dense(nn.Module):
@@ -242,23 +217,12 @@ def make_block(
     return Block(dense, router, ExpertLayer(local, dispatcher, chooser, turns, number))
 
 
-def make_chooser(num_experts: int, mesh: Mesh, placement: ExpertSlots, layer: int) -> SlotChooser:
-    """Build the choice of replicas of a layer for this rank's tokens."""
-    node = placement.node_of_rank[mesh.expert_index]
-    return SlotChooser(
-        placement.expert_of_replica[layer],
-        placement.shares_of_node(layer, node),
-        find_slots_of_shards(len(placement.rank_of_replica), placement.slots_per_rank, mesh.tensor_parallel),
-        num_experts,
-        mesh.group.rank,
-    )
-
-
 def make_expert(spec: NetworkSpec, mesh: Mesh, layer: int, expert: int) -> nn.Module:
     """Build this rank's shard of a logical expert, or an Identity for an empty slot (-1)."""
     if expert < 0:
         return nn.Identity()
-    return make_expert_from(spec, make_expert_weights(spec, layer, expert, mesh.tensor_index, mesh.tensor_parallel))
+    shape, seeds = make_expert_shape(spec), (spec.seed, layer, expert)
+    return make_expert_from(spec, make_expert_weights(shape, seeds, mesh.tensor_index, mesh.tensor_parallel))
 
 
 def make_expert_from(spec: NetworkSpec, weights: dict[str, torch.Tensor]) -> Expert:

@@ -2,20 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hpcmoe.clock import Stage
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.device import Device
 from hpcmoe.comm.mpi import start_all_reduce
 from hpcmoe.config import NetworkSpec
 from hpcmoe.dispatch.router import Routing, load_balancing_grad, load_balancing_loss
 from hpcmoe.experts.layer import Turns
+from hpcmoe.experts.losses import AddLosses
 from hpcmoe.wait import wait_all
 
 
@@ -133,33 +131,6 @@ def make_routing_stats(counts: list[np.ndarray], num_tokens: int, own_tokens: np
         aux_loss=sum(map(float, losses)),
         z_loss=total[:, -2].sum() / num_tokens,
     )
-
-
-class AddLosses(torch.autograd.Function):
-    """Passes gates on; where their gradients come back, adds those of the routing losses."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gates: Tensor,
-        _probability: Tensor,
-        _z: Tensor,
-        sums: RoutingSums,
-        turns: Turns,
-        layer: int,
-        micro: int,
-    ) -> Tensor:
-        """Return gates [T, K]."""
-        ctx.sums, ctx.turns, ctx.layer, ctx.micro_batch = sums, turns, layer, micro
-        return gates.view_as(gates)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_gates: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of gates [T, K], and of the routing's probability_sum [E] and z_sum []."""
-        sums, layer, micro_batch = ctx.sums, ctx.layer, ctx.micro_batch
-        ctx.turns.run_stages(layer, [(Stage.ROUTE_BACKWARD, sums.until_done(micro_batch))])
-        return grad_gates, *sums.grads(layer, micro_batch), None, None, None, None
 
 
 @torch.no_grad()

@@ -48,7 +48,6 @@ class Lanes:
             raise ValueError(f"unknown schedule {kind}")
         self.dispatchers, self.clock, self.kind, self.bind_thread = dispatchers, clock, kind, bind_thread
         self.pokes: list[Callable[[], bool]] = []  # advance what else goes on, and return True if any of it has moved
-        self.check: Callable[[], None] = lambda: None  # raises what other ranks have to tell, wherever one waits
         self.contexts = WeakSet[Any]()  # what forward passes have left for backward passes
         self.observe: Callable[[Iterable[Any]], None] | None = None  # is shown them after each stage
         self.current = threading.local()
@@ -104,7 +103,7 @@ class Lanes:
         threads = [
             self.threads.submit(contextvars.copy_context().run, self.work, lane, step, results, modes) for lane in lanes
         ]
-        lanes[0].give_turn()
+        self.give_turn(lanes[0])
 
         # Wait for the last of them.
         self.join(threads)
@@ -126,30 +125,32 @@ class Lanes:
         lane.place.enter()
         lane.await_turn()
         with contextlib.ExitStack() as entered:
-            try:
+            with self.keep_failure():
                 self.bind_thread()
                 for mode in modes:
                     entered.enter_context(mode())
                 self.stop_if_failed()
                 self.run_lane(lane, step, results)
-            except EndedError:
-                pass
-            except BaseException as error:
-                self.failure = self.failure or error
             self.leave(lane)  # under the modes too: what others have posted may be worked on
 
     def leave(self, lane: Lane) -> None:
-        """Remove a lane from the circle, and hand its turn on."""
-        place = self.lanes.index(lane)
+        """Remove a lane from the circle, and hand its turn on: whatever fails here, one of the others must go on."""
+        place, successor = self.lanes.index(lane), None
         self.lanes.remove(lane)
-        if not self.lanes:
-            return
+        if self.lanes:
+            with self.keep_failure():
+                successor = self.choose(place)
+            self.give_turn(successor or self.choose(place))
+
+    @contextlib.contextmanager
+    def keep_failure(self) -> Iterator[None]:
+        """Keep the first exception of any lane, which ends all of them."""
         try:
-            successor = self.choose(place)
+            yield
+        except EndedError:
+            pass
         except BaseException as error:
             self.failure = self.failure or error
-            successor = self.choose(place)
-        successor.give_turn()
 
     def run_stages(self, layer: int, stages: Stages) -> None:
         """Run stages of a layer to their ends; between them, or meanwhile, other lanes go on as the kind says."""
@@ -223,7 +224,6 @@ class Lanes:
     def wait(self, timer: Timer, backoff: Backoff) -> None:
         """Pause, a few times at most, until something may have changed since the last poke."""
         self.stop_if_failed()
-        self.check()
         with self.clock.measure(timer):
             if len(self.dispatchers) == 1:
                 self.dispatchers[0].wait_for_change(backoff)
@@ -239,10 +239,15 @@ class Lanes:
         """Pass this thread's turn on, and wait until it comes back."""
         successor = self.choose(self.lanes.index(lane) + 1)
         if successor is not lane:
-            successor.give_turn()
+            self.give_turn(successor)
             lane.await_turn()
             self.clock.switch(lane.timers)
         self.stop_if_failed()
+
+    def give_turn(self, lane: Lane) -> None:
+        """Let a lane's thread go on, on this thread's core; until it does nobody works."""
+        self.clock.switch([Timer.WAITING])
+        lane.give_turn()
 
     def choose(self, place: int) -> Lane:
         """Run what lanes have posted, until one of them needs its thread -> that lane.
@@ -256,6 +261,8 @@ class Lanes:
             if len(lane.stages) <= 1:  # behind its last stage comes what its thread has to do
                 return lane
             self.drive(lane)
+            if lane.error is not None:
+                return lane
             place += 1
         return self.lanes[0]
 

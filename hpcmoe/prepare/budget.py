@@ -12,7 +12,7 @@ import numpy as np
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.config import NetworkSpec
 from hpcmoe.errors import ClusterError, PlacementError
-from hpcmoe.experts.shapes import estimate_expert
+from hpcmoe.experts.shapes import estimate_expert, make_expert_shape
 from hpcmoe.messages import format_size
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _MAX_NODE_NAMES = 4  # of nodes that are alike, in a line
 
 def check_budget(spec: NetworkSpec, copies: int, topology: Topology) -> None:
     """Raise PlacementError when all experts with their state, so many times, take more than all nodes' memory."""
-    model, (num_bytes, states) = spec.model, estimate_expert(spec)
+    model, (num_bytes, states) = spec.model, estimate_expert(make_expert_shape(spec), spec.trains)
     needed = copies * model.num_experts * model.num_layers * num_bytes * states
     there = int(topology.memory_bytes.sum())
     if needed > there:

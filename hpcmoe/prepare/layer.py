@@ -9,12 +9,14 @@ import numpy as np
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.errors import ConfigError, on_root
+from hpcmoe.experts.options import ExpertsOptions
+from hpcmoe.experts.shapes import estimate_expert
 from hpcmoe.messages import format_index
 from hpcmoe.placement.demand import Loads
 from hpcmoe.placement.files.checks import find_overflow
 from hpcmoe.placement.files.maps import check_map, read_map
 from hpcmoe.placement.layouts import pad_slots
-from hpcmoe.placement.problem import PlacementProblem, check_problem
+from hpcmoe.placement.problem import PlacementProblem, check_problem, count_slots_per_rank
 from hpcmoe.placement.quotas import divide_memory, has_ample_memory
 from hpcmoe.placement.result import Placement, SearchStats, evaluate
 from hpcmoe.placement.rules import place_by_rule
@@ -40,6 +42,29 @@ class LayerExperts:
     replicate: bool = False  # may spare slots hold second replicas?
     loads: np.ndarray | None = None  # [E], or [nodes, E] by the tokens' home; in any unit; None: not known yet
     memory_bytes: np.ndarray | None = None  # [nodes] for this layer's experts; None: all that the topology has
+
+
+def make_layer_experts(options: ExpertsOptions, mesh: Mesh) -> LayerExperts:
+    """Return what the placement of a layer depends on, from the arguments that it is built with."""
+    one_expert, states = estimate_expert(options.shape, trains=True)
+    given = len(options.placement) // mesh.expert_parallel  # slots of a rank
+    spare = given - count_slots_per_rank(options.num_experts, mesh.expert_parallel, 0)
+    return LayerExperts(
+        num_experts=options.num_experts,
+        top_k=options.top_k,
+        tokens_per_rank=options.max_tokens,
+        row_bytes=options.hidden * (2 if options.dtype == "bfloat16" else 4),
+        expert_bytes=one_expert * states,
+        spare_slots_per_rank=max(options.spare_slots_per_rank, spare),
+        replicate=options.replicate or given > 0,
+    )
+
+
+def choose_method(options: ExpertsOptions) -> str | np.ndarray:
+    """Choose the method of place_layer() for the arguments that a layer is built with."""
+    if options.placement:
+        return np.array(options.placement, np.int64)
+    return "eplb" if options.replicate else "auto"
 
 
 def place_layer(

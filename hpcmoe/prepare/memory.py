@@ -8,7 +8,7 @@ from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.config import DispatchConfig, ModelConfig, NetworkSpec
 from hpcmoe.dispatch.gate import load_acts_on_gates, renormalizes
 from hpcmoe.dispatch.sizes import AnySizes
-from hpcmoe.experts.shapes import MATRICES, estimate_expert
+from hpcmoe.experts.shapes import MATRICES, estimate_expert, make_expert_shape
 from hpcmoe.float32 import FLOAT32_BYTES
 from hpcmoe.gemm import adds_in_place, count_cast_bytes
 from hpcmoe.model.shapes import count_dense_parameters
@@ -67,7 +67,7 @@ def estimate_memory(
     """
     # Count the parameters of the experts and of all else.
     model, training = spec.model, spec.trains
-    one_expert, states = estimate_expert(spec)
+    one_expert, states = estimate_expert(make_expert_shape(spec), spec.trains)
     experts = one_expert * slots * model.num_layers // mesh.tensor_parallel
     num_shares = mesh.world.size if shard_optimizer else 1
     dense = count_dense_parameters(model) * FLOAT32_BYTES

@@ -15,6 +15,7 @@ from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.device import Device
 from hpcmoe.config import ModelConfig, NetworkSpec, PlacementConfig
 from hpcmoe.errors import ConfigError, PlacementError
+from hpcmoe.experts.shapes import make_expert_shape
 from hpcmoe.experts.timing import time_row
 from hpcmoe.paths import WORDS_OR_PATH
 from hpcmoe.placement.demand import Loads, make_probability
@@ -109,7 +110,8 @@ def time_expert(spec: NetworkSpec, mesh: Mesh, rows: int, device: Device) -> flo
     Collective over mesh.world.
     """
     barrier(mesh.world)
-    taken = time_row(spec, mesh.tensor_parallel, rows, device.torch_device)
+    shape = make_expert_shape(spec)
+    taken = time_row(shape, mesh.tensor_parallel, rows, device.torch_device, packed=not spec.trains)
     return statistics.median(gather_to_all(mesh.world, taken))
 
 

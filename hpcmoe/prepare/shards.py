@@ -9,7 +9,7 @@ from mpi4py import MPI
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.config import NetworkSpec, ParallelConfig
 from hpcmoe.errors import on_all
-from hpcmoe.experts.shapes import estimate_expert
+from hpcmoe.experts.shapes import estimate_expert, make_expert_shape
 from hpcmoe.float32 import FLOAT32_BYTES
 from hpcmoe.messages import format_size
 from hpcmoe.model.shapes import count_dense_parameters
@@ -55,7 +55,7 @@ def choose_tensor_parallel(
     One expert of one layer is the least that a rank holds, beside dense parts with their state. Where no number is
     enough it is 1: the placement then tells what does not fit.
     """
-    one_expert, states = estimate_expert(spec)
+    one_expert, states = estimate_expert(make_expert_shape(spec), spec.trains)
     dense = count_dense_parameters(spec.model) * FLOAT32_BYTES * states
     needed, left = one_expert * states, max(rank_bytes - dense, 0)
     others = parallel.data * max(parallel.expert, 1)

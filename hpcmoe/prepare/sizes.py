@@ -14,6 +14,7 @@ from hpcmoe.config import CommConfig, NetworkSpec, PipelineConfig
 from hpcmoe.dispatch.routes import Routes, make_routes
 from hpcmoe.dispatch.sizes import AnySizes, DeviceSizes, HostSizes, Sizes, choose_gemm_rows, count_messages
 from hpcmoe.errors import ConfigError
+from hpcmoe.experts.options import ExpertsOptions
 from hpcmoe.wait import gather_to_all
 
 _SLOWER_LINK = 2.0  # times slower than a node's own memory: then a link is worth sums on the other side
@@ -68,6 +69,22 @@ def make_sizes(spec: NetworkSpec, pipeline: PipelineConfig, batch_sequences: int
         num_micro_batches=pipeline.micro_batches,
         expert_rows=math.ceil(tokens * top_k * mesh.expert_parallel / busy),
         batch_rows=spec.experts.gemm_rows or choose_gemm_rows(model.hidden * dtype.itemsize),
+    )
+
+
+def make_layer_sizes(options: ExpertsOptions, mesh: Mesh, num_ranks_with_experts: int, num_in_flight: int) -> Sizes:
+    """Compute how many rows of a layer pass through a rank at most, and likely at its experts."""
+    dtype, top_k = getattr(torch, options.dtype), options.top_k * mesh.tensor_parallel
+    rows = options.max_tokens * top_k
+    return Sizes(
+        hidden=options.hidden,
+        dtype=dtype,
+        tokens=options.max_tokens,
+        top_k=top_k,
+        num_in_flight=num_in_flight,
+        num_micro_batches=num_in_flight,
+        expert_rows=math.ceil(rows * mesh.expert_parallel / num_ranks_with_experts),
+        batch_rows=choose_gemm_rows(options.hidden * dtype.itemsize),
     )
 
 

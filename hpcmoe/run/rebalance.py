@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hpcmoe.clock import Timer
-from hpcmoe.experts.shapes import estimate_expert
+from hpcmoe.experts.shapes import estimate_expert, make_expert_shape
 from hpcmoe.model.routing_stats import RoutingStats
 from hpcmoe.placement.demand import Loads, make_probability
 from hpcmoe.placement.groups import fold_groups, fold_probability, list_groups
@@ -26,7 +26,8 @@ from hpcmoe.prepare.placement import RunPlacement, compare_with_methods, evaluat
 from hpcmoe.report.meter import gather_by_node
 from hpcmoe.report.metrics import Recorder
 from hpcmoe.run.job import Job
-from hpcmoe.run.migrate import Migration, start_migration
+from hpcmoe.run.migrate import start_migration
+from hpcmoe.run.move_experts import Migration
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.wait import broadcast, gather_to_all
 
@@ -62,7 +63,7 @@ class Rebalancer:
         log_decision(step, decision)
         if decision.accepted:
             self.decision, self.is_new = decision, True
-            self.migration = start_migration(self.job, self.optimizer, layout, decision.moves, step)
+            self.migration = start_migration(self.job, self.optimizer, layout, decision.moves)
             self.job.stepper.dispatcher.register(self.migration)
 
     def end_step(self, step: int, stats: RoutingStats) -> None:
@@ -120,7 +121,7 @@ def propose_migration(job: Job, tokens: np.ndarray, step: int) -> tuple[Migratio
     (before, after), noise = predict_gain(job, tokens, layout.placement)
 
     # Compare the gain in the steps for which the loads are trusted with the cost.
-    one_expert, states = estimate_expert(job.spec)
+    one_expert, states = estimate_expert(make_expert_shape(job.spec), job.spec.trains)
     num_bytes = one_expert * (states - job.spec.trains) // job.mesh.tensor_parallel  # without gradients
     cost = estimate_move_seconds(solved, moves, num_bytes)
     horizon = min(rebalance.horizon or rebalance.every, config.run.steps - step)

@@ -10,6 +10,7 @@ from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.config import Config, DataConfig, DispatchConfig, ModelConfig, PipelineConfig, PlacementConfig, RunConfig
 from hpcmoe.errors import on_root
 from hpcmoe.experts.feed_forward import make_expert_weights
+from hpcmoe.experts.shapes import make_expert_shape
 from hpcmoe.model.text import find_text
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.run.job import open_job
@@ -47,7 +48,7 @@ def open_layer(comm, shape):
 
 def draw_expert(shape, expert):
     """Draw an expert's matrices as the layer of this shape has them -> dict up [F, H], down [H, F], float32."""
-    return make_expert_weights(make_config(shape).spec, 0, expert, 0, 1)
+    return make_expert_weights(make_expert_shape(make_config(shape).spec), (SEED, 0, expert), 0, 1)
 
 
 class Layer:

@@ -8,6 +8,7 @@ from torch import nn
 
 from hpcmoe import gemm
 from hpcmoe.experts.feed_forward import MATRICES, Expert, LocalExperts, backward, make_expert_weights, split_axis
+from hpcmoe.experts.shapes import make_expert_shape
 
 KINDS = list(MATRICES)
 
@@ -166,8 +167,9 @@ def test_local_experts_count_the_casts_of_their_matrices():
 @pytest.mark.parametrize("tensor_size", [2, 3, 4])
 def test_shards_join_to_the_whole_and_their_partial_sums_add_up(kind, tensor_size):
     config = make_config(experts__kind=kind, experts__bias=True)
-    whole = make_expert_weights(config.spec, 1, 2, 0, 1)
-    shards = [make_expert_weights(config.spec, 1, 2, index, tensor_size) for index in range(tensor_size)]
+    shape = make_expert_shape(config.spec)
+    whole = make_expert_weights(shape, (0, 1, 2), 0, 1)
+    shards = [make_expert_weights(shape, (0, 1, 2), index, tensor_size) for index in range(tensor_size)]
     for name in MATRICES[kind]:
         assert torch.equal(torch.cat([shard[name] for shard in shards], dim=split_axis(name)), whole[name])
         assert all(shard[name].is_contiguous() for shard in shards)
@@ -196,23 +198,40 @@ def test_shards_join_to_the_whole_and_their_partial_sums_add_up(kind, tensor_siz
 
 def test_each_expert_of_each_layer_and_seed_has_weights_of_its_own():
     drawn = [
-        make_expert_weights(make_config(run__seed=seed).spec, layer, expert, 0, 1)["up"]
+        make_expert_weights(make_expert_shape(make_config().spec), (seed, layer, expert), 0, 1)["up"]
         for seed in range(2) for layer in range(2) for expert in range(3)
     ]  # fmt: skip
     for index, weights in enumerate(drawn):
         assert not any(torch.equal(weights, other) for other in drawn[:index])
-    again = make_expert_weights(make_config(run__seed=1).spec, 1, 2, 0, 1)["up"]
+    again = make_expert_weights(make_expert_shape(make_config().spec), (1, 1, 2), 0, 1)["up"]
     assert torch.equal(again, drawn[-1])
 
 
 @pytest.mark.parametrize("seed", [20_240_601, 2**32])
 def test_any_seed_the_config_allows_draws_weights(seed):
-    assert make_expert_weights(make_config(run__seed=seed).spec, 1, 2, 0, 1)["up"].any()
+    assert make_expert_weights(make_expert_shape(make_config().spec), (seed, 1, 2), 0, 1)["up"].any()
 
 
 def test_weights_have_the_variance_of_one_over_their_inputs():
     config = make_config(model__hidden=100, model__feed_forward=400)
-    weights = make_expert_weights(config.spec, 0, 0, 0, 1)
+    weights = make_expert_weights(make_expert_shape(config.spec), (0, 0, 0), 0, 1)
     assert weights["up"].shape == (400, 100) and weights["down"].shape == (100, 400)
     assert weights["up"].std().item() == pytest.approx(0.1, rel=0.02)
     assert weights["down"].std().item() == pytest.approx(0.05, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_weights_have_no_gradients_and_the_others_have_theirs(kind):
+    shape = make_expert_shape(make_config(experts__kind=kind, experts__bias=True).spec)
+    whole, part = (Expert(kind, make_expert_weights(shape, (0, 0, 0), 0, 1)) for _ in range(2))
+    part.up.requires_grad_(False)
+    part.down_bias.requires_grad_(False)
+    x, grad_y, gates = draw(5, shape.hidden), draw(5, shape.hidden, seed=1), draw(5, seed=2)
+    for expert in (whole, part):
+        kept = []
+        expert(x, kept)
+        backward(kind, expert.matrices, kept.pop(), grad_y, gates)
+    assert part.up.grad is None and part.down_bias.grad is None
+    for name, parameter in part.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, whole.get_parameter(name).grad), name

@@ -8,6 +8,7 @@ import torch
 from small import make_config
 
 from hpcmoe.experts import timing
+from hpcmoe.experts.shapes import make_expert_shape
 from hpcmoe.experts.timing import time_passes, time_row
 
 HOST = torch.device("cpu")
@@ -17,7 +18,7 @@ def watch_passes(monkeypatch, seconds_of):
     """Have passes take seconds_of(inner, rows) -> what was asked for."""
     asked = []
 
-    def fake(config, inner, rows, torch_device):
+    def fake(shape, inner, rows, torch_device, packed):
         asked.append((inner, rows))
         return seconds_of(inner, rows)
 
@@ -27,20 +28,20 @@ def watch_passes(monkeypatch, seconds_of):
 
 def test_a_small_expert_is_timed_whole(monkeypatch):
     asked = watch_passes(monkeypatch, lambda inner, rows: 1e-6 * rows)
-    assert time_row(make_config(model__feed_forward=96).spec, 2, 30, HOST) == pytest.approx(1e-6)
+    assert time_row(make_expert_shape(make_config(model__feed_forward=96).spec), 2, 30, HOST) == pytest.approx(1e-6)
     assert asked == [(48, 30)]  # a shard of two
 
 
 def test_a_large_one_is_timed_by_slices_until_they_take_long_enough(monkeypatch):
     asked = watch_passes(monkeypatch, lambda inner, rows: 1e-9 * inner * rows)
     config = make_config(model__feed_forward=2**20)
-    assert time_row(config.spec, 1, 10**6, HOST) == pytest.approx(1e-9 * 2**20)
+    assert time_row(make_expert_shape(config.spec), 1, 10**6, HOST) == pytest.approx(1e-9 * 2**20)
     assert asked == [(256, 512), (1024, 512), (4096, 512)]  # 2.1 ms
 
 
 def test_no_rows_are_timed_as_one(monkeypatch):
     asked = watch_passes(monkeypatch, lambda inner, rows: 1.0)
-    time_row(make_config().spec, 1, 0, HOST)
+    time_row(make_expert_shape(make_config().spec), 1, 0, HOST)
     assert asked[0][1] == 1
 
 
@@ -52,7 +53,7 @@ def test_a_pass_is_an_experts_forward_pass(kind, dtype, monkeypatch):
     forward = timing.Expert.forward
     monkeypatch.setattr(timing.Expert, "forward", lambda expert, x: seen.append((expert, x)) or forward(expert, x))
     config = make_config(experts__kind=kind, model__dtype=dtype, model__hidden=12, model__feed_forward=12)
-    assert 0 < time_passes(config.spec, 5, 7, HOST) < 1
+    assert 0 < time_passes(make_expert_shape(config.spec), 5, 7, HOST) < 1
     expert, x = seen[0]
     assert len(seen) == 4 and x.shape == (7, 12) and x.dtype == getattr(torch, dtype)
     assert expert.up.shape == (5, 12) and expert.down.shape == (12, 5) and expert.up.dtype == x.dtype
@@ -65,7 +66,7 @@ def test_eight_times_the_width_takes_about_eight_times_as_long(monkeypatch):
     config = make_config(model__hidden=256, model__feed_forward=4096)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    tries = [[time_passes(config.spec, inner, 256, HOST) for inner in (512, 4096)] for _ in range(7)]
+    tries = [[time_passes(make_expert_shape(config.spec), inner, 256, HOST) for inner in (512, 4096)] for _ in range(7)]
     torch.set_num_threads(threads)
     narrow, wide = np.min(tries, axis=0)
     assert 3 < wide / narrow < 30

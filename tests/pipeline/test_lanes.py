@@ -9,6 +9,7 @@ from lanes_by_hand import BACKWARD, FORWARD, open_network
 
 from hpcmoe.clock import Clock, Stage, Timer
 from hpcmoe.pipeline.lanes import SCHEDULES, Lanes
+from hpcmoe.wait import call_at_pauses
 
 FINAL = {m: [4.0 * (m + 1)] * 3 for m in range(5)}  # each of two layers doubles
 
@@ -166,9 +167,12 @@ def test_tasks_advance_while_anybody_waits(kind):
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_a_check_is_made_wherever_a_lane_waits(kind):
-    with open_network(kind) as network, torch.no_grad():
-        network.lanes.check = lambda: (_ for _ in ()).throw(RuntimeError("rank 1 has left"))
+def test_what_is_called_at_pauses_is_called_wherever_a_lane_waits(kind):
+    def fail():
+        raise RuntimeError("rank 1 has left")
+
+    with open_network(kind) as network, torch.no_grad(), call_at_pauses(fail):
+        network.dispatcher.wait_for_change = lambda backoff: backoff.pause()
         network.run(3, 2)  # nobody waits
         network.delays = lambda micro_batch: 1
         with pytest.raises(RuntimeError, match="rank 1 has left"):
