@@ -79,8 +79,9 @@ def test_training_keeps_what_is_estimated(comm, tmp_path, shape):
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in OF_TRAINING])
 def test_inference_passes_on_what_is_estimated(comm, tmp_path, shape):
+    """But for the chosen experts, which nobody's context holds."""
     with open_job(comm, tmp_path, run__mode="infer", **SHAPES[shape]) as job:
-        assert measure(job, "infer") == pytest.approx(job.memory.activations, rel=NEAR)
+        assert 0.87 * job.memory.activations <= measure(job, "infer") <= job.memory.activations
 
 
 @pytest.mark.mpi
