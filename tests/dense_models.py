@@ -24,7 +24,6 @@ class Part:
     again: bool = False  # the last part of its kind once more, with its weights
     residual: bool = True
     frozen: bool = False
-    checkpoint: str = ""  # "", "reentrant" or "other"
     width: int = 0  # of a layer of experts
     layer: dict[str, Any] = field(default_factory=dict)  # its arguments
     top_k: int = 1  # of its calls, the first
@@ -42,6 +41,8 @@ class Case:
     autocast: bool = False
     lanes: bool = False
     in_flight: int | None = None
+    checkpoint: str = ""  # "reentrant" or "other"
+    checkpointed: tuple[int, int] = (0, 0)  # parts, as a slice
     wants_inputs: bool = True  # their gradients
     seed: int = 0
 
@@ -133,7 +134,7 @@ class Step(nn.Module):
 
     def finish(self, x, y):
         """Compute the stream after the part."""
-        y = self.out(y) if self.part.kind in ROUTED else y
+        y = self.out(y.to(x.dtype)) if self.part.kind in ROUTED else y
         return x + y if self.part.residual else y
 
     def top_k(self, micro_batch):
@@ -189,12 +190,18 @@ class Model(nn.Module):
         return layer.requires_grad_(not part.frozen)
 
     def forward(self, x, micro_batch):
-        for number, step in enumerate(self.steps):
-            way = self.case.parts[number].checkpoint
-            if way:
-                x = checkpoint(self.apply_part, number, x, micro_batch, use_reentrant=way == "reentrant")
-            else:
-                x = self.apply_part(number, x, micro_batch)
+        begin, end = self.case.checkpointed
+        x = self.apply_parts(range(begin), x, micro_batch)
+        if self.case.checkpoint:
+            reentrant = self.case.checkpoint == "reentrant"
+            x = checkpoint(self.apply_parts, range(begin, end), x, micro_batch, use_reentrant=reentrant)
+        else:
+            x = self.apply_parts(range(begin, end), x, micro_batch)
+        return self.apply_parts(range(end, len(self.steps)), x, micro_batch)
+
+    def apply_parts(self, numbers, x, micro_batch):
+        for number in numbers:
+            x = self.apply_part(number, x, micro_batch)
         return x
 
     def apply_part(self, number, x, micro_batch):
@@ -272,16 +279,27 @@ class Twin:
         """Compute what a layer of experts does -> (ys, routing losses)."""
         key = str(self.first(number))
         if step.part.kind == "moe":
-            return self.apply_moe(key, xs, chosen)
+            return self.apply_moe(key, xs, chosen, step)
         routed = [step.route(x, step.top_k(micro_batch), choices) for x, choices in zip(xs, chosen, strict=True)]
         if step.part.kind == "experts":
             with torch.autocast("cpu", enabled=False):
-                return [self.experts[key](x.to(self.dtype), *r) for x, r in zip(xs, routed, strict=True)], 0.0
-        return [apply_own(step.own, x, *r) for x, r in zip(xs, routed, strict=True)], 0.0
+                return [self.apply_experts(key, step, x, *r) for x, r in zip(xs, routed, strict=True)], 0.0
+        return [
+            self.round(step, apply_own(step.own, self.round(step, x), *r)) for x, r in zip(xs, routed, strict=True)
+        ], 0.0
 
-    def apply_moe(self, key, xs, chosen):
+    def round(self, step, x):
+        """Round rows as they travel, unless all is to be exact."""
+        rounds = step.part.layer.get("dtype") == torch.bfloat16 and self.dtype == torch.float32
+        return x.to(torch.bfloat16).to(x.dtype) if rounds else x
+
+    def apply_experts(self, key, step, x, choices, gates):
+        """Compute all experts on all tokens."""
+        return self.round(step, self.experts[key](self.round(step, x.to(self.dtype)), choices, gates))
+
+    def apply_moe(self, key, xs, chosen, step):
         """Compute a MoE of all ranks' tokens -> (ys, routing losses)."""
-        (weight, settings), experts = self.routers[key], self.experts[key]
+        weight, settings = self.routers[key]
         with torch.autocast("cpu", enabled=False):
             xs = [x.to(self.dtype) for x in xs]
             ys, logits = [], [x @ weight.T for x in xs]
@@ -290,7 +308,8 @@ class Twin:
                 gates = of_rank.softmax(-1).gather(1, choices)
                 if settings.renormalize and choices.shape[1] > 1:
                     gates = gates / gates.sum(1, keepdim=True)
-                ys.append(experts(x, choices, gates * within_capacity(choices, settings, experts.num_experts)))
+                gates = gates * within_capacity(choices, settings, len(weight))
+                ys.append(self.apply_experts(key, step, x, choices, gates))
             every, counts = torch.cat(logits), torch.bincount(torch.cat(chosen).flatten(), minlength=len(weight))
             if len(every) == 0:
                 return ys, 0.0

@@ -174,7 +174,6 @@ def draw_part(draw, size, options):
         "again": draw(st.booleans()),
         "residual": draw(st.booleans()),
         "frozen": draw(st.sampled_from([False, False, True])),
-        "checkpoint": draw(st.sampled_from(["", "", "reentrant", "other"])),
     }
     if kind in ROUTED:
         part["layer"] = draw(draw_layer(kind, size, options))
@@ -199,6 +198,7 @@ def draw_case(draw, size):
     micro_batches = draw(st.integers(1, 4))
     number = st.one_of(st.integers(0, 1), st.integers(0, 9))
     parts = draw(st.lists(draw_part(size, options), min_size=1, max_size=4))
+    checkpoint = draw(st.sampled_from(["", "", "reentrant", "other"]))
     return Case(
         parts=tuple(parts),
         tokens=tuple(tuple(draw(number) for _ in range(size)) for _ in range(micro_batches)),
@@ -206,7 +206,9 @@ def draw_case(draw, size):
         num_nodes=draw(st.integers(1, size)),
         autocast=rows == torch.bfloat16 and draw(st.booleans()),
         lanes=draw(st.booleans()),
-        wants_inputs=any(part.checkpoint == "reentrant" for part in parts) or draw(st.booleans()),
+        checkpoint=checkpoint,
+        checkpointed=tuple(sorted(draw(st.integers(0, len(parts))) for _ in range(2))),
+        wants_inputs=checkpoint == "reentrant" or draw(st.booleans()),
         seed=draw(st.integers(0, 99)),
     )
 
