@@ -65,7 +65,9 @@ if TYPE_CHECKING:
     from hpcmoe.errors import ClusterError as ClusterError
     from hpcmoe.errors import ConfigError as ConfigError
     from hpcmoe.errors import HpcmoeError as HpcmoeError
+    from hpcmoe.errors import PeerError as PeerError
     from hpcmoe.errors import PlacementError as PlacementError
+    from hpcmoe.errors import TrainingError as TrainingError
     from hpcmoe.experts.moe import Experts as Experts
     from hpcmoe.experts.moe import MoE as MoE
     from hpcmoe.experts.own import Dispatcher as Dispatcher
@@ -87,10 +89,12 @@ _MODULE_OF_NAME = {  # the public names, imported when they are first used: `imp
     "Group": "hpcmoe.group",
     "HpcmoeError": "hpcmoe.errors",
     "MoE": "hpcmoe.experts.moe",
+    "PeerError": "hpcmoe.errors",
     "Placement": "hpcmoe.placement.result",
     "PlacementError": "hpcmoe.errors",
     "PlacementProblem": "hpcmoe.placement.problem",
     "Topology": "hpcmoe.cluster.topology",
+    "TrainingError": "hpcmoe.errors",
     "measure": "hpcmoe.cluster.discover",
     "open": "hpcmoe.group",
     "place": "hpcmoe.placement.place",

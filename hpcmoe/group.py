@@ -2,25 +2,27 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from mpi4py import MPI
+from torch import nn
+from torch.optim import Optimizer as TorchOptimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hpcmoe.checkpointing import load_model, save_model
 from hpcmoe.clock import Clock
-from hpcmoe.cluster.discover import read_topology
-from hpcmoe.cluster.launcher import reject_mixed_mpi
-from hpcmoe.cluster.machine import count_own_cores
 from hpcmoe.cluster.mesh import Mesh, open_mesh
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.device import Device, open_device
+from hpcmoe.comm.failures import open_failures
 from hpcmoe.comm.heap import keep_heap
 from hpcmoe.comm.mpi import all_reduce
-from hpcmoe.config import ClusterConfig, CommConfig, DispatchConfig, ParallelConfig
-from hpcmoe.environment import read_environment
-from hpcmoe.errors import ClusterError, ConfigError, HpcmoeError, agree_on, on_all, share
+from hpcmoe.comm.reduce import make_reducer
+from hpcmoe.config import CommConfig, DispatchConfig, ParallelConfig
+from hpcmoe.errors import ConfigError, HpcmoeError, TrainingError, agree_on, on_all, share
 from hpcmoe.experts.losses import LaneSums
 from hpcmoe.experts.moe import Experts, LayerSeat, MoE
 from hpcmoe.experts.options import GroupOptions, make_options
@@ -30,15 +32,18 @@ from hpcmoe.pipeline.lanes import Lanes
 from hpcmoe.prepare.layer import choose_method, make_layer_experts, place_layer
 from hpcmoe.prepare.sizes import make_layer_sizes
 from hpcmoe.run.dispatchers import select_row_backend
-from hpcmoe.run.job import choose_threads
+from hpcmoe.run.layer_moves import rebalance_layers
+from hpcmoe.run.model_gradients import ModelGradients
+from hpcmoe.run.ranks import OPEN, check_comm, choose_own_threads, read_group_topology, torch_threads
 from hpcmoe.run.shared_dispatchers import SharedDispatchers
 from hpcmoe.validate import validate_arguments
 from hpcmoe.wait import barrier
 
+_COUNTED = ("loads", "update_routers", "rebalance")
+_BUCKET_BYTES = 4_000_000  # of gradients in one message
+
 Result = TypeVar("Result")
 MicroBatch = TypeVar("MicroBatch")
-_OPEN = "hpcmoe.open"
-_MEASURE = "measure"
 
 
 class Group:
@@ -56,8 +61,10 @@ class Group:
         self.engine = Lanes([], Clock(), options.schedule, device.bind_thread)
         self.sums: LaneSums | None = None
         self.refuses_more, self.num_optimizer_steps = options.refuse_more, 0
-        self.loads_since: list[np.ndarray] = []  # by layer [E], tokens since loads() was called
-        self.routed_since: list[np.ndarray] = []  # and since update_routers() was
+        self.counts_since: dict[str, list[np.ndarray]] = {
+            name: [] for name in _COUNTED
+        }  # by layer [E], by who pops them
+        self.gradients: dict[nn.Module, ModelGradients] = {}
 
     def lanes(
         self,
@@ -78,44 +85,102 @@ class Group:
         if schedule not in (None, "serial", "overlap", "arrival"):
             raise ConfigError(f"hpcmoe lanes: schedule = {schedule!r}: must be 'serial', 'overlap' or 'arrival'")
         self.engine.kind = schedule or self.options.schedule
+        for gradients in self.gradients.values() if torch.is_grad_enabled() else ():
+            gradients.expect(len(micro_batches))
         try:
             results = self.engine.run(lambda m: step(micro_batches[m]), len(micro_batches), in_flight or most)
         finally:
             self.engine.kind = self.options.schedule
         return iter(results)
 
+    def save(
+        self,
+        folder: Path | str,
+        model: nn.Module,
+        optimizer: TorchOptimizer | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Write a model, its optimizer and extra (what JSON holds) to a folder, whole or not at all.
+
+        Collective over the group. Raises CheckpointError on all ranks.
+        """
+        save_model(self.mesh, folder, model, optimizer, extra)
+
+    def load(self, folder: Path | str, model: nn.Module, optimizer: TorchOptimizer | None = None) -> dict[str, Any]:
+        """Read what save() wrote, on any number of ranks -> extra. Collective over the group.
+
+        Raises CheckpointError on all ranks, before anything has changed.
+        """
+        return load_model(self.mesh, folder, model, optimizer)
+
     def loads(self) -> list[np.ndarray]:
         """Return the tokens that each expert of each layer has had since the last call, on all ranks -> int64 [E] each.
 
         Collective over the group.
         """
-        self.sum_counts()
-        loads, self.loads_since = self.loads_since, [np.zeros_like(counts) for counts in self.loads_since]
-        return loads
+        return self.pop_counts("loads")
 
     def update_routers(self) -> None:
         """Move the load feedback and the biases of all MoE layers by what was routed since the last call.
 
         Call it after the optimizer's step. Collective over the group.
         """
-        self.sum_counts()
+        counts_of_layer = self.pop_counts("update_routers")
         for moe in self.routers:
-            counts = self.routed_since[moe.experts.number]
-            if counts.any():
+            if (counts := counts_of_layer[moe.experts.number]).any():
                 utilisation = counts / counts.mean()
                 load = update_load(moe.load.numpy(force=True), utilisation, moe.settings.load_window_steps)
                 moe.load.copy_(torch.from_numpy(load))
                 update_biases([moe], utilisation[None], moe.settings.bias_update_speed)
-            counts[:] = 0
 
-    def sum_counts(self) -> None:
-        """Sum over all ranks what the layers have counted since they were last asked. Collective over the group."""
+    def rebalance(self, model: nn.Module, optimizer: TorchOptimizer | None = None) -> int:
+        """Move a model's experts to where their tokens since the last call would have them -> how many have moved.
+
+        The optimizer's state of them moves too. Between an optimizer's step and the next forward pass. A second or so a
+        layer for the search. Collective over the group.
+        """
+        counts = self.pop_counts("rebalance")
+        layers = [module for module in model.modules() if isinstance(module, Experts)]
+        loads = {layer: counts[layer.number] for layer in layers if counts[layer.number].any()}
+        return rebalance_layers(self.mesh, self.topology, loads, optimizer)
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Sum each trained parameter's gradient over the ranks that hold it: of experts its replicas, else all.
+
+        From the second step on, sums begin during the last backward pass. A parameter without a gradient on all ranks
+        keeps none. Collective over the group. Raises TrainingError on all ranks where their parameters differ.
+        """
+        if model not in self.gradients:
+            groups = next((dispatcher.sum_groups for dispatcher in self.engine.dispatchers), None)
+            reducer = make_reducer(self.mesh, self.device, groups, _BUCKET_BYTES)
+            experts = [layer for layer in self.layers if isinstance(layer, Experts)]
+            self.gradients[model] = ModelGradients(model, experts, reducer)
+            self.engine.pokes.append(self.gradients[model].poke)
+        self.gradients[model].finish()
+
+    def clip_grad_norm_(self, model: nn.Module, max_norm: float) -> float:
+        """Scale gradients that are summed to a norm of at most max_norm -> the norm before.
+
+        Each logical parameter counts once. Collective over the group. Raises TrainingError before sum_gradients().
+        """
+        if model not in self.gradients:
+            raise TrainingError("clip_grad_norm_: no gradients are summed yet: call sum_gradients first")
+        return self.gradients[model].clip_grad_norm_(max_norm)
+
+    def pop_counts(self, name: str) -> list[np.ndarray]:
+        """Return the tokens of each expert, by layer [E], since the last call with this name, over all ranks.
+
+        Collective over the group.
+        """
         own = [layer.tokens_of_expert.numpy(force=True).copy() for layer in self.layers]
         counts = all_reduce(self.mesh.world, np.concatenate([np.zeros(0, np.int64), *own]))
         for layer, new in zip(self.layers, np.split(counts, np.cumsum([len(each) for each in own])), strict=False):
             layer.tokens_of_expert.zero_()
-            self.loads_since[layer.number] += new
-            self.routed_since[layer.number] += new
+            for since in self.counts_since.values():
+                since[layer.number] += new
+        popped = self.counts_since[name]
+        self.counts_since[name] = [np.zeros_like(counts) for counts in popped]
+        return popped
 
     def finish(self) -> None:
         """Serve the other ranks to the end, and wait for sums that nobody has waited for. Collective over the group."""
@@ -149,8 +214,8 @@ class Group:
         if is_new:
             self.engine.dispatchers.append(dispatcher)
         self.layers.append(layer)
-        self.loads_since.append(np.zeros(options.num_experts, np.int64))
-        self.routed_since.append(np.zeros(options.num_experts, np.int64))
+        for since in self.counts_since.values():
+            since.append(np.zeros(options.num_experts, np.int64))
         return LayerSeat(
             number=number,
             options=options,
@@ -220,10 +285,14 @@ def open(
         "threads": threads,
     }  # fmt: skip
     world = check_comm(comm)
-    options = agree_on(world, _OPEN, lambda: validate_arguments(GroupOptions, arguments, _OPEN))
+    options = agree_on(world, OPEN, lambda: validate_arguments(GroupOptions, arguments, OPEN))
     topology = read_group_topology(world, links if isinstance(links, Topology) else options.links)
     parallel = ParallelConfig(data=options.data_parallel, expert=expert_parallel, tensor=tensor_parallel)
-    with open_mesh(world, parallel) as mesh, torch_threads(options.threads or choose_own_threads(topology, mesh)):
+    with (
+        open_failures(world),
+        open_mesh(world, parallel) as mesh,
+        torch_threads(options.threads or choose_own_threads(topology, mesh)),
+    ):
         keep_heap()
         here = topology.ranks_of_node(topology.node_of_rank[mesh.world.rank]).tolist()
         own = on_all(mesh.world, lambda: open_device(options.device, here.index(mesh.world.rank)))
@@ -239,38 +308,3 @@ def open(
         finally:
             hook.remove()
             group.engine.close()
-
-
-def check_comm(comm: MPI.Intracomm | None) -> MPI.Intracomm:
-    """Return the ranks of a group, by default all. Raises ConfigError, or ClusterError where two MPIs are mixed."""
-    if comm is None:
-        reject_mixed_mpi(read_environment(), MPI.COMM_WORLD.size)
-        return MPI.COMM_WORLD
-    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
-        raise ConfigError(f"{_OPEN}: comm = {comm!r}: must be an intracommunicator of mpi4py")
-    return comm
-
-
-def read_group_topology(comm: MPI.Intracomm, links: str | Topology) -> Topology:
-    """Read where a group's ranks are, unless it is given. Collective over comm. Raises ClusterError on all ranks."""
-    if not isinstance(links, Topology):
-        return read_topology(comm, ClusterConfig(links=links or _MEASURE), assumes_links=not links)
-    if len(links.node_of_rank) != comm.size:
-        raise ClusterError(f"{_OPEN}: links: a Topology of {len(links.node_of_rank)} ranks: must be of {comm.size}")
-    return links
-
-
-def choose_own_threads(topology: Topology, mesh: Mesh) -> int:
-    """Return the threads of torch of this rank: its share of its node's cores, or of those it may use."""
-    return min(choose_threads(topology, mesh.world.rank), count_own_cores())
-
-
-@contextlib.contextmanager
-def torch_threads(number: int) -> Iterator[None]:
-    """Let torch use so many threads in the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -38,7 +38,7 @@ def check_against_oracle(comm, folder, bias=0.0, **changes):
         outcome = job.stepper.run(job.training, starts, load, "train")
         optimizer.sums.finish()
         gradients = gather_logical(comm, state, lambda p: p.grad)
-        norm = optimizer.global_norm()
+        norm = optimizer.sums.global_norm()
 
     if comm.rank > 0:
         return outcome  # one oracle is enough: the ranks' gradients are all gathered

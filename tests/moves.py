@@ -30,7 +30,7 @@ def shuffle(problem, present, seed):
     return np.stack(layouts)
 
 
-def force(job, optimizer, seed, step):
+def force(job, optimizer, seed):
     """Move the experts to a random layout, whatever it gains -> the number that move. Collective over all ranks."""
     mine = None
     if job.mesh.world.rank == 0:
@@ -39,7 +39,7 @@ def force(job, optimizer, seed, step):
         moves = list_moves(job.problem, job.placement.expert_of_replica, layouts)
         mine = RunPlacement(placement=placement, seconds_of_method={}), moves
     layout, moves = broadcast(job.mesh.world, mine)
-    job.stepper.dispatcher.register(start_migration(job, optimizer, layout, moves, step))
+    job.stepper.dispatcher.register(start_migration(job, optimizer, layout, moves))
     return len(moves)
 
 
@@ -54,7 +54,7 @@ def run_steps(comm, folder, moves_after=(), steps=STEPS, **changes):
         load, told, moved = start_load(job), [], 0
         for step in range(1, steps + 1):
             if step - 1 in moves_after:
-                moved += force(job, optimizer, step, step - 1)
+                moved += force(job, optimizer, step)
             outcome, norm = train_step(job, optimizer, load, step)
             told.append((outcome.loss, norm))
         assert comm.size == 1 or not moves_after or moved > 0

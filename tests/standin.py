@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpcmoe.comm.device import PlainDevice
 from hpcmoe.comm.mpi import open_mpi_transport
-from hpcmoe.run.gradient_sums import FlatGradients
+from hpcmoe.run.flat_gradients import FlatGradients
 
 ASKED_BEFORE = 2  # times that the host must ask for an event
 

@@ -15,7 +15,14 @@ from hpcmoe.config import DispatchConfig
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.dispatch.notice import Notice
 from hpcmoe.dispatch.router import Router, count_assignments
-from hpcmoe.experts.feed_forward import Expert, GroupedExperts, LocalExperts, concatenate, make_expert_weights
+from hpcmoe.experts.feed_forward import (
+    Expert,
+    GroupedExperts,
+    LocalExperts,
+    concatenate,
+    make_empty_weights,
+    make_expert_weights,
+)
 from hpcmoe.experts.layer import ExpertLayer, Turns
 from hpcmoe.experts.logical import GroupModule, LogicalExperts
 from hpcmoe.experts.losses import LaneSums
@@ -153,6 +160,18 @@ class Experts(LogicalExperts, ExpertLayer):
         if torch._C._current_graph_task_id() == -1:
             self.tokens_of_expert += count_assignments(experts, self.num_experts)
 
+    def make_replica(self) -> Expert:
+        """Allocate an expert whose weights are to come from another rank."""
+        mesh = self.group.mesh
+        weights = make_empty_weights(self.options.shape, mesh.tensor_index, mesh.tensor_parallel)
+        return Expert(self.kind, weights).to(self.tokens_of_expert.device, self.anchor.dtype)
+
+    def follow_placement(self, placement: ExpertSlots) -> None:
+        """Send tokens to where another placement has the experts, which have moved there."""
+        self.placement = placement
+        self.chooser = make_chooser(self.num_experts, self.group.mesh, placement, 0)
+        self.refresh()
+
     def refresh_if_changed(self) -> None:
         """Drop the weights' casts if any weight has changed. Writes through .data do not show: refresh() after them."""
         seen = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.local.parameters()]
@@ -169,6 +188,7 @@ class Experts(LogicalExperts, ExpertLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Experts":
         """Move or cast the parameters, as nn.Module.to() does, and stack them anew."""
         super()._apply(fn, recurse)
+        self.anchor = fn(self.anchor.detach()).requires_grad_()  # shows the parameters' precision where a rank has none
         self.local.stack_weights()
         self.refresh()
         return self

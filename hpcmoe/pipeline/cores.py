@@ -1,14 +1,15 @@
 """The turn stays on its core: a thread that is woken to go on where another stops goes on there.
 
 By itself Linux wakes a thread on whatever core is idle at the moment, far from the data that its rank has just used,
-and there it drives the next rank away. Measured with two ranks on two cores and two lanes each, a step of 90 ms: 8 ms.
+and there it drives the next rank away. Measured with two ranks of two lanes on two cores: a step takes 0.97 of that.
 """
 
 import ctypes
 import os
 import threading
 
-_CAN_MOVE = hasattr(os, "sched_setaffinity") and hasattr(ctypes.CDLL(None), "sched_getcpu")
+_LIBC = ctypes.CDLL(None)
+_CAN_MOVE = hasattr(os, "sched_setaffinity") and hasattr(_LIBC, "sched_getcpu")
 
 
 class Place:
@@ -26,7 +27,7 @@ class Place:
     def call_here(self) -> None:
         """Make the thread, which sleeps, wake up on the caller's core."""
         if _CAN_MOVE and self.thread is not None and len(self.cores) > 1:
-            os.sched_setaffinity(self.thread, {ctypes.CDLL(None).sched_getcpu()})
+            os.sched_setaffinity(self.thread, {_LIBC.sched_getcpu()})
 
     def release(self) -> None:
         """Let the calling thread, which is awake, run on all its cores again."""

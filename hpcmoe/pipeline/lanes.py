@@ -53,11 +53,6 @@ class Lane:
         """Return True if the lane is at its experts' work."""
         return len(self.stages) > 0 and self.stages[0][0] in _HEAVY
 
-    def give_turn(self) -> None:
-        """Let this lane's thread go on, on the caller's core, when the caller stops."""
-        self.place.call_here()
-        self.turn.release()
-
     def await_turn(self) -> None:
         """Wait until this lane, the calling thread's, may go on."""
         self.turn.acquire()
@@ -83,14 +78,13 @@ class Lanes:
             raise ValueError(f"unknown schedule {kind}")
         self.dispatchers, self.clock, self.kind, self.bind_thread = dispatchers, clock, kind, bind_thread
         self.pokes: list[Callable[[], bool]] = []  # advance what else goes on, and return True if any of it has moved
-        self.check: Callable[[], None] = lambda: None  # raises what other ranks have to tell, wherever one waits
         self.contexts = WeakSet[Any]()  # what forward passes have left for backward passes
         self.observe: Callable[[Iterable[Any]], None] | None = None  # is shown them after each stage
         self.current = threading.local()
         self.caller = Lane()  # the thread outside all lanes
         self.lanes: list[Lane] = []  # that have not ended, in the order of the circle
         self.failure: BaseException | None = None
-        self.threads: ThreadPoolExecutor | None = None
+        self.threads, self.num_threads = ThreadPoolExecutor(1), 0
 
     @property
     def lane(self) -> Lane:
@@ -135,13 +129,15 @@ class Lanes:
         """Take several lanes' micro-batches through the network, each in a thread, while the caller waits."""
         # Start the threads, and give the first of them the turn.
         self.lanes, self.failure, caller_timers = list(lanes), None, self.clock.running
-        self.threads = self.threads or ThreadPoolExecutor(len(lanes), "lane")
+        if self.num_threads < len(lanes):
+            self.close()
+            self.threads, self.num_threads = ThreadPoolExecutor(len(lanes), "lane"), len(lanes)
         modes = capture_modes()
         threads = [
             self.threads.submit(contextvars.copy_context().run, self.work, lane, step, results, modes) for lane in lanes
         ]
         self.caller.place.enter()
-        lanes[0].give_turn()
+        self.give_turn(lanes[0])
 
         # Wait for the last of them; a signal's exception ends them.
         try:
@@ -159,25 +155,29 @@ class Lanes:
         """Run a lane when it first has the turn, and hand this on at its end."""
         lane.place.enter()
         lane.await_turn()
+        with self.keep_failure(), contextlib.ExitStack() as entered:
+            self.bind_thread()
+            for mode in modes:
+                entered.enter_context(mode())
+            self.stop_if_failed()
+            self.run_lane(lane, step, results)
+
+        # Go on for the others where they need no threads of their own; whatever fails, one of these must go on.
+        place, successor = self.lanes.index(lane), None
+        self.lanes.remove(lane)
+        with self.keep_failure():
+            successor = self.choose(place)
+        self.give_turn(successor or self.choose(place))
+
+    @contextlib.contextmanager
+    def keep_failure(self) -> Iterator[None]:
+        """Keep the first exception of any lane, which ends all of them."""
         try:
-            with contextlib.ExitStack() as entered:
-                self.bind_thread()
-                for mode in modes:
-                    entered.enter_context(mode())
-                self.stop_if_failed()
-                self.run_lane(lane, step, results)
+            yield
         except EndedError:
             pass
         except BaseException as error:
             self.failure = self.failure or error
-        place = self.lanes.index(lane)
-        self.lanes.remove(lane)
-        try:
-            successor = self.choose(place)
-        except BaseException as error:
-            self.failure = self.failure or error
-            successor = self.choose(place)
-        successor.give_turn()
 
     def run_stages(self, layer: int, stages: Stages) -> None:
         """Run stages of a layer to their ends; between them, or meanwhile, other lanes go on as the kind says."""
@@ -190,8 +190,9 @@ class Lanes:
                 self.hand_on(lane)
             if lane.stages:
                 self.drive(lane)
-        if lane.error is not None:
-            raise lane.error
+        error, lane.error = lane.error, None
+        if error is not None:
+            raise error
 
     @contextlib.contextmanager
     def stage(self, stage: Stage, layer: int) -> Iterator[None]:
@@ -250,7 +251,6 @@ class Lanes:
     def wait(self, timer: Timer, backoff: Backoff) -> None:
         """Pause, a few times at most, until something may have changed since the last poke."""
         self.stop_if_failed()
-        self.check()
         with self.clock.measure(timer):
             if len(self.dispatchers) == 1:
                 self.dispatchers[0].wait_for_change(backoff)
@@ -266,10 +266,16 @@ class Lanes:
         """Hand this thread's turn on, and wait until it comes back."""
         successor = self.choose(self.lanes.index(lane) + 1)
         if successor is not lane:
-            successor.give_turn()
+            self.give_turn(successor)
             lane.await_turn()
             self.clock.switch(lane.timers)
         self.stop_if_failed()
+
+    def give_turn(self, lane: Lane) -> None:
+        """Let a lane's thread go on, on this thread's core; until it does nobody works."""
+        self.clock.switch([Timer.WAITING])
+        lane.place.call_here()
+        lane.turn.release()
 
     def choose(self, place: int) -> Lane:
         """Work on what lanes have posted, until one of them needs its thread -> that lane; the caller's at the end.
@@ -304,8 +310,7 @@ class Lanes:
 
     def close(self) -> None:
         """End the threads."""
-        if self.threads is not None:
-            self.threads.shutdown()
+        self.threads.shutdown()
 
 
 @contextlib.contextmanager

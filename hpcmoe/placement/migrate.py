@@ -48,6 +48,11 @@ class Moves:
     def __len__(self) -> int:
         return len(self.layer)
 
+    def of_layer(self, layer: int) -> "Moves":
+        """Return those of one layer."""
+        here = self.layer == layer
+        return Moves(**{field.name: getattr(self, field.name)[here] for field in dataclasses.fields(self)})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationDecision:

@@ -3,109 +3,28 @@
 On GPUs NCCL does so too. Where MPI carries the rows between GPUs, sums go through the host when the pass is over.
 
 A part of the model is final when each of its parameters has had the backward passes that are expected, which hooks
-count. All ranks start the same sums in one order: a part that is final early waits for those before it.
+count. All ranks start the same sums in one order: a part that is final early waits for those before it. From then until
+the end of the sums its parameters have no gradient: one that comes late does not get into a sum under way.
 """
 
 import collections
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from mpi4py import MPI
 from torch import nn
 
+from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.comm.reduce import Reducer
 from hpcmoe.experts.feed_forward import LocalExperts
+from hpcmoe.run.flat_gradients import FlatGradients, HeldReplica, SharedExperts
 from hpcmoe.wait import Backoff
 
 _FIRST_TAG = 1  # of a layer's sums; MPI keeps the order of the experts in it. 0 is of migrations
 _GATHERED = 2**22  # gradients of others that a rank holds at once, 16 MB
-
-
-class FlatGradients:
-    """The gradients of parts of the network in one array, so that one message sums many."""
-
-    def __init__(self, parts: Mapping[Any, Sequence[nn.Parameter]]):
-        """parts: parameters by part, in the order of the array."""
-        self.parts = parts
-        self.parameters = [p for parameters in parts.values() for p in parameters]
-        device = self.parameters[0].device if self.parameters else None
-        self.flat = torch.zeros(sum(p.numel() for p in self.parameters), device=device)
-        rows = zip(self.parameters, self.flat.split([p.numel() for p in self.parameters]), strict=True)
-        self.grad_of = {parameter: part.view(parameter.shape) for parameter, part in rows}
-        for parameter, grad in self.grad_of.items():
-            parameter.grad = grad
-        sizes = [sum(p.numel() for p in parameters) for parameters in parts.values()]
-        self.end_of_part = dict(zip(parts, np.cumsum(sizes, dtype=int).tolist(), strict=True))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PlacedExperts:
-    """This rank's experts of a layer, and where all replicas of the layer's experts are."""
-
-    layer: int
-    local: LocalExperts
-    expert_of_replica: np.ndarray  # [S] int64, -1 in an empty slot
-    rank_of_replica: np.ndarray  # [S] int64, of the expert-parallel group
-
-    def ranks_of_slots(self, rank: int) -> dict[int, tuple[int, tuple[int, ...]]]:
-        """Find what a rank's slots hold -> {slot: (expert, the ranks that hold it, ascending)}."""
-        held = self.expert_of_replica[self.rank_of_replica == rank].tolist()
-        return {
-            slot: (expert, tuple(np.unique(self.rank_of_replica[self.expert_of_replica == expert]).tolist()))
-            for slot, expert in enumerate(held)
-            if expert >= 0
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldReplica:
-    """The expert in one slot of this rank, and the ranks of the group that hold it."""
-
-    layer: int
-    slot: int
-    expert: int
-    ranks: tuple[int, ...]  # of the expert-parallel group, ascending
-    owned: bool  # this rank is the first of them
-    begin: int  # of its gradients in the flat array
-    end: int
-
-
-class SharedExperts:
-    """The experts of this rank, the ranks of the group that hold replicas of them, and their gradients.
-
-    Gradients are in the order of the layers given; in a layer those of owned experts come first.
-    """
-
-    def __init__(self, layers: Sequence[PlacedExperts], comm: MPI.Comm):
-        """layers: in the order in which their sums start; comm: the expert-parallel group."""
-        self.local_of_layer = {placed.layer: placed.local for placed in layers}
-        self.of_layer: dict[int, list[HeldReplica]] = {}
-        parts, end = {}, 0
-        for placed in layers:
-            layer, held = placed.layer, placed.ranks_of_slots(comm.rank)
-            self.of_layer[layer] = []
-            for slot, (expert, ranks) in sorted(held.items(), key=lambda entry: entry[1][1][0] != comm.rank):
-                parts[layer, slot] = list(placed.local.replicas[slot].parameters())
-                begin, end = end, end + sum(p.numel() for p in parts[layer, slot])
-                owned = ranks[0] == comm.rank
-                where = HeldReplica(
-                    layer=layer, slot=slot, expert=expert, ranks=ranks, owned=owned, begin=begin, end=end
-                )
-                self.of_layer[layer].append(where)
-        self.flat = FlatGradients(parts).flat
-
-    def held_replicas(self) -> list[HeldReplica]:
-        """List the experts of all slots of this rank."""
-        return [replica for held in self.of_layer.values() for replica in held]
-
-    def owns(self, layer: int, slot: int) -> bool:
-        """Return True if this rank is the first that holds the expert in its slot."""
-        return any(replica.owned and replica.slot == slot for replica in self.of_layer[layer])
 
 
 class GradientSums:
@@ -116,46 +35,66 @@ class GradientSums:
     ) -> None:
         """order: names of the dense parts, in their order, and layers of experts, in theirs; the same on all ranks."""
         self.dense, self.experts, self.order, self.reducer = dense, experts, order, reducer
+        self.arrays = (dense, experts.gradients)
         self.mesh, self.bucket = reducer.mesh, reducer.bucket
         self.tasks: list[Iterator] = []
         sources = [(place, source) for place, part in enumerate(order) for source in self.list_sources(part)]
         self.place_of_source = [place for place, _ in sources]
         remove_hooks = count_passes([source for _, source in sources], self.add_pass)
         weakref.finalize(self, remove_hooks)
-        self.begin(0)
+        self.begin(None)
+
+    def list_parameters(self, part: str | int) -> Sequence[nn.Parameter]:
+        """List the parameters of a part."""
+        return self.dense.parts[part] if isinstance(part, str) else self.experts.list_parameters(part)
 
     def list_sources(self, part: str | int) -> Sequence[nn.Parameter | LocalExperts]:
         """List what tells of the backward passes of a part: dense parameters, or a layer's experts."""
         return self.dense.parts[part] if isinstance(part, str) else [self.experts.local_of_layer[part]]
 
-    def begin(self, num_passes: int) -> None:
-        """Prepare for the gradients of so many backward passes, once the sums of the last step are done.
+    def begin(self, expected: Sequence[int] | int | None) -> None:
+        """Prepare for the gradients of a step, once the sums of the last are done. Collective over world.
 
-        No sum starts before finish() where num_passes is 0, or where MPI sums a GPU's gradients. Collective over world.
+        expected: passes of all sources, or of each. No sum starts before finish() where it is None, or where MPI sums a
+        GPU's gradients.
         """
         self.drain()
-        self.passes_left = [num_passes if self.reducer.can_overlap else 0] * len(self.place_of_source)
-        self.sources_left = np.bincount(self.place_of_source, minlength=len(self.order)).tolist()
-        self.waiting = collections.deque(enumerate(self.order))  # parts whose sums have not started
-        self.is_open, self.num_started = True, 0
+        if expected is None or not self.reducer.can_overlap:
+            expected = -1
+        num_sources = len(self.place_of_source)
+        self.expected = [expected] * num_sources if isinstance(expected, int) else list(expected)
+        self.num_passes = [0] * num_sources
+        awaited = [place for place, passes in zip(self.place_of_source, self.expected, strict=True) if passes]
+        self.sources_left = np.bincount(awaited, minlength=len(self.order)).tolist()
+        self.is_open, self.next_place, self.num_started = True, 0, 0
+        for gradients in self.arrays:
+            gradients.taken.clear()
         self.next_layers = collections.deque(self.experts.of_layer)  # whose sums over data-parallel groups are to start
 
     def add_pass(self, source: int) -> None:
         """Callback: a backward pass has added to the gradients of a source. Start the sums that may start now."""
-        if not self.is_open or self.passes_left[source] == 0:
+        if not self.is_open:
             return
-        self.passes_left[source] -= 1
-        if self.passes_left[source] == 0:
+        self.num_passes[source] += 1
+        if self.num_passes[source] == self.expected[source]:
             self.sources_left[self.place_of_source[source]] -= 1
-        while self.waiting and self.sources_left[self.waiting[0][0]] == 0:
+        while self.waiting and self.sources_left[self.next_place] == 0:
             self.start_next()
+
+    @property
+    def waiting(self) -> Sequence[str | int]:
+        """Return the parts whose sums have not started."""
+        return self.order[self.next_place :]
 
     def start_next(self) -> None:
         """Start the sums of the next part in the order."""
-        _, part = self.waiting.popleft()
+        part = self.order[self.next_place]
+        self.next_place += 1
         if isinstance(part, str):
+            self.dense.take(self.dense.parts[part])
             self.tasks.append(self.sum_dense(self.dense.end_of_part[part]))
         else:
+            self.experts.gradients.take(self.experts.list_parameters(part))
             self.tasks.append(self.sum_experts(part))
         self.poke()
 
@@ -175,6 +114,8 @@ class GradientSums:
             if not self.reducer.can_overlap:  # host memory for one part, not for all
                 self.drain()
         self.drain()
+        for gradients in self.arrays:
+            gradients.attach(gradients.parameters)
         self.is_open = False
 
     def drain(self) -> None:
@@ -186,6 +127,18 @@ class GradientSums:
         for _ in self.reducer.finish():
             self.reducer.poke()
             backoff.pause()
+
+    def global_norm(self) -> float:
+        """Compute the norm of all gradients, every logical parameter counted once. Collective over world."""
+        owned = [replica for replica in self.experts.held_replicas() if replica.owned]
+        gradients = [self.experts.flat[replica.begin : replica.end] for replica in owned]
+        dense, *own = sum_squares([self.dense.flat, *gradients])
+
+        # Order the squares by expert, so that their sum does not depend on the placement.
+        experts = [(layer, e) for layer, size in sorted(self.experts.num_experts.items()) for e in range(size)]
+        square_of = dict(zip([(replica.layer, replica.expert) for replica in owned], own, strict=True))
+        squares = np.array([square_of.get(which, 0.0) for which in experts], np.float64)
+        return float(all_reduce(self.mesh.world, squares).sum() / self.mesh.dp.size + dense) ** 0.5
 
     def all_gather_dense(self, counts: list[int]) -> None:
         """Gather the dense gradients' array, of which rank r holds the r-th part, counts[r] numbers.
@@ -253,6 +206,11 @@ class GradientSums:
                 yield
             self.next_layers.popleft()
             yield from self.reducer.all_reduce("dp", owned)
+
+
+def sum_squares(tensors: Sequence[torch.Tensor]) -> np.ndarray:
+    """Sum the squares of each tensor in float64 -> [n]; the host waits for the device once."""
+    return torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]).cpu().numpy() ** 2
 
 
 def count_passes(sources: Sequence[nn.Parameter | LocalExperts], add_pass: Callable[[int], None]) -> Callable[[], None]:

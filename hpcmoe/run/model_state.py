@@ -159,7 +159,7 @@ class ModelState:
 
 
 def slice_experts(mesh: Mesh, layers: dict[str, LogicalExperts]) -> dict[nn.Parameter, ArraySlice]:
-    """Slice the experts' weights; of replicas the one in the lowest slot is saved. Collective over mesh.ep."""
+    """Cut experts' weights into slices; of replicas the one in the lowest slot is saved. Collective over mesh.ep."""
     slices: dict[nn.Parameter, ArraySlice] = {}
     slots_of_rank = gather_to_all(mesh.ep, [[int(e) for e in layer.expert_of_slot] for layer in layers.values()])
     for number, (path, layer) in enumerate(layers.items()):

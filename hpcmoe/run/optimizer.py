@@ -5,21 +5,19 @@ optimizer state sharded over the ranks: Rajbhandari et al. 2020 (arXiv:1910.0205
 """
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
 from hpcmoe.cluster.mesh import Mesh
-from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.comm.reduce import make_reducer
 from hpcmoe.config import Config, TrainConfig
 from hpcmoe.experts.layer import ExpertLayer
 from hpcmoe.model.language import LanguageModel
 from hpcmoe.placement.result import Placement
-from hpcmoe.run.gradient_sums import FlatGradients, GradientSums, PlacedExperts, SharedExperts
+from hpcmoe.run.flat_gradients import FlatGradients, PlacedExperts, SharedExperts
+from hpcmoe.run.gradient_sums import GradientSums
 from hpcmoe.run.slices import cut_rows
 
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  # our name: AdamW's
@@ -77,8 +75,8 @@ class Optimizer:
         order = [head, *by_layer, embedding]
         self.sums = self.network.sums = GradientSums(self.dense, self.shared, order, reducer)
 
-    def follow_placement(self, placement: Placement, step: int) -> None:
-        """Replace this rank's experts by those of another placement after a step; a new expert's moments are zero."""
+    def follow_placement(self, placement: Placement) -> None:
+        """Step and sum the parameters of another placement's experts, which AdamW has already (run.move_experts)."""
         # Free the gradients before those of the new placement are allocated.
         held = set(self.network.expert_parameters())
         gone = self.stepped_rows.keys() - held - set(self.dense.parameters)
@@ -87,21 +85,13 @@ class Optimizer:
         self.network.sums = None
         del self.shared, self.sums
         self.share_gradients(placement)
-
-        # Exchange the parameters that AdamW steps, and their state.
-        new = [p for p in self.network.expert_parameters() if p not in self.stepped_rows]
         for parameter in gone:
             del self.stepped_rows[parameter]
-            self.adamw.state.pop(parameter, None)
-        self.stepped_rows |= {p: [SteppedRows(rows=p, first=0)] for p in new}
-        for group, wanted in zip(self.adamw.param_groups, (lambda p: p.dim() > 1, lambda p: p.dim() <= 1), strict=True):
-            group["params"] = [p for p in group["params"] if p not in gone] + [p for p in new if wanted(p)]
-        for parameter in new:
-            self.adamw.state[parameter] = make_zero_state(parameter, step)
+        self.stepped_rows |= {p: [SteppedRows(rows=p, first=0)] for p in held - self.stepped_rows.keys()}
 
     def zero_gradients(self) -> None:
         """Set the gradients to zero before a step. Collective over world."""
-        self.sums.begin(self.num_micro_batches if self.train.bucket_bytes else 0)
+        self.sums.begin(self.num_micro_batches if self.train.bucket_bytes else None)
         self.dense.flat.zero_()
         self.shared.flat.zero_()
 
@@ -111,7 +101,7 @@ class Optimizer:
         Collective over world.
         """
         self.sums.finish()
-        norm = self.global_norm()
+        norm = self.sums.global_norm()
         if 0 < self.train.clip_norm < norm:
             self.dense.flat *= self.train.clip_norm / norm
             self.shared.flat *= self.train.clip_norm / norm
@@ -134,18 +124,6 @@ class Optimizer:
         self.sums.all_gather_dense(counts)
         for parameter, grad in self.dense.grad_of.items():
             parameter.data.copy_(grad)
-
-    def global_norm(self) -> float:
-        """Compute the norm of all gradients, every logical parameter counted once. Collective over world."""
-        owned = [replica for replica in self.shared.held_replicas() if replica.owned]
-        gradients = [self.shared.flat[replica.begin : replica.end] for replica in owned]
-        dense, *own = sum_squares([self.dense.flat, *gradients])
-
-        # Order the squares by expert, so that their sum does not depend on the placement.
-        squares = np.zeros((len(self.network.layers), len(self.network.layers[0].router.weight)))
-        for replica, square in zip(owned, own, strict=True):
-            squares[replica.layer, replica.expert] = square
-        return float(all_reduce(self.mesh.world, squares).sum() / self.mesh.data_parallel + dense) ** 0.5
 
 
 def place_experts(placement: Placement, number: int, layer: ExpertLayer) -> PlacedExperts:
@@ -170,11 +148,6 @@ def cut_stepped_rows(dense: FlatGradients, index: int, num_shares: int) -> dict[
         rows.grad = dense.grad_of[parameter][first:end]
         stepped[parameter].append(SteppedRows(rows=rows, first=first))
     return stepped
-
-
-def sum_squares(tensors: Sequence[torch.Tensor]) -> np.ndarray:
-    """Sum the squares of each tensor in float64 -> [n]; the host waits for the device once."""
-    return torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]).cpu().numpy() ** 2
 
 
 def learning_rate_at(number: int, train: TrainConfig) -> float:

@@ -93,7 +93,7 @@ def list_hyperparameters(optimizer: TorchOptimizer) -> list[dict[str, Any]]:
 
 
 def make_plain(value: Any) -> Any:
-    """Turn tensors of one number into numbers, in lists and tuples too."""
+    """Convert tensors of one number to numbers, in lists and tuples too."""
     if isinstance(value, (list, tuple)):
         return [make_plain(entry) for entry in value]
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

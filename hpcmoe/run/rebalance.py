@@ -26,7 +26,8 @@ from hpcmoe.prepare.placement import RunPlacement, compare_with_methods, evaluat
 from hpcmoe.report.meter import gather_by_node
 from hpcmoe.report.metrics import Recorder
 from hpcmoe.run.job import Job
-from hpcmoe.run.migrate import Migration, start_migration
+from hpcmoe.run.migrate import start_migration
+from hpcmoe.run.move_experts import Migration
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.wait import broadcast, gather_to_all
 
@@ -62,7 +63,7 @@ class Rebalancer:
         log_decision(step, decision)
         if decision.accepted:
             self.decision, self.is_new = decision, True
-            self.migration = start_migration(self.job, self.optimizer, layout, decision.moves, step)
+            self.migration = start_migration(self.job, self.optimizer, layout, decision.moves)
             self.job.stepper.dispatcher.register(self.migration)
 
     def end_step(self, step: int, stats: RoutingStats) -> None:

@@ -10,7 +10,7 @@ from mpi4py import MPI
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.errors import TrainingError, raise_or_return
 from hpcmoe.model.language import LanguageModel
-from hpcmoe.run.optimizer import SharedExperts
+from hpcmoe.run.flat_gradients import SharedExperts
 from hpcmoe.wait import gather_to_all, wait_all
 
 NOT_HELD = np.iinfo(np.int64).min  # the digest of what a rank does not hold

@@ -104,7 +104,7 @@ def read_each(
 
     Nothing is taken on any rank before each rank's boxes have been found with their shapes. Raises as read_pieces.
     """
-    on_all(comm, lambda: check_arrays(folder, wanted))
+    on_all(comm, lambda: check_wanted(folder, wanted))
     on_all(comm, lambda: read_boxes(folder, wanted, take))
 
 
@@ -211,8 +211,8 @@ def check_files(folder: Path) -> tuple[Values, dict[str, int]]:
         return {name: read_entry(dataset) for name, dataset in group.items()}, bytes_of_file
 
 
-def check_arrays(folder: Path, wanted: Sequence[PieceSpec]) -> None:
-    """Check that the master has the arrays wanted."""
+def check_wanted(folder: Path, wanted: Sequence[PieceSpec]) -> None:
+    """Check that the master has the arrays that are wanted."""
     path = folder / MASTER
     with checkpoint_errors(path, "read"), h5py.File(path) as master:
         for spec in wanted:

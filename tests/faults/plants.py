@@ -222,7 +222,7 @@ FAULTS = {
         3,
     ),
     "sums over groups take others' experts for their own": plant(
-        "run/gradient_sums.py",
+        "run/flat_gradients.py",
         "key=lambda entry: entry[1][1][0] != comm.rank)",
         "key=lambda entry: entry[1][1][0] == comm.rank)",
         "run/test_shapes.py -k 'dp2 and ep2 and tp1 and every_model'",
@@ -236,9 +236,9 @@ FAULTS = {
         3,
     ),
     "the norm counts every copy": plant(
-        "run/optimizer.py",
-        "[replica for replica in self.shared.held_replicas() if replica.owned]",
-        "list(self.shared.held_replicas())",
+        "run/gradient_sums.py",
+        "[replica for replica in self.experts.held_replicas() if replica.owned]",
+        "list(self.experts.held_replicas())",
         ORACLE,
         3,
     ),
@@ -304,6 +304,20 @@ FAULTS = {
         "if compute_digest(path) != digest_of_name[path.name]:",
         "if len(compute_digest(path)) != 64:",
         "write/test_checksums.py write/test_verify.py",
+    ),
+    "an optimizer's state begins at zero where there was none": plant(
+        "checkpointing.py",
+        "if expert not in info.absent.get(entry, [])",
+        "if info is not None",
+        "test_checkpointing.py -k any_optimizer",
+        2,
+    ),
+    "every replica is saved": plant(
+        "run/model_state.py",
+        "mesh.data_index == 0 and experts.index(expert) == before + slot",
+        "mesh.data_index == 0",
+        "test_checkpointing.py -k some_ranks",
+        2,
     ),
     "what is saved is not a copy": plant(
         "write/writer.py", "dataclasses.replace(piece, array=array)", "piece", "write/test_writer.py", 3

@@ -6,7 +6,7 @@ from covering import usually
 from moves import MOVES, STEPS, assert_equal, assert_near, force, run_steps, start_load
 from small import gather_pieces, open_small_job
 
-from hpcmoe.run import migrate
+from hpcmoe.run import move_experts
 from hpcmoe.run.state import LOAD
 from hpcmoe.run.train import train_step
 
@@ -89,10 +89,10 @@ def test_no_rank_holds_more_than_the_staging_of_what_comes(comm, shared, monkeyp
             seen.append(piece.nbytes)
             yield piece
 
-    cut = migrate.cut
+    cut = move_experts.cut
     stays = run_steps(comm, shared, **MOVES)
-    monkeypatch.setattr(migrate, "STAGING_BYTES", 200)
-    monkeypatch.setattr(migrate, "cut", keep)
+    monkeypatch.setattr(move_experts, "STAGING_BYTES", 200)
+    monkeypatch.setattr(move_experts, "cut", keep)
     assert_equal(stays, run_steps(comm, shared, (1, 3), **MOVES))
     assert all(nbytes <= 200 for nbytes in seen) and (comm.size == 1 or len(seen) > 20)
 
@@ -105,7 +105,7 @@ def test_a_checkpoint_is_taken_back_wherever_the_experts_have_moved(comm, shared
     with open_small_job(comm, shared, **changes) as (job, optimizer, state):
         load = start_load(job)
         train_step(job, optimizer, load, 1)
-        force(job, optimizer, 7, 1)
+        force(job, optimizer, 7)
         job.stepper.dispatcher.poke()
         while not job.stepper.dispatcher.is_idle:
             job.stepper.dispatcher.poke()

@@ -19,7 +19,8 @@ from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.reduce import HostReducer
 from hpcmoe.config import TrainConfig
 from hpcmoe.experts.feed_forward import LocalExperts
-from hpcmoe.run.gradient_sums import FlatGradients, GradientSums, PlacedExperts, SharedExperts
+from hpcmoe.run.flat_gradients import FlatGradients, PlacedExperts, SharedExperts
+from hpcmoe.run.gradient_sums import GradientSums
 from hpcmoe.run.optimizer import AdamW, learning_rate_at
 from hpcmoe.run.slices import cut_rows
 from hpcmoe.run.train import train_step
@@ -56,7 +57,7 @@ def test_every_replica_of_an_expert_gets_the_sum_in_rank_order(comm, shared):
         layers, sharing = job.stepper.network.layers, optimizer.shared
         mine = {}
         for replica in sharing.held_replicas():
-            up = layers[replica.layer].experts.replicas[replica.slot].up
+            up = layers[replica.layer].experts.local.replicas[replica.slot].up
             seed = [comm.rank, replica.layer, replica.expert]
             up.grad.copy_(torch.from_numpy(np.random.default_rng(seed).normal(size=up.shape)))
             mine[replica.layer, replica.expert] = up.grad.numpy().copy()
@@ -66,7 +67,7 @@ def test_every_replica_of_an_expert_gets_the_sum_in_rank_order(comm, shared):
             which = replica.layer, replica.expert
             assert replica.ranks == tuple(rank for rank in range(comm.size) if which in of_ranks[rank])
             expected = sum(of_ranks[rank][which] for rank in replica.ranks)
-            assert np.array_equal(layers[replica.layer].experts.replicas[replica.slot].up.grad, expected)
+            assert np.array_equal(layers[replica.layer].experts.local.replicas[replica.slot].up.grad, expected)
 
         # Each expert of each layer has one owner.
         owned = [(c.layer, c.expert) for c in sharing.held_replicas() if sharing.owns(c.layer, c.slot)]
@@ -90,7 +91,7 @@ def test_sums_beside_the_backward_pass_are_those_after_it(comm, shared, schedule
             job.stepper.run(job.training, np.arange(14), np.ones((2, 2)), "train")
             early.append(len(optimizer.sums.waiting))
             optimizer.sums.finish()
-            norms.append(optimizer.global_norm())
+            norms.append(optimizer.sums.global_norm())
             gradients.append(gather_logical(comm, state, lambda p: p.grad))  # replicas agree bit for bit
     assert early == [6, 0, 0]  # head, two layers' dense parts and experts, embedding
     assert norms == pytest.approx(norms[:1] * 3, rel=1e-6)
@@ -120,26 +121,23 @@ def test_sums_start_in_their_order_once_all_passes_have_come():
     local = LocalExperts([])
     sums = open_sums({"first": first, "second": second}, ["first", 0, "second"], make_reducer_of_one(), local)
 
-    def waiting():
-        return [part for _, part in sums.waiting]
-
     for _ in range(2):
         sums.begin(2)
         for left in (["first", 0, "second"], [0, "second"]):
             second.sum().backward()
             first.sum().backward()
-            assert waiting() == left
+            assert sums.waiting == left
         local.gradients_added()
-        assert waiting() == [0, "second"]
+        assert sums.waiting == [0, "second"]
         local.gradients_added()
-        assert waiting() == []
+        assert sums.waiting == []
         sums.finish()
         first.sum().backward()  # after the sums: nobody counts it
-        sums.begin(0)
+        sums.begin(None)
         for _ in range(3):
             second.sum().backward()
             first.sum().backward()
-        assert waiting() == ["first", 0, "second"]
+        assert sums.waiting == ["first", 0, "second"]
 
 
 def test_hooks_go_with_the_sums_and_are_not_copied():
@@ -158,7 +156,7 @@ def test_experts_that_have_moved_are_heard_once(comm, shared):
     with open_small_job(comm, shared) as (job, optimizer, _):
         for step in range(2):
             optimizer.follow_placement(job.placement, step)
-        assert [len(layer.experts.listeners) for layer in job.stepper.network.layers] == [1, 1]
+        assert [len(layer.experts.local.listeners) for layer in job.stepper.network.layers] == [1, 1]
         optimizer.zero_gradients()
         job.stepper.run(job.training, np.arange(14), np.ones((2, 4)), "evaluate")
         assert len(optimizer.sums.waiting) == 6
@@ -258,5 +256,5 @@ def test_experts_work_with_the_weights_of_the_last_step(comm, shared):
         train_step(job, optimizer, load, 1)
         after = job.stepper.run(job.training, starts, load, "evaluate").loss
         for layer in job.stepper.network.layers:
-            layer.experts.refresh()
+            layer.experts.local.refresh()
         assert after == job.stepper.run(job.training, starts, load, "evaluate").loss
