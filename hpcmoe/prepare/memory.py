@@ -131,11 +131,11 @@ def estimate_activations(spec: NetworkSpec, mesh: Mesh, slots: int, sizes: AnySi
     rows = count_fullest_rows(model, mesh, slots, sizes)
     of_layer = tokens * token_bytes + rows * row_bytes + weights + _EXPERT_BYTES * model.num_experts
 
-    # Count the last layer's output and its gradient, and in the head its norm's results and scale, the logarithms of
-    # the probabilities, and the bytes to be predicted.
-    of_ends = tokens * FLOAT32_BYTES * 2 * model.hidden
-    of_head = tokens * (FLOAT32_BYTES * (2 * model.hidden + 1 + VOCABULARY_SIZE) + _INDEX)
-    return sizes.num_in_flight * (model.num_layers * of_layer + of_ends) + of_head
+    # Count the gradient of the last layer's output, and in the head this, its norm's results and scale, the logarithms
+    # of the probabilities, and the bytes to be predicted.
+    of_gradient = tokens * FLOAT32_BYTES * model.hidden
+    of_head = tokens * (FLOAT32_BYTES * (3 * model.hidden + 1 + VOCABULARY_SIZE) + _INDEX)
+    return sizes.num_in_flight * (model.num_layers * of_layer + of_gradient) + of_head
 
 
 def estimate_passing(spec: NetworkSpec, mesh: Mesh, sizes: AnySizes) -> int:
