@@ -25,7 +25,7 @@ import torch
 from hpcmoe.clock import Clock, Stage, Timer
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.pipeline.lane import EndedError, Lane, Modes, capture_modes, located_errors
-from hpcmoe.pipeline.random_states import draw_seeds, read_random_states, seed_generators, set_random_states
+from hpcmoe.pipeline.random_states import RandomStates
 from hpcmoe.wait import Backoff
 
 SCHEDULES = ("serial", "overlap", "arrival")
@@ -43,13 +43,17 @@ class Lanes:
         clock: Clock,
         kind: str,
         bind_thread: Callable[[], None] = lambda: None,
+        generators: Sequence[torch.Generator] = (torch.default_generator,),
     ) -> None:
-        """dispatchers progress wherever a lane waits; bind_thread is the first call of a lane's thread."""
+        """dispatchers progress wherever a lane waits; bind_thread is the first call of a lane's thread.
+
+        generators: those of which a micro-batch gets random numbers of its own.
+        """
         if kind not in SCHEDULES:
             raise ValueError(f"unknown schedule {kind}")
         self.dispatchers, self.clock, self.kind, self.bind_thread = dispatchers, clock, kind, bind_thread
         self.pokes: list[Callable[[], bool]] = []  # advance what else goes on, and return True if any of it has moved
-        self.seeds: list[int] = []  # of the random numbers of each micro-batch
+        self.random = RandomStates(generators)
         self.contexts = WeakSet[Any]()  # what forward passes have left for backward passes
         self.observe: Callable[[Iterable[Any]], None] | None = None  # is shown them after each stage
         self.current = threading.local()
@@ -76,7 +80,7 @@ class Lanes:
         """
         in_flight = 1 if self.kind == "serial" else min(in_flight, num_micro_batches)
         results: dict[int, _Result] = {}
-        with draw_seeds(num_micro_batches) as self.seeds:
+        with self.random.draw_seeds(num_micro_batches):
             if in_flight > 1:
                 lanes = [Lane(range(k, num_micro_batches, in_flight)) for k in range(in_flight)]
                 self.run_threads(lanes, step, results)
@@ -93,7 +97,7 @@ class Lanes:
             with torch.autograd.set_multithreading_enabled(False):  # backward runs in this thread too
                 for number in lane.micro_batches:
                     lane.micro_batch = number
-                    seed_generators(self.seeds[number])
+                    self.random.seed(number)
                     with located_errors(lane):
                         results[number] = step(number)
         finally:
@@ -244,10 +248,10 @@ class Lanes:
         """Pass this thread's turn on, and wait until it comes back."""
         successor = self.choose(self.lanes.index(lane) + 1)
         if successor is not lane:
-            states = read_random_states()
+            states = self.random.read()
             self.give_turn(successor)
             lane.await_turn()
-            set_random_states(states)
+            self.random.set(states)
             self.clock.switch(lane.timers)
         self.stop_if_failed()
 
