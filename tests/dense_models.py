@@ -1,4 +1,4 @@
-"""Models of dense modules and layers of experts, drawn whole, and their dense twins in one process on all ranks' tokens."""
+"""Models of dense modules and layers of experts, and their dense twins in one process on all ranks' tokens."""
 
 import contextlib
 import math
@@ -41,6 +41,7 @@ class Case:
     autocast: bool = False
     lanes: bool = False
     in_flight: int | None = None
+    earlier_steps: tuple[int, ...] = ()  # micro-batches of each, whose gradients are dropped
     checkpoint: str = ""  # "reentrant" or "other"
     checkpointed: tuple[int, int] = (0, 0)  # parts, as a slice
     wants_inputs: bool = True  # their gradients
@@ -178,6 +179,15 @@ class Model(nn.Module):
                 self.layers[str(number)] = self.make_layer(step.part)
         self.chosen = {}  # by part, micro-batch
 
+    def experts(self):
+        """List the layers' experts that are the library's -> by number."""
+        layers = {n: layer.experts if isinstance(layer, hpcmoe.MoE) else layer for n, layer in self.layers.items()}
+        return {n: layer for n, layer in layers.items() if isinstance(layer, hpcmoe.Experts)}
+
+    def routers(self):
+        """List the routers' weights -> by number."""
+        return {n: layer.router.weight for n, layer in self.layers.items() if isinstance(layer, hpcmoe.MoE)}
+
     def first(self, number):
         """Return the number of the part that a part is."""
         return next(n for n, step in enumerate(self.steps) if step is self.steps[number])
@@ -239,16 +249,14 @@ class Twin:
         """model: the one on ranks, as it was built."""
         self.case, self.dtype, self.steps, self.first = case, dtype, make_steps(case).to(dtype), model.first
         self.experts, self.routers = {}, {}
-        for number, layer in model.layers.items():
-            if isinstance(layer, hpcmoe.Dispatcher):
-                continue
-            experts = DenseExperts(layer.experts if isinstance(layer, hpcmoe.MoE) else layer)
+        for number, layer in model.experts().items():
+            experts = DenseExperts(layer)
             trains = not self.steps[int(number)].part.frozen
             experts.weights = {n: w.detach().to(dtype).requires_grad_(trains) for n, w in experts.weights.items()}
             self.experts[number] = experts
-            if isinstance(layer, hpcmoe.MoE):
-                weight = layer.router.weight.detach().clone().to(dtype)
-                self.routers[number] = weight.requires_grad_(trains), layer.settings
+            if number in model.routers():
+                weight = model.routers()[number].detach().clone().to(dtype)
+                self.routers[number] = weight.requires_grad_(trains), model.layers[number].settings
 
     def __call__(self, xs, micro_batch, chosen):
         """Compute the outputs of all ranks' xs, and the routing losses -> (ys, loss).

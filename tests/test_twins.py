@@ -1,14 +1,12 @@
 """Random models of dense modules and layers of experts compute on any number of ranks what their dense twins do."""
 
-import numpy as np
 import pytest
 import torch
 from dense_models import ROUTED, Case, Model, Part, Twin
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mpi4py import MPI
 from small import make_topology
-from twins import gather_expert_grads, set_biases
+from twins import draw, gather_summed_grads, set_biases
 
 import hpcmoe
 from hpcmoe.wait import broadcast, gather_to_all
@@ -23,9 +21,8 @@ def run_on_ranks(comm, case):
     options = dict(case.group, links=make_topology(comm.size, min(case.num_nodes, comm.size)), threads=1)
     with hpcmoe.open(comm, **options) as group:
         model = Model(case, group)
-        for layer in model.layers.values():
-            if not isinstance(layer, hpcmoe.Dispatcher):
-                set_biases(layer.experts if isinstance(layer, hpcmoe.MoE) else layer)
+        for layer in model.experts().values():
+            set_biases(layer)
         twin = {dtype: Twin(case, model, dtype) for dtype in (torch.float32, torch.float64)}
         inputs = [case.draw_input(number, comm.rank) for number in range(len(case.tokens))]
 
@@ -37,33 +34,20 @@ def run_on_ranks(comm, case):
                 case.loss(y).backward()
             return y.detach()
 
-        numbers = range(len(inputs))
-        outputs = list(group.lanes(step, numbers, case.in_flight)) if case.lanes else [step(n) for n in numbers]
+        for count in (*case.earlier_steps, len(inputs)):
+            model.zero_grad()
+            for x in inputs:
+                x.grad = None
+            outputs = [*group.lanes(step, range(count), case.in_flight)] if case.lanes else [*map(step, range(count))]
+            group.sum_gradients(model)
         found = {f"output {n}": y for n, y in enumerate(outputs)}
         found |= {f"gradient of input {n}": x.grad for n, x in enumerate(inputs) if case.wants_inputs}
-        shared = sum_gradients(comm, model)
+        shared = {name: p.grad for name, p in model.steps.named_parameters()}
+        shared |= {f"router {number}": weight.grad for number, weight in model.routers().items()}
+        for number, layer in model.experts().items():
+            grads = gather_summed_grads(comm, layer)
+            shared |= {f"experts {number} {name}": grad for name, grad in grads.items()}
     return twin, found, shared, model.chosen
-
-
-def sum_gradients(comm, model):
-    """Add up the gradients of all ranks -> by name. Collective."""
-    grads = {name: p.grad for name, p in model.steps.named_parameters()}
-    for number, layer in model.layers.items():
-        if isinstance(layer, hpcmoe.MoE):
-            grads[f"router {number}"] = layer.router.weight.grad
-    shapes = {name: p.shape for name, p in model.steps.named_parameters()}
-    shapes |= {f"router {n}": la.router.weight.shape for n, la in model.layers.items() if isinstance(la, hpcmoe.MoE)}
-    summed = {}
-    for name, shape in shapes.items():
-        grad = grads[name]
-        total = np.zeros(shape, np.float32) if grad is None else grad.numpy().copy()
-        comm.Allreduce(MPI.IN_PLACE, total)
-        summed[name] = torch.from_numpy(total)
-    for number, layer in model.layers.items():
-        if not isinstance(layer, hpcmoe.Dispatcher):
-            of_layer = gather_expert_grads(comm, layer.experts if isinstance(layer, hpcmoe.MoE) else layer)
-            summed |= {f"experts {number} {name}": grad for name, grad in of_layer.items()}
-    return summed
 
 
 def run_twin(case, twin, chosen):
@@ -87,8 +71,6 @@ def run_twin(case, twin, chosen):
 
 def exact_loss(case, y):
     """Compute a case's loss in float64."""
-    from twins import draw
-
     return (y * draw(1, case.hidden, seed=3).double()).sin().sum()
 
 
@@ -113,23 +95,19 @@ def attempt(comm, case):
         for name in of_rank
     ]
     triples += [(name, shared[name], wanted, dense_grads[name]) for name, wanted in exact_grads.items()]
-    return [line for triple in triples if (line := compare_one(case, *triple))]
+    return list(list_differences(case, triples))
 
 
-STATS = []
-
-
-def compare_one(case, name, found, wanted, dense):
-    """Return a line if something differs from the twin by more than rounding allows."""
-    scale = max(float(wanted.abs().max()), 1e-3) if wanted.numel() else 1.0
-    if found is None:
-        return f"{name} is missing" * bool(wanted.any())
-    ours, theirs = measure_error(found, wanted, scale), measure_error(dense, wanted, scale)
-    tolerance = EXACT if case.is_exact else ROUNDED
-    STATS.append((ours, theirs, case.is_exact))
-    if ours > max(tolerance, 4 * theirs):
-        return f"{name}: {ours:.2e} of the largest entry, {scale:.2e}; the dense twin's own rounding: {theirs:.2e}"
-    return ""
+def list_differences(case, triples):
+    """List what differs from the exact twin by more than rounding makes the dense one differ."""
+    scales = [max(float(wanted.abs().max()), 1e-3) if wanted.numel() else 1.0 for _, _, wanted, _ in triples]
+    theirs = [measure_error(dense, wanted, s) for (_, _, wanted, dense), s in zip(triples, scales, strict=True)]
+    for (name, found, wanted, _), scale, rounding in zip(triples, scales, theirs, strict=True):
+        if found is None:
+            found = torch.zeros_like(wanted)  # no gradient is a gradient of zero
+        ours = measure_error(found, wanted, scale)
+        if ours > (max(EXACT, 4 * rounding) if case.is_exact else max(ROUNDED, 4 * max(theirs))):
+            yield f"{name}: {ours:.2e} of the largest entry, {scale:.2e}; the dense twin's own rounding: {rounding:.2e}"
 
 
 @st.composite
@@ -206,6 +184,8 @@ def draw_case(draw, size):
         num_nodes=draw(st.integers(1, size)),
         autocast=rows == torch.bfloat16 and draw(st.booleans()),
         lanes=draw(st.booleans()),
+        in_flight=draw(st.sampled_from([None, None, 1])),
+        earlier_steps=tuple(draw(st.lists(st.integers(1, micro_batches), max_size=2))),
         checkpoint=checkpoint,
         checkpointed=tuple(sorted(draw(st.integers(0, len(parts))) for _ in range(2))),
         wants_inputs=checkpoint == "reentrant" or draw(st.booleans()),
