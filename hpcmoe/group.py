@@ -57,7 +57,7 @@ class Group:
         self.rank, self.size = mesh.world.rank, mesh.world.size
         self.layers: list[Experts | Dispatcher] = []
         self.routers: list[MoE] = []
-        self.engine = Lanes([], Clock(), options.schedule, device.bind_thread)
+        self.engine = Lanes([], Clock(), options.schedule, device.bind_thread, device.generators)
         self.sums: LaneSums | None = None
         self.refuses_more, self.num_optimizer_steps = options.reject_more, 0
         self.counts = TokenCounts(mesh.world, self.layers)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from hpcmoe.experts.feed_forward import make_expert_weights
 from hpcmoe.experts.shapes import split_axis
+from hpcmoe.wait import gather_to_all
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
 
@@ -101,3 +102,26 @@ def sum_over(comm, tensor):
     total = tensor.detach().numpy().copy()
     comm.Allreduce(MPI.IN_PLACE, total)
     return torch.from_numpy(total)
+
+
+def gather_summed_grads(comm, layer):
+    """Gather the gradients of experts after their sum, one for all replicas -> by name [E, ...]. Collective."""
+    own = [
+        (expert, name, layer.group.mesh.tensor_index, None if p.grad is None else p.grad.float())
+        for slot, expert in enumerate(layer.expert_of_slot.tolist())
+        for name, p in (layer.local.replicas[slot].named_parameters() if expert >= 0 else ())
+    ]
+    shards = {}
+    for expert, name, shard, grad in (entry for of_rank in gather_to_all(comm, own) for entry in of_rank):
+        first = shards.setdefault((name, expert), {}).setdefault(shard, grad)
+        assert first is grad or torch.equal(first, grad), f"replicas of expert {expert} differ in {name}"
+    sums = {}
+    for name, whole in make_expert_weights(layer.options.shape, (0, 0, 0), 0, 1).items():
+        axis = 0 if name == "down_bias" else split_axis(name.removesuffix("_bias"))
+        of_expert = [shards[name, e] for e in range(layer.num_experts)]
+        grads = [
+            torch.zeros_like(whole) if None in of.values() else torch.cat([of[s] for s in sorted(of)], axis)
+            for of in of_expert
+        ]
+        sums[name] = torch.stack(grads)
+    return sums

@@ -48,6 +48,11 @@ class CudaDevice:
         cupy.cuda.Stream.null.use()  # kernels of our own go to the compute stream, which is this one
         self.row_ops = open_row_ops(functools.partial(compile_kernel, cupy))
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Return torch's generators of random numbers: the CPU's, and this GPU's."""
+        return [torch.default_generator, torch.cuda.default_generators[self.torch_device.index]]
+
     def bind_thread(self) -> None:
         """Make this GPU the calling thread's own: MPI, where it progresses messages on a GPU, looks for it there."""
         self.cupy.cuda.Device(self.torch_device.index).use()

@@ -49,6 +49,11 @@ class Device(Protocol):
     send_stream: Any
     recv_stream: Any
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Return torch's generators of random numbers, the CPU's first."""
+        return [torch.default_generator]
+
     def bind_thread(self) -> None:
         """Make this device the calling thread's own."""
         return None

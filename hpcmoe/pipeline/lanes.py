@@ -25,6 +25,7 @@ import torch
 from hpcmoe.clock import Clock, Stage, Timer
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.pipeline.lane import EndedError, Lane, Modes, capture_modes, located_errors
+from hpcmoe.pipeline.random_states import RandomStates
 from hpcmoe.wait import Backoff
 
 SCHEDULES = ("serial", "overlap", "arrival")
@@ -42,12 +43,17 @@ class Lanes:
         clock: Clock,
         kind: str,
         bind_thread: Callable[[], None] = lambda: None,
+        generators: Sequence[torch.Generator] = (torch.default_generator,),
     ) -> None:
-        """dispatchers progress wherever a lane waits; bind_thread is the first call of a lane's thread."""
+        """dispatchers progress wherever a lane waits; bind_thread is the first call of a lane's thread.
+
+        generators: those of which a micro-batch gets random numbers of its own.
+        """
         if kind not in SCHEDULES:
             raise ValueError(f"unknown schedule {kind}")
         self.dispatchers, self.clock, self.kind, self.bind_thread = dispatchers, clock, kind, bind_thread
         self.pokes: list[Callable[[], bool]] = []  # advance what else goes on, and return True if any of it has moved
+        self.random = RandomStates(generators)
         self.contexts = WeakSet[Any]()  # what forward passes have left for backward passes
         self.observe: Callable[[Iterable[Any]], None] | None = None  # is shown them after each stage
         self.current = threading.local()
@@ -69,15 +75,17 @@ class Lanes:
     def run(self, step: Callable[[int], _Result], num_micro_batches: int, in_flight: int) -> list[_Result]:
         """Call step(micro_batch) for each micro-batch, at most in_flight of them under way -> the results in order.
 
-        What a step raises ends all lanes, and is raised with its stage, layer and micro-batch. Collective over the
-        group.
+        What a step raises ends all lanes, and is raised with its stage, layer and micro-batch. torch's random numbers
+        of a micro-batch are the same whichever are in flight. Collective over the group.
         """
         in_flight = 1 if self.kind == "serial" else min(in_flight, num_micro_batches)
         results: dict[int, _Result] = {}
-        if in_flight > 1:
-            self.run_threads([Lane(range(k, num_micro_batches, in_flight)) for k in range(in_flight)], step, results)
-        else:
-            self.run_lane(Lane(range(num_micro_batches)), step, results)
+        with self.random.draw_seeds(num_micro_batches):
+            if in_flight > 1:
+                lanes = [Lane(range(k, num_micro_batches, in_flight)) for k in range(in_flight)]
+                self.run_threads(lanes, step, results)
+            else:
+                self.run_lane(Lane(range(num_micro_batches)), step, results)
         self.drain()
         return [results[number] for number in range(num_micro_batches)]
 
@@ -89,6 +97,7 @@ class Lanes:
             with torch.autograd.set_multithreading_enabled(False):  # backward runs in this thread too
                 for number in lane.micro_batches:
                     lane.micro_batch = number
+                    self.random.seed(number)
                     with located_errors(lane):
                         results[number] = step(number)
         finally:
@@ -239,8 +248,10 @@ class Lanes:
         """Pass this thread's turn on, and wait until it comes back."""
         successor = self.choose(self.lanes.index(lane) + 1)
         if successor is not lane:
+            states = self.random.read()
             self.give_turn(successor)
             lane.await_turn()
+            self.random.set(states)
             self.clock.switch(lane.timers)
         self.stop_if_failed()
 

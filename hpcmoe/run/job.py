@@ -113,7 +113,7 @@ def open_job(config: Config, topology: Topology, mesh: Mesh, split: Split, loads
     sizes, routes = prepared.sizes, prepared.routes
     with contextlib.ExitStack() as opened:
         dispatcher = opened.enter_context(open_dispatcher(mesh, device, backend, sizes, routes, config.spec.trains))
-        lanes = Lanes([dispatcher], dispatcher.clock, config.pipeline.schedule, device.bind_thread)
+        lanes = Lanes([dispatcher], dispatcher.clock, config.pipeline.schedule, device.bind_thread, device.generators)
         opened.callback(lanes.close)
         network = make_model(config.spec, mesh, prepared.run_placement.placement, dispatcher, lanes, device)
         lanes.pokes.append(network.poke)

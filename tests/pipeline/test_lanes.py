@@ -5,7 +5,8 @@ import time
 
 import pytest
 import torch
-from lanes_by_hand import BACKWARD, FORWARD, open_network
+from lanes_by_hand import BACKWARD, FORWARD, Layer, open_network
+from torch.utils.checkpoint import checkpoint
 
 from hpcmoe.clock import Clock, Stage, Timer
 from hpcmoe.pipeline.lanes import SCHEDULES, Lanes
@@ -250,3 +251,25 @@ def test_no_micro_batches_are_no_work():
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="backwards"):
         Lanes([], Clock(), "backwards")
+
+
+def test_random_numbers_are_each_micro_batches_own():
+    """Also where a checkpoint goes back to those of an earlier moment, while other lanes draw theirs."""
+    drawn = []
+    for kind in SCHEDULES:
+        for in_flight in (1, 2, 3):
+            with open_network(kind, make_delays(in_flight)) as network:
+
+                def step(_, network=network):
+                    first = torch.rand(3)
+                    x = torch.ones(3, requires_grad=True)
+                    masked = checkpoint(lambda x: Layer.apply(x, network, 0) * torch.rand(3), x, use_reentrant=False)
+                    masked.sum().backward()
+                    return torch.stack([first, masked.detach(), x.grad, torch.rand(3)])
+
+                torch.manual_seed(0)
+                results = network.lanes.run(step, 5, in_flight)
+                drawn.append(torch.stack([*results, torch.rand(4, 3)]))
+    assert all(torch.equal(numbers, drawn[0]) for numbers in drawn)
+    assert torch.equal(drawn[0][:5, 1], drawn[0][:5, 2])
+    assert len(drawn[0].unique()) == 5 * 3 * 3 + 12  # none twice
