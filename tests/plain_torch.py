@@ -1,6 +1,6 @@
 """The library's face in plain torch and one process: what an example computes where this is in hpcmoe's place.
 
-Weights begin as hpcmoe's do; all experts compute all tokens, and gates and losses are written as their papers have them.
+Weights begin as hpcmoe's do; all experts compute all tokens; gates and losses are written as their papers have them.
 """
 
 import contextlib
@@ -106,4 +106,4 @@ class MoE(nn.Module):
 
     def linear(self, expert, name, x):
         weights = self.experts[expert]
-        return F.linear(x, weights[name], weights[f"{name}_bias"] if f"{name}_bias" in weights else None)
+        return F.linear(x, weights[name], weights.get(f"{name}_bias"))

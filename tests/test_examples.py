@@ -1,4 +1,4 @@
-"""The examples run as their users run them, at any number of ranks, and compute what plain torch does in one process."""
+"""The examples run as users run them, at several numbers of ranks, and compute what plain torch does in one process."""
 
 import ast
 import contextlib

@@ -47,7 +47,7 @@ with hpcmoe.open() as group:
     furthest = MPI.COMM_WORLD.allreduce(max(differences, default=0.0), MPI.MAX)
     if group.rank == 0:
         print(f"outputs of the experts and of the MLPs differ by {furthest:.1e} at most")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # made now: the model has other parameters
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)  # made now: the model has other parameters
     for step in range(STEPS):
         loss = (model(tokens) - tokens.roll(1, dims=1)).square().sum() / (TOKENS * WIDTH)
         optimizer.zero_grad()
