@@ -69,7 +69,7 @@ class Clock:
         self.since = now
 
     def switch(self, timers: list[Timer]) -> list[Timer]:
-        """Go on with another thread's timers, innermost last, and return those that were running."""
+        """Switch to another thread's timers, innermost last, and return those that were running."""
         self.charge()
         before, self.running = self.running, timers
         return before

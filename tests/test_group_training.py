@@ -1,4 +1,4 @@
-"""Gradients summed by a group are the dense twin's, a norm counts each parameter once, and experts move between steps."""
+"""Gradients summed by a group are the dense twin's, a norm counts each parameter once, and experts move."""
 
 import pytest
 import torch

@@ -26,7 +26,7 @@ _MESSAGE_BYTES = 512  # so short that MPI sends it whether anybody waits for it 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 
 
-class FailureNews:
+class FailureReports:
     """The reasons for which ranks of a group have left."""
 
     def __init__(self, comm: MPI.Comm) -> None:
@@ -36,7 +36,7 @@ class FailureNews:
         self.error: PeerError | None = None  # once a rank is known to have left
         self.next_check = 0.0
 
-    def tell(self, error: BaseException, place: str = "") -> None:
+    def report(self, error: BaseException, place: str = "") -> None:
         """Send every other rank this rank's reason to leave. Not collective, and blocks for a second at most.
 
         place: where it happened; the user's line in the error's traceback if empty. An error that many ranks share goes
@@ -85,21 +85,21 @@ class FailureNews:
 
 
 @contextlib.contextmanager
-def open_failures(comm: MPI.Comm) -> Iterator[FailureNews]:
-    """Open the news of a group's ranks that leave. Collective over comm, both ends, but for an end by an exception.
+def open_failures(comm: MPI.Comm) -> Iterator[FailureReports]:
+    """Open the reports of ranks that leave a group. Collective over comm, both ends, but for an end by an exception.
 
     In the block every wait of this thread raises PeerError once another rank has left it by an exception.
     """
     barrier(comm)
-    news = FailureNews(comm.Dup())
-    with call_at_pauses(news.check):
+    failures = FailureReports(comm.Dup())
+    with call_at_pauses(failures.check):
         try:
-            yield news
-            barrier(news.comm)
+            yield failures
+            barrier(failures.comm)
         except BaseException as error:
-            news.tell(error)
+            failures.report(error)
             raise
-    news.comm.Free()
+    failures.comm.Free()
 
 
 def list_neighbours(rank: int, size: int) -> list[int]:

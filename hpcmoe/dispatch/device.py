@@ -71,7 +71,7 @@ class DeviceHandle:
 class DeviceDispatcher(ExchangeProgress[DeviceInFlightBuffers]):
     """Carries rows from device to device (see TokenDispatcher)."""
 
-    works_at_once = True
+    works_at_once = repeats_order = True
 
     def __init__(
         self,

@@ -76,6 +76,7 @@ class TokenDispatcher(Protocol):
     traffic: Traffic
     sum_groups: dict[str, Any] | None  # NCCL's, by which the gradients of a training are summed too
     works_at_once: bool  # a batch has one chunk: all rows of an exchange, for all slots
+    repeats_order: bool  # the same batches come in the same order at every run
 
     @property
     def buffer_bytes(self) -> int:

@@ -56,6 +56,7 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
     ) -> None:
         super().__init__(transport, clock)
         self.window, self.device, self.sizes, self.routes = window, device, sizes, routes
+        self.repeats_order = sizes.deterministic
         self.table = window.table(sizes.dtype)  # [rows of all local peers, H]
         self.in_flight_buffers = [
             InFlightBuffers(index, sizes, window.first_row, device) for index in range(sizes.num_in_flight)

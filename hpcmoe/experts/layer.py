@@ -45,7 +45,7 @@ class Turns(Protocol):
         """Run stages of a layer, one after the other, to their ends."""
 
     def end_exchange(self) -> None:
-        """Serve the other ranks to the end of an exchange, where no stage follows."""
+        """Finish an exchange for the other ranks, where no stage follows."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -62,6 +62,7 @@ class LayerContext:
     batches: list[Any] = field(default_factory=list)  # of this rank's experts
     kept: list[list[Kept]] = field(default_factory=list)  # of each batch, what its experts need for their backward
     num_kept: list[list[int]] = field(default_factory=list)  # tensors of each of these
+    inputs: Any = None  # rows and residual [T, H], while the forward pass lasts
     output: Any = None  # [T, H], of the forward pass, then the gradient of x
     grad_gates: Any = None  # [T, K * shards]
 
@@ -197,8 +198,8 @@ class Exchange(torch.autograd.Function):
         context: LayerContext,
     ) -> Tensor:
         """Return residual, if any, + the sum of the experts' results times their gates [T, H]."""
-        if context.training:
-            layer.turns.contexts.add(context)
+        layer.turns.contexts.add(context)
+        context.inputs = x, residual
         layer.turns.run_stages(
             layer.number,
             [
@@ -210,8 +211,9 @@ class Exchange(torch.autograd.Function):
         context.rounds_left = count_rounds_left(context.handle.words)
         layer.turns.end_exchange()
         ctx.layer, ctx.context, ctx.dtype, ctx.top_k = layer, context, x.dtype, gates.shape[1]
-        ctx.save_for_backward(*pack_kept(context))
-        output, context.output = context.output, None
+        kept = pack_kept(context, layer.dispatcher.repeats_order)
+        ctx.save_for_backward(context.gates, *kept)  # never nothing: a checkpoint recomputes on all ranks
+        output, context.output, context.inputs = context.output, None, None
         return output if residual is not None else output.to(x.dtype)
 
     @staticmethod
@@ -219,7 +221,8 @@ class Exchange(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x [T, H], gates [T, K] and residual; add those of the experts' parameters."""
         layer, context = ctx.layer, ctx.context
-        unpack_kept(context, ctx.saved_tensors)
+        context.gates, *kept = ctx.saved_tensors
+        unpack_kept(context, kept)
         layer.turns.run_stages(
             layer.number,
             [
@@ -235,19 +238,20 @@ class Exchange(torch.autograd.Function):
         return grad_x, grad_gates, grad_output if ctx.needs_input_grad[2] else None, None, None, None
 
 
-def pack_kept(context: LayerContext) -> list[Tensor]:
-    """Take what the experts keep out of a context, as one list: autograd holds it, and may recompute it.
+def pack_kept(context: LayerContext, repeats_order: bool) -> list[Tensor]:
+    """Move what the experts keep out of a context, into one list: autograd holds it, and may recompute it.
 
-    Batches are put into an order that does not depend on when their rows came.
+    Batches that come in another order at each run are put into one that does not depend on it.
     """
-    order = sorted(range(len(context.batches)), key=lambda index: context.batches[index].key)
-    context.batches, kept = [context.batches[index] for index in order], [context.kept[index] for index in order]
+    if not repeats_order:
+        order = sorted(range(len(context.batches)), key=lambda index: context.batches[index].key)
+        context.batches, context.kept = ([of[index] for index in order] for of in (context.batches, context.kept))
+    kept, context.kept = context.kept, []
     context.num_kept = [[len(of_slot) for of_slot in of_batch] for of_batch in kept]
-    context.kept = []
     return [tensor for of_batch in kept for of_slot in of_batch for tensor in of_slot]
 
 
-def unpack_kept(context: LayerContext, tensors: tuple[Tensor, ...]) -> None:
-    """Put what pack_kept() took back into the context."""
+def unpack_kept(context: LayerContext, tensors: Sequence[Tensor]) -> None:
+    """Restore in the context what pack_kept() has moved."""
     left = iter(tensors)
     context.kept = [[tuple(itertools.islice(left, number)) for number in of_batch] for of_batch in context.num_kept]

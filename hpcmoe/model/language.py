@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
         return x
 
     def run(self, micro_batch: int) -> None:
-        """Take a micro-batch of the step forward and, when training, backward. Collective over the group."""
+        """Pass a micro-batch of the step forward and, when training, backward. Collective over the group."""
         batch = self.batches[micro_batch]
         x = self(batch[:, :-1])
         self.routing.close(micro_batch)

@@ -30,6 +30,6 @@ class Place:
             os.sched_setaffinity(self.thread, {_LIBC.sched_getcpu()})
 
     def release(self) -> None:
-        """Let the calling thread, which is awake, run on all its cores again."""
+        """Release the calling thread, which is awake, to all its cores."""
         if _CAN_MOVE and len(self.cores) > 1:
             os.sched_setaffinity(0, self.cores)

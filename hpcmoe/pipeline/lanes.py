@@ -11,12 +11,12 @@ that the turn goes to another thread as rarely as can be. The order of work depe
 
 import contextlib
 import contextvars
-import functools
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_futures
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -24,43 +24,13 @@ import torch
 
 from hpcmoe.clock import Clock, Stage, Timer
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
-from hpcmoe.errors import HpcmoeError
-from hpcmoe.pipeline.cores import Place
+from hpcmoe.pipeline.lane import EndedError, Lane, Modes, capture_modes, located_errors
 from hpcmoe.wait import Backoff
 
-KINDS = ("serial", "overlap", "arrival")
-_HEAVY = (Stage.COMPUTE, Stage.COMPUTE_BACKWARD)  # experts' work, which may wait while others send and fetch
+SCHEDULES = ("serial", "overlap", "arrival")
 
-Result = TypeVar("Result")
-Modes = list[Callable[[], AbstractContextManager]]
+_Result = TypeVar("_Result")
 Stages = Sequence[tuple[Stage, Iterator[bool]]]
-
-
-class Lane:
-    """A thread that takes some micro-batches through the network, and where it is."""
-
-    def __init__(self, micro_batches: range = range(1)) -> None:
-        self.micro_batches, self.micro_batch = micro_batches, micro_batches.start
-        self.at: tuple[Stage, int] | None = None  # stage and layer of what was last worked on
-        self.layer, self.stages = 0, deque[tuple[Stage, Iterator[bool]]]()  # that its thread waits for
-        self.error: Exception | None = None  # of one of these
-        self.timers = [Timer.DENSE]  # what its seconds count for, innermost last
-        self.turn, self.place = threading.Lock(), Place()  # the lock is free while the lane may go on
-        self.turn.acquire()
-
-    @property
-    def is_heavy(self) -> bool:
-        """Return True if the lane is at its experts' work."""
-        return len(self.stages) > 0 and self.stages[0][0] in _HEAVY
-
-    def await_turn(self) -> None:
-        """Wait until this lane, the calling thread's, may go on."""
-        self.turn.acquire()
-        self.place.release()
-
-
-class EndedError(BaseException):
-    """Ends a lane where another has failed: not an Exception, which a user's code may catch."""
 
 
 class Lanes:
@@ -74,7 +44,7 @@ class Lanes:
         bind_thread: Callable[[], None] = lambda: None,
     ) -> None:
         """dispatchers progress wherever a lane waits; bind_thread is the first call of a lane's thread."""
-        if kind not in KINDS:
+        if kind not in SCHEDULES:
             raise ValueError(f"unknown schedule {kind}")
         self.dispatchers, self.clock, self.kind, self.bind_thread = dispatchers, clock, kind, bind_thread
         self.pokes: list[Callable[[], bool]] = []  # advance what else goes on, and return True if any of it has moved
@@ -84,7 +54,7 @@ class Lanes:
         self.caller = Lane()  # the thread outside all lanes
         self.lanes: list[Lane] = []  # that have not ended, in the order of the circle
         self.failure: BaseException | None = None
-        self.threads, self.num_threads = ThreadPoolExecutor(1), 0
+        self.threads = ThreadPoolExecutor(sys.maxsize, "lane")  # starts one only where none is idle
 
     @property
     def lane(self) -> Lane:
@@ -96,14 +66,14 @@ class Lanes:
         """Return the number of this thread's micro-batch, 0 outside run()."""
         return self.lane.micro_batch
 
-    def run(self, step: Callable[[int], Result], num_micro_batches: int, in_flight: int) -> list[Result]:
+    def run(self, step: Callable[[int], _Result], num_micro_batches: int, in_flight: int) -> list[_Result]:
         """Call step(micro_batch) for each micro-batch, at most in_flight of them under way -> the results in order.
 
         What a step raises ends all lanes, and is raised with its stage, layer and micro-batch. Collective over the
         group.
         """
         in_flight = 1 if self.kind == "serial" else min(in_flight, num_micro_batches)
-        results: dict[int, Result] = {}
+        results: dict[int, _Result] = {}
         if in_flight > 1:
             self.run_threads([Lane(range(k, num_micro_batches, in_flight)) for k in range(in_flight)], step, results)
         else:
@@ -111,8 +81,8 @@ class Lanes:
         self.drain()
         return [results[number] for number in range(num_micro_batches)]
 
-    def run_lane(self, lane: Lane, step: Callable[[int], Result], results: dict[int, Result]) -> None:
-        """Take a lane's micro-batches through the network, one after the other, in this thread."""
+    def run_lane(self, lane: Lane, step: Callable[[int], _Result], results: dict[int, _Result]) -> None:
+        """Pass a lane's micro-batches through the network, one after the other, in this thread."""
         outside = self.clock.switch(lane.timers)
         self.current.lane = lane
         try:
@@ -125,49 +95,52 @@ class Lanes:
             del self.current.lane
             self.clock.switch(outside)
 
-    def run_threads(self, lanes: list[Lane], step: Callable[[int], Result], results: dict[int, Result]) -> None:
-        """Take several lanes' micro-batches through the network, each in a thread, while the caller waits."""
+    def run_threads(self, lanes: list[Lane], step: Callable[[int], _Result], results: dict[int, _Result]) -> None:
+        """Pass several lanes' micro-batches through the network, each in a thread, while the caller waits."""
         # Start the threads, and give the first of them the turn.
-        self.lanes, self.failure, caller_timers = list(lanes), None, self.clock.running
-        if self.num_threads < len(lanes):
-            self.close()
-            self.threads, self.num_threads = ThreadPoolExecutor(len(lanes), "lane"), len(lanes)
+        self.lanes, caller_timers = list(lanes), self.clock.running
         modes = capture_modes()
         threads = [
             self.threads.submit(contextvars.copy_context().run, self.work, lane, step, results, modes) for lane in lanes
         ]
-        self.caller.place.enter()
         self.give_turn(lanes[0])
 
-        # Wait for the last of them; a signal's exception ends them.
+        # Wait for the last of them.
+        self.join(threads)
+        self.clock.switch(caller_timers)
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+    def join(self, threads: list[Future[None]]) -> None:
+        """Wait for the lanes' ends; a signal's exception, of which several may come, ends them."""
         try:
-            self.caller.await_turn()
+            wait_futures(threads)
         except BaseException as error:
             self.failure = self.failure or error
-            self.caller.await_turn()
-        for thread in threads:
-            thread.result()
-        self.clock.switch(caller_timers)
-        if self.failure is not None:
-            raise self.failure
+            self.join(threads)
 
-    def work(self, lane: Lane, step: Callable[[int], Result], results: dict[int, Result], modes: Modes) -> None:
+    def work(self, lane: Lane, step: Callable[[int], _Result], results: dict[int, _Result], modes: Modes) -> None:
         """Run a lane when it first has the turn, and hand this on at its end."""
         lane.place.enter()
         lane.await_turn()
-        with self.keep_failure(), contextlib.ExitStack() as entered:
-            self.bind_thread()
-            for mode in modes:
-                entered.enter_context(mode())
-            self.stop_if_failed()
-            self.run_lane(lane, step, results)
+        with contextlib.ExitStack() as entered:
+            with self.keep_failure():
+                self.bind_thread()
+                for mode in modes:
+                    entered.enter_context(mode())
+                self.stop_if_failed()
+                self.run_lane(lane, step, results)
+            self.leave(lane)  # under the modes too: what others have posted may be worked on
 
-        # Go on for the others where they need no threads of their own; whatever fails, one of these must go on.
+    def leave(self, lane: Lane) -> None:
+        """Remove a lane from the circle, and hand its turn on: whatever fails here, one of the others must go on."""
         place, successor = self.lanes.index(lane), None
         self.lanes.remove(lane)
-        with self.keep_failure():
-            successor = self.choose(place)
-        self.give_turn(successor or self.choose(place))
+        if self.lanes:
+            with self.keep_failure():
+                successor = self.choose(place)
+            self.give_turn(successor or self.choose(place))
 
     @contextlib.contextmanager
     def keep_failure(self) -> Iterator[None]:
@@ -212,11 +185,11 @@ class Lanes:
                 self.wait(stage.wait_as, backoff)
 
     def advance(self, lane: Lane) -> bool:
-        """Do the next piece of what a lane waits for -> whether there was one."""
+        """Run the next piece of what a lane waits for -> whether there was one."""
         stage, pieces = lane.stages[0]
         lane.at = stage, lane.layer
         try:
-            with self.clock.measure(stage.report_as):
+            with self.clock.measure(stage.report_as), torch.no_grad():  # in whoever's thread
                 worked = next(pieces, None)
         except Exception as error:
             lane.error = error
@@ -239,7 +212,7 @@ class Lanes:
                     self.wait(Timer.WAITING, backoff)
 
     def end_exchange(self) -> None:
-        """Serve the other ranks to the end where no lane will wait soon: what the caller does next is not known."""
+        """Finish what the other ranks want where no lane will wait soon: what the caller does next is not known."""
         if self.lane is self.caller:
             self.drain()
 
@@ -263,7 +236,7 @@ class Lanes:
             raise EndedError
 
     def hand_on(self, lane: Lane) -> None:
-        """Hand this thread's turn on, and wait until it comes back."""
+        """Pass this thread's turn on, and wait until it comes back."""
         successor = self.choose(self.lanes.index(lane) + 1)
         if successor is not lane:
             self.give_turn(successor)
@@ -272,18 +245,15 @@ class Lanes:
         self.stop_if_failed()
 
     def give_turn(self, lane: Lane) -> None:
-        """Let a lane's thread go on, on this thread's core; until it does nobody works."""
+        """Pass the turn to a lane's thread; what that takes counts as waiting."""
         self.clock.switch([Timer.WAITING])
-        lane.place.call_here()
-        lane.turn.release()
+        lane.give_turn()
 
     def choose(self, place: int) -> Lane:
-        """Work on what lanes have posted, until one of them needs its thread -> that lane; the caller's at the end.
+        """Run what lanes have posted, until one of them needs its thread -> that lane.
 
         place: of the lane in the circle whose turn it is.
         """
-        if not self.lanes:
-            return self.caller
         while self.failure is None:
             lane = self.lanes[place % len(self.lanes)]
             if self.kind == "arrival":
@@ -291,6 +261,8 @@ class Lanes:
             if len(lane.stages) <= 1:  # behind its last stage comes what its thread has to do
                 return lane
             self.drive(lane)
+            if lane.error is not None:
+                return lane
             place += 1
         return self.lanes[0]
 
@@ -311,28 +283,3 @@ class Lanes:
     def close(self) -> None:
         """End the threads."""
         self.threads.shutdown()
-
-
-@contextlib.contextmanager
-def located_errors(lane: Lane) -> Iterator[None]:
-    """Add to whatever goes wrong which stage saw it; a device reports it some time after its cause."""
-    try:
-        yield
-    except Exception as error:
-        if lane.at is None:
-            raise
-        place = f"in stage {lane.at[0]} of layer {lane.at[1]}, micro-batch {lane.micro_batch}"
-        if isinstance(error, HpcmoeError):
-            raise type(error)(f"{place}: {error}") from error
-        error.add_note(place)
-        raise
-
-
-def capture_modes() -> Modes:
-    """Capture this thread's modes of torch -> what enters them in another."""
-    casting = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-    return [
-        *[torch.inference_mode] * torch.is_inference_mode_enabled(),
-        functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()),
-        *(functools.partial(torch.autocast, device, torch.get_autocast_dtype(device)) for device in casting),
-    ]

@@ -47,9 +47,9 @@ class ActivationTracker:
             if address not in self.in_flight:
                 self.autograd_bytes -= num_bytes
 
-    def observe(self, contexts: Iterable[object], passing: object = ()) -> None:
-        """Add up what contexts hold now, and what passes from stage to stage."""
-        found = find_arrays([list(contexts), passing])
+    def observe(self, contexts: Iterable[object]) -> None:
+        """Add up what contexts hold now."""
+        found = find_arrays(list(contexts))
         self.in_flight = {address: size for address, size in map(locate, found) if address not in self.parameters}
         beside = [size for address, (_, size) in self.saved.items() if address not in self.in_flight]
         self.context_bytes, self.autograd_bytes = sum(self.in_flight.values()), sum(beside)

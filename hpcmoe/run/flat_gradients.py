@@ -31,7 +31,7 @@ class FlatGradients:
 
     @torch.no_grad()
     def take(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Take parameters' gradients into the array, zeros where one has none, and leave them without."""
+        """Move parameters' gradients into the array, zeros where one has none, and leave them without."""
         for parameter in parameters:
             here, grad = self.grad_of[parameter], parameter.grad
             if grad is None:

@@ -47,7 +47,7 @@ class ModelGradients:
         self.num_passes = 0  # that were told of since the last sum
 
     def expect(self, num_passes: int) -> None:
-        """Let sums start during the next so many backward passes, which are all until finish().
+        """Start sums during the next so many backward passes, which are all until finish().
 
         A parameter is final when it has had as many gradients a pass as in the last step, at first one. Where that was
         wrong finish() makes up for it. The same on all ranks. Not collective.
@@ -146,7 +146,7 @@ class ModelGradients:
             self.passes_of_source = [-1 if rest else count for count, rest in counted]
 
     def pop_late(self, sums: GradientSums) -> dict[nn.Parameter, torch.Tensor]:
-        """Take away the gradients that came after their sum had begun."""
+        """Pop the gradients that came after their sum had begun."""
         started = [p for part in sums.order[: sums.next_place] for p in sums.list_parameters(part)]
         late = {p: p.grad for p in started if p.grad is not None}
         for parameter in late:

@@ -64,7 +64,7 @@ class Optimizer:
 
     def share_gradients(self, placement: Placement) -> None:
         """Sum the experts' gradients by a placement from the next step on."""
-        layers = [place_experts(placement, n, layer.experts) for n, layer in enumerate(self.network.layers)]
+        layers = [make_placed_experts(placement, n, layer.experts) for n, layer in enumerate(self.network.layers)]
         self.shared = SharedExperts(layers[::-1], self.mesh.ep)
 
         # Order the sums as the backward pass goes: a layer's experts before its dense part.
@@ -126,7 +126,7 @@ class Optimizer:
             parameter.data.copy_(grad)
 
 
-def place_experts(placement: Placement, number: int, layer: ExpertLayer) -> PlacedExperts:
+def make_placed_experts(placement: Placement, number: int, layer: ExpertLayer) -> PlacedExperts:
     """Build what sums of gradients need to know of a layer's experts."""
     expert_of_replica, rank_of_replica = placement.expert_of_replica[number], placement.rank_of_replica
     return PlacedExperts(

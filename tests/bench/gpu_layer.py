@@ -33,7 +33,7 @@ def measure_shape(shape, budget_seconds=BUDGET_SECONDS):
     with open_layer(comm, shape) as layer:
         draw = {"device": layer.device.torch_device}
         x, grad = (torch.randn(shape.tokens, shape.hidden, **draw) for _ in range(2))
-        floor = Floor(shape, layer.route(x).routing.tokens_of_expert.tolist(), layer.device.torch_device)
+        floor = Floor(shape, layer.choose(x).tokens_of_expert.tolist(), layer.device.torch_device)
         own = (lambda: layer.train(x, grad)) if shape.training else (lambda: layer.forward(x))
         calls = {"ours": own, "floor": floor.train if shape.training else floor.forward}
         several = {name: lambda call=call: repeat(call, layer.device) for name, call in calls.items()}

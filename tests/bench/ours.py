@@ -3,14 +3,13 @@
 import contextlib
 
 import torch
-from bench.stages import carry, finish
+from bench.stages import carry
 
 from hpcmoe.cluster.discover import read_topology
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.config import Config, DataConfig, DispatchConfig, ModelConfig, PipelineConfig, PlacementConfig, RunConfig
 from hpcmoe.errors import on_root
 from hpcmoe.experts.feed_forward import make_expert_weights
-from hpcmoe.experts.layer import LayerContext
 from hpcmoe.experts.shapes import make_expert_shape
 from hpcmoe.model.text import find_text
 from hpcmoe.placement.demand import find_loads
@@ -52,60 +51,47 @@ def draw_expert(shape, expert):
     return make_expert_weights(make_expert_shape(make_config(shape).spec), (SEED, 0, expert), 0, 1)
 
 
-class Bare(torch.nn.Module):
-    """No dense part: tokens come normed, as a user of a layer alone would give them."""
-
-    def forward(self, x):
-        """x [T, H] -> (residual, normed) [T, H]."""
-        return x, x
-
-
 class Layer:
-    """The one layer of a job, called by itself. All its calls are collective."""
+    """The one layer of a job, called by itself: its router and its experts. All its calls are collective."""
 
     def __init__(self, job):
-        self.layer, self.dispatcher = job.stepper.network.layers[0], job.stepper.dispatcher
-        self.layer.dense = Bare()
+        block, self.dispatcher = job.stepper.network.layers[0], job.stepper.dispatcher
+        self.router, self.experts = block.router, block.experts
         self.device = job.stepper.network.device
         self.load = torch.ones(job.config.model.num_experts, device=self.device.torch_device)
 
     @property
     def router_weight(self):
         """The gate's matrix. [E, H] float32"""
-        return self.layer.router.weight.detach()
+        return self.router.weight.detach()
+
+    def call(self, x):
+        """x [T, H] float32 -> x and what its experts add to it [T, H]."""
+        routing = self.choose(x)
+        return self.experts(x, routing.experts, routing.gates, routing.kept, residual=x)
 
     def forward(self, x):
         """x [T, H] float32 -> the next layer's x [T, H]."""
         with torch.no_grad():
-            return self.rise(LayerContext(layer=0, micro_batch=0, training=False), x)
+            return self.call(x)
 
     def train(self, x, grad):
-        """Go up from x [T, H] and down from the gradient of the result -> gradient of x; weights' gradients add up."""
-        context = LayerContext(layer=0, micro_batch=0, training=True)
-        with torch.enable_grad():
-            self.rise(context, x)
-            finish(self.dispatcher, self.layer.combine_backward(context, grad))
-            finish(self.dispatcher, self.layer.compute_backward(context))
-            zero_grads = torch.zeros_like(self.load), self.load.new_zeros(())
-            finish(self.dispatcher, self.layer.route_backward(context, *zero_grads))
-            return context.output
+        """Go forward from x [T, H] and back from the gradient of the result -> that of x; weights' gradients add up."""
+        x = x.detach().requires_grad_()
+        self.call(x).backward(grad)
+        return x.grad
 
-    def rise(self, context, x):
-        """Take the four stages of the way up."""
-        self.layer.route(context, x, self.load)
-        finish(self.dispatcher, self.layer.dispatch(context))
-        finish(self.dispatcher, self.layer.compute(context))
-        finish(self.dispatcher, self.layer.combine(context))
-        return context.output
+    def choose(self, x):
+        """Choose experts for x [T, H] -> Routing."""
+        return self.router(x, self.load)
 
     def route(self, x):
-        """Choose experts for x [T, H] -> what `carry` takes."""
-        context = LayerContext(layer=0, micro_batch=0, training=False)
+        """Choose experts for x [T, H] -> what `carry` takes: x, its plan and gates."""
         with torch.no_grad():
-            self.layer.route(context, x, self.load)
-        return context
+            routing = self.choose(x)
+            return x, self.dispatcher.plan(routing.experts, routing.kept, self.experts.chooser), routing.gates
 
-    def carry(self, context):
+    def carry(self, routed):
         """Dispatch and combine: rows reach their experts, who do nothing, and come home."""
         with torch.no_grad():
-            carry(self.layer, context)
+            carry(self.dispatcher, *routed)

@@ -55,16 +55,28 @@ TRANSFER_SECONDS = 3.0  # that a step's rows take over these hosts' links
 
 
 class Recorder(nn.Module):
-    """An expert that works, and remembers on how many rows."""
+    """Experts that work, and remember on how many rows of which."""
 
-    def __init__(self, expert, log):
+    awaits_weights = False
+
+    def __init__(self, experts, log):
         super().__init__()
-        self.expert, self.log = expert, log
+        self.experts, self.log = experts, log
 
-    def forward(self, x):
-        """x [n, H] -> y [n, H]."""
-        self.log.append((self.expert, len(x)))
-        return self.expert(x)
+    def forward(self, slots, rows, kept):
+        """rows [m, H] -> results [m, H]."""
+        self.log.append((self.experts, slots, len(rows)))
+        return self.experts(slots, rows, kept)
+
+
+class Idle(nn.Module):
+    """Experts that do nothing."""
+
+    awaits_weights = False
+
+    def forward(self, slots, rows, kept):
+        """rows [m, H] -> the same."""
+        return rows
 
 
 def main(path, what, rounds):
@@ -123,10 +135,10 @@ def measure(jobs, comm, rounds, apart):
     for number in range(rounds + 1):
         for name, job in jobs.items():
             log = []
-            seconds = {"whole": clock(comm, lambda job=job, log=log: step(job, lambda e: Recorder(e, log)))}
+            seconds = {"whole": clock(comm, lambda job=job, log=log: step(job, lambda experts: Recorder(experts, log)))}
             rows = job.stepper.dispatcher.pop_traffic().rows.sum(axis=0)
             if apart:
-                seconds["transfers"] = clock(comm, lambda job=job: step(job, lambda e: nn.Identity()))
+                seconds["transfers"] = clock(comm, lambda job=job: step(job, lambda experts: Idle()))
                 seconds["work"] = clock(comm, lambda log=log: repeat(log))
             for part, taken in seconds.items():
                 if number > 0:  # the first warms up
@@ -137,22 +149,22 @@ def measure(jobs, comm, rounds, apart):
 
 
 def step(job, stand_in):
-    """Run one batch forward, another module standing in for each expert."""
+    """Run one batch forward, another module standing in for the experts of each layer."""
     network, model = job.stepper.network, job.config.model
-    experts = [layer.experts.replicas for layer in network.layers]
+    experts = [layer.experts.local for layer in network.layers]
     for layer in network.layers:
-        layer.experts.replicas = nn.ModuleList(stand_in(expert) for expert in layer.experts.replicas)
+        layer.experts.local = stand_in(layer.experts.local)
     starts = draw_starts(len(job.training), job.config.data.batch_sequences, model.sequence_length, 0, 1)
     job.stepper.run(job.training, starts, even_load(model.num_layers, model.num_experts), "infer")
-    for layer, replicas in zip(network.layers, experts, strict=True):
-        layer.experts.replicas = replicas
+    for layer, own in zip(network.layers, experts, strict=True):
+        layer.experts.local = own
 
 
 def repeat(log):
     """Do an experts' log of work again, without anything around it."""
-    x = torch.randn(max((rows for _, rows in log), default=1), CONFIG.model.hidden)
-    for expert, rows in log:
-        expert(x[:rows])
+    x = torch.randn(max((rows for _, _, rows in log), default=1), CONFIG.model.hidden)
+    for experts, slots, rows in log:
+        experts(slots, x[:rows], None)
 
 
 def clock(comm, call):

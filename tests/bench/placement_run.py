@@ -17,7 +17,6 @@ from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.config import ClusterConfig, Config, DataConfig, ModelConfig, PipelineConfig, RunConfig
 from hpcmoe.errors import exit_with, on_root
-from hpcmoe.experts.layer import LayerContext
 from hpcmoe.model.balance import even_load
 from hpcmoe.model.text import draw_starts, find_text, read_micro_batches
 from hpcmoe.placement.cost import layer_seconds, tokens_on_links
@@ -95,22 +94,22 @@ def make_exchanger(job):
         network.begin(batches, len(starts) * length, even_load(len(network.layers), config.model.num_experts), "infer")
         with torch.no_grad():
             return sum(
-                time_carry(job, LayerContext(layer=number, micro_batch=micro_batch, training=False))
-                for number in range(len(network.layers))
-                for micro_batch in range(config.pipeline.micro_batches)
+                time_carry(job, number, batch) for number in range(len(network.layers)) for batch in network.batches
             )
 
     return exchange
 
 
-def time_carry(job, context):
+def time_carry(job, number, batch):
     """Route a micro-batch in a layer; then send its rows out and home -> seconds from the first to the last rank."""
-    network = job.stepper.network
-    layer = network.layers[context.layer]
-    layer.route(context, network.embed(context.micro_batch), network.load[context.layer])
+    network, dispatcher = job.stepper.network, job.stepper.dispatcher
+    block = network.layers[number]
+    _, x = block.dense((network.embedding[batch[:, :-1]] + network.positions).flatten(0, 1))
+    routing = block.router(x, network.load[number])
+    plan = dispatcher.plan(routing.experts, routing.kept, block.experts.chooser)
     barrier(job.mesh.world)
     begin = time.perf_counter()
-    carry(layer, context)
+    carry(dispatcher, x, plan, routing.gates)
     barrier(job.mesh.world)
     return time.perf_counter() - begin
 

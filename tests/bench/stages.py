@@ -1,5 +1,7 @@
-"""A layer's stages done by hand, one after the other, as the engine does the one lane of a serial schedule."""
+"""An exchange's stages done by hand, one after the other, with experts that do nothing."""
 
+from hpcmoe.comm.transport import Direction
+from hpcmoe.dispatch.dispatcher import ExchangeId
 from hpcmoe.wait import Backoff
 
 
@@ -40,9 +42,17 @@ def serve(dispatcher):
         yield False
 
 
-def carry(layer, context):
-    """Dispatch a routed micro-batch, and have its rows come home from experts who do nothing."""
-    finish(layer.dispatcher, layer.dispatch(context))
-    finish(layer.dispatcher, return_rows(layer.dispatcher, context.handle))
-    finish(layer.dispatcher, wait_results(layer.dispatcher, context.handle))
-    finish(layer.dispatcher, serve(layer.dispatcher))
+def carry(dispatcher, x, plan, gates):
+    """Dispatch the rows of a routed micro-batch [T, H], and have them come home from experts who do nothing."""
+    exchange = ExchangeId(0, 0, Direction.DISPATCH)
+    finish(dispatcher, wait_ready(dispatcher, plan, exchange))
+    handle = dispatcher.dispatch(plan, x, gates, exchange)
+    finish(dispatcher, return_rows(dispatcher, handle))
+    finish(dispatcher, wait_results(dispatcher, handle))
+    finish(dispatcher, serve(dispatcher))
+
+
+def wait_ready(dispatcher, plan, exchange):
+    """Wait until an exchange can be announced."""
+    while not dispatcher.poll_ready(plan, exchange):
+        yield False

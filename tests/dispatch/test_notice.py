@@ -15,7 +15,8 @@ from hpcmoe.errors import ClusterError
 from hpcmoe.wait import gather_to_all
 
 HIDDEN, FOREVER = 4, 300.0
-SIZES = {"slots": 2, "top_k": 3, "num_in_flight": 2, "message_tokens": 4, "pool_rows": 16, "messages_at_once": 1}
+# A full message takes 22 rows: the pool holds one.
+SIZES = {"slots": 2, "top_k": 3, "num_in_flight": 2, "message_tokens": 4, "pool_rows": 24, "messages_at_once": 1}
 CARRIERS = [(1, False), (2, False), (2, True), ("ranks", False), (3, True), "device"]  # nodes, once
 
 notices = st.builds(

@@ -22,7 +22,7 @@ def plant(file, old, new, tests, ranks=0):
 
 
 PLAN, EXCHANGE = "dispatch/test_plan.py", "dispatch/test_host.py"
-ORACLE = "run/test_oracle.py -k whatever_two"
+ORACLE, LANES = "run/test_oracle.py -k whatever_two", "pipeline/test_lanes_threads.py"
 ROUTER, FFN, STATE = "dispatch/test_router.py", "experts/test_feed_forward.py", "run/test_state.py"
 FAULTS = {
     # PLACEMENT: what a layout costs, and how the memory is dealt.
@@ -213,6 +213,22 @@ FAULTS = {
         "dispatch/test_delays.py",
         3,
     ),
+    # LANES
+    "a stage's rows are written with gradients": plant(
+        "pipeline/lanes.py", "measure(stage.report_as), torch.no_grad():", "measure(stage.report_as):", LANES
+    ),
+    "a step's failure ends the next": plant(
+        "pipeline/lanes.py", "failure, self.failure = self.failure, None", "failure = self.failure", LANES
+    ),
+    "experts' work goes before what others wait for": plant(
+        "pipeline/lane.py", "self.stages[0][0] in _HEAVY", "self.stages[0][0] not in _HEAVY", "pipeline/test_lanes.py"
+    ),
+    "a rank whose experts kept nothing does not compute again": plant(
+        "experts/layer.py",
+        "ctx.save_for_backward(context.gates, *kept)",
+        "ctx.save_for_backward(*([context.gates] * bool(context.batches)), *kept)",
+        "experts/test_layer.py -k checkpointed",
+    ),
     # SUMS and OPTIMIZER
     "a copy's gradient takes the others' place": plant(
         "run/gradient_sums.py",
@@ -258,7 +274,7 @@ FAULTS = {
     ),
     "a step's weights are those of the step before": plant(
         "run/optimizer.py",
-        "            layer.experts.refresh()\n        return norm",
+        "            layer.experts.local.refresh()\n        return norm",
         "            pass\n        return norm",
         "run/test_optimizer.py -k weights_of_the_last_step",
         3,

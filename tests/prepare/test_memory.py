@@ -252,8 +252,9 @@ def test_the_tracker_counts_saved_tensors_once_and_no_parameters():
 
 def test_the_tracker_counts_what_contexts_keep():
     x = torch.ones(4)
-    context = LayerContext(layer=0, micro_batch=0, training=True, batches=[(x[:2], torch.ones(6))])
-    context.x, tracker = x, ActivationTracker(nn.Linear(1, 1))
+    batches = [(x[:2], torch.ones(6))]
+    context = LayerContext(micro_batch=0, training=True, plan=None, gates=x, batches=batches)
+    tracker = ActivationTracker(nn.Linear(1, 1))
     tracker.observe([context])
     assert tracker.peak_bytes == (4 + 6) * 4
 
