@@ -118,7 +118,7 @@ def test_the_tracker_sees_what_is_saved_and_let_go_within_an_op():
 
 def test_what_contexts_hold_and_autograd_saves_is_counted_once():
     x = torch.ones(100, requires_grad=True)
-    context = LayerContext(micro_batch=0, training=True, plan=None, gates=x)
+    context = LayerContext(micro_batch=0, training=True, plan=None, gates=x, notice=None)
     tracker = ActivationTracker(nn.Linear(1, 1))
     tracker.observe([context])
     with tracker.hooks():
