@@ -72,13 +72,13 @@ class Group:
     ) -> Iterator[StepResult]:
         """Call step(micro_batch) for each micro-batch, several at a time -> an iterator of the results, in order.
 
-        While one waits for rows another goes on. in_flight: 1, or as the group was opened (the default). schedule:
+        While one waits for rows another goes on. in_flight: at most, and by default, what the group was opened with. schedule:
         "serial", "overlap" or "arrival", by default the group's. A step calls forward and backward as it likes.
         Collective over the group: as many micro-batches on every rank. What a step raises is raised here.
         """
         most = self.options.in_flight
-        if in_flight not in (None, 1, most):
-            raise ConfigError(f"hpcmoe lanes: in_flight = {in_flight}: must be 1 or that of hpcmoe.open, {most}")
+        if in_flight is not None and not 1 <= in_flight <= most:
+            raise ConfigError(f"hpcmoe lanes: in_flight = {in_flight}: must be 1 to that of hpcmoe.open, {most}")
         if schedule not in (None, "serial", "overlap", "arrival"):
             raise ConfigError(f"hpcmoe lanes: schedule = {schedule!r}: must be 'serial', 'overlap' or 'arrival'")
         self.engine.kind = schedule or self.options.schedule
