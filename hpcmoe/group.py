@@ -72,8 +72,9 @@ class Group:
     ) -> Iterator[StepResult]:
         """Call step(micro_batch) for each micro-batch, several at a time -> an iterator of the results, in order.
 
-        While one waits for rows another goes on. in_flight: at most, and by default, what the group was opened with. schedule:
-        "serial", "overlap" or "arrival", by default the group's. A step calls forward and backward as it likes.
+        While one waits for rows another goes on. in_flight: at most, and by default, what the group was opened with.
+        schedule: "serial", "overlap" or "arrival", by default the group's. A step calls forward and backward as it
+        likes.
         Collective over the group: as many micro-batches on every rank. What a step raises is raised here.
         """
         most = self.options.in_flight
