@@ -8,9 +8,9 @@ The chapters in the order in which they may import each other, which is the orde
     cluster/                 where we run: topology, its links as measured or given, the mesh of ranks
     comm/                    what carries bytes: devices, transports, all-to-all, the window of a node, reductions
     dispatch/                a token leaves and returns: router, plan, dispatchers
-    experts/                 what happens there: feed-forward networks, the layer as its stages
+    experts/                 what happens there: feed-forward networks, the layer as one differentiable call
     model/                   what is trained: the language model, its text, the balance of its experts
-    pipeline/                many tokens at once: the schedule as data, the engine that runs it
+    pipeline/                many tokens at once: micro-batches in lanes that take turns
     placement/               where experts live: from a problem of tokens, links and memory to experts on ranks
     prepare/                 what fits: sizes, memory, budget, the placement of a run
     report/                  what is shown: metrics, progress, tables, figures
@@ -44,8 +44,8 @@ Glossary:
     message            rows for another node, which one of its ranks, the receiver, puts into its receive pool
     backend, request   what carries rows; a transfer that has started, with recv_done and send_done
     poke               let MPI and background tasks progress, without waiting
-    op, lane           a stage of a layer for one micro-batch; the ops of a micro-batch, in order
-    stage              route, dispatch, compute, combine or dense: what a rank's seconds are counted by
+    lane, turn         some micro-batches of a step in a thread of their own; one lane at a time has the turn
+    stage              route, dispatch, compute, combine or dense: what a lane waits for, and seconds are counted by
     piece, snapshot    a box of a logical array on one rank; a copy of all pieces, from which a thread writes
 
 Letters in shapes: T tokens of this rank's micro-batch, K experts of a token, N = T * K assignments, N' assignments sent

@@ -19,12 +19,11 @@ from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.device import Device, open_device
 from hpcmoe.comm.failures import open_failures
 from hpcmoe.comm.heap import keep_heap
-from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.comm.reduce import make_reducer
 from hpcmoe.config import CommConfig, DispatchConfig, ParallelConfig
 from hpcmoe.errors import ConfigError, HpcmoeError, TrainingError, agree_on, on_all, share
 from hpcmoe.experts.losses import LaneSums
-from hpcmoe.experts.moe import Experts, LayerSeat, MoE
+from hpcmoe.experts.moe import Experts, LayerParts, MoE
 from hpcmoe.experts.options import GroupOptions, make_options
 from hpcmoe.experts.own import Dispatcher
 from hpcmoe.model.balance import update_biases, update_load
@@ -36,13 +35,13 @@ from hpcmoe.run.layer_moves import rebalance_layers
 from hpcmoe.run.model_gradients import ModelGradients
 from hpcmoe.run.ranks import OPEN, check_comm, choose_own_threads, read_group_topology, torch_threads
 from hpcmoe.run.shared_dispatchers import SharedDispatchers
+from hpcmoe.run.token_counts import TokenCounts
 from hpcmoe.validate import validate_arguments
 from hpcmoe.wait import barrier
 
-_COUNTED = ("loads", "update_routers", "rebalance")
 _BUCKET_BYTES = 4_000_000  # of gradients in one message
 
-Result = TypeVar("Result")
+StepResult = TypeVar("StepResult")
 MicroBatch = TypeVar("MicroBatch")
 
 
@@ -60,28 +59,27 @@ class Group:
         self.routers: list[MoE] = []
         self.engine = Lanes([], Clock(), options.schedule, device.bind_thread, device.generators)
         self.sums: LaneSums | None = None
-        self.refuses_more, self.num_optimizer_steps = options.refuse_more, 0
-        self.counts_since: dict[str, list[np.ndarray]] = {
-            name: [] for name in _COUNTED
-        }  # by layer [E], by who pops them
+        self.refuses_more, self.num_optimizer_steps = options.reject_more, 0
+        self.counts = TokenCounts(mesh.world, self.layers)
         self.gradients: dict[nn.Module, ModelGradients] = {}
 
     def lanes(
         self,
-        step: Callable[[MicroBatch], Result],
+        step: Callable[[MicroBatch], StepResult],
         micro_batches: Sequence[MicroBatch],
         in_flight: int | None = None,
         schedule: str | None = None,
-    ) -> Iterator[Result]:
+    ) -> Iterator[StepResult]:
         """Call step(micro_batch) for each micro-batch, several at a time -> an iterator of the results, in order.
 
-        While one waits for rows another goes on. in_flight: 1, or as the group was opened (the default). schedule:
-        "serial", "overlap" or "arrival", by default the group's. A step calls forward and backward as it likes.
+        While one waits for rows another goes on. in_flight: at most, and by default, what the group was opened with.
+        schedule: "serial", "overlap" or "arrival", by default the group's. A step calls forward and backward as it
+        likes.
         Collective over the group: as many micro-batches on every rank. What a step raises is raised here.
         """
         most = self.options.in_flight
-        if in_flight not in (None, 1, most):
-            raise ConfigError(f"hpcmoe lanes: in_flight = {in_flight}: must be 1 or that of hpcmoe.open, {most}")
+        if in_flight is not None and not 1 <= in_flight <= most:
+            raise ConfigError(f"hpcmoe lanes: in_flight = {in_flight}: must be 1 to that of hpcmoe.open, {most}")
         if schedule not in (None, "serial", "overlap", "arrival"):
             raise ConfigError(f"hpcmoe lanes: schedule = {schedule!r}: must be 'serial', 'overlap' or 'arrival'")
         self.engine.kind = schedule or self.options.schedule
@@ -118,14 +116,14 @@ class Group:
 
         Collective over the group.
         """
-        return self.pop_counts("loads")
+        return self.counts.pop("loads")
 
     def update_routers(self) -> None:
         """Move the load feedback and the biases of all MoE layers by what was routed since the last call.
 
         Call it after the optimizer's step. Collective over the group.
         """
-        counts_of_layer = self.pop_counts("update_routers")
+        counts_of_layer = self.counts.pop("update_routers")
         for moe in self.routers:
             if (counts := counts_of_layer[moe.experts.number]).any():
                 utilisation = counts / counts.mean()
@@ -139,7 +137,7 @@ class Group:
         The optimizer's state of them moves too. Between an optimizer's step and the next forward pass. A second or so a
         layer for the search. Collective over the group.
         """
-        counts = self.pop_counts("rebalance")
+        counts = self.counts.pop("rebalance")
         layers = [module for module in model.modules() if isinstance(module, Experts)]
         loads = {layer: counts[layer.number] for layer in layers if counts[layer.number].any()}
         return rebalance_layers(self.mesh, self.topology, loads, optimizer)
@@ -167,23 +165,8 @@ class Group:
             raise TrainingError("clip_grad_norm_: no gradients are summed yet: call sum_gradients first")
         return self.gradients[model].clip_grad_norm_(max_norm)
 
-    def pop_counts(self, name: str) -> list[np.ndarray]:
-        """Return the tokens of each expert, by layer [E], since the last call with this name, over all ranks.
-
-        Collective over the group.
-        """
-        own = [layer.tokens_of_expert.numpy(force=True).copy() for layer in self.layers]
-        counts = all_reduce(self.mesh.world, np.concatenate([np.zeros(0, np.int64), *own]))
-        for layer, new in zip(self.layers, np.split(counts, np.cumsum([len(each) for each in own])), strict=False):
-            layer.tokens_of_expert.zero_()
-            for since in self.counts_since.values():
-                since[layer.number] += new
-        popped = self.counts_since[name]
-        self.counts_since[name] = [np.zeros_like(counts) for counts in popped]
-        return popped
-
     def finish(self) -> None:
-        """Serve the other ranks to the end, and wait for sums that nobody has waited for. Collective over the group."""
+        """Finish what other ranks want, and sums that nobody has waited for. Collective over the group."""
         self.engine.drain()
         if self.sums is not None:
             self.sums.finish()
@@ -192,7 +175,7 @@ class Group:
         """Advance what goes on beside this rank's computing, without waiting -> whether anything moved."""
         return self.engine.poke()
 
-    def add_layer(self, layer: Experts | Dispatcher, **arguments: Any) -> LayerSeat:
+    def add_layer(self, layer: Experts | Dispatcher, **arguments: Any) -> LayerParts:
         """Check that all ranks build the same layer, place its experts, and open what carries their rows.
 
         Collective over the group. Raises ConfigError, PlacementError or ClusterError on all ranks.
@@ -214,9 +197,7 @@ class Group:
         if is_new:
             self.engine.dispatchers.append(dispatcher)
         self.layers.append(layer)
-        for since in self.counts_since.values():
-            since.append(np.zeros(options.num_experts, np.int64))
-        return LayerSeat(
+        return LayerParts(
             number=number,
             options=options,
             placement=placement,
@@ -265,7 +246,7 @@ def open(
     deterministic: bool = True,
     in_flight: int = 2,
     max_tokens: int = 4096,
-    refuse_more: bool = False,
+    reject_more: bool = False,
     threads: int = 0,
 ) -> Iterator[Group]:
     """Open a group of the ranks of comm, all of the world by default. Collective over comm, both ends.
@@ -274,14 +255,14 @@ def open(
     data_parallel times; the product is the number of ranks. device: "auto", "host" or "cuda". links: None takes all
     links between nodes as alike, "measure" measures them for some seconds, else a links file or a Topology. schedule,
     in_flight: how micro-batches take turns (Group.lanes). deterministic: the same bits at every run. max_tokens: of a
-    rank in one exchange; a call with more takes several, or is an error by refuse_more. threads of torch while the
+    rank in one exchange; a call with more takes several, or is an error by reject_more. threads of torch while the
     group is open, 0: this rank's share of its node's cores; malloc keeps large blocks from then on. Raises ConfigError
     or ClusterError on all ranks.
     """
     arguments = {
         "tensor_parallel": tensor_parallel, "data_parallel": data_parallel, "expert_parallel": expert_parallel,
         "device": device, "links": "" if links is None or isinstance(links, Topology) else links, "schedule": schedule,
-        "deterministic": deterministic, "in_flight": in_flight, "max_tokens": max_tokens, "refuse_more": refuse_more,
+        "deterministic": deterministic, "in_flight": in_flight, "max_tokens": max_tokens, "reject_more": reject_more,
         "threads": threads,
     }  # fmt: skip
     world = check_comm(comm)

@@ -132,8 +132,11 @@ class OrderedDevice(PlainDevice):
         )
 
     def bind_thread(self):
-        """Remember the thread."""
-        self.order.entered.append(threading.current_thread())
+        """Remember the thread, and watch it from now on: torch's modes are each thread's own."""
+        thread = threading.current_thread()
+        if thread not in self.order.entered:
+            self.order.entered.append(thread)
+            Watching(self.order).__enter__()
 
     @contextlib.contextmanager
     def use(self, stream):

@@ -175,7 +175,7 @@ def make_topology(
 ) -> Topology:
     """Join the layout, the config and links found otherwise, if any. Raises ClusterError where they do not fit."""
     # Take the links, and each node's memory and devices.
-    if measured is not None:
+    if cluster.links == "measure" and measured is not None:
         links, source = measured, dict.fromkeys(("links", "ports", "uplinks"), where_from)
     else:
         try:

@@ -62,6 +62,7 @@ class LayerContext:
     batches: list[Any] = field(default_factory=list)  # of this rank's experts
     kept: list[list[Kept]] = field(default_factory=list)  # of each batch, what its experts need for their backward
     num_kept: list[list[int]] = field(default_factory=list)  # tensors of each of these
+    inputs: Any = None  # rows and residual [T, H], while the forward pass lasts
     output: Any = None  # [T, H], of the forward pass, then the gradient of x
     grad_gates: Any = None  # [T, K * shards]
 
@@ -197,8 +198,8 @@ class Exchange(torch.autograd.Function):
         context: LayerContext,
     ) -> Tensor:
         """Return residual, if any, + the sum of the experts' results times their gates [T, H]."""
-        if context.training:
-            layer.turns.contexts.add(context)
+        layer.turns.contexts.add(context)
+        context.inputs = x, residual
         layer.turns.run_stages(
             layer.number,
             [
@@ -212,7 +213,7 @@ class Exchange(torch.autograd.Function):
         ctx.layer, ctx.context, ctx.dtype, ctx.top_k = layer, context, x.dtype, gates.shape[1]
         kept = pack_kept(context, layer.dispatcher.repeats_order)
         ctx.save_for_backward(context.gates, *kept)  # never nothing: a checkpoint recomputes on all ranks
-        output, context.output = context.output, None
+        output, context.output, context.inputs = context.output, None, None
         return output if residual is not None else output.to(x.dtype)
 
     @staticmethod

@@ -26,12 +26,12 @@ from hpcmoe.experts.feed_forward import (
 from hpcmoe.experts.layer import ExpertLayer, Turns
 from hpcmoe.experts.logical import GroupModule, LogicalExperts
 from hpcmoe.experts.losses import LaneSums
-from hpcmoe.experts.options import ExpertsOptions, check_choices, check_rows
+from hpcmoe.experts.options import ExpertsOptions, check_choices, check_input
 from hpcmoe.experts.slots import ExpertSlots, make_chooser
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerSeat:
+class LayerParts:
     """What a group gives a new layer."""
 
     number: int  # among the group's layers, in the order in which they were built
@@ -48,7 +48,7 @@ class LayerGroup(Protocol):
 
     mesh: Mesh
 
-    def add_layer(self, layer: Any, **arguments: Any) -> LayerSeat:
+    def add_layer(self, layer: Any, **arguments: Any) -> LayerParts:
         """Check that all ranks build the same layer, place its experts, and open what carries their rows."""
 
     def add_router(self, moe: "MoE", **arguments: Any) -> tuple[DispatchConfig, LaneSums]:
@@ -97,20 +97,20 @@ class Experts(LogicalExperts, ExpertLayer):
         spare_slots_per_rank slots a rank stay empty unless replicate fills them. Raises ConfigError, PlacementError or
         ClusterError on all ranks.
         """
-        seat = group.add_layer(
+        parts = group.add_layer(
             self, hidden=hidden, feed_forward=feed_forward, num_experts=num_experts, kind=kind, bias=bias, top_k=top_k,
             dtype=dtype, max_tokens=max_tokens, spare_slots_per_rank=spare_slots_per_rank, replicate=replicate,
             placement=placement, seed=seed,
         )  # fmt: skip
-        options = seat.options
-        chooser = make_chooser(options.num_experts, seat.mesh, seat.placement, 0)
-        super().__init__(make_local(seat), seat.dispatcher, chooser, seat.turns, seat.number)
-        self.group, self.options, self.placement = group, options, seat.placement
+        options = parts.options
+        chooser = make_chooser(options.num_experts, parts.mesh, parts.placement, 0)
+        super().__init__(make_local(parts), parts.dispatcher, chooser, parts.turns, parts.number)
+        self.group, self.options, self.placement = group, options, parts.placement
         self.hidden, self.feed_forward, self.num_experts = options.hidden, options.feed_forward, options.num_experts
         self.kind, self.top_k, self.max_tokens = options.kind, options.top_k, options.max_tokens
         counts = torch.zeros(options.num_experts, dtype=torch.int64)
         self.register_buffer("tokens_of_expert", counts, persistent=False)
-        self.to(seat.device.torch_device)
+        self.to(parts.device.torch_device)
 
     @property
     def expert_of_slot(self) -> np.ndarray:
@@ -240,7 +240,7 @@ class MoE(GroupModule):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the gated sum of each token's experts: x [..., H] -> [..., H] as x. See Experts.forward()."""
         experts, settings = self.experts, self.settings
-        check_rows(experts.name, experts.options, x)
+        check_input(experts.name, experts.options, x)
         rows = x.reshape(-1, experts.hidden)
         with torch.autocast(x.device.type, enabled=False), experts.turns.stage(Stage.ROUTE, experts.number):
             routing = self.router(rows, self.load)
@@ -249,13 +249,13 @@ class MoE(GroupModule):
         return experts.apply_to(rows, routing.experts, gates, routing.kept).view(x.shape)
 
 
-def make_local(seat: LayerSeat) -> LocalExperts:
+def make_local(parts: LayerParts) -> LocalExperts:
     """Build the experts of this rank's slots, their weights drawn."""
-    options, mesh = seat.options, seat.mesh
+    options, mesh = parts.options, parts.mesh
     replicas = [
         Expert(options.kind, make_expert_weights(
-            options.shape, (options.seed, seat.number, expert), mesh.tensor_index, mesh.tensor_parallel
+            options.shape, (options.seed, parts.number, expert), mesh.tensor_index, mesh.tensor_parallel
         )) if expert >= 0 else nn.Identity()
-        for expert in seat.placement.experts_of_rank(0, mesh.expert_index).tolist()
+        for expert in parts.placement.experts_of_rank(0, mesh.expert_index).tolist()
     ]  # fmt: skip
-    return (GroupedExperts if seat.dispatcher.works_at_once else LocalExperts)(replicas)
+    return (GroupedExperts if parts.dispatcher.works_at_once else LocalExperts)(replicas)

@@ -33,7 +33,7 @@ class GroupOptions:
     deterministic: bool
     in_flight: Annotated[int, Interval(ge=1, le=64)]  # micro-batches under way at once
     max_tokens: Count  # of a rank in one exchange, where a layer says nothing else
-    refuse_more: bool  # more tokens are an error; else they go in several exchanges
+    reject_more: bool  # more tokens are an error; else they go in several exchanges
     threads: Annotated[int, Interval(ge=0, le=4096)]  # of torch; 0: this rank's share of its node's cores
 
 
@@ -82,7 +82,7 @@ def make_options(
     return options
 
 
-def check_rows(where: str, options: ExpertsOptions, x: Tensor) -> None:
+def check_input(where: str, options: ExpertsOptions, x: Tensor) -> None:
     """Raise ConfigError where x is not [..., H] of floating-point numbers."""
     if x.dim() == 0 or x.shape[-1] != options.hidden or not x.is_floating_point():
         shape = f"{list(x.shape)} of {x.dtype}"
@@ -91,7 +91,7 @@ def check_rows(where: str, options: ExpertsOptions, x: Tensor) -> None:
 
 def check_choices(where: str, options: ExpertsOptions, x: Tensor, experts: Tensor, gates: Tensor) -> None:
     """Raise ConfigError where x [..., H], experts [..., K] and gates [..., K] do not fit the layer."""
-    check_rows(where, options, x)
+    check_input(where, options, x)
     shape, top_k = list(x.shape[:-1]), experts.shape[-1] if experts.dim() else 0
     for name, tensor in (("top_k_index", experts), ("top_k_weights", gates)):
         if list(tensor.shape) != [*shape, top_k] or not 1 <= top_k <= options.top_k:

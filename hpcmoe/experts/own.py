@@ -64,19 +64,19 @@ class Dispatcher(GroupModule):
         Under tensor parallelism each rank of a group gets the rows, and the results of all of them are added up.
         """
         super().__init__()
-        seat = group.add_layer(
+        parts = group.add_layer(
             self, hidden=hidden, feed_forward=group.mesh.tensor_parallel, num_experts=num_experts, kind="gelu",
             bias=False, top_k=top_k, dtype=dtype, max_tokens=max_tokens, spare_slots_per_rank=0, replicate=False,
             placement=placement, seed=0,
         )  # fmt: skip
-        options = seat.options
-        self.group, self.options, self.placement, self.number = group, options, seat.placement, seat.number
-        self.dispatcher, self.turns = seat.dispatcher, seat.turns
-        self.chooser = make_chooser(options.num_experts, seat.mesh, seat.placement, 0)
+        options = parts.options
+        self.group, self.options, self.placement, self.number = group, options, parts.placement, parts.number
+        self.dispatcher, self.turns = parts.dispatcher, parts.turns
+        self.chooser = make_chooser(options.num_experts, parts.mesh, parts.placement, 0)
         self.open_handles: dict[int, OwnHandle] = {}  # micro-batch: dispatched, not combined yet
         counts = torch.zeros(options.num_experts, dtype=torch.int64)
         self.register_buffer("tokens_of_expert", counts, persistent=False)
-        self.to(seat.device.torch_device)
+        self.to(parts.device.torch_device)
 
     @property
     def expert_of_slot(self) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Many tokens at once: micro-batches and layers following each other without barriers."""
+"""Many tokens at once: micro-batches in lanes, each plain torch code, which take turns wherever one would wait."""

@@ -68,7 +68,9 @@ def located_errors(lane: Lane) -> Iterator[None]:
 def capture_modes() -> Modes:
     """Collect this thread's modes of torch -> what enters them in another."""
     casting = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    default = torch.get_default_device()
     return [
+        *[functools.partial(torch.device, default)] * (default.type != "cpu"),
         *[torch.inference_mode] * torch.is_inference_mode_enabled(),
         functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()),
         *(functools.partial(torch.autocast, device, torch.get_autocast_dtype(device)) for device in casting),

@@ -256,7 +256,7 @@ class Lanes:
         self.stop_if_failed()
 
     def give_turn(self, lane: Lane) -> None:
-        """Let a lane's thread go on, on this thread's core; until it does nobody works."""
+        """Pass the turn to a lane's thread; what that takes counts as waiting."""
         self.clock.switch([Timer.WAITING])
         lane.give_turn()
 

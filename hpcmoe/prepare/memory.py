@@ -139,15 +139,13 @@ def estimate_activations(spec: NetworkSpec, mesh: Mesh, slots: int, sizes: AnySi
 
 
 def estimate_passing(spec: NetworkSpec, mesh: Mesh, sizes: AnySizes) -> int:
-    """Estimate the bytes of micro-batches in flight in inference: each layer's input and routing, until the last.
+    """Estimate the bytes of micro-batches in flight in inference: of one layer its rows, residual and choices.
 
-    The last layer has its router's input, and in attention its residual, until its results are home.
+    One of them has its output besides.
     """
-    model = spec.model
-    choices = count_choice_bytes(spec.dispatch, mesh, sizes) * model.top_k
-    of_layer = sizes.tokens * (FLOAT32_BYTES * model.hidden + choices) + _EXPERT_BYTES * model.num_experts
-    of_last = sizes.tokens * FLOAT32_BYTES * model.hidden * (1 + model.attention)
-    return sizes.num_in_flight * (model.num_layers * of_layer + of_last)
+    of_hidden = FLOAT32_BYTES * spec.model.hidden
+    choices = count_choice_bytes(spec.dispatch, mesh, sizes) * spec.model.top_k
+    return sizes.tokens * (sizes.num_in_flight * (2 * of_hidden + choices) + of_hidden)
 
 
 def count_choice_bytes(dispatch: DispatchConfig, mesh: Mesh, sizes: AnySizes) -> int:

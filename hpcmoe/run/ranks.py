@@ -46,7 +46,7 @@ def choose_own_threads(topology: Topology, mesh: Mesh) -> int:
 
 @contextlib.contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """Let torch use so many threads in the block."""
+    """Set the number of torch's threads in the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

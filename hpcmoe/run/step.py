@@ -1,4 +1,4 @@
-"""One step over one batch: read it, run the schedule, sum the results over all ranks."""
+"""One step over one batch: read it, run its micro-batches in lanes, sum the results over all ranks."""
 
 import contextlib
 from collections.abc import Sequence

@@ -125,7 +125,7 @@ def test_several_exchanges_in_lanes(comm, schedule):
 
 @pytest.mark.mpi
 def test_more_tokens_may_be_refused_on_all_ranks(comm):
-    with open_group(comm, max_tokens=4, refuse_more=True) as group:
+    with open_group(comm, max_tokens=4, reject_more=True) as group:
         layer = make_experts(group)
         check_against_twin(comm, layer, draw_call(comm.rank, layer, (4, 2)))
         line = "rank 0 calls layer 0 top-2 forward with more tokens than a call may have: 3 calls would do"

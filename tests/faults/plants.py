@@ -225,8 +225,8 @@ FAULTS = {
     ),
     "a rank whose experts kept nothing does not compute again": plant(
         "experts/layer.py",
-        "ctx.save_for_backward(context.gates, *pack_kept(context))",
-        "ctx.save_for_backward(*([context.gates] * bool(context.batches)), *pack_kept(context))",
+        "ctx.save_for_backward(context.gates, *kept)",
+        "ctx.save_for_backward(*([context.gates] * bool(context.batches)), *kept)",
         "experts/test_layer.py -k checkpointed",
     ),
     # SUMS and OPTIMIZER

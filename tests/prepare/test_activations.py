@@ -79,8 +79,9 @@ def test_training_keeps_what_is_estimated(comm, tmp_path, shape):
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in OF_TRAINING])
 def test_inference_passes_on_what_is_estimated(comm, tmp_path, shape):
+    """But for the chosen experts, which nobody's context holds."""
     with open_job(comm, tmp_path, run__mode="infer", **SHAPES[shape]) as job:
-        assert measure(job, "infer") == pytest.approx(job.memory.activations, rel=NEAR)
+        assert 0.87 * job.memory.activations <= measure(job, "infer") <= job.memory.activations
 
 
 @pytest.mark.mpi
@@ -117,7 +118,7 @@ def test_the_tracker_sees_what_is_saved_and_let_go_within_an_op():
 
 def test_what_contexts_hold_and_autograd_saves_is_counted_once():
     x = torch.ones(100, requires_grad=True)
-    context = LayerContext(micro_batch=0, training=True, plan=None, gates=x)
+    context = LayerContext(micro_batch=0, training=True, plan=None, gates=x, notice=None)
     tracker = ActivationTracker(nn.Linear(1, 1))
     tracker.observe([context])
     with tracker.hooks():

@@ -61,7 +61,9 @@ def test_the_memory_of_a_training_rank_is_as_estimated(comm, tmp_path, case):
     estimated = job.memory
     for name in ("states", "one_expert", "experts", "dense", "gradients", "optimizer"):
         assert getattr(measured, name) == getattr(estimated, name), name
-    assert measured.activations == pytest.approx(estimated.activations, rel=0.1)
+    assert (
+        0.85 * estimated.activations < measured.activations < estimated.activations
+    )  # no hook sees gradients that pass
 
 
 def test_inference_has_parameters_buffers_and_what_passes_through(comm, tmp_path):
@@ -253,7 +255,7 @@ def test_the_tracker_counts_saved_tensors_once_and_no_parameters():
 def test_the_tracker_counts_what_contexts_keep():
     x = torch.ones(4)
     batches = [(x[:2], torch.ones(6))]
-    context = LayerContext(micro_batch=0, training=True, plan=None, gates=x, batches=batches)
+    context = LayerContext(micro_batch=0, training=True, plan=None, gates=x, notice=None, batches=batches)
     tracker = ActivationTracker(nn.Linear(1, 1))
     tracker.observe([context])
     assert tracker.peak_bytes == (4 + 6) * 4

@@ -51,7 +51,7 @@ def test_every_copy_is_in_one_batch_none_larger_than_asked_for(comm, shared, gem
         for step in (1, 2, 3):
             job.meter.start()
             if step - 1 in after:
-                force(job, optimizer, step, step - 1)
+                force(job, optimizer, step)
             outcome, _ = train_step(job, optimizer, load, step)
             job.meter.read(outcome.stats)
             tokens = tokens + outcome.stats.tokens_of_expert

@@ -154,8 +154,8 @@ def test_hooks_go_with_the_sums_and_are_not_copied():
 def test_experts_that_have_moved_are_heard_once(comm, shared):
     """Sums by another placement take the place of the first ones, and begin during the backward pass too."""
     with open_small_job(comm, shared) as (job, optimizer, _):
-        for step in range(2):
-            optimizer.follow_placement(job.placement, step)
+        for _ in range(2):
+            optimizer.follow_placement(job.placement)
         assert [len(layer.experts.local.listeners) for layer in job.stepper.network.layers] == [1, 1]
         optimizer.zero_gradients()
         job.stepper.run(job.training, np.arange(14), np.ones((2, 4)), "evaluate")

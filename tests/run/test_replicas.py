@@ -47,7 +47,7 @@ def test_an_expert_of_which_one_copy_differs_is_named_with_layer_and_ranks(comm,
         holders = [rank for rank in range(tensor_parallel - 1, comm.size, tensor_parallel) if (1, 0) in of_ranks[rank]]
         if comm.rank == holders[-1]:
             (held,) = (c for c in optimizer.shared.held_replicas() if (c.layer, c.expert) == (1, 0))
-            flip(job.stepper.network.layers[1].experts.replicas[held.slot].down)
+            flip(job.stepper.network.layers[1].experts.local.replicas[held.slot].down)
         if len(holders) == 1:
             check(job, optimizer)
             return

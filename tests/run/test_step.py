@@ -14,7 +14,7 @@ LOAD = np.ones((2, 4))
 
 
 def gradients(job):
-    return [p.grad.clone() for p in job.stepper.network.parameters()]
+    return [p.grad.clone() for p in job.stepper.network.parameters() if p.grad is not None]
 
 
 @pytest.mark.mpi
@@ -26,6 +26,8 @@ def test_a_step_counts_all_tokens_and_only_training_leaves_gradients(comm, share
         assert outcome.stats.num_tokens == 14 * 5
         assert outcome.stats.tokens_of_expert.sum(axis=1).tolist() == [14 * 5 * 2] * 2
         assert (outcome.loss is None) == (purpose == "infer")
+        if purpose == "train":
+            optimizer.sums.finish()  # until then gradients are on their way
         assert any(g.any() for g in gradients(job)) == (purpose == "train")
         assert (job.stepper.tracker.peak_bytes > 0) == (purpose == "train")
 

@@ -1,0 +1,103 @@
+"""The examples run as users run them, at several numbers of ranks, and compute what plain torch does in one process."""
+
+import ast
+import contextlib
+import io
+import json
+import re
+import runpy
+import sys
+
+import plain_torch
+import pytest
+from launch import ROOT, mpirun, run
+
+import hpcmoe
+
+FOLDER = ROOT / "inputs/examples"
+NAMES = sorted(file.stem for file in FOLDER.glob("*.py"))
+NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]\d+)?")
+STEPS, HALF = 8, 5  # of the loop that is taken up again
+RUN_ALL = f"""
+import json, runpy, sys
+for name, *words in json.loads(sys.argv[1]):
+    sys.argv = [name, *words]
+    runpy.run_path(f"{FOLDER}/{{name}}.py", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def twins():
+    """What the examples print in one process and plain torch, all but the one that compares itself."""
+    return {name: run_twin(name) for name in NAMES if name != "own_experts"}
+
+
+def run_twin(name):
+    """Run an example with plain torch in hpcmoe's place -> its lines."""
+    words = ["unused", str(STEPS)] if name == "own_loop" else []
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [name, *words])
+        patch.setattr(hpcmoe, "open", plain_torch.open_group)
+        patch.setattr(hpcmoe, "MoE", plain_torch.MoE)
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    return printed.getvalue().splitlines()
+
+
+def compare(found, wanted):
+    """Assert that lines are the same but for rounding in their numbers."""
+    assert [NUMBER.sub("_", line) for line in found] == [NUMBER.sub("_", line) for line in wanted]
+    assert read_numbers(found) == pytest.approx(read_numbers(wanted), rel=1e-5, abs=1e-5)
+
+
+def read_numbers(lines):
+    return [float(number) for line in lines for number in NUMBER.findall(line)]
+
+
+def read_lines(ended):
+    assert ended.status == 0 and ended.errors == "", ended
+    return ended.output.splitlines()
+
+
+def test_each_is_short_and_says_what_it_shows_and_how_it_is_run():
+    assert NAMES == ["classifier", "gpt", "own_experts", "own_loop", "replace_mlp"]
+    for name in NAMES:
+        text = (FOLDER / f"{name}.py").read_text()
+        shown = ast.get_docstring(ast.parse(text))
+        assert len(text.splitlines()) < 60, name
+        assert f"python inputs/examples/{name}.py" in shown and f"mpirun -n 2 python inputs/examples/{name}.py" in shown
+
+
+def test_their_losses_fall(twins):
+    for name, lines in twins.items():
+        losses = [float(found[1]) for line in lines if (found := re.search(r"loss ([\d.]+)", line))]
+        assert losses[-1] < 0.9 * losses[0], name
+    assert twins["classifier"][-1] == "the frozen router has moved: False"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("own_experts", "own_loop")])
+def test_two_ranks_print_what_plain_torch_does(name, twins):
+    compare(read_lines(mpirun(2, f"inputs/examples/{name}.py", PYTHONPATH=str(ROOT))), twins[name])
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_one_process_and_three_ranks_print_what_plain_torch_does(ranks, twins, tmp_path):
+    names = [name for name in NAMES if name != "own_experts"]
+    runs = [[name, *([tmp_path / "loop", STEPS] if name == "own_loop" else [])] for name in names]
+    words = "-c", RUN_ALL, json.dumps(runs, default=str)
+    ended = (
+        run(sys.executable, *words, PYTHONPATH=str(ROOT)) if ranks == 1 else mpirun(ranks, *words, PYTHONPATH=str(ROOT))
+    )
+    compare(read_lines(ended), [line for name in names for line in twins[name]])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_own_experts_are_their_dense_twins(ranks):
+    lines = read_lines(mpirun(ranks, "inputs/examples/own_experts.py", PYTHONPATH=str(ROOT)))
+    assert len(lines) == 3 and max(read_numbers(lines)) < 1e-5
+
+
+def test_a_loop_goes_on_at_another_number_of_ranks(twins, tmp_path):
+    for ranks, steps, begin in ((3, HALF, 0), (2, STEPS, HALF)):
+        words = "inputs/examples/own_loop.py", tmp_path / "loop", steps
+        lines = read_lines(mpirun(ranks, *words, PYTHONPATH=str(ROOT)))
+        compare(lines, twins["own_loop"][begin:steps])
