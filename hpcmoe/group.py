@@ -20,6 +20,7 @@ from hpcmoe.comm.device import Device, open_device
 from hpcmoe.comm.failures import open_failures
 from hpcmoe.comm.heap import keep_heap
 from hpcmoe.comm.reduce import make_reducer
+from hpcmoe.comm.stalls import open_stalls
 from hpcmoe.config import CommConfig, DispatchConfig, ParallelConfig
 from hpcmoe.errors import ConfigError, HpcmoeError, TrainingError, agree_on, on_all, share
 from hpcmoe.experts.losses import LaneSums
@@ -271,6 +272,7 @@ def open(
     parallel = ParallelConfig(data=options.data_parallel, expert=expert_parallel, tensor=tensor_parallel)
     with (
         open_failures(world),
+        open_stalls(world),
         open_mesh(world, parallel) as mesh,
         torch_threads(options.threads or choose_own_threads(topology, mesh)),
     ):
