@@ -103,6 +103,7 @@ class Group:
 
         Collective over the group. Raises CheckpointError on all ranks.
         """
+        self.engine.check_open()
         save_model(self.mesh, folder, model, optimizer, extra)
 
     def load(self, folder: Path | str, model: nn.Module, optimizer: TorchOptimizer | None = None) -> dict[str, Any]:
@@ -110,6 +111,7 @@ class Group:
 
         Raises CheckpointError on all ranks, before anything has changed.
         """
+        self.engine.check_open()
         return load_model(self.mesh, folder, model, optimizer)
 
     def loads(self) -> list[np.ndarray]:
@@ -117,6 +119,7 @@ class Group:
 
         Collective over the group.
         """
+        self.engine.check_open()
         return self.counts.pop("loads")
 
     def update_routers(self) -> None:
@@ -124,6 +127,7 @@ class Group:
 
         Call it after the optimizer's step. Collective over the group.
         """
+        self.engine.check_open()
         counts_of_layer = self.counts.pop("update_routers")
         for moe in self.routers:
             if (counts := counts_of_layer[moe.experts.number]).any():
@@ -138,6 +142,7 @@ class Group:
         The optimizer's state of them moves too. Between an optimizer's step and the next forward pass. A second or so a
         layer for the search. Collective over the group.
         """
+        self.engine.check_open()
         counts = self.counts.pop("rebalance")
         layers = [module for module in model.modules() if isinstance(module, Experts)]
         loads = {layer: counts[layer.number] for layer in layers if counts[layer.number].any()}
@@ -149,6 +154,7 @@ class Group:
         From the second step on, sums begin during the last backward pass. A parameter without a gradient on all ranks
         keeps none. Collective over the group. Raises TrainingError on all ranks where their parameters differ.
         """
+        self.engine.check_open()
         if model not in self.gradients:
             groups = next((dispatcher.sum_groups for dispatcher in self.engine.dispatchers), None)
             reducer = make_reducer(self.mesh, self.device, groups, _BUCKET_BYTES)
@@ -181,6 +187,7 @@ class Group:
 
         Collective over the group. Raises ConfigError, PlacementError or ClusterError on all ranks.
         """
+        self.engine.check_open()
         number, mesh = len(self.layers), self.mesh
         where = f"hpcmoe.{type(layer).__name__}, layer {number}"
         if arguments["max_tokens"] is None:
@@ -213,6 +220,7 @@ class Group:
 
         Collective over the group. Raises ConfigError on all ranks.
         """
+        self.engine.check_open()
         world, where = self.mesh.world, f"hpcmoe.MoE, layer {len(self.layers)}"
         settings = agree_on(world, where, lambda: validate_arguments(DispatchConfig, arguments, where))
         if self.sums is None:
