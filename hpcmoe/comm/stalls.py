@@ -78,7 +78,7 @@ class Stalls:
         for rank, place in sorted(places.items()):
             ranks_of_place.setdefault(place, []).append(rank)
         if len(ranks_of_place) > 1:
-            text = ", ".join(f"{list_ranks(ranks)} in {place}" for place, ranks in ranks_of_place.items())
+            text = ", ".join(f"{format_who(ranks)} in {place}" for place, ranks in ranks_of_place.items())
             raise ClusterError(f"all ranks wait for each other, {text}: all ranks of a group make the same calls")
 
 
@@ -96,7 +96,7 @@ def open_stalls(comm: MPI.Comm) -> Iterator[Stalls]:
     stalls.comm.Free()
 
 
-def list_ranks(ranks: list[int]) -> str:
+def format_who(ranks: list[int]) -> str:
     """Format some ranks: rank 2, or ranks 0-1."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {format_ranges(ranks)}"
 
