@@ -31,7 +31,7 @@ class Group:
     def clip_grad_norm_(self, model, max_norm):
         return nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
 
-    def save(self, folder, model, optimizer, extra):
+    def save(self, folder, model, optimizer=None, extra=None):
         """Save nothing: nobody goes on from a twin."""
 
     @torch.no_grad()

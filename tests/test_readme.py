@@ -1,12 +1,16 @@
-"""README.md is short, and true where a machine can tell: chapters, links, files, commands, figures."""
+"""README.md is short, and true where a machine can tell: chapters, links, files, commands, figures, its model."""
 
 import pathlib
 import re
 import shlex
 import subprocess
+import sys
 
+import plain_torch
 import pytest
+from launch import MPIRUN, run
 
+import hpcmoe
 from hpcmoe import __version__
 from hpcmoe.config import read_config
 
@@ -31,7 +35,7 @@ def test_it_names_the_version():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_files_that_a_document_names_exist(document):
-    text = document.read_text()
+    text = re.sub(r"```python\n.*?```", "", document.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (document.parent / target).exists(), target
     for path in set(re.findall(r"(?<![\w/.])((?:inputs|jobs|tests)/[\w./]+\.\w+)", text)):
@@ -66,3 +70,23 @@ def test_settings_on_its_command_lines_are_taken():
     for command in commands:
         words = shlex.split(command, comments=True)
         read_config(ROOT / "inputs/run.toml", [words[at + 1] for at, word in enumerate(words) if word == "--set"])
+
+
+def test_its_model_is_that_of_plain_torch_in_one_process_and_on_two_ranks(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block = block.replace("out/model", str(tmp_path / "model"))
+    script = tmp_path / "this.py"
+    script.write_text(f"{block}    print(*model[1].weight.flatten().tolist() if group.rank == 0 else ())\n")
+    found = []
+    for ranks in (1, 2):
+        command = [sys.executable, script] if ranks == 1 else [MPIRUN, "-n", ranks, sys.executable, script]
+        ended = run(*command, PYTHONPATH=str(ROOT), OMP_WAIT_POLICY="passive")
+        assert ended.status == 0 and ended.errors == "" and (tmp_path / "model").is_dir(), ended
+        found.append([float(word) for word in ended.output.split()])
+
+    names: dict = {}
+    monkeypatch.setattr(hpcmoe, "open", plain_torch.open_group)
+    monkeypatch.setattr(hpcmoe, "MoE", plain_torch.MoE)
+    exec(compile(block, "README.md", "exec"), names)
+    wanted = names["model"][1].weight.flatten().tolist()
+    assert found == [pytest.approx(wanted, rel=1e-5, abs=1e-5)] * 2
