@@ -263,10 +263,10 @@ def open(
     Experts are spread over expert_parallel ranks (0: what the others leave), each over tensor_parallel ranks, and held
     data_parallel times; the product is the number of ranks. device: "auto", "host" or "cuda". links: None takes all
     links between nodes as alike, "measure" measures them for some seconds, else a links file or a Topology. schedule,
-    in_flight: how micro-batches take turns (Group.lanes). deterministic: the same bits at every run. max_tokens: of a
-    rank in one exchange; a call with more takes several, or is an error by reject_more. threads of torch while the
-    group is open, 0: this rank's share of its node's cores; malloc keeps large blocks from then on. Raises ConfigError
-    or ClusterError on all ranks.
+    in_flight: how micro-batches take turns (Group.lanes). deterministic: the same bits at every run, but for lanes by
+    "arrival". max_tokens: of a rank in one exchange; a call with more takes several, or is an error by reject_more.
+    threads of torch while the group is open, 0: this rank's share of its node's cores; malloc keeps large blocks from
+    then on. Raises ConfigError or ClusterError on all ranks.
     """
     arguments = {
         "tensor_parallel": tensor_parallel, "data_parallel": data_parallel, "expert_parallel": expert_parallel,

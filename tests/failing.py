@@ -228,7 +228,8 @@ def main(names):
             WAYS[name]()
         except (Exception, KeyboardInterrupt) as error:
             text = f"{type(error).__name__}: {error} {getattr(error, '__notes__', '')}"
-        print(f"{name} | {WORLD.rank} | {time.monotonic() - begun:.1f} | {text!r}", flush=True)
+        line = f"{name} | {WORLD.rank} | {time.monotonic() - begun:.1f} | {text!r}\n"
+        os.write(1, line.encode())  # at once: lines of several ranks do not mix
         faulthandler.cancel_dump_traceback_later()
         request = WORLD.Ibarrier()
         while not request.Test():

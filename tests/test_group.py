@@ -129,7 +129,7 @@ def test_lanes_return_results_in_order_and_raise_what_a_step_raises(comm):
         assert list(group.lanes(step, [5, 6], in_flight=1)) == [25, 36]
         assert list(group.lanes(step, [5, 6], schedule="arrival")) == [25, 36]
         with pytest.raises(ConfigError, match="in_flight = 4: must be 1 to that of hpcmoe.open, 3"):
-            group.lanes(step, [1], in_flight=2)
+            group.lanes(step, [1], in_flight=4)
         with pytest.raises(ConfigError, match="schedule = 'x': must be 'serial', 'overlap' or 'arrival'"):
             group.lanes(step, [1], schedule="x")
     with pytest.raises(ValueError, match="no tenth"), hpcmoe.open(comm) as group:

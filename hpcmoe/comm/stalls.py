@@ -43,7 +43,7 @@ class Stalls:
         self.next_check = now + _CHECK_SECONDS
         if now - begun > _LONG_SECONDS and self.sent != begun:
             self.sent = begun
-            send_short(self.comm, find_place().encode(), [0], _WAITS)
+            send_short(self.comm, describe_wait().encode(), [0], _WAITS)
         status = MPI.Status()
         while self.comm.Iprobe(status=status):
             self.receive(status, begun)
@@ -78,7 +78,7 @@ class Stalls:
         for rank, place in sorted(places.items()):
             ranks_of_place.setdefault(place, []).append(rank)
         if len(ranks_of_place) > 1:
-            text = ", ".join(f"{name_ranks(ranks)} in {place}" for place, ranks in ranks_of_place.items())
+            text = ", ".join(f"{format_who(ranks)} in {place}" for place, ranks in ranks_of_place.items())
             raise ClusterError(f"all ranks wait for each other, {text}: all ranks of a group make the same calls")
 
 
@@ -96,13 +96,13 @@ def open_stalls(comm: MPI.Comm) -> Iterator[Stalls]:
     stalls.comm.Free()
 
 
-def name_ranks(ranks: list[int]) -> str:
+def format_who(ranks: list[int]) -> str:
     """Format some ranks: rank 2, or ranks 0-1."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {format_ranges(ranks)}"
 
 
-def find_place() -> str:
-    """Return what this thread waits in: the layer's stage if any, this package's function, the user's file:line."""
+def describe_wait() -> str:
+    """Format what this thread waits in: the layer's stage if any, this package's function, the user's file:line."""
     called, at = "", ""
     for frame, line in traceback.walk_stack(None):
         code = frame.f_code
