@@ -194,8 +194,8 @@ class ModelGradients:
             other = next(rank for rank, value in enumerate(of_rank) if value != of_rank[0])
             what = f"{list(dense.parts)[first]} has other values on rank {other} than on rank 0"
             self.error = TrainingError(
-                f"sum of gradients: {what}: what is not an expert must start alike on all ranks (one torch.manual_seed, or "
-                "one state_dict); sum only what all ranks hold"
+                f"sum of gradients: {what}: what is not an expert must start alike on all ranks (by one "
+                "torch.manual_seed or state_dict); sum only what all ranks hold"
             )
             raise_or_return(None, self.error)
 
