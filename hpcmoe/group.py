@@ -27,7 +27,7 @@ from hpcmoe.experts.losses import LaneSums
 from hpcmoe.experts.moe import Experts, LayerParts, MoE
 from hpcmoe.experts.options import GroupOptions, make_options
 from hpcmoe.experts.own import Dispatcher
-from hpcmoe.model.balance import update_biases, update_load
+from hpcmoe.model.balance import update_routers
 from hpcmoe.pipeline.lanes import Lanes
 from hpcmoe.prepare.layer import choose_method, make_layer_experts, place_layer
 from hpcmoe.prepare.sizes import make_layer_sizes
@@ -126,13 +126,7 @@ class Group:
         Call it after the optimizer's step. Collective over the group.
         """
         self.meet("update_routers")
-        counts_of_layer = self.counts.pop("update_routers")
-        for moe in self.routers:
-            if (counts := counts_of_layer[moe.experts.number]).any():
-                utilisation = counts / counts.mean()
-                load = update_load(moe.load.numpy(force=True), utilisation, moe.settings.load_window_steps)
-                moe.load.copy_(torch.from_numpy(load))
-                update_biases([moe], utilisation[None], moe.settings.bias_update_speed)
+        update_routers(self.routers, self.counts.pop("update_routers"))
 
     def rebalance(self, model: nn.Module, optimizer: TorchOptimizer | None = None) -> int:
         """Move a model's experts to where their tokens since the last call would have them -> how many have moved.

@@ -142,6 +142,7 @@ def describe_wait() -> str:
             return f"{called}{at} ({pathlib.Path(code.co_filename).name}:{line})"
         if code.co_filename.startswith(f"{PACKAGE}/"):
             called = _END if called in ("Group.finish", _END) else code.co_qualname
-            lane = frame.f_locals.get("lane") if called == "Lanes.drive" else None
-            at = at or (f", {lane.at[0]} of layer {lane.at[1]}, micro-batch {lane.micro_batch}" if lane else "")
+            if not at and called in ("Lanes.drive", "Lanes.advance_until_ready"):
+                lane = frame.f_locals.get("lane") or frame.f_locals["self"].lanes[0]
+                at = f", {lane.at[0]} of layer {lane.at[1]}, micro-batch {lane.micro_batch}" if lane.at else ""
     return f"{called}{at}"
