@@ -14,20 +14,20 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hpcmoe.checkpointing import load_model, save_model
 from hpcmoe.clock import Clock
-from hpcmoe.cluster.mesh import Mesh, open_mesh
+from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.cluster.topology import Topology
-from hpcmoe.comm.device import Device, open_device
+from hpcmoe.comm.device import open_device
 from hpcmoe.comm.failures import open_failures
 from hpcmoe.comm.heap import keep_heap
 from hpcmoe.comm.reduce import make_reducer
-from hpcmoe.comm.stalls import open_stalls
+from hpcmoe.comm.stalls import Stalls, open_stalls
 from hpcmoe.config import CommConfig, DispatchConfig, ParallelConfig
 from hpcmoe.errors import ConfigError, HpcmoeError, TrainingError, agree_on, on_all, share
 from hpcmoe.experts.losses import LaneSums
 from hpcmoe.experts.moe import Experts, LayerParts, MoE
 from hpcmoe.experts.options import GroupOptions, make_options
 from hpcmoe.experts.own import Dispatcher
-from hpcmoe.model.balance import update_biases, update_load
+from hpcmoe.model.balance import update_routers
 from hpcmoe.pipeline.lanes import Lanes
 from hpcmoe.prepare.layer import choose_method, make_layer_experts, place_layer
 from hpcmoe.prepare.sizes import make_layer_sizes
@@ -49,19 +49,17 @@ MicroBatch = TypeVar("MicroBatch")
 class Group:
     """Ranks that run one model together: hpcmoe.open() makes it, its layers take it."""
 
-    def __init__(
-        self, mesh: Mesh, topology: Topology, device: Device, dispatchers: SharedDispatchers, options: GroupOptions
-    ) -> None:
+    def __init__(self, dispatchers: SharedDispatchers, options: GroupOptions, stalls: Stalls) -> None:
         """dispatchers: those that the layers share, none as yet."""
-        self.mesh, self.topology, self.device, self.dispatchers = mesh, topology, device, dispatchers
-        self.options = options
-        self.rank, self.size = mesh.world.rank, mesh.world.size
+        self.dispatchers, self.options, self.stalls = dispatchers, options, stalls
+        self.mesh, self.topology, self.device = dispatchers.mesh, dispatchers.topology, dispatchers.device
+        self.rank, self.size = self.mesh.world.rank, self.mesh.world.size
         self.layers: list[Experts | Dispatcher] = []
         self.routers: list[MoE] = []
-        self.engine = Lanes([], Clock(), options.schedule, device.bind_thread, device.generators)
+        self.engine = Lanes([], Clock(), options.schedule, self.device.bind_thread, self.device.generators)
         self.sums: LaneSums | None = None
         self.refuses_more, self.num_optimizer_steps = options.reject_more, 0
-        self.counts = TokenCounts(mesh.world, self.layers)
+        self.counts = TokenCounts(self.mesh.world, self.layers)
         self.gradients: dict[nn.Module, ModelGradients] = {}
 
     def lanes(
@@ -102,7 +100,7 @@ class Group:
 
         Collective over the group. Raises CheckpointError on all ranks.
         """
-        self.engine.check_open()
+        self.meet("save")
         save_model(self.mesh, folder, model, optimizer, extra)
 
     def load(self, folder: Path | str, model: nn.Module, optimizer: TorchOptimizer | None = None) -> dict[str, Any]:
@@ -110,7 +108,7 @@ class Group:
 
         Raises CheckpointError on all ranks, before anything has changed.
         """
-        self.engine.check_open()
+        self.meet("load")
         return load_model(self.mesh, folder, model, optimizer)
 
     def loads(self) -> list[np.ndarray]:
@@ -118,7 +116,7 @@ class Group:
 
         Collective over the group.
         """
-        self.engine.check_open()
+        self.meet("loads")
         return self.counts.pop("loads")
 
     def update_routers(self) -> None:
@@ -126,14 +124,8 @@ class Group:
 
         Call it after the optimizer's step. Collective over the group.
         """
-        self.engine.check_open()
-        counts_of_layer = self.counts.pop("update_routers")
-        for moe in self.routers:
-            if (counts := counts_of_layer[moe.experts.number]).any():
-                utilisation = counts / counts.mean()
-                load = update_load(moe.load.numpy(force=True), utilisation, moe.settings.load_window_steps)
-                moe.load.copy_(torch.from_numpy(load))
-                update_biases([moe], utilisation[None], moe.settings.bias_update_speed)
+        self.meet("update_routers")
+        update_routers(self.routers, self.counts.pop("update_routers"))
 
     def rebalance(self, model: nn.Module, optimizer: TorchOptimizer | None = None) -> int:
         """Move a model's experts to where their tokens since the last call would have them -> how many have moved.
@@ -141,7 +133,7 @@ class Group:
         The optimizer's state of them moves too. Between an optimizer's step and the next forward pass. A second or so a
         layer for the search. Collective over the group.
         """
-        self.engine.check_open()
+        self.meet("rebalance")
         counts = self.counts.pop("rebalance")
         layers = [module for module in model.modules() if isinstance(module, Experts)]
         loads = {layer: counts[layer.number] for layer in layers if counts[layer.number].any()}
@@ -153,7 +145,7 @@ class Group:
         From the second step on, sums begin during the last backward pass. A parameter without a gradient on all ranks
         keeps none. Collective over the group. Raises TrainingError on all ranks where their parameters differ.
         """
-        self.engine.check_open()
+        self.meet("sum_gradients")
         if model not in self.gradients:
             groups = next((dispatcher.sum_groups for dispatcher in self.engine.dispatchers), None)
             reducer = make_reducer(self.mesh, self.device, groups, _BUCKET_BYTES)
@@ -167,6 +159,7 @@ class Group:
 
         Each logical parameter counts once. Collective over the group. Raises TrainingError before sum_gradients().
         """
+        self.meet("clip_grad_norm_")
         if model not in self.gradients:
             raise TrainingError("clip_grad_norm_: no gradients are summed yet: call sum_gradients first")
         return self.gradients[model].clip_grad_norm_(max_norm)
@@ -176,6 +169,12 @@ class Group:
         self.engine.drain()
         if self.sums is not None:
             self.sums.finish()
+        self.meet("finish")
+
+    def meet(self, call: str) -> None:
+        """Wait for all ranks to make the same call. Collective over the group; raises ClusterError on all ranks."""
+        self.engine.check_open()
+        self.stalls.meet(call, self.poke)
 
     def poke(self) -> bool:
         """Advance what goes on beside this rank's computing, without waiting -> whether anything moved."""
@@ -186,7 +185,7 @@ class Group:
 
         Collective over the group. Raises ConfigError, PlacementError or ClusterError on all ranks.
         """
-        self.engine.check_open()
+        self.meet("add_layer")
         number, mesh = len(self.layers), self.mesh
         where = f"hpcmoe.{type(layer).__name__}, layer {number}"
         if arguments["max_tokens"] is None:
@@ -219,7 +218,7 @@ class Group:
 
         Collective over the group. Raises ConfigError on all ranks.
         """
-        self.engine.check_open()
+        self.meet("add_router")
         world, where = self.mesh.world, f"hpcmoe.MoE, layer {len(self.layers)}"
         settings = agree_on(world, where, lambda: validate_arguments(DispatchConfig, arguments, where))
         if self.sums is None:
@@ -279,7 +278,7 @@ def open(
     parallel = ParallelConfig(data=options.data_parallel, expert=expert_parallel, tensor=tensor_parallel)
     with (
         open_failures(world),
-        open_stalls(world),
+        open_stalls(world) as stalls,
         open_mesh(world, parallel) as mesh,
         torch_threads(options.threads or choose_own_threads(topology, mesh)),
     ):
@@ -289,7 +288,7 @@ def open(
         config = CommConfig(device=options.device)
         backend = select_row_backend(config, options.schedule, mesh.world, own)
         dispatchers = SharedDispatchers(mesh, topology, own, config, backend, options.deterministic)
-        group = Group(mesh, topology, own, dispatchers, options)
+        group = Group(dispatchers, options, stalls)
         hook = register_optimizer_step_post_hook(group.count_step)
         try:
             with dispatchers.stack:

@@ -137,6 +137,15 @@ def leave_early(group, model):
         train(group, model)
 
 
+def do_otherwise(act, others=lambda group, model: None):
+    """Return a way: one rank does something collective where the others do something else, or leave."""
+
+    def way(group, model):
+        (act if WRONG else others)(group, model)
+
+    return way
+
+
 def mismatch(**arguments):
     """Return a way: one rank builds another layer."""
 
@@ -200,6 +209,12 @@ WAYS = {
     "rebalances alone": in_group(do_if_wrong(lambda g, m: g.rebalance(m))),
     "saves alone": in_group(do_if_wrong(save_on_one)),
     "builds alone": in_group(build_one_more),
+    "sums at the end": in_group(do_otherwise(lambda g, m: g.sum_gradients(m))),
+    "loads at the end": in_group(do_otherwise(lambda g, m: g.loads())),
+    "saves at the end": in_group(do_otherwise(save_on_one)),
+    "builds at the end": in_group(do_otherwise(lambda g, m: hpcmoe.Experts(H, F, E, group=g))),
+    "loads where others save": in_group(do_otherwise(lambda g, m: g.loads(), save_on_one)),
+    "saves where others sum": in_group(do_otherwise(save_on_one, lambda g, m: g.sum_gradients(m))),
     "more than max_tokens": in_group(lambda g, m: train(g, m, tokens=9), max_tokens=5, refuse_more=True),
     "more than max_tokens, arrival": in_group(
         lambda g, m: train_in_lanes(g, m, "arrival", tokens=9), max_tokens=5, refuse_more=True

@@ -19,6 +19,7 @@ CAUSES = {  # by the beginnings of ways' names; the others are raised where call
     "": "all ranks wait for each other, .*rank LAST in .*: all ranks of a group make the same calls",
 }
 QUICK = ["raise forward", "raise backward, arrival", "interrupt one", "interrupt overlap", "other layer", "sums alone"]
+QUICK += ["saves at the end", "loads where others save"]
 
 
 def cause_of(way, ranks):

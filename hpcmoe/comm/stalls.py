@@ -8,17 +8,20 @@ import contextlib
 import pathlib
 import time
 import traceback
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.comm.failures import PACKAGE, is_library, send_short
-from hpcmoe.errors import ClusterError
+from hpcmoe.errors import ClusterError, share
 from hpcmoe.messages import format_ranges
-from hpcmoe.wait import barrier, call_at_pauses
+from hpcmoe.wait import barrier, call_at_pauses, wait_all
 
 _LONG_SECONDS = 8.0  # after which a rank sends where it waits
 _CHECK_SECONDS = 0.1  # between two probes
+_END = "the end of the group"
 _WAITS, _ASKS, _STILL, _NO_MORE = range(4)  # tags: to rank 0, from it, and two answers
 
 
@@ -30,6 +33,7 @@ class Stalls:
         self.comm, self.next_check = comm, 0.0
         self.sent: float | None = None  # when the wait began of which rank 0 knows
         self.places: dict[int, str] = {}  # on rank 0, by rank
+        self.has_sent = False  # anything
         self.answers: dict[int, bool] | None = None  # while rank 0 asks, by rank: still in the same wait
 
     def check(self, begun: float) -> None:
@@ -43,13 +47,13 @@ class Stalls:
         self.next_check = now + _CHECK_SECONDS
         if now - begun > _LONG_SECONDS and self.sent != begun:
             self.sent = begun
-            send_short(self.comm, describe_wait().encode(), [0], _WAITS)
+            self.send([0], _WAITS, describe_wait())
         status = MPI.Status()
         while self.comm.Iprobe(status=status):
             self.receive(status, begun)
         if self.answers is None and len(self.places) == self.comm.size:
             self.answers = {}
-            send_short(self.comm, b"", range(self.comm.size), _ASKS)
+            self.send(range(self.comm.size), _ASKS)
 
     def receive(self, status: MPI.Status, begun: float) -> None:
         """Receive a message, and answer it; on rank 0, raise ClusterError if it was the last answer."""
@@ -59,7 +63,7 @@ class Stalls:
         if tag == _WAITS:
             self.places[rank] = bytes(message).rstrip(b"\0").decode(errors="replace")
         elif tag == _ASKS:
-            send_short(self.comm, b"", [0], _STILL if begun == self.sent else _NO_MORE)
+            self.send([0], _STILL if begun == self.sent else _NO_MORE)
         elif self.answers is not None:
             self.answers[rank] = tag == _STILL
             if len(self.answers) == self.comm.size:
@@ -74,12 +78,31 @@ class Stalls:
         if len(self.places) < self.comm.size:
             return
         self.places.clear()
-        ranks_of_place: dict[str, list[int]] = {}
-        for rank, place in sorted(places.items()):
-            ranks_of_place.setdefault(place, []).append(rank)
-        if len(ranks_of_place) > 1:
-            text = ", ".join(f"{format_who(ranks)} in {place}" for place, ranks in ranks_of_place.items())
-            raise ClusterError(f"all ranks wait for each other, {text}: all ranks of a group make the same calls")
+        if len(set(places.values())) > 1:
+            raise ClusterError(format_places([place for _, place in sorted(places.items())]))
+
+    def send(self, ranks: Sequence[int], tag: int, text: str = "") -> None:
+        """Send some ranks a message, whether they wait for it or not."""
+        self.has_sent = True
+        send_short(self.comm, text.encode(), ranks, tag)
+
+    def meet(self, call: str, poke: Callable[[], bool]) -> None:
+        """Wait for all ranks to make the same call, with poke() meanwhile.
+
+        Collective over the group. Raises ClusterError on all ranks where their calls differ.
+        """
+        own = zlib.crc32(call.encode())
+        extremes = np.array([own, -own], np.int64)
+        wait_all([self.comm.Iallreduce(MPI.IN_PLACE, extremes, MPI.MAX)], poke=poke)
+        if extremes[0] != -extremes[1]:
+            raise share(ClusterError(format_places(self.comm.allgather(describe_wait()))))
+
+    def close(self) -> None:
+        """Free the communicator, unless a message may still be under way in it. Collective over the group."""
+        has_sent = np.array([self.has_sent], np.uint8)
+        wait_all([self.comm.Iallreduce(MPI.IN_PLACE, has_sent, MPI.MAX)])
+        if not has_sent[0]:
+            self.comm.Free()
 
 
 @contextlib.contextmanager
@@ -93,7 +116,16 @@ def open_stalls(comm: MPI.Comm) -> Iterator[Stalls]:
     with call_at_pauses(stalls.check):
         yield stalls
         barrier(stalls.comm)
-    stalls.comm.Free()
+    stalls.close()  # no rank sends any more
+
+
+def format_places(places: Sequence[str]) -> str:
+    """Format who waits in which place, by rank."""
+    ranks_of_place: dict[str, list[int]] = {}
+    for rank, place in enumerate(places):
+        ranks_of_place.setdefault(place, []).append(rank)
+    text = ", ".join(f"{format_who(ranks)} in {place}" for place, ranks in ranks_of_place.items())
+    return f"all ranks wait for each other, {text}: all ranks of a group make the same calls"
 
 
 def format_who(ranks: list[int]) -> str:
@@ -109,7 +141,8 @@ def describe_wait() -> str:
         if not is_library(code.co_filename):
             return f"{called}{at} ({pathlib.Path(code.co_filename).name}:{line})"
         if code.co_filename.startswith(f"{PACKAGE}/"):
-            called = code.co_qualname
-            lane = frame.f_locals.get("lane") if called == "Lanes.drive" else None
-            at = at or (f", {lane.at[0]} of layer {lane.at[1]}, micro-batch {lane.micro_batch}" if lane else "")
+            called = _END if called in ("Group.finish", _END) else code.co_qualname
+            if not at and called in ("Lanes.drive", "Lanes.advance_until_ready"):
+                lane = frame.f_locals.get("lane") or frame.f_locals["self"].lanes[0]
+                at = f", {lane.at[0]} of layer {lane.at[1]}, micro-batch {lane.micro_batch}" if lane.at else ""
     return f"{called}{at}"

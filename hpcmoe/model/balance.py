@@ -5,13 +5,14 @@ steps. Its mean over the experts is 1 whatever the batch, so alpha x lambda push
 Wang et al. 2024 (arXiv:2408.15664), algorithm 1, here on the logits, where it acts alike at any number of experts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from hpcmoe.dispatch.router import Router
+from hpcmoe.experts.moe import MoE
 
 
 class Routed(Protocol):
@@ -37,6 +38,16 @@ def update_biases(layers: Iterable[Routed], utilisation: np.ndarray, speed: floa
     """
     if speed > 0:
         write_biases(layers, read_biases(layers) + np.float32(speed) * np.sign(1 - utilisation).astype(np.float32))
+
+
+def update_routers(layers: Iterable[MoE], counts_of_layer: Sequence[np.ndarray]) -> None:
+    """Move load and biases of a library's layers by the tokens [E] of each, by number, where it has had any."""
+    for moe in layers:
+        if (counts := counts_of_layer[moe.experts.number]).any():
+            utilisation = counts / counts.mean()
+            load = update_load(moe.load.numpy(force=True), utilisation, moe.settings.load_window_steps)
+            moe.load.copy_(torch.from_numpy(load))
+            update_biases([moe], utilisation[None], moe.settings.bias_update_speed)
 
 
 def read_biases(layers: Iterable[Routed]) -> np.ndarray:
