@@ -6,7 +6,7 @@ computes y = expert(x) with every index 0 and every weight 1.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ class FamilyExperts(Experts):
             max_tokens=max_tokens, spare_slots_per_rank=0, replicate=False, placement=placement, seed=0,
         )  # fmt: skip
         held = parts.placement.experts_of_rank(0, parts.mesh.expert_index).tolist()
-        replicas = [cut_expert(family, lambda p, e=e: p[e : e + 1].clone()) if e >= 0 else nn.Identity() for e in held]
+        replicas = [copy_expert(family, e) if e >= 0 else nn.Identity() for e in held]
         self.build(group, parts, LocalFamilyExperts(replicas))
         self.template = (cut_expert(family, lambda p: torch.empty_like(p[:1], device="meta")),)  # no child of this
 
@@ -78,6 +78,11 @@ class FamilyExperts(Experts):
         """Allocate an expert whose weights are to come from another rank."""
         device = self.tokens_of_expert.device
         return cut_expert(self.template[0], lambda p: torch.empty_like(p, device=device))
+
+
+def copy_expert(family: nn.Module, number: int) -> nn.Module:
+    """Copy one expert out of a fused module."""
+    return cut_expert(family, lambda parameter: parameter[number : number + 1].clone())
 
 
 def cut_expert(family: nn.Module, cut: Callable[[Tensor], Tensor]) -> nn.Module:

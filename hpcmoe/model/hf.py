@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from hpcmoe.errors import ConfigError, agree_on
@@ -136,6 +135,7 @@ def register_function() -> None:
 
 def run_experts(fused: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute the gated sum of each token's experts: x [T, H], choices and weights [T, K] -> [T, H] as x."""
-    if _NAME not in fused._modules:
-        raise ConfigError(f"{_WHERE}: this model's experts function is 'hpcmoe', and its experts are not spread")
-    return fused._modules[_NAME](x, top_k_index, top_k_weights)
+    layer = fused._modules.get(_NAME)
+    if layer is None:
+        raise ConfigError(f"{_WHERE}: this model's experts function is {_NAME!r}, and its experts are not spread")
+    return layer(x, top_k_index, top_k_weights)
