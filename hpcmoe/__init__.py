@@ -16,6 +16,7 @@ The chapters in the order in which they may import each other, which is the orde
     report/                  what is shown: metrics, progress, tables, figures
     run/                     many steps: job, training, inference, optimizer, migration of experts
     write/                   what is kept: records, checkpoints, activations, the run's folder
+    checkpointing, group     the library: any torch model saved and loaded; the group that hpcmoe.open() gives
     main, place, check ...   the programs; __main__, the `hpcmoe` command, lists and runs them
 
 The path of a token:
@@ -79,7 +80,7 @@ if TYPE_CHECKING:
     from hpcmoe.placement.problem import PlacementProblem as PlacementProblem
     from hpcmoe.placement.result import Placement as Placement
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _MODULE_OF_NAME = {  # the public names, imported when they are first used: `import hpcmoe` alone takes no time
     "CheckpointError": "hpcmoe.errors",

@@ -20,6 +20,7 @@ from hpcmoe.comm.device import Device, open_device
 from hpcmoe.comm.failures import open_failures
 from hpcmoe.comm.heap import keep_heap
 from hpcmoe.comm.reduce import make_reducer
+from hpcmoe.comm.stalls import open_stalls
 from hpcmoe.config import CommConfig, DispatchConfig, ParallelConfig
 from hpcmoe.errors import ConfigError, HpcmoeError, TrainingError, agree_on, on_all, share
 from hpcmoe.experts.losses import LaneSums
@@ -102,6 +103,7 @@ class Group:
 
         Collective over the group. Raises CheckpointError on all ranks.
         """
+        self.engine.check_open()
         save_model(self.mesh, folder, model, optimizer, extra)
 
     def load(self, folder: Path | str, model: nn.Module, optimizer: TorchOptimizer | None = None) -> dict[str, Any]:
@@ -109,6 +111,7 @@ class Group:
 
         Raises CheckpointError on all ranks, before anything has changed.
         """
+        self.engine.check_open()
         return load_model(self.mesh, folder, model, optimizer)
 
     def loads(self) -> list[np.ndarray]:
@@ -116,6 +119,7 @@ class Group:
 
         Collective over the group.
         """
+        self.engine.check_open()
         return self.counts.pop("loads")
 
     def update_routers(self) -> None:
@@ -123,6 +127,7 @@ class Group:
 
         Call it after the optimizer's step. Collective over the group.
         """
+        self.engine.check_open()
         counts_of_layer = self.counts.pop("update_routers")
         for moe in self.routers:
             if (counts := counts_of_layer[moe.experts.number]).any():
@@ -137,6 +142,7 @@ class Group:
         The optimizer's state of them moves too. Between an optimizer's step and the next forward pass. A second or so a
         layer for the search. Collective over the group.
         """
+        self.engine.check_open()
         counts = self.counts.pop("rebalance")
         layers = [module for module in model.modules() if isinstance(module, Experts)]
         loads = {layer: counts[layer.number] for layer in layers if counts[layer.number].any()}
@@ -148,6 +154,7 @@ class Group:
         From the second step on, sums begin during the last backward pass. A parameter without a gradient on all ranks
         keeps none. Collective over the group. Raises TrainingError on all ranks where their parameters differ.
         """
+        self.engine.check_open()
         if model not in self.gradients:
             groups = next((dispatcher.sum_groups for dispatcher in self.engine.dispatchers), None)
             reducer = make_reducer(self.mesh, self.device, groups, _BUCKET_BYTES)
@@ -180,6 +187,7 @@ class Group:
 
         Collective over the group. Raises ConfigError, PlacementError or ClusterError on all ranks.
         """
+        self.engine.check_open()
         number, mesh = len(self.layers), self.mesh
         where = f"hpcmoe.{type(layer).__name__}, layer {number}"
         if arguments["max_tokens"] is None:
@@ -212,6 +220,7 @@ class Group:
 
         Collective over the group. Raises ConfigError on all ranks.
         """
+        self.engine.check_open()
         world, where = self.mesh.world, f"hpcmoe.MoE, layer {len(self.layers)}"
         settings = agree_on(world, where, lambda: validate_arguments(DispatchConfig, arguments, where))
         if self.sums is None:
@@ -254,10 +263,10 @@ def open(
     Experts are spread over expert_parallel ranks (0: what the others leave), each over tensor_parallel ranks, and held
     data_parallel times; the product is the number of ranks. device: "auto", "host" or "cuda". links: None takes all
     links between nodes as alike, "measure" measures them for some seconds, else a links file or a Topology. schedule,
-    in_flight: how micro-batches take turns (Group.lanes). deterministic: the same bits at every run. max_tokens: of a
-    rank in one exchange; a call with more takes several, or is an error by reject_more. threads of torch while the
-    group is open, 0: this rank's share of its node's cores; malloc keeps large blocks from then on. Raises ConfigError
-    or ClusterError on all ranks.
+    in_flight: how micro-batches take turns (Group.lanes). deterministic: the same bits at every run, but for lanes by
+    "arrival". max_tokens: of a rank in one exchange; a call with more takes several, or is an error by reject_more.
+    threads of torch while the group is open, 0: this rank's share of its node's cores; malloc keeps large blocks from
+    then on. Raises ConfigError or ClusterError on all ranks.
     """
     arguments = {
         "tensor_parallel": tensor_parallel, "data_parallel": data_parallel, "expert_parallel": expert_parallel,
@@ -271,6 +280,7 @@ def open(
     parallel = ParallelConfig(data=options.data_parallel, expert=expert_parallel, tensor=tensor_parallel)
     with (
         open_failures(world),
+        open_stalls(world),
         open_mesh(world, parallel) as mesh,
         torch_threads(options.threads or choose_own_threads(topology, mesh)),
     ):

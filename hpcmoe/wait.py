@@ -36,12 +36,15 @@ class BackgroundTask(Protocol):
 _Task = TypeVar("_Task", bound=BackgroundTask)
 
 
-_HOOKS: ContextVar[tuple[Callable[[], object], ...]] = ContextVar("hooks", default=())
+_HOOKS: ContextVar[tuple[Callable[[float], object], ...]] = ContextVar("hooks", default=())
 
 
 @contextlib.contextmanager
-def call_at_pauses(hook: Callable[[], object]) -> Iterator[None]:
-    """Call hook() at every pause of this thread's waits in the block; what it raises ends the wait."""
+def call_at_pauses(hook: Callable[[float], object]) -> Iterator[None]:
+    """Call hook(when the wait last moved, by time.monotonic()) at every pause of this thread's waits in the block.
+
+    What it raises ends the wait.
+    """
     _HOOKS.set((*_HOOKS.get(), hook))
     try:
         yield
@@ -57,13 +60,14 @@ class Backoff:
 
     def reset(self) -> None:
         """Start over with short pauses, as after each completion."""
+        self.moved = time.monotonic()
         self.yields_left: float = _YIELDS_BEFORE_SLEEP
         self.sleep_seconds = _FIRST_SLEEP_SECONDS
 
     def pause(self) -> None:
         """Yield the core, or sleep; but first call what call_at_pauses has."""
         for hook in _HOOKS.get():
-            hook()
+            hook(self.moved)
         if self.yields_left > 0:
             begin = time.perf_counter()
             os.sched_yield()

@@ -18,7 +18,10 @@ import hpcmoe
 FOLDER = ROOT / "inputs/examples"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py"))
 NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]\d+)?")
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}  # threads that wait leave the cores to others
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "OMP_THREAD_LIMIT": "1",
+}  # threads would wait for each other where other tests run
 STEPS, HALF = 8, 5  # of the loop that is taken up again
 RUN_ALL = f"""
 import json, runpy, sys

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from launch import ROOT, run
+from mpi4py import MPI
 from small import make_topology
 from twins import DenseExperts, compare, draw
 
@@ -128,7 +129,7 @@ def test_lanes_return_results_in_order_and_raise_what_a_step_raises(comm):
         assert list(group.lanes(step, [5, 6], in_flight=1)) == [25, 36]
         assert list(group.lanes(step, [5, 6], schedule="arrival")) == [25, 36]
         with pytest.raises(ConfigError, match="in_flight = 4: must be 1 to that of hpcmoe.open, 3"):
-            group.lanes(step, [1], in_flight=2)
+            group.lanes(step, [1], in_flight=4)
         with pytest.raises(ConfigError, match="schedule = 'x': must be 'serial', 'overlap' or 'arrival'"):
             group.lanes(step, [1], schedule="x")
     with pytest.raises(ValueError, match="no tenth"), hpcmoe.open(comm) as group:
@@ -203,3 +204,46 @@ def test_loads_are_arrays_of_each_layer():
         make_layer(group, num_experts=3)
         assert [loads.dtype for loads in group.loads()] == [np.int64] * 2
         assert [len(loads) for loads in group.loads()] == [4, 3]
+
+
+def test_a_closed_group_says_so():
+    with hpcmoe.open(MPI.COMM_SELF, threads=1) as group:
+        moe = hpcmoe.MoE(H, F, E, group=group)
+        y = moe(torch.ones(3, H))
+    calls = [
+        lambda: moe(torch.ones(3, H)), lambda: y.sum().backward(), lambda: make_layer(group), group.loads,
+        lambda: group.sum_gradients(moe), lambda: group.lanes(moe, [torch.ones(3, H)]), lambda: group.save("none", moe),
+        lambda: group.load("none", moe), lambda: group.rebalance(moe),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ConfigError, match="this group is closed"):
+            call()
+    assert len(moe.state_dict()) == 3 + 3 * E  # the weights stay
+
+
+def test_ctrl_c_in_a_step_leaves_the_process_to_open_another_group():
+    code = """
+import os, signal, torch, hpcmoe
+def train(steps, interrupted=None):
+    with hpcmoe.open(threads=1) as group:
+        moe = hpcmoe.MoE(8, 8, 4, group=group)
+        def step(x):
+            loss = moe(x).square().mean()
+            if interrupted == "step":
+                os.kill(os.getpid(), signal.SIGINT)
+            loss.backward()
+        for _ in range(steps):
+            list(group.lanes(step, torch.ones(4, 5, 8)))
+            if interrupted == "between":
+                os.kill(os.getpid(), signal.SIGINT)
+            group.sum_gradients(moe)
+for where in ("step", "between"):
+    try:
+        train(10, where)
+    except KeyboardInterrupt:
+        print("interrupted")
+train(2)
+print("again")
+"""
+    ended = run(sys.executable, "-c", code, PYTHONPATH=str(ROOT))
+    assert (ended.status, ended.output, ended.errors) == (0, "interrupted\ninterrupted\nagain\n", ""), ended

@@ -23,7 +23,7 @@ _CHECK_SECONDS = 0.05  # between two probes
 _PAUSE_SECONDS = 1e-3  # between two looks at what is sent
 _SEND_SECONDS = 1.0  # how long a rank that leaves waits for its messages to be on their way
 _MESSAGE_BYTES = 512  # so short that MPI sends it whether anybody waits for it or not
-_PACKAGE = pathlib.Path(__file__).parents[1]
+PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 class FailureReports:
@@ -46,20 +46,11 @@ class FailureReports:
             return
         rank, size = self.comm.rank, self.comm.size
         is_shared = isinstance(error, HpcmoeError) and error.shared
-        self.send(
+        send_short(
+            self.comm,
             format_failure(f"[rank {rank} of {size}, {os.uname().nodename}]", error, place),
             list_neighbours(rank, size) if is_shared else [other for other in range(size) if other != rank],
         )
-
-    def send(self, text: bytes, ranks: Iterable[int]) -> None:
-        """Send a reason to some ranks, whether they wait for it or not."""
-        # MPI may read this after Python has ended, so it is never freed.
-        message = MPI.Alloc_mem(_MESSAGE_BYTES)
-        message[:] = text.ljust(_MESSAGE_BYTES, b"\0")
-        deadline = time.monotonic() + _SEND_SECONDS
-        requests = [self.comm.Isend([message, MPI.BYTE], rank) for rank in ranks]
-        while not MPI.Request.Testall(requests) and time.monotonic() < deadline:
-            time.sleep(_PAUSE_SECONDS)
 
     def check(self) -> None:
         """Raise PeerError if another rank has left. Not collective; looks every 50 ms at most."""
@@ -80,8 +71,19 @@ class FailureReports:
         message = bytearray(_MESSAGE_BYTES)
         self.comm.Recv([message, MPI.BYTE], status.Get_source(), status.Get_tag())
         text, place = bytes(message).rstrip(b"\0"), str(self.place)
-        self.send(text, list_neighbours(self.comm.rank, self.comm.size))
+        send_short(self.comm, text, list_neighbours(self.comm.rank, self.comm.size))
         return PeerError(text.decode(errors="replace") + f"; this rank was in {place}" * bool(place))
+
+
+def send_short(comm: MPI.Comm, text: bytes, ranks: Iterable[int], tag: int = 0) -> None:
+    """Send some ranks a short message, whether they wait for it or not."""
+    # MPI may read this after Python has ended, so it is never freed.
+    message = MPI.Alloc_mem(_MESSAGE_BYTES)
+    message[:] = text[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    deadline = time.monotonic() + _SEND_SECONDS
+    requests = [comm.Isend([message, MPI.BYTE], rank, tag) for rank in ranks]
+    while not MPI.Request.Testall(requests) and time.monotonic() < deadline:
+        time.sleep(_PAUSE_SECONDS)
 
 
 @contextlib.contextmanager
@@ -92,7 +94,7 @@ def open_failures(comm: MPI.Comm) -> Iterator[FailureReports]:
     """
     barrier(comm)
     failures = FailureReports(comm.Dup())
-    with call_at_pauses(failures.check):
+    with call_at_pauses(lambda _: failures.check()):
         try:
             yield failures
             barrier(failures.comm)
@@ -127,5 +129,5 @@ def find_user_line(trace: TracebackType | None) -> str:
 
 def is_library(file: str) -> bool:
     """Return True if a file is part of this package, of Python or of an installed package."""
-    folders = [str(_PACKAGE), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))]
+    folders = [str(PACKAGE), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))]
     return file.startswith(("<frozen", *(f"{folder}/" for folder in folders)))

@@ -24,6 +24,7 @@ import torch
 
 from hpcmoe.clock import Clock, Stage, Timer
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
+from hpcmoe.errors import ConfigError
 from hpcmoe.pipeline.lane import EndedError, Lane, Modes, capture_modes, located_errors
 from hpcmoe.pipeline.random_states import RandomStates
 from hpcmoe.wait import Backoff
@@ -61,6 +62,7 @@ class Lanes:
         self.lanes: list[Lane] = []  # that have not ended, in the order of the circle
         self.failure: BaseException | None = None
         self.threads = ThreadPoolExecutor(sys.maxsize, "lane")  # starts one only where none is idle
+        self.is_closed = False
 
     @property
     def lane(self) -> Lane:
@@ -78,6 +80,7 @@ class Lanes:
         What a step raises ends all lanes, and is raised with its stage, layer and micro-batch. torch's random numbers
         of a micro-batch are the same whichever are in flight. Collective over the group.
         """
+        self.check_open()
         in_flight = 1 if self.kind == "serial" else min(in_flight, num_micro_batches)
         results: dict[int, _Result] = {}
         with self.random.draw_seeds(num_micro_batches):
@@ -163,6 +166,7 @@ class Lanes:
 
     def run_stages(self, layer: int, stages: Stages) -> None:
         """Run stages of a layer to their ends; between them, or meanwhile, other lanes go on as the kind says."""
+        self.check_open()
         lane = self.lane
         lane.layer, lane.stages = layer, deque(stages)
         if not self.lanes or self.kind == "overlap":
@@ -179,6 +183,7 @@ class Lanes:
     @contextlib.contextmanager
     def stage(self, stage: Stage, layer: int) -> Iterator[None]:
         """Count the seconds of the with-block to a stage of a layer, and name this in what goes wrong."""
+        self.check_open()
         self.lane.at = stage, layer
         with self.clock.measure(stage.report_as):
             yield
@@ -292,5 +297,11 @@ class Lanes:
                 self.wait(self.lanes[0].stages[0][0].wait_as, backoff)
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; nothing runs after this."""
+        self.is_closed = True
         self.threads.shutdown()
+
+    def check_open(self) -> None:
+        """Raise ConfigError after close()."""
+        if self.is_closed:
+            raise ConfigError("hpcmoe: this group is closed: its layers work inside of its `with` block alone")

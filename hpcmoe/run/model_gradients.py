@@ -19,6 +19,7 @@ from hpcmoe.errors import TrainingError, raise_or_return
 from hpcmoe.experts.feed_forward import LocalExperts
 from hpcmoe.run.flat_gradients import FlatGradients, PlacedExperts, SharedExperts
 from hpcmoe.run.gradient_sums import GradientSums
+from hpcmoe.run.move_experts import view_bytes
 from hpcmoe.wait import gather_to_all, wait_all
 
 _EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
@@ -72,6 +73,7 @@ class ModelGradients:
         experts each gets one. Raises TrainingError on all ranks where the ranks' parameters differ.
         """
         raise_or_return(None, self.error)
+        is_first = self.sums is None
         has_changed = self.sums is None or self.has_changed()
         if self.sums is None or (has_changed and self.sums.next_place == 0):
             self.sums, has_changed = self.rebuild(), False
@@ -79,6 +81,8 @@ class ModelGradients:
         late = self.pop_late(sums)
         own = [p in late or dense.has_gradient(p) for p in dense.parameters]
         present, is_late = self.agree(own, bool(late), has_changed)
+        if is_first:
+            self.check_values(dense)
 
         # Sum, and a second time where gradients came after their sum had begun.
         self.learn_passes(sums)
@@ -176,6 +180,25 @@ class ModelGradients:
             present = flags.astype(bool).tolist()
         return present, bool(own[4])
 
+    def check_values(self, dense: FlatGradients) -> None:
+        """Raise TrainingError on all ranks where parameters that all hold do not start alike. Collective over world."""
+        hashes = np.array(
+            [hash_bytes(view_bytes(p.detach().cpu().reshape(-1)).data) for p in dense.parameters], np.int64
+        )
+        extremes = np.concatenate([hashes, -hashes])
+        wait_all([self.world.Iallreduce(MPI.IN_PLACE, extremes, MPI.MAX)], poke=self.poke)
+        greatest, least = np.split(extremes, 2)
+        if len(differ := np.flatnonzero(greatest != -least)):
+            first = int(differ[0])
+            of_rank = gather_to_all(self.world, int(hashes[first]))
+            other = next(rank for rank, value in enumerate(of_rank) if value != of_rank[0])
+            what = f"{list(dense.parts)[first]} has other values on rank {other} than on rank 0"
+            self.error = TrainingError(
+                f"sum of gradients: {what}: what is not an expert must start alike on all ranks (by one "
+                "torch.manual_seed or state_dict); sum only what all ranks hold"
+            )
+            raise_or_return(None, self.error)
+
 
 def add_late(sums: GradientSums, late: Mapping[nn.Parameter, torch.Tensor]) -> None:
     """Sum gradients that came too late, and add them to the others. Collective over world."""
@@ -236,6 +259,6 @@ def describe_difference(names: Sequence[Sequence[str]]) -> TrainingError:
     raise ValueError("all ranks train the same")
 
 
-def hash_bytes(data: bytes) -> int:
+def hash_bytes(data: bytes | memoryview) -> int:
     """Hash bytes -> a number below 2**56."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=_HASH_BYTES).digest(), "little")

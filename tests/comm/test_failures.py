@@ -92,8 +92,8 @@ def test_what_neighbours_forward_reaches_all_in_few_steps(size):
 
 def test_a_hook_is_called_at_pauses_in_its_block_alone():
     calls = []
-    with call_at_pauses(lambda: calls.append("outer")):
-        with call_at_pauses(lambda: calls.append("inner")):
+    with call_at_pauses(lambda _: calls.append("outer")):
+        with call_at_pauses(lambda _: calls.append("inner")):
             Backoff().pause()
         Backoff().pause()
     Backoff().pause()

@@ -169,7 +169,7 @@ def test_tasks_advance_while_anybody_waits(kind):
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_what_is_called_at_pauses_is_called_wherever_a_lane_waits(kind):
-    def fail():
+    def fail(_):
         raise RuntimeError("rank 1 has left")
 
     with open_network(kind) as network, torch.no_grad(), call_at_pauses(fail):

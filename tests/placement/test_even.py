@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from placement.exact import every_layout
 from placement.problems import EXPERT_BYTES, make_problem
 
-from hpcmoe import place
+from hpcmoe.place import main as place_main
 from hpcmoe.placement.cost import layer_seconds
 from hpcmoe.placement.files.maps import check_map
 from hpcmoe.placement.problem import OBJECTIVES, count_slots_per_rank
@@ -181,7 +181,7 @@ def make_case(**changes):
 def test_the_command_shares_a_cases_experts_evenly(tmp_path, objective, capsys):
     (tmp_path / "case.json").write_text(json.dumps(make_case()))
     words = [f"{tmp_path}/case.json", "--objective", objective, "--iterations", "2000", "-o", f"{tmp_path}/out.json"]
-    assert place.main(words) == 0
+    assert place_main(words) == 0
     count = (np.array(json.loads((tmp_path / "out.json").read_text())["expert_of_slot"]) >= 0).sum(axis=2)
     assert count.sum(axis=1).tolist() == [20] * 3 and set(count.ravel().tolist()) == {1, 2}
     assert "note" not in capsys.readouterr().err
@@ -189,7 +189,7 @@ def test_the_command_shares_a_cases_experts_evenly(tmp_path, objective, capsys):
 
 def test_the_command_tells_what_keeps_it_uneven(tmp_path, capsys):
     (tmp_path / "case.json").write_text(json.dumps(make_case(M=[24_000, 24_000, 24_000, 9_000])))
-    assert place.main([f"{tmp_path}/case.json", "--iterations", "500", "-o", f"{tmp_path}/out.json"]) == 0
+    assert place_main([f"{tmp_path}/case.json", "--iterations", "500", "-o", f"{tmp_path}/out.json"]) == 0
     assert capsys.readouterr().err == (
         "hpcmoe: note: ranks hold 0 to 2 experts of a layer; E / ranks = 20 / 16 would be 1 to 2: node n3 has memory "
         "for 9 experts, of 24 (2 x 4 ranks x 3 layers)\n"
@@ -201,7 +201,7 @@ def test_the_command_tells_of_a_start_that_is_uneven(tmp_path, capsys):
     row = [*range(20), *[-1] * 12]  # two on each of the first ten ranks
     (tmp_path / "start.json").write_text(json.dumps({"physical_to_logical": [row] * 3}))
     words = [f"{tmp_path}/case.json", "--start", f"{tmp_path}/start.json", "--iterations", "500"]
-    assert place.main([*words, "-o", f"{tmp_path}/out.json"]) == 0
+    assert place_main([*words, "-o", f"{tmp_path}/out.json"]) == 0
     uneven = "ranks hold 0 to 2 experts of a layer; E / ranks = 20 / 16 would be 1 to 2"
     assert capsys.readouterr().err == (
         f"hpcmoe: note: {tmp_path}/start.json: {uneven}\n"
@@ -209,4 +209,4 @@ def test_the_command_tells_of_a_start_that_is_uneven(tmp_path, capsys):
     )
     count = (np.array(json.loads((tmp_path / "out.json").read_text())["expert_of_slot"]) >= 0).sum(axis=2)
     assert count.min() == 1
-    assert place.main([*words, "--moves", "0"]) == 0
+    assert place_main([*words, "--moves", "0"]) == 0

@@ -91,6 +91,7 @@ class Model(nn.Module):
 def open_gradients(comm, bucket_bytes=40):
     """Open a mesh -> (Model, ModelGradients)."""
     with open_mesh(comm, ParallelConfig()) as mesh:
+        torch.manual_seed(0)  # parameters that all ranks hold start alike
         model = Model(mesh)
         reducer = make_reducer(mesh, HostDevice(), None, bucket_bytes)
         yield model, ModelGradients(model, list(model.experts), reducer)
@@ -177,6 +178,17 @@ def test_a_change_of_what_is_trained_is_noticed(comm):
             assert (model.first.bias.grad is None) == frozen
             if not frozen:
                 model.check(1, comm.size)
+
+
+def test_parameters_that_do_not_start_alike_are_named_on_all(comm):
+    if comm.size == 1:
+        pytest.skip("needs another rank")
+    with open_gradients(comm) as (model, gradients):
+        with torch.no_grad():
+            model.narrow.weight[0, 0] += comm.rank  # bfloat16
+        for _ in range(2):
+            with pytest.raises(TrainingError, match=r"narrow\.weight has other values on rank 1 than on rank 0: "):
+                gradients.finish()
 
 
 @pytest.mark.parametrize("change", ["shape", "frozen"])

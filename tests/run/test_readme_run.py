@@ -7,7 +7,7 @@ import re
 from launch import ROOT
 
 from hpcmoe.config import Config
-from hpcmoe.run import migrate, rebalance
+from hpcmoe.run import move_experts, rebalance
 
 README = (ROOT / "hpcmoe/run/README.md").read_text()
 
@@ -22,4 +22,4 @@ def test_every_key_that_it_names_exists():
 def test_it_names_what_a_migration_records():
     names = re.findall(r'\("(\w+)", [\w.()]+, "|"cluster", "(\w+)"', inspect.getsource(rebalance.Rebalancer))
     assert names and [name for pair in names for name in pair if name and f"`cluster/{name}`" not in README] == []
-    assert f"{migrate.STAGING_BYTES >> 20} MB" in README
+    assert f"{move_experts.STAGING_BYTES >> 20} MB" in README
