@@ -61,9 +61,7 @@ def spread(
     agree_on(group.mesh.world, _WHERE, lambda: check_model(model, group))
     register_function()
     for fused in list_fused(model):
-        layer = FamilyExperts(
-            fused, group=group, top_k=find_top_k(fused.config), max_tokens=max_tokens, placement=placement
-        )
+        layer = FamilyExperts(fused, group=group, top_k=find_top_k(fused), max_tokens=max_tokens, placement=placement)
         for name in [name for name, _ in fused.named_parameters(recurse=False)]:
             del fused._parameters[name]
         fused.add_module(_NAME, layer)
@@ -74,7 +72,7 @@ def spread(
 def check_model(model: Any, group: LayerGroup) -> ModelOutline:
     """Check that a model can be spread -> what all ranks must have alike. Raises ConfigError."""
     check_version()
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    model_type = getattr(vars(model).get("config"), "model_type", type(model).__name__)
     fused = list_fused(model)
     if not fused:
         works = ", ".join(TESTED)
@@ -87,7 +85,7 @@ def check_model(model: Any, group: LayerGroup) -> ModelOutline:
     if group.mesh.tensor_parallel > 1:
         raise ConfigError(f"{_WHERE}: tensor_parallel = {group.mesh.tensor_parallel}: must be 1: experts stay whole")
     for layer in fused:
-        find_top_k(layer.config)
+        find_top_k(layer)
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
     return ModelOutline(model_type=model_type, parameters=shapes, weights=hash_samples(model.parameters()))
 
@@ -108,12 +106,13 @@ def list_fused(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(type(m).forward, "__wrapped__")]
 
 
-def find_top_k(config: Any) -> int:
-    """Find the most experts of a token in a family's configuration. Raises ConfigError."""
+def find_top_k(fused: nn.Module) -> int:
+    """Find the most experts of a token in the configuration that a family's module keeps. Raises ConfigError."""
+    family = vars(fused)["config"]
     for name in _TOP_K:
-        if (found := getattr(config, name, None)) is not None:
+        if (found := getattr(family, name, None)) is not None:
             return max(found) if isinstance(found, Sequence) else int(found)
-    raise ConfigError(f"{_WHERE}: {type(config).__name__}: has none of {', '.join(_TOP_K)}")
+    raise ConfigError(f"{_WHERE}: {type(family).__name__} has none of {', '.join(_TOP_K)}")
 
 
 def hash_samples(parameters: Any) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,9 +238,28 @@ def test_what_cannot_be_spread_is_one_line(comm):
 
 
 def test_the_most_experts_of_a_token_are_found_or_missed_in_one_line():
-    class Config:
-        moe_topk = (2, 4)
+    fused = nn.Module()
+    fused.config = SimpleNamespace(moe_topk=(2, 4))
+    assert find_top_k(fused) == 4
+    fused.config = SimpleNamespace()
+    with pytest.raises(ConfigError, match="SimpleNamespace has none of num_experts_per_tok, moe_k"):
+        find_top_k(fused)
 
-    assert find_top_k(Config()) == 4
-    with pytest.raises(ConfigError, match="object: has none of num_experts_per_tok, moe_k"):
-        find_top_k(object())
+
+@pytest.mark.mpi
+def test_checkpoints_and_moved_experts_keep_the_model(comm, shared):
+    with open_group(comm) as group:
+        ids = draw_ids(comm)[1]
+        model = hpcmoe.hf.spread(make_model("gpt_oss"), group).eval()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        call(model, ids, ids).loss.backward()
+        group.sum_gradients(model)
+        optimizer.step()
+        group.save(shared / "saved", model, optimizer)
+        wanted = model(input_ids=ids).logits.detach()
+        assert group.rebalance(model, optimizer) > 0 or comm.size == 1
+        assert_close(model(input_ids=ids).logits, wanted, "moved")
+        other = make_model("gpt_oss").eval()
+        hpcmoe.hf.spread(other, group, placement=place_unevenly(comm.size))
+        group.load(shared / "saved", other)
+        assert_close(other(input_ids=ids).logits, wanted, "loaded")
