@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from hpcmoe.experts.own import Dispatcher as Dispatcher
     from hpcmoe.group import Group as Group
     from hpcmoe.group import open as open
+    from hpcmoe.model import hf as hf
     from hpcmoe.placement.eplb import rebalance as rebalance
     from hpcmoe.placement.place import place as place
     from hpcmoe.placement.problem import PlacementProblem as PlacementProblem
@@ -101,7 +102,8 @@ _MODULE_OF_NAME = {  # the public names, imported when they are first used: `imp
     "place": "hpcmoe.placement.place",
     "rebalance": "hpcmoe.placement.eplb",
 }
-__all__ = list(_MODULE_OF_NAME)
+_PUBLIC_MODULES = {"hf": "hpcmoe.model.hf"}  # imported alike
+__all__ = [*_MODULE_OF_NAME, *_PUBLIC_MODULES]
 
 
 class _Package(ModuleType):
@@ -118,13 +120,16 @@ sys.modules[__name__].__class__ = _Package
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use."""
-    if name not in _MODULE_OF_NAME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
+    if name in _PUBLIC_MODULES:
+        value: Any = importlib.import_module(_PUBLIC_MODULES[name])
+    else:
+        value = getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     """Return the public names beside those that are there already."""
-    return sorted({*globals(), *_MODULE_OF_NAME})
+    return sorted({*globals(), *__all__})

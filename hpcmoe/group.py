@@ -73,8 +73,7 @@ class Group:
 
         While one waits for rows another goes on. in_flight: at most, and by default, what the group was opened with.
         schedule: "serial", "overlap" or "arrival", by default the group's. A step calls forward and backward as it
-        likes.
-        Collective over the group: as many micro-batches on every rank. What a step raises is raised here.
+        likes; what it raises is raised here. Collective over the group: as many micro-batches on every rank.
         """
         most = self.options.in_flight
         if in_flight is not None and not 1 <= in_flight <= most:

@@ -139,7 +139,7 @@ def test_what_is_imported_is_what_setup_cfg_asks_for():
     options = configparser.ConfigParser()
     options.read(ROOT / "setup.cfg")
     extras = options["options.extras_require"]
-    lines = options["options"]["install_requires"] + extras["gpu"] + extras["plot"]
+    lines = options["options"]["install_requires"] + extras["gpu"] + extras["hf"] + extras["plot"]
     asked = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines.splitlines() if line}
     imported = {module.split(".")[0] for file in FILES for module in imports_of(file)}
     others = imported - sys.stdlib_module_names - {"hpcmoe"}

@@ -147,10 +147,8 @@ class LocalExperts(nn.Module):
             listener()
 
     def split(self, slots: Slots, *tensors: Tensor) -> Iterator[tuple]:
-        """Yield each slot's kind, matrices and rows of some tensors [m, ...]; the last slot takes any padding."""
-        counts = [rows for _, rows in slots[:-1]]
-        parts = [tensor.split([*counts, len(tensor) - sum(counts)]) for tensor in tensors]
-        for (slot, _), *own in zip(slots, *parts, strict=True):
+        """Yield each slot's kind, matrices and rows of some tensors [m, ...]."""
+        for slot, *own in split_rows(slots, *tensors):
             yield self.replicas[slot].kind, self.replicas[slot].matrices, *own
 
     def stack_weights(self) -> None:
@@ -202,6 +200,14 @@ class GroupedExperts(LocalExperts):
     def list_matrices(self) -> Sequence[StackedMatrix]:
         """List the stacked matrices."""
         return list(self.stacked.values())
+
+
+def split_rows(slots: Slots, *tensors: Tensor) -> Iterator[tuple]:
+    """Yield each slot and its rows of some tensors [m, ...]; the last slot takes any padding."""
+    counts = [rows for _, rows in slots[:-1]]
+    parts = [tensor.split([*counts, len(tensor) - sum(counts)]) for tensor in tensors]
+    for (slot, _), *own in zip(slots, *parts, strict=True):
+        yield slot, *own
 
 
 def concatenate(parts: Sequence[Tensor]) -> Tensor:

@@ -102,9 +102,13 @@ class Experts(LogicalExperts, ExpertLayer):
             dtype=dtype, max_tokens=max_tokens, spare_slots_per_rank=spare_slots_per_rank, replicate=replicate,
             placement=placement, seed=seed,
         )  # fmt: skip
+        self.build(group, parts, make_local(parts))
+
+    def build(self, group: LayerGroup, parts: LayerParts, local: LocalExperts) -> None:
+        """Build the layer of what the group has given, and of this rank's experts."""
         options = parts.options
         chooser = make_chooser(options.num_experts, parts.mesh, parts.placement, 0)
-        super().__init__(make_local(parts), parts.dispatcher, chooser, parts.turns, parts.number)
+        super().__init__(local, parts.dispatcher, chooser, parts.turns, parts.number)
         self.group, self.options, self.placement = group, options, parts.placement
         self.hidden, self.feed_forward, self.num_experts = options.hidden, options.feed_forward, options.num_experts
         self.kind, self.top_k, self.max_tokens = options.kind, options.top_k, options.max_tokens

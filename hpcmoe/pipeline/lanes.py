@@ -24,8 +24,8 @@ import torch
 
 from hpcmoe.clock import Clock, Stage, Timer
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
-from hpcmoe.errors import ConfigError
 from hpcmoe.pipeline.lane import EndedError, Lane, Modes, capture_modes, located_errors
+from hpcmoe.pipeline.progress import Progress
 from hpcmoe.pipeline.random_states import RandomStates
 from hpcmoe.wait import Backoff
 
@@ -35,7 +35,7 @@ _Result = TypeVar("_Result")
 Stages = Sequence[tuple[Stage, Iterator[bool]]]
 
 
-class Lanes:
+class Lanes(Progress):
     """The lanes of a group of ranks, and what goes on while they wait."""
 
     def __init__(
@@ -52,8 +52,8 @@ class Lanes:
         """
         if kind not in SCHEDULES:
             raise ValueError(f"unknown schedule {kind}")
-        self.dispatchers, self.clock, self.kind, self.bind_thread = dispatchers, clock, kind, bind_thread
-        self.pokes: list[Callable[[], bool]] = []  # advance what else goes on, and return True if any of it has moved
+        super().__init__(dispatchers, clock)
+        self.kind, self.bind_thread = kind, bind_thread
         self.random = RandomStates(generators)
         self.contexts = WeakSet[Any]()  # what forward passes have left for backward passes
         self.observe: Callable[[Iterable[Any]], None] | None = None  # is shown them after each stage
@@ -62,7 +62,6 @@ class Lanes:
         self.lanes: list[Lane] = []  # that have not ended, in the order of the circle
         self.failure: BaseException | None = None
         self.threads = ThreadPoolExecutor(sys.maxsize, "lane")  # starts one only where none is idle
-        self.is_closed = False
 
     @property
     def lane(self) -> Lane:
@@ -215,34 +214,15 @@ class Lanes:
                 self.observe(self.contexts)
         return worked is not False
 
-    def drain(self) -> None:
-        """Wait until this rank has done all that others want of it."""
-        backoff = Backoff()
-        with self.clock.measure(Timer.WAITING):
-            while not all(dispatcher.is_idle for dispatcher in self.dispatchers):
-                if self.poke():
-                    backoff.reset()
-                else:
-                    self.wait(Timer.WAITING, backoff)
-
     def end_exchange(self) -> None:
         """Finish what the other ranks want where no lane will wait soon: what the caller does next is not known."""
         if self.lane is self.caller:
             self.drain()
 
-    def poke(self) -> bool:
-        """Advance messages and tasks without waiting, and return True if anything moved."""
-        moved = [dispatcher.poke() for dispatcher in self.dispatchers]
-        return any([*moved, *(poke() for poke in self.pokes)])
-
     def wait(self, timer: Timer, backoff: Backoff) -> None:
-        """Pause, a few times at most, until something may have changed since the last poke."""
+        """Pause, unless another lane has failed meanwhile."""
         self.stop_if_failed()
-        with self.clock.measure(timer):
-            if len(self.dispatchers) == 1:
-                self.dispatchers[0].wait_for_change(backoff)
-            else:
-                backoff.pause()
+        super().wait(timer, backoff)
 
     def stop_if_failed(self) -> None:
         """Raise EndedError where another lane has failed."""
@@ -300,8 +280,3 @@ class Lanes:
         """End the threads; nothing runs after this."""
         self.is_closed = True
         self.threads.shutdown()
-
-    def check_open(self) -> None:
-        """Raise ConfigError after close()."""
-        if self.is_closed:
-            raise ConfigError("hpcmoe: this group is closed: its layers work inside of its `with` block alone")

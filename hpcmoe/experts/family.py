@@ -1,0 +1,139 @@
+"""Experts whose arithmetic is another library's: each a module of that library with one expert, run by autograd.
+
+The module is one of Hugging Face transformers' fused experts (hpcmoe.model.hf): its parameters are [E, ...], and
+forward.__wrapped__(x [n, H], indices [n, K], weights [n, K]) is its family's own loop over them. Cut to one expert it
+computes y = expert(x) with every index 0 and every weight 1.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from hpcmoe.experts.feed_forward import Kept, LocalExperts, Slots, concatenate, split_rows
+from hpcmoe.experts.moe import Experts, LayerGroup
+from hpcmoe.gemm import WeightMatrix
+
+
+class LocalFamilyExperts(LocalExperts):
+    """This rank's experts of a family, run one by one. An empty slot is an Identity that no row reaches."""
+
+    def forward(self, slots: Slots, rows: Tensor, kept: list[Kept] | None) -> Tensor:
+        """Compute rows [m, H] grouped by slot -> results [m, H]; what backward() needs is appended to kept, if any."""
+        parts = split_rows(slots, rows)
+        return concatenate([run_expert(self.replicas[slot], own, kept) for slot, own in parts])
+
+    def backward(self, slots: Slots, grads: Tensor, gates: Tensor, kept: list[Kept]) -> tuple[Tensor, Tensor]:
+        """Compute from grads [m, H] and gates [m], grouped by slot, the gradients of rows [m, H] and gates [m]."""
+        parts = [
+            run_expert_backward(self.replicas[slot], kept.pop()[0], *own)
+            for slot, *own in split_rows(slots, grads, gates)
+        ]
+        grads_x, grads_gate = zip(*parts, strict=True)
+        return concatenate(grads_x), concatenate(grads_gate)
+
+    def list_matrices(self) -> Sequence[WeightMatrix]:
+        """List nothing: no cast of a weight is kept."""
+        return []
+
+    def local_replicas(self) -> list[Any]:
+        """Return the replicas that are there, in the order of their slots."""
+        return [replica for replica in self.replicas if not isinstance(replica, nn.Identity)]
+
+
+class FamilyExperts(Experts):
+    """One layer's experts of a family, spread over a group's ranks. Its forward() is that of hpcmoe.Experts."""
+
+    def __init__(
+        self,
+        family: nn.Module,
+        *,
+        group: LayerGroup,
+        top_k: int,
+        max_tokens: int | None = None,
+        placement: Sequence[int] | np.ndarray | None = None,
+    ) -> None:
+        """Copy this rank's experts out of a fused module of all, which stays as it is. Collective over the group.
+
+        The other arguments are those of hpcmoe.Experts. Raises ConfigError, PlacementError or ClusterError on all
+        ranks.
+        """
+        down = family.get_parameter("down_proj")
+        feed_forward, hidden = down.shape[1:] if family.is_transposed else down.shape[:0:-1]
+        parts = group.add_layer(
+            self, hidden=hidden, feed_forward=feed_forward, num_experts=len(down),
+            kind="swiglu" if getattr(family, "has_gate", True) else "gelu", bias=False, top_k=top_k, dtype=down.dtype,
+            max_tokens=max_tokens, spare_slots_per_rank=0, replicate=False, placement=placement, seed=0,
+        )  # fmt: skip
+        held = parts.placement.experts_of_rank(0, parts.mesh.expert_index).tolist()
+        replicas = [copy_expert(family, e) if e >= 0 else nn.Identity() for e in held]
+        self.build(group, parts, LocalFamilyExperts(replicas))
+        self.template = (cut_expert(family, lambda p: torch.empty_like(p[:1], device="meta")),)  # no child of this
+
+    def make_replica(self) -> Any:
+        """Allocate an expert whose weights are to come from another rank."""
+        device = self.tokens_of_expert.device
+        return cut_expert(self.template[0], lambda p: torch.empty_like(p, device=device))
+
+
+def copy_expert(family: nn.Module, number: int) -> nn.Module:
+    """Copy one expert out of a fused module."""
+    return cut_expert(family, lambda parameter: parameter[number : number + 1].clone())
+
+
+def cut_expert(family: nn.Module, cut: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Copy a fused module, its parameters [E, ...] cut to those of one expert [1, ...]."""
+    expert = copy.copy(family)
+    expert._modules = dict(family._modules)
+    expert._parameters = {
+        name: nn.Parameter(cut(parameter.detach()), parameter.requires_grad)
+        for name, parameter in family.named_parameters(recurse=False)
+    }
+    expert.num_experts = 1  # type: ignore[assignment]
+    return expert
+
+
+def compute_expert(expert: nn.Module, x: Tensor) -> Tensor:
+    """Compute x [n, H] -> y [n, H] by the family's own loop."""
+    first, whole = x.new_zeros((len(x), 1), dtype=torch.int64), x.new_ones((len(x), 1))
+    return vars(type(expert))["forward"].__wrapped__(expert, x, first, whole)
+
+
+@torch.no_grad()
+def run_expert(expert: nn.Module, x: Tensor, kept: list[Kept] | None) -> Tensor:
+    """Compute x [n, H] -> y [n, H]; x is appended to kept, if any, and bears the graph as an attribute.
+
+    A checkpoint that drops x drops the graph with it.
+    """
+    if kept is None:
+        return compute_expert(expert, x)
+    own = x.detach()
+    own.graph = graph = trace_expert(expert, x)  # type: ignore[attr-defined]
+    kept.append((own,))
+    return graph[1].detach()
+
+
+def trace_expert(expert: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute y [n, H] of x [n, H] -> (x, y), a graph of their own.
+
+    A checkpoint around the layer has no part in what it saves: the calling thread may be another micro-batch's.
+    """
+    with torch.enable_grad(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        x = x.detach().requires_grad_()
+        return x, compute_expert(expert, x)
+
+
+def run_expert_backward(expert: nn.Module, x: Tensor, grad_y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute gradients from grad_y [n, H], that of the output to which y came as gate * y, and gates [n] float32.
+
+    -> (grad_x [n, H], grad_gate [n] float32). Adds to the parameters' gradients. x: as kept, or computed again by a
+    checkpoint; then y is too.
+    """
+    x, y = vars(x).pop("graph", None) or trace_expert(expert, x)
+    torch.autograd.backward(y, grad_y * gates.to(grad_y.dtype)[:, None])
+    assert x.grad is not None  # y depends on x
+    return x.grad, (grad_y * y.detach()).sum(dim=1).float()

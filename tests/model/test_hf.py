@@ -1,0 +1,265 @@
+"""A Hugging Face model with its experts on many ranks is the same model on one, by transformers' own loop."""
+
+import contextlib
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small import make_topology
+from tiny_families import make_model
+from torch import nn
+from twins import sum_over
+
+import hpcmoe
+from hpcmoe.errors import ConfigError
+from hpcmoe.experts import family as family_experts
+from hpcmoe.model.hf import TESTED, find_top_k
+
+pytest.importorskip("transformers", reason="needs transformers: pip install 'hpcmoe[hf]'")
+
+CLOSE = 2e-6  # of the largest number of a tensor
+SEQUENCES = (2, 1, 3, 2)  # of the ranks
+LENGTH = 12
+
+
+@contextlib.contextmanager
+def open_group(comm, num_nodes=1, **options):
+    links = make_topology(comm.size, min(num_nodes, comm.size))
+    with hpcmoe.open(comm, links=links, threads=1, max_tokens=SEQUENCES[2] * LENGTH, **options) as group:
+        yield group
+
+
+def draw_ids(comm, sequences=SEQUENCES):
+    """Draw the tokens of all ranks, the same on each -> (all, this rank's)."""
+    of_rank = [sequences[rank % len(sequences)] for rank in range(comm.size)]
+    ids = torch.randint(3, 96, (sum(of_rank), LENGTH), generator=torch.Generator().manual_seed(1))
+    return ids, ids.split(of_rank)[comm.rank]
+
+
+def call(model, ids, all_ids):
+    return model(input_ids=ids, labels=ids, num_items_in_batch=len(all_ids) * (LENGTH - 1), use_cache=False)
+
+
+def assert_close(found, wanted, what):
+    assert found.shape == wanted.shape
+    scale = float(wanted.detach().abs().max()) if wanted.numel() else 0.0
+    furthest = float((found - wanted).detach().abs().max()) if wanted.numel() else 0.0
+    assert furthest <= CLOSE * scale, f"{what}: {furthest:.1e} of {scale:.1e}"
+
+
+def run_whole(family, all_ids):
+    """Run the whole batch on one process by transformers' own loop over experts."""
+    whole = make_model(family)
+    whole.set_experts_implementation("eager")
+    output = call(whole, all_ids, all_ids)
+    output.loss.backward()
+    return whole, output
+
+
+def gather_expert_grads(comm, whole, path, layer):
+    """Put the experts' summed gradients together by logical number -> by name of the fused parameter [E, ...]."""
+    found = {name: torch.zeros_like(p) for name, p in whole.get_submodule(path).named_parameters(recurse=False)}
+    holders = torch.bincount(torch.from_numpy(layer.placement.expert_of_replica[0]).clamp(min=0), minlength=8)
+    for expert, slot in layer.list_slots():
+        for name, parameter in layer.local.replicas[slot].named_parameters():
+            empty = (layer.placement.expert_of_replica[0] < 0).sum() if expert == 0 else 0
+            found[name][expert] += parameter.grad[0] / (holders[expert] - empty)
+    return {f"{path}.{name}": sum_over(comm, grad) for name, grad in found.items()}
+
+
+def compare_gradients(comm, model, whole):
+    """Compare every gradient, once they are summed, with those of the whole batch."""
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, hpcmoe.Experts)}
+    wanted = {name: p.grad for name, p in whole.named_parameters()}
+    found = {name: p.grad for name, p in model.named_parameters() if name in wanted}
+    for path, layer in layers.items():
+        found |= gather_expert_grads(comm, whole, path.removesuffix(".hpcmoe"), layer)
+    assert set(found) == set(wanted) and layers
+    for name, grad in wanted.items():
+        assert (grad is None) == (found[name] is None), name
+        if grad is not None:
+            assert_close(found[name], grad, name)
+
+
+def compare_step(comm, group, family, **options):
+    """Compare a step of a spread model with one of the whole -> the spread model."""
+    all_ids, ids = draw_ids(comm)
+    whole, wanted = run_whole(family, all_ids)
+    model = hpcmoe.hf.spread(make_model(family), group, **options)
+    output = call(model, ids, all_ids)
+    output.loss.backward()
+    group.sum_gradients(model)
+    first = sum(SEQUENCES[rank % len(SEQUENCES)] for rank in range(comm.rank))
+    assert_close(output.logits, wanted.logits[first : first + len(ids)], "logits")
+    assert comm.allreduce(output.loss.item()) == pytest.approx(wanted.loss.item(), rel=CLOSE)
+    compare_gradients(comm, model, whole)
+    return model
+
+
+def place_unevenly(num_ranks, num_experts=8):
+    """Place experts unevenly: dealt backwards, expert 0 on the first rank and on the last."""
+    slots = [[0], *([] for _ in range(num_ranks - 1))]
+    for place, expert in enumerate(range(num_experts - 1, 0, -1)):
+        slots[(place + 1) % num_ranks if place % 3 else 0].append(expert)
+    if num_ranks > 1:
+        slots[-1].append(0)
+    most = max(map(len, slots))
+    return [expert for own in slots for expert in own + [-1] * (most - len(own))]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("family", TESTED)
+def test_a_family_on_many_ranks_is_the_same_on_one(comm, family):
+    with open_group(comm) as group:
+        compare_step(comm, group, family)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("num_nodes", [1, 4])
+def test_uneven_and_replicated_experts_are_the_same(comm, family, num_nodes):
+    with open_group(comm, num_nodes) as group:
+        model = compare_step(comm, group, family, placement=place_unevenly(comm.size))
+        held = [p for layer in group.layers for p in layer.local.parameters()]
+        own = sum(e >= 0 for e in group.layers[0].expert_of_slot)
+        assert len(held) == own * len(group.layers) * len(list(group.layers[0].template[0].parameters()))
+        assert all(len(p) == 1 for p in held) and set(held) <= set(model.parameters())
+        assert len(group.dispatchers.opened) == 1  # one window for all layers
+
+
+@pytest.mark.mpi
+def test_the_norm_that_is_clipped_counts_each_expert_once(comm):
+    with open_group(comm) as group:
+        model = compare_step(comm, group, "mixtral", placement=place_unevenly(comm.size))
+        whole, _ = run_whole("mixtral", draw_ids(comm)[0])
+        norm = group.clip_grad_norm_(model, 0.5)
+        assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(whole.parameters(), 0.5)), rel=1e-5)
+        compare_gradients(comm, model, whole)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+def test_steps_in_lanes_learn_as_one_process_does(comm, family):
+    with open_group(comm, schedule="arrival", deterministic=False) as group:
+        all_ids, ids = draw_ids(comm, (3,))
+        whole, model = make_model(family), hpcmoe.hf.spread(make_model(family), group)
+        whole.set_experts_implementation("eager")
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.02) for m in (whole, model)]
+
+        def step(micro_batch):
+            loss = call(model, micro_batch, all_ids).loss
+            loss.backward()
+            return loss.detach()
+
+        for _ in range(3):
+            wanted = call(whole, all_ids, all_ids).loss
+            wanted.backward()
+            loss = sum(group.lanes(step, ids.split(1)))
+            group.sum_gradients(model)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            assert comm.allreduce(float(loss)) == pytest.approx(wanted.item(), rel=1e-4)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_a_checkpoint_drops_the_experts_graphs_and_changes_nothing(comm, checkpoints, monkeypatch):
+    graphs, trace = [], family_experts.trace_expert
+
+    def note(expert, x):
+        graph = trace(expert, x)
+        graphs.append(weakref.ref(graph[1]))
+        return graph
+
+    monkeypatch.setattr(family_experts, "trace_expert", note)
+    with open_group(comm) as group:
+        all_ids, ids = draw_ids(comm)
+        whole, _ = run_whole("qwen3_moe", all_ids)
+        model = hpcmoe.hf.spread(make_model("qwen3_moe"), group)
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = call(model, ids, all_ids).loss
+        in_forward = len(graphs)
+        assert in_forward > 0 and sum(graph() is not None for graph in graphs) == (0 if checkpoints else in_forward)
+        loss.backward()
+        assert (len(graphs) > in_forward) == checkpoints
+        group.sum_gradients(model)
+        compare_gradients(comm, model, whole)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss"])
+def test_greedy_generation_gives_the_same_tokens(comm, family):
+    with open_group(comm) as group:
+        whole, model = make_model(family).eval(), hpcmoe.hf.spread(make_model(family), group).eval()
+        prompts = draw_ids(comm, (1,))[1][:, : 4 + comm.rank]
+        length = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+        wanted, found = (m.generate(prompts, attention_mask=torch.ones_like(prompts), **length) for m in (whole, model))
+        assert found.tolist() == wanted.tolist()
+
+
+@pytest.mark.mpi
+def test_a_rank_without_tokens_serves_the_others(comm):
+    with open_group(comm) as group:
+        whole, model = make_model("mixtral"), hpcmoe.hf.spread(make_model("mixtral"), group)
+        blocks = [m.model.layers[1].mlp for m in (whole, model)]
+        x = torch.randn(1, 0 if comm.rank == comm.size - 1 else 5, 32)
+        wanted, found = (block(x) for block in blocks)
+        assert_close(found, wanted, "output")
+        found.sum().backward()
+        if len(x[0]):
+            wanted.sum().backward()
+        group.sum_gradients(model)
+        path = "model.layers.1.mlp.experts"
+        for name, grad in gather_expert_grads(comm, whole, path, group.layers[1]).items():
+            of_rank = whole.get_parameter(name).grad
+            assert_close(grad, sum_over(comm, torch.zeros_like(grad) if of_rank is None else of_rank), name)
+
+
+@pytest.mark.mpi
+def test_what_cannot_be_spread_is_one_line(comm):
+    with open_group(comm) as group:
+        with pytest.raises(ConfigError, match=r"model type 'Linear': its experts are not in .*; works with mixtral,"):
+            hpcmoe.hf.spread(nn.Linear(2, 2), group)
+        model = hpcmoe.hf.spread(make_model("mixtral"), group)
+        with pytest.raises(ConfigError, match="the experts of this model are spread already"):
+            hpcmoe.hf.spread(model, group)
+        other = make_model("mixtral")
+        other.lm_head.weight.data += comm.rank
+        if comm.size > 1:
+            with pytest.raises(ConfigError, match=r"weights = '\w+', '\w+' on rank 0: must be alike on all ranks"):
+                hpcmoe.hf.spread(other, group)
+        alone = make_model("mixtral")
+        alone.set_experts_implementation("hpcmoe")
+        with pytest.raises(ConfigError, match="its experts are not spread"):
+            alone(input_ids=torch.ones(1, 2, dtype=torch.int64))
+
+
+def test_the_most_experts_of_a_token_are_found_or_missed_in_one_line():
+    fused = nn.Module()
+    fused.config = SimpleNamespace(moe_topk=(2, 4))
+    assert find_top_k(fused) == 4
+    fused.config = SimpleNamespace()
+    with pytest.raises(ConfigError, match="SimpleNamespace has none of num_experts_per_tok, moe_k"):
+        find_top_k(fused)
+
+
+@pytest.mark.mpi
+def test_checkpoints_and_moved_experts_keep_the_model(comm, shared):
+    with open_group(comm) as group:
+        ids = draw_ids(comm)[1]
+        model = hpcmoe.hf.spread(make_model("gpt_oss"), group).eval()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        call(model, ids, ids).loss.backward()
+        group.sum_gradients(model)
+        optimizer.step()
+        group.save(shared / "saved", model, optimizer)
+        wanted = model(input_ids=ids).logits.detach()
+        assert group.rebalance(model, optimizer) > 0 or comm.size == 1
+        assert_close(model(input_ids=ids).logits, wanted, "moved")
+        other = make_model("gpt_oss").eval()
+        hpcmoe.hf.spread(other, group, placement=place_unevenly(comm.size))
+        group.load(shared / "saved", other)
+        assert_close(other(input_ids=ids).logits, wanted, "loaded")
