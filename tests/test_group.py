@@ -224,6 +224,7 @@ def test_a_closed_group_says_so():
 def test_ctrl_c_in_a_step_leaves_the_process_to_open_another_group():
     code = """
 import os, signal, torch, hpcmoe
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 def train(steps, interrupted=None):
     with hpcmoe.open(threads=1) as group:
         moe = hpcmoe.MoE(8, 8, 4, group=group)

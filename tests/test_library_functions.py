@@ -75,9 +75,10 @@ def test_type_checkers_see_the_names_that_are_there():
     typed = {
         alias.asname: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
     }
-    assert {name: typed.get(name) for name in hpcmoe.__all__} == hpcmoe._MODULE_OF_NAME
+    assert {name: typed.get(name) for name in hpcmoe._MODULE_OF_NAME} == hpcmoe._MODULE_OF_NAME
+    assert {name: f"{typed.get(name)}.{name}" for name in hpcmoe._PUBLIC_MODULES} == hpcmoe._PUBLIC_MODULES
     assert set(hpcmoe.__all__) <= set(dir(hpcmoe))
-    for name in hpcmoe.__all__:
+    for name in hpcmoe._MODULE_OF_NAME:
         assert getattr(hpcmoe, name).__module__ == hpcmoe._MODULE_OF_NAME[name]
 
 
