@@ -279,4 +279,4 @@ class Lanes(Progress):
     def close(self) -> None:
         """End the threads; nothing runs after this."""
         self.is_closed = True
-        self.threads.shutdown()
+        self.threads.shutdown(wait=not self.lanes)  # after an error some may wait for ever
