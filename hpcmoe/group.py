@@ -28,7 +28,7 @@ from hpcmoe.experts.moe import Experts, LayerParts, MoE
 from hpcmoe.experts.options import GroupOptions, make_options
 from hpcmoe.experts.own import Dispatcher
 from hpcmoe.model.balance import update_routers
-from hpcmoe.pipeline.lanes import Lanes
+from hpcmoe.pipeline.lanes import SCHEDULES, Lanes
 from hpcmoe.prepare.layer import choose_method, make_layer_experts, place_layer
 from hpcmoe.prepare.sizes import make_layer_sizes
 from hpcmoe.run.dispatchers import select_row_backend
@@ -71,14 +71,14 @@ class Group:
     ) -> Iterator[StepResult]:
         """Call step(micro_batch) for each micro-batch, several at a time -> an iterator of the results, in order.
 
-        While one waits for rows another goes on. in_flight: at most, and by default, what the group was opened with.
+        While one waits for rows another goes on. in_flight: that of the group by default, or what divides it.
         schedule: "serial", "overlap" or "arrival", by default the group's. A step calls forward and backward as it
         likes; what it raises is raised here. Collective over the group: as many micro-batches on every rank.
         """
         most = self.options.in_flight
-        if in_flight is not None and not 1 <= in_flight <= most:
-            raise ConfigError(f"hpcmoe lanes: in_flight = {in_flight}: must be 1 to that of hpcmoe.open, {most}")
-        if schedule not in (None, "serial", "overlap", "arrival"):
+        if in_flight is not None and (in_flight < 1 or most % in_flight):  # else lanes would share buffers
+            raise ConfigError(f"hpcmoe lanes: in_flight = {in_flight}: must divide that of hpcmoe.open, {most}")
+        if schedule is not None and schedule not in SCHEDULES:
             raise ConfigError(f"hpcmoe lanes: schedule = {schedule!r}: must be 'serial', 'overlap' or 'arrival'")
         self.engine.kind = schedule or self.options.schedule
         for gradients in self.gradients.values() if torch.is_grad_enabled() else ():

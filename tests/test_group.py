@@ -128,7 +128,9 @@ def test_lanes_return_results_in_order_and_raise_what_a_step_raises(comm):
             assert list(group.lanes(step, numbers)) == [number**2 for number in numbers]
         assert list(group.lanes(step, [5, 6], in_flight=1)) == [25, 36]
         assert list(group.lanes(step, [5, 6], schedule="arrival")) == [25, 36]
-        with pytest.raises(ConfigError, match="in_flight = 4: must be 1 to that of hpcmoe.open, 3"):
+        with pytest.raises(ConfigError, match="in_flight = 2: must divide that of hpcmoe.open, 3"):
+            group.lanes(step, [1], in_flight=2)
+        with pytest.raises(ConfigError, match="in_flight = 4: must divide that of hpcmoe.open, 3"):
             group.lanes(step, [1], in_flight=4)
         with pytest.raises(ConfigError, match="schedule = 'x': must be 'serial', 'overlap' or 'arrival'"):
             group.lanes(step, [1], schedule="x")
