@@ -9,7 +9,7 @@ gradients of the experts' parameters are added where they are computed.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -46,6 +46,15 @@ class Turns(Protocol):
 
     def end_exchange(self) -> None:
         """Finish an exchange for the other ranks, where no stage follows."""
+
+
+class Call(Protocol):
+    """What an exchange needs to know of the call of a layer that makes it."""
+
+    micro_batch: int
+    plan: Any  # the dispatcher's
+    gates: Tensor  # [T, K * shards] float32
+    notice: Notice
 
 
 @dataclass(slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -118,11 +127,7 @@ class ExpertLayer(nn.Module):
 
     def start(self, context: LayerContext, rows: Tensor, direction: Direction) -> Iterator[bool]:
         """Start an exchange of rows [T, H] as soon as it can."""
-        word = context.notice.of_call(self.number, direction, context.plan.top_k).pack()
-        exchange = ExchangeId(self.number, context.micro_batch, direction, word)
-        while not self.dispatcher.poll_ready(context.plan, exchange):
-            yield False
-        context.handle = self.dispatcher.dispatch(context.plan, rows, context.gates, exchange)
+        context.handle = yield from start_exchange(self.dispatcher, self.number, context, rows, direction)
         yield True
 
     def compute(self, context: LayerContext) -> Iterator[bool]:
@@ -236,6 +241,17 @@ class Exchange(torch.autograd.Function):
         grad_x, context.output = context.output.to(ctx.dtype), None
         grad_gates = context.grad_gates.unflatten(1, (ctx.top_k, -1)).sum(dim=2)
         return grad_x, grad_gates, grad_output if ctx.needs_input_grad[2] else None, None, None, None
+
+
+def start_exchange(
+    dispatcher: TokenDispatcher, layer: int, call: Call, rows: Tensor, direction: Direction
+) -> Generator[bool, None, Any]:
+    """Yield False until an exchange of rows [T, H] can start, and start it -> the dispatcher's handle."""
+    word = call.notice.of_call(layer, direction, call.plan.top_k).pack()
+    exchange = ExchangeId(layer, call.micro_batch, direction, word)
+    while not dispatcher.poll_ready(call.plan, exchange):
+        yield False
+    return dispatcher.dispatch(call.plan, rows, call.gates, exchange)
 
 
 def pack_kept(context: LayerContext, repeats_order: bool) -> list[Tensor]:

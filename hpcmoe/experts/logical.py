@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from hpcmoe.dispatch.router import count_assignments
 from hpcmoe.experts.feed_forward import LocalExperts
+from hpcmoe.experts.slots import ExpertSlots
 
 # Attributes of a module of a group that its copies share: they hold communicators and memory of several ranks.
 SHARED_ATTRIBUTES = ("group", "mesh", "dispatcher", "chooser", "turns", "sums")
@@ -37,7 +40,36 @@ class GroupModule(nn.Module):
         return copied
 
 
-class LogicalExperts(GroupModule):
+class LayerModule(GroupModule):
+    """A layer of a group: which experts this rank has of it, and how many tokens each has had."""
+
+    group: Any  # hpcmoe.group.Group
+    placement: ExpertSlots  # of this layer alone
+    number: int  # among the group's layers
+    tokens_of_expert: Tensor  # [E] int64, assignments of this rank since the group last summed them
+
+    @property
+    def name(self) -> str:
+        """Return what errors call this layer."""
+        return f"hpcmoe layer {self.number}"
+
+    @property
+    def expert_of_slot(self) -> np.ndarray:
+        """Return the experts in this rank's slots -> int64 [s], -1 in an empty one."""
+        return self.placement.experts_of_rank(0, self.group.mesh.expert_index)
+
+    def start_counting(self, num_experts: int) -> None:
+        """Set the tokens of all experts to 0."""
+        self.register_buffer("tokens_of_expert", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+
+    @torch.no_grad()
+    def count(self, experts: Tensor) -> None:
+        """Count assignments [T, K]; not those of a checkpoint's second forward pass, which comes within a backward."""
+        if torch._C._current_graph_task_id() == -1:
+            self.tokens_of_expert += count_assignments(experts, len(self.tokens_of_expert))
+
+
+class LogicalExperts(LayerModule):
     """A module whose state_dict names this rank's experts logically: `experts.5.up`, whichever slot holds expert 5.
 
     A module that is itself called `experts` adds no second one: `moe.experts.5.up`. load_state_dict takes the experts
@@ -46,11 +78,6 @@ class LogicalExperts(GroupModule):
 
     local: LocalExperts
     num_experts: int
-
-    @property
-    def expert_of_slot(self) -> np.ndarray:
-        """Return the experts in this rank's slots -> int64 [s], -1 in an empty one."""
-        raise NotImplementedError
 
     def list_slots(self) -> Iterator[tuple[int, int]]:
         """Yield (expert, slot) of each slot that holds one."""

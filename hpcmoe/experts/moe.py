@@ -14,7 +14,7 @@ from hpcmoe.comm.device import Device
 from hpcmoe.config import DispatchConfig
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.dispatch.notice import Notice
-from hpcmoe.dispatch.router import Router, count_assignments
+from hpcmoe.dispatch.router import Router
 from hpcmoe.experts.feed_forward import (
     Expert,
     GroupedExperts,
@@ -70,8 +70,6 @@ class Experts(LogicalExperts, ExpertLayer):
     their weights are drawn from seed and layer number alone, alike at any number of ranks.
     """
 
-    tokens_of_expert: Tensor  # [E] int64, assignments of this rank since the group last summed them
-
     def __init__(
         self,
         hidden: int,
@@ -112,14 +110,8 @@ class Experts(LogicalExperts, ExpertLayer):
         self.group, self.options, self.placement = group, options, parts.placement
         self.hidden, self.feed_forward, self.num_experts = options.hidden, options.feed_forward, options.num_experts
         self.kind, self.top_k, self.max_tokens = options.kind, options.top_k, options.max_tokens
-        counts = torch.zeros(options.num_experts, dtype=torch.int64)
-        self.register_buffer("tokens_of_expert", counts, persistent=False)
+        self.start_counting(options.num_experts)
         self.to(parts.device.torch_device)
-
-    @property
-    def expert_of_slot(self) -> np.ndarray:
-        """Return the experts in this rank's slots -> int64 [s], -1 in an empty one."""
-        return self.placement.experts_of_rank(0, self.group.mesh.expert_index)
 
     def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
         """Compute the sum over k of top_k_weights[..., k] * expert[top_k_index[..., k]](x) -> [..., H] as x.
@@ -152,17 +144,6 @@ class Experts(LogicalExperts, ExpertLayer):
             output, left_anywhere = self.exchange(x[part], experts[part], gates[part], kept_part, notice=notice)
             yield output
             number, more = number + 1, left_anywhere > 0
-
-    @property
-    def name(self) -> str:
-        """Return what errors call this layer."""
-        return f"hpcmoe layer {self.number}"
-
-    @torch.no_grad()
-    def count(self, experts: Tensor) -> None:
-        """Count assignments [T, K]; not those of a checkpoint's second forward pass, which comes within a backward."""
-        if torch._C._current_graph_task_id() == -1:
-            self.tokens_of_expert += count_assignments(experts, self.num_experts)
 
     def make_replica(self) -> Expert:
         """Allocate an expert whose weights are to come from another rank."""

@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from hpcmoe.clock import Stage
 from hpcmoe.comm.transport import Direction
-from hpcmoe.dispatch.dispatcher import ExchangeId
 from hpcmoe.dispatch.notice import Notice, Use
-from hpcmoe.dispatch.router import count_assignments, repeat_for_shards
+from hpcmoe.dispatch.router import repeat_for_shards
 from hpcmoe.errors import ConfigError
-from hpcmoe.experts.logical import GroupModule
+from hpcmoe.experts.layer import start_exchange
+from hpcmoe.experts.logical import LayerModule
 from hpcmoe.experts.moe import LayerGroup
 from hpcmoe.experts.options import check_choices
 from hpcmoe.experts.slots import make_chooser
@@ -43,10 +43,8 @@ class OwnHandle:
     grad_gates: Tensor | None = None  # [R] float32 by batch and chunk, between both
 
 
-class Dispatcher(GroupModule):
+class Dispatcher(LayerModule):
     """Carries rows to the ranks of a user's own experts, and the results home."""
-
-    tokens_of_expert: Tensor  # [E] int64, assignments of this rank since the group last summed them
 
     def __init__(
         self,
@@ -74,14 +72,8 @@ class Dispatcher(GroupModule):
         self.dispatcher, self.turns = parts.dispatcher, parts.turns
         self.chooser = make_chooser(options.num_experts, parts.mesh, parts.placement, 0)
         self.open_handles: dict[int, OwnHandle] = {}  # micro-batch: dispatched, not combined yet
-        counts = torch.zeros(options.num_experts, dtype=torch.int64)
-        self.register_buffer("tokens_of_expert", counts, persistent=False)
+        self.start_counting(options.num_experts)
         self.to(parts.device.torch_device)
-
-    @property
-    def expert_of_slot(self) -> np.ndarray:
-        """Return the experts whose rows this rank gets, slot by slot -> int64 [s], -1 in an empty one."""
-        return self.placement.experts_of_rank(0, self.group.mesh.expert_index)
 
     def dispatch(self, x: Tensor, experts: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, OwnHandle]:
         """Send each token to its experts -> (rows [R, H] by slot, counts [s] int64 of each slot on the host, handle).
@@ -91,12 +83,12 @@ class Dispatcher(GroupModule):
         dispatcher's dtype. Raises ConfigError; ClusterError on all ranks where one has too many tokens.
         """
         options, turns = self.options, self.turns
-        check_choices(f"hpcmoe layer {self.number}", options, x, experts, gates)
+        check_choices(self.name, options, x, experts, gates)
         if x.dim() != 2:
-            raise ConfigError(f"hpcmoe layer {self.number}: x has shape {list(x.shape)}: must be [T, {options.hidden}]")
+            raise ConfigError(f"{self.name}: x has shape {list(x.shape)}: must be [T, {options.hidden}]")
         if turns.micro_batch in self.open_handles:
-            raise ConfigError(f"hpcmoe layer {self.number}: dispatch: combine() of the one before is to come")
-        self.tokens_of_expert += count_assignments(experts.long(), options.num_experts)
+            raise ConfigError(f"{self.name}: dispatch: combine() of the one before is to come")
+        self.count(experts.long())
         first = slice(options.max_tokens)  # what is beyond is refused, on all ranks
         with turns.stage(Stage.ROUTE, self.number):
             plan = self.dispatcher.plan(experts[first].long(), None, self.chooser)
@@ -122,10 +114,10 @@ class Dispatcher(GroupModule):
         """
         micro_batch = self.turns.micro_batch
         if self.open_handles.get(micro_batch) is not handle:
-            raise ConfigError(f"hpcmoe layer {self.number}: combine: the handle is not that of the last dispatch()")
+            raise ConfigError(f"{self.name}: combine: the handle is not that of the last dispatch()")
         wanted = [len(handle.order), self.options.hidden]
         if list(rows.shape) != wanted:
-            raise ConfigError(f"hpcmoe layer {self.number}: rows have shape {list(rows.shape)}: must be {wanted}")
+            raise ConfigError(f"{self.name}: rows have shape {list(rows.shape)}: must be {wanted}")
         del self.open_handles[micro_batch]
         return Combine.apply(rows, handle.anchor, self, handle)
 
@@ -135,11 +127,7 @@ class Dispatcher(GroupModule):
 
     def start(self, handle: OwnHandle, rows: Tensor, direction: Direction) -> Iterator[bool]:
         """Start an exchange of rows [T, H] as soon as it can."""
-        word = handle.notice.of_call(self.number, direction, handle.plan.top_k).pack()
-        exchange = ExchangeId(self.number, handle.micro_batch, direction, word)
-        while not self.dispatcher.poll_ready(handle.plan, exchange):
-            yield False
-        handle.exchange = self.dispatcher.dispatch(handle.plan, rows, handle.gates, exchange)
+        handle.exchange = yield from start_exchange(self.dispatcher, self.number, handle, rows, direction)
         yield True
 
     def receive(self, handle: OwnHandle, found: list[Any]) -> Iterator[bool]:
@@ -208,7 +196,7 @@ class Dispatch(torch.autograd.Function):
         """Return the gradients of x [T, H] and of the gates [T, K]."""
         own, handle = ctx.own, ctx.handle
         if handle.grad_gates is None:
-            raise ConfigError(f"hpcmoe layer {own.number}: backward of dispatch() without that of its combine()")
+            raise ConfigError(f"{own.name}: backward of dispatch() without that of its combine()")
         by_chunk = torch.empty_like(grad_rows).index_copy_(0, handle.order, grad_rows)
         own.run((Stage.ROUTE_BACKWARD, own.send_home(handle, by_chunk, handle.grad_gates)))
         grad_x = own.dispatcher.combine(handle.exchange, torch.ones_like(handle.gates)).to(ctx.dtype)
