@@ -6,6 +6,7 @@ import pytest
 import torch
 from small import make_topology
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from twins import compare, draw, sum_over
 
 import hpcmoe
@@ -119,3 +120,18 @@ def test_what_is_out_of_order_is_one_line(comm):
             dispatcher.dispatch(call[0], call[1] + 5, call[2])
         with pytest.raises(ClusterError, match="layer 0 top-2 forward, own experts with more tokens than"):
             dispatcher.dispatch(*draw_call(comm.rank, (17, 2)))
+
+
+@pytest.mark.mpi
+def test_a_checkpoint_counts_each_token_once(comm):
+    """Its second forward pass, within the backward pass, dispatches them again."""
+    with hpcmoe.open(comm, threads=1) as group:
+        dispatcher, own = hpcmoe.Dispatcher(4, 3, group=group), torch.nn.Linear(4, 4)
+
+        def compute(x):
+            rows, _, handle = dispatcher.dispatch(x, torch.tensor([[0, 2]] * 5), torch.ones(5, 2))
+            return dispatcher.combine(own(rows), handle)
+
+        x = torch.ones(5, 4, requires_grad=True)
+        checkpoint(compute, x, use_reentrant=False).sum().backward()
+        assert group.loads()[0].tolist() == [5 * comm.size, 0, 5 * comm.size]
