@@ -1,5 +1,6 @@
 """The watcher names the first rank that died, also when it is asked late, and is silent when all ends in order."""
 
+import contextlib
 import mmap
 import os
 import pathlib
@@ -26,13 +27,21 @@ def ranks():
         process.wait()
 
 
+def count_watched(pid):
+    """Count the processes that a process watches; it may close any of its files meanwhile."""
+    num_watched = 0
+    for file in pathlib.Path("/proc", str(pid), "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            num_watched += "pidfd" in os.readlink(file)
+    return num_watched
+
+
 def watch(ranks):
     """Start a watcher over processes, and wait until it watches."""
     words = [f"{rank}:{process.pid}" for rank, process in enumerate(ranks)]
     command = [sys.executable, "-S", str(WATCHER), "here", "3", *words]
     watcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    files = pathlib.Path("/proc", str(watcher.pid), "fd")
-    while sum("pidfd" in os.readlink(file) for file in files.iterdir()) < len(ranks):
+    while count_watched(watcher.pid) < len(ranks):
         time.sleep(0.01)
     time.sleep(0.1)  # from there to its wait
     return watcher

@@ -15,8 +15,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_futures
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -61,6 +60,8 @@ class Lanes(Progress):
         self.caller = Lane()  # the thread outside all lanes
         self.lanes: list[Lane] = []  # that have not ended, in the order of the circle
         self.failure: BaseException | None = None
+        self.ended = threading.Event()  # of all lanes of the last run
+        self.ended.set()
         self.threads = ThreadPoolExecutor(sys.maxsize, "lane")  # starts one only where none is idle
 
     @property
@@ -108,28 +109,41 @@ class Lanes(Progress):
 
     def run_threads(self, lanes: list[Lane], step: Callable[[int], _Result], results: dict[int, _Result]) -> None:
         """Pass several lanes' micro-batches through the network, each in a thread, while the caller waits."""
-        # Start the threads, and give the first of them the turn.
-        self.lanes, caller_timers = list(lanes), self.clock.running
-        modes = capture_modes()
-        threads = [
-            self.threads.submit(contextvars.copy_context().run, self.work, lane, step, results, modes) for lane in lanes
-        ]
-        self.give_turn(lanes[0])
+        self.ended.wait()  # for what a signal has left behind
+        caller_timers, modes, ended, self.failure = self.clock.running, capture_modes(), threading.Event(), None
+        may_start = threading.Lock()  # whoever takes it decides: the lanes start, or never will
 
-        # Wait for the last of them.
-        self.join(threads)
+        def start() -> None:
+            """Start the others from the first lane's thread, which no signal's exception can reach."""
+            if not may_start.acquire(blocking=False):
+                return
+            self.ended, self.lanes = ended, lanes[:1]
+            with self.keep_failure():
+                for lane in lanes[1:]:
+                    self.threads.submit(contextvars.copy_context().run, self.work, lane, step, results, modes)
+                    self.lanes.append(lane)
+            self.give_turn(lanes[0])
+            self.work(lanes[0], step, results, modes)
+
+        # Wait for the last lane's end, or for the end that a signal puts to them; several may come.
+        def submit() -> None:
+            self.threads.submit(contextvars.copy_context().run, start)
+            ended.wait()
+
+        self.join(submit, ended, may_start)
         self.clock.switch(caller_timers)
         failure, self.failure = self.failure, None
         if failure is not None:
             raise failure
 
-    def join(self, threads: list[Future[None]]) -> None:
-        """Wait for the lanes' ends; a signal's exception, of which several may come, ends them."""
+    def join(self, act: Callable[[], object], ended: threading.Event, may_start: threading.Lock) -> None:
+        """Call act, and wait for the lanes' ends; a signal's exception, of which several may come, ends them."""
         try:
-            wait_futures(threads)
+            act()
         except BaseException as error:
             self.failure = self.failure or error
-            self.join(threads)
+            if not may_start.acquire(blocking=False):
+                self.join(ended.wait, ended, may_start)
 
     def work(self, lane: Lane, step: Callable[[int], _Result], results: dict[int, _Result], modes: Modes) -> None:
         """Run a lane when it first has the turn, and hand this on at its end."""
@@ -152,6 +166,8 @@ class Lanes(Progress):
             with self.keep_failure():
                 successor = self.choose(place)
             self.give_turn(successor or self.choose(place))
+        else:
+            self.ended.set()
 
     @contextlib.contextmanager
     def keep_failure(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from twins import sum_over
 import hpcmoe
 from hpcmoe.errors import ConfigError
 from hpcmoe.experts import family as family_experts
-from hpcmoe.model.hf import TESTED, find_top_k
+from hpcmoe.model.hf.spread import TESTED, find_top_k
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'hpcmoe[hf]'")
 
