@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from hpcmoe.experts.own import Dispatcher as Dispatcher
     from hpcmoe.group import Group as Group
     from hpcmoe.group import open as open
-    from hpcmoe.model import hf as hf
+    from hpcmoe import hf as hf
     from hpcmoe.placement.eplb import rebalance as rebalance
     from hpcmoe.placement.place import place as place
     from hpcmoe.placement.problem import PlacementProblem as PlacementProblem
@@ -102,7 +102,7 @@ _MODULE_OF_NAME = {  # the public names, imported when they are first used: `imp
     "place": "hpcmoe.placement.place",
     "rebalance": "hpcmoe.placement.eplb",
 }
-_PUBLIC_MODULES = {"hf": "hpcmoe.model.hf"}  # imported alike
+_PUBLIC_MODULES = {"hf": "hpcmoe.hf"}  # imported alike
 __all__ = [*_MODULE_OF_NAME, *_PUBLIC_MODULES]
 
 

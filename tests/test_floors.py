@@ -15,7 +15,7 @@ GROUND = (
 )  # fmt: skip
 CHAPTERS = sorted(folder.parent.name for folder in (ROOT / "hpcmoe").glob("*/__init__.py"))  # the alphabet is the order
 FLOORS = (*GROUND, *CHAPTERS, "description", "checkpointing")
-PROGRAMS = ("group", "main", "place", "check", "settings", "watcher", "__main__")
+PROGRAMS = ("group", "hf", "main", "place", "check", "settings", "watcher", "__main__")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
 WRITE_MAY_IMPORT = {"environment", "interrupts", "wait", "errors", "config", "cluster", "placement", "write"}
 
@@ -38,7 +38,12 @@ def chapter_of(file):
 
 def imports_of(file):
     """List the modules that a file imports, anywhere in it; a relative import counts as `.`."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    return imports_in(ast.parse(file.read_text()))
+
+
+def imports_in(tree):
+    """List the modules that a part of a file imports."""
+    for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
                 yield from (alias.name for alias in names)
@@ -64,7 +69,7 @@ def typed_names(file):
     """List the modules that a file imports for type checkers alone, within `if TYPE_CHECKING:`."""
     blocks = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.If)]
     typed = [block for block in blocks if ast.unparse(block.test) == "TYPE_CHECKING"]
-    return {node.module for block in typed for node in block.body if isinstance(node, ast.ImportFrom)}
+    return {module for block in typed for module in imports_in(block)}
 
 
 def misplaced(file):
