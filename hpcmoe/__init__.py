@@ -60,6 +60,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hpcmoe import hf as hf
     from hpcmoe.cluster.discover import measure as measure
     from hpcmoe.cluster.topology import Topology as Topology
     from hpcmoe.errors import CheckpointError as CheckpointError
@@ -74,7 +75,6 @@ if TYPE_CHECKING:
     from hpcmoe.experts.own import Dispatcher as Dispatcher
     from hpcmoe.group import Group as Group
     from hpcmoe.group import open as open
-    from hpcmoe import hf as hf
     from hpcmoe.placement.eplb import rebalance as rebalance
     from hpcmoe.placement.place import place as place
     from hpcmoe.placement.problem import PlacementProblem as PlacementProblem
