@@ -156,10 +156,11 @@ class RebalanceConfig:
 
 @section
 class DataConfig:
-    """The text: bytes of files."""
+    """The text: files of it."""
 
     files: Annotated[tuple[str, ...], MinLen(1)] = ("{stdlib}/*.py", "{stdlib}/*/*.py")
     exclude: tuple[str, ...] = ("*/site-packages/*", "*/dist-packages/*", "*/test/*")
+    text_field: Annotated[str, MaxLen(255)] = ""
     validation_share: Annotated[float, Interval(gt=0, lt=1)] = 0.1
     batch_sequences: _Count = 64
     validation_sequences: _Count = 128
@@ -170,7 +171,10 @@ class TrainConfig:
     """The optimizer."""
 
     learning_rate: Positive32 = 0.01
+    learning_rate_schedule: Literal["constant", "linear", "cosine", "warmup-stable-decay"] = "constant"
     learning_rate_warmup_steps: _CountOrZero = 20
+    learning_rate_decay_steps: _CountOrZero = 0
+    learning_rate_final: UpToOne32 = 0.1
     weight_decay: NotNegative32 = 0.01
     beta1: BelowOne32 = 0.9
     beta2: BelowOne32 = 0.99
