@@ -11,7 +11,7 @@ from launch import ROOT, run
 GROUND = (
     "__version__", "output", "interrupts", "start", "segments", "mpi_library", "wait", "clock", "errors", "environment",
     "messages", "paths", "arguments", "watch", "reading", "float32", "renamed", "contradictions", "overrides",
-    "validate", "config", "idle", "gemm",
+    "validate", "sections", "config", "idle", "gemm",
 )  # fmt: skip
 CHAPTERS = sorted(folder.parent.name for folder in (ROOT / "hpcmoe").glob("*/__init__.py"))  # the alphabet is the order
 FLOORS = (*GROUND, *CHAPTERS, "description", "checkpointing")
