@@ -70,7 +70,8 @@ class FamilyExperts(Experts):
             max_tokens=max_tokens, spare_slots_per_rank=0, replicate=False, placement=placement, seed=0,
         )  # fmt: skip
         held = parts.placement.experts_of_rank(0, parts.mesh.expert_index).tolist()
-        replicas = [copy_expert(family, e) if e >= 0 else nn.Identity() for e in held]
+        device = parts.device.torch_device
+        replicas = [copy_expert(family, e, device) if e >= 0 else nn.Identity() for e in held]
         self.build(group, parts, LocalFamilyExperts(replicas))
         self.template = (cut_expert(family, lambda p: torch.empty_like(p[:1], device="meta")),)  # no child of this
 
@@ -80,9 +81,14 @@ class FamilyExperts(Experts):
         return cut_expert(self.template[0], lambda p: torch.empty_like(p, device=device))
 
 
-def copy_expert(family: nn.Module, number: int) -> nn.Module:
-    """Copy one expert out of a fused module."""
-    return cut_expert(family, lambda parameter: parameter[number : number + 1].clone())
+def copy_expert(family: nn.Module, number: int, device: torch.device) -> nn.Module:
+    """Copy one expert out of a fused module; of one on the meta device, allocate it on another."""
+    return cut_expert(family, lambda parameter: clone_or_allocate(parameter[number : number + 1], device))
+
+
+def clone_or_allocate(weight: Tensor, device: torch.device) -> Tensor:
+    """Copy a weight; of one on the meta device, allocate memory on another, whose values are to come."""
+    return torch.empty_like(weight, device=device) if weight.is_meta else weight.clone()
 
 
 def cut_expert(family: nn.Module, cut: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -49,6 +49,16 @@ def spread(
     Collective over the group. Raises ConfigError, PlacementError or ClusterError on all ranks.
     """
     agree_on(group.mesh.world, _WHERE, lambda: check_model(model, group))
+    return cut_model(model, group, max_tokens, placement)
+
+
+def cut_model(
+    model: Any, group: LayerGroup, max_tokens: int | None, placement: Sequence[int] | np.ndarray | None
+) -> Any:
+    """Cut a model's fused experts to those of this rank -> the model. Collective over the group.
+
+    Experts of a model on the meta device get memory whose values are to come. Raises as spread() does.
+    """
     register_function()
     for fused in list_fused(model):
         layer = FamilyExperts(fused, group=group, top_k=find_top_k(fused), max_tokens=max_tokens, placement=placement)
@@ -61,28 +71,34 @@ def spread(
 
 def check_model(model: Any, group: LayerGroup) -> ModelOutline:
     """Check that a model can be spread -> what all ranks must have alike. Raises ConfigError."""
-    check_version()
+    check_version(_WHERE)
+    check_layers(_WHERE, model, group)
     model_type = getattr(vars(model).get("config"), "model_type", type(model).__name__)
-    fused = list_fused(model)
-    if not fused:
-        works = ", ".join(TESTED)
-        raise ConfigError(
-            f"{_WHERE}: model type {model_type!r}: its experts are not in transformers' registry of experts functions; "
-            f"works with {works} and others that are"
-        )
-    if any(_NAME in layer._modules for layer in fused):
-        raise ConfigError(f"{_WHERE}: the experts of this model are spread already")
-    if group.mesh.tensor_parallel > 1:
-        raise ConfigError(f"{_WHERE}: tensor_parallel = {group.mesh.tensor_parallel}: must be 1: experts stay whole")
-    for layer in fused:
-        find_top_k(layer)
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
     return ModelOutline(model_type=model_type, parameters=shapes, weights=hash_samples(model.parameters()))
 
 
-def check_version() -> None:
-    """Raise ConfigError where transformers is missing or too old."""
-    wanted = f"{_WHERE}: needs transformers >= {'.'.join(map(str, _OLDEST))}: pip install 'hpcmoe[hf]'"
+def check_layers(where: str, model: Any, group: LayerGroup) -> None:
+    """Check that a model's experts can be spread. Raises ConfigError, which begins with `where`."""
+    fused = list_fused(model)
+    if not fused:
+        works = ", ".join(TESTED)
+        model_type = getattr(vars(model).get("config"), "model_type", type(model).__name__)
+        raise ConfigError(
+            f"{where}: model type {model_type!r}: its experts are not in transformers' registry of experts functions; "
+            f"works with {works} and others that are"
+        )
+    if any(_NAME in layer._modules for layer in fused):
+        raise ConfigError(f"{where}: the experts of this model are spread already")
+    if group.mesh.tensor_parallel > 1:
+        raise ConfigError(f"{where}: tensor_parallel = {group.mesh.tensor_parallel}: must be 1: experts stay whole")
+    for layer in fused:
+        find_top_k(layer)
+
+
+def check_version(where: str) -> None:
+    """Raise ConfigError, which begins with `where`, where transformers is missing or too old."""
+    wanted = f"{where}: needs transformers >= {'.'.join(map(str, _OLDEST))}: pip install 'hpcmoe[hf]'"
     try:
         import transformers
     except ImportError:
