@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hpcmoe.errors import ConfigError, agree_on
 from hpcmoe.experts.family import FamilyExperts
 from hpcmoe.experts.moe import LayerGroup
+from hpcmoe.model.hf.aux_loss import check_forwards, share_aux_loss
 
 TESTED = (
     "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "glm4_moe", "granitemoe",
@@ -56,6 +57,7 @@ def spread(
             del fused._parameters[name]
         fused.add_module(_NAME, layer)
     model.set_experts_implementation(_NAME)
+    share_aux_loss(model, group)
     return model
 
 
@@ -76,6 +78,7 @@ def check_model(model: Any, group: LayerGroup) -> ModelOutline:
         raise ConfigError(f"{_WHERE}: tensor_parallel = {group.mesh.tensor_parallel}: must be 1: experts stay whole")
     for layer in fused:
         find_top_k(layer)
+    check_forwards(model)
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
     return ModelOutline(model_type=model_type, parameters=shapes, weights=hash_samples(model.parameters()))
 
