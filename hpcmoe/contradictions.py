@@ -8,7 +8,7 @@ from hpcmoe.paths import WORDS_OR_PATH, is_path
 
 def find_contradictions(config: Any) -> list[tuple[tuple[str, str], str]]:
     """Find values of a Config that do not fit together -> list of ((section, key), what its value must be)."""
-    model, pipeline, data = config.model, config.pipeline, config.data
+    model, pipeline, data, train = config.model, config.pipeline, config.data, config.train
 
     # Check what is a word or a path.
     words = [
@@ -31,6 +31,8 @@ def find_contradictions(config: Any) -> list[tuple[tuple[str, str], str]]:
          'needs another [pipeline] schedule than "arrival": NCCL wants one order on all ranks'),
         (config.comm.device != "host" or config.comm.transport != "nccl", "comm", "transport",
          'needs GPUs: [comm] device = "host" has none'),
+        (train.learning_rate_decay_steps <= config.run.steps, "train", "learning_rate_decay_steps",
+         f"must be at most [run] steps = {config.run.steps}"),
         (pipeline.micro_batches <= data.batch_sequences, "pipeline", "micro_batches",
          f"must be at most [data] batch_sequences = {data.batch_sequences}"),
         (all(layer < model.num_layers for layer in config.write.activations_of_layers), "write",

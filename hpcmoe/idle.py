@@ -39,7 +39,8 @@ def list_modes(config: Config) -> list[Reason]:
     infers = config.run.mode == "infer"
     return [
         (infers, '[run] mode = "infer" trains nothing',
-         "train.learning_rate train.learning_rate_warmup_steps train.weight_decay train.beta1 train.beta2 "
+         "train.learning_rate train.learning_rate_schedule train.learning_rate_warmup_steps "
+         "train.learning_rate_decay_steps train.learning_rate_final train.weight_decay train.beta1 train.beta2 "
          "train.epsilon train.clip_norm train.bucket_bytes train.shard_optimizer train.check_every "
          "train.validate_every write.checkpoint_every write.checkpoints_kept write.asynchronous "
          "dispatch.aux_loss_weight dispatch.z_loss_weight dispatch.bias_update_speed data.validation_sequences"),
@@ -100,8 +101,11 @@ def list_routing(config: Config) -> list[Reason]:
 
 def list_turns(config: Config) -> list[Reason]:
     """List the keys of schedules and periods that are never used."""
-    pipeline, write = config.pipeline, config.write
+    pipeline, write, schedule = config.pipeline, config.write, config.train.learning_rate_schedule
     return [
+        (schedule == "constant", '[train] learning_rate_schedule = "constant"', "train.learning_rate_final"),
+        (schedule != "warmup-stable-decay", f'[train] learning_rate_schedule = "{schedule}"',
+         "train.learning_rate_decay_steps"),
         (pipeline.micro_batches == 1, "[pipeline] micro_batches = 1", "pipeline.schedule"),
         (pipeline.schedule == "serial", '[pipeline] schedule = "serial"', "pipeline.in_flight"),
         (write.checkpoint_every == 0, "[write] checkpoint_every = 0", "write.checkpoints_kept write.asynchronous"),
@@ -120,7 +124,7 @@ def find_shortfalls(config: Config) -> Iterator[str]:
 
 
 def find_untrained(config: Config) -> Iterator[str]:
-    """Yield a line for each part of the model that training leaves as it was drawn, wholly or in most steps."""
+    """Yield a line for each part of the model that training leaves as it was drawn, or takes other steps for."""
     # Find parts that no gradient reaches.
     model, train, data, steps = config.model, config.train, config.data, config.run.steps
     if model.attention and model.sequence_length == 1:
@@ -135,8 +139,13 @@ def find_untrained(config: Config) -> Iterator[str]:
             "untrained"
         )
 
-    # Find updates that are too small, or too few.
-    warmup = train.learning_rate_warmup_steps
+    # Find updates that are too small, or too few, and a rate that does not fall as it should.
+    warmup, schedule = train.learning_rate_warmup_steps, train.learning_rate_schedule
+    if schedule != "constant" and max(steps - warmup, 0) < max(train.learning_rate_decay_steps, 1):
+        yield (
+            f'[train] learning_rate_schedule = "{schedule}": [run] steps = {steps} less learning_rate_warmup_steps = '
+            f"{warmup} leave {max(steps - warmup, 0)} in which the rate falls"
+        )
     if warmup > steps and differs(config, "train.learning_rate_warmup_steps"):
         yield (
             f"[train] learning_rate_warmup_steps = {warmup}: in [run] steps = {steps} the rate rises to "
