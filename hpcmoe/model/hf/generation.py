@@ -57,7 +57,7 @@ class FamilyEngine:
             return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
         def is_over(ids: Tensor, _: Tensor, **__: Any) -> Tensor:
-            """Return True for each row if all ranks have finished."""
+            """Return True if all ranks have finished, for each row [rows]."""
             return torch.full((len(ids),), texts.is_over(), device=ids.device)
 
         ids, mask = pad_left([row.prompt.tokens for row in texts.rows] or [[_FILLER]])
