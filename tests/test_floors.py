@@ -14,8 +14,8 @@ GROUND = (
     "validate", "sections", "config", "idle", "gemm",
 )  # fmt: skip
 CHAPTERS = sorted(folder.parent.name for folder in (ROOT / "hpcmoe").glob("*/__init__.py"))  # the alphabet is the order
-FLOORS = (*GROUND, *CHAPTERS, "description", "checkpointing")
-PROGRAMS = ("group", "hf", "model_check", "families", "main", "place", "check", "settings", "watcher", "__main__")
+FLOORS = (*GROUND, *CHAPTERS, "description", "checkpointing", "group", "hf", "model_check", "finetune")
+PROGRAMS = ("families", "main", "place", "check", "settings", "watcher", "__main__")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
 WRITE_MAY_IMPORT = {"environment", "interrupts", "wait", "errors", "config", "cluster", "placement", "write"}
 
