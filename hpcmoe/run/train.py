@@ -8,7 +8,7 @@ import numpy as np
 from hpcmoe.clock import Timer
 from hpcmoe.config import Config
 from hpcmoe.model.balance import update_biases, update_load
-from hpcmoe.model.text import draw_starts, even_starts, share_of
+from hpcmoe.model.text import even_starts, share_of
 from hpcmoe.report.meter import StepMetrics
 from hpcmoe.report.metrics import Recorder
 from hpcmoe.report.progress import open_progress
@@ -100,7 +100,7 @@ def draw_batch(job: Job, step: int) -> np.ndarray:
     """Draw where the sequences of a step start -> int64 [batch_sequences]."""
     config = job.config
     length = config.model.sequence_length
-    return draw_starts(len(job.training), config.data.batch_sequences, length, config.run.seed, step)
+    return job.training.draw(config.data.batch_sequences, length, config.run.seed, step)
 
 
 def measure_validation_loss(job: Job, load: np.ndarray, step: int) -> float:
