@@ -14,7 +14,7 @@ GROUND = (
     "contradictions", "overrides", "validate", "sections", "config", "idle", "gemm",
 )  # fmt: skip
 CHAPTERS = sorted(folder.parent.name for folder in (ROOT / "hpcmoe").glob("*/__init__.py"))  # the alphabet is the order
-FLOORS = (*GROUND, *CHAPTERS, "description", "checkpointing", "reopen", "group", "hf", "model_check")
+FLOORS = (*GROUND, *CHAPTERS, "description", "checkpointing", "reopen", "group", "hf", "model_check", "finetune")
 PROGRAMS = ("families", "main", "place", "check", "generate", "settings", "watcher", "__main__")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
 WRITE_MAY_IMPORT = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpcmoe.errors import ConfigError, on_all
 from hpcmoe.experts.moe import LayerGroup
@@ -36,7 +36,9 @@ def register(group: LayerGroup) -> None:
     try:
         from transformers.distributed.expert_parallel import EPImplementationInterface
     except ImportError:
-        raise ConfigError(f"{_WHERE}: ep_implementation needs transformers >= 5.24; hpcmoe.hf.spread does not") from None
+        raise ConfigError(
+            f"{_WHERE}: ep_implementation needs transformers >= 5.24; hpcmoe.hf.spread does not"
+        ) from None
     EPImplementationInterface.register(_NAME, functools.partial(DispatchedExperts, group))
 
 
@@ -54,7 +56,12 @@ class DispatchedExperts:
         hidden = down.shape[-1 if experts.is_transposed else -2]
         with torch.device("cpu"):  # transformers may be building on no device
             self.dispatcher = Dispatcher(
-                hidden, len(down), group=group, top_k=find_top_k(experts), dtype=down.dtype, placement=np.arange(len(down))
+                hidden,
+                len(down),
+                group=group,
+                top_k=find_top_k(experts),
+                dtype=down.dtype,
+                placement=np.arange(len(down)),
             )
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
