@@ -10,5 +10,6 @@ Routers, shared experts and all else stay the family's own, whole on each rank; 
 experts are reached through transformers' registry of experts functions, and compute by the family's own arithmetic.
 """
 
+from hpcmoe.model.hf.save import save as save
 from hpcmoe.model.hf.spread import TESTED as TESTED
 from hpcmoe.model.hf.spread import spread as spread
