@@ -201,8 +201,8 @@ def count_tokens(job: TuningJob, num_tokens: int) -> RoutingStats:
         tokens_of_expert=total,
         own_tokens=own,
         utilisation=total / np.maximum(even, 1e-9),
-        aux_loss=0.0,
-        z_loss=0.0,
+        aux_loss=None,
+        z_loss=None,
     )
 
 
