@@ -58,7 +58,7 @@ def find_code(dtype: torch.dtype) -> str:
 
 
 def make_shard_file(file: str, tensors: Mapping[str, Tensor], codes: Mapping[torch.dtype, str]) -> ShardFile:
-    """Make the header of a file. Tensors of wide numbers come first: each begins at a multiple of its numbers' width."""
+    """Make the header of a file. Tensors of wide numbers come first: each begins at a multiple of its numbers' size."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end, begins = 0, {}
     for name in sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize):
