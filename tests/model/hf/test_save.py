@@ -174,6 +174,29 @@ def test_tensor_parallel_shards_are_put_together(comm, shared, family):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "ernie4_5_moe"])
+def test_what_is_loaded_trained_and_saved_loads_on_fewer_ranks(comm, shared, family):
+    def train(ranks, source, target):
+        """Load, take a step and save, with some of the ranks -> the model's logits."""
+        with open_group(ranks) as group:
+            all_ids, ids = draw_ids(ranks)
+            model = hpcmoe.hf.load(source, group).train()
+            step(model, torch.optim.SGD(model.parameters(), lr=0.05), ids, all_ids, group)
+            hpcmoe.hf.save(model, group, target, max_shard_bytes=SMALL)
+            check_loaded(ranks, target, model)
+
+    if comm.rank == 0:
+        make_model(family).save_pretrained(shared / "of-transformers")
+    comm.Barrier()
+    train(comm, shared / "of-transformers", shared / "a")
+    check_saved(comm, shared / "a", lambda: train_whole(comm, family))
+    fewer = comm.Split(int(comm.rank == comm.size - 1 and comm.size > 1), comm.rank)
+    if comm.rank < max(comm.size - 1, 1):
+        train(fewer, shared / "a", shared / "b")
+    fewer.Free()
+
+
+@pytest.mark.mpi
 def test_bfloat16_stays_bfloat16(comm, shared):
     with open_group(comm) as group:
         model = hpcmoe.hf.spread(make_model("deepseek_v3").to(torch.bfloat16), group)
