@@ -11,14 +11,15 @@ _LEAST_DECAY = 2.0**-25  # of a weight, that float32 can take off it
 
 def find_ineffective(config: Config) -> Iterator[str]:
     """Yield a line for each reason why keys that differ from their defaults have no effect, or not all they promise."""
-    for part in (list_modes, list_cluster, list_comm, list_routing, list_turns):
+    for part in (list_modes, list_sources, list_cluster, list_comm, list_routing, list_turns):
         for holds, why, keys in part(config):
             idle = [name_key(config, key) for key in keys.split() if holds and differs(config, key)]
             if idle:
                 yield f"no effect: {', '.join(idle)}: {why}"
     yield from find_shortfalls(config)
     if config.run.mode == "train":
-        yield from find_untrained(config)
+        yield from find_small_updates(config)
+        yield from find_untrained(config) if config.model.source == "own" else ()
 
 
 def differs(config: Config, name: str) -> bool:
@@ -45,6 +46,29 @@ def list_modes(config: Config) -> list[Reason]:
          "train.validate_every write.checkpoint_every write.checkpoints_kept write.asynchronous "
          "dispatch.aux_loss_weight dispatch.z_loss_weight dispatch.bias_update_speed data.validation_sequences"),
         (not infers, '[run] mode = "train" measures every step', "run.warmup_steps"),
+    ]  # fmt: skip
+
+
+def list_sources(config: Config) -> list[Reason]:
+    """List the keys that have no effect on a model of our own, and on one of Hugging Face transformers."""
+    model = config.model
+    has_own_router = '[model] source = "hf" has its own router and experts'
+    return [
+        (model.source == "own", '[model] source = "own"',
+         "model.path model.trains model.lora_rank model.lora_alpha model.lora_targets model.aux_loss "
+         "model.gradient_checkpointing write.hf_every"),
+        (model.source == "hf" and model.trains != "lora", f'[model] trains = "{model.trains}"',
+         "model.lora_rank model.lora_alpha model.lora_targets"),
+        (model.source == "hf", has_own_router,
+         "dispatch.renormalize dispatch.aux_loss_weight dispatch.z_loss_weight dispatch.load_feedback "
+         "dispatch.load_feedback_on dispatch.load_window_steps dispatch.bias_update_speed dispatch.capacity_factor "
+         "experts.kind experts.bias experts.gemm_rows"),
+        (model.source == "hf", '[model] source = "hf" is a layer of the library: evenly dealt, by its own defaults',
+         "comm.transport comm.buffers comm.shared_memory comm.once_per_node comm.message_rows comm.buffer_factor "
+         "comm.pool_bytes placement.objective placement.count_latency placement.search_seconds "
+         "placement.search_iterations placement.compare_eplb placement.loads placement.seconds_per_token "
+         "placement.replicate placement.spare_slots_per_rank rebalance.horizon rebalance.margin rebalance.moves "
+         "train.bucket_bytes"),
     ]  # fmt: skip
 
 
@@ -124,9 +148,8 @@ def find_shortfalls(config: Config) -> Iterator[str]:
 
 
 def find_untrained(config: Config) -> Iterator[str]:
-    """Yield a line for each part of the model that training leaves as it was drawn, or takes other steps for."""
-    # Find parts that no gradient reaches.
-    model, train, data, steps = config.model, config.train, config.data, config.run.steps
+    """Yield a line for each part of the model that no gradient reaches, wholly or in most steps."""
+    model, data = config.model, config.data
     if model.attention and model.sequence_length == 1:
         yield "[model] sequence_length = 1 leaves queries and keys untrained: a token attends to itself alone"
     if model.num_experts == 1 and config.dispatch.z_loss_weight == 0:
@@ -139,7 +162,10 @@ def find_untrained(config: Config) -> Iterator[str]:
             "untrained"
         )
 
-    # Find updates that are too small, or too few, and a rate that does not fall as it should.
+
+def find_small_updates(config: Config) -> Iterator[str]:
+    """Yield a line for each setting that makes updates too small or too few, or leaves the rate no time to fall."""
+    train, steps = config.train, config.run.steps
     warmup, schedule = train.learning_rate_warmup_steps, train.learning_rate_schedule
     if schedule != "constant" and max(steps - warmup, 0) < max(train.learning_rate_decay_steps, 1):
         yield (

@@ -43,8 +43,16 @@ class RunConfig:
 
 @section
 class ModelConfig:
-    """The sizes of the network."""
+    """The network: its sizes, or the folder of one that has its own."""
 
+    source: Literal["own", "hf"] = "own"
+    path: Annotated[str, MaxLen(4095)] = ""
+    trains: Literal["all", "experts", "router", "lora"] = "all"
+    lora_rank: _Count = 8
+    lora_alpha: Positive32 = 16.0
+    lora_targets: tuple[Annotated[str, MinLen(1)], ...] = ()
+    aux_loss: bool = False
+    gradient_checkpointing: bool = False
     hidden: _Count = 64
     feed_forward: _Count = 128
     num_layers: _Count = 2
@@ -193,5 +201,6 @@ class WriteConfig:
     checkpoint_every: _CountOrZero = 60
     checkpoints_kept: _Count = 2
     asynchronous: bool = False
+    hf_every: _CountOrZero = 0
     activations_of_layers: tuple[_CountOrZero, ...] = ()
     activations_every: _Count = 100

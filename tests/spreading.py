@@ -18,13 +18,17 @@ LENGTH = 12
 
 
 def skip_unless_here(family):
-    """Skip the test where this release of transformers has not the family, or has it outside of what can be spread."""
+    """Skip the test where this release of transformers has no such family, none that works, or none in its registry."""
     from transformers import CONFIG_MAPPING, __version__
 
     if family not in CONFIG_MAPPING:
         pytest.skip(f"transformers {__version__} has no {family}")
-    with torch.device("meta"):
-        model = make_model(family)
+    model = make_model(family)
+    if family == "dbrx":  # in 5.9 for F = H alone
+        try:
+            model(input_ids=torch.ones(1, 2, dtype=torch.int64))
+        except RuntimeError as error:
+            pytest.skip(f"transformers {__version__}'s own {family}: {error}")
     adapt_model(model)
     if not list_fused(model):
         pytest.skip(f"transformers {__version__} has {family} outside of its registry")
@@ -39,13 +43,19 @@ def open_group(comm, num_nodes=1, **options):
 
 def draw_ids(comm, sequences=SEQUENCES):
     """Draw the tokens of all ranks, the same on each -> (all, this rank's)."""
-    of_rank = [sequences[rank % len(sequences)] for rank in range(comm.size)]
-    ids = torch.randint(3, 96, (sum(of_rank), LENGTH), generator=torch.Generator().manual_seed(1))
-    return ids, ids.split(of_rank)[comm.rank]
+    total = sum(sequences[rank % len(sequences)] for rank in range(comm.size))
+    ids = torch.randint(3, 96, (total, LENGTH), generator=torch.Generator().manual_seed(1))
+    return ids, split_by_rank(comm, ids, sequences)
 
 
-def call(model, ids, all_ids):
-    return model(input_ids=ids, labels=ids, num_items_in_batch=len(all_ids) * (LENGTH - 1), use_cache=False)
+def split_by_rank(comm, of_all, sequences=SEQUENCES):
+    """Cut this rank's sequences out of those of all ranks."""
+    return of_all.split([sequences[rank % len(sequences)] for rank in range(comm.size)])[comm.rank]
+
+
+def call(model, ids, all_ids, **more):
+    num_items = len(all_ids) * (LENGTH - 1)
+    return model(**{"input_ids": ids, "labels": ids, "num_items_in_batch": num_items, "use_cache": False} | more)
 
 
 def assert_close(found, wanted, what, close=CLOSE):
@@ -127,8 +137,7 @@ def compare_step(comm, group, family, close=CLOSE, **options):
     output = call(model, ids, all_ids)
     output.loss.backward()
     group.sum_gradients(model)
-    first = sum(SEQUENCES[rank % len(SEQUENCES)] for rank in range(comm.rank))
-    assert_close(output.logits, wanted.logits[first : first + len(ids)], "logits", close)
+    assert_close(output.logits, split_by_rank(comm, wanted.logits), "logits", close)
     assert comm.allreduce(output.loss.item()) == pytest.approx(wanted.loss.item(), rel=CLOSE)
     compare_gradients(comm, model, whole, close)
     return model

@@ -112,6 +112,9 @@ def test_an_error_shows_file_section_key_value_and_what_is_allowed(file, text, s
         ("[pipeline]\nmicro_batches = 65", "[pipeline] micro_batches = 65: must be at most [data] batch_sequences"),
         ("[write]\nactivations_of_layers = [0, 2]",
          "[write] activations_of_layers = (0, 2): must be layers below [model] num_layers = 2"),
+        ('[model]\nsource = "hf"', "[model] path = '': must be the folder of a checkpoint, for [model] source ="),
+        ('[model]\nsource = "hf"\npath = "a"\nnum_experts = 8', "[model] num_experts = 8: must be left out: [model] s"),
+        ('[model]\nsource = "hf"\npath = "a"\n[placement]\nmethod = "eplb"', "[placement] method = 'eplb': must be"),
     ],
 )  # fmt: skip
 def test_values_that_contradict_each_other_are_refused(file, text, said):

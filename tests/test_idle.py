@@ -3,7 +3,7 @@
 import pytest
 
 from hpcmoe.config import Config, list_keys, read_config
-from hpcmoe.idle import find_ineffective, list_cluster, list_comm, list_modes, list_routing, list_turns
+from hpcmoe.idle import find_ineffective, list_cluster, list_comm, list_modes, list_routing, list_sources, list_turns
 
 
 @pytest.fixture
@@ -52,6 +52,11 @@ def notes(tmp_path):
         ("write.checkpoint_every=7", ["run.mode=infer"]),
         ("dispatch.z_loss_weight=0.5", ["run.mode=infer"]),
         ("data.validation_sequences=7", ["run.mode=infer"]),
+        ("model.trains=lora", []),
+        ("write.hf_every=7", []),
+        ("model.lora_rank=7", ["model.source=hf", "model.path=a"]),
+        ("experts.kind=relu", ["model.source=hf", "model.path=a"]),
+        ("rebalance.margin=0.7", ["model.source=hf", "model.path=a", "rebalance.every=10"]),
     ],
 )  # fmt: skip
 def test_a_key_without_effect_is_told_and_without_it_nothing_is(notes, idle, because):
@@ -130,6 +135,6 @@ def test_what_acts_in_part_and_what_stays_untrained_is_told(notes, overrides, sa
 
 def test_every_key_that_is_named_is_a_key():
     known = {f"{name}.{key}" for name, key, _ in list_keys()}
-    parts = (list_modes, list_cluster, list_comm, list_routing, list_turns)
+    parts = (list_modes, list_sources, list_cluster, list_comm, list_routing, list_turns)
     named = {key for part in parts for _, _, keys in part(Config()) for key in keys.split()}
     assert named <= known and len(named) > 40

@@ -48,11 +48,17 @@ class LayerGroup(Protocol):
 
     mesh: Mesh
 
+    def meet(self, call: str) -> None:
+        """Wait for all ranks to make the same call."""
+
     def add_layer(self, layer: Any, **arguments: Any) -> LayerParts:
         """Check that all ranks build the same layer, place its experts, and open what carries their rows."""
 
     def add_router(self, moe: "MoE", **arguments: Any) -> tuple[DispatchConfig, LaneSums]:
         """Check that all ranks build the same router -> its settings, and what sums its losses' counts."""
+
+    def open_sums(self) -> LaneSums:
+        """Return what sums counts over all ranks beside the lanes, opened at the first call. Collective."""
 
     @property
     def num_optimizer_steps(self) -> int:

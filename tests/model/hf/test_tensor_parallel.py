@@ -138,19 +138,21 @@ def test_experts_that_cannot_be_cut_are_one_line():
     def make_fused():
         return list_fused(make_model("mixtral"))[0]
 
-    with pytest.raises(ConfigError, match=r"parallel = 5: MixtralExperts: a feed-forward size of 12 leaves 2 over"):
-        check_experts(make_fused(), 5)
+    with pytest.raises(
+        ConfigError, match=r"here: tensor_parallel = 5: MixtralExperts: a feed-forward size of 12 leaves 2 over"
+    ):
+        check_experts("here", make_fused(), 5)
     normed = make_fused()
     normed.has_post_expert_norm = True
-    check_experts(normed, 1)
+    check_experts("here", normed, 1)
     with pytest.raises(ConfigError, match="norms what comes of a whole expert: must be 1"):
-        check_experts(normed, 2)
+        check_experts("here", normed, 2)
     scaled = make_fused()
     scaled.scale = nn.Parameter(torch.ones(8, 1))
-    check_experts(scaled, 1)
+    check_experts("here", scaled, 1)
     with pytest.raises(ConfigError, match="where to cut scale is not known: must be 1"):
-        check_experts(scaled, 2)
+        check_experts("here", scaled, 2)
     sharing = make_fused()
     sharing.norm = nn.LayerNorm(32)
     with pytest.raises(ConfigError, match="its experts share norm.weight, which no rank can have alone"):
-        check_experts(sharing, 1)
+        check_experts("here", sharing, 1)
