@@ -14,7 +14,7 @@ from hpcmoe.model.files import Stamp, make_stamp
 JSON_LINES = (".jsonl", ".ndjson")  # how the names of such files end
 PASSAGE_CHARACTERS = 1 << 17  # of a document at most, that are encoded at once
 _MOST_FIELDS = 5  # that a message lists
-_LAST_LINE_BREAK = re.compile(r".*\S\n(?=\S)", re.DOTALL)  # between two lines with text, where few tokens would span it
+_LAST_WORD = re.compile(r".*[^\W_](?=\s)", re.DOTALL)  # before white space, where no usual tokenizer has a token across
 
 
 class Passage(NamedTuple):
@@ -119,6 +119,6 @@ def cut_document(parts: Iterable[str]) -> Iterator[Passage]:
 
 
 def find_cut(text: str, start: int) -> int:
-    """Return where a passage that starts there ends: after the last line break that it may hold, if there is one."""
-    found = _LAST_LINE_BREAK.match(text, start, start + PASSAGE_CHARACTERS)
+    """Return where a passage that starts there ends: after the last word that it holds whole, if there is one."""
+    found = _LAST_WORD.match(text, start, start + PASSAGE_CHARACTERS)
     return found.end() if found else start + PASSAGE_CHARACTERS
