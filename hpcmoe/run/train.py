@@ -127,7 +127,9 @@ def is_due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def record_step(records: Recorder, step: int, outcome: Outcome, metrics: StepMetrics) -> None:
+def record_step(
+    records: Recorder, step: int, outcome: Outcome, metrics: StepMetrics, loss_unit: str = "nats/byte"
+) -> None:
     """Record a step's figures."""
     # List the figures with their units.
     figures = [
@@ -145,7 +147,7 @@ def record_step(records: Recorder, step: int, outcome: Outcome, metrics: StepMet
         *(("run", f"seconds_{stage}", seconds, "s") for stage, seconds in metrics.seconds_of_stage.items()),
     ]
     if outcome.loss is not None:
-        figures.append(("train", "loss", outcome.loss, "nats/byte"))
+        figures.append(("train", "loss", outcome.loss, loss_unit))
 
     # Record them.
     for chapter, name, value, unit in figures:

@@ -15,6 +15,7 @@ from hpcmoe.experts.family import FamilyExperts
 from hpcmoe.experts.family_shards import count_feed_forward, list_uncut
 from hpcmoe.experts.moe import LayerGroup
 from hpcmoe.model.hf.adapters import ADAPTED, SPREAD_NAME, AdaptedExperts, adapt_model
+from hpcmoe.model.hf.aux_loss import check_forwards, share_aux_loss
 
 TESTED = (
     "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "glm4_moe", "granitemoe",
@@ -72,6 +73,7 @@ def cut_model(
             fused.forward = MethodType(run_experts, fused)  # whatever experts_implementation is set to later
     if not any(isinstance(fused, AdaptedExperts) for fused in fused_modules):
         model.set_experts_implementation(SPREAD_NAME)
+    share_aux_loss(model, group)
     return model
 
 
@@ -101,6 +103,7 @@ def check_layers(where: str, model: Any, group: LayerGroup) -> None:
         )
     for fused in fused_modules:
         check_experts(where, fused, group.mesh.tensor_parallel)
+    check_forwards(model)
 
 
 def check_experts(where: str, fused: nn.Module, tensor_parallel: int) -> None:
