@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from hpcmoe.errors import ConfigError
-from hpcmoe.messages import printable, show_value
+from hpcmoe.messages import one_line, printable, show_value
 from hpcmoe.model.files import Stamp, make_stamp
 
 JSON_LINES = (".jsonl", ".ndjson")  # how the names of such files end
@@ -70,6 +70,8 @@ def read_field(line: bytes, text_field: str, what: str) -> str:
         raise ConfigError(f"{what}: {text_field!r} holds half of a surrogate pair, which is no character") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{what}: no JSON: {error.msg} at column {error.colno}") from None
+    except ValueError as error:  # of a number of too many digits
+        raise ConfigError(f"{what}: no JSON: {one_line(error)}") from None
     except RecursionError:
         raise ConfigError(f"{what}: JSON nested too deeply") from None
     except (KeyError, TypeError, AttributeError):
