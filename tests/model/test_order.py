@@ -24,7 +24,7 @@ def test_it_maps_single_numbers_of_sizes_that_no_memory_holds():
 
 
 def test_it_looks_random():
-    size, draws = 12, 6000
+    size, draws = 12, 2000
     counts = np.zeros((size, size))
     followers = 0
     for epoch in range(draws):
