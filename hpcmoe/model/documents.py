@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,8 +14,11 @@ from hpcmoe.model.files import Stamp, make_stamp
 
 JSON_LINES = (".jsonl", ".ndjson")  # how the names of such files end
 PASSAGE_CHARACTERS = 1 << 17  # of a document at most, that are encoded at once
+_NAMES = " or ".join(f"*{name}" for name in JSON_LINES)
 _MOST_FIELDS = 5  # that a message lists
 _LAST_WORD = re.compile(r".*[^\W_](?=\s)", re.DOTALL)  # before white space, where no usual tokenizer has a token across
+
+log = logging.getLogger(__name__)
 
 
 class Passage(NamedTuple):
@@ -47,6 +51,15 @@ def read_documents(files: Mapping[str, Stamp], text_field: str) -> Iterator[Pass
 def is_json_lines(path: str, text_field: str) -> bool:
     """Return True if a file holds documents in a field of JSON lines."""
     return text_field != "" and path.lower().endswith(JSON_LINES)
+
+
+def log_formats(files: Iterable[str], text_field: str) -> None:
+    """Warn of files and a text_field that do not go together."""
+    num_json_lines = sum(is_json_lines(path, "any") for path in files)
+    if text_field and not num_json_lines:
+        log.warning("no effect: [data] text_field = %r: no file is named %s", text_field, _NAMES)
+    if num_json_lines and not text_field:
+        log.warning('[data] text_field = "": %d files %s are read as plain text, not as JSON', num_json_lines, _NAMES)
 
 
 def read_json_lines(path: str, text_field: str, what: str) -> Iterator[Passage]:

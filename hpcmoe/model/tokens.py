@@ -17,7 +17,7 @@ import numpy as np
 from hpcmoe.config import DataConfig
 from hpcmoe.errors import ConfigError, on_all, on_root
 from hpcmoe.messages import printable
-from hpcmoe.model.documents import read_documents
+from hpcmoe.model.documents import log_formats, read_documents
 from hpcmoe.model.encoded import PARTS, read_description, write_description, write_parts
 from hpcmoe.model.encoding import TOKEN, ByteEncoder, Encoder, TokenEncoder
 from hpcmoe.model.files import Stamp, find_files, make_stamp
@@ -28,7 +28,7 @@ from hpcmoe.model.text import Text, check_text, sample_text
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_FOLDER = "text"  # of encoded text, in the run's folder
+_FOLDER = "encoded_text"  # in the run's folder
 log = logging.getLogger(__name__)
 
 
@@ -84,6 +84,7 @@ def find_encoded(data: DataConfig, encoder: Encoder, sequence_length: int, run_f
     try:
         encoded = read_description(folder, wanted, encoder.dtype)
         if encoded is None:
+            log_formats(files, data.text_field)
             documents = read_documents(files, data.text_field)
             encoded = write_parts(folder, documents, encoder, data.validation_share, sequence_length + 1)
             write_description(folder, wanted, encoded)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hpcmoe.errors import ConfigError
 from hpcmoe.model import documents
-from hpcmoe.model.documents import cut_document, read_documents
+from hpcmoe.model.documents import cut_document, log_formats, read_documents
 from hpcmoe.model.files import make_stamp
 
 
@@ -90,6 +90,18 @@ def test_what_is_not_utf_8_is_named_by_its_byte(read, monkeypatch, at):
         read({"a.txt": content[:start] + b"\xff" + content})
     with pytest.raises(ConfigError, match="a.txt: not UTF-8 at byte 398"):
         read({"a.txt": content[:-1]})
+
+
+def test_files_and_a_field_that_do_not_go_together_are_told(caplog):
+    log_formats(["a.jsonl", "b.txt"], "text")
+    log_formats(["b.txt"], "")
+    assert not caplog.messages
+    log_formats(["b.txt"], "text")
+    log_formats(["a.jsonl", "b.txt", "C.NDJSON"], "")
+    assert caplog.messages == [
+        "no effect: [data] text_field = 'text': no file is named *.jsonl or *.ndjson",
+        '[data] text_field = "": 2 files *.jsonl or *.ndjson are read as plain text, not as JSON',
+    ]
 
 
 def test_a_file_that_changes_while_it_is_read_or_is_gone_is_named(tmp_path):

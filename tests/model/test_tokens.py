@@ -18,6 +18,7 @@ from hpcmoe.model.tokens import TokenText, find_encoded, find_tokens, make_span,
 from hpcmoe.wait import gather_to_all
 
 END = 7
+SOURCE = "".join(f"def jump_{n}(fox):\n\n\n    return fox.jumps + {n**3}  # it's déjà vu ...\n\n" for n in range(60))
 
 
 class Letters:
@@ -64,7 +65,7 @@ def test_whole_documents_are_for_training_or_for_validation(data, tmp_path):
     assert sorted(training + validation) == sorted(texts) and not set(training) & set(validation)
     total = sum(len(text) + 1 for text in texts)
     assert sum(len(text) + 1 for text in validation) == pytest.approx(0.2 * total, abs=1)
-    assert [path.name for path in sorted((tmp_path / "run" / "text").iterdir())] == [
+    assert [path.name for path in sorted((tmp_path / "run" / "encoded_text").iterdir())] == [
         "text.json",
         "training",
         "validation",
@@ -98,7 +99,7 @@ def test_what_the_runs_folder_holds_is_encoded_no_second_time_unless_it_is_other
     # Encode anew what differs, or is not whole.
     other, changed = Letters(), []
     other.identity = "other letters"
-    os.truncate(run / "text" / "training", 8)
+    os.truncate(run / "encoded_text" / "training", 8)
     changed.append(lambda: find_encoded(data, letters, 10, run))
     changed.append(lambda: find_encoded(data, other, 10, run))
     changed.append(lambda: find_encoded(data, letters, 11, run))
@@ -108,7 +109,7 @@ def test_what_the_runs_folder_holds_is_encoded_no_second_time_unless_it_is_other
         encode()
         assert letters.num_texts + other.num_texts == 40
     for content in (b"", b"[]", b'{"hash": 3}'):
-        (run / "text" / "text.json").write_bytes(content)
+        (run / "encoded_text" / "text.json").write_bytes(content)
         letters.num_texts = 0
         find_encoded(data, letters, 10, run)
         assert letters.num_texts == 40
@@ -125,15 +126,15 @@ def test_too_little_text_is_one_line_with_the_arithmetic_and_leaves_no_text(data
         "[data] files: 2 documents hold 9 tokens, 9 for training and 0 for validation; one sequence takes [model] "
         "sequence_length + 1 = 9"
     )
-    assert list((tmp_path / "run" / "text").iterdir()) == []
+    assert list((tmp_path / "run" / "encoded_text").iterdir()) == []
     (tmp_path / "a.jsonl").write_text('{"body": ""}\n\n')
     with pytest.raises(ConfigError, match="0 documents hold 0 bytes, 0 for training and 0 for validation"):
         find_encoded(data, ByteEncoder(), 8, tmp_path / "run")
 
 
 def test_a_folder_that_takes_no_text_is_one_line(data, tmp_path):
-    (tmp_path / "run" / "text").write_text("in the way")
-    with pytest.raises(ConfigError, match=r"run/text: encoded text cannot be kept: File exists"):
+    (tmp_path / "run" / "encoded_text").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"run/encoded_text: encoded text cannot be kept: File exists"):
         find_encoded(data, Letters(), 8, tmp_path / "run")
 
 
@@ -206,7 +207,7 @@ def checkpoint(tmp_path_factory):
     trainer = trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<s>", "<end>"], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([pathlib.Path(__file__).read_text()], trainer)
+    tokenizer.train_from_iterator([SOURCE], trainer)
     folder = tmp_path_factory.mktemp("checkpoint")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="<end>", model_max_length=16
@@ -228,17 +229,17 @@ def test_documents_are_encoded_as_the_checkpoints_tokenizer_does(checkpoint, tmp
     monkeypatch.setattr("hpcmoe.model.documents.PASSAGE_CHARACTERS", 300)
     from transformers import AutoTokenizer
 
-    source = pathlib.Path(__file__)
-    (tmp_path / "a.txt").write_bytes(source.read_bytes())
+    (tmp_path / "a.txt").write_text(SOURCE)
     (tmp_path / "b.txt").write_text("<s>déjà vu<end>")
     (tmp_path / "run").mkdir()
     data = DataConfig(files=(str(tmp_path / "?.txt"),), exclude=())
     split = find_tokens(data, checkpoint, 4, tmp_path / "run", 300)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    for spans, text in ((split.training, source.read_text()), (split.validation, "<s>déjà vu<end>")):
+    for spans, text in ((split.training, SOURCE), (split.validation, "<s>déjà vu<end>")):
         tokens = TokenText(spans)
         expected = [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], 1]
         assert tokens.sequences(np.array([0]), len(tokens) - 1)[0].tolist() == expected
+    assert len(SOURCE) > 10 * 300 and len(TokenText(split.training)) < len(SOURCE) / 2
 
 
 def test_a_tokenizer_that_does_not_fit_is_one_line(checkpoint, tmp_path):
