@@ -32,6 +32,7 @@ from hpcmoe.errors import exit_with, keep_on_root, on_all, on_root
 from hpcmoe.idle import find_ineffective
 from hpcmoe.interrupts import exit_on_signals, repeated_interrupts
 from hpcmoe.model.text import check_text, find_text
+from hpcmoe.model.tokens import unpack_documents
 from hpcmoe.output import StderrHandler, print_to_stdout
 from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
@@ -109,6 +110,7 @@ def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.E
     # Read an earlier run's files before the folder, which may be theirs, is moved out of the way.
     loads = keep_on_root(comm, lambda: find_loads(config.placement.loads, config.model, read_loads))
     topology = open_place(comm, config, resumes, opened)
+    split = unpack_documents(comm, config.data, config.model.sequence_length, folder) or split
 
     # Check the memory of nodes, that of GPUs is known when they are open.
     on_gpus = may_use_gpus(config.comm.device, config.cluster.memory_bytes_per_node, topology)
