@@ -17,7 +17,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpi4py import MPI
 
@@ -36,7 +36,6 @@ from hpcmoe.write.checkpoint import find_checkpoint, list_checkpoints
 from hpcmoe.write.pieces import MASTER
 
 if TYPE_CHECKING:  # what imports torch
-    from hpcmoe.group import Group
     from hpcmoe.model.continuations import Continuation, Engine
     from hpcmoe.model.sampling import SamplingOptions
     from hpcmoe.report.texts import TextReport
@@ -167,32 +166,17 @@ def open_engine(comm: MPI.Intracomm, path: Path, is_hf: bool, batch: int) -> Ite
     """Open the model for so many prompts of a rank at once. Collective over comm, both ends."""
     if is_hf:
         from hpcmoe.group import open as open_group
+        from hpcmoe.hf import load
         from hpcmoe.model.hf.generation import FamilyEngine
 
         with open_group(comm, in_flight=1, schedule="serial") as group:
-            yield FamilyEngine(load_family(path, group))
+            yield FamilyEngine(load(path, group))
     else:
         from hpcmoe.model.decode import ByteEngine
         from hpcmoe.reopen import open_network
 
         with open_network(comm, find_checkpoint(comm, path), batch) as network:
             yield ByteEngine(network)
-
-
-def load_family(path: Path, group: "Group") -> Any:
-    """Load the model of a Hugging Face checkpoint, its experts spread. Collective over the group."""
-    from transformers import AutoModelForCausalLM
-
-    from hpcmoe.model.hf.spread import spread
-
-    def read() -> Any:
-        try:
-            return AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{one_line(path)}: cannot be loaded: {one_line(error)}") from None
-
-    model = spread(on_all(group.mesh.world, read), group)
-    return model.to(group.device.torch_device).eval()
 
 
 def continue_all(
