@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import itertools
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
 from hpcmoe.interrupts import exit_on_signals, repeated_interrupts
 from hpcmoe.messages import one_line
 from hpcmoe.model.prompts import Codec, PromptText, deal_prompts, encode_prompts, read_prompts
-from hpcmoe.output import print_to_stderr
+from hpcmoe.output import StderrHandler, print_to_stderr
 from hpcmoe.paths import expand_path
 from hpcmoe.results import check_outputs
 from hpcmoe.wait import barrier, broadcast
@@ -101,6 +102,8 @@ def generate(comm: MPI.Intracomm, arguments: argparse.Namespace) -> None:
     with exit_on_signals(lambda ending: exit_with(comm, ending, read_host_name())):
         options = on_root(comm, lambda: read_options(arguments))  # imports torch, and what follows
         on_all(comm, lambda: import_engine(is_hf))
+    level = logging.INFO if is_hf and comm.rank == 0 else logging.WARNING  # how loading goes on, which may take minutes
+    logging.basicConfig(level=level, format="hpcmoe: %(message)s", handlers=[StderrHandler()])
 
     # Encode the prompts before the model is read, whose weights may take minutes.
     report = keep_on_root(comm, lambda: make_report(path, is_hf, given or [], options, arguments.output))
