@@ -80,6 +80,7 @@ def read_generate_arguments(words: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest; 0: from all (%(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that make up P (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn, at any number of ranks (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="of a rank; 0: its share of the cores (%(default)s)")
     parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
     arguments = parser.parse_args(words)
     if arguments.help:
@@ -89,8 +90,9 @@ def read_generate_arguments(words: list[str]) -> argparse.Namespace | None:
         parser.error(f"no MODEL; try {parser.prog} out/run --prompt TEXT")
     if arguments.prompts is None and arguments.prompt is None:
         parser.error("no prompt: --prompts FILE or --prompt TEXT")
-    if arguments.batch < 1:
-        parser.error(f"--batch {arguments.batch}: must be at least 1")
+    for name, least in ("batch", 1), ("threads", 0):
+        if (number := getattr(arguments, name)) < least:
+            parser.error(f"--{name} {number}: must be at least {least}")
     return arguments
 
 
@@ -107,7 +109,7 @@ def generate(comm: MPI.Intracomm, arguments: argparse.Namespace) -> None:
 
     # Encode the prompts before the model is read, whose weights may take minutes.
     report = keep_on_root(comm, lambda: make_report(path, is_hf, given or [], options, arguments.output))
-    with open_engine(comm, path, is_hf, arguments.batch) as engine:
+    with open_engine(comm, path, is_hf, arguments) as engine:
         continue_all(comm, engine, report, options, arguments.batch)
     if report is not None:
         print_to_stderr([f"hpcmoe: {report.summarize(comm.size)}"])
@@ -146,7 +148,9 @@ def import_engine(is_hf: bool) -> None:
     """Import what runs the model, which takes seconds. Raises ConfigError where transformers is missing."""
     if is_hf:
         from hpcmoe.model.hf.generation import quiet_transformers
+        from hpcmoe.model.hf.spread import check_version
 
+        check_version("hpcmoe generate")
         quiet_transformers()
     else:
         import hpcmoe.reopen  # noqa: F401
@@ -165,20 +169,21 @@ def make_report(
 
 
 @contextlib.contextmanager
-def open_engine(comm: MPI.Intracomm, path: Path, is_hf: bool, batch: int) -> Iterator["Engine"]:
-    """Open the model for so many prompts of a rank at once. Collective over comm, both ends."""
+def open_engine(comm: MPI.Intracomm, path: Path, is_hf: bool, arguments: argparse.Namespace) -> Iterator["Engine"]:
+    """Open the model, for a batch of prompts on each rank. Collective over comm, both ends."""
     if is_hf:
         from hpcmoe.group import open as open_group
         from hpcmoe.hf import load
         from hpcmoe.model.hf.generation import FamilyEngine
 
-        with open_group(comm, in_flight=1, schedule="serial") as group:
+        with open_group(comm, in_flight=1, schedule="serial", threads=arguments.threads) as group:
             yield FamilyEngine(load(path, group))
     else:
         from hpcmoe.model.decode import ByteEngine
         from hpcmoe.reopen import open_network
 
-        with open_network(comm, find_checkpoint(comm, path), batch) as network:
+        checkpoint = find_checkpoint(comm, path)
+        with open_network(comm, checkpoint, arguments.batch, arguments.threads) as network:
             yield ByteEngine(network)
 
 

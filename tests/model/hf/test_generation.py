@@ -107,10 +107,9 @@ def test_drawn_texts_depend_on_the_seed_alone(comm, shared, group):
     # Draw them by the scores of the whole model, one prompt after the other.
     whole = make_model("mixtral").eval()
     whole.set_experts_implementation("eager")
-    with hpcmoe.open(comm.Split(comm.rank), threads=1) as alone:
-        again = run_spread(
-            alone.mesh.world, whole, shared / f"alone{comm.rank}.jsonl", make_options(**options), prompts, 8
-        )
+    alone = comm.Split(comm.rank)
+    again = run_spread(alone, whole, shared / f"alone{comm.rank}.jsonl", make_options(**options), prompts, 8)
+    alone.Free()
     assert again == found[0]
 
 
