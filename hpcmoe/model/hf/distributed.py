@@ -32,7 +32,7 @@ def register(group: LayerGroup) -> None:
     the group, with at most its max_tokens tokens of a rank; gradients are those that transformers' own implementation
     gives. Not collective. Raises ConfigError where transformers has no such registry.
     """
-    check_version()
+    check_version(_WHERE)
     try:
         from transformers.distributed.expert_parallel import EPImplementationInterface
     except ImportError:
