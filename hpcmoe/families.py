@@ -72,10 +72,10 @@ def run(comm: MPI.Intracomm, arguments: argparse.Namespace) -> None:
     if arguments.make_tiny is not None:
         on_root(comm, lambda: make_model(*arguments.make_tiny))
         return
-    import hpcmoe
+    from hpcmoe.group import open as open_group
     from hpcmoe.model_check import check_model
 
-    with hpcmoe.open(comm, links=arguments.links) as group:
+    with open_group(comm, links=arguments.links) as group:
         for part in check_model(group, Path(arguments.model)):
             if comm.rank == 0:
                 print_to_stdout(part)

@@ -24,13 +24,19 @@ def open_group(comm, num_nodes=1, **options):
 
 def draw_ids(comm, sequences=SEQUENCES):
     """Draw the tokens of all ranks, the same on each -> (all, this rank's)."""
-    of_rank = [sequences[rank % len(sequences)] for rank in range(comm.size)]
-    ids = torch.randint(3, 96, (sum(of_rank), LENGTH), generator=torch.Generator().manual_seed(1))
-    return ids, ids.split(of_rank)[comm.rank]
+    total = sum(sequences[rank % len(sequences)] for rank in range(comm.size))
+    ids = torch.randint(3, 96, (total, LENGTH), generator=torch.Generator().manual_seed(1))
+    return ids, split_by_rank(comm, ids, sequences)
 
 
-def call(model, ids, all_ids):
-    return model(input_ids=ids, labels=ids, num_items_in_batch=len(all_ids) * (LENGTH - 1), use_cache=False)
+def split_by_rank(comm, of_all, sequences=SEQUENCES):
+    """Cut this rank's sequences out of those of all ranks."""
+    return of_all.split([sequences[rank % len(sequences)] for rank in range(comm.size)])[comm.rank]
+
+
+def call(model, ids, all_ids, **more):
+    num_items = len(all_ids) * (LENGTH - 1)
+    return model(**{"input_ids": ids, "labels": ids, "num_items_in_batch": num_items, "use_cache": False} | more)
 
 
 def assert_close(found, wanted, what, close=CLOSE):
@@ -112,8 +118,7 @@ def compare_step(comm, group, family, close=CLOSE, **options):
     output = call(model, ids, all_ids)
     output.loss.backward()
     group.sum_gradients(model)
-    first = sum(SEQUENCES[rank % len(SEQUENCES)] for rank in range(comm.rank))
-    assert_close(output.logits, wanted.logits[first : first + len(ids)], "logits")
+    assert_close(output.logits, split_by_rank(comm, wanted.logits), "logits")
     assert comm.allreduce(output.loss.item()) == pytest.approx(wanted.loss.item(), rel=CLOSE)
     compare_gradients(comm, model, whole, close)
     return model

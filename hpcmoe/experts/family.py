@@ -72,10 +72,11 @@ class FamilyExperts(Experts):
             max_tokens=max_tokens, spare_slots_per_rank=0, replicate=False, placement=placement, seed=0,
         )  # fmt: skip
         held = parts.placement.experts_of_rank(0, parts.mesh.expert_index).tolist()
-        replicas = [copy_expert(family, e, parts.mesh) if e >= 0 else nn.Identity() for e in held]
+        device = parts.device.torch_device
+        replicas = [copy_expert(family, e, parts.mesh, device) if e >= 0 else nn.Identity() for e in held]
         self.build(group, parts, LocalFamilyExperts(replicas))
         self.anchor = torch.empty(0, dtype=down.dtype, device=self.anchor.device, requires_grad=True)
-        self.template = (copy_expert(family, 0, parts.mesh).to("meta"),)  # no child of this
+        self.template = (copy_expert(family, 0, parts.mesh, torch.device("meta")).to("meta"),)  # no child of this
 
     def make_replica(self) -> Any:
         """Allocate an expert whose weights are to come from another rank."""
@@ -90,18 +91,28 @@ class FamilyExperts(Experts):
         return ShardView(shape=view.shape, axis=view.axis)
 
 
-def copy_expert(family: nn.Module, number: int, mesh: Mesh) -> nn.Module:
+def copy_expert(family: nn.Module, number: int, mesh: Mesh, device: torch.device) -> nn.Module:
     """Copy one expert out of a fused module, or this rank's tensor-parallel shard of it.
 
-    A bias that is added once is a buffer of zeros on the other ranks.
+    Of a module on the meta device, allocate it on another. A bias that is added once is a buffer of zeros on the other
+    ranks.
     """
     index, count = mesh.tensor_index, mesh.tensor_parallel
-    expert = cut_expert(family, lambda name, p: cut_shard(family, name, p[number : number + 1], index, count).clone())
+
+    def cut(name: str, weight: Tensor) -> Tensor:
+        return clone_or_allocate(cut_shard(family, name, weight[number : number + 1], index, count), device)
+
+    expert = cut_expert(family, cut)
     if index > 0 and ADDED_ONCE in expert._parameters:
         bias = expert.get_parameter(ADDED_ONCE).detach()
         delattr(expert, ADDED_ONCE)
         expert.register_buffer(ADDED_ONCE, torch.zeros_like(bias), persistent=False)
     return expert
+
+
+def clone_or_allocate(weight: Tensor, device: torch.device) -> Tensor:
+    """Copy a weight; of one on the meta device, allocate memory on another, whose values are to come."""
+    return torch.empty_like(weight, device=device) if weight.is_meta else weight.clone()
 
 
 def cut_expert(family: nn.Module, cut: Callable[[str, Tensor], Tensor]) -> nn.Module:

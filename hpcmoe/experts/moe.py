@@ -54,6 +54,9 @@ class LayerGroup(Protocol):
     def add_router(self, moe: "MoE", **arguments: Any) -> tuple[DispatchConfig, LaneSums]:
         """Check that all ranks build the same router -> its settings, and what sums its losses' counts."""
 
+    def open_sums(self) -> LaneSums:
+        """Return what sums counts over all ranks beside the lanes, opened at the first call. Collective."""
+
     @property
     def num_optimizer_steps(self) -> int:
         """Return how often any optimizer has stepped while the group was open."""

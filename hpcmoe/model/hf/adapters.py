@@ -161,7 +161,7 @@ def run_linear(block: Any, layer_input: Tensor) -> Tensor:
 
 
 def adapt_longcat(block: Any) -> None:
-    """Replace the experts of a block of longcat_flash. Rows of gate_up_proj beyond them, which nothing reads, are dropped."""
+    """Replace the experts of a block of longcat_flash; rows of gate_up_proj beyond them, which nothing reads, go."""
     experts = block.experts
     weights = {
         "gate_up_proj": experts.gate_up_proj[: experts.num_routed_experts],

@@ -15,6 +15,7 @@ from hpcmoe.experts.family import FamilyExperts
 from hpcmoe.experts.family_shards import count_feed_forward, list_uncut
 from hpcmoe.experts.moe import LayerGroup
 from hpcmoe.model.hf.adapters import ADAPTED, SPREAD_NAME, AdaptedExperts, adapt_model
+from hpcmoe.model.hf.aux_loss import check_forwards, share_aux_loss
 
 TESTED = (
     "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "glm4_moe", "granitemoe",
@@ -51,6 +52,16 @@ def spread(
     Collective over the group. Raises ConfigError, PlacementError or ClusterError on all ranks.
     """
     agree_on(group.mesh.world, _WHERE, lambda: check_model(model, group))
+    return cut_model(model, group, max_tokens, placement)
+
+
+def cut_model(
+    model: Any, group: LayerGroup, max_tokens: int | None, placement: Sequence[int] | np.ndarray | None
+) -> Any:
+    """Cut a model's fused experts to those of this rank -> the model. Collective over the group.
+
+    Experts of a model on the meta device get memory whose values are to come. Raises as spread() does.
+    """
     register_function()
     fused_modules = list_fused(model)
     for fused in fused_modules:
@@ -62,6 +73,7 @@ def spread(
             fused.forward = MethodType(run_experts, fused)  # whatever experts_implementation is set to later
     if not any(isinstance(fused, AdaptedExperts) for fused in fused_modules):
         model.set_experts_implementation(SPREAD_NAME)
+    share_aux_loss(model, group)
     return model
 
 
@@ -70,36 +82,43 @@ def check_model(model: Any, group: LayerGroup) -> ModelOutline:
 
     Blocks of a family outside of transformers' registry are adapted, which changes no result.
     """
-    check_version()
+    check_version(_WHERE)
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
     weights = hash_samples(model.parameters())
+    check_layers(_WHERE, model, group)
     model_type = getattr(vars(model).get("config"), "model_type", type(model).__name__)
+    return ModelOutline(model_type=model_type, parameters=shapes, weights=weights)
+
+
+def check_layers(where: str, model: Any, group: LayerGroup) -> None:
+    """Check that a model's experts can be spread. Raises ConfigError, which begins with `where`."""
     adapt_model(model)
     fused_modules = list_fused(model)
     if not fused_modules:
         works = ", ".join((*TESTED, *ADAPTED))
+        model_type = getattr(vars(model).get("config"), "model_type", type(model).__name__)
         raise ConfigError(
-            f"{_WHERE}: model type {model_type!r}: its experts are not in transformers' registry of experts functions; "
+            f"{where}: model type {model_type!r}: its experts are not in transformers' registry of experts functions; "
             f"works with {works} and others that are"
         )
     for fused in fused_modules:
-        check_experts(fused, group.mesh.tensor_parallel)
-    return ModelOutline(model_type=model_type, parameters=shapes, weights=weights)
+        check_experts(where, fused, group.mesh.tensor_parallel)
+    check_forwards(model)
 
 
-def check_experts(fused: nn.Module, tensor_parallel: int) -> None:
+def check_experts(where: str, fused: nn.Module, tensor_parallel: int) -> None:
     """Check that the experts of a layer can be spread, each over so many ranks. Raises ConfigError."""
     if SPREAD_NAME in fused._modules:
-        raise ConfigError(f"{_WHERE}: the experts of this model are spread already")
+        raise ConfigError(f"{where}: the experts of this model are spread already")
     find_top_k(fused)
     own = {name for name, _ in fused.named_parameters(recurse=False)}
     if shared := [name for name, _ in fused.named_parameters() if name not in own]:
         raise ConfigError(
-            f"{_WHERE}: {type(fused).__name__}: its experts share {shared[0]}, which no rank can have alone"
+            f"{where}: {type(fused).__name__}: its experts share {shared[0]}, which no rank can have alone"
         )
     if tensor_parallel == 1:
         return
-    what = f"{_WHERE}: tensor_parallel = {tensor_parallel}: {type(fused).__name__}"
+    what = f"{where}: tensor_parallel = {tensor_parallel}: {type(fused).__name__}"
     if getattr(fused, "has_post_expert_norm", False):
         raise ConfigError(f"{what} norms what comes of a whole expert: must be 1")
     if uncut := list_uncut(fused):
@@ -112,9 +131,9 @@ def check_experts(fused: nn.Module, tensor_parallel: int) -> None:
         )
 
 
-def check_version() -> None:
-    """Raise ConfigError where transformers is missing or too old."""
-    wanted = f"{_WHERE}: needs transformers >= {'.'.join(map(str, _OLDEST))}: pip install 'hpcmoe[hf]'"
+def check_version(where: str) -> None:
+    """Raise ConfigError, which begins with `where`, where transformers is missing or too old."""
+    wanted = f"{where}: needs transformers >= {'.'.join(map(str, _OLDEST))}: pip install 'hpcmoe[hf]'"
     try:
         import transformers
     except ImportError:

@@ -38,7 +38,7 @@ _MORE: dict[str, dict[str, Any]] = {}
 
 def make_tiny_config(family: str, widths: Widths) -> Any:
     """Make the configuration of a family's model of these widths. Raises ConfigError for an unknown family."""
-    check_version()
+    check_version("hpcmoe hf")
     from transformers import CONFIG_MAPPING
 
     if family not in CONFIG_MAPPING:
