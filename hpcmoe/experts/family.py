@@ -1,4 +1,4 @@
-"""Experts whose arithmetic is another library's: each a module of that library with one expert, run by autograd.
+"""Experts whose arithmetic is another library's: each a module of that library with one expert.
 
 The module is one of Hugging Face transformers' fused experts (hpcmoe.model.hf): its parameters are [E, ...], and
 forward.__wrapped__(x [n, H], indices [n, K], weights [n, K]) is its family's own loop over them. Cut to one expert it
@@ -25,11 +25,13 @@ from hpcmoe.gemm import WeightMatrix
 class LocalFamilyExperts(LocalExperts):
     """This rank's experts of a family, run one by one. An empty slot is an Identity that no row reaches."""
 
+    @torch.no_grad()
     def forward(self, slots: Slots, rows: Tensor, kept: list[Kept] | None) -> Tensor:
         """Compute rows [m, H] grouped by slot -> results [m, H]; what backward() needs is appended to kept, if any."""
         parts = split_rows(slots, rows)
         return concatenate([run_expert(self.replicas[slot], own, kept) for slot, own in parts])
 
+    @torch.no_grad()
     def backward(self, slots: Slots, grads: Tensor, gates: Tensor, kept: list[Kept]) -> tuple[Tensor, Tensor]:
         """Compute from grads [m, H] and gates [m], grouped by slot, the gradients of rows [m, H] and gates [m]."""
         parts = [
@@ -77,6 +79,9 @@ class FamilyExperts(Experts):
         self.build(group, parts, LocalFamilyExperts(replicas))
         self.anchor = torch.empty(0, dtype=down.dtype, device=self.anchor.device, requires_grad=True)
         self.template = (copy_expert(family, 0, parts.mesh, torch.device("meta")).to("meta"),)  # no child of this
+
+    def refresh_if_changed(self) -> None:
+        """Do nothing: no cast of a weight is kept."""
 
     def make_replica(self) -> Any:
         """Allocate an expert whose weights are to come from another rank."""
@@ -136,7 +141,6 @@ def compute_expert(expert: nn.Module, x: Tensor) -> Tensor:
     return vars(type(expert))["forward"].__wrapped__(expert, x, first, whole)
 
 
-@torch.no_grad()
 def run_expert(expert: nn.Module, x: Tensor, kept: list[Kept] | None) -> Tensor:
     """Compute x [n, H] -> y [n, H]; what run_expert_backward() needs is appended to kept, if any."""
     if fused.has_products(expert):

@@ -81,7 +81,6 @@ def apply_gate(expert: Any, inner: Tensor) -> Tensor:
     return expert._apply_gate(inner) if "gate_up_proj" in expert._parameters else expert.act_fn(inner)
 
 
-@torch.no_grad()
 def forward(expert: nn.Module, x: Tensor, kept: list[Kept] | None) -> Tensor:
     """Compute x [n, H] -> y [n, H]; what backward() needs is appended to kept, if any."""
     inner = FusedMatrix(expert, first_matrix(expert)).linear(x)
@@ -90,7 +89,6 @@ def forward(expert: nn.Module, x: Tensor, kept: list[Kept] | None) -> Tensor:
     return FusedMatrix(expert, "down_proj").linear(apply_gate(expert, inner))
 
 
-@torch.no_grad()
 def backward(expert: nn.Module, kept: Kept, grad_y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     """Compute gradients from grad_y [n, H], that of the output to which y came as gate * y, and gates [n] float32.
 
