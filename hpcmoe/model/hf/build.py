@@ -29,8 +29,8 @@ def build_model(stored: StoredModel, dtype: torch.dtype | None, trains: str) -> 
     where = f"{one_line(stored.folder)}/config.json"
     from transformers import AutoModelForCausalLM
 
-    config = make_family_config(stored, where)
     dtype = find_model_dtype(stored, where) if dtype is None else dtype
+    config = make_family_config(stored, where)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -131,7 +131,7 @@ def match_model(stored: StoredModel, options: LoadOptions, group: LoadGroup) -> 
     """Build a folder's model on the meta device and match its tensors with the files'. Raises errors in one line."""
     check_version(_WHERE)
     model = build_model(stored, options.dtype, options.trains)
-    check_layers(_WHERE, model, group)
+    check_layers(f"{one_line(stored.folder)}/config.json", model, group)
     recipes, unused = make_recipes(model, make_sources(stored))
     fused = {path: module for path, module in model.named_modules() if module in set(list_fused(model))}
     num_experts = {f"{path}.{name}": len(p) for path, module in fused.items() for name, p in module.named_parameters()}
