@@ -38,7 +38,6 @@ from hpcmoe.run.ranks import OPEN, check_comm, choose_own_threads, read_group_to
 from hpcmoe.run.shared_dispatchers import SharedDispatchers
 from hpcmoe.run.token_counts import TokenCounts
 from hpcmoe.validate import validate_arguments
-from hpcmoe.wait import barrier
 
 _BUCKET_BYTES = 4_000_000  # of gradients in one message
 
@@ -221,19 +220,15 @@ class Group:
         self.meet("add_router")
         world, where = self.mesh.world, f"hpcmoe.MoE, layer {len(self.layers)}"
         settings = agree_on(world, where, lambda: validate_arguments(DispatchConfig, arguments, where))
-        if self.sums is None:
-            self.sums = LaneSums([self.open_comm() for _ in range(self.options.in_flight)], self.device)
-            self.engine.pokes.append(self.sums.poke)
         self.routers.append(moe)
-        return settings, self.sums
+        return settings, self.open_sums()
 
-    def open_comm(self) -> MPI.Comm:
-        """Open a communicator of all ranks, freed with the group. Collective over the group."""
-        barrier(self.mesh.world)
-        comm = self.mesh.world.Dup()
-        # Freeing is collective: after an error, which not all ranks may share, leave it to the end of the process.
-        self.dispatchers.stack.push(lambda kind, *_: comm.Free() if kind is None else None)
-        return comm
+    def open_sums(self) -> LaneSums:
+        """Return what sums counts over all ranks beside the lanes, opened at the first call. Collective."""
+        if self.sums is None:
+            self.sums = LaneSums([self.dispatchers.open_comm() for _ in range(self.options.in_flight)], self.device)
+            self.engine.pokes.append(self.sums.poke)
+        return self.sums
 
     def count_step(self, *_: Any) -> None:
         """Callback: an optimizer has stepped."""

@@ -10,6 +10,7 @@ Routers, shared experts and all else stay the family's own, whole on each rank; 
 experts are reached through transformers' registry of experts functions, and compute by the family's own arithmetic.
 """
 
+from hpcmoe.model.hf.distributed import register as register
 from hpcmoe.model.hf.load import load as load
 from hpcmoe.model.hf.load import prepare_load as prepare_load
 from hpcmoe.model.hf.spread import TESTED as TESTED

@@ -164,7 +164,7 @@ def find_untrained(config: Config) -> Iterator[str]:
 
 
 def find_small_updates(config: Config) -> Iterator[str]:
-    """Yield a line for each setting that makes updates too small, or too few, or leaves no time for the rate to fall."""
+    """Yield a line for each setting that makes updates too small or too few, or leaves the rate no time to fall."""
     train, steps = config.train, config.run.steps
     warmup, schedule = train.learning_rate_warmup_steps, train.learning_rate_schedule
     if schedule != "constant" and max(steps - warmup, 0) < max(train.learning_rate_decay_steps, 1):

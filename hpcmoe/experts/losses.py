@@ -61,11 +61,10 @@ class AddLosses(torch.autograd.Function):
 class CallSums:
     """The sum over all ranks of one call's counts."""
 
-    def __init__(self, comm: MPI.Comm, device: Device, routing: Routing, weights: tuple[float, float]) -> None:
-        """comm: all ranks, which make the same calls in its order; weights: of the aux and the z loss."""
-        self.comm, self.device, self.weights = comm, device, weights
-        num_tokens = routing.tokens_of_expert.new_full((1,), len(routing.experts))
-        self.counts, self.event = device.copy_to_host(torch.cat([routing.tokens_of_expert, num_tokens]).double())
+    def __init__(self, comm: MPI.Comm, device: Device, counts: Tensor) -> None:
+        """comm: all ranks, which make the same calls in its order; counts: this rank's, float64 [n], overwritten."""
+        self.comm = comm
+        self.counts, self.event = device.copy_to_host(counts)
         self.request: MPI.Request | None = None
         self.done = False
 
@@ -82,15 +81,28 @@ class CallSums:
         self.done = True
         return True
 
-    def until_done(self, _micro_batch: int) -> Iterator[bool]:
+    def until_done(self) -> Iterator[bool]:
         """Yield False until the sum is done: who waits pokes it."""
         while not self.done:
             yield False
 
+
+class CallLosses:
+    """The routing losses of one call: LossSums of its one layer and micro-batch."""
+
+    def __init__(self, sums: CallSums, device: Device, weights: tuple[float, float]) -> None:
+        """sums: of the tokens of each expert, and of all tokens, [E + 1]; weights: of the aux and the z loss."""
+        self.sums, self.device, self.weights = sums, device, weights
+
+    def until_done(self, _micro_batch: int) -> Iterator[bool]:
+        """Yield False until the sum is done."""
+        return self.sums.until_done()
+
     def grads(self, _layer: int, _micro_batch: int) -> tuple[Tensor, Tensor]:
         """Return the losses' gradients with respect to probability_sum [E] and z_sum []."""
-        (aux_weight, z_weight), num_tokens = self.weights, max(int(self.counts[-1]), 1)
-        of_probability = aux_weight * load_balancing_grad(self.counts[:-1], num_tokens)
+        counts, (aux_weight, z_weight) = self.sums.counts, self.weights
+        num_tokens = max(int(counts[-1]), 1)
+        of_probability = aux_weight * load_balancing_grad(counts[:-1], num_tokens)
         grads = self.device.copy_from_host(np.append(of_probability.numpy(), np.float32(z_weight / num_tokens)))
         return grads[:-1], grads[-1]
 
@@ -108,13 +120,20 @@ class LaneSums:
         """Start to sum a call's counts over all ranks -> its gates, from which the routing losses are derived too."""
         if not routing.gates.requires_grad or not any(weights):
             return routing.gates
+        num_tokens = routing.tokens_of_expert.new_full((1,), len(routing.experts))
+        sums = self.start(turns, torch.cat([routing.tokens_of_expert, num_tokens]).double())
+        losses = CallLosses(sums, self.device, weights)
+        return AddLosses.apply(
+            routing.gates, routing.probability_sum, routing.z_sum, losses, turns, layer, turns.micro_batch
+        )
+
+    def start(self, turns: Turns, counts: Tensor) -> CallSums:
+        """Start to sum the counts of a call of this micro-batch, float64 [n], over all ranks, which all make it."""
         lane = turns.micro_batch % len(self.comms)
-        sums = CallSums(self.comms[lane], self.device, routing, weights)
+        sums = CallSums(self.comms[lane], self.device, counts)
         self.waiting[lane].append(sums)
         self.poke()
-        return AddLosses.apply(
-            routing.gates, routing.probability_sum, routing.z_sum, sums, turns, layer, turns.micro_batch
-        )
+        return sums
 
     def finish(self) -> None:
         """Wait for the sums of calls without a backward pass too. Collective over the group."""

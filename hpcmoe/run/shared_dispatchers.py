@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Iterator
 
+from mpi4py import MPI
+
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.device import Device
@@ -13,6 +15,7 @@ from hpcmoe.errors import on_all
 from hpcmoe.prepare.sizes import find_routes
 from hpcmoe.run.dispatchers import open_dispatcher
 from hpcmoe.run.job import check_windows
+from hpcmoe.wait import barrier
 
 
 class SharedDispatchers:
@@ -37,6 +40,14 @@ class SharedDispatchers:
         if is_new:
             self.opened[key] = self.stack.enter_context(self.open(sizes, slots_per_rank))
         return self.opened[key], is_new
+
+    def open_comm(self) -> MPI.Comm:
+        """Open a communicator of all ranks, freed with the dispatchers. Collective over the group."""
+        barrier(self.mesh.world)
+        comm = self.mesh.world.Dup()
+        # Freeing is collective: after an error, which not all ranks may share, leave it to the end of the process.
+        self.stack.push(lambda kind, *_: comm.Free() if kind is None else None)
+        return comm
 
     @contextlib.contextmanager
     def open(self, sizes: Sizes, slots_per_rank: int) -> Iterator[TokenDispatcher]:
