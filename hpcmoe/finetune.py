@@ -30,7 +30,7 @@ from hpcmoe.report.totals import Totals, gather_totals, record_totals
 from hpcmoe.run.finite import check_arrays, label_array
 from hpcmoe.run.metadata import describe_checkpoint, log_changes
 from hpcmoe.run.train import is_due
-from hpcmoe.run.trained_parts import choose_trained, save_adapters
+from hpcmoe.run.trained_parts import checkpoint_activations, choose_trained, save_adapters
 from hpcmoe.run.tune import check_aux_loss, infer_tokens, tune
 from hpcmoe.run.tuned_state import TunedState
 from hpcmoe.run.tuning_job import TuningJob, check_sequences, make_tuning_job
@@ -126,7 +126,7 @@ def load_model(config: Config, group: Group) -> Any:
     on_all(world, lambda: check_aux_loss(model, config))
     on_all(world, lambda: choose_trained(model, settings, config.run.seed))
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model
 
 

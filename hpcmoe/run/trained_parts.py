@@ -37,6 +37,15 @@ def choose_trained(model: Any, settings: ModelConfig, seed: int) -> None:
             raise ValueError(settings.trains)
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Have a backward pass compute each of the model's layers again from its input, which alone is kept."""
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:  # an older transformers
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
 def list_layers(model: nn.Module) -> list[Experts]:
     """List a model's layers of experts, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, Experts)]
