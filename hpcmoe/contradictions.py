@@ -1,14 +1,17 @@
 """Values of run.toml that are each allowed, but not together."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from hpcmoe.messages import show_value
 from hpcmoe.paths import WORDS_OR_PATH, is_path
 
+_SIZES = ("hidden", "feed_forward", "num_layers", "num_experts", "top_k", "attention", "num_heads")
+
 
 def find_contradictions(config: Any) -> list[tuple[tuple[str, str], str]]:
     """Find values of a Config that do not fit together -> list of ((section, key), what its value must be)."""
-    model, pipeline, data = config.model, config.pipeline, config.data
+    model, pipeline, data, train = config.model, config.pipeline, config.data, config.train
 
     # Check what is a word or a path.
     words = [
@@ -23,7 +26,7 @@ def find_contradictions(config: Any) -> list[tuple[tuple[str, str], str]]:
          f"must be at most num_experts = {model.num_experts}"),
         (not model.attention or model.hidden % model.num_heads == 0, "model", "num_heads",
          f"must divide hidden = {model.hidden}"),
-        (model.feed_forward % max(config.parallel.tensor, 1) == 0, "parallel", "tensor",
+        (model.source == "hf" or model.feed_forward % max(config.parallel.tensor, 1) == 0, "parallel", "tensor",
          f"must divide [model] feed_forward = {model.feed_forward}"),
         (pipeline.schedule != "arrival" or not pipeline.deterministic, "pipeline", "schedule",
          "needs deterministic = false: whichever micro-batch has rows goes on"),
@@ -31,11 +34,31 @@ def find_contradictions(config: Any) -> list[tuple[tuple[str, str], str]]:
          'needs another [pipeline] schedule than "arrival": NCCL wants one order on all ranks'),
         (config.comm.device != "host" or config.comm.transport != "nccl", "comm", "transport",
          'needs GPUs: [comm] device = "host" has none'),
+        (train.learning_rate_decay_steps <= config.run.steps, "train", "learning_rate_decay_steps",
+         f"must be at most [run] steps = {config.run.steps}"),
         (pipeline.micro_batches <= data.batch_sequences, "pipeline", "micro_batches",
          f"must be at most [data] batch_sequences = {data.batch_sequences}"),
-        (all(layer < model.num_layers for layer in config.write.activations_of_layers), "write",
+        (model.source == "hf" or all(layer < model.num_layers for layer in config.write.activations_of_layers), "write",
          "activations_of_layers", f"must be layers below [model] num_layers = {model.num_layers}"),
         (len(set(config.write.activations_of_layers)) == len(config.write.activations_of_layers), "write",
          "activations_of_layers", "must name each layer once"),
     ]  # fmt: skip
-    return [((name, key), text) for fits, name, key, text in [*words, *checks] if not fits]
+    of_source = find_hf_contradictions(config) if model.source == "hf" else ()
+    return [*(((name, key), text) for fits, name, key, text in [*words, *checks] if not fits), *of_source]
+
+
+def find_hf_contradictions(config: Any) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield the values of a Config that a model of Hugging Face transformers cannot have, as find_contradictions()."""
+    model, source = config.model, '[model] source = "hf"'
+    if not model.path:
+        yield ("model", "path"), f"must be the folder of a checkpoint, for {source}"
+    for key in _SIZES:
+        if getattr(model, key) != getattr(type(model)(), key):
+            yield ("model", key), f"must be left out: {source} has it from the config.json of the model"
+    if config.write.activations_of_layers:
+        yield ("write", "activations_of_layers"), f"must be empty for {source}"
+    if config.placement.method not in ("packed", "contiguous"):
+        yield (
+            ("placement", "method"),
+            f'must be "packed" or "contiguous" for {source}: experts are dealt evenly at first',
+        )

@@ -11,14 +11,15 @@ _LEAST_DECAY = 2.0**-25  # of a weight, that float32 can take off it
 
 def find_ineffective(config: Config) -> Iterator[str]:
     """Yield a line for each reason why keys that differ from their defaults have no effect, or not all they promise."""
-    for part in (list_modes, list_cluster, list_comm, list_routing, list_turns):
+    for part in (list_modes, list_sources, list_cluster, list_comm, list_routing, list_turns):
         for holds, why, keys in part(config):
             idle = [name_key(config, key) for key in keys.split() if holds and differs(config, key)]
             if idle:
                 yield f"no effect: {', '.join(idle)}: {why}"
     yield from find_shortfalls(config)
     if config.run.mode == "train":
-        yield from find_untrained(config)
+        yield from find_small_updates(config)
+        yield from find_untrained(config) if config.model.source == "own" else ()
 
 
 def differs(config: Config, name: str) -> bool:
@@ -39,11 +40,35 @@ def list_modes(config: Config) -> list[Reason]:
     infers = config.run.mode == "infer"
     return [
         (infers, '[run] mode = "infer" trains nothing',
-         "train.learning_rate train.learning_rate_warmup_steps train.weight_decay train.beta1 train.beta2 "
+         "train.learning_rate train.learning_rate_schedule train.learning_rate_warmup_steps "
+         "train.learning_rate_decay_steps train.learning_rate_final train.weight_decay train.beta1 train.beta2 "
          "train.epsilon train.clip_norm train.bucket_bytes train.shard_optimizer train.check_every "
          "train.validate_every write.checkpoint_every write.checkpoints_kept write.asynchronous "
          "dispatch.aux_loss_weight dispatch.z_loss_weight dispatch.bias_update_speed data.validation_sequences"),
         (not infers, '[run] mode = "train" measures every step', "run.warmup_steps"),
+    ]  # fmt: skip
+
+
+def list_sources(config: Config) -> list[Reason]:
+    """List the keys that have no effect on a model of our own, and on one of Hugging Face transformers."""
+    model = config.model
+    has_own_router = '[model] source = "hf" has its own router and experts'
+    return [
+        (model.source == "own", '[model] source = "own"',
+         "model.path model.trains model.lora_rank model.lora_alpha model.lora_targets model.aux_loss "
+         "model.gradient_checkpointing write.hf_every"),
+        (model.source == "hf" and model.trains != "lora", f'[model] trains = "{model.trains}"',
+         "model.lora_rank model.lora_alpha model.lora_targets"),
+        (model.source == "hf", has_own_router,
+         "dispatch.renormalize dispatch.aux_loss_weight dispatch.z_loss_weight dispatch.load_feedback "
+         "dispatch.load_feedback_on dispatch.load_window_steps dispatch.bias_update_speed dispatch.capacity_factor "
+         "experts.kind experts.bias experts.gemm_rows"),
+        (model.source == "hf", '[model] source = "hf" is a layer of the library: evenly dealt, by its own defaults',
+         "comm.transport comm.buffers comm.shared_memory comm.once_per_node comm.message_rows comm.buffer_factor "
+         "comm.pool_bytes placement.objective placement.count_latency placement.search_seconds "
+         "placement.search_iterations placement.compare_eplb placement.loads placement.seconds_per_token "
+         "placement.replicate placement.spare_slots_per_rank rebalance.horizon rebalance.margin rebalance.moves "
+         "train.bucket_bytes"),
     ]  # fmt: skip
 
 
@@ -100,8 +125,11 @@ def list_routing(config: Config) -> list[Reason]:
 
 def list_turns(config: Config) -> list[Reason]:
     """List the keys of schedules and periods that are never used."""
-    pipeline, write = config.pipeline, config.write
+    pipeline, write, schedule = config.pipeline, config.write, config.train.learning_rate_schedule
     return [
+        (schedule == "constant", '[train] learning_rate_schedule = "constant"', "train.learning_rate_final"),
+        (schedule != "warmup-stable-decay", f'[train] learning_rate_schedule = "{schedule}"',
+         "train.learning_rate_decay_steps"),
         (pipeline.micro_batches == 1, "[pipeline] micro_batches = 1", "pipeline.schedule"),
         (pipeline.schedule == "serial", '[pipeline] schedule = "serial"', "pipeline.in_flight"),
         (write.checkpoint_every == 0, "[write] checkpoint_every = 0", "write.checkpoints_kept write.asynchronous"),
@@ -120,9 +148,8 @@ def find_shortfalls(config: Config) -> Iterator[str]:
 
 
 def find_untrained(config: Config) -> Iterator[str]:
-    """Yield a line for each part of the model that training leaves as it was drawn, wholly or in most steps."""
-    # Find parts that no gradient reaches.
-    model, train, data, steps = config.model, config.train, config.data, config.run.steps
+    """Yield a line for each part of the model that no gradient reaches, wholly or in most steps."""
+    model, data = config.model, config.data
     if model.attention and model.sequence_length == 1:
         yield "[model] sequence_length = 1 leaves queries and keys untrained: a token attends to itself alone"
     if model.num_experts == 1 and config.dispatch.z_loss_weight == 0:
@@ -135,8 +162,16 @@ def find_untrained(config: Config) -> Iterator[str]:
             "untrained"
         )
 
-    # Find updates that are too small, or too few.
-    warmup = train.learning_rate_warmup_steps
+
+def find_small_updates(config: Config) -> Iterator[str]:
+    """Yield a line for each setting that makes updates too small or too few, or leaves the rate no time to fall."""
+    train, steps = config.train, config.run.steps
+    warmup, schedule = train.learning_rate_warmup_steps, train.learning_rate_schedule
+    if schedule != "constant" and max(steps - warmup, 0) < max(train.learning_rate_decay_steps, 1):
+        yield (
+            f'[train] learning_rate_schedule = "{schedule}": [run] steps = {steps} less learning_rate_warmup_steps = '
+            f"{warmup} leave {max(steps - warmup, 0)} in which the rate falls"
+        )
     if warmup > steps and differs(config, "train.learning_rate_warmup_steps"):
         yield (
             f"[train] learning_rate_warmup_steps = {warmup}: in [run] steps = {steps} the rate rises to "

@@ -12,7 +12,9 @@ from hpcmoe.environment import read_setting
 from hpcmoe.errors import ConfigError, HpcmoeError, attempt
 from hpcmoe.messages import printable
 
-PATHS = (("run", "output"), ("cluster", "links"), ("placement", "method"), ("placement", "loads"))
+PATHS = (
+    ("run", "output"), ("model", "path"), ("cluster", "links"), ("placement", "method"), ("placement", "loads"),
+)  # fmt: skip
 WORDS_OR_PATH = {  # keys that take one of some words, or the path of a file
     ("cluster", "links"): ("measure",),
     ("placement", "method"): ("packed", "contiguous", "eplb"),

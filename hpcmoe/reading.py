@@ -81,6 +81,11 @@ def read_toml(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
 
 def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file, each key of whose objects may stand once -> its tree."""
+    return parse_json(path, read_text(path))
+
+
+def parse_json(path: str | os.PathLike, text: str) -> Any:
+    """Parse JSON text of a file, each key of whose objects may stand once -> its tree. Raises ConfigError."""
 
     def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """Make a dict of an object's pairs."""
@@ -90,7 +95,7 @@ def read_json(path: str | os.PathLike) -> Any:
             raise ConfigError(join_lines(f"{one_line(path)}: {line}" for line in twice))
         return dict(pairs)
 
-    return parse_text(path, read_text(path), lambda text: json.loads(text, object_pairs_hook=make_object), "JSON")
+    return parse_text(path, text, lambda text: json.loads(text, object_pairs_hook=make_object), "JSON")
 
 
 def is_number(value: object) -> bool:

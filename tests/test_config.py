@@ -79,6 +79,8 @@ def test_every_error_is_listed_at_once(file):
         ("[train]\nlearning_rate = nan", "[train] learning_rate = nan: must be a finite number"),
         ("[train]\nbeta1 = 1.0", "[train] beta1 = 1.0: must be less than 1"),
         ("[data]\nvalidation_share = 0.0", "[data] validation_share = 0.0: must be greater than 0"),
+        ("[train]\nlearning_rate_final = 1.1", "[train] learning_rate_final = 1.1: must be less than or equal to 1"),
+        ("[train]\nlearning_rate_schedule = 'wsd'", "must be 'constant', 'linear', 'cosine' or 'warmup-stable-decay'"),
         ("[data]\nfiles = []", "[data] files = []: "),
         ("[data]\nfiles = ['a', 3]", "[data] files[1] = 3: must be a valid string"),
         ("[cluster]\nracks = ['a', 3]", "[cluster] racks[1] = 3: must be a valid string"),
@@ -105,9 +107,14 @@ def test_an_error_shows_file_section_key_value_and_what_is_allowed(file, text, s
         ('[placement]\nmethod = "packd"', "[placement] method = 'packd': must be 'packed', 'contiguous', 'eplb', or"),
         ('[placement]\nloads = ""', "[placement] loads = '': must be 'uniform', or a file, whose path"),
         ('[comm]\ndevice = "host"\ntransport = "nccl"', "[comm] transport = 'nccl': needs GPUs: [comm] device ="),
+        ("[train]\nlearning_rate_decay_steps = 121",
+         "[train] learning_rate_decay_steps = 121: must be at most [run] steps = 120"),
         ("[pipeline]\nmicro_batches = 65", "[pipeline] micro_batches = 65: must be at most [data] batch_sequences"),
         ("[write]\nactivations_of_layers = [0, 2]",
          "[write] activations_of_layers = (0, 2): must be layers below [model] num_layers = 2"),
+        ('[model]\nsource = "hf"', "[model] path = '': must be the folder of a checkpoint, for [model] source ="),
+        ('[model]\nsource = "hf"\npath = "a"\nnum_experts = 8', "[model] num_experts = 8: must be left out: [model] s"),
+        ('[model]\nsource = "hf"\npath = "a"\n[placement]\nmethod = "eplb"', "[placement] method = 'eplb': must be"),
     ],
 )  # fmt: skip
 def test_values_that_contradict_each_other_are_refused(file, text, said):

@@ -11,11 +11,11 @@ from launch import ROOT, run
 GROUND = (
     "__version__", "output", "interrupts", "start", "segments", "mpi_library", "wait", "clock", "errors", "environment",
     "messages", "paths", "arguments", "watch", "reading", "float32", "renamed", "contradictions", "overrides",
-    "validate", "config", "idle", "gemm",
+    "validate", "sections", "config", "idle", "gemm",
 )  # fmt: skip
 CHAPTERS = sorted(folder.parent.name for folder in (ROOT / "hpcmoe").glob("*/__init__.py"))  # the alphabet is the order
 FLOORS = (*GROUND, *CHAPTERS, "description", "checkpointing")
-PROGRAMS = ("group", "hf", "main", "place", "check", "settings", "watcher", "__main__")
+PROGRAMS = ("group", "hf", "model_check", "families", "main", "place", "check", "settings", "watcher", "__main__")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
 WRITE_MAY_IMPORT = {"environment", "interrupts", "wait", "errors", "config", "cluster", "placement", "write"}
 

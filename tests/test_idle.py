@@ -3,7 +3,7 @@
 import pytest
 
 from hpcmoe.config import Config, list_keys, read_config
-from hpcmoe.idle import find_ineffective, list_cluster, list_comm, list_modes, list_routing, list_turns
+from hpcmoe.idle import find_ineffective, list_cluster, list_comm, list_modes, list_routing, list_sources, list_turns
 
 
 @pytest.fixture
@@ -46,9 +46,17 @@ def notes(tmp_path):
         ("write.activations_every=7", []),
         ("train.learning_rate=0.5", ["run.mode=infer"]),
         ("train.validate_every=7", ["run.mode=infer"]),
+        ("train.learning_rate_final=0.5", []),
+        ("train.learning_rate_decay_steps=5", ["train.learning_rate_schedule=cosine"]),
+        ("train.learning_rate_schedule=linear", ["run.mode=infer"]),
         ("write.checkpoint_every=7", ["run.mode=infer"]),
         ("dispatch.z_loss_weight=0.5", ["run.mode=infer"]),
         ("data.validation_sequences=7", ["run.mode=infer"]),
+        ("model.trains=lora", []),
+        ("write.hf_every=7", []),
+        ("model.lora_rank=7", ["model.source=hf", "model.path=a"]),
+        ("experts.kind=relu", ["model.source=hf", "model.path=a"]),
+        ("rebalance.margin=0.7", ["model.source=hf", "model.path=a", "rebalance.every=10"]),
     ],
 )  # fmt: skip
 def test_a_key_without_effect_is_told_and_without_it_nothing_is(notes, idle, because):
@@ -76,6 +84,8 @@ def test_a_key_without_effect_is_told_and_without_it_nothing_is(notes, idle, bec
         ("pipeline.in_flight=3", ["pipeline.micro_batches=3"]),
         ("dispatch.load_window_steps=7", []),
         ("data.validation_sequences=7", ["train.validate_every=0"]),
+        ("train.learning_rate_final=0.5", ["train.learning_rate_schedule=linear"]),
+        ("train.learning_rate_decay_steps=5", ["train.learning_rate_schedule=warmup-stable-decay"]),
     ],
 )
 def test_a_key_that_acts_is_not_told(notes, acts, beside):
@@ -104,6 +114,14 @@ def test_keys_of_one_reason_are_told_in_one_line(notes):
             "batch_sequences 64 x sequence_length 64 x top_k 2 = 8192 assignments leave some untrained",
         ),
         (["train.learning_rate_warmup_steps=240"], "in [run] steps = 120 the rate rises to 0.5 of learning_rate"),
+        (
+            ["run.steps=20", "train.learning_rate_schedule=cosine"],
+            "[run] steps = 20 less learning_rate_warmup_steps = 20 leave 0 in which the rate falls",
+        ),
+        (
+            ["train.learning_rate_schedule=warmup-stable-decay", "train.learning_rate_decay_steps=101"],
+            "leave 100 in which the rate falls",
+        ),
         (["train.weight_decay=1e-7"], "is less than float32 can take off a weight: nothing decays"),
         (["train.learning_rate=1e-8"], "a step is about 1e-08 at most"),
         (["train.clip_norm=1e-20"], "a step is about 1e-14 at most"),
@@ -112,11 +130,11 @@ def test_keys_of_one_reason_are_told_in_one_line(notes):
 )
 def test_what_acts_in_part_and_what_stays_untrained_is_told(notes, overrides, said):
     assert sum(said in note for note in notes(*overrides)) == 1
-    assert not any("untrained" in note for note in notes("run.mode=infer", *overrides))
+    assert not any("untrained" in note or "the rate falls" in note for note in notes("run.mode=infer", *overrides))
 
 
 def test_every_key_that_is_named_is_a_key():
     known = {f"{name}.{key}" for name, key, _ in list_keys()}
-    parts = (list_modes, list_cluster, list_comm, list_routing, list_turns)
+    parts = (list_modes, list_sources, list_cluster, list_comm, list_routing, list_turns)
     named = {key for part in parts for _, _, keys in part(Config()) for key in keys.split()}
     assert named <= known and len(named) > 40

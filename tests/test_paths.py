@@ -100,7 +100,11 @@ def test_every_path_of_the_config_is_expanded(file, tmp_path, key):
 
 def test_no_other_key_of_the_config_sounds_like_a_path():
     manual = (pathlib.Path(__file__).parents[1] / "inputs" / "run.toml").read_text()
-    named = {line.split(" ")[0] for line in manual.splitlines() if "; or a file" in line or line.startswith("output ")}
+    named = {
+        line.split(" ")[0]
+        for line in manual.splitlines()
+        if "; or a file" in line or line.startswith(("output ", "path "))
+    }
     assert named == {key for _, key in PATHS}
 
 

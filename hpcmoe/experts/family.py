@@ -2,20 +2,23 @@
 
 The module is one of Hugging Face transformers' fused experts (hpcmoe.model.hf): its parameters are [E, ...], and
 forward.__wrapped__(x [n, H], indices [n, K], weights [n, K]) is its family's own loop over them. Cut to one expert it
-computes y = expert(x) with every index 0 and every weight 1.
+computes y = expert(x) with every index 0 and every weight 1. An adapter's module has apply_expert(number, x) instead.
 """
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from hpcmoe.cluster.mesh import Mesh
+from hpcmoe.experts.family_shards import ADDED_ONCE, count_feed_forward, cut_shard, view_weight
 from hpcmoe.experts.feed_forward import Kept, LocalExperts, Slots, concatenate, split_rows
 from hpcmoe.experts.moe import Experts, LayerGroup
+from hpcmoe.experts.shapes import ShardView
 from hpcmoe.gemm import WeightMatrix
 
 
@@ -63,34 +66,63 @@ class FamilyExperts(Experts):
         ranks.
         """
         down = family.get_parameter("down_proj")
-        feed_forward, hidden = down.shape[1:] if family.is_transposed else down.shape[:0:-1]
+        feed_forward = count_feed_forward(family)
         parts = group.add_layer(
-            self, hidden=hidden, feed_forward=feed_forward, num_experts=len(down),
+            self, hidden=down[0].numel() // feed_forward, feed_forward=feed_forward, num_experts=len(down),
             kind="swiglu" if getattr(family, "has_gate", True) else "gelu", bias=False, top_k=top_k, dtype=down.dtype,
             max_tokens=max_tokens, spare_slots_per_rank=0, replicate=False, placement=placement, seed=0,
         )  # fmt: skip
         held = parts.placement.experts_of_rank(0, parts.mesh.expert_index).tolist()
-        replicas = [copy_expert(family, e) if e >= 0 else nn.Identity() for e in held]
+        device = parts.device.torch_device
+        replicas = [copy_expert(family, e, parts.mesh, device) if e >= 0 else nn.Identity() for e in held]
         self.build(group, parts, LocalFamilyExperts(replicas))
-        self.template = (cut_expert(family, lambda p: torch.empty_like(p[:1], device="meta")),)  # no child of this
+        self.anchor = torch.empty(0, dtype=down.dtype, device=self.anchor.device, requires_grad=True)
+        self.template = (copy_expert(family, 0, parts.mesh, torch.device("meta")).to("meta"),)  # no child of this
 
     def make_replica(self) -> Any:
         """Allocate an expert whose weights are to come from another rank."""
-        device = self.tokens_of_expert.device
-        return cut_expert(self.template[0], lambda p: torch.empty_like(p, device=device))
+        device, dtype = self.tokens_of_expert.device, self.anchor.dtype
+        expert = cut_expert(self.template[0], lambda _, p: torch.empty_like(p, dtype=dtype, device=device))
+        expert._buffers = {name: torch.zeros_like(b, dtype=dtype, device=device) for name, b in expert.named_buffers()}
+        return expert
+
+    def view_shard(self, name: str, weight: Tensor) -> ShardView:
+        """Return how checkpoints keep a weight of one expert, of which this rank has the whole or a shard."""
+        view = view_weight(self.template[0], name, weight.shape)
+        return ShardView(shape=view.shape, axis=view.axis)
 
 
-def copy_expert(family: nn.Module, number: int) -> nn.Module:
-    """Copy one expert out of a fused module."""
-    return cut_expert(family, lambda parameter: parameter[number : number + 1].clone())
+def copy_expert(family: nn.Module, number: int, mesh: Mesh, device: torch.device) -> nn.Module:
+    """Copy one expert out of a fused module, or this rank's tensor-parallel shard of it.
+
+    Of a module on the meta device, allocate it on another. A bias that is added once is a buffer of zeros on the other
+    ranks.
+    """
+    index, count = mesh.tensor_index, mesh.tensor_parallel
+
+    def cut(name: str, weight: Tensor) -> Tensor:
+        return clone_or_allocate(cut_shard(family, name, weight[number : number + 1], index, count), device)
+
+    expert = cut_expert(family, cut)
+    if index > 0 and ADDED_ONCE in expert._parameters:
+        bias = expert.get_parameter(ADDED_ONCE).detach()
+        delattr(expert, ADDED_ONCE)
+        expert.register_buffer(ADDED_ONCE, torch.zeros_like(bias), persistent=False)
+    return expert
 
 
-def cut_expert(family: nn.Module, cut: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Copy a fused module, its parameters [E, ...] cut to those of one expert [1, ...]."""
+def clone_or_allocate(weight: Tensor, device: torch.device) -> Tensor:
+    """Copy a weight; of one on the meta device, allocate memory on another, whose values are to come."""
+    return torch.empty_like(weight, device=device) if weight.is_meta else weight.clone()
+
+
+def cut_expert(family: nn.Module, cut: Callable[[str, Tensor], Tensor]) -> nn.Module:
+    """Copy a fused module, its parameters [E, ...] cut by their names to those of one expert [1, ...]."""
     expert = copy.copy(family)
-    expert._modules = dict(family._modules)
+    for kept in ("_modules", "_buffers", "_non_persistent_buffers_set"):
+        setattr(expert, kept, copy.copy(getattr(family, kept)))
     expert._parameters = {
-        name: nn.Parameter(cut(parameter.detach()), parameter.requires_grad)
+        name: nn.Parameter(cut(name, parameter.detach()), parameter.requires_grad)
         for name, parameter in family.named_parameters(recurse=False)
     }
     expert.num_experts = 1  # type: ignore[assignment]
@@ -99,6 +131,8 @@ def cut_expert(family: nn.Module, cut: Callable[[Tensor], Tensor]) -> nn.Module:
 
 def compute_expert(expert: nn.Module, x: Tensor) -> Tensor:
     """Compute x [n, H] -> y [n, H] by the family's own loop."""
+    if hasattr(expert, "apply_expert"):
+        return cast(Any, expert).apply_expert(0, x)
     first, whole = x.new_zeros((len(x), 1), dtype=torch.int64), x.new_ones((len(x), 1))
     return vars(type(expert))["forward"].__wrapped__(expert, x, first, whole)
 

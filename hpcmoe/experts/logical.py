@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hpcmoe.dispatch.router import count_assignments
 from hpcmoe.experts.feed_forward import LocalExperts
+from hpcmoe.experts.shapes import ShardView, view_own_weight
 from hpcmoe.experts.slots import ExpertSlots
 
 # Attributes of a module of a group that its copies share: they hold communicators and memory of several ranks.
@@ -78,6 +79,10 @@ class LogicalExperts(LayerModule):
 
     local: LocalExperts
     num_experts: int
+
+    def view_shard(self, name: str, weight: Tensor) -> ShardView:
+        """Return how checkpoints keep a weight of one expert, of which this rank has the whole or a shard."""
+        return view_own_weight(name, weight.shape)
 
     def list_slots(self) -> Iterator[tuple[int, int]]:
         """Yield (expert, slot) of each slot that holds one."""

@@ -116,22 +116,29 @@ class Experts(LogicalExperts, ExpertLayer):
         self.start_counting(options.num_experts)
         self.to(parts.device.torch_device)
 
-    def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, kept: Tensor | None = None
+    ) -> Tensor:
         """Compute the sum over k of top_k_weights[..., k] * expert[top_k_index[..., k]](x) -> [..., H] as x.
 
         x [..., H]; top_k_index [..., K] integers, 0 to num_experts - 1; top_k_weights [..., K]; K from 1 to top_k.
+        kept [..., K] bool: False where a choice does not count.
         Collective over the group: all ranks call the same layers in the same order, each with its own number of tokens,
         and call backward alike. Once differentiable. Raises ConfigError for what does not fit.
         """
         check_choices(self.name, self.options, x, top_k_index, top_k_weights)
         top_k = top_k_index.shape[-1]
         rows, choices = x.reshape(-1, self.hidden), top_k_index.reshape(-1, top_k).long()
-        return self.apply_to(rows, choices, top_k_weights.reshape(-1, top_k), None).view(x.shape)
+        kept = None if kept is None else kept.reshape(-1, top_k)
+        self.count(choices if kept is None else choices[kept][:, None])
+        return self.apply_to(rows, choices, top_k_weights.reshape(-1, top_k), kept).view(x.shape)
 
     def apply_to(self, x: Tensor, experts: Tensor, gates: Tensor, kept: Tensor | None) -> Tensor:
-        """Compute what forward() does, for x [T, H], experts and gates [T, K], kept [T, K] bool if any are dropped."""
+        """Compute what forward() does, for x [T, H], experts and gates [T, K], kept [T, K] bool if any are dropped.
+
+        The caller counts.
+        """
         self.refresh_if_changed()
-        self.count(experts)
         with torch.autocast(x.device.type, enabled=False):
             return concatenate(list(self.run_rounds(x, experts, gates, kept)))
 
@@ -234,6 +241,7 @@ class MoE(GroupModule):
             routing = self.router(rows, self.load)
             weights = settings.aux_loss_weight, settings.z_loss_weight
             gates = self.sums.add(experts.turns, experts.number, routing, weights)
+        experts.count(routing.experts)
         return experts.apply_to(rows, routing.experts, gates, routing.kept).view(x.shape)
 
 

@@ -1,5 +1,6 @@
 """The shapes of an expert's weights, known before anything is imported that takes seconds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpcmoe.config import NetworkSpec
@@ -39,6 +40,22 @@ def weight_shape(shape: ExpertShape, name: str, inner: int = 0) -> tuple[int, in
 def split_axis(name: str) -> int:
     """Return the axis over which a tensor-parallel group shares a matrix: down by input, the others by output."""
     return 1 if name == "down" else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardView:
+    """One expert's weight, or a tensor-parallel shard of it, as a checkpoint keeps it."""
+
+    shape: tuple[int, ...]
+    axis: int | None  # over which a group shares it; None: one rank has it whole
+    keys: tuple[str, ...] = ()  # of the config, axis by axis
+
+
+def view_own_weight(name: str, shape: Sequence[int]) -> ShardView:
+    """Return the view of a matrix or bias of an expert of ours: as it is."""
+    sizes = ("hidden", "feed_forward") if name.startswith("down") else ("feed_forward", "hidden")
+    axis = None if name == "down_bias" else split_axis(name.removesuffix("_bias"))
+    return ShardView(shape=tuple(shape), axis=axis, keys=sizes)
 
 
 def estimate_expert(shape: ExpertShape, trains: bool) -> tuple[int, int]:

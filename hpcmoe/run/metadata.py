@@ -59,8 +59,12 @@ def describe_training(config: Config) -> dict[str, Any]:
     if config.run.mode == "train":
         names_of_section["dispatch"] += ["aux_loss_weight", "z_loss_weight", "bias_update_speed"]
         names_of_section["train"] = [
-            "learning_rate", "learning_rate_warmup_steps", "weight_decay", "beta1", "beta2", "epsilon", "clip_norm",
+            "learning_rate", "learning_rate_schedule", "learning_rate_warmup_steps", "weight_decay", "beta1", "beta2",
+            "epsilon", "clip_norm",
         ]  # fmt: skip
+        if config.train.learning_rate_schedule != "constant":  # the rate falls to the last of the steps
+            names_of_section["run"] = ["steps"]
+            names_of_section["train"] += ["learning_rate_decay_steps", "learning_rate_final"]
     return read_keys(config, names_of_section)
 
 

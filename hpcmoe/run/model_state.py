@@ -169,7 +169,7 @@ def slice_experts(mesh: Mesh, layers: dict[str, LogicalExperts]) -> dict[nn.Para
             owned = mesh.data_index == 0 and experts.index(expert) == before + slot
             for weight, parameter in layer.local.replicas[slot].named_parameters():
                 name = f"experts/{name_weights(path)}{weight}"
-                part = slice_of_weight(name, parameter, mesh, expert, layer.num_experts)
+                part = slice_of_weight(name, layer.view_shard(weight, parameter), mesh, expert, layer.num_experts)
                 slices[parameter] = dataclasses.replace(part, owned=owned)
     return slices
 

@@ -12,12 +12,13 @@ from torch import nn
 
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.reduce import make_reducer
-from hpcmoe.config import Config, TrainConfig
+from hpcmoe.config import Config
 from hpcmoe.experts.layer import ExpertLayer
 from hpcmoe.model.language import LanguageModel
 from hpcmoe.placement.result import Placement
 from hpcmoe.run.flat_gradients import FlatGradients, PlacedExperts, SharedExperts
 from hpcmoe.run.gradient_sums import GradientSums
+from hpcmoe.run.schedules import learning_rate_at
 from hpcmoe.run.slices import cut_rows
 
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  # our name: AdamW's
@@ -47,7 +48,7 @@ class Optimizer:
 
     def __init__(self, network: LanguageModel, placement: Placement, config: Config, mesh: Mesh):
         self.network, self.train, self.mesh = network, config.train, mesh
-        self.num_micro_batches = config.pipeline.micro_batches
+        self.num_micro_batches, self.num_steps = config.pipeline.micro_batches, config.run.steps
         self.dense = FlatGradients(network.dense_parts())
         self.share_gradients(placement)
 
@@ -61,6 +62,11 @@ class Optimizer:
                   {"params": [p for p in stepped if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
         betas = (self.train.beta1, self.train.beta2)
         self.adamw = AdamW(groups, lr=self.train.learning_rate, betas=betas, eps=self.train.epsilon, fused=True)
+
+    @property
+    def learning_rate(self) -> float:
+        """Return the learning rate of the last step."""
+        return float(self.adamw.param_groups[0]["lr"])
 
     def share_gradients(self, placement: Placement) -> None:
         """Sum the experts' gradients by a placement from the next step on."""
@@ -106,7 +112,7 @@ class Optimizer:
             self.dense.flat *= self.train.clip_norm / norm
             self.shared.flat *= self.train.clip_norm / norm
         for group in self.adamw.param_groups:
-            group["lr"] = learning_rate_at(number, self.train)
+            group["lr"] = learning_rate_at(number, self.train, self.num_steps)
         self.adamw.step()
         if self.train.shard_optimizer:
             self.gather_dense()
@@ -148,8 +154,3 @@ def cut_stepped_rows(dense: FlatGradients, index: int, num_shares: int) -> dict[
         rows.grad = dense.grad_of[parameter][first:end]
         stepped[parameter].append(SteppedRows(rows=rows, first=first))
     return stepped
-
-
-def learning_rate_at(number: int, train: TrainConfig) -> float:
-    """Return the learning rate of step `number` (from 1): a linear rise, then constant."""
-    return train.learning_rate * min(1.0, number / max(train.learning_rate_warmup_steps, 1))

@@ -1,6 +1,5 @@
 """Slices of logical arrays: which part of an array, named without ranks, this rank holds."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -8,7 +7,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from hpcmoe.cluster.mesh import Mesh
-from hpcmoe.experts.shapes import split_axis
+from hpcmoe.experts.shapes import ShardView
 
 _AnyTensor = TypeVar("_AnyTensor", bound=Tensor)
 
@@ -31,20 +30,18 @@ def slice_of_whole(name: str, shape: Sequence[int], owned: bool) -> ArraySlice:
     return ArraySlice(name=name, shape=shape, start=(0,) * len(shape), extent=shape, owned=owned)
 
 
-def slice_of_weight(name: str, weight: Tensor, mesh: Mesh, expert: int, num_experts: int) -> ArraySlice:
-    """Return the slice of one expert's weight, this rank's shard of it; its kind is the last word of the name."""
-    kind = re.split(r"[./]", name)[-1]
-    start, shape = [0] * weight.dim(), list(weight.shape)
-    if kind != "down_bias":  # whole on its one rank; all else is split over the tensor-parallel group
-        axis = split_axis(kind.removesuffix("_bias"))
-        start[axis], shape[axis] = mesh.tensor_index * shape[axis], mesh.tensor_parallel * shape[axis]
-    sizes = ("hidden", "feed_forward") if kind.startswith("down") else ("feed_forward", "hidden")
+def slice_of_weight(name: str, view: ShardView, mesh: Mesh, expert: int, num_experts: int) -> ArraySlice:
+    """Return the slice of one expert's weight, of which this rank has the whole or a shard."""
+    start, whole = [0] * len(view.shape), list(view.shape)
+    if view.axis is not None:
+        size = view.shape[view.axis]
+        start[view.axis], whole[view.axis] = mesh.tensor_index * size, mesh.tensor_parallel * size
     return ArraySlice(
         name=name,
-        shape=(num_experts, *shape),
+        shape=(num_experts, *whole),
         start=(expert, *start),
-        extent=(1, *weight.shape),
-        keys=("num_experts", *sizes),
+        extent=(1, *view.shape),
+        keys=("num_experts", *view.keys),
     )
 
 

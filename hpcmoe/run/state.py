@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hpcmoe.config import ModelConfig
+from hpcmoe.experts.shapes import view_own_weight
 from hpcmoe.model.balance import read_biases, write_biases
 from hpcmoe.run.job import Job
 from hpcmoe.run.optimizer import MOMENTS, Optimizer, SteppedRows, make_zero_state
@@ -34,7 +35,8 @@ class TrainingState:
                 owned = job.mesh.data_index == 0 and optimizer is not None and optimizer.shared.owns(layer, slot)
                 for name, parameter in replica.named_parameters():
                     path, num_experts = f"experts/layer{layer}/{name}", job.config.model.num_experts
-                    part = slice_of_weight(path, parameter, job.mesh, expert, num_experts)
+                    view = view_own_weight(name, parameter.shape)
+                    part = slice_of_weight(path, view, job.mesh, expert, num_experts)
                     keys = tuple(f"[model] {key}" for key in part.keys)
                     slices[parameter] = replace(part, keys=keys, owned=owned)
         for name, parameter in self.network.named_parameters():

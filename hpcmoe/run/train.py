@@ -39,6 +39,7 @@ def train(
     def take_step(step: int) -> Outcome:
         outcome, norm = train_step(job, optimizer, load, step)
         records.append(step, "train", "gradient_norm", norm)
+        records.append(step, "train", "learning_rate", optimizer.learning_rate)
         return outcome
 
     def end_step(step: int, outcome: Outcome, activations: Activations) -> None:
@@ -76,7 +77,7 @@ def measure_steps(
             outcome = take_step(step)
             metrics, activations = job.meter.read(outcome.stats), job.stepper.network.take_activations()
             record_step(records, step, outcome, metrics)
-            show(step, outcome.loss, metrics)
+            show(step, outcome.loss, None if optimizer is None else optimizer.learning_rate, metrics)
             rebalancer.end_step(step, outcome.stats)
             end_step(step, outcome, activations)
 

@@ -19,7 +19,7 @@ from hpcmoe.report.meter import STAGES, StepMetrics
 from hpcmoe.report.progress import format_step, open_progress
 
 PROGRAM = "from hpcmoe.report.progress import find_terminal_width; print(find_terminal_width())"
-LOSS = 2.34567
+LOSS, RATE = 2.34567, 0.0123456
 METRICS = StepMetrics(
     seconds=0.5, seconds_of_stage=dict.fromkeys(STAGES, 0.0) | {"route": 0.012, "optimizer": 0.034},
     utilisation=np.array([[0.5, 1.0], [1.5, 1.0]]), num_dropped=7,
@@ -31,7 +31,7 @@ METRICS = StepMetrics(
 def show_steps(num_steps, first_step=0, on_root=True):
     with open_progress(num_steps, first_step, on_root) as show:
         for step in range(first_step + 1, num_steps + 1):
-            show(step, LOSS, METRICS)
+            show(step, LOSS, RATE, METRICS)
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def log(caplog):
 
 
 def test_a_steps_line_holds_its_figures():
-    assert format_step(LOSS, METRICS) == (
-        "loss 2.3457, 1000 tokens/s, U_e 0.50-1.50, balancedness 0.75, sigma 0.123; "
+    assert format_step(LOSS, RATE, METRICS) == (
+        "loss 2.3457, rate 0.0123, 1000 tokens/s, U_e 0.50-1.50, balancedness 0.75, sigma 0.123; "
         "by layer balancedness 0.70-0.81, sigma 0.20-0.31; dropped 7, ms: route 12 optimizer 34"
     )
 
 
 def test_inference_has_neither_loss_nor_optimizer():
-    line = format_step(None, dataclasses.replace(METRICS, seconds_of_stage=dict.fromkeys(STAGES, 0.0)))
+    line = format_step(None, None, dataclasses.replace(METRICS, seconds_of_stage=dict.fromkeys(STAGES, 0.0)))
     assert line.startswith("1000 tokens/s") and "optimizer" not in line
 
 

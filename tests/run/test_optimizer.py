@@ -17,20 +17,13 @@ from small import gather_logical, open_small_job
 
 from hpcmoe.comm.device import HostDevice
 from hpcmoe.comm.reduce import HostReducer
-from hpcmoe.config import TrainConfig
 from hpcmoe.experts.feed_forward import LocalExperts
 from hpcmoe.run.flat_gradients import FlatGradients, PlacedExperts, SharedExperts
 from hpcmoe.run.gradient_sums import GradientSums
-from hpcmoe.run.optimizer import AdamW, learning_rate_at
+from hpcmoe.run.optimizer import AdamW
 from hpcmoe.run.slices import cut_rows
 from hpcmoe.run.train import train_step
 from hpcmoe.wait import gather_to_all
-
-
-def test_the_learning_rate_rises_linearly_and_then_stays():
-    train = TrainConfig(learning_rate=0.4, learning_rate_warmup_steps=4)
-    assert [learning_rate_at(step, train) for step in (1, 2, 4, 5, 100)] == pytest.approx([0.1, 0.2, 0.4, 0.4, 0.4])
-    assert learning_rate_at(1, TrainConfig(learning_rate=0.4, learning_rate_warmup_steps=0)) == 0.4
 
 
 @pytest.mark.mpi

@@ -5,17 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from spread_models import (
-    CLOSE,
+from spreading import (
     assert_close,
     call,
     compare_gradients,
+    compare_step,
     draw_ids,
     gather_expert_grads,
     open_group,
     place_unevenly,
     run_whole,
-    split_by_rank,
 )
 from tiny_families import make_model
 from torch import nn
@@ -27,20 +26,6 @@ from hpcmoe.experts import family as family_experts
 from hpcmoe.model.hf.spread import TESTED, find_top_k
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'hpcmoe[hf]'")
-
-
-def compare_step(comm, group, family, **options):
-    """Compare a step of a spread model with one of the whole -> the spread model."""
-    all_ids, ids = draw_ids(comm)
-    whole, wanted = run_whole(family, all_ids)
-    model = hpcmoe.hf.spread(make_model(family), group, **options)
-    output = call(model, ids, all_ids)
-    output.loss.backward()
-    group.sum_gradients(model)
-    assert_close(output.logits, split_by_rank(comm, wanted.logits), "logits")
-    assert comm.allreduce(output.loss.item()) == pytest.approx(wanted.loss.item(), rel=CLOSE)
-    compare_gradients(comm, model, whole)
-    return model
 
 
 @pytest.mark.mpi
