@@ -50,7 +50,7 @@ class DispatchedExperts:
         """
         self.experts_forward = experts.forward  # on local numbers of experts
         down = experts.get_parameter("down_proj")
-        on_all(group.mesh.world, lambda: check_meshes(group, len(down), ep_mesh, tp_mesh))
+        on_all(group.mesh.world, lambda: check_meshes(group, ep_mesh, tp_mesh))
         hidden, top_k = down.shape[-1 if experts.is_transposed else -2], find_top_k(experts)
         arguments = {"top_k": top_k, "dtype": down.dtype, "placement": np.arange(len(down))}
         with torch.device("cpu"):  # transformers may be building on no device
@@ -69,7 +69,7 @@ class DispatchedExperts:
         return self.experts_forward(rows, number, rows.new_ones(len(rows), 1))
 
 
-def check_meshes(group: LayerGroup, num_experts: int, ep_mesh: Any, tp_mesh: Any) -> None:
+def check_meshes(group: LayerGroup, ep_mesh: Any, tp_mesh: Any) -> None:
     """Raise ConfigError where torch's meshes are not those of the group."""
     from torch.distributed import get_process_group_ranks, get_rank, get_world_size
 
