@@ -14,6 +14,12 @@ COMMANDS = {  # name: (module, whether it starts MPI, what it does, an example)
     "place": ("hpcmoe.place", False, "place experts by themselves", "hpcmoe place inputs/case.json --budget 5"),
     "check": ("hpcmoe.check", True, "show and try what there is to run on", "mpirun -n 2 hpcmoe check"),
     "hf": ("hpcmoe.families", True, "check or make a Hugging Face model", "mpirun -n 2 hpcmoe hf MODEL --check"),
+    "generate": (
+        "hpcmoe.generate",
+        True,
+        "continue texts by a model",
+        'mpirun -n 2 hpcmoe generate out/run --prompt "def "',
+    ),
     "config": ("hpcmoe.settings", False, "show every key, check a config", "hpcmoe config my.toml"),
 }
 
@@ -48,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int | None:
 
 def describe_commands() -> str:
     """Format the list of commands."""
-    rows = [f"  {name:<8}{what:<38}{example}" for name, (*_, what, example) in COMMANDS.items()]
+    rows = [f"  {name:<10}{what:<38}{example}" for name, (*_, what, example) in COMMANDS.items()]
     options = "  --version, --help, and `hpcmoe COMMAND --help`"
     return "\n".join(["usage: hpcmoe COMMAND ...", "", *rows, "", options])
 

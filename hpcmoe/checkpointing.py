@@ -18,6 +18,7 @@ from torch.optim import Optimizer as TorchOptimizer
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.errors import CheckpointError, on_all, on_root
 from hpcmoe.paths import expand_path
+from hpcmoe.replacing import OLD
 from hpcmoe.run.model_state import ArrayInfo, Held, ModelState, is_expert
 from hpcmoe.run.optimizer_state import (
     StateKind,
@@ -33,7 +34,7 @@ from hpcmoe.write.boxes import PieceSpec
 from hpcmoe.write.checkpoint import read_metadata, verify_pieces
 from hpcmoe.write.checksums import CHECKSUMS
 from hpcmoe.write.hdf5 import Values, checkpoint_errors
-from hpcmoe.write.pieces import MASTER, OLD, read_each, write_pieces
+from hpcmoe.write.pieces import MASTER, read_each, write_pieces
 
 log = logging.getLogger(__name__)
 _FORMAT = 1  # of what the metadata say of a model

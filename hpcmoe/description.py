@@ -14,11 +14,12 @@ from hpcmoe.write.records import Records
 if TYPE_CHECKING:  # which imports torch
     from hpcmoe.prepare.placement import RunPlacement
     from hpcmoe.run.job import Job
+    from hpcmoe.run.tuning_job import TuningJob
 
 NOT_INSTALLED = "not installed"  # a package that only lies on Python's path, or nowhere
 
 
-def describe_run(records: Records, job: "Job", text: str) -> None:
+def describe_run(records: Records, job: "Job | TuningJob", text: str) -> None:
     """Write what the run is: input, versions, cluster, placement."""
     topology = job.topology
     records.describe("run", "config", text)
@@ -55,7 +56,7 @@ def describe_placement(records: Records, run_placement: "RunPlacement") -> None:
         records.describe("cluster", f"{method}_seconds", np.nan if seconds is None else seconds, "s")
 
 
-def describe_tokens(records: Records, job: "Job") -> None:
+def describe_tokens(records: Records, job: "Job | TuningJob") -> None:
     """Write the tokens of each expert by their home node, since the last call. Collective over all ranks."""
     tokens = job.meter.pop_tokens(job.topology.node_of_rank)
     if tokens is not None:

@@ -24,7 +24,7 @@ from hpcmoe.arguments import Parser, name_program
 from hpcmoe.cluster.discover import read_host_name, read_topology
 from hpcmoe.cluster.launcher import check_launcher
 from hpcmoe.cluster.mesh import open_mesh
-from hpcmoe.cluster.topology import save_topology
+from hpcmoe.cluster.topology import Topology, save_topology
 from hpcmoe.config import Config, read_config
 from hpcmoe.description import describe_run, describe_tokens
 from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
@@ -88,21 +88,27 @@ def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.E
     checkpoint = None if arguments.resume is None else find_checkpoint(comm, arguments.resume or folder)
     resumes = checkpoint is not None and is_in_folder(checkpoint, folder)
     on_root(comm, lambda: check_checkpoint(checkpoint, folder, config))
+    if config.model.source == "hf":
+        with exit_on_signals(lambda ending: end_all_ranks(comm, opened, ending)):
+            from hpcmoe.finetune import TuningRun, check_source, run_finetune  # seconds of CPU
+
+        on_root(comm, lambda: check_source(config, comm.size))
+        topology = open_place(comm, config, resumes, opened)
+        run_finetune(comm, TuningRun(
+            config=config, text=text, folder=folder, topology=topology, checkpoint=checkpoint, resumes=resumes,
+        ))  # fmt: skip
+        return
     split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length, folder))
     split = on_all(comm, lambda: check_text(split))
 
-    # Read an earlier run's files before the folder, which may be theirs, is moved out of the way; measure after it.
+    # Read an earlier run's files before the folder, which may be theirs, is moved out of the way.
     loads = keep_on_root(comm, lambda: find_loads(config.placement.loads, config.model, read_loads))
-    topology = read_topology(comm, config.cluster) if config.cluster.links != "measure" else None
-    opened.enter_context(open_folder(comm, config.run.output, config.run.name, resume=resumes))
+    topology = open_place(comm, config, resumes, opened)
 
-    # Read where the ranks are and what joins them; check the memory of nodes, that of GPUs is known when they are open.
-    topology = topology or read_topology(comm, config.cluster)
+    # Check the memory of nodes, that of GPUs is known when they are open.
     on_gpus = may_use_gpus(config.comm.device, config.cluster.memory_bytes_per_node, topology)
     if not on_gpus:
         on_root(comm, lambda: check_budget(config.spec, config.parallel.data, topology))
-    on_root(comm, lambda: save_topology(topology, folder / "topology.json"))
-    log.info("%s", topology)
     device = config.comm.device if on_gpus else "host"
     parallel = resolve_tensor_parallel(comm, config.parallel, config.spec, topology, device)
 
@@ -127,6 +133,17 @@ def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.E
                 newest = newest_checkpoint(folder) if config.run.mode == "train" else None
                 table, written = make_table(job, totals), [folder / "run.h5", *([newest] if newest else [])]
                 print_to_stdout(f"\n{table}\n\nwritten: {', '.join(map(str, written))}")
+
+
+def open_place(comm: MPI.Intracomm, config: Config, resumes: bool, opened: contextlib.ExitStack) -> Topology:
+    """Open the run's folder, and read where the ranks are and what joins them -> Topology. Collective over comm."""
+    # Read a file, which may be in the folder, before what is there is moved out of the way; measure after it.
+    topology = read_topology(comm, config.cluster) if config.cluster.links != "measure" else None
+    folder = opened.enter_context(open_folder(comm, config.run.output, config.run.name, resume=resumes))
+    topology = topology or read_topology(comm, config.cluster)
+    on_root(comm, lambda: save_topology(topology, folder / "topology.json"))
+    log.info("%s", topology)
+    return topology
 
 
 def end_all_ranks(comm: MPI.Intracomm, opened: contextlib.ExitStack, ending: BaseException) -> None:

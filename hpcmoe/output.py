@@ -12,9 +12,9 @@ EXIT_USER = 2  # the status of an error that the user can correct: bad input, a 
 DRAIN_SECONDS = 0.2  # for a launcher to forward output: what it has not read when a rank aborts is lost
 
 
-def print_to_stdout(text: str) -> None:
+def print_to_stdout(text: str, end: str = "\n") -> None:
     """Write a text and a line's end to standard output."""
-    write(sys.stdout, f"{text}\n")
+    write(sys.stdout, f"{text}{end}")
 
 
 def print_to_stderr(lines: Iterable[str]) -> None:

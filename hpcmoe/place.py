@@ -9,15 +9,13 @@ if __name__ == "__main__":
     prepare_process()
 
 import argparse
-import contextlib
 import importlib.util
 import logging
 import math
 import pathlib
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -33,6 +31,7 @@ from hpcmoe.placement.problem import OBJECTIVES, PlacementProblem, check_problem
 from hpcmoe.placement.quotas import describe_unevenness, has_even_ranks
 from hpcmoe.placement.result import Placement
 from hpcmoe.reading import format_json
+from hpcmoe.results import check_outputs, replace_file
 
 _MAPS, _PICTURES = (".json", ".npy"), (".png", ".pdf", ".svg")
 
@@ -42,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         with repeated_interrupts():
             arguments = read_place_arguments(sys.argv[1:] if words is None else words)
-            check_outputs(arguments)
+            check_place_outputs(arguments)
             print_to_stdout(place_case(arguments))
     except HpcmoeError as error:
         first, *more = str(error).splitlines()
@@ -107,7 +106,7 @@ def natural(word: str) -> int:
     return number
 
 
-def check_outputs(arguments: argparse.Namespace) -> None:
+def check_place_outputs(arguments: argparse.Namespace) -> None:
     """Check, before a long search, that what is asked for can be written. Raises ConfigError."""
     inputs = {"the case itself": arguments.case, "what --start reads": arguments.start}
     outputs = {
@@ -115,20 +114,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         "what --eplb-out writes": arguments.eplb_out,
         "what --plot draws": arguments.plot,
     }
-    taken = {what: pathlib.Path(path) for what, path in inputs.items() if path}
-    for what, path in ((what, pathlib.Path(path)) for what, path in outputs.items() if path):
-        with one_line_error(path):
-            # Compare it with the inputs and the other outputs, by any of their names.
-            for other, name in taken.items():
-                if any(is_same(mine, its) for mine in with_part(path) for its in with_part(name)):
-                    raise ConfigError(f"{one_line(path)}: cannot be written: is {other}")
-            taken[what] = path
-            if path.is_dir():
-                raise ConfigError(f"{one_line(path)}: cannot be written: is a folder")
-
-            # Try to write beside it: the permissions that root has say nothing of a read-only or full disk.
-            with tempfile.TemporaryFile(dir=path.resolve().parent, buffering=0) as probe:
-                probe.write(bytes(4096))
+    check_outputs(inputs, outputs)
 
     # Check the kinds of file that the endings name.
     for option, path, endings in (("--eplb-out", arguments.eplb_out, _MAPS), ("--plot", arguments.plot, _PICTURES)):
@@ -141,43 +127,6 @@ def check_outputs(arguments: argparse.Namespace) -> None:
 def find_ending(path: str) -> str:
     """Find the ending that names a file's kind: `.json`."""
     return pathlib.Path(path).suffix.lower()
-
-
-def with_part(path: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """Return the full path of a file, and the temporary name under which replace_file() writes it."""
-    whole = pathlib.Path(path).resolve()
-    return whole, whole.with_name(f"{whole.name}.part")
-
-
-def is_same(one: pathlib.Path, other: pathlib.Path) -> bool:
-    """Return True if two paths are one file, or would be; of devices each is its own."""
-    if one.exists() and other.exists():
-        return one.is_file() and one.samefile(other)
-    return one == other
-
-
-@contextlib.contextmanager
-def one_line_error(path: str | pathlib.Path) -> Iterator[None]:
-    """Raise the system's errors inside the block as a ConfigError in one line."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # the latter of a link that leads to itself
-        why = getattr(error, "strerror", None) or one_line(error)
-        raise ConfigError(f"{one_line(path)}: cannot be written: {why}") from None
-
-
-@contextlib.contextmanager
-def replace_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """Open a temporary name that replaces the path when the block ends well; a device is written as it is."""
-    whole, part = with_part(path)
-    part = part if whole.is_file() or not whole.exists() else whole
-    try:
-        with one_line_error(path):
-            yield part
-            part.replace(whole)
-    finally:
-        if part != whole:
-            part.unlink(missing_ok=True)
 
 
 def print_notes(notes: Sequence[str], prefix: str = "") -> None:

@@ -26,6 +26,7 @@ from hpcmoe.model.routing_stats import RoutingSums
 from hpcmoe.model.text import VOCABULARY_SIZE
 
 Draw = Callable[[int, int], torch.Tensor]  # random weights of so many rows and columns
+Past = Callable[[torch.Tensor], torch.Tensor]  # attends [T, 3 H] to what a cache holds of its sequences -> [T, H]
 
 
 class Dense(nn.Module):
@@ -42,17 +43,19 @@ class Dense(nn.Module):
             self.attention_out = nn.Parameter(draw(model.hidden, model.hidden))
         self.attention = model.attention
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute x [T, H] -> (residual, normed) [T, H]; T is whole sequences."""
+    def forward(self, x: torch.Tensor, past: Past | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute x [T, H] -> (residual, normed) [T, H]; T is whole sequences, or goes on from a past."""
         if self.attention:
-            x = x + self.attend(norm(x, self.attention_norm).to(self.dtype)).float()
+            x = x + self.attend(norm(x, self.attention_norm).to(self.dtype), past).float()
         return x, norm(x, self.experts_norm)
 
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, past: Past | None) -> torch.Tensor:
         """Compute causal self-attention within each sequence: x [T, H] -> [T, H]."""
         mixed = multiply(x, self.query_key_value.to(x.dtype))
         shape = (len(x) // self.sequence_length, self.sequence_length, 3, self.num_heads, -1)
-        if len(x) == 0:  # some of torch's kernels reject it; the gradients are zeros, as on other ranks
+        if past is not None:
+            heads = past(mixed)
+        elif len(x) == 0:  # some of torch's kernels reject it; the gradients are zeros, as on other ranks
             heads = mixed[:, : x.shape[1]]
         else:
             query, key, value = mixed.view(shape).permute(2, 0, 3, 1, 4)

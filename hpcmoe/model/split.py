@@ -41,9 +41,7 @@ def split_files(files: Mapping[str, Stamp], validation_share: float, least_bytes
     """
     if len(files) == 1:
         ((path, stamp),) = files.items()
-        cut = int(stamp.size * (1 - validation_share))
-        if stamp.size >= 2 * least_bytes:
-            cut = min(max(cut, least_bytes), stamp.size - least_bytes)
+        cut = cut_size(stamp.size, validation_share, least_bytes)
         return Split(
             training=(Span(path=path, first=0, length=cut, stamp=stamp),),
             validation=(Span(path=path, first=cut, length=stamp.size - cut, stamp=stamp),),
@@ -54,6 +52,12 @@ def split_files(files: Mapping[str, Stamp], validation_share: float, least_bytes
         training=tuple(span for span, validates in zip(spans, chosen, strict=True) if not validates),
         validation=tuple(span for span, validates in zip(spans, chosen, strict=True) if validates),
     )
+
+
+def cut_size(size: int, validation_share: float, least: int) -> int:
+    """Return how much of a single file or document is for training; each part gets `least` where it is long enough."""
+    cut = int(size * (1 - validation_share))
+    return min(max(cut, least), size - least) if size >= 2 * least else cut
 
 
 def interleave_folders(paths: Iterable[str]) -> list[str]:

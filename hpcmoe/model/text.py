@@ -115,6 +115,10 @@ class Text:
             check_span(span)
         return rows
 
+    def draw(self, num_sequences: int, sequence_length: int, seed: int, step: int) -> np.ndarray:
+        """Draw where a step's sequences start -> int64 [n]: anywhere, at random."""
+        return draw_starts(len(self), num_sequences, sequence_length, seed, step)
+
     def fill(self, row: np.ndarray, start: int, spans: dict[int, Span]) -> None:
         """Fill a row with bytes, across the edges of files; add the spans that they come from to spans, by number."""
         index = int(np.searchsorted(self.edges, start, side="right"))

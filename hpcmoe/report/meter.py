@@ -2,15 +2,15 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from mpi4py import MPI
 
-from hpcmoe.clock import Timer
+from hpcmoe.clock import Clock, Timer
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.mpi import all_reduce
-from hpcmoe.dispatch.dispatcher import TokenDispatcher
+from hpcmoe.dispatch.traffic import Traffic
 from hpcmoe.model.routing_stats import RoutingStats
 from hpcmoe.report.batches import Batches
 from hpcmoe.report.metrics import compute_balancedness, compute_link_balance, sum_own_links
@@ -41,10 +41,25 @@ class StepMetrics:
         return self.num_tokens / self.seconds
 
 
+class MeteredDispatcher(Protocol):
+    """What the meter reads of what carries rows."""
+
+    @property
+    def clock(self) -> Clock:
+        """Return the clock of its seconds."""
+
+    @property
+    def transport(self) -> Any:
+        """Return what tells the number of ranks, and this rank's."""
+
+    def pop_traffic(self) -> Traffic:
+        """Return what was sent since the last call."""
+
+
 class Meter:
     """Reads clock and traffic at the end of each step, and sums the steps' figures."""
 
-    def __init__(self, dispatcher: TokenDispatcher, mesh: Mesh):
+    def __init__(self, dispatcher: MeteredDispatcher, mesh: Mesh):
         self.dispatcher, self.mesh, self.clock = dispatcher, mesh, dispatcher.clock
         self.rows_to_peer = np.zeros(dispatcher.transport.size, dtype=np.int64)
         self.own_tokens: Any = 0  # [L, E] assignments whose home is this rank, since pop_tokens

@@ -54,7 +54,7 @@ def rows_of_time(totals: Totals) -> Rows:
     num_steps, num_tokens = max(totals.num_steps, 1), max(totals.num_tokens, 1)
     stages = [(stage, seconds) for stage, seconds in totals.seconds_of_stage.items() if seconds]
     return [
-        *((name, f"{loss:.4f}", "nats/byte") for name, loss in totals.losses.items()),
+        *((name, f"{loss:.4f}", totals.loss_unit * ("loss" in name)) for name, loss in totals.losses.items()),
         ("steps measured", f"{totals.num_steps}", ""),
         ("tokens per second", f"{totals.tokens_per_second:.0f}", "tokens/s"),
         ("time per token", f"{1e6 * totals.seconds / num_tokens:.2f}", "us"),

@@ -26,14 +26,24 @@ from hpcmoe.wait import gather_to_all, wait_all
 class MeasuredRun(Protocol):
     """What the report reads of a run."""
 
-    topology: Topology
-    mesh: Mesh
-    run_placement: RunPlacement
     budget: MemoryBudget
     memory: Memory  # of a rank, as estimated
     stepper: Any  # its network, dispatcher and activation tracker
     meter: Meter
     staged_bytes: int  # the most that this rank has held of experts that move to it
+    loss_unit: str  # nats of what
+
+    @property
+    def mesh(self) -> Mesh:
+        """Return the ranks' mesh."""
+
+    @property
+    def topology(self) -> Topology:
+        """Return where the ranks are."""
+
+    @property
+    def run_placement(self) -> RunPlacement:
+        """Return the present placement, and what other methods would have given."""
 
     @property
     def spec(self) -> NetworkSpec:
@@ -70,7 +80,8 @@ class Totals:
     process: ProcessMemory  # of the process that took most at its peak
     process_bytes: int  # unshared memory of a process beside its arrays, mean of a node's ranks; of the fullest node
     unshared_bytes: int  # unshared memory of a process, mean of a node's ranks; of the fullest node
-    losses: dict[str, float]  # name: nats a byte
+    losses: dict[str, float]  # by name, in the loss_unit; perplexities
+    loss_unit: str  # nats of what
 
     @property
     def tokens_per_second(self) -> float:
@@ -109,6 +120,7 @@ def gather_totals(run: MeasuredRun, optimizer: Any, losses: dict[str, float], sn
         process_bytes=mean_of_fullest_node([beside for _, _, beside in everyone], node_of_rank),
         unshared_bytes=mean_of_fullest_node([process.unshared for _, process, _ in everyone], node_of_rank),
         losses=losses,
+        loss_unit=run.loss_unit,
         **meter.sums | means,
     )
 

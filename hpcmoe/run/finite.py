@@ -57,6 +57,8 @@ def find_causes(step: int, config: Config) -> Iterator[str]:
             yield "[train] learning_rate_warmup_steps = 0: try 20"
         if train.beta1**2 >= train.beta2:
             yield f"[train] beta2 = {train.beta2}: must be well above beta1 squared = {train.beta1**2:.3g}"
+    elif model.source == "hf":
+        yield f"weights or activations overflow: a damaged checkpoint, [model] path = {model.path}"
     else:
         yield f"activations overflow: [model] hidden = {model.hidden}, num_layers = {model.num_layers}"
     if model.dtype == "bfloat16":

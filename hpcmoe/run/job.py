@@ -76,6 +76,7 @@ class Job:
     training: Text
     validation: Text
     staged_bytes: int = 0  # the most that this rank has held of experts on their way to it
+    loss_unit: str = "nats/byte"
 
     @property
     def placement(self) -> Placement:

@@ -30,6 +30,8 @@ def describe_checkpoint(config: Config, step: int, num_ranks: int, text_bytes: i
 
 def describe_shapes(config: Config) -> dict[str, Any]:
     """Return the keys that the shapes of the arrays tell too."""
+    if config.model.source == "hf":  # of any length of sequence
+        return {}
     return read_keys(config, {"model": ["hidden", "feed_forward", "num_layers", "num_experts", "sequence_length"]})
 
 
@@ -38,9 +40,11 @@ def describe_function(config: Config) -> dict[str, Any]:
 
     The biases of the choice act as the checkpoint holds them, whatever [dispatch] bias_update_speed moves them.
     """
+    if config.model.source == "hf":  # the rest is in the model's config.json
+        return read_keys(config, {"model": ["source"]})
     names_of_section = {
         "experts": ["kind", "bias"],
-        "model": ["attention", "top_k"],
+        "model": ["source", "attention", "top_k"],
         "dispatch": ["load_feedback", "capacity_factor"],
     }
     if config.model.attention:
@@ -65,6 +69,9 @@ def describe_training(config: Config) -> dict[str, Any]:
         if config.train.learning_rate_schedule != "constant":  # the rate falls to the last of the steps
             names_of_section["run"] = ["steps"]
             names_of_section["train"] += ["learning_rate_decay_steps", "learning_rate_final"]
+    if config.model.source == "hf":
+        names_of_section["model"] += ["trains", "aux_loss", "sequence_length"]
+        del names_of_section["dispatch"]
     return read_keys(config, names_of_section)
 
 

@@ -142,7 +142,7 @@ def make_placed_experts(placement: Placement, number: int, layer: ExpertLayer) -
 
 def make_zero_state(rows: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
     """Build AdamW's state of rows that it has not stepped yet, after so many steps: moments of zero."""
-    moments = {name: torch.zeros_like(rows) for name in MOMENTS.values()}
+    moments = {name: torch.zeros_like(rows, dtype=torch.float32) for name in MOMENTS.values()}
     return {"step": torch.tensor(float(step), device=rows.device)} | moments
 
 

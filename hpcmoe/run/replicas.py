@@ -1,16 +1,19 @@
 """Ranks that hold the same parameters must hold the same bits: from time to time their hashes are compared."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from mpi4py import MPI
+from torch import nn
 
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.errors import TrainingError, raise_or_return
+from hpcmoe.experts.logical import LogicalExperts
 from hpcmoe.model.language import LanguageModel
 from hpcmoe.run.flat_gradients import SharedExperts
+from hpcmoe.run.move_experts import view_bytes
 from hpcmoe.wait import gather_to_all, wait_all
 
 NOT_HELD = np.iinfo(np.int64).min  # the digest of what a rank does not hold
@@ -22,19 +25,41 @@ def check_shared_parameters(network: LanguageModel, shared: SharedExperts, mesh:
 
     The message names each part and the ranks that differ from the majority.
     """
+    compare_digests(mesh.world, hash_parts(network, shared, mesh), lambda: name_parts(network, mesh), step)
+
+
+def check_shared_model(model: nn.Module, layers: Sequence[LogicalExperts], mesh: Mesh, step: int) -> None:
+    """Check as check_shared_parameters the parameters of any model, layers of experts in it. Collective over world."""
+    own = {id(parameter) for layer in layers for parameter in layer.local.parameters()}
+    dense = {name: digest([p]) for name, p in model.named_parameters() if id(p) not in own}
+    experts = {
+        f"expert {expert} of layer {number} (shard {shard})": NOT_HELD
+        for number, layer in enumerate(layers)
+        for expert in range(layer.num_experts)
+        for shard in range(mesh.tensor_parallel)
+    }
+    for number, layer in enumerate(layers):
+        for expert, slot in layer.list_slots():
+            place = f"expert {expert} of layer {number} (shard {mesh.tensor_index})"
+            experts[place] = digest(layer.local.replicas[slot].parameters())
+    digests = dense | experts
+    compare_digests(mesh.world, np.array([*digests.values()]), lambda: [*digests], step)
+
+
+def compare_digests(world: MPI.Comm, digests: np.ndarray, list_names: Callable[[], list[str]], step: int) -> None:
+    """Raise TrainingError on all ranks where digests [n] of ranks differ, NOT_HELD aside. Collective over world."""
     # Reduce each part's least and greatest digest; the least is the complement of the greatest complement.
-    digests = hash_parts(network, shared, mesh)
     held = np.where(digests == NOT_HELD, NOT_HELD, ~digests)
     extremes = np.concatenate([digests, held])
-    wait_all([mesh.world.Iallreduce(MPI.IN_PLACE, extremes, MPI.MAX)])
+    wait_all([world.Iallreduce(MPI.IN_PLACE, extremes, MPI.MAX)])
     greatest, complement = np.split(extremes, 2)
     differ = np.flatnonzero((greatest != ~complement) & (greatest != NOT_HELD))
     if len(differ) == 0:
         return
 
     # Gather the digests of the parts that differ, and name the ranks.
-    of_ranks = np.array(gather_to_all(mesh.world, digests[differ]))  # [ranks, parts]
-    names = name_parts(network, mesh)
+    of_ranks = np.array(gather_to_all(world, digests[differ]))  # [ranks, parts]
+    names = list_names()
     errors = [
         f"step {step}: copies of {names[part]} differ: {describe_ranks(of_ranks[:, number])}"
         for number, part in enumerate(differ[:_MOST_ERRORS].tolist())
@@ -61,7 +86,7 @@ def digest(parameters: Iterable[torch.Tensor]) -> int:
     """Hash the bits of parameters -> int64 above NOT_HELD + 1."""
     hashed = hashlib.blake2b(digest_size=8)
     for parameter in parameters:
-        hashed.update(parameter.detach().cpu().contiguous().numpy().data)
+        hashed.update(view_bytes(parameter.detach().cpu().reshape(-1)).data)
     return int.from_bytes(hashed.digest()[:7], "little")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from hpcmoe.clock import Timer
 from hpcmoe.config import Config
 from hpcmoe.model.balance import update_biases, update_load
-from hpcmoe.model.text import draw_starts, even_starts, share_of
+from hpcmoe.model.text import even_starts, share_of
 from hpcmoe.report.meter import StepMetrics
 from hpcmoe.report.metrics import Recorder
 from hpcmoe.report.progress import open_progress
@@ -100,7 +100,7 @@ def draw_batch(job: Job, step: int) -> np.ndarray:
     """Draw where the sequences of a step start -> int64 [batch_sequences]."""
     config = job.config
     length = config.model.sequence_length
-    return draw_starts(len(job.training), config.data.batch_sequences, length, config.run.seed, step)
+    return job.training.draw(config.data.batch_sequences, length, config.run.seed, step)
 
 
 def measure_validation_loss(job: Job, load: np.ndarray, step: int) -> float:
@@ -127,7 +127,9 @@ def is_due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def record_step(records: Recorder, step: int, outcome: Outcome, metrics: StepMetrics) -> None:
+def record_step(
+    records: Recorder, step: int, outcome: Outcome, metrics: StepMetrics, loss_unit: str = "nats/byte"
+) -> None:
     """Record a step's figures."""
     # List the figures with their units.
     figures = [
@@ -145,7 +147,7 @@ def record_step(records: Recorder, step: int, outcome: Outcome, metrics: StepMet
         *(("run", f"seconds_{stage}", seconds, "s") for stage, seconds in metrics.seconds_of_stage.items()),
     ]
     if outcome.loss is not None:
-        figures.append(("train", "loss", outcome.loss, "nats/byte"))
+        figures.append(("train", "loss", outcome.loss, loss_unit))
 
     # Record them.
     for chapter, name, value, unit in figures:

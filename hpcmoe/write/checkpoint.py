@@ -12,10 +12,11 @@ from pathlib import Path
 from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, on_all, on_root, raise_or_return
-from hpcmoe.write.boxes import Piece
+from hpcmoe.replacing import remove_folder
+from hpcmoe.write.boxes import HeldPiece
 from hpcmoe.write.checksums import check_checksum, read_checksums
 from hpcmoe.write.hdf5 import Values, checkpoint_errors
-from hpcmoe.write.pieces import MASTER, WriteTasks, check_files, remove_folder, write_in_tasks
+from hpcmoe.write.pieces import MASTER, WriteTasks, check_files, write_in_tasks
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -23,7 +24,7 @@ _PARTIAL = re.compile(r"checkpoint-\d+(\.old)?\.partial")
 
 
 def save_checkpoint(
-    comm: MPI.Comm, folder: Path, step: int, pieces: Sequence[Piece], metadata: Values, keep: int
+    comm: MPI.Comm, folder: Path, step: int, pieces: Sequence[HeldPiece], metadata: Values, keep: int
 ) -> WriteTasks:
     """Write folder/checkpoint-STEP, then remove all but the last `keep`, in tasks. Collective over comm.
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hpcmoe.errors import CheckpointError
-from hpcmoe.write.hdf5 import check_exists, checkpoint_errors, sync
+from hpcmoe.replacing import sync
+from hpcmoe.write.hdf5 import check_exists, checkpoint_errors
 
 CHECKSUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)")

@@ -113,12 +113,3 @@ def read_entry(dataset: h5py.Dataset) -> Any:
     """Read what write_entry wrote -> str, int, float or bool where it is one value, else an array."""
     value = dataset.asstr()[()] if h5py.check_string_dtype(dataset.dtype) else dataset[()]
     return value.item() if isinstance(value, np.generic) else value
-
-
-def sync(path: Path) -> None:
-    """Wait until the bytes of a file or folder are on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

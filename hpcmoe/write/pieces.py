@@ -14,15 +14,15 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, on_all, on_root
+from hpcmoe.replacing import make_empty, name_partial, publish_folder, sync
 from hpcmoe.wait import barrier
 from hpcmoe.write.boxes import HeldPiece, PieceSpec, check_tiling
 from hpcmoe.write.checksums import compute_digest, write_checksums
-from hpcmoe.write.hdf5 import Values, check_exists, checkpoint_errors, open_unbuffered, read_entry, sync, write_entry
+from hpcmoe.write.hdf5 import Values, check_exists, checkpoint_errors, open_unbuffered, read_entry, write_entry
 
 MASTER = "master.h5"  # holds a virtual dataset for each array, and besides them:
 METADATA = "metadata"  # one value each
 FILES = "files"  # name and bytes of each rank's file: a lost one would read as zeros
-OLD = ".old.partial"  # after the name of a folder that is about to go
 _METADATA_BEFORE = "facts"  # the group of 0.2 and earlier
 
 WriteTask = Callable[[], Any]  # needs no MPI: a thread may run it
@@ -61,7 +61,7 @@ def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[HeldPiece], me
 
     Send back either the task itself, which then runs here, or the `result` of its future.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = name_partial(folder)
     held = [piece for piece in pieces if math.prod(piece.spec.extent) > 0]
     try:
         # Write one file per rank.
@@ -113,14 +113,6 @@ def name_rank_file(rank: int) -> str:
     return f"rank{rank:04d}.h5"
 
 
-def make_empty(folder: Path) -> None:
-    """Make an empty folder, in place of what a killed run may have left."""
-    with checkpoint_errors(folder, "written"):
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-
-
 def write_rank_file(path: Path, pieces: Sequence[HeldPiece]) -> tuple[int, str]:
     """Write one rank's pieces -> (bytes, digest) of its file; without pieces it writes none."""
     if not pieces:
@@ -159,27 +151,7 @@ def publish(folder: Path, partial: Path, files: Sequence[RankFile], metadata: Va
     write_checksums(partial, {MASTER: compute_digest(partial / MASTER)} | digests)
 
     # Rename at the last moment: a folder of that name is of a course that this run left.
-    with checkpoint_errors(folder, "written"):
-        sync(partial)
-        old = rename_old(folder) if folder.exists() else None
-        partial.rename(folder)
-        sync(folder.parent)
-        if old is not None:
-            shutil.rmtree(old)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder so that a kill midway leaves none of its name."""
-    if folder.exists():
-        shutil.rmtree(rename_old(folder))
-
-
-def rename_old(folder: Path) -> Path:
-    """Rename a folder that is to be replaced or removed -> its name then."""
-    old = folder.with_name(f"{folder.name}{OLD}")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    return old
+    publish_folder(partial, folder)
 
 
 def write_virtual(master: h5py.File, name: str, specs: Sequence[tuple[int, PieceSpec]]) -> None:

@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, HpcmoeError, raise_or_return
 from hpcmoe.wait import barrier, wait_all
-from hpcmoe.write.boxes import Piece
+from hpcmoe.write.boxes import HeldPiece, Piece
 from hpcmoe.write.checkpoint import save_checkpoint
 from hpcmoe.write.hdf5 import Values
 from hpcmoe.write.pieces import WriteTasks, run_tasks
@@ -65,7 +64,7 @@ class Writer:
         """Return the size of the snapshots that the thread writes from."""
         return sum(array.nbytes for array in self.snapshots)
 
-    def save(self, step: int, pieces: Iterable[Piece], metadata: Values) -> None:
+    def save(self, step: int, pieces: Iterable[HeldPiece], metadata: Values) -> None:
         """Save as save_checkpoint does; where a thread writes, return after a snapshot. Collective over comm.
 
         Wait first for the checkpoint under way. Raises its error, or this one's, on all ranks.
@@ -99,18 +98,19 @@ class Writer:
             concurrent.futures.wait([self.under_way[1]])
             self.advance(*self.under_way)
 
-    def take_snapshot(self, pieces: Iterable[Piece]) -> list[Piece]:
+    def take_snapshot(self, pieces: Iterable[HeldPiece]) -> list[Piece]:
         """Copy pieces, into arrays of the last snapshot wherever one fits."""
         spare = collections.defaultdict(list)
         for array in self.snapshots:
             spare[array.shape, array.dtype].append(array)
         copied, self.snapshots = [], []
         for piece in pieces:
-            fitting = spare[piece.array.shape, piece.array.dtype]
-            array = fitting.pop() if fitting else np.empty(piece.array.shape, piece.array.dtype)
-            np.copyto(array, piece.array)
+            spec, held = piece.spec, piece.array
+            fitting = spare[held.shape, held.dtype]
+            array = fitting.pop() if fitting else np.empty(held.shape, held.dtype)
+            np.copyto(array, held)
             self.snapshots.append(array)
-            copied.append(dataclasses.replace(piece, array=array))
+            copied.append(Piece(name=spec.name, shape=spec.shape, start=spec.start, array=array))
         return copied
 
     def finish_vote(self) -> bool:

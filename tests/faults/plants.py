@@ -298,13 +298,13 @@ FAULTS = {
     ),
     # CHECKPOINTS
     "a folder has its name before its files are on disk": plant(
-        "write/pieces.py", "        sync(partial)\n", "", "write/test_pieces.py"
+        "replacing.py", "        sync(partial)\n", "", "write/test_pieces.py"
     ),
     "a rank's file is not on disk when it is told": plant(
         "write/pieces.py", "        sync(path)\n", "", "write/test_pieces.py"
     ),
     "an old checkpoint is torn while it is removed": plant(
-        "write/pieces.py",
+        "replacing.py",
         "        shutil.rmtree(rename_old(folder))\n",
         "        shutil.rmtree(folder)\n",
         "write/test_pieces.py write/test_checkpoint.py",

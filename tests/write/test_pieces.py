@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mpi4py import MPI
 
+from hpcmoe import replacing
 from hpcmoe.errors import CheckpointError, on_all
 from hpcmoe.write import checksums, pieces
 from hpcmoe.write.boxes import Piece, PieceSpec, check_tiling
@@ -125,7 +126,7 @@ def test_folder_of_that_name_is_replaced(comm, tmp_path):
 
 def test_all_is_on_the_disk_before_the_folder_has_its_name(comm, tmp_path, monkeypatch):
     order, sync, rename = [], pieces.sync, pathlib.Path.rename
-    for module in (pieces, checksums):
+    for module in (pieces, checksums, replacing):
         monkeypatch.setattr(module, "sync", lambda path: (order.append(path.name), sync(path)))
     monkeypatch.setattr(pathlib.Path, "rename", lambda path, to: (order.append("named"), rename(path, to))[1])
     write_whole(comm, tmp_path / "a")
@@ -136,7 +137,7 @@ def test_a_folder_loses_its_name_before_its_files(tmp_path, monkeypatch):
     folder, rmtree, there = tmp_path / "checkpoint-2", shutil.rmtree, []
     (folder / "inside").mkdir(parents=True)
     monkeypatch.setattr(shutil, "rmtree", lambda path, **how: (there.append(folder.exists()), rmtree(path, **how)))
-    pieces.remove_folder(folder)
+    replacing.remove_folder(folder)
     assert not there[-1] and list(tmp_path.iterdir()) == []
 
 
