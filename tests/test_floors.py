@@ -9,8 +9,8 @@ import sys
 from launch import ROOT, run
 
 GROUND = (
-    "__version__", "output", "interrupts", "start", "segments", "mpi_library", "wait", "clock", "errors", "replacing",
-    "environment", "messages", "paths", "arguments", "results", "watch", "reading", "float32", "renamed",
+    "__version__", "output", "interrupts", "ending", "start", "segments", "mpi_library", "wait", "clock", "errors",
+    "environment", "messages", "paths", "replacing", "arguments", "results", "watch", "reading", "float32", "renamed",
     "contradictions", "overrides", "validate", "sections", "config", "idle", "gemm",
 )  # fmt: skip
 CHAPTERS = sorted(folder.parent.name for folder in (ROOT / "hpcmoe").glob("*/__init__.py"))  # the alphabet is the order

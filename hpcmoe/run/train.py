@@ -151,5 +151,6 @@ def record_step(
 
     # Record them.
     for chapter, name, value, unit in figures:
-        records.append(step, chapter, name, value, unit)
+        if value is not None:
+            records.append(step, chapter, name, value, unit)
     records.flush_if_due()

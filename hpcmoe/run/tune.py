@@ -153,7 +153,7 @@ def run_rows(job: TuningJob, rows: np.ndarray, num_tokens: int, trains: bool) ->
     is the mean of the micro-batches', and not in what is returned.
     """
     tokens = torch.from_numpy(rows.astype(np.int64)).to(job.group.device.torch_device)
-    targets = tokens[:, 1:]
+    targets = tokens[:, 1:].contiguous()
     asked = {"output_router_logits": True} if trains and job.config.model.aux_loss else {}
     output = job.model(
         input_ids=tokens[:, :-1], labels=targets, shift_labels=targets, num_items_in_batch=num_tokens, use_cache=False,
@@ -201,8 +201,8 @@ def count_tokens(job: TuningJob, num_tokens: int) -> RoutingStats:
         tokens_of_expert=total,
         own_tokens=own,
         utilisation=total / np.maximum(even, 1e-9),
-        aux_loss=0.0,
-        z_loss=0.0,
+        aux_loss=None,
+        z_loss=None,
     )
 
 
