@@ -25,7 +25,7 @@ from twins import sum_over
 
 import hpcmoe
 from hpcmoe.errors import ConfigError
-from hpcmoe.experts import family as family_experts
+from hpcmoe.experts import fused
 from hpcmoe.model.hf.spread import TESTED, find_top_k
 
 # Families whose own float32 is 3e-6 to 3e-5 from a float64 twin on one process, and why.
@@ -102,15 +102,15 @@ def test_steps_in_lanes_learn_as_one_process_does(comm, family):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("checkpoints", [False, True])
-def test_a_checkpoint_drops_the_experts_graphs_and_changes_nothing(comm, checkpoints, monkeypatch):
-    graphs, trace = [], family_experts.trace_expert
+def test_a_checkpoint_drops_what_the_experts_keep_and_changes_nothing(comm, checkpoints, monkeypatch):
+    keep, forward = [], fused.forward
 
-    def note(expert, x):
-        graph = trace(expert, x)
-        graphs.append(weakref.ref(graph[1]))
-        return graph
+    def note(expert, x, kept):
+        y = forward(expert, x, kept)
+        keep.append(weakref.ref(kept[-1][1]))
+        return y
 
-    monkeypatch.setattr(family_experts, "trace_expert", note)
+    monkeypatch.setattr(fused, "forward", note)
     with open_group(comm) as group:
         all_ids, ids = draw_ids(comm)
         whole, _ = run_whole("qwen3_moe", all_ids)
@@ -118,10 +118,10 @@ def test_a_checkpoint_drops_the_experts_graphs_and_changes_nothing(comm, checkpo
         if checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         loss = call(model, ids, all_ids).loss
-        in_forward = len(graphs)
-        assert in_forward > 0 and sum(graph() is not None for graph in graphs) == (0 if checkpoints else in_forward)
+        in_forward = len(keep)
+        assert in_forward > 0 and sum(kept() is not None for kept in keep) == (0 if checkpoints else in_forward)
         loss.backward()
-        assert (len(graphs) > in_forward) == checkpoints
+        assert (len(keep) > in_forward) == checkpoints
         group.sum_gradients(model)
         compare_gradients(comm, model, whole)
 
