@@ -67,8 +67,9 @@ def add_adapters(model: Any, settings: ModelConfig, seed: int) -> None:
     except ImportError:
         raise ConfigError('[model] trains = "lora": needs peft: pip install peft') from None
     torch.manual_seed(seed)  # alike on all ranks
-    model.peft_config = {"default": make_adapter_config(model, settings)}
-    inject_adapter_in_model(model.peft_config["default"], model)
+    adapters = make_adapter_config(model, settings)
+    inject_adapter_in_model(adapters, model)
+    model.peft_config = {"default": adapters}  # as a PeftModel has it
 
 
 def save_adapters(model: Any, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from hpcmoe.comm.device import Device
 from hpcmoe.config import Config, NetworkSpec
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.dispatch.traffic import Traffic, make_traffic
+from hpcmoe.ending import Ending
 from hpcmoe.errors import ConfigError
 from hpcmoe.experts.moe import Experts
 from hpcmoe.float32 import FLOAT32_BYTES
@@ -106,6 +107,7 @@ class ModelRunner:
     network: TunedNetwork
     dispatcher: JoinedDispatchers
     tracker: ActivationTracker
+    ending: Ending = field(default_factory=Ending)
 
 
 @dataclass(slots=True, kw_only=True)
