@@ -13,9 +13,9 @@ MAX_TOKENS = 36  # of a rank in one exchange
 
 
 @contextlib.contextmanager
-def open_group(comm, num_nodes=1):
+def open_group(comm, num_nodes=1, **options):
     links = make_topology(comm.size, min(num_nodes, comm.size))
-    with hpcmoe.open(comm, links=links, threads=1, max_tokens=MAX_TOKENS) as group:
+    with hpcmoe.open(comm, links=links, threads=1, max_tokens=MAX_TOKENS, **options) as group:
         yield group
 
 
@@ -27,14 +27,14 @@ def save(comm, folder, model, shard="5GB"):
     return folder
 
 
-def save_tiny(comm, folder, family, **changes):
+def save_tiny(comm, folder, family, shard="5GB", **changes):
     """Save a family's new tiny model, its configuration changed. Collective."""
     from transformers import AutoModelForCausalLM
 
     config = make_config(family)
     config.update(changes)
     torch.manual_seed(0)
-    return save(comm, folder, AutoModelForCausalLM.from_config(config))
+    return save(comm, folder, AutoModelForCausalLM.from_config(config) if comm.rank == 0 else None, shard)
 
 
 def read_whole(folder, **options):

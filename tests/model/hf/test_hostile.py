@@ -97,7 +97,7 @@ ONE_FILE = {
     "missing expert": (lambda f: remove_tensor(f, EXPERT.format(7)), "7 tensors: must be for 8 experts, as config"),
     "other family": (lambda f: edit_json(f / CONFIG, model_type="deepseek_v2"), r"makes it: .* \(deepseek_v2\)"),
     "other widths": (lambda f: edit_json(f / CONFIG, hidden_size=64), r"shape \[\[.*\]\] makes .*: must be"),
-    "more experts": (lambda f: edit_json(f / CONFIG, num_experts=9), r"experts.*: 8 tensors: must be for 9 experts"),
+    "more experts": (lambda f: edit_json(f / CONFIG, num_experts=9), r"gate.weight: .*: must be \[9, 32\]"),
     "hostile depth": (lambda f: edit_json(f / CONFIG, num_hidden_layers=10**9), "layers = 10+: of"),
     "odd numbers": (lambda f: edit_json(f / CONFIG, num_attention_heads="x"), rf"{CONFIG}: "),
     "unknown family": (lambda f: edit_json(f / CONFIG, model_type="no_such"), rf"{CONFIG}: model_type = 'no_such'"),

@@ -1,8 +1,11 @@
 """A model of transformers is read from its files, each rank its experts alone, as transformers itself reads it."""
 
+import ctypes
 import dataclasses
+import gc
 import logging
 import os
+import pathlib
 
 import pytest
 import torch
@@ -12,12 +15,19 @@ from tiny_families import make_model
 
 import hpcmoe
 from hpcmoe.errors import ConfigError, PlacementError
+from hpcmoe.model.hf.adapters import ADAPTED
 from hpcmoe.model.hf.compare import compare_step
 from hpcmoe.model.hf.spread import TESTED
 from hpcmoe.wait import barrier
 
 CLOSE = 2e-6  # of the largest number of a tensor
 LENGTH = 12
+OTHERS = (
+    "qwen3_next", "qwen3_5_moe_text", "deepseek_v32", "deepseek_v4", "glm4_moe_lite", "granitemoeshared",
+    "granitemoehybrid", "granitemoe_swa", "dots1", "hunyuan_v1_moe", "minimax", "minimax_m2", "flex_olmo", "lfm2_moe",
+    "nemotron_h", "afmoe", "exaone_moe", "solar_open", "bailing_hybrid", "mimo_v2_flash", "hy_v3", "cohere2_moe",
+    "mellum", "laguna", "zaya", "gemma4_text", "aria_text", "glm_moe_dsa", "axk1", "flint",
+)  # fmt: skip
 SHARD = "20KB"  # several files a model
 
 
@@ -44,6 +54,31 @@ def test_a_family_is_loaded_as_transformers_loads_it(comm, shared, family):
         furthest = max(found, key=lambda each: each.ratio)
         assert furthest.ratio <= CLOSE, furthest
         assert {each.name for each in found} >= {"logits", "loss", *(name for name, _ in wanted.named_parameters())}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("family", [*ADAPTED, *(pytest.param(family, marks=pytest.mark.full) for family in OTHERS)])
+def test_other_families_are_loaded_as_transformers_loads_them(comm, shared, family):
+    folder = save(comm, shared / "saved", make_model(family))
+    with open_group(comm) as group:
+        model, ids = hpcmoe.hf.load(folder, group), draw_ids(comm)[comm.rank]
+        with torch.no_grad():
+            found, wanted = (m(input_ids=ids, use_cache=False).logits for m in (model, read_whole(folder)))
+        assert float((found - wanted).abs().max()) <= 2 * CLOSE * float(wanted.abs().max())
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "dbrx"])
+def test_a_tensor_parallel_rank_keeps_its_shard_of_each_expert(comm, shared, family):
+    folder = save(comm, shared / "saved", make_model(family))
+    num_shards = 1 if comm.size % 2 else 2
+    with open_group(comm, tensor_parallel=num_shards) as group:
+        whole = hpcmoe.hf.spread(read_whole(folder), group)
+        prepared = hpcmoe.hf.prepare_load(folder, group)
+        wanted, found = (list(m.named_parameters()) for m in (whole, prepared.read()))
+        assert [name for name, _ in wanted] == [name for name, _ in found]
+        assert all(torch.equal(p, own) for (_, p), (_, own) in zip(wanted, found, strict=True))
+        assert (prepared.estimate.passing > 0) == (num_shards > 1)
 
 
 @pytest.mark.mpi
@@ -178,3 +213,46 @@ def test_arguments_are_checked_and_alike(comm, shared):
         if comm.size > 1:
             with pytest.raises(ConfigError, match="trains = 'experts', 'all' on rank 0: must be alike on all ranks"):
                 hpcmoe.hf.load(folder, group, trains="experts" if comm.rank else "all")
+
+
+@pytest.mark.full
+@pytest.mark.mpi
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_two_gigabytes_take_what_the_estimate_says(comm, shared, dtype):
+    sizes = {
+        "vocab_size": 1000, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 10,
+        "num_attention_heads": 16, "num_local_experts": 16, "dtype": torch.bfloat16,
+    }  # fmt: skip
+    folder = save_tiny(comm, shared / "saved", "mixtral", shard="500MB", **sizes)
+    forget_files(comm, folder)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that tests before have had is used again
+    with open_group(comm) as group:
+        prepared = hpcmoe.hf.prepare_load(folder, group, dtype=dtype)
+        barrier(comm)
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+        before = read_figure("io", "read_bytes"), read_figure("status", "VmRSS") * 1024
+        prepared.read()
+        barrier(comm)
+        read = read_figure("io", "read_bytes") - before[0]
+        peak = read_figure("status", "VmHWM") * 1024 - before[1]
+    estimate = prepared.estimate
+    of_node = comm.allreduce(read)
+    assert of_node == 0 or 0.95 < of_node / estimate.node_read < 1.05  # 0 where files are in memory
+    assert 0.95 < peak / (estimate.kept + estimate.passing) < 1.05
+
+
+def forget_files(comm, folder):
+    """Have the system drop what it has in memory of a folder's files. Collective."""
+    for file in folder.iterdir() if comm.rank == 0 else ():
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+    barrier(comm)
+
+
+def read_figure(file, name):
+    """Read a figure of this process from the system."""
+    lines = pathlib.Path(f"/proc/self/{file}").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
