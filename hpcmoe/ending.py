@@ -39,13 +39,13 @@ class Ending:
         return self.find_reason() is not None
 
     def agree(self, num_asked: float) -> None:
-        """Note how many ranks have been asked to end, the same number on all: if any, the run ends after this step."""
+        """Record how many ranks have been asked to end, the same number on all: if any, the run ends after this step."""
         self.is_agreed = self.is_agreed or num_asked > 0
 
 
 @contextlib.contextmanager
 def end_in_order(restart: RestartConfig, folder: Path | None) -> Iterator[Ending]:
-    """Have signals in the block ask for an end in order -> Ending. Within repeated_interrupts().
+    """Make signals in the block ask for an end in order -> Ending. Within repeated_interrupts().
 
     folder: of the run, on the one rank that is to watch it, and the clock; the file `stop` that asked is removed.
     """

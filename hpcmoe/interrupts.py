@@ -69,7 +69,7 @@ def repeated_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def postponed_interrupts(grace_seconds: float) -> Iterator[list[int]]:
-    """Note the first signal that asks the block to end -> the list where it is noted. Within repeated_interrupts().
+    """Record the first signal that asks the block to end -> the list that holds it. Within repeated_interrupts().
 
     The block is to end by itself. A second Ctrl-C, or grace_seconds after the first signal, raises Interrupted.
     """

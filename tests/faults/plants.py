@@ -338,7 +338,11 @@ FAULTS = {
         2,
     ),
     "what is saved is not a copy": plant(
-        "write/writer.py", "dataclasses.replace(piece, array=array)", "piece", "write/test_writer.py", 3
+        "write/writer.py",
+        "start=spec.start, array=array)",
+        "start=spec.start, array=held)",
+        "write/test_writer.py",
+        3,
     ),
     "another model's checkpoint is taken up": plant(
         "run/metadata.py",
