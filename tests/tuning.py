@@ -25,7 +25,8 @@ QUICK = {
     "model.num_heads": 4, "model.sequence_length": LENGTH, "run.steps": 4, "data.batch_sequences": 12,
     "data.validation_sequences": 12, "pipeline.micro_batches": 2, "train.learning_rate": 0.003,
     "train.learning_rate_warmup_steps": 2, "train.learning_rate_schedule": "cosine", "train.clip_norm": 0.5,
-    "train.weight_decay": 0.5, "train.check_every": 2, "train.validate_every": 0, "write.checkpoint_every": 0, "run.threads_per_rank": 1,
+    "train.weight_decay": 0.5, "train.check_every": 2, "train.validate_every": 0, "write.checkpoint_every": 0,
+    "run.threads_per_rank": 1,
 }  # fmt: skip
 
 
