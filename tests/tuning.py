@@ -11,7 +11,6 @@ from tiny_families import make_model
 import hpcmoe
 from hpcmoe.finetune import open_run_group, read_state, save_state
 from hpcmoe.model.order import number_sequences
-from hpcmoe.run.model_optimizer import is_decayed
 from hpcmoe.run.schedules import learning_rate_at
 from hpcmoe.run.trained_parts import checkpoint_activations, set_trained
 from hpcmoe.run.tune import tune
@@ -26,7 +25,8 @@ QUICK = {
     "model.num_heads": 4, "model.sequence_length": LENGTH, "run.steps": 4, "data.batch_sequences": 12,
     "data.validation_sequences": 12, "pipeline.micro_batches": 2, "train.learning_rate": 0.003,
     "train.learning_rate_warmup_steps": 2, "train.learning_rate_schedule": "cosine", "train.clip_norm": 0.5,
-    "train.check_every": 2, "train.validate_every": 0, "write.checkpoint_every": 0, "run.threads_per_rank": 1,
+    "train.weight_decay": 0.5, "train.check_every": 2, "train.validate_every": 0, "write.checkpoint_every": 0,
+    "run.threads_per_rank": 1,
 }  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def tune_plainly(family="mixtral", trained=lambda name: True, **changes):
     train, losses, norms = config.train, [], []
     groups = [
         {
-            "params": [p for name, p in named if is_decayed(name, p) == decays],
+            "params": [p for name, p in named if name.endswith(("bias", "norm.weight")) != decays],
             "weight_decay": train.weight_decay * decays,
         }
         for decays in (True, False)
