@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # what imports torch
     from hpcmoe.report.texts import TextReport
 
 _HF_CONFIG = "config.json"
+_TUNED = "hf"  # in the folder of a run that trained a Hugging Face model: the model as its family's checkpoint
 _COMMAND_LINE = "command line"  # with which errors begin
 
 
@@ -102,8 +103,8 @@ def generate(comm: MPI.Intracomm, arguments: argparse.Namespace) -> None:
     path, is_hf = on_root(comm, lambda: find_model(arguments.model))
     given = keep_on_root(comm, lambda: read_input(arguments))
     with exit_on_signals(lambda ending: exit_with(comm, ending, read_host_name())):
-        options = on_root(comm, lambda: read_options(arguments))  # imports torch, and what follows
         on_all(comm, lambda: import_engine(is_hf))
+        options = on_root(comm, lambda: read_options(arguments))
     level = logging.INFO if is_hf and comm.rank == 0 else logging.WARNING  # how loading goes on, which may take minutes
     logging.basicConfig(level=level, format="hpcmoe: %(message)s", handlers=[StderrHandler()])
 
@@ -118,8 +119,9 @@ def generate(comm: MPI.Intracomm, arguments: argparse.Namespace) -> None:
 def find_model(where: str) -> tuple[Path, bool]:
     """Find what a model is -> (its path, whether it is a Hugging Face checkpoint). Raises ConfigError for neither."""
     path = Path(expand_path(where, "MODEL"))
-    if (path / _HF_CONFIG).is_file():
-        return path, True
+    for folder in path, path / _TUNED:
+        if (folder / _HF_CONFIG).is_file():
+            return folder, True
     if path.is_dir() and ((path / MASTER).is_file() or list_checkpoints(path)):
         return path, False
     raise ConfigError(

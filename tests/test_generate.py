@@ -134,14 +134,16 @@ def test_a_hugging_face_checkpoint_is_continued_as_transformers_does(comm, share
         (("{run}", "--prompt", "", "--max-new-tokens", "1"), "--prompt: '': has no tokens to begin with"),
         (("{run}", "--prompt", "a"), "checkpoint-1/SHA256SUMS is missing"),
         (("{hf}", "--prompt", "a"), "hf: has no tokenizer: tokenizer.json"),
+        (("{tuned}", "--prompt", "a"), "tuned/hf: has no tokenizer: tokenizer.json"),  # found within its run's folder
     ],
 )  # fmt: skip
 def test_what_the_user_can_mend_is_one_line(words, said, tmp_path):
-    (tmp_path / "p").write_text("a")
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text('{"model_type": "mixtral"}')
-    places = {"folder": tmp_path, "run": tmp_path / "run", "hf": tmp_path / "hf"}
+    (tmp_path / "run" / "checkpoint-1" / "p").write_text("a")
+    for folder in (tmp_path / "hf", tmp_path / "tuned" / "hf"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"model_type": "mixtral"}')
+    places = {"folder": tmp_path / "run" / "checkpoint-1"} | {n: tmp_path / n for n in ("run", "hf", "tuned")}
     with pytest.raises(HpcmoeError) as error:
         generate(MPI.COMM_SELF, read_generate_arguments([word.format(**places) for word in words]))
     assert said in str(error.value) and "\n" not in str(error.value)
