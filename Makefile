@@ -123,8 +123,8 @@ $(VENV)/ready: setup.cfg constraints.txt | $(VENV)/bin/python mpirun-of-$(MPI)
 	touch $@
 
 $(VENV)/test-ready: $(VENV)/ready | mpi4py-of-$(MPI)
-	@echo "$(VENV): installing what tests need: pytest, hypothesis, matplotlib, ruff, mypy; 60 MB to download, 180 MB on disk"
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@echo "$(VENV): installing what tests need: pytest, hypothesis, matplotlib, ruff, mypy, transformers; 100 MB to download, 380 MB on disk"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,hf]"
 	@echo "$(VENV): compiling the placement's search with numba, once: about 20 s"
 	$(VENV)/bin/python -c 'from hpcmoe.placement.search.warm import compile_search; compile_search()'
 	touch $@

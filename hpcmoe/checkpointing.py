@@ -18,7 +18,7 @@ from torch.optim import Optimizer as TorchOptimizer
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.errors import CheckpointError, on_all, on_root
 from hpcmoe.paths import expand_path
-from hpcmoe.replacing import OLD
+from hpcmoe.replacing import OLD, choose_target
 from hpcmoe.run.model_state import ArrayInfo, Held, ModelState, is_expert
 from hpcmoe.run.optimizer_state import (
     StateKind,
@@ -72,7 +72,7 @@ def save_model(
     ranks.
     """
     started, world = time.monotonic(), mesh.world
-    path = on_root(world, lambda: choose_target(folder))
+    path = on_root(world, lambda: choose_target(folder, "save", _OWN_FILES, (MASTER,)))
     written = on_root(world, lambda: encode("extra", extra or {}))
     state = ModelState(mesh, model, optimizer)
     described = state.describe()
@@ -149,20 +149,6 @@ def find_host_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which NumPy holds numbers exactly: float32 for bfloat16 and the floats of eight bits."""
     known = dtype in (torch.float16, torch.float32, torch.float64) or not dtype.is_floating_point
     return dtype if known else torch.float32
-
-
-def choose_target(folder: Path | str) -> Path:
-    """Choose the path to write -> absolute. Raises CheckpointError where anything but a checkpoint is there."""
-    path = Path(expand_path(str(folder), "save")).resolve()
-    with checkpoint_errors(path, "written"):
-        if path.name == "" or (path.exists() and not path.is_dir()):
-            raise CheckpointError(f"{path}: is no folder that a checkpoint can replace")
-        names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    foreign = [name for name in names if not _OWN_FILES.fullmatch(name)]
-    if foreign or (names and MASTER not in names):
-        found = (foreign or names)[0]
-        raise CheckpointError(f"{path}: holds {found}, so it is no checkpoint and is not replaced; choose another name")
-    return path
 
 
 def choose_source(folder: Path | str) -> Path:

@@ -36,7 +36,7 @@ def main() -> None:
             arguments = on_root(comm, lambda: read_family_arguments(sys.argv[1:]))
             if arguments is not None:
                 with exit_on_signals(lambda ending: exit_with(comm, ending, read_host_name())):  # it imports torch
-                    run(comm, arguments)
+                    run_command(comm, arguments)
             barrier(comm)
     except (Exception, KeyboardInterrupt) as error:
         exit_with(comm, error, read_host_name())
@@ -67,21 +67,21 @@ def read_family_arguments(words: list[str]) -> argparse.Namespace | None:
     return arguments
 
 
-def run(comm: MPI.Intracomm, arguments: argparse.Namespace) -> None:
-    """Do what the command line asks for. Collective over comm."""
+def run_command(comm: MPI.Intracomm, arguments: argparse.Namespace) -> None:
+    """Make or check a model, as the command line says. Collective over comm."""
     if arguments.make_tiny is not None:
-        on_root(comm, lambda: make_model(*arguments.make_tiny))
+        on_root(comm, lambda: write_tiny(*arguments.make_tiny))
         return
     from hpcmoe.group import open as open_group
-    from hpcmoe.model_check import check_model
+    from hpcmoe.model_check import compare_checkpoint
 
     with open_group(comm, links=arguments.links) as group:
-        for part in check_model(group, Path(arguments.model)):
+        for part in compare_checkpoint(group, Path(arguments.model)):
             if comm.rank == 0:
                 print_to_stdout(part)
 
 
-def make_model(family: str, folder: str) -> None:
+def write_tiny(family: str, folder: str) -> None:
     """Write a small random model, and show what it is."""
     from transformers.utils import logging
 

@@ -13,5 +13,6 @@ experts are reached through transformers' registry of experts functions, and com
 from hpcmoe.model.hf.distributed import register as register
 from hpcmoe.model.hf.load import load as load
 from hpcmoe.model.hf.load import prepare_load as prepare_load
+from hpcmoe.model.hf.save import save as save
 from hpcmoe.model.hf.spread import TESTED as TESTED
 from hpcmoe.model.hf.spread import spread as spread

@@ -34,7 +34,7 @@ _BYTES_OF_PARAMETER = 16  # in float32 with its gradient: of the whole model, an
 _TEXT = "An expert sees the tokens that a router sends to it, and no others; what it makes of them goes back home. "
 
 
-def check_model(group: Group, folder: Path) -> list[str]:
+def compare_checkpoint(group: Group, folder: Path) -> list[str]:
     """Compare a checkpoint's model on these ranks with transformers' own -> tables. Collective over the group."""
     from transformers import AutoModelForCausalLM
 

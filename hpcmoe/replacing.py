@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from hpcmoe.errors import CheckpointError
+from hpcmoe.paths import expand_path
 
 PARTIAL = ".partial"  # after the name of a folder that is being filled
 OLD = ".old.partial"  # after the name of one that is about to go
@@ -20,6 +22,23 @@ def system_errors(path: Path, verb: str) -> Iterator[None]:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise CheckpointError(f"{path}: cannot be {verb}: {reason}") from error
+
+
+def choose_target(folder: Path | str, call: str, own_files: re.Pattern[str], marks: tuple[str, ...]) -> Path:
+    """Choose the folder that a call is to write -> absolute. Raises CheckpointError where it must not be replaced.
+
+    own_files: the names that such a folder may have; marks: of which a whole one has one.
+    """
+    path = Path(expand_path(str(folder), call)).resolve()
+    with system_errors(path, "written"):
+        if path.name == "" or (path.exists() and not path.is_dir()):
+            raise CheckpointError(f"{path}: is no folder that a checkpoint can replace")
+        names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    foreign = [name for name in names if not own_files.fullmatch(name)]
+    if foreign or (names and not set(marks) & set(names)):
+        found = (foreign or names)[0]
+        raise CheckpointError(f"{path}: holds {found}, so it is no checkpoint and is not replaced; choose another name")
+    return path
 
 
 def make_empty(folder: Path) -> None:

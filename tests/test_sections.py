@@ -33,7 +33,10 @@ def find_uses(source):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_module_below_run_sees_the_whole_config(file):
-    assert list(find_uses(file.read_text())) == []
+    found = [what for _, what in find_uses(file.read_text())]
+    if file.is_relative_to(ROOT / "hpcmoe" / "model" / "hf"):  # models of transformers have a config of their own
+        found = [what for what in found if what not in ("takes config", "reads .config")]
+    assert found == []
 
 
 def test_each_way_to_the_whole_config_is_found():

@@ -7,7 +7,7 @@ computes y = expert(x) with every index 0 and every weight 1. An adapter's modul
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,12 +133,13 @@ def cut_expert(family: nn.Module, cut: Callable[[str, Tensor], Tensor]) -> nn.Mo
     return expert
 
 
-def compute_expert(expert: nn.Module, x: Tensor) -> Tensor:
-    """Compute x [n, H] -> y [n, H] by the family's own loop."""
+def compute_expert(expert: Any, x: Tensor) -> Tensor:
+    """Compute x [n, H] -> y [n, H] by the family's own loop, in the precision of the weights."""
+    rows = x.to(next(expert.parameters()).dtype)
     if hasattr(expert, "apply_expert"):
-        return cast(Any, expert).apply_expert(0, x)
-    first, whole = x.new_zeros((len(x), 1), dtype=torch.int64), x.new_ones((len(x), 1))
-    return vars(type(expert))["forward"].__wrapped__(expert, x, first, whole)
+        return expert.apply_expert(0, rows).to(x.dtype)
+    first, whole = rows.new_zeros((len(x), 1), dtype=torch.int64), rows.new_ones((len(x), 1))
+    return vars(type(expert))["forward"].__wrapped__(expert, rows, first, whole).to(x.dtype)
 
 
 def run_expert(expert: nn.Module, x: Tensor, kept: list[Kept] | None) -> Tensor:

@@ -8,6 +8,7 @@ by the group's first rank.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 ADDED_ONCE = "down_proj_bias"  # whole, on the first rank of a tensor-parallel group alone
@@ -57,6 +58,16 @@ def cut_shard(family: nn.Module, name: str, weight: Tensor, index: int, count: i
     shape = list(weight.shape)
     shape[view.flat_axis] //= count
     return weight.reshape(view.shape).chunk(count, dim=view.axis)[index].reshape(shape)
+
+
+def join_shards(family: nn.Module, name: str, shards: Sequence[Tensor]) -> Tensor:
+    """Join the shards of a parameter that cut_shard made, in their order -> the whole."""
+    view = view_weight(family, name, shards[0].shape)
+    if len(shards) == 1 or view.axis is None or view.flat_axis is None:
+        return shards[0]
+    shape = list(shards[0].shape)
+    shape[view.flat_axis] *= len(shards)
+    return torch.cat([shard.reshape(view.shape) for shard in shards], dim=view.axis).reshape(shape)
 
 
 def list_uncut(family: nn.Module) -> list[str]:

@@ -48,6 +48,9 @@ class LayerGroup(Protocol):
 
     mesh: Mesh
 
+    def meet(self, call: str) -> None:
+        """Wait for all ranks to make the same call."""
+
     def add_layer(self, layer: Any, **arguments: Any) -> LayerParts:
         """Check that all ranks build the same layer, place its experts, and open what carries their rows."""
 

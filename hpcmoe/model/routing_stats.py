@@ -26,8 +26,8 @@ class RoutingStats:
     tokens_of_expert: np.ndarray  # [L, E] assignments
     own_tokens: np.ndarray  # [L, E] assignments of this rank alone
     utilisation: np.ndarray  # U_e [L, E], actual / expected tokens
-    aux_loss: float
-    z_loss: float
+    aux_loss: float | None  # None of a router that is not ours
+    z_loss: float | None
 
 
 class RoutingSums:

@@ -80,6 +80,8 @@ def measure_steps(
             show(step, outcome.loss, None if optimizer is None else optimizer.learning_rate, metrics)
             rebalancer.end_step(step, outcome.stats)
             end_step(step, outcome, activations)
+            if job.stepper.ending.is_agreed:
+                break
 
 
 def train_step(job: Job, optimizer: Optimizer, load: np.ndarray, step: int) -> tuple[Outcome, float]:
@@ -151,5 +153,6 @@ def record_step(
 
     # Record them.
     for chapter, name, value, unit in figures:
-        records.append(step, chapter, name, value, unit)
+        if value is not None:
+            records.append(step, chapter, name, value, unit)
     records.flush_if_due()

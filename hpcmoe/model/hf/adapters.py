@@ -24,6 +24,8 @@ class AdaptedExperts(nn.Module):
     down_proj: Tensor
     feed_forward_axis: int | None = None  # of all matrices, where is_transposed does not tell
     original: ClassVar[Mapping[str, str]] = {}  # names as the family has them, where they are others
+    drops_rows: ClassVar[bool] = False  # of weights that nothing reads, so that they cannot be saved
+    stacks_rows: ClassVar[bool] = False  # the family has the experts' rows one below the other, [E * F, H]
 
     def __init__(self, top_k: int, act_fn: Any, weights: Mapping[str, Tensor]) -> None:
         """weights [E, ...]: parameters or views of them, by their names here; top_k: the most experts of a row."""
@@ -72,6 +74,7 @@ class DbrxExperts(AdaptedExperts):
     gate_proj: Tensor
     up_proj: Tensor
     is_transposed, feed_forward_axis = True, 1
+    stacks_rows: ClassVar[bool] = True
     original: ClassVar[Mapping[str, str]] = {"gate_proj": "mlp.w1", "up_proj": "mlp.v1", "down_proj": "mlp.w2"}
 
     def apply_expert(self, number: int, x: Tensor) -> Tensor:
@@ -90,6 +93,8 @@ class LinearExperts(AdaptedExperts):
 
 class LongcatExperts(AdaptedExperts):
     """Experts of longcat_flash; choices beyond them are of experts that return their input."""
+
+    drops_rows: ClassVar[bool] = True
 
     def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the gated sum of each row's experts: x [T, H], choices and weights [T, K] -> [T, H]."""
