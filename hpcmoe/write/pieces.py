@@ -20,7 +20,7 @@ from hpcmoe.wait import barrier
 from hpcmoe.write.boxes import HeldPiece, PieceSpec, check_tiling
 from hpcmoe.write.checksums import compute_digest, write_checksums
 from hpcmoe.write.hdf5 import Values, check_exists, checkpoint_errors, open_unbuffered, read_entry, write_entry
-from hpcmoe.write.trust import check_names, check_stored, damage_errors, find_not_finite, list_datasets
+from hpcmoe.write.trust import check_file_names, check_stored, damage_errors, find_not_finite, list_datasets
 
 log = logging.getLogger(__name__)
 MASTER = "master.h5"  # holds a virtual dataset for each array, and besides them:
@@ -187,7 +187,7 @@ def check_files(folder: Path) -> tuple[Values, dict[str, int]]:
     if missing or len(values[f"{FILES}/name"]) != len(values[f"{FILES}/bytes"]):
         raise CheckpointError(f"{path} is not one of this program's masters: its list of files is damaged")
     bytes_of_file = dict(zip(values[f"{FILES}/name"].tolist(), values[f"{FILES}/bytes"].tolist(), strict=True))
-    check_names(bytes_of_file, path)
+    check_file_names(bytes_of_file, path)
     for name, num_bytes in bytes_of_file.items():
         check_exists(folder / name)
         if (found := os.path.getsize(folder / name)) != num_bytes:

@@ -70,14 +70,14 @@ def check_stored(name: str, dataset: h5py.Dataset, path: Path) -> None:
         raise CheckpointError(f"{what} {list(dataset.shape)}: {num_bytes} bytes, more than its file holds of it")
 
 
-def check_names(names: Mapping[str, int], path: Path) -> None:
+def check_file_names(names: Mapping[str, int], path: Path) -> None:
     """Check that the names of the ranks' files are such, so that none lies in another folder."""
     for name in names:
         if not _RANK_FILE.fullmatch(name):
             raise CheckpointError(f"{path}: {one_line(repr(name))} is no name of a rank's file")
 
 
-def list_sources(dataset: h5py.Dataset, name: str, path: Path) -> Iterator[tuple[str, PieceSpec]]:
+def list_sources_of(dataset: h5py.Dataset, name: str, path: Path) -> Iterator[tuple[str, PieceSpec]]:
     """Yield (file, piece) of a dataset that is put together from ranks' files."""
     what, plist = f"{path}: {one_line(name)}", dataset.id.get_create_plist()
     if plist.get_external_count() or plist.get_nfilters() or dataset.dtype.kind not in _NUMBERS:
@@ -109,7 +109,7 @@ def find_pieces(path: Path, bytes_of_file: Mapping[str, int], kept: tuple[str, .
         for name, dataset in list_datasets(master, path):
             if name.startswith(kept):
                 continue
-            sources = [*list_sources(dataset, name, path)]
+            sources = [*list_sources_of(dataset, name, path)]
             for file, spec in sources:
                 if file not in pieces:
                     raise CheckpointError(
