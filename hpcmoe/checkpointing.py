@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch.optim import Optimizer as TorchOptimizer
 
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.errors import CheckpointError, on_all, on_root
+from hpcmoe.messages import one_line
 from hpcmoe.paths import expand_path
 from hpcmoe.replacing import OLD, choose_target
 from hpcmoe.run.model_state import ArrayInfo, Held, ModelState, is_expert
@@ -100,8 +102,8 @@ def load_model(mesh: Mesh, folder: Path | str, model: nn.Module, optimizer: Torc
     path = on_root(world, lambda: choose_source(folder))
     verify_pieces(world, path)
     metadata = on_root(world, lambda: read_model_metadata(path))
-    described = {name: make_info(info) for name, info in json.loads(metadata["arrays"]).items()}
-    saved, state = json.loads(metadata["optimizer"]), ModelState(mesh, model, optimizer)
+    described, saved, extra = on_all(world, lambda: decode_metadata(metadata, path))
+    state = ModelState(mesh, model, optimizer)
     check_names(state, path, described)
     on_all(world, lambda: in_file(path, lambda: check_optimizer(state, described, saved)))
 
@@ -110,7 +112,7 @@ def load_model(mesh: Mesh, folder: Path | str, model: nn.Module, optimizer: Torc
     held = on_all(world, lambda: in_file(path, lambda: state.list_held(states)))
     on_all(world, lambda: in_file(path, lambda: check_dtypes(held, described)))
     read_tensors(mesh, path, held)
-    if optimizer is not None:
+    if optimizer is not None and saved is not None:
         for parameter, entries in states.items():
             part, info = state.slices[parameter], described[state.slices[parameter].name]
             expert = part.start[0] if is_expert(part) else None
@@ -119,8 +121,8 @@ def load_model(mesh: Mesh, folder: Path | str, model: nn.Module, optimizer: Torc
         restore_hyperparameters(optimizer, saved["groups"])
     state.refresh()
     log_casts(mesh, path, find_casts(held, described))
-    log.info("%s: read in %.2f s, written by %d ranks", path, time.monotonic() - started, metadata["num_ranks"])
-    return json.loads(metadata["extra"])
+    log.info("%s: read in %.2f s, written by %d ranks", path, time.monotonic() - started, metadata.get("num_ranks"))
+    return extra
 
 
 def read_tensors(mesh: Mesh, path: Path, held: Held) -> None:
@@ -168,6 +170,34 @@ def read_model_metadata(path: Path) -> Values:
     if metadata.get("model_format") != _FORMAT:
         raise CheckpointError(f"{path}: was not written by save() of this version of hpcmoe")
     return metadata
+
+
+def decode_metadata(metadata: Values, path: Path) -> tuple[dict[str, ArrayInfo], dict[str, Any] | None, dict[str, Any]]:
+    """Decode what the metadata say -> (arrays by name, the optimizer, extra). Raises CheckpointError."""
+    most_bytes = sum(entry.stat().st_size for entry in path.iterdir())
+    try:
+        described = {name: make_info(info) for name, info in json.loads(metadata["arrays"]).items()}
+        for info in described.values():
+            check_info(info, most_bytes)
+        saved = json.loads(metadata["optimizer"])
+        if saved is not None and not (
+            isinstance(saved["name"], str) and all(isinstance(g, dict) for g in saved["groups"])
+        ):
+            raise ValueError("the optimizer has no groups of values")
+        return described, saved, json.loads(metadata["extra"])
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path / MASTER}: metadata are damaged: {one_line(error)}") from error
+
+
+def check_info(info: ArrayInfo, most_bytes: int) -> None:
+    """Check what is said of an array before anything is allocated for it. Raises ValueError or TypeError."""
+    for kind in info.state.values():
+        shape = [] if kind.shape is None else kind.shape
+        if not all(type(size) is int and size >= 0 for size in shape) or math.prod(shape) > most_bytes:
+            raise ValueError(f"state of shape {shape}: the files hold {most_bytes} bytes")
+    for name in (info.dtype, *(kind.dtype for kind in info.state.values())):
+        if not isinstance(find_dtype(name), torch.dtype):
+            raise ValueError(f"{name!r} is no dtype")
 
 
 def encode(what: str, value: Any) -> str:

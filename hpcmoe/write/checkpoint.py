@@ -16,7 +16,8 @@ from hpcmoe.replacing import remove_folder
 from hpcmoe.write.boxes import HeldPiece
 from hpcmoe.write.checksums import check_checksum, read_checksums
 from hpcmoe.write.hdf5 import Values, checkpoint_errors
-from hpcmoe.write.pieces import MASTER, WriteTasks, check_files, write_in_tasks
+from hpcmoe.write.pieces import MASTER, OF_MASTER, WriteTasks, check_files, write_in_tasks
+from hpcmoe.write.trust import check_pieces, find_pieces
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -61,7 +62,7 @@ def find_checkpoint(comm: MPI.Comm, where: Path | str) -> Path:
 
 
 def verify_pieces(comm: MPI.Comm, folder: Path) -> None:
-    """Check that each file of a folder that write_pieces wrote is there, whole and unaltered. Collective over comm.
+    """Check that each file of a folder that write_pieces wrote is there, whole, unaltered and its own. Collective.
 
     Raises CheckpointError on all ranks: one line that names a file and what is wrong with it.
     """
@@ -69,8 +70,10 @@ def verify_pieces(comm: MPI.Comm, folder: Path) -> None:
     def check_own() -> None:
         for name in names[comm.rank :: comm.size]:
             check_checksum(folder / name, digest_of_name)
+            check_pieces(folder / name, pieces[name])
 
     digest_of_name, names = on_root(comm, lambda: verify_master(folder))
+    pieces = on_root(comm, lambda: find_pieces(folder / MASTER, dict.fromkeys(names, 0), OF_MASTER))
     on_all(comm, check_own)
 
 

@@ -1,6 +1,7 @@
 """Arrays that many ranks hold in pieces: one file per rank under a master that shows each array whole, or nothing."""
 
 import contextlib
+import logging
 import math
 import os
 import shutil
@@ -19,11 +20,14 @@ from hpcmoe.wait import barrier
 from hpcmoe.write.boxes import HeldPiece, PieceSpec, check_tiling
 from hpcmoe.write.checksums import compute_digest, write_checksums
 from hpcmoe.write.hdf5 import Values, check_exists, checkpoint_errors, open_unbuffered, read_entry, write_entry
+from hpcmoe.write.trust import check_file_names, check_stored, damage_errors, find_not_finite, list_datasets
 
+log = logging.getLogger(__name__)
 MASTER = "master.h5"  # holds a virtual dataset for each array, and besides them:
 METADATA = "metadata"  # one value each
 FILES = "files"  # name and bytes of each rank's file: a lost one would read as zeros
 _METADATA_BEFORE = "facts"  # the group of 0.2 and earlier
+OF_MASTER = tuple(f"{group}/" for group in (METADATA, _METADATA_BEFORE, FILES))  # all else is in the ranks' files
 
 WriteTask = Callable[[], Any]  # needs no MPI: a thread may run it
 WriteTasks = Generator[WriteTask, Any, None]  # yields tasks; is sent what returns a task's result, or raises its error
@@ -171,22 +175,31 @@ def check_files(folder: Path) -> tuple[Values, dict[str, int]]:
     """Check that each rank's file is there with all its bytes -> (metadata, {name: bytes} of the ranks' files)."""
     path = folder / MASTER
     check_exists(path)
-    with checkpoint_errors(path, "read"), h5py.File(path) as master:
+    with damage_errors(path), h5py.File(path) as master:
         if FILES not in master:
             raise CheckpointError(f"{path} is not one of this program's masters")
-        bytes_of_file = dict(zip(master[FILES]["name"].asstr()[:], master[FILES]["bytes"][:].tolist(), strict=True))
-        group = master.get(METADATA, master.get(_METADATA_BEFORE, {}))
-        for name, num_bytes in bytes_of_file.items():
-            check_exists(folder / name)
-            if (found := os.path.getsize(folder / name)) != num_bytes:
-                raise CheckpointError(f"{folder / name} is {found} bytes, {num_bytes} were written")
-        return {name: read_entry(dataset) for name, dataset in group.items()}, bytes_of_file
+        values = {}
+        for name, dataset in list_datasets(master, path):
+            if name.startswith(OF_MASTER):
+                check_stored(name, dataset, path)
+                values[name] = dataset[()] if name == f"{FILES}/bytes" else read_entry(dataset)
+    missing = [name for name in (f"{FILES}/name", f"{FILES}/bytes") if not isinstance(values.get(name), np.ndarray)]
+    if missing or len(values[f"{FILES}/name"]) != len(values[f"{FILES}/bytes"]):
+        raise CheckpointError(f"{path} is not one of this program's masters: its list of files is damaged")
+    bytes_of_file = dict(zip(values[f"{FILES}/name"].tolist(), values[f"{FILES}/bytes"].tolist(), strict=True))
+    check_file_names(bytes_of_file, path)
+    for name, num_bytes in bytes_of_file.items():
+        check_exists(folder / name)
+        if (found := os.path.getsize(folder / name)) != num_bytes:
+            raise CheckpointError(f"{folder / name} is {found} bytes, {num_bytes} were written")
+    metadata = {name.partition("/")[2]: value for name, value in values.items() if not name.startswith(f"{FILES}/")}
+    return metadata, bytes_of_file
 
 
 def check_wanted(folder: Path, wanted: Sequence[PieceSpec]) -> None:
     """Check that the master has the arrays that are wanted."""
     path = folder / MASTER
-    with checkpoint_errors(path, "read"), h5py.File(path) as master:
+    with damage_errors(path), h5py.File(path) as master:
         for spec in wanted:
             check_array(master, path, spec)
 
@@ -196,7 +209,10 @@ def read_boxes(folder: Path, wanted: Sequence[PieceSpec], take: Callable[[PieceS
     path = folder / MASTER
     with checkpoint_errors(path, "read"), h5py.File(path) as master:
         for spec in wanted:
-            take(spec, master[spec.name][spec.box])
+            array = master[spec.name][spec.box]
+            if find_not_finite(array):
+                log.warning("%s: %s holds numbers that are not finite", path, spec.name)
+            take(spec, array)
 
 
 def check_array(master: h5py.File, path: Path, spec: PieceSpec) -> None:
