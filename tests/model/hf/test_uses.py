@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from spreading import assert_close, call, compare_gradients, draw_ids, open_group, place_unevenly
+from spreading import assert_close, call, compare_gradients, draw_ids, open_group, place_unevenly, skip_unless_here
 from tiny_families import make_model
 from torch import nn
 
