@@ -49,7 +49,9 @@ def list_held(model):
     for path, layer in layers.items():
         for expert, slot in layer.list_slots():
             for name, parameter in layer.local.replicas[slot].named_parameters():
-                yield f"{path}.{name}", expert, parameter
+                name = getattr(layer.template[0], "original", {}).get(name, name)  # of a family that is adapted
+                owner = path.rpartition(".")[0] if name.startswith("../") else path
+                yield f"{owner}.{name.removeprefix('../')}", expert, parameter
     inside = tuple(f"{path}." for path in layers)
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         if not name.startswith(inside):

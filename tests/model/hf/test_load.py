@@ -155,7 +155,10 @@ def test_tied_parameters_are_one_unless_the_checkpoint_has_others(comm, shared, 
 
 @pytest.mark.mpi
 def test_what_a_family_stores_in_another_order_is_converted_by_its_own_operations(comm, shared, monkeypatch):
-    from transformers import conversion_mapping
+    from transformers import conversion_mapping, core_model_loading
+
+    if not hasattr(core_model_loading, "Interleave"):
+        pytest.skip("this version of transformers has no such operation")
     from transformers.core_model_loading import Chunk, Interleave, Transpose, WeightConverter
 
     loading = []

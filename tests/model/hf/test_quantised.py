@@ -26,7 +26,8 @@ def edit_checkpoint(comm, folder, quantisation, edit):
         edit(tensors)
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+        declared = {"quantization_config": quantisation} if quantisation else {}
+        (folder / "config.json").write_text(json.dumps(config | declared))
     barrier(comm)
 
 
