@@ -111,7 +111,8 @@ def plan_checkpoint(
     for path, layer in layers.items():
         parts += list_expert_parts(model, path, layer.num_experts, first_experts[path], made)
     check_parts(model, parts, made, first_experts, whole)
-    return CheckpointPlan(tensors={name: made[name] for name in sorted(made, key=dot_natural_key)}, parts=parts)
+    tensors = {name: torch.empty_like(made[name]) for name in sorted(made, key=dot_natural_key)}  # none a view
+    return CheckpointPlan(tensors=tensors, parts=parts)
 
 
 def list_dense_parts(model: Any, dense: Tensors) -> Iterator[CheckpointPart]:

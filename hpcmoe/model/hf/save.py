@@ -83,7 +83,10 @@ def save(model: Any, group: LayerGroup, folder: Path | str, *, max_shard_bytes: 
 
 def check_model_and_size(model: Any, max_shard_bytes: int) -> None:
     """Check what can be checked before anything is written. Raises ConfigError."""
-    check_version()
+    check_version(_CALL)
+=======
+    check_version("hpcmoe.hf.save")
+>>>>>>> eb235c2b8dc401cd5d800d7d91a59230dec8d857
     from transformers import PreTrainedModel
 
     if max_shard_bytes < 1:
@@ -100,9 +103,7 @@ def check_model_and_size(model: Any, max_shard_bytes: int) -> None:
 
 def has_adapters(model: Any) -> bool:
     """Return True if a model has adapters of PEFT: around it, or added by transformers."""
-    return hasattr(model, "peft_config") and (
-        not hasattr(model, "_hf_peft_config_loaded") or bool(model._hf_peft_config_loaded)
-    )
+    return hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False)
 
 
 def write_whole(model: Any, group: LayerGroup, folder: Path, max_shard_bytes: int) -> str:

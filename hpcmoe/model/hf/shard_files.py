@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hpcmoe.errors import CheckpointError, attempt
+from hpcmoe.model.hf.tensor_files import DTYPE_OF_CODE
 from hpcmoe.replacing import sync, system_errors
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -48,13 +49,10 @@ def split_into_files(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> lis
 
 def find_code(dtype: torch.dtype) -> str:
     """Return what safetensors calls a dtype. Raises CheckpointError where it has none."""
-    from safetensors.torch import save
-
-    try:
-        one = save({"x": torch.empty(1, dtype=dtype)})
-    except Exception as error:  # KeyError, or the library's own
-        raise CheckpointError(f"{dtype}: safetensors holds no such numbers") from error
-    return json.loads(one[_LENGTH_BYTES : _LENGTH_BYTES + int.from_bytes(one[:_LENGTH_BYTES], "little")])["x"]["dtype"]
+    for code, known in DTYPE_OF_CODE.items():
+        if known == dtype:
+            return code
+    raise CheckpointError(f"{dtype}: safetensors holds no such numbers")
 
 
 def make_shard_file(file: str, tensors: Mapping[str, Tensor], codes: Mapping[torch.dtype, str]) -> ShardFile:
