@@ -84,9 +84,6 @@ def save(model: Any, group: LayerGroup, folder: Path | str, *, max_shard_bytes: 
 def check_model_and_size(model: Any, max_shard_bytes: int) -> None:
     """Check what can be checked before anything is written. Raises ConfigError."""
     check_version(_CALL)
-=======
-    check_version("hpcmoe.hf.save")
->>>>>>> eb235c2b8dc401cd5d800d7d91a59230dec8d857
     from transformers import PreTrainedModel
 
     if max_shard_bytes < 1:
