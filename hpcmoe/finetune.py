@@ -32,7 +32,7 @@ from hpcmoe.resuming import end_run
 from hpcmoe.run.finite import check_arrays, label_array
 from hpcmoe.run.metadata import describe_checkpoint, log_changes
 from hpcmoe.run.train import is_due
-from hpcmoe.run.trained_parts import choose_trained, save_adapters
+from hpcmoe.run.trained_parts import checkpoint_activations, save_adapters, set_trained
 from hpcmoe.run.tune import check_aux_loss, infer_tokens, tune
 from hpcmoe.run.tuned_state import TunedState
 from hpcmoe.run.tuning_job import TuningJob, check_sequences, make_tuning_job
@@ -71,7 +71,7 @@ def run_finetune(comm: MPI.Intracomm, run: TuningRun) -> int:
     split = on_all(comm, lambda: check_text(split))
     with open_run_group(comm, config, run.topology) as group:
         process_bytes = estimate_process(comm, run.topology.node_of_rank, config.run.mode == "train")
-        model = load_model(config, group)
+        model = load_for_run(config, group)
         texts = TokenText(split.training), TokenText(split.validation)
         job = make_tuning_job(config, group, model, *texts, process_bytes)
         log_job(job)
@@ -130,14 +130,14 @@ def open_run_group(comm: MPI.Intracomm, config: Config, topology: Topology) -> I
         yield group
 
 
-def load_model(config: Config, group: Group) -> Any:
+def load_for_run(config: Config, group: Group) -> Any:
     """Load the model, and choose what of it is trained. Collective over the group."""
     settings, world = config.model, group.mesh.world
     model = hf.load(settings.path, group, dtype=getattr(torch, settings.dtype))
     on_all(world, lambda: check_aux_loss(model, config))
-    on_all(world, lambda: choose_trained(model, settings, config.run.seed))
+    on_all(world, lambda: set_trained(model, settings, config.run.seed))
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model
 
 

@@ -63,8 +63,7 @@ class WeightMatrix:
     def add_gradients(self, grad_y: Tensor, x: Tensor) -> None:
         """Add grad_y^T x to the weight's gradient, and grad_y's sum over rows to the bias's; none to a frozen one's."""
         if self.parameter.requires_grad:
-            gemm, _ = self.prepare(x.dtype)
-            add_gradient(gemm, self.parameter, grad_y, x)
+            add_gradient(self.prepare(x.dtype)[0], self.parameter, grad_y, x)
         if self.bias is not None and self.bias.requires_grad:
             ensure_grad(self.bias).add_(grad_y.sum(dim=0, dtype=torch.float32))
 
@@ -107,10 +106,9 @@ class TorchGemm:
         return torch.mm(grad_y.t(), x)
 
     def add_product(self, gradient: Tensor, grad_y: Tensor, x: Tensor, is_new: bool = False) -> None:
-        """Add grad_y^T x to a gradient [out, in]; a product in bfloat16 is rounded once, then added.
+        """Add grad_y^T x to a gradient [out, in], or make it that; a product in bfloat16 is rounded once, then added.
 
-        is_new: the gradient has no numbers yet, and becomes the product. A GPU adds to a large gradient as the product
-        is made, without an array beside it.
+        A GPU adds to a large gradient as the product is made, without an array beside it.
         """
         if x.dtype == gradient.dtype:
             torch.addmm(gradient, grad_y.t(), x, beta=0 if is_new else 1, out=gradient)  # 0 reads nothing of it
@@ -290,10 +288,9 @@ def activate(x: Tensor, activation: str, in_place: bool = False) -> Tensor:
 
 def add_gradient(gemm: TorchGemm, parameter: Parameter, grad_y: Tensor, x: Tensor) -> None:
     """Add grad_y^T x to the gradient of a parameter [out, in], or [1, out, in]; a first one is written, not added."""
-    is_new = parameter.grad is None
-    if parameter.grad is None:
-        parameter.grad = torch.empty_like(parameter)
-    gemm.add_product(parameter.grad.flatten(0, -2), grad_y, x, is_new)
+    begun = parameter.grad
+    parameter.grad = torch.empty_like(parameter) if begun is None else begun
+    gemm.add_product(parameter.grad.flatten(0, -2), grad_y, x, is_new=begun is None)
 
 
 def ensure_grad(parameter: Parameter) -> Tensor:

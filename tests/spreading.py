@@ -65,11 +65,17 @@ def assert_close(found, wanted, what, close=CLOSE):
     assert furthest <= close * scale, f"{what}: {furthest:.1e} of {scale:.1e}, {furthest / (scale or 1):.1e}"
 
 
-def run_whole(family, all_ids, dtype=torch.float32):
-    """Run the whole batch on one process by transformers' own loop over experts."""
+def make_whole(family, dtype=torch.float32):
+    """Make a family's model, which runs by transformers' own loop over experts."""
     whole = make_model(family).to(dtype)
     if whole._can_set_experts_implementation():
         whole.set_experts_implementation("eager")
+    return whole
+
+
+def run_whole(family, all_ids, dtype=torch.float32):
+    """Run the whole batch on one process by transformers' own loop over experts."""
+    whole = make_whole(family, dtype)
     output = call(whole, all_ids, all_ids)
     output.loss.backward()
     return whole, output

@@ -17,7 +17,7 @@ from hpcmoe.wait import barrier
 
 ALPHABET = b"abcdefghijklmnop"
 PROMPTS = "abcd\nmn\nghijklmnopabcdef\n\nc\nopabcdefghijklmnopabcdefghijklmnop\n"
-STEPS = 40
+STEPS = 25
 
 
 def train(comm, folder, **changes):

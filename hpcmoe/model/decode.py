@@ -89,9 +89,9 @@ class ByteEngine:
 
         Raises ValueError for more texts than the buffers have room for whole windows of.
         """
-        length, room = self.network.spec.model.sequence_length, self.network.layers[0].experts.dispatcher.sizes.tokens
-        if len(texts.rows) * length > room:
-            raise ValueError(f"{len(texts.rows)} texts x {length} bytes: the buffers hold {room} tokens")
+        length, most = self.network.spec.model.sequence_length, self.network.layers[0].experts.dispatcher.sizes.tokens
+        if len(texts.rows) * length > most:
+            raise ValueError(f"{len(texts.rows)} texts x {length} bytes: the buffers hold {most} tokens")
         cache = KeyValueCache(self.network, len(texts.rows))
         while True:
             new, starts_anew = self.list_new(texts)

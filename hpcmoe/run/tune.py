@@ -25,10 +25,10 @@ from hpcmoe.run.train import is_due, record_step
 from hpcmoe.run.tuning_job import TuningJob
 
 log = logging.getLogger(__name__)
-Save = Callable[[int], None]  # of a step
+SaveStep = Callable[[int], None]  # of a step
 
 
-def tune(job: TuningJob, records: Recorder, first_step: int, save: Save) -> dict[str, float]:
+def tune(job: TuningJob, records: Recorder, first_step: int, save: SaveStep) -> dict[str, float]:
     """Train from first_step on, call save after each step -> losses by name. Collective over world."""
     config = job.config
     losses = {"validation loss, first": measure_loss(job)}
@@ -73,7 +73,7 @@ def infer_tokens(job: TuningJob, records: Recorder) -> dict[str, float]:
 
 
 def measure_tuning(
-    job: TuningJob, records: Recorder, first_step: int, take_step: Callable[[int], Outcome], end_step: Save
+    job: TuningJob, records: Recorder, first_step: int, take_step: Callable[[int], Outcome], end_step: SaveStep
 ) -> None:
     """Run the steps after first_step: each is measured, recorded and shown. Collective over world."""
     num_steps = job.config.run.steps

@@ -16,7 +16,7 @@ from hpcmoe.model.prompts import Prompt
 from hpcmoe.model.sampling import choose_token, make_prompt_generator, make_sampling_options
 
 LENGTHS = (1, 4, 5, 6, 13)  # of prompts, where a window has 5 bytes
-LIMIT = 9
+LIMIT = 7
 
 
 def open_job(comm, shared, **changes):

@@ -88,8 +88,9 @@ def compare_gradients(model: nn.Module, whole: nn.Module | None, mesh: Mesh) -> 
             one = broadcast(world, None if wanted is None else cut_one(layer, wanted, expert))
             for slot in [slot for other, slot in layer.list_slots() if other == expert]:
                 parameter = layer.local.replicas[slot]._parameters.get(weight)
-                if parameter is not None and one is not None:  # a bias is on one shard alone
-                    shard = cut_shard(layer.template[0], weight, one, mesh.tensor_index, mesh.tensor_parallel)
+                if parameter is not None:  # a bias is on one shard alone
+                    place = mesh.tensor_index, mesh.tensor_parallel
+                    shard = None if one is None else cut_shard(layer.template[0], weight, one, *place)
                     yield find_difference(name, parameter.grad, shard)
 
 

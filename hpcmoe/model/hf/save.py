@@ -83,7 +83,7 @@ def save(model: Any, group: LayerGroup, folder: Path | str, *, max_shard_bytes: 
 
 def check_model_and_size(model: Any, max_shard_bytes: int) -> None:
     """Check what can be checked before anything is written. Raises ConfigError."""
-    check_version("hpcmoe.hf.save")
+    check_version(_CALL)
     from transformers import PreTrainedModel
 
     if max_shard_bytes < 1:
