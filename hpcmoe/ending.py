@@ -39,7 +39,7 @@ class Ending:
         return self.find_reason() is not None
 
     def agree(self, num_asked: float) -> None:
-        """Record how many ranks have been asked to end, the same number on all: if any, the run ends after this step."""
+        """Record how many ranks have been asked to end, the same number on all; if any, this step is the last."""
         self.is_agreed = self.is_agreed or num_asked > 0
 
 

@@ -63,12 +63,13 @@ def choose(x: Tensor) -> TorchGemm:
     return choose_gemm(x.device.type, x.dtype)
 
 
-def has_products(expert: Any) -> bool:
-    """Return True if an expert is two products and a gate between them."""
+def has_products(expert: Any, dtype: torch.dtype) -> bool:
+    """Return True if an expert is two products and a gate between them, its weights in the rows' precision."""
     names = {name.removesuffix("_bias") for name in (*expert._parameters, *expert._buffers)}
     up = first_matrix(expert)
     gated = callable(getattr(expert, "_apply_gate" if up == "gate_up_proj" else "act_fn", None))
-    return gated and names == {up, "down_proj"} and not getattr(expert, "has_post_expert_norm", False)
+    same = all(parameter.dtype == dtype for parameter in expert._parameters.values())
+    return same and gated and names == {up, "down_proj"} and not getattr(expert, "has_post_expert_norm", False)
 
 
 def first_matrix(expert: nn.Module) -> str:

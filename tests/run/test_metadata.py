@@ -12,7 +12,8 @@ from small import make_config, open_small_job
 
 from hpcmoe.config import Config
 from hpcmoe.errors import CheckpointError
-from hpcmoe.main import check_checkpoint, make_start
+from hpcmoe.main import make_start
+from hpcmoe.resuming import check_checkpoint
 from hpcmoe.run.metadata import (
     check_metadata,
     describe_checkpoint,
@@ -174,7 +175,7 @@ def old(tmp_path):
 def test_an_old_checkpoint_still_loads_and_says_what_it_does_not_know(comm, tmp_path, old, mode, caplog):
     assert not [key for key in read_metadata(old) if "[dispatch]" in key]
     with open_small_job(comm, tmp_path, run__mode=mode, **OF_OLD) as (job, *_):
-        check_checkpoint(old, tmp_path / "run", job.config)
+        check_checkpoint(old, tmp_path / "run", job.config, may_have_ended=False)
         with caplog.at_level(logging.INFO):
             start = make_start(job, old)
     assert start.step == 1 and start.load.shape == (1, 3) and not np.allclose(start.load, 1)
@@ -188,7 +189,7 @@ def test_an_old_checkpoint_still_loads_and_says_what_it_does_not_know(comm, tmp_
 def test_what_an_old_checkpoint_knows_is_still_refused_before_anything_is_built(old, tmp_path):
     config = make_config(**OF_OLD | {"experts__kind": "relu"})
     with pytest.raises(CheckpointError, match=r'\[experts\] kind = "gelu", this run has "relu"'):
-        check_checkpoint(old, tmp_path / "run", config)
+        check_checkpoint(old, tmp_path / "run", config, may_have_ended=False)
 
 
 def test_of_an_old_checkpoint_with_one_choice_it_is_told_that_gates_were_1(caplog):

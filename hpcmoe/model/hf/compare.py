@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.experts.family import FamilyExperts
+from hpcmoe.experts.family_shards import cut_shard
+from hpcmoe.model.hf.names import list_spread_layers, name_original
 from hpcmoe.wait import broadcast, gather_to_all
 
 
@@ -70,20 +72,33 @@ def run_step(model: Any, ids: Tensor, num_targets: int) -> tuple[Tensor, float]:
 def compare_gradients(model: nn.Module, whole: nn.Module | None, mesh: Mesh) -> Iterator[Difference]:
     """Compare each gradient of a spread model with that of the whole, which rank 0 has. Collective over mesh.world."""
     world, own = mesh.world, dict(model.named_parameters())
-    layers = {path.removesuffix(".hpcmoe"): m for path, m in model.named_modules() if isinstance(m, FamilyExperts)}
+    weights = {
+        name_original(path, layer.template[0], weight): (layer, weight)
+        for path, layer in list_spread_layers(model).items()
+        for weight in (*layer.template[0]._parameters, *layer.template[0]._buffers)
+    }
     for name in broadcast(world, None if whole is None else [name for name, _ in whole.named_parameters()]):
         wanted = None if whole is None else whole.get_parameter(name).grad
-        path, _, parameter = name.rpartition(".")
-        if path not in layers:
+        if name not in weights:
             wanted = broadcast(world, wanted)
             yield find_difference(name, own[name].grad, wanted)
             continue
-        held = list(layers[path].list_slots())
-        for expert in range(layers[path].num_experts):
-            one = broadcast(world, None if wanted is None else wanted[expert].clone())
-            for slot in [slot for other, slot in held if other == expert]:
-                grad = layers[path].local.replicas[slot].get_parameter(parameter).grad
-                yield find_difference(name, None if grad is None else grad[0], one)
+        layer, weight = weights[name]
+        for expert in range(layer.num_experts):
+            one = broadcast(world, None if wanted is None else cut_one(layer, wanted, expert))
+            for slot in [slot for other, slot in layer.list_slots() if other == expert]:
+                parameter = layer.local.replicas[slot]._parameters.get(weight)
+                if parameter is not None:  # a bias is on one shard alone
+                    place = mesh.tensor_index, mesh.tensor_parallel
+                    shard = None if one is None else cut_shard(layer.template[0], weight, one, *place)
+                    yield find_difference(name, parameter.grad, shard)
+
+
+def cut_one(layer: FamilyExperts, grad: Tensor, expert: int) -> Tensor:
+    """Copy one expert's part [1, ...] of the gradient of a family's own parameter of all."""
+    if getattr(layer.template[0], "stacks_rows", False):
+        return grad.unflatten(0, (layer.num_experts, -1))[expert : expert + 1].clone()
+    return grad[expert : expert + 1].clone()
 
 
 def find_difference(name: str, found: Tensor | None, wanted: Tensor | None) -> Difference:

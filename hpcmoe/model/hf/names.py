@@ -83,11 +83,16 @@ def restore_expert(layer: FamilyExperts, path: str, shards: list[dict[str, Tenso
     restored = {}
     for name in shards[0]:
         whole = join_shards(fused, name, [shard[name] for shard in shards if name in shard])
-        original = getattr(fused, "original", {}).get(name, name)
-        owner = path.rpartition(".")[0] if original.startswith("../") else path
         is_stacked = getattr(fused, "stacks_rows", False)
-        restored[f"{owner}.{original.removeprefix('../')}"] = whole.flatten(0, 1) if is_stacked else whole
+        restored[name_original(path, fused, name)] = whole.flatten(0, 1) if is_stacked else whole
     return restored
+
+
+def name_original(path: str, fused: Any, name: str) -> str:
+    """Return the family's own name of a parameter of the fused module at a path."""
+    original = getattr(fused, "original", {}).get(name, name)
+    owner = path.rpartition(".")[0] if original.startswith("../") else path
+    return f"{owner}.{original.removeprefix('../')}"
 
 
 def plan_checkpoint(

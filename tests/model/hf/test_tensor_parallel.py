@@ -22,6 +22,7 @@ from torch import nn
 import hpcmoe
 from hpcmoe.errors import ConfigError
 from hpcmoe.experts.family_shards import cut_shard
+from hpcmoe.model.hf import compare
 from hpcmoe.model.hf.adapters import adapt_model
 from hpcmoe.model.hf.spread import TESTED, check_experts, list_fused
 
@@ -54,6 +55,19 @@ def adapted(family):
     model = make_model(family)
     adapt_model(model)
     return model
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("family", ["gpt_oss", "dbrx", "jetmoe"])
+def test_the_check_of_a_model_finds_cut_and_adapted_experts(comm, family):
+    skip_unless_here(family)
+    with open_group(comm, tensor_parallel=choose_shards(comm)) as group:
+        model = hpcmoe.hf.spread(make_model(family), group)
+        ids = [torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(r)) for r in range(comm.size)]
+        found = compare.compare_step(model, lambda: make_model(family), group, ids)
+        names = {name for name, _ in make_model(family).named_parameters()}
+        assert {difference.name for difference in found} == {"logits", "loss", *names}
+        assert max(difference.ratio for difference in found) <= 5e-6
 
 
 @pytest.mark.mpi
