@@ -18,6 +18,7 @@ SETTINGS = {
     "write.asynchronous": "true",
     "placement.search_seconds": "0.05",
     "placement.seconds_per_token": "1e-6",
+    "restart.grace_seconds": "0.001",  # no time for an end in order (test_ending.py)
 }
 
 

@@ -32,7 +32,8 @@ OF_OLD = {
     "model__hidden": 2, "model__feed_forward": 2, "model__num_layers": 1, "model__num_experts": 3,
     "model__num_heads": 1, "model__sequence_length": 5, "data__batch_sequences": 2,
 }  # fmt: skip
-SAME_FUNCTION = {  # keys that change when, where or in what order the same is computed, or what is read and kept
+SAME_FUNCTION = {
+    "restart": "*",  # keys that change when, where or in what order the same is computed, or what is read and kept
     "run": "name mode warmup_steps output threads_per_rank",
     "cluster": "*",
     "parallel": "*",
