@@ -81,7 +81,7 @@ class Measure:
         self.clock, self.timer = clock, timer
 
     def __enter__(self) -> None:
-        """Begin to count."""
+        """Start to count."""
         self.clock.charge()
         self.clock.running.append(self.timer)
 

@@ -103,14 +103,14 @@ def test_steps_in_lanes_learn_as_one_process_does(comm, family):
 @pytest.mark.mpi
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_a_checkpoint_drops_what_the_experts_keep_and_changes_nothing(comm, checkpoints, monkeypatch):
-    keep, forward = [], fused.forward
+    keep, forward = [], fused.run_products
 
     def note(expert, x, kept):
         y = forward(expert, x, kept)
         keep.append(weakref.ref(kept[-1][1]))
         return y
 
-    monkeypatch.setattr(fused, "forward", note)
+    monkeypatch.setattr(fused, "run_products", note)
     with open_group(comm) as group:
         all_ids, ids = draw_ids(comm)
         whole, _ = run_whole("qwen3_moe", all_ids)
