@@ -145,7 +145,7 @@ def compute_expert(expert: Any, x: Tensor) -> Tensor:
 def run_expert(expert: nn.Module, x: Tensor, kept: list[Kept] | None) -> Tensor:
     """Compute x [n, H] -> y [n, H]; what run_expert_backward() needs is appended to kept, if any."""
     if fused.has_products(expert, x.dtype):
-        return fused.run_fused(expert, x, kept)
+        return fused.run_products(expert, x, kept)
     if kept is not None:
         kept.append((x,))
     return compute_expert(expert, x)
@@ -157,7 +157,7 @@ def run_expert_backward(expert: nn.Module, kept: Kept, grad_y: Tensor, gates: Te
     -> (grad_x [n, H], grad_gate [n] float32). Adds to the parameters' gradients.
     """
     if fused.has_products(expert, grad_y.dtype):
-        return fused.run_fused_backward(expert, kept, grad_y, gates)
+        return fused.run_products_backward(expert, kept, grad_y, gates)
     with torch.enable_grad(), fused.plain_graph():
         x = kept[0].detach().requires_grad_()
         y = compute_expert(expert, x)

@@ -82,15 +82,15 @@ def apply_gate(expert: Any, inner: Tensor) -> Tensor:
     return expert._apply_gate(inner) if "gate_up_proj" in expert._parameters else expert.act_fn(inner)
 
 
-def run_fused(expert: nn.Module, x: Tensor, kept: list[Kept] | None) -> Tensor:
-    """Compute x [n, H] -> y [n, H]; what run_fused_backward() needs is appended to kept, if any."""
+def run_products(expert: nn.Module, x: Tensor, kept: list[Kept] | None) -> Tensor:
+    """Compute x [n, H] -> y [n, H]; what run_products_backward() needs is appended to kept, if any."""
     inner = FusedMatrix(expert, first_matrix(expert)).linear(x)
     if kept is not None:
         kept.append((x, inner))
     return FusedMatrix(expert, "down_proj").linear(apply_gate(expert, inner))
 
 
-def run_fused_backward(expert: nn.Module, kept: Kept, grad_y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+def run_products_backward(expert: nn.Module, kept: Kept, grad_y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     """Compute gradients from grad_y [n, H], that of the output to which y came as gate * y, and gates [n] float32.
 
     -> (grad_x [n, H], grad_gate [n] float32), both partial sums under tensor parallelism. Adds to the parameters'

@@ -103,14 +103,14 @@ def test_steps_in_lanes_learn_as_one_process_does(comm, family):
 @pytest.mark.mpi
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_a_checkpoint_drops_what_the_experts_keep_and_changes_nothing(comm, checkpoints, monkeypatch):
-    keep, run_fused = [], fused.run_fused
+    keep, run_products = [], fused.run_products
 
     def note(expert, x, kept):
-        y = run_fused(expert, x, kept)
+        y = run_products(expert, x, kept)
         keep.append(weakref.ref(kept[-1][1]))
         return y
 
-    monkeypatch.setattr(fused, "run_fused", note)
+    monkeypatch.setattr(fused, "run_products", note)
     with open_group(comm) as group:
         all_ids, ids = draw_ids(comm)
         whole, _ = run_whole("qwen3_moe", all_ids)
