@@ -24,6 +24,7 @@ from hpcmoe.sections import (
     PipelineConfig,
     PlacementConfig,
     RebalanceConfig,
+    RestartConfig,
     RunConfig,
     TrainConfig,
     WriteConfig,
@@ -60,6 +61,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     write: WriteConfig = field(default_factory=WriteConfig)
+    restart: RestartConfig = field(default_factory=RestartConfig)
 
     @property
     def spec(self) -> NetworkSpec:

@@ -36,6 +36,8 @@ def find_contradictions(config: Any) -> list[tuple[tuple[str, str], str]]:
          'needs GPUs: [comm] device = "host" has none'),
         (train.learning_rate_decay_steps <= config.run.steps, "train", "learning_rate_decay_steps",
          f"must be at most [run] steps = {config.run.steps}"),
+        (not 0 < config.restart.wall_seconds <= config.restart.grace_seconds, "restart", "wall_seconds",
+         f"must be 0, or more than grace_seconds = {config.restart.grace_seconds:g}"),
         (pipeline.micro_batches <= data.batch_sequences, "pipeline", "micro_batches",
          f"must be at most [data] batch_sequences = {data.batch_sequences}"),
         (model.source == "hf" or all(layer < model.num_layers for layer in config.write.activations_of_layers), "write",

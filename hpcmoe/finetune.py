@@ -15,6 +15,7 @@ from hpcmoe.checkpointing import TensorPiece, read_tensors
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.config import Config
 from hpcmoe.description import describe_run, describe_tokens
+from hpcmoe.ending import end_in_order
 from hpcmoe.errors import on_all, on_root
 from hpcmoe.group import Group
 from hpcmoe.group import open as open_group
@@ -27,10 +28,11 @@ from hpcmoe.output import print_to_stdout
 from hpcmoe.prepare.process import estimate_process
 from hpcmoe.report.tables import make_table
 from hpcmoe.report.totals import Totals, gather_totals, record_totals
+from hpcmoe.resuming import end_run
 from hpcmoe.run.finite import check_arrays, label_array
 from hpcmoe.run.metadata import describe_checkpoint, log_changes
 from hpcmoe.run.train import is_due
-from hpcmoe.run.trained_parts import choose_trained, save_adapters
+from hpcmoe.run.trained_parts import checkpoint_activations, save_adapters, set_trained
 from hpcmoe.run.tune import check_aux_loss, infer_tokens, tune
 from hpcmoe.run.tuned_state import TunedState
 from hpcmoe.run.tuning_job import TuningJob, check_sequences, make_tuning_job
@@ -55,8 +57,11 @@ class TuningRun:
     resumes: bool  # is the checkpoint one of the run's own?
 
 
-def run_finetune(comm: MPI.Intracomm, run: TuningRun) -> None:
-    """Load a model, train it or run it, record and write. Collective over comm; the run's folder is open."""
+def run_finetune(comm: MPI.Intracomm, run: TuningRun) -> int:
+    """Load a model, train it or run it, record and write -> exit status. Collective over comm.
+
+    The run's folder is open.
+    """
     config, folder = run.config, run.folder
     on_all(comm, lambda: check_version(_WHERE))
     size = on_root(comm, lambda: read_vocabulary_size(config.model.path))
@@ -66,22 +71,28 @@ def run_finetune(comm: MPI.Intracomm, run: TuningRun) -> None:
     split = on_all(comm, lambda: check_text(split))
     with open_run_group(comm, config, run.topology) as group:
         process_bytes = estimate_process(comm, run.topology.node_of_rank, config.run.mode == "train")
-        model = load_model(config, group)
+        model = load_for_run(config, group)
         texts = TokenText(split.training), TokenText(split.validation)
         job = make_tuning_job(config, group, model, *texts, process_bytes)
         log_job(job)
         first_step = 0 if run.checkpoint is None else read_state(job, run.checkpoint)
         with open_records(comm, folder, first_step if run.resumes else None) as records:
             describe_run(records, job, run.text)
-            totals = work(job, records, folder, first_step)
-            describe_tokens(records, job)
-            record_totals(records, totals)
-        written = [folder / "run.h5"]
+            with end_in_order(config.restart, folder if comm.rank == 0 else None) as job.stepper.ending:
+                totals = work(job, records, folder, first_step)
+                describe_tokens(records, job)
+                record_totals(records, totals)
+        written: list[Path | None] = [folder / "run.h5"]
         if config.run.mode == "train":
-            save_family(job, group, folder)
-            written += [path for path in (newest_checkpoint(folder), folder / _FOLDER) if path]
+            written += [newest_checkpoint(folder)]
+            if not job.stepper.ending.is_agreed:  # else it goes on, and has no time left
+                save_family(job, group, folder)
+                written += [folder / _FOLDER]
         if comm.rank == 0:
-            print_to_stdout(f"\n{make_table(job, totals)}\n\nwritten: {', '.join(map(str, written))}")
+            print_to_stdout(
+                f"\n{make_table(job, totals)}\n\nwritten: {', '.join(str(path) for path in written if path)}"
+            )
+        return end_run(comm, job.stepper.ending, totals.num_steps)
 
 
 def check_source(config: Config, num_ranks: int) -> None:
@@ -119,14 +130,14 @@ def open_run_group(comm: MPI.Intracomm, config: Config, topology: Topology) -> I
         yield group
 
 
-def load_model(config: Config, group: Group) -> Any:
+def load_for_run(config: Config, group: Group) -> Any:
     """Load the model, and choose what of it is trained. Collective over the group."""
     settings, world = config.model, group.mesh.world
     model = hf.load(settings.path, group, dtype=getattr(torch, settings.dtype))
     on_all(world, lambda: check_aux_loss(model, config))
-    on_all(world, lambda: choose_trained(model, settings, config.run.seed))
+    on_all(world, lambda: set_trained(model, settings, config.run.seed))
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model
 
 
@@ -156,7 +167,7 @@ def work(job: TuningJob, records: Records, folder: Path, first_step: int) -> Tot
             writer.poll()
             if is_due(step, config.write.hf_every, 0) and step < config.run.steps:
                 save_family(job, job.group, folder)
-            if is_due(step, config.write.checkpoint_every, config.run.steps):
+            if job.stepper.ending.is_agreed or is_due(step, config.write.checkpoint_every, config.run.steps):
                 describe_tokens(records, job)
                 records.flush()
                 save_state(job, writer, step)

@@ -63,8 +63,7 @@ class WeightMatrix:
     def add_gradients(self, grad_y: Tensor, x: Tensor) -> None:
         """Add grad_y^T x to the weight's gradient, and grad_y's sum over rows to the bias's; none to a frozen one's."""
         if self.parameter.requires_grad:
-            gemm, _ = self.prepare(x.dtype)
-            gemm.add_product(ensure_grad(self.parameter), grad_y, x)
+            add_gradient(self.prepare(x.dtype)[0], self.parameter, grad_y, x)
         if self.bias is not None and self.bias.requires_grad:
             ensure_grad(self.bias).add_(grad_y.sum(dim=0, dtype=torch.float32))
 
@@ -106,13 +105,15 @@ class TorchGemm:
         """Return grad_y^T x, [out, in]."""
         return torch.mm(grad_y.t(), x)
 
-    def add_product(self, gradient: Tensor, grad_y: Tensor, x: Tensor) -> None:
-        """Add grad_y^T x to a float32 gradient [out, in]; a product in bfloat16 is rounded once, then added.
+    def add_product(self, gradient: Tensor, grad_y: Tensor, x: Tensor, is_new: bool = False) -> None:
+        """Add grad_y^T x to a gradient [out, in], or make it that; a product in bfloat16 is rounded once, then added.
 
         A GPU adds to a large gradient as the product is made, without an array beside it.
         """
         if x.dtype == gradient.dtype:
-            gradient.addmm_(grad_y.t(), x)
+            torch.addmm(gradient, grad_y.t(), x, beta=0 if is_new else 1, out=gradient)  # 0 reads nothing of it
+        elif is_new:
+            gradient.copy_(self.outer(grad_y, x))
         elif x.is_cuda and adds_in_place(x.dtype, gradient.numel()):
             torch.addmm(gradient, grad_y.t(), x, out_dtype=gradient.dtype, out=gradient)
         else:
@@ -159,7 +160,7 @@ class OneDnnGemm(TorchGemm):
             return super().outer(grad_y, x)
         return self.linear(grad_y.t(), x.t(), None, "none")
 
-    def add_product(self, gradient: Tensor, grad_y: Tensor, x: Tensor) -> None:
+    def add_product(self, gradient: Tensor, grad_y: Tensor, x: Tensor, is_new: bool = False) -> None:
         """Add grad_y^T x to a gradient, in pieces; a product in bfloat16 is rounded once, then added.
 
         Pieces, because kernels stay in memory: one made beside a product as large as the weight keeps the heap from
@@ -169,7 +170,8 @@ class OneDnnGemm(TorchGemm):
         num_columns = max(1, _GRADIENT_PIECE_BYTES // (x.shape[1] * x.element_size()))
         for grads, rows in zip(grad_y.split(_MAX_GRADIENT_ROWS), x.split(_MAX_GRADIENT_ROWS), strict=True):
             for piece, columns in zip(gradient.split(num_columns), grads.split(num_columns, dim=1), strict=True):
-                piece.add_(outer(columns, rows))
+                (piece.copy_ if is_new else piece.add_)(outer(columns, rows))
+            is_new = False
 
 
 class WideGemm(TorchGemm):
@@ -198,9 +200,9 @@ class WideGemm(TorchGemm):
         """Return grad_y^T x."""
         return self.gemm.outer(grad_y.float(), x.float()).to(grad_y.dtype)
 
-    def add_product(self, gradient: Tensor, grad_y: Tensor, x: Tensor) -> None:
-        """Add grad_y^T x to a gradient."""
-        self.gemm.add_product(gradient, grad_y.float(), x.float())
+    def add_product(self, gradient: Tensor, grad_y: Tensor, x: Tensor, is_new: bool = False) -> None:
+        """Add grad_y^T x to a gradient, or make it that."""
+        self.gemm.add_product(gradient, grad_y.float(), x.float(), is_new)
 
 
 def _to_float32(weight: Tensor) -> Tensor:
@@ -282,6 +284,13 @@ def activate(x: Tensor, activation: str, in_place: bool = False) -> Tensor:
             return functional.silu(x, inplace=in_place)
         case _:
             raise ValueError(f"unknown activation {activation}")
+
+
+def add_gradient(gemm: TorchGemm, parameter: Parameter, grad_y: Tensor, x: Tensor) -> None:
+    """Add grad_y^T x to the gradient of a parameter [out, in], or [1, out, in]; a first one is written, not added."""
+    begun = parameter.grad
+    parameter.grad = torch.empty_like(parameter) if begun is None else begun
+    gemm.add_product(parameter.grad.flatten(0, -2), grad_y, x, is_new=begun is None)
 
 
 def ensure_grad(parameter: Parameter) -> Tensor:

@@ -14,10 +14,11 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import itertools
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpi4py import MPI
 
@@ -28,7 +29,7 @@ from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
 from hpcmoe.interrupts import exit_on_signals, repeated_interrupts
 from hpcmoe.messages import one_line
 from hpcmoe.model.prompts import Codec, PromptText, deal_prompts, encode_prompts, read_prompts
-from hpcmoe.output import print_to_stderr
+from hpcmoe.output import StderrHandler, print_to_stderr
 from hpcmoe.paths import expand_path
 from hpcmoe.results import check_outputs
 from hpcmoe.wait import barrier, broadcast
@@ -36,7 +37,6 @@ from hpcmoe.write.checkpoint import find_checkpoint, list_checkpoints
 from hpcmoe.write.pieces import MASTER
 
 if TYPE_CHECKING:  # what imports torch
-    from hpcmoe.group import Group
     from hpcmoe.model.continuations import Continuation, Engine
     from hpcmoe.model.sampling import SamplingOptions
     from hpcmoe.report.texts import TextReport
@@ -80,6 +80,7 @@ def read_generate_arguments(words: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest; 0: from all (%(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that make up P (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn, at any number of ranks (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="of a rank; 0: its share of the cores (%(default)s)")
     parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
     arguments = parser.parse_args(words)
     if arguments.help:
@@ -89,8 +90,9 @@ def read_generate_arguments(words: list[str]) -> argparse.Namespace | None:
         parser.error(f"no MODEL; try {parser.prog} out/run --prompt TEXT")
     if arguments.prompts is None and arguments.prompt is None:
         parser.error("no prompt: --prompts FILE or --prompt TEXT")
-    if arguments.batch < 1:
-        parser.error(f"--batch {arguments.batch}: must be at least 1")
+    for name, least in ("batch", 1), ("threads", 0):
+        if (number := getattr(arguments, name)) < least:
+            parser.error(f"--{name} {number}: must be at least {least}")
     return arguments
 
 
@@ -102,10 +104,12 @@ def generate(comm: MPI.Intracomm, arguments: argparse.Namespace) -> None:
     with exit_on_signals(lambda ending: exit_with(comm, ending, read_host_name())):
         options = on_root(comm, lambda: read_options(arguments))  # imports torch, and what follows
         on_all(comm, lambda: import_engine(is_hf))
+    level = logging.INFO if is_hf and comm.rank == 0 else logging.WARNING  # how loading goes on, which may take minutes
+    logging.basicConfig(level=level, format="hpcmoe: %(message)s", handlers=[StderrHandler()])
 
     # Encode the prompts before the model is read, whose weights may take minutes.
     report = keep_on_root(comm, lambda: make_report(path, is_hf, given or [], options, arguments.output))
-    with open_engine(comm, path, is_hf, arguments.batch) as engine:
+    with open_engine(comm, path, is_hf, arguments) as engine:
         continue_all(comm, engine, report, options, arguments.batch)
     if report is not None:
         print_to_stderr([f"hpcmoe: {report.summarize(comm.size)}"])
@@ -144,7 +148,9 @@ def import_engine(is_hf: bool) -> None:
     """Import what runs the model, which takes seconds. Raises ConfigError where transformers is missing."""
     if is_hf:
         from hpcmoe.model.hf.generation import quiet_transformers
+        from hpcmoe.model.hf.spread import check_version
 
+        check_version("hpcmoe generate")
         quiet_transformers()
     else:
         import hpcmoe.reopen  # noqa: F401
@@ -163,36 +169,22 @@ def make_report(
 
 
 @contextlib.contextmanager
-def open_engine(comm: MPI.Intracomm, path: Path, is_hf: bool, batch: int) -> Iterator["Engine"]:
-    """Open the model for so many prompts of a rank at once. Collective over comm, both ends."""
+def open_engine(comm: MPI.Intracomm, path: Path, is_hf: bool, arguments: argparse.Namespace) -> Iterator["Engine"]:
+    """Open the model, for a batch of prompts on each rank. Collective over comm, both ends."""
     if is_hf:
         from hpcmoe.group import open as open_group
+        from hpcmoe.hf import load
         from hpcmoe.model.hf.generation import FamilyEngine
 
-        with open_group(comm, in_flight=1, schedule="serial") as group:
-            yield FamilyEngine(load_family(path, group))
+        with open_group(comm, in_flight=1, schedule="serial", threads=arguments.threads) as group:
+            yield FamilyEngine(load(path, group))
     else:
         from hpcmoe.model.decode import ByteEngine
         from hpcmoe.reopen import open_network
 
-        with open_network(comm, find_checkpoint(comm, path), batch) as network:
+        checkpoint = find_checkpoint(comm, path)
+        with open_network(comm, checkpoint, arguments.batch, arguments.threads) as network:
             yield ByteEngine(network)
-
-
-def load_family(path: Path, group: "Group") -> Any:
-    """Load the model of a Hugging Face checkpoint, its experts spread. Collective over the group."""
-    from transformers import AutoModelForCausalLM
-
-    from hpcmoe.model.hf.spread import spread
-
-    def read() -> Any:
-        try:
-            return AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{one_line(path)}: cannot be loaded: {one_line(error)}") from None
-
-    model = spread(on_all(group.mesh.world, read), group)
-    return model.to(group.device.torch_device).eval()
 
 
 def continue_all(

@@ -58,7 +58,7 @@ class Group:
         self.engine = Lanes([], Clock(), options.schedule, self.device.bind_thread, self.device.generators)
         self.sums: LaneSums | None = None
         self.refuses_more, self.num_optimizer_steps = options.reject_more, 0
-        self.counts = TokenCounts(self.mesh.world, self.layers)
+        self.counts = TokenCounts(self.mesh.world, self.layers, self.topology.node_of_rank)
         self.gradients: dict[nn.Module, ModelGradients] = {}
 
     def lanes(
@@ -110,13 +110,13 @@ class Group:
         self.meet("load")
         return load_model(self.mesh, folder, model, optimizer)
 
-    def loads(self) -> list[np.ndarray]:
+    def loads(self, by_node: bool = False) -> list[np.ndarray]:
         """Return the tokens that each expert of each layer has had since the last call, on all ranks -> int64 [E] each.
 
-        Collective over the group.
+        by_node: [nodes, E], by the node that was their home. Collective over the group.
         """
         self.meet("loads")
-        return self.counts.pop("loads")
+        return self.counts.pop("loads", by_node=by_node)
 
     def update_routers(self) -> None:
         """Move the load feedback and the biases of all MoE layers by what was routed since the last call.
@@ -133,7 +133,7 @@ class Group:
         layer for the search. Collective over the group.
         """
         self.meet("rebalance")
-        counts = self.counts.pop("rebalance")
+        counts = self.counts.pop("rebalance", by_node=True)
         layers = [module for module in model.modules() if isinstance(module, Experts)]
         loads = {layer: counts[layer.number] for layer in layers if counts[layer.number].any()}
         return rebalance_layers(self.mesh, self.topology, loads, optimizer)

@@ -5,9 +5,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 REPEAT_SECONDS = 0.5  # between two exceptions, until one ends the block
-TERMINATION_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TERMINATION_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # MPICH takes the last for itself
+POSTPONED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,6 +68,39 @@ def repeated_interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def postponed_interrupts(grace_seconds: float) -> Iterator[list[int]]:
+    """Note the first signal that asks the block to end -> the list where it is noted. Within repeated_interrupts().
+
+    The block is to end by itself. A second Ctrl-C, or grace_seconds after the first signal, raises Interrupted.
+    """
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGALRM or (asked and number == signal.SIGINT):
+            ended_by = asked[0] if number == signal.SIGALRM else number
+            restore_signals(before)
+            before[ended_by](ended_by, frame)
+        elif not asked:
+            asked.append(number)
+            signal.setitimer(signal.ITIMER_REAL, grace_seconds)
+
+    numbers = {signal.SIGINT, *list_not_ignored(*POSTPONED_SIGNALS, signal.SIGALRM)}
+    before: dict[int, Any] = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield asked
+    finally:
+        if signal.getsignal(signal.SIGALRM) == note:
+            stop_repeating()
+            restore_signals(before)
+
+
+def restore_signals(handlers: dict[int, Any]) -> None:
+    """Install the handlers of signals, by number."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def exit_on_signals(end: Callable[[Interrupted], None]) -> Iterator[None]:
     """Call end(Interrupted), which does not return, at a signal in the block: C++ code may not pass on an exception.
 
@@ -80,8 +115,7 @@ def exit_on_signals(end: Callable[[Interrupted], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore_signals(before)
 
 
 def list_not_ignored(*numbers: int) -> list[int]:

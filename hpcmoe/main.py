@@ -27,21 +27,24 @@ from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.cluster.topology import Topology, save_topology
 from hpcmoe.config import Config, read_config
 from hpcmoe.description import describe_run, describe_tokens
-from hpcmoe.errors import ConfigError, exit_with, keep_on_root, on_all, on_root
+from hpcmoe.ending import end_in_order
+from hpcmoe.errors import exit_with, keep_on_root, on_all, on_root
 from hpcmoe.idle import find_ineffective
 from hpcmoe.interrupts import exit_on_signals, repeated_interrupts
 from hpcmoe.model.text import check_text, find_text
+from hpcmoe.model.tokens import unpack_documents
 from hpcmoe.output import StderrHandler, print_to_stdout
 from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.prepare.budget import check_budget, format_budget, may_use_gpus
 from hpcmoe.prepare.shards import resolve_tensor_parallel
-from hpcmoe.run.metadata import check_metadata, describe_checkpoint, log_changes
+from hpcmoe.resuming import AUTO, end_run, find_start
+from hpcmoe.run.metadata import describe_checkpoint, log_changes
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
 from hpcmoe.write.boxes import Piece, PieceSpec
-from hpcmoe.write.checkpoint import find_checkpoint, is_in_folder, newest_checkpoint, read_metadata, step_of
+from hpcmoe.write.checkpoint import is_in_folder, newest_checkpoint, step_of
 from hpcmoe.write.folder import open_folder
 from hpcmoe.write.pieces import read_pieces
 from hpcmoe.write.problem import read_loads
@@ -59,7 +62,7 @@ log = logging.getLogger("hpcmoe.main")
 
 def main() -> None:
     """Run the program; any exception ends all ranks."""
-    comm, host, watch = MPI.COMM_WORLD, read_host_name(), Watch(None)
+    comm, host, watch, status = MPI.COMM_WORLD, read_host_name(), Watch(None), 0
     try:
         with repeated_interrupts(), contextlib.ExitStack() as opened:
             watch = start_watch(comm, host)
@@ -67,7 +70,7 @@ def main() -> None:
             start_log(comm)
             arguments = on_root(comm, lambda: read_run_arguments(sys.argv[1:]))
             if arguments is not None:
-                run(comm, arguments, opened)
+                status = run(comm, arguments, opened)
             barrier(comm)  # nobody leaves while another may still fail
             watch.stop()
     except (Exception, KeyboardInterrupt) as error:
@@ -76,34 +79,38 @@ def main() -> None:
         else:
             watch.report()
         exit_with(comm, error, host)
+    if status:
+        sys.exit(status)
 
 
-def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.ExitStack) -> None:
-    """Read, place, run, write; opened holds the run's folder until the end. Collective over comm."""
+def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.ExitStack) -> int:
+    """Read, place, run, write; opened holds the run's folder until the end -> exit status. Collective over comm."""
     # Check input and output first: what is wrong there need not wait for torch.
     config, text = on_root(comm, lambda: read_config(arguments.config, arguments.set))
     for note in find_ineffective(config) if comm.rank == 0 else ():
         log.warning("%s", note)
     folder = pathlib.Path(config.run.output, config.run.name)
-    checkpoint = None if arguments.resume is None else find_checkpoint(comm, arguments.resume or folder)
+    checkpoint = find_start(comm, arguments.resume, folder, config)
+    if checkpoint is not None and arguments.resume == AUTO and step_of(checkpoint) >= config.run.steps:
+        log.info("%s is the last of [run] steps = %d: nothing is left to do", checkpoint, config.run.steps)
+        return 0
     resumes = checkpoint is not None and is_in_folder(checkpoint, folder)
-    on_root(comm, lambda: check_checkpoint(checkpoint, folder, config))
     if config.model.source == "hf":
         with exit_on_signals(lambda ending: end_all_ranks(comm, opened, ending)):
             from hpcmoe.finetune import TuningRun, check_source, run_finetune  # seconds of CPU
 
         on_root(comm, lambda: check_source(config, comm.size))
         topology = open_place(comm, config, resumes, opened)
-        run_finetune(comm, TuningRun(
+        return run_finetune(comm, TuningRun(
             config=config, text=text, folder=folder, topology=topology, checkpoint=checkpoint, resumes=resumes,
         ))  # fmt: skip
-        return
     split = on_root(comm, lambda: find_text(config.data, config.model.sequence_length, folder))
     split = on_all(comm, lambda: check_text(split))
 
     # Read an earlier run's files before the folder, which may be theirs, is moved out of the way.
     loads = keep_on_root(comm, lambda: find_loads(config.placement.loads, config.model, read_loads))
     topology = open_place(comm, config, resumes, opened)
+    split = unpack_documents(comm, config.data, config.model.sequence_length, folder) or split
 
     # Check the memory of nodes, that of GPUs is known when they are open.
     on_gpus = may_use_gpus(config.comm.device, config.cluster.memory_bytes_per_node, topology)
@@ -126,13 +133,15 @@ def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.E
             start = make_start(job, checkpoint)
             with open_records(comm, folder, start.step if resumes else None) as records:
                 describe_run(records, job, text)
-                totals = train_or_infer(job, records, folder, start)
-                describe_tokens(records, job)
-                record_totals(records, totals)
+                with end_in_order(config.restart, folder if comm.rank == 0 else None) as job.stepper.ending:
+                    totals = train_or_infer(job, records, folder, start)
+                    describe_tokens(records, job)
+                    record_totals(records, totals)
             if comm.rank == 0:
                 newest = newest_checkpoint(folder) if config.run.mode == "train" else None
                 table, written = make_table(job, totals), [folder / "run.h5", *([newest] if newest else [])]
                 print_to_stdout(f"\n{table}\n\nwritten: {', '.join(map(str, written))}")
+    return end_run(comm, job.stepper.ending, totals.num_steps)
 
 
 def open_place(comm: MPI.Intracomm, config: Config, resumes: bool, opened: contextlib.ExitStack) -> Topology:
@@ -192,7 +201,9 @@ def train_or_infer(job: "Job", records: Records, folder: pathlib.Path, start: St
         writer.poll()
         if layers_to_write(config, step):
             write_activations(world, folder, step, activations)
-        if start.optimizer is not None and is_due(step, write.checkpoint_every, config.run.steps):
+        if start.optimizer is not None and (
+            job.stepper.ending.is_agreed or is_due(step, write.checkpoint_every, config.run.steps)
+        ):
             describe_tokens(records, job)
             records.flush()
             check_state(world, start.state, step, {LOAD: load})
@@ -249,21 +260,6 @@ def log_plan(job: "Job") -> None:
     )  # fmt: skip
 
 
-def check_checkpoint(checkpoint: pathlib.Path | None, folder: pathlib.Path, config: Config) -> None:
-    """Raise ConfigError or CheckpointError unless a run can go on from a checkpoint.
-
-    It cannot from its own last step, from another function, nor infer in the folder of the training.
-    """
-    if checkpoint is None:
-        return
-    if config.run.mode == "infer" and is_in_folder(checkpoint, folder):
-        raise ConfigError(f'[run] name = "{config.run.name}": inference of {checkpoint} needs a name of its own')
-    step, steps = step_of(checkpoint), config.run.steps
-    if config.run.mode == "train" and step >= steps:
-        raise ConfigError(f"[run] steps = {steps}: must be more than the {step} of {checkpoint}")
-    check_metadata(read_metadata(checkpoint), config, checkpoint, step)
-
-
 def read_run_arguments(words: list[str]) -> argparse.Namespace | None:
     """Parse the command line; None when only help was asked for. Raises ConfigError."""
     about = "Train or run a mixture of experts over MPI ranks."
@@ -272,7 +268,8 @@ def read_run_arguments(words: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="FOLDER", type=lambda path: expand_path(path, "--resume"),
-        help="go on from the newest checkpoint of this run, or of FOLDER, or from the checkpoint FOLDER",
+        help="go on from the newest checkpoint of this run, or of FOLDER, or from the checkpoint FOLDER; auto: from "
+        "the newest that is whole, from the start where there is none, and not at all after the last step",
     )  # fmt: skip
     parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
     arguments = parser.parse_args(words)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import NoReturn, TextIO
 
 EXIT_USER = 2  # the status of an error that the user can correct: bad input, a machine that does not fit
+EXIT_AGAIN = 75  # of a run that has ended in order, and is to go on: EX_TEMPFAIL of sysexits.h
 DRAIN_SECONDS = 0.2  # for a launcher to forward output: what it has not read when a rank aborts is lost
 
 

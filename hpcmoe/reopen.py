@@ -27,14 +27,16 @@ _KEY = re.compile(r"\[(model|experts|dispatch)\] (\w+)")  # of the metadata, in 
 
 
 @contextlib.contextmanager
-def open_network(comm: MPI.Intracomm, checkpoint: Path, sequences_per_rank: int) -> Iterator[LanguageModel]:
+def open_network(
+    comm: MPI.Intracomm, checkpoint: Path, sequences_per_rank: int, threads: int = 0
+) -> Iterator[LanguageModel]:
     """Open the network of a checkpoint, its weights read -> LanguageModel, which keeps its routers' last loads.
 
     It drops no tokens: what exceeds an expert's capacity in training does so by what else is in the batch.
-    sequences_per_rank: the most that go through it at once. Collective over comm, both ends. Raises ConfigError,
-    ClusterError, PlacementError or CheckpointError on all ranks.
+    sequences_per_rank: the most that go through it at once; threads: of torch, 0: a rank's share of the cores.
+    Collective over comm, both ends. Raises ConfigError, ClusterError, PlacementError or CheckpointError on all ranks.
     """
-    config = on_root(comm, lambda: make_network_config(checkpoint, sequences_per_rank * comm.size))
+    config = on_root(comm, lambda: make_network_config(checkpoint, sequences_per_rank * comm.size, threads))
     topology, nothing = read_group_topology(comm, ""), Split(training=(), validation=())
     loads = find_loads(config.placement.loads, config.model, read_loads)
     with open_mesh(comm, config.parallel) as mesh, open_job(config, topology, mesh, nothing, loads) as job:
@@ -43,7 +45,7 @@ def open_network(comm: MPI.Intracomm, checkpoint: Path, sequences_per_rank: int)
         yield job.stepper.network
 
 
-def make_network_config(checkpoint: Path, num_sequences: int) -> Config:
+def make_network_config(checkpoint: Path, num_sequences: int, threads: int) -> Config:
     """Make the Config of inference with a checkpoint's network. Raises CheckpointError where its metadata say none."""
     tree: dict[str, dict[str, Any]] = {}
     for name, value in read_metadata(checkpoint).items():
@@ -54,7 +56,7 @@ def make_network_config(checkpoint: Path, num_sequences: int) -> Config:
         raise CheckpointError(f"{checkpoint}: is no checkpoint of a run of this program: it names no num_experts")
     tree.setdefault("dispatch", {})["capacity_factor"] = 0.0
     tree |= {
-        "run": {"mode": "infer"},
+        "run": {"mode": "infer", "threads_per_rank": threads},
         "parallel": {"tensor": 1},
         "pipeline": {"micro_batches": 1, "schedule": "serial"},
         "data": {"batch_sequences": num_sequences},

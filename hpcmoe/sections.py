@@ -204,3 +204,11 @@ class WriteConfig:
     hf_every: _CountOrZero = 0
     activations_of_layers: tuple[_CountOrZero, ...] = ()
     activations_every: _Count = 100
+
+
+@section
+class RestartConfig:
+    """How a run ends when it is told to, and goes on."""
+
+    grace_seconds: Positive = 120.0
+    wall_seconds: NotNegative = 0.0

@@ -9,12 +9,23 @@ import sys
 from launch import ROOT, run
 
 GROUND = (
-    "__version__", "output", "interrupts", "ending", "start", "segments", "mpi_library", "wait", "clock", "errors",
+    "__version__", "output", "interrupts", "start", "segments", "mpi_library", "wait", "clock", "errors",
     "environment", "messages", "paths", "replacing", "arguments", "results", "watch", "reading", "float32", "renamed",
-    "contradictions", "overrides", "validate", "sections", "config", "idle", "gemm",
+    "contradictions", "overrides", "validate", "sections", "ending", "config", "idle", "gemm",
 )  # fmt: skip
 CHAPTERS = sorted(folder.parent.name for folder in (ROOT / "hpcmoe").glob("*/__init__.py"))  # the alphabet is the order
-FLOORS = (*GROUND, *CHAPTERS, "description", "checkpointing", "reopen", "group", "hf", "model_check", "finetune")
+FLOORS = (
+    *GROUND,
+    *CHAPTERS,
+    "description",
+    "resuming",
+    "checkpointing",
+    "reopen",
+    "group",
+    "hf",
+    "model_check",
+    "finetune",
+)
 PROGRAMS = ("families", "main", "place", "check", "generate", "settings", "watcher", "__main__")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
 WRITE_MAY_IMPORT = {

@@ -13,7 +13,7 @@ from hpcmoe.finetune import open_run_group, read_state, save_state
 from hpcmoe.model.order import number_sequences
 from hpcmoe.run.model_optimizer import is_decayed
 from hpcmoe.run.schedules import learning_rate_at
-from hpcmoe.run.trained_parts import choose_trained
+from hpcmoe.run.trained_parts import checkpoint_activations, set_trained
 from hpcmoe.run.tune import tune
 from hpcmoe.run.tuned_state import TunedState
 from hpcmoe.run.tuning_job import make_tuning_job
@@ -59,9 +59,9 @@ def open_tuning(comm, family="mixtral", num_nodes=1, placement=None, **changes):
     with open_run_group(comm, config, make_topology(comm.size, min(num_nodes, comm.size))) as group:
         model = make_model(family).to(getattr(torch, config.model.dtype))
         hpcmoe.hf.spread(model, group, placement=placement)
-        choose_trained(model, config.model, 0)
+        set_trained(model, config.model, 0)
         if config.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         yield make_tuning_job(config, group, model, DrawnText(1), DrawnText(2), 0)
 
 

@@ -5,6 +5,7 @@ others' words before their rows, and where they differ all ranks raise the same 
 """
 
 import enum
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -62,7 +63,14 @@ class Notice:
         return f"layer {self.layer} top-{self.top_k} {way}" + ", own experts" * (self.use == Use.OWN_EXPERTS)
 
 
+ONE_ROUND = Notice()  # of a call of one exchange
 _BITS = 16, 2, 8, 5, 1, 31  # of each field
+
+
+@functools.lru_cache(maxsize=4096)
+def pack_call(notice: Notice, layer: int, direction: Direction, top_k: int) -> int:
+    """Return the word of a call: the same calls come again at every step."""
+    return notice.of_call(layer, direction, top_k).pack()
 
 
 def unpack_notice(word: int) -> Notice:
@@ -84,7 +92,7 @@ def unpack_notice(word: int) -> Notice:
 
 def count_rounds_left(words: np.ndarray) -> int:
     """Return the exchanges that some rank has still to make for the same call, by the words [P] of all."""
-    return unpack_notice(int(words.max())).rounds_left  # in a word's highest bits
+    return int(words.max()) >> sum(_BITS[:-1])  # a word's highest bits
 
 
 class Notices:

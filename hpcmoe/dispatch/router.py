@@ -136,8 +136,10 @@ class Softmax(torch.autograd.Function):
 
 
 def count_assignments(experts: Tensor, num_experts: int) -> Tensor:
-    """Count the assignments to each expert: experts [T, K] -> [E] int64; torch.bincount would wait for a GPU."""
+    """Count the assignments to each expert: experts [T, K] -> [E] int64."""
     chosen = experts.flatten()
+    if not chosen.is_cuda:  # torch.bincount would wait for a GPU
+        return torch.bincount(chosen, minlength=num_experts)
     return chosen.new_zeros(num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
 
 

@@ -1,4 +1,4 @@
-"""Experts whose arithmetic is another library's: each a module of that library with one expert, run by autograd.
+"""Experts whose arithmetic is another library's: each a module of that library with one expert.
 
 The module is one of Hugging Face transformers' fused experts (hpcmoe.model.hf): its parameters are [E, ...], and
 forward.__wrapped__(x [n, H], indices [n, K], weights [n, K]) is its family's own loop over them. Cut to one expert it
@@ -7,14 +7,14 @@ computes y = expert(x) with every index 0 and every weight 1. An adapter's modul
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from hpcmoe.cluster.mesh import Mesh
+from hpcmoe.experts import fused
 from hpcmoe.experts.family_shards import ADDED_ONCE, count_feed_forward, cut_shard, view_weight
 from hpcmoe.experts.feed_forward import Kept, LocalExperts, Slots, concatenate, split_rows
 from hpcmoe.experts.moe import Experts, LayerGroup
@@ -25,16 +25,17 @@ from hpcmoe.gemm import WeightMatrix
 class LocalFamilyExperts(LocalExperts):
     """This rank's experts of a family, run one by one. An empty slot is an Identity that no row reaches."""
 
+    @torch.no_grad()
     def forward(self, slots: Slots, rows: Tensor, kept: list[Kept] | None) -> Tensor:
         """Compute rows [m, H] grouped by slot -> results [m, H]; what backward() needs is appended to kept, if any."""
         parts = split_rows(slots, rows)
         return concatenate([run_expert(self.replicas[slot], own, kept) for slot, own in parts])
 
+    @torch.no_grad()
     def backward(self, slots: Slots, grads: Tensor, gates: Tensor, kept: list[Kept]) -> tuple[Tensor, Tensor]:
         """Compute from grads [m, H] and gates [m], grouped by slot, the gradients of rows [m, H] and gates [m]."""
         parts = [
-            run_expert_backward(self.replicas[slot], kept.pop()[0], *own)
-            for slot, *own in split_rows(slots, grads, gates)
+            run_expert_backward(self.replicas[slot], kept.pop(), *own) for slot, *own in split_rows(slots, grads, gates)
         ]
         grads_x, grads_gate = zip(*parts, strict=True)
         return concatenate(grads_x), concatenate(grads_gate)
@@ -78,6 +79,9 @@ class FamilyExperts(Experts):
         self.build(group, parts, LocalFamilyExperts(replicas))
         self.anchor = torch.empty(0, dtype=down.dtype, device=self.anchor.device, requires_grad=True)
         self.template = (copy_expert(family, 0, parts.mesh, torch.device("meta")).to("meta"),)  # no child of this
+
+    def refresh_if_changed(self) -> None:
+        """Do nothing: no cast of a weight is kept."""
 
     def make_replica(self) -> Any:
         """Allocate an expert whose weights are to come from another rank."""
@@ -129,45 +133,34 @@ def cut_expert(family: nn.Module, cut: Callable[[str, Tensor], Tensor]) -> nn.Mo
     return expert
 
 
-def compute_expert(expert: nn.Module, x: Tensor) -> Tensor:
-    """Compute x [n, H] -> y [n, H] by the family's own loop."""
+def compute_expert(expert: Any, x: Tensor) -> Tensor:
+    """Compute x [n, H] -> y [n, H] by the family's own loop, in the precision of the weights."""
+    rows = x.to(next(expert.parameters()).dtype)
     if hasattr(expert, "apply_expert"):
-        return cast(Any, expert).apply_expert(0, x)
-    first, whole = x.new_zeros((len(x), 1), dtype=torch.int64), x.new_ones((len(x), 1))
-    return vars(type(expert))["forward"].__wrapped__(expert, x, first, whole)
+        return expert.apply_expert(0, rows).to(x.dtype)
+    first, whole = rows.new_zeros((len(x), 1), dtype=torch.int64), rows.new_ones((len(x), 1))
+    return vars(type(expert))["forward"].__wrapped__(expert, rows, first, whole).to(x.dtype)
 
 
-@torch.no_grad()
 def run_expert(expert: nn.Module, x: Tensor, kept: list[Kept] | None) -> Tensor:
-    """Compute x [n, H] -> y [n, H]; x is appended to kept, if any, and bears the graph as an attribute.
-
-    A checkpoint that drops x drops the graph with it.
-    """
-    if kept is None:
-        return compute_expert(expert, x)
-    own = x.detach()
-    own.graph = graph = trace_expert(expert, x)  # type: ignore[attr-defined]
-    kept.append((own,))
-    return graph[1].detach()
+    """Compute x [n, H] -> y [n, H]; what run_expert_backward() needs is appended to kept, if any."""
+    if fused.has_products(expert):
+        return fused.forward(expert, x, kept)
+    if kept is not None:
+        kept.append((x,))
+    return compute_expert(expert, x)
 
 
-def trace_expert(expert: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute y [n, H] of x [n, H] -> (x, y), a graph of their own.
-
-    A checkpoint around the layer has no part in what it saves: the calling thread may be another micro-batch's.
-    """
-    with torch.enable_grad(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        x = x.detach().requires_grad_()
-        return x, compute_expert(expert, x)
-
-
-def run_expert_backward(expert: nn.Module, x: Tensor, grad_y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+def run_expert_backward(expert: nn.Module, kept: Kept, grad_y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     """Compute gradients from grad_y [n, H], that of the output to which y came as gate * y, and gates [n] float32.
 
-    -> (grad_x [n, H], grad_gate [n] float32). Adds to the parameters' gradients. x: as kept, or computed again by a
-    checkpoint; then y is too.
+    -> (grad_x [n, H], grad_gate [n] float32). Adds to the parameters' gradients.
     """
-    x, y = vars(x).pop("graph", None) or trace_expert(expert, x)
+    if fused.has_products(expert):
+        return fused.backward(expert, kept, grad_y, gates)
+    with torch.enable_grad(), fused.plain_graph():
+        x = kept[0].detach().requires_grad_()
+        y = compute_expert(expert, x)
     torch.autograd.backward(y, grad_y * gates.to(grad_y.dtype)[:, None])
     assert x.grad is not None  # y depends on x
     return x.grad, (grad_y * y.detach()).sum(dim=1).float()

@@ -21,12 +21,10 @@ from torch.autograd.function import once_differentiable
 from hpcmoe.clock import Stage
 from hpcmoe.comm.transport import Direction
 from hpcmoe.dispatch.dispatcher import ExchangeId, TokenDispatcher
-from hpcmoe.dispatch.notice import Notice, count_rounds_left
+from hpcmoe.dispatch.notice import ONE_ROUND, Notice, count_rounds_left, pack_call
 from hpcmoe.dispatch.plan import SlotChooser
 from hpcmoe.dispatch.router import repeat_for_shards
 from hpcmoe.experts.feed_forward import Kept, LocalExperts
-
-_ONE_ROUND = Notice()
 
 
 class Turns(Protocol):
@@ -106,7 +104,7 @@ class ExpertLayer(nn.Module):
         gates: Tensor,
         kept: Tensor | None,
         residual: Tensor | None = None,
-        notice: Notice = _ONE_ROUND,
+        notice: Notice = ONE_ROUND,
     ) -> tuple[Tensor, int]:
         """Compute what forward() does, for one of several exchanges of a call -> (output, exchanges to come).
 
@@ -122,13 +120,32 @@ class ExpertLayer(nn.Module):
             gates=repeat_for_shards(gates.detach().float(), num_shards),
             notice=notice,
         )
-        output = Exchange.apply(x, gates, residual, self.anchor, self, context)
+        if context.training:
+            output = Exchange.apply(x, gates, residual, self.anchor, self, context)
+        else:
+            output = self.run_forward(context, x, residual)
         return output, context.rounds_left
+
+    def run_forward(self, context: LayerContext, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Run the stages of a forward pass -> residual, if any, + the sum of the experts' results times their gates."""
+        self.turns.contexts.add(context)
+        context.inputs = x, residual
+        self.turns.run_stages(
+            self.number,
+            [
+                (Stage.DISPATCH, self.start(context, x, Direction.DISPATCH)),
+                (Stage.COMPUTE, self.compute(context)),
+                (Stage.COMBINE, self.combine(context, residual)),
+            ],
+        )
+        context.rounds_left = count_rounds_left(context.handle.words)
+        self.turns.end_exchange()
+        output, context.output, context.inputs = context.output, None, None
+        return output if residual is not None else output.to(x.dtype)
 
     def start(self, context: LayerContext, rows: Tensor, direction: Direction) -> Iterator[bool]:
         """Start an exchange of rows [T, H] as soon as it can."""
         context.handle = yield from start_exchange(self.dispatcher, self.number, context, rows, direction)
-        yield True
 
     def compute(self, context: LayerContext) -> Iterator[bool]:
         """Compute on rows as they come, and scatter the results to where they go home from."""
@@ -178,7 +195,6 @@ class ExpertLayer(nn.Module):
         if residual is not None:
             same = context.output.dtype == residual.dtype
             context.output = context.output.add_(residual) if same else residual + context.output
-        yield True
 
     def gather_grads(self, context: LayerContext) -> Iterator[bool]:
         """Sum each token's gradients, and gather those of its gates."""
@@ -186,7 +202,6 @@ class ExpertLayer(nn.Module):
             yield False
         context.output = self.dispatcher.combine(context.handle, torch.ones_like(context.gates))
         context.grad_gates = self.dispatcher.gather_gate_grads(context.handle)
-        yield True
 
 
 class Exchange(torch.autograd.Function):
@@ -203,23 +218,11 @@ class Exchange(torch.autograd.Function):
         context: LayerContext,
     ) -> Tensor:
         """Return residual, if any, + the sum of the experts' results times their gates [T, H]."""
-        layer.turns.contexts.add(context)
-        context.inputs = x, residual
-        layer.turns.run_stages(
-            layer.number,
-            [
-                (Stage.DISPATCH, layer.start(context, x, Direction.DISPATCH)),
-                (Stage.COMPUTE, layer.compute(context)),
-                (Stage.COMBINE, layer.combine(context, residual)),
-            ],
-        )
-        context.rounds_left = count_rounds_left(context.handle.words)
-        layer.turns.end_exchange()
+        output = layer.run_forward(context, x, residual)
         ctx.layer, ctx.context, ctx.dtype, ctx.top_k = layer, context, x.dtype, gates.shape[1]
         kept = pack_kept(context, layer.dispatcher.repeats_order)
         ctx.save_for_backward(context.gates, *kept)  # never nothing: a checkpoint recomputes on all ranks
-        output, context.output, context.inputs = context.output, None, None
-        return output if residual is not None else output.to(x.dtype)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -247,7 +250,7 @@ def start_exchange(
     dispatcher: TokenDispatcher, layer: int, call: Call, rows: Tensor, direction: Direction
 ) -> Generator[bool, None, Any]:
     """Yield False until an exchange of rows [T, H] can start, and start it -> the dispatcher's handle."""
-    word = call.notice.of_call(layer, direction, call.plan.top_k).pack()
+    word = pack_call(call.notice, layer, direction, call.plan.top_k)
     exchange = ExchangeId(layer, call.micro_batch, direction, word)
     while not dispatcher.poll_ready(call.plan, exchange):
         yield False

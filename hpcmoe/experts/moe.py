@@ -13,7 +13,7 @@ from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.device import Device
 from hpcmoe.config import DispatchConfig
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
-from hpcmoe.dispatch.notice import Notice
+from hpcmoe.dispatch.notice import ONE_ROUND, Notice
 from hpcmoe.dispatch.router import Router
 from hpcmoe.experts.feed_forward import (
     Expert,
@@ -152,7 +152,7 @@ class Experts(LogicalExperts, ExpertLayer):
         while more:
             part = slice(number * self.max_tokens, (number + 1) * self.max_tokens)
             left = max(own - number - 1, 0)
-            notice = Notice(rounds_left=left, refuses=left > 0 and self.group.refuses_more)
+            notice = Notice(rounds_left=left, refuses=self.group.refuses_more) if left else ONE_ROUND
             kept_part = None if kept is None else kept[part]
             output, left_anywhere = self.exchange(x[part], experts[part], gates[part], kept_part, notice=notice)
             yield output

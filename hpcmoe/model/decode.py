@@ -85,7 +85,13 @@ class ByteEngine:
 
     @torch.no_grad()
     def run(self, texts: Continuations) -> None:
-        """Extend this rank's texts until all ranks have finished theirs. Collective over the group."""
+        """Extend this rank's texts until all ranks have finished theirs. Collective over the group.
+
+        Raises ValueError for more texts than the buffers have room for whole windows of.
+        """
+        length, most = self.network.spec.model.sequence_length, self.network.layers[0].experts.dispatcher.sizes.tokens
+        if len(texts.rows) * length > most:
+            raise ValueError(f"{len(texts.rows)} texts x {length} bytes: the buffers hold {most} tokens")
         cache = KeyValueCache(self.network, len(texts.rows))
         while True:
             new, starts_anew = self.list_new(texts)

@@ -2,19 +2,23 @@
 
 import codecs
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from hpcmoe.errors import ConfigError
-from hpcmoe.messages import printable, show_value
+from hpcmoe.messages import one_line, printable, show_value
 from hpcmoe.model.files import Stamp, make_stamp
 
 JSON_LINES = (".jsonl", ".ndjson")  # how the names of such files end
 PASSAGE_CHARACTERS = 1 << 17  # of a document at most, that are encoded at once
+_NAMES = " or ".join(f"*{name}" for name in JSON_LINES)
 _MOST_FIELDS = 5  # that a message lists
-_LAST_LINE_BREAK = re.compile(r".*\S\n(?=\S)", re.DOTALL)  # between two lines with text, where few tokens would span it
+_LAST_WORD = re.compile(r".*[^\W_](?=\s)", re.DOTALL)  # before white space, where no usual tokenizer has a token across
+
+log = logging.getLogger(__name__)
 
 
 class Passage(NamedTuple):
@@ -49,6 +53,15 @@ def is_json_lines(path: str, text_field: str) -> bool:
     return text_field != "" and path.lower().endswith(JSON_LINES)
 
 
+def log_formats(files: Iterable[str], text_field: str) -> None:
+    """Warn of files and a text_field that do not go together."""
+    num_json_lines = sum(is_json_lines(path, "any") for path in files)
+    if text_field and not num_json_lines:
+        log.warning("no effect: [data] text_field = %r: no file is named %s", text_field, _NAMES)
+    if num_json_lines and not text_field:
+        log.warning('[data] text_field = "": %d files %s are read as plain text, not as JSON', num_json_lines, _NAMES)
+
+
 def read_json_lines(path: str, text_field: str, what: str) -> Iterator[Passage]:
     """Read the documents of a file of JSON lines; lines of white space alone are none."""
     with open(path, "rb") as file:
@@ -70,6 +83,8 @@ def read_field(line: bytes, text_field: str, what: str) -> str:
         raise ConfigError(f"{what}: {text_field!r} holds half of a surrogate pair, which is no character") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{what}: no JSON: {error.msg} at column {error.colno}") from None
+    except ValueError as error:  # of a number of too many digits
+        raise ConfigError(f"{what}: no JSON: {one_line(error)}") from None
     except RecursionError:
         raise ConfigError(f"{what}: JSON nested too deeply") from None
     except (KeyError, TypeError, AttributeError):
@@ -119,6 +134,6 @@ def cut_document(parts: Iterable[str]) -> Iterator[Passage]:
 
 
 def find_cut(text: str, start: int) -> int:
-    """Return where a passage that starts there ends: after the last line break that it may hold, if there is one."""
-    found = _LAST_LINE_BREAK.match(text, start, start + PASSAGE_CHARACTERS)
+    """Return where a passage that starts there ends: after the last word that it holds whole, if there is one."""
+    found = _LAST_WORD.match(text, start, start + PASSAGE_CHARACTERS)
     return found.end() if found else start + PASSAGE_CHARACTERS

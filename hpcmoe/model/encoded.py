@@ -60,7 +60,7 @@ def write_parts(
     try:
         lengths = encode_documents(passages, encoder, whole)
         lengths, validates = split_documents(lengths, validation_share, least)
-        encoded = count_parts(lengths, validates, least)
+        encoded = count_parts(lengths, validates, least, encoder.unit)
         for part, chosen in zip(PARTS, (~validates, validates), strict=True):
             write_chosen(folder / part, np.memmap(whole, encoder.dtype, "r"), lengths, chosen)
     finally:
@@ -82,7 +82,7 @@ def encode_documents(passages: Iterable[Passage], encoder: Encoder, path: pathli
                     total, length = total + length, 0
             if time.monotonic() - logged > _SECONDS_BETWEEN_LINES:
                 logged = time.monotonic()
-                log.info("encoding text: %d documents, %.1f million tokens so far", len(lengths), total / 1e6)
+                log.info("encoding text: %d documents, %.1f million %s so far", len(lengths), total / 1e6, encoder.unit)
     return np.frombuffer(lengths, np.int64)
 
 
@@ -115,13 +115,13 @@ def split_documents(lengths: np.ndarray, validation_share: float, least: int) ->
     return lengths, validates
 
 
-def count_parts(lengths: np.ndarray, validates: np.ndarray, least: int) -> EncodedText:
+def count_parts(lengths: np.ndarray, validates: np.ndarray, least: int, unit: str) -> EncodedText:
     """Count the documents and tokens of both parts. Raises ConfigError where one has less than `least` tokens."""
     counts = [(int(chosen.sum()), int(lengths[chosen].sum())) for chosen in (~validates, validates)]
     if min(tokens for _, tokens in counts) < least:
         (_, training), (_, validation) = counts
         raise ConfigError(
-            f"[data] files: {len(lengths)} documents hold {training + validation} tokens, {training} for training and "
+            f"[data] files: {len(lengths)} documents hold {training + validation} {unit}, {training} for training and "
             f"{validation} for validation; one sequence takes [model] sequence_length + 1 = {least}"
         )
     return EncodedText(training=counts[0], validation=counts[1])

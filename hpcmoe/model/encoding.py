@@ -19,6 +19,7 @@ class Encoder(Protocol):
     """What encodes documents."""
 
     dtype: np.dtype  # of a token
+    unit: str  # what tokens are called
     end: int  # the token after each document
     identity: str  # encoders with the same make the same tokens
 
@@ -29,7 +30,7 @@ class Encoder(Protocol):
 class ByteEncoder:
     """Documents as the bytes of their UTF-8, each ended by a line break."""
 
-    dtype, end, identity = np.dtype(np.uint8), ord("\n"), "bytes"
+    dtype, unit, end, identity = np.dtype(np.uint8), "bytes", ord("\n"), "bytes"
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the bytes of each text."""
@@ -39,7 +40,7 @@ class ByteEncoder:
 class TokenEncoder:
     """Documents as tokens of a checkpoint's tokenizer, each ended by its EOS token."""
 
-    dtype = TOKEN
+    dtype, unit = TOKEN, "tokens"
 
     def __init__(self, folder: str | PathLike, vocabulary_size: int):
         """folder: of the checkpoint. Raises ConfigError for a tokenizer that is not there, or of another vocabulary."""

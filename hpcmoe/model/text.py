@@ -26,10 +26,13 @@ log = logging.getLogger(__name__)
 def find_text(data: DataConfig, sequence_length: int, own_folder: str | os.PathLike | None = None) -> Split:
     """Find the files of [data] and split them into training and validation.
 
-    Nothing in the run's own folder is text. Raises ConfigError where nothing matches, a named file is missing, or a
-    part is too short for one sequence.
+    Nothing in the run's own folder is text. With a text_field it is split by documents, later: then the Split is empty.
+    Raises ConfigError where nothing matches, a named file is missing, or a part is too short for one sequence.
     """
-    split = split_files(find_files(data, own_folder), data.validation_share, sequence_length + 1)
+    files = find_files(data, own_folder)
+    if data.text_field:
+        return Split(training=(), validation=())
+    split = split_files(files, data.validation_share, sequence_length + 1)
     sizes = []
     for part, spans in (("training", split.training), ("validation", split.validation)):
         num_bytes = sum(span.length for span in spans)

@@ -10,21 +10,25 @@ import os
 import pathlib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hpcmoe.config import DataConfig
-from hpcmoe.errors import ConfigError
+from hpcmoe.errors import ConfigError, on_all, on_root
 from hpcmoe.messages import printable
-from hpcmoe.model.documents import read_documents
+from hpcmoe.model.documents import log_formats, read_documents
 from hpcmoe.model.encoded import PARTS, read_description, write_description, write_parts
 from hpcmoe.model.encoding import TOKEN, ByteEncoder, Encoder, TokenEncoder
 from hpcmoe.model.files import Stamp, find_files, make_stamp
 from hpcmoe.model.order import number_sequences
 from hpcmoe.model.split import Span, Split
-from hpcmoe.model.text import Text, sample_text
+from hpcmoe.model.text import Text, check_text, sample_text
 
-_FOLDER = "text"  # of encoded text, in the run's folder
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_FOLDER = "encoded_text"  # in the run's folder
 log = logging.getLogger(__name__)
 
 
@@ -60,9 +64,17 @@ def find_tokens(
     return find_encoded(data, TokenEncoder(tokenizer, vocabulary_size), sequence_length, run_folder)
 
 
-def find_bytes(data: DataConfig, sequence_length: int, run_folder: str | os.PathLike) -> Split:
-    """Write the documents of [data] as bytes, and split them -> Split, for Text; else as find_tokens()."""
-    return find_encoded(data, ByteEncoder(), sequence_length, run_folder)
+def unpack_documents(
+    comm: "MPI.Comm", data: DataConfig, sequence_length: int, run_folder: str | os.PathLike
+) -> Split | None:
+    """Write the bytes of the documents in JSON lines to the run's folder -> Split, for Text; None without a text_field.
+
+    Raises ConfigError on all ranks, else as find_tokens(). Collective over comm.
+    """
+    if data.text_field == "":
+        return None
+    split = on_root(comm, lambda: find_encoded(data, ByteEncoder(), sequence_length, run_folder))
+    return on_all(comm, lambda: check_text(split))
 
 
 def find_encoded(data: DataConfig, encoder: Encoder, sequence_length: int, run_folder: str | os.PathLike) -> Split:
@@ -72,13 +84,15 @@ def find_encoded(data: DataConfig, encoder: Encoder, sequence_length: int, run_f
     try:
         encoded = read_description(folder, wanted, encoder.dtype)
         if encoded is None:
+            log_formats(files, data.text_field)
             documents = read_documents(files, data.text_field)
             encoded = write_parts(folder, documents, encoder, data.validation_share, sequence_length + 1)
             write_description(folder, wanted, encoded)
         spans = [make_span(folder / part) for part in PARTS]
     except OSError as error:
         raise ConfigError(f"{printable(str(folder))}: encoded text cannot be kept: {error.strerror}") from None
-    log.info("text: %s", "; ".join(f"{part} {n} documents, {m} tokens" for part, (n, m) in asdict(encoded).items()))
+    parts = [f"{part} {n} documents, {m} {encoder.unit}" for part, (n, m) in asdict(encoded).items()]
+    log.info("text: %s", "; ".join(parts))
     split = Split(training=(spans[0],), validation=(spans[1],))
     return replace(split, sample=tuple(checksum for _, checksum in sample_text(split)))
 

@@ -74,10 +74,10 @@ class TextReport:
     def summarize(self, num_ranks: int) -> str:
         """Format how many prompts and tokens there were, and how fast."""
         seconds, read = time.monotonic() - self.started, sum(len(prompt.tokens) for prompt in self.prompts)
-        rate = self.num_added / max(seconds, 1e-9)
+        rate, several = self.num_added / max(seconds, 1e-9), len(self.prompts) != 1
         return (
-            f"{len(self.prompts)} prompts of {read} tokens, {self.num_added} tokens added in {seconds:.2f} s: "
-            f"{rate:.4g} tokens per second on {num_ranks} ranks"
+            f"{len(self.prompts)} prompt{'s' * several} of {read} tokens, {self.num_added} tokens added in "
+            f"{seconds:.2f} s: {rate:.4g} tokens per second on {num_ranks} rank{'s' * (num_ranks != 1)}"
         )
 
 

@@ -19,7 +19,7 @@ from hpcmoe.run.move_experts import LayerChange, move_experts
 def rebalance_layers(
     mesh: Mesh, topology: Topology, loads: Mapping[Experts, np.ndarray], optimizer: TorchOptimizer | None
 ) -> int:
-    """Place the experts of layers anew for loads [E] of each, and move them -> how many have moved.
+    """Place the experts of layers anew for loads [nodes, E] of each, and move them -> how many have moved.
 
     Collective over mesh.world. The optimizer's state of them moves too.
     """

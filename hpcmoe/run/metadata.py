@@ -44,7 +44,7 @@ def describe_function(config: Config) -> dict[str, Any]:
         return read_keys(config, {"model": ["source"]})
     names_of_section = {
         "experts": ["kind", "bias"],
-        "model": ["source", "attention", "top_k"],
+        "model": ["attention", "top_k"],
         "dispatch": ["load_feedback", "capacity_factor"],
     }
     if config.model.attention:

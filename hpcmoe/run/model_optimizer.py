@@ -151,10 +151,10 @@ def cut_dense_rows(dense: Sequence[nn.Parameter], index: int, num_shares: int) -
 
 
 def with_rows(tensor: Tensor) -> Tensor:
-    """View a tensor without its graph, one number as a row of one."""
+    """Return a view of a tensor without its graph, one number as a row of one."""
     return tensor.detach().view(-1, *tensor.shape[1:])
 
 
 def view_rows(tensor: Tensor, own: SteppedRows) -> Tensor:
-    """View what of a tensor belongs to rows of its parameter."""
+    """Return a view of what of a tensor belongs to rows of its parameter."""
     return with_rows(tensor)[own.first : own.first + len(with_rows(own.rows))]

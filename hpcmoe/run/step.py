@@ -13,6 +13,7 @@ from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.comm.mpi import all_reduce
 from hpcmoe.config import Config
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
+from hpcmoe.ending import Ending
 from hpcmoe.errors import attempt, on_all, raise_or_return
 from hpcmoe.model.language import LanguageModel
 from hpcmoe.model.routing_stats import RoutingStats
@@ -37,6 +38,7 @@ class Stepper:
     ) -> None:
         self.config, self.mesh, self.network, self.dispatcher = config, mesh, network, dispatcher
         self.clock, self.tracker, self.lanes = dispatcher.clock, ActivationTracker(network), lanes
+        self.ending = Ending()
 
     def run(
         self, text: Text, starts: np.ndarray, load: np.ndarray, purpose: str, watched: Sequence[int] = ()
@@ -57,15 +59,17 @@ class Stepper:
         self.network.begin(batches, num_tokens, load, purpose, watched)
         self.run_network(training=purpose == "train")
 
-        # Sum routings, losses and errors over all ranks.
+        # Sum routings, losses, errors and whether to end over all ranks.
         with self.clock.measure(Timer.WAITING):
             stats = self.network.routing.wait_stats()
-            own = [self.network.sum_own_losses(), error is not None]
+            own = [self.network.sum_own_losses(), error is not None, self.ending.asks()]
             sums = all_reduce(self.mesh.world, np.array(own, np.float64))
-            loss_sum, num_errors = sums.tolist()
+            loss_sum, num_errors, num_asked = sums.tolist()
+        self.ending.agree(num_asked)
         if num_errors > 0:
             on_all(self.mesh.world, lambda: raise_or_return(None, error))
-        return Outcome(loss=None if purpose == "infer" else loss_sum / num_tokens, stats=stats)
+        loss = None if purpose == "infer" else loss_sum / num_tokens
+        return Outcome(loss=loss, stats=stats)
 
     def run_network(self, training: bool) -> None:
         """Run all micro-batches; measure the activations in flight in the first step of the run's kind."""

@@ -80,6 +80,8 @@ def measure_steps(
             show(step, outcome.loss, None if optimizer is None else optimizer.learning_rate, metrics)
             rebalancer.end_step(step, outcome.stats)
             end_step(step, outcome, activations)
+            if job.stepper.ending.is_agreed:
+                break
 
 
 def train_step(job: Job, optimizer: Optimizer, load: np.ndarray, step: int) -> tuple[Outcome, float]:

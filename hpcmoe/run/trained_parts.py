@@ -15,8 +15,8 @@ from hpcmoe.replacing import make_empty, name_partial, publish_folder, sync, sys
 _ROUTERS = ("gate", "router")  # what families call them, beside their experts
 
 
-def choose_trained(model: Any, settings: ModelConfig, seed: int) -> None:
-    """Have the parameters require gradients that [model] trains names; "lora" adds its adapters, drawn from seed.
+def set_trained(model: Any, settings: ModelConfig, seed: int) -> None:
+    """Set which parameters require gradients, as [model] trains says; "lora" adds its adapters, drawn from seed.
 
     The model's experts are spread. The same on all ranks. Raises ConfigError.
     """
@@ -25,7 +25,7 @@ def choose_trained(model: Any, settings: ModelConfig, seed: int) -> None:
             model.requires_grad_(True)
         case "experts":
             model.requires_grad_(False)
-            for layer in list_layers(model):
+            for layer in list_expert_layers(model):
                 layer.local.requires_grad_(True)
         case "router":
             model.requires_grad_(False)
@@ -37,7 +37,16 @@ def choose_trained(model: Any, settings: ModelConfig, seed: int) -> None:
             raise ValueError(settings.trains)
 
 
-def list_layers(model: nn.Module) -> list[Experts]:
+def checkpoint_activations(model: Any) -> None:
+    """Keep of each of a model's layers its input alone: a backward pass computes it again."""
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:  # an older transformers
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def list_expert_layers(model: nn.Module) -> list[Experts]:
     """List a model's layers of experts, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, Experts)]
 

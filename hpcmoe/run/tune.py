@@ -25,10 +25,10 @@ from hpcmoe.run.train import is_due, record_step
 from hpcmoe.run.tuning_job import TuningJob
 
 log = logging.getLogger(__name__)
-Save = Callable[[int], None]  # of a step
+SaveStep = Callable[[int], None]  # of a step
 
 
-def tune(job: TuningJob, records: Recorder, first_step: int, save: Save) -> dict[str, float]:
+def tune(job: TuningJob, records: Recorder, first_step: int, save: SaveStep) -> dict[str, float]:
     """Train from first_step on, call save after each step -> losses by name. Collective over world."""
     config = job.config
     losses = {"validation loss, first": measure_loss(job)}
@@ -73,7 +73,7 @@ def infer_tokens(job: TuningJob, records: Recorder) -> dict[str, float]:
 
 
 def measure_tuning(
-    job: TuningJob, records: Recorder, first_step: int, take_step: Callable[[int], Outcome], end_step: Save
+    job: TuningJob, records: Recorder, first_step: int, take_step: Callable[[int], Outcome], end_step: SaveStep
 ) -> None:
     """Run the steps after first_step: each is measured, recorded and shown. Collective over world."""
     num_steps = job.config.run.steps
@@ -85,6 +85,8 @@ def measure_tuning(
             record_step(records, step, outcome, metrics, job.loss_unit)
             show(step, outcome.loss, rate_of(job), metrics)
             end_step(step)
+            if job.stepper.ending.is_agreed:
+                break
 
 
 def rate_of(job: TuningJob) -> float | None:
@@ -137,10 +139,12 @@ def run_batch(job: TuningJob, text: Text, starts: np.ndarray, purpose: str, step
     with torch.set_grad_enabled(trains), track_activations(job, purpose):
         losses = list(job.group.lanes(lambda rows: run_rows(job, rows, num_tokens, trains), batches))
 
-    # Sum losses, routings and errors over all ranks.
+    # Sum losses, routings, errors and whether to end over all ranks.
     with clock.measure(Timer.WAITING):
         stats = count_tokens(job, num_tokens)
-        loss, num_errors = all_reduce(world, np.array([sum(losses), error is not None], np.float64)).tolist()
+        own = [sum(losses), error is not None, job.stepper.ending.asks()]
+        loss, num_errors, num_asked = all_reduce(world, np.array(own, np.float64)).tolist()
+    job.stepper.ending.agree(num_asked)
     if num_errors > 0:
         on_all(world, lambda: raise_or_return(None, error))
     return Outcome(loss=loss, stats=stats)

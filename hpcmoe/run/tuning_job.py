@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from hpcmoe.comm.device import Device
 from hpcmoe.config import Config, NetworkSpec
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.dispatch.traffic import Traffic, make_traffic
+from hpcmoe.ending import Ending
 from hpcmoe.errors import ConfigError
 from hpcmoe.experts.moe import Experts
 from hpcmoe.float32 import FLOAT32_BYTES
@@ -29,7 +30,7 @@ from hpcmoe.report.meter import Meter
 from hpcmoe.run.model_gradients import ModelGradients
 from hpcmoe.run.model_optimizer import ModelOptimizer
 from hpcmoe.run.token_counts import TokenCounts
-from hpcmoe.run.trained_parts import list_layers
+from hpcmoe.run.trained_parts import list_expert_layers
 
 
 class TuningGroup(Protocol):
@@ -106,6 +107,7 @@ class ModelRunner:
     network: TunedNetwork
     dispatcher: JoinedDispatchers
     tracker: ActivationTracker
+    ending: Ending = field(default_factory=Ending)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -162,7 +164,7 @@ def make_tuning_job(
 
     process_bytes: of a rank's process in the steps, beside arrays.
     """
-    layers, mesh, trains = list_layers(model), group.mesh, config.run.mode == "train"
+    layers, mesh, trains = list_expert_layers(model), group.mesh, config.run.mode == "train"
     optimizer = ModelOptimizer(model, layers, mesh, config.train, config.run.seed) if trains else None
     dispatcher = JoinedDispatchers(group.engine.dispatchers, group.engine.clock)
     memory = count_memory(model, layers, mesh, optimizer, dispatcher)
@@ -187,7 +189,7 @@ def make_tuning_job(
         memory=memory,
         training=training,
         validation=validation,
-        spec=make_spec(config, layers),
+        spec=make_tuned_spec(config, layers),
     )
 
 
@@ -200,7 +202,7 @@ def check_sequences(config: Config, num_ranks: int) -> None:
             raise ConfigError(f'[data] {key} = {sequences}: must be at least {least} for [model] source = "hf"')
 
 
-def make_spec(config: Config, layers: Sequence[Experts]) -> NetworkSpec:
+def make_tuned_spec(config: Config, layers: Sequence[Experts]) -> NetworkSpec:
     """Return what the report needs to know of the network: the largest of its layers' sizes."""
     sizes = {
         name: max(getattr(layer, name) for layer in layers)

@@ -216,7 +216,9 @@ def heartbeat(folder: Path, own: Holder) -> Iterator[None]:
             held = read_lock(folder / LOCK)
             if held is not None and held != own:
                 log.error("%s: taken by %s while this run stood still; it ends", folder / LOCK, held)
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(READ_SECONDS)
+                os.kill(os.getpid(), signal.SIGINT)  # the second ends it at once: no checkpoint into another's folder
                 return
             with contextlib.suppress(OSError):
                 os.utime(folder / LOCK)

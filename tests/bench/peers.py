@@ -1,18 +1,17 @@
 """The same layer by hpcmoe and by what a user would pick instead, checked for the same outputs, then timed by turns.
 
 Three groups of ranks share the machine and never work at once: one runs hpcmoe's layer, one a peer (bench/rivals.py)
-as it comes, one the same peer with malloc told to keep its memory. `make bench-peers` installs the peers.
+as it comes, one the same peer with malloc told to keep its memory. `make bench-peers` installs the peers. Whole models
+of Hugging Face come after the layers (bench/peers_models.py).
 """
 
 import contextlib
-import ctypes
 
 import torch
-import torch.distributed as dist
-from bench import machine, ranks
+from bench import machine, peers_models, ranks
 from bench.ours import draw_expert, open_layer
 from bench.pairs import compare, show_milliseconds, show_ratio, take_turns
-from bench.rivals import RIVALS
+from bench.rivals import RIVALS, keep_memory, open_gloo
 from bench.shapes import DECODE, NARROW, WIDE, read_shapes, write_shapes
 from tabulate import tabulate
 from torch.nn import functional
@@ -33,15 +32,15 @@ SIDES = ("ours", "as it comes", "malloc tuned")  # the groups of ranks
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of what the experts add, relative
 CLEAR = {"float32": 1e-3, "bfloat16": 5e-2}  # by how much a token must prefer its choice: rounding turns a near tie
 PACKAGES = ("torch", "transformers", "deepspeed", "megatron-core")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
 
 
-def measure(folder, shapes=None, budget_seconds=BUDGET_SECONDS):
-    """Run the shapes, all of one number of ranks a side -> figures."""
+def measure(folder, shapes=None, budget_seconds=BUDGET_SECONDS, models=peers_models.MODELS):
+    """Run the shapes, all of one number of ranks a side, then the models -> figures."""
     shapes = shapes or choose_shapes(choose_gemm("cpu", torch.bfloat16))
     (num_ranks,) = {shape.ranks for shape in shapes}
     cases = ranks.run_ranks(len(SIDES) * num_ranks, "peers", folder, write_shapes(shapes), budget_seconds)
-    return {"versions": machine.read_versions(PACKAGES), "cases": cases}
+    of_models = peers_models.measure(folder, models) if models else []
+    return {"versions": machine.read_versions(PACKAGES), "cases": cases, "models": of_models}
 
 
 def choose_shapes(gemm):
@@ -62,21 +61,6 @@ def work(comm, shapes, budget_seconds):
     if side != "ours":
         open_gloo(group)
     return [case for shape in shapes for case in measure_shape(comm, group, side, shape, float(budget_seconds))]
-
-
-def keep_memory():
-    """Tell malloc to take no memory by mmap and to give none back."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def open_gloo(group):
-    """Open torch.distributed over gloo among the ranks of a group. Collective over group."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if group.rank == 0 else None
-    port = broadcast(group, store and store.port)
-    store = store or dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=group.rank, world_size=group.size)
 
 
 def measure_shape(comm, group, side, shape, budget_seconds):
@@ -174,7 +158,8 @@ def make_table(figures):
         if "skipped" in case:
             shapes_of_reason.setdefault(f"skipped: {case['peer']}: {case['skipped']}", []).append(case["shape"])
     skipped = [f"{reason} ({', '.join(shapes)})" for reason, shapes in shapes_of_reason.items()]
-    return "\n".join([tabulate(rows, headers=headers, disable_numparse=True), "", *skipped]).rstrip()
+    table = tabulate(rows, headers=headers, disable_numparse=True)
+    return "\n".join([table, "", *skipped, "", peers_models.make_table(figures.get("models", []))]).rstrip()
 
 
 def show_sides(case):

@@ -5,6 +5,7 @@ residual as hpcmoe's layer does. Their transport is gloo, the one that all of th
 """
 
 import contextlib
+import ctypes
 import logging
 import types
 
@@ -12,6 +13,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
+
+from hpcmoe.wait import broadcast
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
+
+
+def keep_memory():
+    """Tell malloc to take no memory by mmap and to give none back."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def open_gloo(group):
+    """Open torch.distributed over gloo among the ranks of a group. Collective over group."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if group.rank == 0 else None
+    port = broadcast(group, store and store.port)
+    store = store or dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=group.rank, world_size=group.size)
 
 
 class Rival:

@@ -395,6 +395,21 @@ def test_loads_are_those_of_all_ranks_since_they_were_asked_for(comm):
         assert loads[0].tolist() == wanted.tolist() and loads[1].sum() == 0
 
 
+@pytest.mark.mpi
+def test_experts_move_to_the_nodes_whose_tokens_want_them(comm):
+    with open_group(comm, num_nodes=comm.size) as group:
+        layer = hpcmoe.Experts(H, F, 2 * comm.size, group=group)
+        first = 2 * ((comm.rank + 1) % comm.size)  # dealt evenly, they are on the next node
+        wanted = torch.tensor([first, first + 1]).expand(5, 2)
+        layer(torch.ones(5, H), wanted, torch.ones(5, 2))
+        loads = 5 * np.roll(np.eye(comm.size, dtype=int).repeat(2, axis=1), 2, axis=1)
+        assert group.loads(by_node=True)[0].tolist() == loads.tolist()
+        layer(torch.ones(5, H), wanted, torch.ones(5, 2))
+        assert group.loads()[0].tolist() == [5] * 2 * comm.size  # all alike: no reason to move
+        assert (group.rebalance(layer) > 0) == (comm.size > 1)
+        assert sorted(layer.expert_of_slot) == wanted[0].tolist()
+
+
 WRONG = [
     ({"hidden": 0}, "hidden = 0: must be greater than or equal to 1"),
     ({"kind": "tanh"}, "kind = 'tanh': must be 'gelu', 'relu' or 'swiglu'"),

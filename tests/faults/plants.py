@@ -280,11 +280,13 @@ FAULTS = {
         3,
     ),
     "the learning rate warms up a step late": plant(
-        "run/optimizer.py",
-        "min(1.0, number / max(",
-        "min(1.0, (number - 1) / max(",
-        "run/test_oracle.py -k training",
-        3,
+        "run/schedules.py", "min(1.0, step / max(", "min(1.0, (step - 1) / max(", "run/test_oracle.py -k training", 3
+    ),
+    "the learning rate begins to fall while it rises": plant(
+        "run/schedules.py",
+        "num_falling = num_steps - train.learning_rate_warmup_steps",
+        "num_falling = num_steps",
+        "run/test_schedules.py",
     ),
     "moments of a share lie at its first row": plant(
         "run/slices.py", "start=(first, *part.start[1:])", "start=(0, *part.start[1:])", STATE, 3
@@ -378,6 +380,27 @@ FAULTS = {
     ),
     "every step reads the same text": plant(
         "model/text.py", "np.random.default_rng([seed, step])", "np.random.default_rng([seed, 0])", "model/test_text.py"
+    ),
+    "an epoch leaves out its last packed sequence": plant(
+        "model/tokens.py",
+        "(len(self) - 1) // sequence_length",
+        "(len(self) - 1) // sequence_length - 1",
+        "model/test_tokens.py",
+    ),
+    "every epoch has the same order": plant(
+        "model/order.py", "num_packed, (seed, epoch))", "num_packed, (seed,))", "model/test_order.py"
+    ),
+    "a passage ends its document": plant(
+        "model/documents.py",
+        "yield Passage(text[start:end], False)",
+        "yield Passage(text[start:end], True)",
+        "model/test_documents.py",
+    ),
+    "documents run into each other": plant(
+        "model/encoded.py",
+        "(np.concatenate([tokens, end]) if passage.ends else tokens).data",
+        "tokens.data",
+        "model/test_tokens.py -k whole",
     ),
     "validation misses its last sequence": plant(
         "run/train.py",

@@ -39,6 +39,7 @@ SAME_FUNCTION = {  # keys that change when, where or in what order the same is c
     "rebalance": "*",
     "comm": "*",
     "experts": "gemm_rows",
+    "model": "source path trains lora_rank lora_alpha lora_targets aux_loss gradient_checkpointing",  # of source "hf"
     "pipeline": "schedule in_flight deterministic",
     "data": "files exclude text_field validation_share validation_sequences",  # the bytes that these leave are recorded
     "train": "bucket_bytes shard_optimizer check_every validate_every",

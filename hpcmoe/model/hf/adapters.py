@@ -36,8 +36,12 @@ class AdaptedExperts(nn.Module):
 
     def apply_expert(self, number: int, x: Tensor) -> Tensor:
         """Compute x [n, H] -> y [n, H] by one expert, in the family's arithmetic."""
-        gate, up = linear(x, self.gate_up_proj[number]).chunk(2, dim=-1)
-        return linear(self.act_fn(gate) * up, self.down_proj[number])
+        return linear(self._apply_gate(linear(x, self.gate_up_proj[number])), self.down_proj[number])
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        """Compute the hidden numbers [n, F] of gate and up [n, 2F]; its name is that of the registry's modules."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
 
     def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the gated sum of each row's experts: x [..., H], choices and weights [T, K] -> [..., H]."""
@@ -61,8 +65,7 @@ class Llama4Experts(AdaptedExperts):
 
     def apply_expert(self, number: int, x: Tensor) -> Tensor:
         """Compute x [n, H] -> y [n, H] by one expert, in the family's arithmetic."""
-        gate, up = (x @ self.gate_up_proj[number]).chunk(2, dim=-1)
-        return (up * self.act_fn(gate)) @ self.down_proj[number]
+        return self._apply_gate(x @ self.gate_up_proj[number]) @ self.down_proj[number]
 
 
 class DbrxExperts(AdaptedExperts):

@@ -29,7 +29,6 @@ from hpcmoe.experts.moe import LayerGroup
 
 _FUNCTION = "load_balancing_loss_func"  # of each modeling module of transformers whose family has the loss
 _ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]  # of it
-_WHERE = "hpcmoe.hf.spread"
 
 
 class AuxLoss:
@@ -91,12 +90,15 @@ def share_aux_loss(model: nn.Module, group: LayerGroup) -> None:
             module.__class__ = bind_class(type(module), loss)
 
 
-def check_forwards(model: nn.Module) -> None:
-    """Raise ConfigError where share_aux_loss() could not give a model its loss."""
+def check_forwards(where: str, model: nn.Module) -> None:
+    """Raise ConfigError, which begins with `where`, where share_aux_loss() could not give a model its loss."""
     for module in list_balanced(model):
         if "forward" in vars(module):
-            raise ConfigError(f"{_WHERE}: {type(module).__name__}.forward is replaced: spread the model before")
-        bind_class(type(module), None)
+            raise ConfigError(f"{where}: {type(module).__name__}.forward is replaced: spread the model before")
+        try:
+            bind_class(type(module), None)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
 
 
 def list_balanced(model: nn.Module) -> list[nn.Module]:
@@ -138,7 +140,7 @@ def bind_function(function: Any, names: dict[str, Any]) -> Any:
     if inner is None:
         return copy_function(function, known | names, cells)
     if not any(cell.cell_contents is inner for cell in cells):
-        raise ConfigError(f"{_WHERE}: {function.__qualname__} wraps a forward() in a way that is not known")
+        raise ConfigError(f"{function.__qualname__} wraps a forward() in a way that is not known")
     bound_inner = bind_function(inner, names)
     cells = tuple(CellType(bound_inner) if cell.cell_contents is inner else cell for cell in cells)
     bound = copy_function(function, known, cells)

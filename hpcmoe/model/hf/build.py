@@ -20,7 +20,7 @@ _GENERATION = "generation_config.json"
 _INITIALIZED = "_is_hf_initialized"  # by which transformers knows what its initialisation leaves alone
 
 
-def build_model(stored: StoredModel, dtype: torch.dtype | None, trains: str) -> Any:
+def build_model(stored: StoredModel, dtype: torch.dtype | None) -> Any:
     """Build the model of a folder's config.json on the meta device, its computed buffers on the host.
 
     dtype None: that of config.json, else of the checkpoint's first floating-point tensor; bfloat16 for a quantised one.
@@ -29,8 +29,8 @@ def build_model(stored: StoredModel, dtype: torch.dtype | None, trains: str) -> 
     where = f"{one_line(stored.folder)}/config.json"
     from transformers import AutoModelForCausalLM
 
-    config = make_family_config(stored, where)
     dtype = find_model_dtype(stored, where) if dtype is None else dtype
+    config = make_family_config(stored, where)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -45,7 +45,6 @@ def build_model(stored: StoredModel, dtype: torch.dtype | None, trains: str) -> 
         )
     keep_in_float32(model, dtype)
     compute_buffers(model)
-    choose_trained(model, trains)
     if (Path(stored.folder) / _GENERATION).is_file():
         model.generation_config = read_generation_config(stored.folder)
     return model.eval()
@@ -53,7 +52,7 @@ def build_model(stored: StoredModel, dtype: torch.dtype | None, trains: str) -> 
 
 def make_family_config(stored: StoredModel, where: str) -> Any:
     """Make the family's configuration. Raises ConfigError in one line."""
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     values = dict(stored.config)
     for name in ("auto_map", "quantization_config"):  # what is loaded is neither remote code nor quantised
@@ -65,7 +64,7 @@ def make_family_config(stored: StoredModel, where: str) -> Any:
     if not isinstance(layers, int) or layers > len(stored.tensors):
         raise ConfigError(f"{where}: num_hidden_layers = {show_value(layers)}: of {len(stored.tensors)} tensors")
     try:
-        config = CONFIG_MAPPING[family].from_dict(values)
+        config = CONFIG_MAPPING[family].from_dict(PreTrainedConfig._decode_special_floats(values))
     except Exception as error:  # as above
         raise ConfigError(f"{where}: {one_line(error)}") from error
     config.name_or_path = stored.folder
@@ -121,8 +120,8 @@ def compute_buffers(model: Any) -> None:
     model.initialize_weights()
 
 
-def choose_trained(model: nn.Module, trains: str) -> None:
-    """Set which parameters are trained: all, those of the experts, or those of the routers beside the experts."""
+def mark_trained(model: nn.Module, trains: str) -> None:
+    """Mark which parameters are trained: all, those of the experts, or those of the routers beside the experts."""
     chosen = {id(parameter) for parameter in list_trained(model, trains)}
     if not chosen:
         raise ConfigError(f"hpcmoe.hf.load: trains = {trains!r}: {type(model).__name__} has no such parameter")

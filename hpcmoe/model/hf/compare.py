@@ -78,7 +78,7 @@ def compare_gradients(model: nn.Module, whole: nn.Module | None, mesh: Mesh) -> 
             wanted = broadcast(world, wanted)
             yield find_difference(name, own[name].grad, wanted)
             continue
-        held = layers[path].list_slots()
+        held = list(layers[path].list_slots())
         for expert in range(layers[path].num_experts):
             one = broadcast(world, None if wanted is None else wanted[expert].clone())
             for slot in [slot for other, slot in held if other == expert]:

@@ -14,10 +14,10 @@ from torch import Tensor
 from hpcmoe.errors import ConfigError, on_all
 from hpcmoe.experts.moe import LayerGroup
 from hpcmoe.experts.own import Dispatcher
+from hpcmoe.model.hf.adapters import SPREAD_NAME
 from hpcmoe.model.hf.spread import check_version, find_top_k
 
 _WHERE = "hpcmoe.hf.register"
-_NAME = "hpcmoe"
 
 
 def register(group: LayerGroup) -> None:
@@ -36,10 +36,8 @@ def register(group: LayerGroup) -> None:
     try:
         from transformers.distributed.expert_parallel import EPImplementationInterface
     except ImportError:
-        raise ConfigError(
-            f"{_WHERE}: ep_implementation needs transformers >= 5.24; hpcmoe.hf.spread does not"
-        ) from None
-    EPImplementationInterface.register(_NAME, functools.partial(DispatchedExperts, group))
+        raise ConfigError(f"{_WHERE}: needs transformers >= 5.24, hpcmoe.hf.spread does not") from None
+    EPImplementationInterface.register(SPREAD_NAME, functools.partial(DispatchedExperts, group))
 
 
 class DispatchedExperts:
@@ -52,17 +50,11 @@ class DispatchedExperts:
         """
         self.experts_forward = experts.forward  # on local numbers of experts
         down = experts.get_parameter("down_proj")
-        on_all(group.mesh.world, lambda: check_meshes(group, len(down), ep_mesh, tp_mesh))
-        hidden = down.shape[-1 if experts.is_transposed else -2]
+        on_all(group.mesh.world, lambda: check_meshes(group, ep_mesh, tp_mesh))
+        hidden, top_k = down.shape[-1 if experts.is_transposed else -2], find_top_k(experts)
+        arguments = {"top_k": top_k, "dtype": down.dtype, "placement": np.arange(len(down))}
         with torch.device("cpu"):  # transformers may be building on no device
-            self.dispatcher = Dispatcher(
-                hidden,
-                len(down),
-                group=group,
-                top_k=find_top_k(experts),
-                dtype=down.dtype,
-                placement=np.arange(len(down)),
-            )
+            self.dispatcher = Dispatcher(hidden, len(down), group=group, **arguments)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the gated sum of each token's experts: [T, H], [T, K], [T, K] -> [T, H]. Collective."""
@@ -77,7 +69,7 @@ class DispatchedExperts:
         return self.experts_forward(rows, number, rows.new_ones(len(rows), 1))
 
 
-def check_meshes(group: LayerGroup, num_experts: int, ep_mesh: Any, tp_mesh: Any) -> None:
+def check_meshes(group: LayerGroup, ep_mesh: Any, tp_mesh: Any) -> None:
     """Raise ConfigError where torch's meshes are not those of the group."""
     from torch.distributed import get_process_group_ranks, get_rank, get_world_size
 

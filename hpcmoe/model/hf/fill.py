@@ -5,7 +5,7 @@ The dense tensors go around: of a node's n ranks, rank i reads each n-th and bro
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ class FillTask:
 
     recipe: Recipe
     targets: dict[str, Tensor]
+    cut: Callable[[Tensor], Tensor] | None = None  # of what is made, where the one target is a shard of it
 
     @property
     def num_bytes(self) -> int:
@@ -65,6 +66,8 @@ class FillTask:
     def passing_bytes(self) -> int:
         """Return the bytes that are held beside the target at a time, at most."""
         sources, (target, *_) = self.recipe.list_sources(), self.targets.values()
+        if self.cut is not None:
+            return 3 * sum(count_bytes(source, target) for source in sources)
         if self.recipe.list_views(target) is None:  # the sources whole, and what is made of them
             return 2 * sum(count_bytes(source, target) for source in sources)
         is_plain = all(source.dtype == target.dtype for source in sources) and target.device.type == "cpu"
@@ -73,7 +76,12 @@ class FillTask:
     @torch.no_grad()
     def fill(self, reader: TensorReader, shapes: ParameterShapes, config: Any) -> None:
         """Read what the targets are to hold. Raises CheckpointError."""
-        first = next(iter(self.targets.values()))
+        name, first = next(iter(self.targets.items()))
+        if self.cut is not None:
+            whole = torch.empty(shapes.tensors[name].shape, dtype=first.dtype)
+            FillTask(recipe=self.recipe, targets={name: whole}).fill(reader, shapes, config)
+            first.copy_(self.cut(whole))
+            return
         views = self.recipe.list_views(first)
         if views is not None:
             for source, view in views:

@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.device import Device
 from hpcmoe.errors import ConfigError, PlacementError, agree_on, on_all, on_root
-from hpcmoe.experts.family import FamilyExperts
+from hpcmoe.experts.family_shards import cut_shard
 from hpcmoe.experts.moe import LayerGroup
-from hpcmoe.messages import format_more, format_size, one_line, show_value
-from hpcmoe.model.hf.build import DTYPES_OF_MODEL, TRAINS, build_model
+from hpcmoe.messages import format_size, one_line, show_value
+from hpcmoe.model.hf.build import DTYPES_OF_MODEL, TRAINS
 from hpcmoe.model.hf.fill import FillTask, LoadEstimate, PreparedLoad
-from hpcmoe.model.hf.mapping import ParameterShapes, Recipe, check_recipes, find_tied_names, make_recipes
-from hpcmoe.model.hf.sources import make_sources
-from hpcmoe.model.hf.spread import check_layers, check_version, cut_model, list_fused
+from hpcmoe.model.hf.match import FusedParameter, MatchedModel, match_model
+from hpcmoe.model.hf.names import list_spread_layers
+from hpcmoe.model.hf.spread import cut_model
 from hpcmoe.model.hf.stored_model import StoredModel, read_stored_model
 from hpcmoe.wait import gather_to_all
 
@@ -42,16 +43,6 @@ class LoadOptions:
     path: str
     dtype: torch.dtype | None  # None: the checkpoint's
     trains: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MatchedModel:
-    """A model on the meta device, and what of a checkpoint makes each of its tensors."""
-
-    model: Any
-    recipes: list[Recipe]
-    shapes: ParameterShapes
-    num_experts: dict[str, int]  # by the names of fused parameters
 
 
 def load(
@@ -93,19 +84,15 @@ def prepare_load(
     world = group.mesh.world
     options = agree_on(world, _WHERE, lambda: check_load_options(path, dtype, trains))
     stored = on_root(world, lambda: read_stored_model(options.path))
-    matched = on_all(world, lambda: match_model(stored, options, group))
-    model, recipes = matched.model, matched.recipes
+    matched = on_all(world, lambda: match_model(stored, options.dtype, options.trains, group))
+    model = matched.model
 
     # Cut the experts to this rank's, give all that is left memory, and list what fills it.
-    tied = untie_stored(model, recipes)
+    tied = untie_stored(matched)
     cut_model(model, group, max_tokens, placement)
     allocate_dense(model, group.device.torch_device)
-    dense = [recipe for recipe in recipes if recipe.targets[0] not in matched.num_experts]
-    of_experts = {recipe.targets[0]: recipe for recipe in recipes if recipe.targets[0] in matched.num_experts}
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    tasks = [FillTask(recipe=recipe, targets={name: tensors[name] for name in recipe.targets}) for recipe in dense]
-    dense_tasks = sorted(tasks, key=lambda task: task.position)
-    expert_tasks = sorted(list_expert_tasks(model, of_experts), key=lambda task: task.position)
+    dense_tasks = sorted(list_dense_tasks(matched), key=lambda task: task.position)
+    expert_tasks = sorted(list_expert_tasks(matched, group.mesh), key=lambda task: task.position)
     estimate = estimate_load(model, group, dense_tasks, expert_tasks)
     check_node_memory(stored.folder, group, estimate)
     log_estimate(stored, group, estimate)
@@ -127,27 +114,10 @@ def check_load_options(path: str | os.PathLike, dtype: torch.dtype | str | None,
     return LoadOptions(path=os.fspath(path), dtype=dtype, trains=trains)
 
 
-def match_model(stored: StoredModel, options: LoadOptions, group: LoadGroup) -> MatchedModel:
-    """Build a folder's model on the meta device and match its tensors with the files'. Raises errors in one line."""
-    check_version(_WHERE)
-    model = build_model(stored, options.dtype, options.trains)
-    check_layers(_WHERE, model, group)
-    recipes, unused = make_recipes(model, make_sources(stored))
-    fused = {path: module for path, module in model.named_modules() if module in set(list_fused(model))}
-    num_experts = {f"{path}.{name}": len(p) for path, module in fused.items() for name, p in module.named_parameters()}
-    tensors = model.state_dict(keep_vars=True)
-    shapes = ParameterShapes({name: t[:1] if name in num_experts else t for name, t in tensors.items()})
-    check_recipes(stored.folder, model, recipes, num_experts, shapes)
-    if unused and group.mesh.world.rank == 0:
-        example = f"{one_line(unused[0])}{format_more(len(unused) - 1)}"
-        log.warning("%s: the model has no use for %s", stored.folder, example)
-    return MatchedModel(model=model, recipes=recipes, shapes=shapes, num_experts=num_experts)
-
-
-def untie_stored(model: Any, recipes: Sequence[Recipe]) -> dict[str, str]:
+def untie_stored(matched: MatchedModel) -> dict[str, str]:
     """Split the parameters that a family ties and a checkpoint has twice -> {name: the one it may be tied to again}."""
-    made, parted = {name for recipe in recipes for name in recipe.targets}, {}
-    for name, others in find_tied_names(model).items():
+    model, made, parted = matched.model, matched.made, {}
+    for name, others in matched.tied.items():
         first = min(others & made, default=None)
         if name in made and first is not None and name > first:
             path, _, last = name.rpartition(".")
@@ -176,16 +146,36 @@ def allocate_like(tensor: Tensor, device: torch.device) -> Tensor:
     return nn.Parameter(memory, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else memory
 
 
-def list_expert_tasks(model: nn.Module, recipes: dict[str, Recipe]) -> list[FillTask]:
-    """List what fills the experts of this rank's slots; recipes: of the fused parameters, by their names."""
-    tasks = []
-    for path, layer in model.named_modules():
-        for expert, slot in layer.list_slots() if isinstance(layer, FamilyExperts) else ():
-            fused = path.rpartition(".")[0]
-            own = {f"{fused}.{name}": p for name, p in layer.local.replicas[slot].named_parameters()}
-            for name in own.keys() & recipes.keys():
-                recipe = recipes[name].cut(expert, layer.num_experts)
-                tasks.append(FillTask(recipe=recipe, targets={target: own[target] for target in recipe.targets}))
+def list_dense_tasks(matched: MatchedModel) -> list[FillTask]:
+    """List what fills all but the experts."""
+    model = matched.model
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    targets = [{name: tensors[name] for name in recipe.targets} for recipe in matched.dense]
+    return [FillTask(recipe=recipe, targets=own) for recipe, own in zip(matched.dense, targets, strict=True)]
+
+
+def list_expert_tasks(matched: MatchedModel, mesh: Mesh) -> list[FillTask]:
+    """List what fills the experts of this rank's slots, or its tensor-parallel shards of them.
+
+    A shard is cut from the whole expert, which is read for it: its rows are shorter than what storage reads at once.
+    """
+    layers, tasks = list_spread_layers(matched.model), []
+    for fused, recipe in matched.experts:
+        family, (target,) = layers[fused.path].template[0], recipe.targets
+        whole = matched.shapes.tensors[target].shape
+
+        def cut(made: Tensor, family: nn.Module = family, fused: FusedParameter = fused) -> Tensor:
+            """Cut this rank's shard out of an expert as the family's model has it."""
+            one = made if fused.rows == 1 else made.unflatten(0, (1, fused.rows))
+            return cut_shard(family, fused.name, one, mesh.tensor_index, mesh.tensor_parallel)
+
+        for expert, slot in layers[fused.path].list_slots():
+            own = dict(layers[fused.path].local.replicas[slot].named_parameters()).get(fused.name)
+            if own is not None:  # a bias that another rank of a tensor-parallel group adds
+                is_shard = own.numel() < whole.numel()
+                memory = own.detach() if is_shard else own.detach().view(whole)
+                cuts = cut if is_shard else None
+                tasks.append(FillTask(recipe=fused.cut(recipe, expert), targets={target: memory}, cut=cuts))
     return tasks
 
 

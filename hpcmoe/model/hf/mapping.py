@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hpcmoe.errors import CheckpointError
-from hpcmoe.messages import format_more, one_line
 from hpcmoe.model.hf.sources import Source
 
 
@@ -36,12 +34,12 @@ class Recipe:
         patterns = self.sources if self.converter is None else self.converter.source_patterns
         return [source for pattern in patterns for source in self.sources.get(pattern, [])]
 
-    def cut(self, expert: int, num_experts: int) -> "Recipe":
-        """Return the recipe of one expert [1, ...] of fused parameters [E, ...]. Raises CheckpointError."""
+    def cut(self, expert: int, num_experts: int, rows: int) -> "Recipe":
+        """Return the recipe of one expert [rows, ...] of fused parameters [E * rows, ...]. Raises CheckpointError."""
         return Recipe(
             targets=self.targets,
             converter=self.converter,
-            sources={pattern: [cut_sources(own, expert, num_experts)] for pattern, own in self.sources.items()},
+            sources={pattern: [cut_sources(own, expert, num_experts, rows)] for pattern, own in self.sources.items()},
         )
 
     def list_views(self, target: Tensor) -> Iterator[tuple[Source, Tensor]] | None:
@@ -81,12 +79,12 @@ class ParameterShapes:
         return self.tensors[name]
 
 
-def cut_sources(sources: Sequence[Source], expert: int, num_experts: int) -> Source:
-    """Return one expert's source, of one fused tensor or of one tensor an expert."""
+def cut_sources(sources: Sequence[Source], expert: int, num_experts: int, rows: int) -> Source:
+    """Return one expert's source, some rows of one fused tensor or one tensor of many. Raises CheckpointError."""
     if len(sources) == num_experts:
         return sources[expert]
-    if len(sources) == 1 and sources[0].shape[:1] == (num_experts,):
-        return sources[0].cut(expert)
+    if len(sources) == 1 and sources[0].shape[:1] == (num_experts * rows,):
+        return sources[0].cut(expert * rows, (expert + 1) * rows)
     found = f"{len(sources)} tensors" if len(sources) > 1 else f"shape {list(sources[0].shape)}"
     raise CheckpointError(f"{sources[0].where}: {found}: must be for {num_experts} experts, as config.json has it")
 
@@ -130,7 +128,7 @@ def make_recipes(model: Any, sources: Mapping[str, Source]) -> tuple[list[Recipe
             recipes[target] = make_recipe(target, of_pattern[pattern] if pattern is not None else None)
         recipe = recipes[target]
         recipe.sources.setdefault(name if pattern is None else pattern, []).append(sources[name])
-    model._weight_conversions = [entry for entry in table if entry.was_used()]  # by which transformers saves
+    model._weight_conversions = [entry for entry in table if entry._was_used]  # by which transformers saves
     return list(recipes.values()), unused
 
 
@@ -140,55 +138,3 @@ def make_recipe(target: str, converter: Any) -> Recipe:
         return Recipe(targets=(target,), converter=None)
     first, *others = converter.target_patterns
     return Recipe(targets=(target, *(target.replace(first, other) for other in others)), converter=converter)
-
-
-def check_recipes(
-    folder: str, model: Any, recipes: Sequence[Recipe], experts: Mapping[str, int], shapes: ParameterShapes
-) -> None:
-    """Check that a model's tensors are all made, of the shapes that it wants; experts: their number, by fused name.
-
-    Raises CheckpointError in one line.
-    """
-    made = {target for recipe in recipes for target in recipe.targets}
-    tied = find_tied_names(model)
-    missing = [name for name in model.state_dict() if name not in made and not tied.get(name, set()) & made]
-    if missing:
-        raise CheckpointError(
-            f"{one_line(folder)}: {missing[0]}{format_more(len(missing) - 1)}: no tensor makes it: the checkpoint is "
-            f"not whole, or its config.json is another model's ({model.config.model_type})"
-        )
-    for recipe in recipes:
-        number = experts.get(recipe.targets[0])
-        check_recipe(recipe if number is None else recipe.cut(0, number), shapes, model.config)
-        for sources in recipe.sources.values() if number is not None else ():
-            check_alike(sources)
-
-
-def check_alike(sources: Sequence[Source]) -> None:
-    """Check that the tensors of all experts have one shape. Raises CheckpointError in one line."""
-    for source in sources:
-        if source.shape != sources[0].shape:
-            other = f"{list(sources[0].shape)} of {one_line(sources[0].name)}"
-            raise CheckpointError(f"{source.where}: shape {list(source.shape)}: must be {other}")
-
-
-def check_recipe(recipe: Recipe, shapes: ParameterShapes, config: Any) -> None:
-    """Run a recipe on tensors without memory: it makes what is wanted. Raises CheckpointError in one line."""
-    where = recipe.list_sources()[0].where
-    found = [list(source.shape) for source in recipe.list_sources()]
-    try:
-        made = recipe.make(lambda source: torch.empty(source.shape, device="meta"), shapes, config)
-    except Exception as error:  # whatever transformers' operations raise where shapes do not fit
-        raise CheckpointError(f"{where}: {found} do not make {recipe.targets[0]}: {one_line(error)}") from error
-    for target in recipe.targets:
-        wanted, shape = (list(t.shape) if t is not None else None for t in (shapes.tensors[target], made.get(target)))
-        if shape != wanted:
-            raise CheckpointError(f"{where}: shape {found} makes {target} {shape}: must be {wanted}")
-
-
-def find_tied_names(model: Any) -> dict[str, set[str]]:
-    """Find the parameters that are one under several names -> the others of each."""
-    names_of: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(id(parameter), set()).add(name)
-    return {name: names - {name} for names in names_of.values() if len(names) > 1 for name in names}

@@ -48,9 +48,9 @@ class Source:
         """Return the precision, None where it is the target's."""
         return self.stored.dtype
 
-    def cut(self, expert: int) -> Self:
-        """Return one expert of a fused tensor [E, ...] -> [1, ...]."""
-        return replace(self, stored=self.stored.cut(expert, expert + 1), shape=(1, *self.shape[1:]))
+    def cut(self, begin: int, end: int) -> Self:
+        """Return the rows [begin, end) of the first dimension: some of the experts of a fused tensor."""
+        return replace(self, stored=self.stored.cut(begin, end), shape=(end - begin, *self.shape[1:]))
 
     def fill(self, reader: TensorReader, target: Tensor) -> None:
         """Read the numbers into a target of their shape. Raises CheckpointError."""
@@ -73,17 +73,17 @@ class QuantisedSource(Source):
         """Return None: it has no precision of its own."""
         return None
 
-    def cut(self, expert: int) -> Self:
-        """Return one expert of a fused tensor [E, ...] -> [1, ...]."""
-        stored, scales = (tensor.cut(expert, expert + 1) for tensor in (self.stored, self.scales))
-        return replace(self, stored=stored, scales=scales, shape=(1, *self.shape[1:]))
+    def cut(self, begin: int, end: int) -> Self:
+        """Return the rows [begin, end) of the first dimension: some of the experts of a fused tensor."""
+        stored, scales = (tensor.cut(begin, end) for tensor in (self.stored, self.scales))
+        return replace(self, stored=stored, scales=scales, shape=(end - begin, *self.shape[1:]))
 
     def fill(self, reader: TensorReader, target: Tensor) -> None:
         """Read the numbers into a target of their shape, some rows at a time. Raises CheckpointError."""
         if len(self.shape) == 2:
             self.fill_matrix(reader, target)
         for expert in range(self.shape[0]) if len(self.shape) > 2 else ():
-            self.cut(expert).fill_matrix(reader, target[expert])
+            self.cut(expert, expert + 1).fill_matrix(reader, target[expert])
 
     def fill_matrix(self, reader: TensorReader, target: Tensor) -> None:
         """Read one matrix."""

@@ -103,7 +103,7 @@ def check_layers(where: str, model: Any, group: LayerGroup) -> None:
         )
     for fused in fused_modules:
         check_experts(where, fused, group.mesh.tensor_parallel)
-    check_forwards(model)
+    check_forwards(where, model)
 
 
 def check_experts(where: str, fused: nn.Module, tensor_parallel: int) -> None:

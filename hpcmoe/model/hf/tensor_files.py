@@ -71,7 +71,7 @@ class TensorReader:
             while target:
                 got = os.preadv(handle, [target[:_MOST_READ]], offset)
                 if got == 0:
-                    raise CheckpointError(f"{one_line(path)}: ends at byte {offset}: was cut while it was read")
+                    raise CheckpointError(f"{one_line(path)}: has no byte {offset}: was cut while it was read")
                 target, offset, self.num_bytes = target[got:], offset + got, self.num_bytes + got
                 self.progress(self.num_bytes)
         except OSError as error:

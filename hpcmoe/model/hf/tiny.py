@@ -32,10 +32,6 @@ class Widths:
     num_positions: int = 1024
 
 
-# What else a family must have to be built: layers of each of its kinds, and parts that are off by default.
-_MORE: dict[str, dict[str, Any]] = {}
-
-
 def make_tiny_config(family: str, widths: Widths) -> Any:
     """Make the configuration of a family's model of these widths. Raises ConfigError for an unknown family."""
     check_version("hpcmoe hf")
@@ -48,28 +44,69 @@ def make_tiny_config(family: str, widths: Widths) -> Any:
     cls: Any = CONFIG_MAPPING[family]
     known, other_names = cls().to_dict(), getattr(cls, "attribute_map", {})
     given = {other_names.get(name, name): value for name, value in list_sizes(widths, known).items()}
-    return cls(**{name: value for name, value in given.items() if name in known} | _MORE.get(family, {}))
+    return cls(**{name: value for name, value in given.items() if name in known} | list_more(family, widths))
 
 
 def list_sizes(widths: Widths, known: dict[str, Any]) -> dict[str, Any]:
     """List every family's names for the widths; known: the names of one family."""
     w, of_head = widths, max(widths.hidden // widths.num_heads, 2)
     return {
-        "vocab_size": w.vocabulary_size, "hidden_size": w.hidden, "head_dim": of_head,
+        "vocab_size": w.vocabulary_size, "hidden_size": w.hidden, "d_model": w.hidden, "moe_latent_size": w.hidden // 2,
         "intermediate_size": w.dense_feed_forward if "moe_intermediate_size" in known else w.feed_forward,
-        "moe_intermediate_size": w.feed_forward, "shared_expert_intermediate_size": w.feed_forward,
-        "num_hidden_layers": w.num_layers, "num_attention_heads": w.num_heads,
+        "moe_intermediate_size": w.feed_forward, "expert_ffn_hidden_size": w.feed_forward,
+        "shared_expert_intermediate_size": w.feed_forward, "shared_intermediate_size": w.feed_forward,
+        "moe_shared_expert_intermediate_size": w.feed_forward, "intermediate_size_mlp": w.dense_feed_forward,
+        "ffn_hidden_size": w.dense_feed_forward, "num_hidden_layers": w.num_layers, "n_layers": w.num_layers,
+        "num_layers": w.num_layers, "num_dense_layers": 1, "first_k_dense_replace": 1,
+        "num_attention_heads": w.num_heads, "n_heads": w.num_heads, "head_dim": of_head, "kv_channels": of_head,
         "num_key_value_heads": w.num_heads if "kv_lora_rank" in known else w.num_key_heads,  # latent keys: of each head
         "num_experts": w.num_experts, "num_local_experts": w.num_experts, "n_routed_experts": w.num_experts,
-        "moe_num_experts": w.num_experts, "num_experts_per_tok": w.top_k, "moe_k": w.top_k,
-        "max_position_embeddings": w.num_positions, "sliding_window": w.num_positions,
-        "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
-        "q_lora_rank": w.hidden // 2, "kv_lora_rank": w.hidden // 2,
-        "qk_rope_head_dim": of_head, "qk_nope_head_dim": of_head, "v_head_dim": of_head,
-        "expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
-        "moe_num_shared_experts": 1, "moe_layer_start_index": 1, "moe_layer_interval": 1, "use_mamba_kernels": False,
+        "moe_num_experts": w.num_experts, "zero_expert_num": 2, "num_experts_per_tok": w.top_k, "moe_k": w.top_k,
+        "moe_topk": w.top_k, "top_k": w.top_k, "num_selected_experts": w.top_k, "top_k_experts": w.top_k,
+        "max_position_embeddings": w.num_positions, "max_seq_len": w.num_positions, "sliding_window": w.num_positions,
+        "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1, "moe_layer_interval": 1, "interleave_moe_layer_step": 1, "mlp_only_layers": [],
+        "q_lora_rank": w.hidden // 2, "kv_lora_rank": w.hidden // 2, "qk_rope_head_dim": of_head,
+        "qk_nope_head_dim": of_head, "v_head_dim": of_head, "index_n_heads": 2, "index_head_dim": of_head,
+        "index_topk": 4, "expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 2,
+        "attn_layer_offset": 1, "mamba_n_heads": w.num_heads, "mamba_num_heads": w.num_heads, "mamba_d_state": 8,
+        "mamba_d_head": 2 * of_head, "mamba_head_dim": 2 * of_head, "ssm_state_size": 8, "n_groups": 1,
+        "mamba_n_groups": 1, "use_mamba_kernels": False, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+        "linear_key_head_dim": of_head, "linear_value_head_dim": of_head,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
+
+
+def list_more(family: str, widths: Widths) -> dict[str, Any]:
+    """List what else a family must have to be built: layers of each of its kinds, and parts that are off by default."""
+    w = widths
+    match family:
+        case "qwen3_next" | "qwen3_5_moe_text":  # every fourth layer has full attention
+            return {"num_hidden_layers": max(w.num_layers, 4)}
+        case "bailing_hybrid":  # every eighth
+            return {"num_hidden_layers": max(w.num_layers, 8)}
+        case "granitemoehybrid":
+            return {"layer_types": [("mamba", "attention")[layer % 2] for layer in range(w.num_layers)]}
+        case "lfm2_moe":
+            return {"layer_types": [("conv", "full_attention")[layer % 2] for layer in range(w.num_layers)]}
+        case "zaya":
+            return {"num_experts_per_tok": 1}
+        case "gemma4_text":  # every sixth
+            return {
+                "enable_moe_block": True, "hidden_size_per_layer_input": w.hidden // w.num_heads,
+                "vocab_size_per_layer_input": w.vocabulary_size, "num_hidden_layers": max(w.num_layers, 6),
+                "global_head_dim": w.hidden // w.num_heads,
+            }  # fmt: skip
+        case "dbrx":
+            return {
+                "attn_config": {"kv_n_heads": w.num_key_heads, "rope_theta": 1e4, "clip_qkv": 8.0},
+                "ffn_config": {
+                    "hidden_size": w.hidden, "ffn_hidden_size": w.feed_forward, "moe_num_experts": w.num_experts,
+                    "moe_top_k": w.top_k,
+                },
+            }  # fmt: skip
+        case _:
+            return {}
 
 
 def make_tiny(family: str, folder: Path, widths: Widths | None = None, seed: int = 0) -> int:

@@ -13,6 +13,7 @@ from spreading import (
     assert_close,
     compare_gradients,
     draw_ids,
+    make_whole,
     open_group,
     place_unevenly,
     split_by_rank,
@@ -30,7 +31,10 @@ pytest.importorskip("transformers", reason="needs transformers: pip install 'hpc
 
 WITHOUT = {"deepseek_v2", "deepseek_v3", "glm4_moe"}
 BALANCED = [family for family in TESTED if family not in WITHOUT]
-MORE = ("minimax", "minimax_m2", "flex_olmo", "granitemoeshared", "mellum", "laguna")
+MORE = (
+    "minimax", "minimax_m2", "flex_olmo", "granitemoeshared", "granitemoehybrid", "granitemoe_swa", "mellum", "laguna",
+    "dbrx", "jetmoe", "flint",
+)  # fmt: skip
 
 
 def draw_mask(ids, empty=()):
@@ -41,12 +45,6 @@ def draw_mask(ids, empty=()):
 
 def call(model, ids, all_ids, **more):
     return call_model(model, ids, all_ids, output_router_logits=True, **more)
-
-
-def make_whole(family):
-    whole = make_model(family)
-    whole.set_experts_implementation("eager")
-    return whole
 
 
 def compare_losses(comm, output, wanted):
@@ -81,9 +79,11 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(comm, family):
 
 
 @pytest.mark.mpi
-def test_without_a_mask_all_tokens_count_and_uneven_experts_change_nothing(comm):
+def test_without_a_mask_all_tokens_count_wherever_experts_are(comm):
     with open_group(comm, 4) as group:
         compare_balanced_step(comm, group, "mixtral", placement=place_unevenly(comm.size))
+    with open_group(comm, tensor_parallel=comm.size) as group:
+        compare_balanced_step(comm, group, "mixtral")
 
 
 @pytest.mark.mpi

@@ -6,33 +6,50 @@ from types import SimpleNamespace
 import pytest
 import torch
 from spreading import (
+    CLOSE,
     assert_close,
     call,
     compare_gradients,
     compare_step,
     draw_ids,
     gather_expert_grads,
+    measure_rounding,
     open_group,
     place_unevenly,
     run_whole,
+    skip_unless_here,
 )
-from tiny_families import make_model
+from tiny_families import OTHERS, make_model
 from torch import nn
 from twins import sum_over
 
 import hpcmoe
 from hpcmoe.errors import ConfigError
-from hpcmoe.experts import family as family_experts
+from hpcmoe.experts import fused
 from hpcmoe.model.hf.spread import TESTED, find_top_k
+
+# Families whose own float32 is 3e-6 to 3e-5 from a float64 twin on one process, and why.
+ROUNDS_MORE = {
+    "qwen3_next": "decays of its linear attention are exponentials of sums",
+    "qwen3_5_moe_text": "as qwen3_next",
+    "bailing_hybrid": "as qwen3_next, in eight layers",
+    "deepseek_v4": "hyper-connections are normed by rows and columns in turn, 20 times",
+    "longcat_flash": "the gates' gradients nearly cancel",
+    "gemma4_text": "six layers whose outputs are normed four times each",
+}
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'hpcmoe[hf]'")
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("family", TESTED)
+@pytest.mark.parametrize("family", [*TESTED, *(pytest.param(other, marks=pytest.mark.full) for other in OTHERS)])
 def test_a_family_on_many_ranks_is_the_same_on_one(comm, family):
-    with open_group(comm) as group:
-        compare_step(comm, group, family)
+    skip_unless_here(family)
+    close = max(CLOSE, 3 * measure_rounding(family, draw_ids(comm)[0])) if family in ROUNDS_MORE else CLOSE
+    with open_group(comm, num_nodes=2) as group:
+        compare_step(comm, group, family, close)
+        if family in OTHERS:
+            compare_step(comm, group, family, close, placement=place_unevenly(comm.size))
 
 
 @pytest.mark.mpi
@@ -85,15 +102,15 @@ def test_steps_in_lanes_learn_as_one_process_does(comm, family):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("checkpoints", [False, True])
-def test_a_checkpoint_drops_the_experts_graphs_and_changes_nothing(comm, checkpoints, monkeypatch):
-    graphs, trace = [], family_experts.trace_expert
+def test_a_checkpoint_drops_what_the_experts_keep_and_changes_nothing(comm, checkpoints, monkeypatch):
+    keep, forward = [], fused.forward
 
-    def note(expert, x):
-        graph = trace(expert, x)
-        graphs.append(weakref.ref(graph[1]))
-        return graph
+    def note(expert, x, kept):
+        y = forward(expert, x, kept)
+        keep.append(weakref.ref(kept[-1][1]))
+        return y
 
-    monkeypatch.setattr(family_experts, "trace_expert", note)
+    monkeypatch.setattr(fused, "forward", note)
     with open_group(comm) as group:
         all_ids, ids = draw_ids(comm)
         whole, _ = run_whole("qwen3_moe", all_ids)
@@ -101,16 +118,16 @@ def test_a_checkpoint_drops_the_experts_graphs_and_changes_nothing(comm, checkpo
         if checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         loss = call(model, ids, all_ids).loss
-        in_forward = len(graphs)
-        assert in_forward > 0 and sum(graph() is not None for graph in graphs) == (0 if checkpoints else in_forward)
+        in_forward = len(keep)
+        assert in_forward > 0 and sum(kept() is not None for kept in keep) == (0 if checkpoints else in_forward)
         loss.backward()
-        assert (len(graphs) > in_forward) == checkpoints
+        assert (len(keep) > in_forward) == checkpoints
         group.sum_gradients(model)
         compare_gradients(comm, model, whole)
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss", "llama4_text"])
 def test_greedy_generation_gives_the_same_tokens(comm, family):
     with open_group(comm) as group:
         whole, model = make_model(family).eval(), hpcmoe.hf.spread(make_model(family), group).eval()

@@ -1,0 +1,83 @@
+"""Where a run goes on, and how it ends so that it can: from its newest whole checkpoint, with a status of its own."""
+
+import logging
+from pathlib import Path
+
+from mpi4py import MPI
+
+from hpcmoe.config import Config
+from hpcmoe.ending import Ending
+from hpcmoe.errors import CheckpointError, ConfigError, on_root, raise_or_return
+from hpcmoe.output import EXIT_AGAIN
+from hpcmoe.run.metadata import check_metadata
+from hpcmoe.wait import gather_to_all
+from hpcmoe.write.checkpoint import (
+    find_checkpoint,
+    is_in_folder,
+    list_checkpoints,
+    read_metadata,
+    step_of,
+    verify_pieces,
+)
+
+AUTO = "auto"  # of --resume
+log = logging.getLogger(__name__)
+
+
+def find_start(comm: MPI.Intracomm, resume: str | None, folder: Path, config: Config) -> Path | None:
+    """Find the checkpoint that --resume names, verified -> its path, None to begin anew. Collective over comm.
+
+    folder: the run's. Raises ConfigError or CheckpointError on all ranks.
+    """
+    if resume is None:
+        return None
+    found = find_newest_whole(comm, folder) if resume == AUTO else find_checkpoint(comm, resume or folder)
+    if found is not None:
+        on_root(comm, lambda: check_checkpoint(found, folder, config, may_have_ended=resume == AUTO))
+    return found
+
+
+def find_newest_whole(comm: MPI.Intracomm, folder: Path) -> Path | None:
+    """Find a run's newest checkpoint that is whole -> its path, None where it has none. Collective over comm.
+
+    Raises CheckpointError on all ranks where it has some and none is whole.
+    """
+    found, error = on_root(comm, lambda: list_checkpoints(folder)), None
+    for step in sorted(found, reverse=True):
+        try:
+            verify_pieces(comm, found[step])
+        except CheckpointError as damage:
+            error = damage
+            if comm.rank == 0:
+                log.warning("%s", damage)
+        else:
+            return found[step]
+    return raise_or_return(None, error)
+
+
+def check_checkpoint(checkpoint: Path, folder: Path, config: Config, may_have_ended: bool) -> None:
+    """Raise ConfigError or CheckpointError unless a run can go on from a checkpoint.
+
+    It cannot from its own last step, from another function, nor infer in the folder of the training.
+    """
+    if config.run.mode == "infer" and is_in_folder(checkpoint, folder):
+        raise ConfigError(f'[run] name = "{config.run.name}": inference of {checkpoint} needs a name of its own')
+    step, steps = step_of(checkpoint), config.run.steps
+    if config.run.mode == "train" and step >= steps and not may_have_ended:
+        raise ConfigError(f"[run] steps = {steps}: must be more than the {step} of {checkpoint}")
+    check_metadata(read_metadata(checkpoint), config, checkpoint, step)
+
+
+def end_run(comm: MPI.Intracomm, ending: Ending, num_steps: int) -> int:
+    """Log why a run has ended before its time, if it has -> its exit status. Collective over comm."""
+    if not ending.is_agreed:
+        return 0
+    reasons = [
+        f"rank {rank}: {reason}" for rank, reason in enumerate(gather_to_all(comm, ending.find_reason())) if reason
+    ]
+    if comm.rank == 0:
+        log.warning(
+            "ended in order after %d steps of this start: %s; --resume auto goes on (exit status %d)",
+            num_steps, "; ".join(reasons[:4]), EXIT_AGAIN,
+        )  # fmt: skip
+    return EXIT_AGAIN
