@@ -10,7 +10,8 @@ import numpy as np
 from hpcmoe.errors import CheckpointError
 from hpcmoe.placement.demand import Loads, make_probability
 from hpcmoe.placement.problem import PlacementProblem
-from hpcmoe.write.hdf5 import checkpoint_errors, read_entry
+from hpcmoe.write.hdf5 import read_entry
+from hpcmoe.write.trust import damage_errors, find_own
 
 if TYPE_CHECKING:
     from hpcmoe.write.records import Records  # which would start MPI
@@ -19,6 +20,7 @@ _CHAPTER = "problem"
 _FIELDS = [field.name for field in dataclasses.fields(PlacementProblem) if field.name != "even"]  # every run's is
 _BY_NODE, _BY_STEP, _NODE_NAMES = "experts/tokens_of_node", "experts/utilisation/value", "cluster/node_names"
 _MIGRATED = "cluster/migrated/value", "cluster/adopted/value"  # of today, and of 0.2 and earlier
+_PLACED = "cluster/expert_of_replica"
 _LAST_STEPS = 10  # of a record without tokens by node
 
 
@@ -37,11 +39,11 @@ def read_run_problem(path: Path, **changes: Any) -> tuple[PlacementProblem, list
     Raises CheckpointError in one line where the file cannot be read or holds no problem.
     """
     # Read the fields.
-    with checkpoint_errors(path, "read"), h5py.File(path) as file:
-        group = file.get(_CHAPTER, {})
-        if missing := [name for name in _FIELDS if name not in group]:
+    with damage_errors(path), h5py.File(path) as file:
+        found = {name: find_own(file, f"{_CHAPTER}/{name}", path) for name in _FIELDS}
+        if missing := [name for name, dataset in found.items() if dataset is None]:
             raise CheckpointError(f"{path}: holds no {_CHAPTER}/{missing[0]}; must be the run.h5 of a finished start")
-        fields = {name: read_entry(group[name]) for name in _FIELDS}
+        fields = {name: read_entry(dataset) for name, dataset in found.items()}
 
     # Take the probabilities from the loads, else as the run began.
     fields["node_names"] = tuple(np.atleast_1d(fields["node_names"]))
@@ -60,19 +62,21 @@ def read_loads(path: str | Path) -> Loads:
 
     Raises CheckpointError in one line where the file cannot be read or holds neither.
     """
-    with checkpoint_errors(path, "read"), h5py.File(path) as file:
-        if isinstance(file.get(_BY_NODE), h5py.Dataset) and file[_BY_NODE].ndim == 3:
-            names = tuple(np.atleast_1d(read_entry(file[_NODE_NAMES])))
-            return Loads(tokens=file[_BY_NODE][:], node_names=names)
-        if isinstance(file.get(_BY_STEP), h5py.Dataset) and file[_BY_STEP].ndim == 3 and len(file[_BY_STEP]) > 0:
-            return Loads(tokens=file[_BY_STEP][-_LAST_STEPS:].mean(axis=0)[:, None], node_names=())
+    with damage_errors(path), h5py.File(path) as file:
+        by_node, names, by_step = (find_own(file, name, path) for name in (_BY_NODE, _NODE_NAMES, _BY_STEP))
+        if by_node is not None and by_node.ndim == 3 and names is not None:
+            return Loads(tokens=by_node[:], node_names=tuple(np.atleast_1d(read_entry(names))))
+        if by_step is not None and by_step.ndim == 3 and len(by_step) > 0:
+            return Loads(tokens=by_step[-_LAST_STEPS:].mean(axis=0)[:, None], node_names=())
     raise CheckpointError(f"{path}: holds no tokens of experts; must be the run.h5 of a run that took a step")
 
 
 def read_last_placement(path: Path) -> np.ndarray:
     """Read where the experts of a run were at last -> [L, S] int64; CheckpointError in one line."""
-    with checkpoint_errors(path, "read"), h5py.File(path) as file:
+    with damage_errors(path), h5py.File(path) as file:
         for name in _MIGRATED:
-            if name in file and len(file[name]):
-                return file[name][-1]
-        return file["cluster/expert_of_replica"][:]
+            if (migrated := find_own(file, name, path)) is not None and len(migrated):
+                return migrated[-1]
+        if (first := find_own(file, _PLACED, path)) is not None:
+            return first[:]
+    raise CheckpointError(f"{path}: holds no {_PLACED}; must be the run.h5 of a finished start")

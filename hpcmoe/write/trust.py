@@ -26,7 +26,7 @@ _DAMAGES = (*HDF5_ERRORS, ValueError, TypeError, AttributeError, IndexError, Ove
 
 
 @contextlib.contextmanager
-def damage_errors(path: Path) -> Iterator[None]:
+def damage_errors(path: Path | str) -> Iterator[None]:
     """Convert whatever reading a damaged file raises inside the block to a CheckpointError of one line."""
     with checkpoint_errors(path, "read"):
         try:
@@ -68,6 +68,21 @@ def check_stored(name: str, dataset: h5py.Dataset, path: Path) -> None:
     num_bytes = math.prod(dataset.shape) * dataset.dtype.itemsize
     if num_bytes > path.stat().st_size or dataset.id.get_storage_size() < num_bytes:
         raise CheckpointError(f"{what} {list(dataset.shape)}: {num_bytes} bytes, more than its file holds of it")
+
+
+def find_own(file: h5py.File, name: str, path: Path | str) -> h5py.Dataset | None:
+    """Find a dataset that is in a file itself, None where there is none. Raises CheckpointError for a link."""
+    entry: h5py.Group | h5py.Dataset = file
+    for part in name.split("/"):
+        if not isinstance(entry, h5py.Group) or part not in entry:
+            return None
+        if not isinstance(entry.get(part, getlink=True), h5py.HardLink):
+            raise CheckpointError(f"{path}: {name} is a link to elsewhere, which is not followed")
+        entry = entry[part]
+    if not isinstance(entry, h5py.Dataset):
+        return None
+    check_stored(name, entry, Path(path))
+    return entry
 
 
 def check_file_names(names: Mapping[str, int], path: Path) -> None:

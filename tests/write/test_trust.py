@@ -1,5 +1,6 @@
 """Checkpoints that somebody altered, with sums made anew: one line, or numbers of their own; no other file is read."""
 
+import contextlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from launch import ROOT
 from mpi4py import MPI
 from small import make_topology
 from torch import nn
@@ -16,6 +18,7 @@ from torch import nn
 import hpcmoe
 from hpcmoe.errors import CheckpointError
 from hpcmoe.write.checksums import CHECKSUMS, compute_digest, write_checksums
+from hpcmoe.write.problem import read_last_placement, read_loads, read_run_problem
 
 SECRET = 31337.0
 ARRAY, METADATA = "dense/weight/value", ("arrays", "optimizer", "extra", "num_ranks", "model_format")
@@ -215,3 +218,28 @@ def test_numbers_that_are_not_finite_are_told(group, saved, caplog):
     with caplog.at_level("WARNING"):
         group.load(folder, *make_training())
     assert f"{ARRAY} holds numbers that are not finite" in caplog.text
+
+
+@pytest.mark.parametrize("read", [read_loads, read_last_placement, read_run_problem])
+def test_a_record_with_links_elsewhere_is_one_line(tmp_path, read):
+    shutil.copy(ROOT / "tests/old/run.h5", tmp_path / "run.h5")
+    read(tmp_path / "run.h5")
+    shutil.copy(ROOT / "tests/old/run.h5", tmp_path / "other.h5")
+    with h5py.File(tmp_path / "run.h5", "r+") as file:
+        for group in ("experts", "cluster", "problem"):
+            del file[group]
+            file[group] = h5py.ExternalLink("other.h5", f"/{group}")
+    with pytest.raises(CheckpointError, match=r"is a link to elsewhere, which is not followed"):
+        read(tmp_path / "run.h5")
+
+
+def test_a_record_of_random_bytes_is_one_line_or_read(tmp_path):
+    whole = (ROOT / "tests/old/run.h5").read_bytes()
+    for number in range(NUM_DAMAGES):
+        draw, content = random.Random(number), bytearray(whole)
+        for _ in range(4):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        (tmp_path / "run.h5").write_bytes(content[: draw.choice([len(content), draw.randrange(len(content))])])
+        for read in (read_loads, read_last_placement):
+            with contextlib.suppress(CheckpointError):
+                read(tmp_path / "run.h5")
