@@ -9,14 +9,14 @@ The chapters in the order in which they may import each other, which is the orde
     comm/                    what carries bytes: devices, transports, all-to-all, the window of a node, reductions
     dispatch/                a token leaves and returns: router, plan, dispatchers
     experts/                 what happens there: feed-forward networks, the layer as one differentiable call
-    model/                   what is trained: the language model, its text, the balance of its experts
+    model/                   what is trained: the language model, its text, the balance of its experts; hf/: other families
     pipeline/                many tokens at once: micro-batches in lanes that take turns
     placement/               where experts live: from a problem of tokens, links and memory to experts on ranks
     prepare/                 what fits: sizes, memory, budget, the placement of a run
     report/                  what is shown: metrics, progress, tables, figures
     run/                     many steps: job, training, inference, optimizer, migration of experts
     write/                   what is kept: records, checkpoints, activations, the run's folder
-    checkpointing, group     the library: any torch model saved and loaded; the group that hpcmoe.open() gives
+    checkpointing ... hf     the library: any torch model saved and loaded; the group that hpcmoe.open() gives
     main, place, check ...   the programs; __main__, the `hpcmoe` command, lists and runs them
 
 The path of a token:
@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from hpcmoe.placement.problem import PlacementProblem as PlacementProblem
     from hpcmoe.placement.result import Placement as Placement
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 _MODULE_OF_NAME = {  # the public names, imported when they are first used: `import hpcmoe` alone takes no time
     "CheckpointError": "hpcmoe.errors",

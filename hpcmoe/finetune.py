@@ -22,6 +22,7 @@ from hpcmoe.group import open as open_group
 from hpcmoe.messages import format_size
 from hpcmoe.model.hf.spread import check_version
 from hpcmoe.model.hf.stored_model import read_stored_model
+from hpcmoe.model.hf.tiny import make_tiny
 from hpcmoe.model.text import check_text
 from hpcmoe.model.tokens import TokenText, find_tokens
 from hpcmoe.output import print_to_stdout
@@ -96,10 +97,17 @@ def run_finetune(comm: MPI.Intracomm, run: TuningRun) -> int:
 
 
 def check_source(config: Config, num_ranks: int) -> None:
-    """Check the folder of the model, and the sizes of batches. Raises ConfigError or CheckpointError."""
+    """Check the folder of the model, and the sizes of batches. Raises ConfigError or CheckpointError.
+
+    Where there is no such folder and [model] make_tiny names a family, a small random model of it is made there.
+    """
     check_version(_WHERE)
     check_sequences(config, num_ranks)
-    read_stored_model(config.model.path)
+    path, family = Path(config.model.path), config.model.make_tiny
+    if family and not path.exists():
+        num_parameters = make_tiny(family, path)
+        log.info("%s: made, a random %s of %.1f million parameters", path, family, num_parameters / 1e6)
+    read_stored_model(path)
 
 
 def read_vocabulary_size(path: str) -> int:

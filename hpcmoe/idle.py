@@ -55,7 +55,7 @@ def list_sources(config: Config) -> list[Reason]:
     has_own_router = '[model] source = "hf" has its own router and experts'
     return [
         (model.source == "own", '[model] source = "own"',
-         "model.path model.trains model.lora_rank model.lora_alpha model.lora_targets model.aux_loss "
+         "model.path model.make_tiny model.trains model.lora_rank model.lora_alpha model.lora_targets model.aux_loss "
          "model.gradient_checkpointing write.hf_every"),
         (model.source == "hf" and model.trains != "lora", f'[model] trains = "{model.trains}"',
          "model.lora_rank model.lora_alpha model.lora_targets"),

@@ -47,6 +47,7 @@ class ModelConfig:
 
     source: Literal["own", "hf"] = "own"
     path: Annotated[str, MaxLen(4095)] = ""
+    make_tiny: Annotated[str, MaxLen(255)] = ""
     trains: Literal["all", "experts", "router", "lora"] = "all"
     lora_rank: _Count = 8
     lora_alpha: Positive32 = 16.0
