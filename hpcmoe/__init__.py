@@ -9,7 +9,7 @@ The chapters in the order in which they may import each other, which is the orde
     comm/                    what carries bytes: devices, transports, all-to-all, the window of a node, reductions
     dispatch/                a token leaves and returns: router, plan, dispatchers
     experts/                 what happens there: feed-forward networks, the layer as one differentiable call
-    model/                   what is trained: the language model, its text, the balance of its experts; hf/: other families
+    model/                   what is trained: the language model, its text and balance; hf/: Hugging Face families
     pipeline/                many tokens at once: micro-batches in lanes that take turns
     placement/               where experts live: from a problem of tokens, links and memory to experts on ranks
     prepare/                 what fits: sizes, memory, budget, the placement of a run
