@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from lab.machines import LAB, racks, slurm
 from launch import HANG_SECONDS, MPIRUN, ROOT, Running, run
-from test_commands import wait_for
+from test_commands import series, wait_for
 
 from hpcmoe.cluster.topology import Topology, load_topology
 from hpcmoe.segments import SHM_FOLDER, compute_world_number
@@ -94,6 +94,29 @@ def test_a_job_whose_ranks_were_killed_may_be_requeued(slurm_conf, tmp_path):
         if count_started(log) > REQUEUED_RANKS or "failed to send temp kvs" not in log.read_text():
             break
     assert count_started(log) == 2 * REQUEUED_RANKS, log.read_text()
+
+
+@pytest.mark.slurm
+def test_a_job_that_slurm_signals_before_its_time_is_over_is_queued_again_and_goes_on(slurm_conf, tmp_path):
+    log, steps = tmp_path / "log", 150
+    keys = {"run.steps": steps, "run.output": tmp_path, "write.checkpoint_every": 20, "train.validate_every": 0}
+    words = [*SHORT, *(word for key, value in keys.items() for word in ("--set", f"{key}={value}"))]
+    options = ["--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
+    number = run("sbatch", "--parsable", *options, "jobs/ep16.slurm", *words, SLURM_CONF=slurm_conf).output.strip()
+
+    # Signal the script, as Slurm does two minutes before the time is over, once there is a checkpoint.
+    wait_for(lambda: (tmp_path / "run" / "checkpoint-20").exists())
+    run("scancel", "--batch", "--signal=USR1", number, SLURM_CONF=slurm_conf)
+    wait_for(lambda: "ended in order" in log.read_text())
+
+    # A requeued job waits for two minutes unless it is told otherwise.
+    def is_over():
+        run("scontrol", "update", f"jobid={number}", "starttime=now", SLURM_CONF=slurm_conf)
+        return find_state(number, {"SLURM_CONF": slurm_conf}) == "COMPLETED"
+
+    wait_for(is_over)
+    assert "resumed" in log.read_text() and "(exit status 75)" in log.read_text(), log.read_text()
+    assert list(series(tmp_path, "train/loss")) == list(range(1, steps + 1)) and not (tmp_path / "run.1").exists()
 
 
 def count_started(log):

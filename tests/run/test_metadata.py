@@ -41,7 +41,7 @@ SAME_FUNCTION = {
     "rebalance": "*",
     "comm": "*",
     "experts": "gemm_rows",
-    "model": "source path make_tiny trains lora_rank lora_alpha lora_targets aux_loss gradient_checkpointing",  # of "hf"
+    "model": "source path make_tiny trains lora_rank lora_alpha lora_targets aux_loss gradient_checkpointing",  # of hf
     "pipeline": "schedule in_flight deterministic",
     "data": "files exclude text_field validation_share validation_sequences",  # the bytes that these leave are recorded
     "train": "bucket_bytes shard_optimizer check_every validate_every",
