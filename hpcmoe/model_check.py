@@ -19,6 +19,7 @@ from hpcmoe.experts.family import FamilyExperts, run_expert
 from hpcmoe.group import Group
 from hpcmoe.messages import format_size
 from hpcmoe.model.hf.compare import Difference, compare_step
+from hpcmoe.model.hf.stored_model import read_stored_model
 from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.placement.result import SearchStats, Usage, compute_usage, evaluate
 from hpcmoe.prepare.layer import make_layer_experts, make_layer_problem
@@ -52,9 +53,13 @@ def compare_checkpoint(group: Group, folder: Path) -> list[str]:
 
 
 def check_memory(folder: Path) -> None:
-    """Raise ConfigError unless this node can hold the whole model, its gradients and this rank's part beside them."""
+    """Raise ConfigError unless this node can hold the whole model, its gradients and this rank's part beside them.
+
+    Or where there is no such checkpoint.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    read_stored_model(folder)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     num_parameters = sum(parameter.numel() for parameter in whole.parameters())

@@ -12,7 +12,7 @@ MARKED = {
     for name, key, annotation in list_keys()
     if any(isinstance(mark, InFloat32) for mark in getattr(annotation, "__metadata__", ()))
 }
-UNBOUNDED = ["aux_loss_weight", "z_loss_weight", "learning_rate", "weight_decay", "epsilon", "clip_norm"]
+UNBOUNDED = ["lora_alpha", "aux_loss_weight", "z_loss_weight", "learning_rate", "weight_decay", "epsilon", "clip_norm"]
 
 
 @pytest.fixture
@@ -23,7 +23,9 @@ def read(tmp_path):
 
 
 def test_every_number_of_the_optimizer_and_of_the_gate_is_marked():
-    floats = {f"{n}.{k}" for n in ("train", "dispatch") for k, v in vars_of(Config(), n) if isinstance(v, float)}
+    floats = {
+        f"{n}.{k}" for n in ("train", "dispatch", "model") for k, v in vars_of(Config(), n) if isinstance(v, float)
+    }
     assert floats - {"dispatch.capacity_factor"} == set(MARKED)  # which counts copies, and is multiplied in float64
 
 
@@ -36,7 +38,7 @@ def vars_of(config, name):
 @pytest.mark.parametrize("key", MARKED)
 @pytest.mark.parametrize("value", ["1e-50", "1e-39", "1e-300", "5e-324"])
 def test_what_float32_makes_0_is_refused(read, key, value):
-    zero = "" if key in ("train.learning_rate", "train.epsilon") else "0, or "
+    zero = "" if key in ("train.learning_rate", "train.epsilon", "model.lora_alpha") else "0, or "
     with pytest.raises(
         ConfigError, match=rf"\] \w+ = {value}: must be {zero}from 1.18e-38 to 3.4e\+38, for it is used"
     ):

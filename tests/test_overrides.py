@@ -98,7 +98,12 @@ def test_the_last_of_two_wins_whatever_the_first_was(read):
 
 def test_the_kinds_are_those_of_the_annotations():
     kinds = {key: kind_of(annotation) for _, key, annotation in list_keys()}
-    assert {key for key, kind in kinds.items() if kind == "a list of strings"} == {"files", "exclude", "racks"}
+    assert {key for key, kind in kinds.items() if kind == "a list of strings"} == {
+        "files",
+        "exclude",
+        "racks",
+        "lora_targets",
+    }
     assert {key for key, kind in kinds.items() if kind == "a list of numbers"} == {"activations_of_layers"}
     strings = {key for key, kind in kinds.items() if kind == "a string"}
     assert strings == {key for name, key, _ in list_keys() if isinstance(getattr(getattr(Config(), name), key), str)}

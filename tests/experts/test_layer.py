@@ -121,8 +121,9 @@ def watch_pieces(layer):
     pieces_of, run_stages = {}, layer.turns.run_stages
 
     def count(stage, pieces):
+        pieces_of.setdefault(stage, 0)
         for worked in pieces:
-            pieces_of[stage] = pieces_of.get(stage, 0) + worked
+            pieces_of[stage] += worked
             yield worked
 
     layer.turns.run_stages = lambda number, stages: run_stages(
