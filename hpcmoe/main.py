@@ -38,7 +38,7 @@ from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.prepare.budget import check_budget, format_budget, may_use_gpus
 from hpcmoe.prepare.shards import resolve_tensor_parallel
-from hpcmoe.resuming import AUTO, end_run, find_start
+from hpcmoe.resuming import AUTO, end_run, find_start, leave_last
 from hpcmoe.run.metadata import describe_checkpoint, log_changes
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
@@ -80,7 +80,7 @@ def main() -> None:
             watch.report()
         exit_with(comm, error, host)
     if status:
-        sys.exit(status)
+        leave_last(comm.rank, status)
 
 
 def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.ExitStack) -> int:

@@ -1,6 +1,8 @@
 """Where a run goes on, and how it ends so that it can: from its newest whole checkpoint, with a status of its own."""
 
 import logging
+import sys
+import time
 from pathlib import Path
 
 from mpi4py import MPI
@@ -21,6 +23,7 @@ from hpcmoe.write.checkpoint import (
 )
 
 AUTO = "auto"  # of --resume
+_LAST_SECONDS = 2.0  # for the other processes to end
 log = logging.getLogger(__name__)
 
 
@@ -81,3 +84,14 @@ def end_run(comm: MPI.Intracomm, ending: Ending, num_steps: int) -> int:
             num_steps, "; ".join(reasons[:4]), EXIT_AGAIN,
         )  # fmt: skip
     return EXIT_AGAIN
+
+
+def leave_last(rank: int, status: int) -> None:
+    """End rank 0 with a status once the others have ended: srun kills whoever is left after the first bad one.
+
+    Collective over MPI's world, which ends here.
+    """
+    MPI.Finalize()
+    if rank == 0:
+        time.sleep(_LAST_SECONDS)
+        sys.exit(status)
