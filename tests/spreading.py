@@ -48,6 +48,12 @@ def draw_ids(comm, sequences=SEQUENCES):
     return ids, split_by_rank(comm, ids, sequences)
 
 
+def skip_unless_pair(comm):
+    """Skip but on two ranks: each of gloo's groups leaves threads behind, and the tests to come then take minutes."""
+    if comm.size != 2:
+        pytest.skip("torch.distributed is tried on two ranks")
+
+
 def split_by_rank(comm, of_all, sequences=SEQUENCES):
     """Cut this rank's sequences out of those of all ranks."""
     return of_all.split([sequences[rank % len(sequences)] for rank in range(comm.size)])[comm.rank]

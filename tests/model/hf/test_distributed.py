@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed
-from spreading import assert_close, call, draw_ids, make_whole, open_group, split_by_rank
+from spreading import assert_close, call, draw_ids, make_whole, open_group, skip_unless_pair, split_by_rank
 
 import hpcmoe
 from hpcmoe.errors import ConfigError
@@ -19,15 +19,11 @@ pytest.importorskip("accelerate", reason="transformers wants it to place a model
 @pytest.fixture
 def torch_ranks(comm, shared):
     """Number torch's ranks as MPI does."""
+    skip_unless_pair(comm)
     where = f"file://{shared}/meeting"
     torch.distributed.init_process_group("gloo", init_method=where, rank=comm.rank, world_size=comm.size)
     yield
     torch.distributed.destroy_process_group()
-
-
-def skip_unless_even(comm):
-    if 8 % comm.size or comm.size == 1:
-        pytest.skip("8 experts are dealt evenly to 2 or more ranks")
 
 
 def save_whole(comm, whole, folder):
@@ -61,7 +57,6 @@ def compare_sharded(comm, model, whole, close=2e-6):
 @pytest.mark.mpi
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_transformers_expert_parallelism_is_the_same_with_our_rows(comm, shared, torch_ranks, family):
-    skip_unless_even(comm)
     with open_group(comm) as group:
         hpcmoe.hf.register(group)
         all_ids, ids = draw_ids(comm)
@@ -79,7 +74,6 @@ def test_transformers_expert_parallelism_is_the_same_with_our_rows(comm, shared,
 
 @pytest.mark.mpi
 def test_a_model_in_bfloat16_and_a_rank_without_rows_take_a_step(comm, shared, torch_ranks):
-    skip_unless_even(comm)
     with open_group(comm) as group:
         hpcmoe.hf.register(group)
         whole = make_whole("mixtral").bfloat16()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed
 from launch import ROOT
-from spreading import draw_ids, make_whole
+from spreading import draw_ids, make_whole, skip_unless_pair
 
 import hpcmoe
 from hpcmoe.model.hf.adapters import ADAPTED
@@ -61,8 +61,7 @@ def test_its_first_example_is_the_step_of_one_process(comm, saved, shared):
 def test_its_trainer_learns_as_on_one_process(comm, saved, shared):
     pytest.importorskip("transformers.distributed.expert_parallel", reason="needs transformers >= 5.24")
     pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
-    if 8 % comm.size or comm.size == 1:
-        pytest.skip("8 experts are dealt evenly to 2 or more ranks")
+    skip_unless_pair(comm)
     ids = torch.arange(3, 15)
     arguments = {
         "output_dir": shared / "out", "max_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 1,
