@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from hpcmoe.errors import ConfigError
@@ -15,6 +16,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of exiting, so that all ranks can end together."""
         raise ConfigError(f"command line: {one_line(message)}")
+
+    def parse_unless_help(self, words: Sequence[str]) -> argparse.Namespace | None:
+        """Parse a command line, or print the help it asks for and return None: not all ranks may exit. Takes -h itself.
+
+        Build the parser with add_help=False. Raises ConfigError.
+        """
+        self.add_argument("-h", "--help", action="store_true", help="show this and stop")
+        arguments = self.parse_args(words)
+        if not arguments.help:
+            return arguments
+        self.print_help()
+        return None
 
     def print_help(self, file: object = None) -> None:
         """Print the help; argparse exits after it."""

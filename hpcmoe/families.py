@@ -55,10 +55,8 @@ def read_family_arguments(words: list[str]) -> argparse.Namespace | None:
         "--make-tiny", nargs=2, metavar=("FAMILY", "FOLDER"),
         help="write a random model of a family, such as mixtral, with a tokenizer",
     )  # fmt: skip
-    parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
-    arguments = parser.parse_args(words)
-    if arguments.help:
-        parser.print_help()
+    arguments = parser.parse_unless_help(words)
+    if arguments is None:
         return None
     if (arguments.model is None) == (arguments.make_tiny is None):
         parser.error("give a MODEL and --check, or --make-tiny FAMILY FOLDER")

@@ -82,10 +82,8 @@ def read_generate_arguments(words: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that make up P (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn, at any number of ranks (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of a rank; 0: its share of the cores (%(default)s)")
-    parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
-    arguments = parser.parse_args(words)
-    if arguments.help:
-        parser.print_help()
+    arguments = parser.parse_unless_help(words)
+    if arguments is None:
         return None
     if arguments.model is None:
         parser.error(f"no MODEL; try {parser.prog} out/run --prompt TEXT")

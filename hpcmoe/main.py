@@ -271,10 +271,8 @@ def read_run_arguments(words: list[str]) -> argparse.Namespace | None:
         help="go on from the newest checkpoint of this run, or of FOLDER, or from the checkpoint FOLDER; auto: from "
         "the newest that is whole, from the start where there is none, and not at all after the last step",
     )  # fmt: skip
-    parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
-    arguments = parser.parse_args(words)
-    if arguments.help:
-        parser.print_help()
+    arguments = parser.parse_unless_help(words)
+    if arguments is None:
         return None
     if arguments.config is None:
         parser.error("no input file; try inputs/run.toml")
