@@ -18,6 +18,7 @@ from hpcmoe.errors import ConfigError, on_root
 from hpcmoe.experts.family import FamilyExperts, run_expert
 from hpcmoe.group import Group
 from hpcmoe.messages import format_size
+from hpcmoe.model.hf.build import build_model
 from hpcmoe.model.hf.compare import Difference, compare_step
 from hpcmoe.model.hf.stored_model import read_stored_model
 from hpcmoe.placement.problem import PlacementProblem
@@ -57,11 +58,7 @@ def check_memory(folder: Path) -> None:
 
     Or where there is no such checkpoint.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    read_stored_model(folder)
-    with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    whole = build_model(read_stored_model(folder), torch.float32)
     num_parameters = sum(parameter.numel() for parameter in whole.parameters())
     wanted, there = num_parameters * _BYTES_OF_PARAMETER, read_memory_bytes()
     if wanted > there:

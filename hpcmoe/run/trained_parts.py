@@ -10,9 +10,8 @@ from torch import nn
 from hpcmoe.config import ModelConfig
 from hpcmoe.errors import ConfigError
 from hpcmoe.experts.moe import Experts
+from hpcmoe.model.hf.build import ROUTERS
 from hpcmoe.replacing import make_empty, name_partial, publish_folder, sync, system_errors
-
-_ROUTERS = ("gate", "router")  # what families call them, beside their experts
 
 
 def set_trained(model: Any, settings: ModelConfig, seed: int) -> None:
@@ -62,9 +61,9 @@ def list_routers(model: nn.Module) -> dict[str, nn.Module]:
     """List the routers by their paths. Raises ConfigError where a block has none."""
     found = dict[str, nn.Module]()
     for path, block in list_blocks(model):
-        own = {f"{path}.{name}": child for name, child in block.named_children() if name in _ROUTERS}
+        own = {f"{path}.{name}": child for name, child in block.named_children() if name in ROUTERS}
         if not own:
-            raise ConfigError(f'[model] trains = "router": {path} has no module named {" or ".join(_ROUTERS)}')
+            raise ConfigError(f'[model] trains = "router": {path} has no module named {" or ".join(ROUTERS)}')
         found |= own
     return found
 

@@ -15,7 +15,7 @@ from hpcmoe.reading import read_json
 
 DTYPES_OF_MODEL = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TRAINS = ("all", "experts", "router")
-_ROUTERS = ("gate", "router")  # what the families call a block's router, beside its experts
+ROUTERS = ("gate", "router")  # what the families call a block's router, beside its experts
 _GENERATION = "generation_config.json"
 _INITIALIZED = "_is_hf_initialized"  # by which transformers knows what its initialisation leaves alone
 
@@ -139,7 +139,7 @@ def list_trained(model: nn.Module, trains: str) -> list[Tensor]:
             return [parameter for module in list_fused(model) for parameter in module.parameters()]
         case "router":
             blocks = [module for module in model.modules() if fused & set(map(id, module.children()))]
-            routers = [child for block in blocks for name, child in block.named_children() if name in _ROUTERS]
+            routers = [child for block in blocks for name, child in block.named_children() if name in ROUTERS]
             return [parameter for router in routers for parameter in router.parameters()]
         case _:
             raise ConfigError(f"hpcmoe.hf.load: trains = {trains!r}: must be one of {', '.join(TRAINS)}")

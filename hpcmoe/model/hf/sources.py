@@ -5,6 +5,7 @@ the scale of its block of b x c. MXFP4 (gpt-oss): X_blocks [E, R, G, 16], two nu
 and X_scales [E, R, G]; number j of group g is value[bits] * 2^(scale - 127), and X is [E, 32 G, R], transposed.
 """
 
+import abc
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -58,7 +59,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantisedSource(Source):
+class QuantisedSource(Source, abc.ABC):
     """A tensor with scales of its blocks."""
 
     scales: StoredTensor
@@ -85,9 +86,9 @@ class QuantisedSource(Source):
         for expert in range(self.shape[0]) if len(self.shape) > 2 else ():
             self.cut(expert, expert + 1).fill_matrix(reader, target[expert])
 
+    @abc.abstractmethod
     def fill_matrix(self, reader: TensorReader, target: Tensor) -> None:
         """Read one matrix."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
