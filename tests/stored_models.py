@@ -1,22 +1,10 @@
 """Models of Hugging Face transformers in folders: saved by transformers, and compared with what was loaded."""
 
-import contextlib
-
 import torch
-from small import make_topology
 from tiny_families import make_config
 
 import hpcmoe
 from hpcmoe.wait import barrier
-
-MAX_TOKENS = 36  # of a rank in one exchange
-
-
-@contextlib.contextmanager
-def open_group(comm, num_nodes=1, **options):
-    links = make_topology(comm.size, min(num_nodes, comm.size))
-    with hpcmoe.open(comm, links=links, threads=1, max_tokens=MAX_TOKENS, **options) as group:
-        yield group
 
 
 def save(comm, folder, model, shard="5GB"):

@@ -2,6 +2,7 @@
 
 import torch
 
+from hpcmoe.model.hf.adapters import ADAPTED
 from hpcmoe.model.hf.tiny import Widths, make_tiny_config
 
 TINY = Widths(
@@ -15,6 +16,7 @@ OTHERS = (  # beside those that every run of the tests tries
     "jetmoe", "dbrx", "mimo_v2_flash", "hy_v3", "cohere2_moe", "mellum", "laguna", "zaya", "gemma4_text", "aria_text",
     "glm_moe_dsa", "axk1", "flint",
 )  # fmt: skip
+REGISTERED = tuple(family for family in OTHERS if family not in ADAPTED)  # run by transformers' registry
 
 
 def make_config(family):

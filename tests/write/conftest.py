@@ -1,14 +1,13 @@
 """Disks that are full, and programs that are killed."""
 
-import contextlib
 import os
-import resource
 import signal
 import subprocess
 import sys
 
 import pytest
 from launch import HANG_SECONDS
+from limits import limit_file_size
 
 
 @pytest.fixture
@@ -26,17 +25,7 @@ def small_disk(tmp_path):
 @pytest.fixture
 def file_size_limit():
     """Give a context manager under which this process cannot make a file larger than some bytes."""
-
-    @contextlib.contextmanager
-    def limit(num_bytes):
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    return limit
+    return limit_file_size
 
 
 @pytest.fixture

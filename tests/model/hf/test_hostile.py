@@ -6,7 +6,8 @@ import time
 
 import pytest
 from safetensors_files import edit_header, put_together, take_apart
-from stored_models import open_group, save
+from spreading import open_group
+from stored_models import save
 from tiny_families import make_model
 
 import hpcmoe

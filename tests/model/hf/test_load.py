@@ -10,8 +10,9 @@ import pathlib
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stored_models import assert_same, list_held, open_group, place_unevenly, read_whole, save, save_tiny
-from tiny_families import make_model
+from spreading import open_group
+from stored_models import assert_same, list_held, place_unevenly, read_whole, save, save_tiny
+from tiny_families import REGISTERED, make_model
 
 import hpcmoe
 from hpcmoe.errors import ConfigError, PlacementError
@@ -22,12 +23,6 @@ from hpcmoe.wait import barrier
 
 CLOSE = 2e-6  # of the largest number of a tensor
 LENGTH = 12
-OTHERS = (
-    "qwen3_next", "qwen3_5_moe_text", "deepseek_v32", "deepseek_v4", "glm4_moe_lite", "granitemoeshared",
-    "granitemoehybrid", "granitemoe_swa", "dots1", "hunyuan_v1_moe", "minimax", "minimax_m2", "flex_olmo", "lfm2_moe",
-    "nemotron_h", "afmoe", "exaone_moe", "solar_open", "bailing_hybrid", "mimo_v2_flash", "hy_v3", "cohere2_moe",
-    "mellum", "laguna", "zaya", "gemma4_text", "aria_text", "glm_moe_dsa", "axk1", "flint",
-)  # fmt: skip
 SHARD = "20KB"  # several files a model
 
 
@@ -57,7 +52,7 @@ def test_a_family_is_loaded_as_transformers_loads_it(comm, shared, family):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("family", [*ADAPTED, *(pytest.param(family, marks=pytest.mark.full) for family in OTHERS)])
+@pytest.mark.parametrize("family", [*ADAPTED, *(pytest.param(family, marks=pytest.mark.full) for family in REGISTERED)])
 def test_other_families_are_loaded_as_transformers_loads_them(comm, shared, family):
     folder = save(comm, shared / "saved", make_model(family))
     with open_group(comm) as group:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from stored_models import assert_same, open_group, read_whole, save_tiny
+from spreading import open_group
+from stored_models import assert_same, read_whole, save_tiny
 
 import hpcmoe
 from hpcmoe.errors import CheckpointError, ConfigError

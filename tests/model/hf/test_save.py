@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import resource
 from pathlib import Path
 
 import pytest
 import torch
+from limits import limit_file_size
 from spreading import assert_close, call, draw_ids, open_group, place_unevenly
-from tiny_families import make_model
+from tiny_families import REGISTERED, make_model
 
 import hpcmoe
 from hpcmoe.errors import CheckpointError, ConfigError, on_root
@@ -21,12 +21,6 @@ from hpcmoe.wait import broadcast
 pytest.importorskip("transformers", reason="needs transformers: pip install 'hpcmoe[hf]'")
 
 SMALL = 20_000  # bytes of a file: each tiny model takes several
-OTHERS = (
-    "qwen3_next", "qwen3_5_moe_text", "deepseek_v32", "deepseek_v4", "glm4_moe_lite", "granitemoeshared",
-    "granitemoehybrid", "granitemoe_swa", "dots1", "hunyuan_v1_moe", "minimax", "minimax_m2", "flex_olmo", "lfm2_moe",
-    "nemotron_h", "afmoe", "exaone_moe", "solar_open", "bailing_hybrid", "mimo_v2_flash", "hy_v3", "cohere2_moe",
-    "mellum", "laguna", "zaya", "gemma4_text", "aria_text", "glm_moe_dsa", "axk1", "flint",
-)  # fmt: skip
 
 
 class Died(BaseException):
@@ -136,7 +130,7 @@ def test_adapted_families_have_their_own_names_again(comm, shared, family):
 
 @pytest.mark.full
 @pytest.mark.mpi
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", REGISTERED)
 def test_other_families_are_saved_as_transformers_saves_them(comm, shared, family):
     with open_group(comm) as group:
         hpcmoe.hf.save(hpcmoe.hf.spread(make_model(family), group), group, shared / "a", max_shard_bytes=SMALL)
@@ -237,17 +231,6 @@ def test_what_ends_midway_leaves_the_earlier_checkpoint(comm, shared, monkeypatc
         assert sorted(path.name for path in shared.iterdir()) == ["a"]
 
 
-@contextlib.contextmanager
-def file_size_limit(num_bytes):
-    """Let no file of this process grow beyond so many bytes: as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def error_of(comm, call, kind=CheckpointError):
     """Return the line of an error that all ranks have alike."""
     with pytest.raises(kind) as error:
@@ -262,7 +245,7 @@ def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays(comm, shared):
     with open_group(comm) as group:
         model = hpcmoe.hf.spread(make_model("mixtral"), group)
         hpcmoe.hf.save(model, group, shared / "a")
-        with file_size_limit(20_000) if comm.rank == 0 else contextlib.nullcontext():
+        with limit_file_size(20_000) if comm.rank == 0 else contextlib.nullcontext():
             line = error_of(comm, lambda: hpcmoe.hf.save(model, group, shared / "a", max_shard_bytes=90_000))
         assert "model-0000" in line and "cannot be written: File too large" in line
         comm.Barrier()
