@@ -97,7 +97,7 @@ def is_head_tied(keys: ConfigKeys) -> bool:
     return keys.read_flag("tie_word_embeddings", default=base_family(keys) in _TIED)
 
 
-def count_layer(keys: ConfigKeys, hidden: int, kinds: list[str], layers: set[int], number: int) -> int:
+def count_layer_parameters(keys: ConfigKeys, hidden: int, kinds: list[str], layers: set[int], number: int) -> int:
     """Count the parameters of a layer but for its experts."""
     family, kind = base_family(keys), kinds[number]
     is_sparse, is_alone = number in layers, "moe" in kinds  # alone: a layer is a mixer, a network or experts
@@ -146,7 +146,7 @@ def count_rest(keys: ConfigKeys, hidden: int, is_sparse: bool) -> int:
             return 0
 
 
-def count_outer(keys: ConfigKeys, hidden: int, num_layers: int) -> int:
+def count_outer_parameters(keys: ConfigKeys, hidden: int, num_layers: int) -> int:
     """Count the parameters outside of layers, but for the embedding and the head."""
     match base_family(keys):
         case "phimoe":

@@ -15,8 +15,8 @@ from hpcmoe.projection.layers import (
     EXPERTS,
     TOP_K,
     UNGATED,
-    count_layer,
-    count_outer,
+    count_layer_parameters,
+    count_outer_parameters,
     find_moe_layers,
     has_dense_layers,
     is_head_tied,
@@ -86,7 +86,7 @@ class ModelFile:
 def read_model(path: str | os.PathLike) -> ModelFile:
     """Read a config.json, or that of a checkpoint's folder. Raises ConfigError in one line, also for no mixture."""
     keys = read_config_keys(path)
-    check_experts(keys)
+    check_mixture(keys)
     hidden = keys.read_count("hidden_size", "d_model", "n_embd")
     kinds = list_kinds(keys, count_layers(keys))
     layers, experts, top_k = find_moe_layers(keys, kinds), keys.read_alike(*EXPERTS), keys.read_alike(*TOP_K)
@@ -96,7 +96,7 @@ def read_model(path: str | os.PathLike) -> ModelFile:
     feed_forward, num_matrices = keys.read_alike(*EXPERT_WIDTHS), 2 if base_family(keys) in UNGATED else 3
     biases = (num_matrices - 1) * feed_forward + hidden if base_family(keys) in _EXPERT_BIASES else 0
     vocabulary, is_tied = keys.read_count("vocab_size"), is_head_tied(keys)
-    parameters = [count_layer(keys, hidden, kinds, layers, number) for number in range(len(kinds))]
+    parameters = [count_layer_parameters(keys, hidden, kinds, layers, number) for number in range(len(kinds))]
     return ModelFile(
         family=keys.family or "unknown",
         hidden=hidden,
@@ -116,12 +116,12 @@ def read_model(path: str | os.PathLike) -> ModelFile:
         head_width=measure_head(keys, hidden),
         vocabulary=vocabulary,
         is_tied=is_tied,
-        outer_parameters=(2 - is_tied) * vocabulary * hidden + count_outer(keys, hidden, len(kinds)),
+        outer_parameters=(2 - is_tied) * vocabulary * hidden + count_outer_parameters(keys, hidden, len(kinds)),
         notes=tuple(list_notes(keys, kinds)),
     )
 
 
-def check_experts(keys: ConfigKeys) -> None:
+def check_mixture(keys: ConfigKeys) -> None:
     """Raise ConfigError in one line where a config is none of a mixture of experts."""
     name, value = keys.find(*EXPERTS)
     family = keys.family or "without model_type"

@@ -94,7 +94,7 @@ class TensorUnpickler(pickle._Unpickler):  # Python's own: C's trusts a pickle's
         return self.storages[key]
 
     def make_tensor(self, storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: object) -> np.ndarray:
-        """View a storage as a tensor. Raises ConfigError where that is beyond the storage, or too large."""
+        """Return a view of a storage. Raises ConfigError where that is beyond the storage, or too large."""
         sizes = (offset, *shape, *strides)
         if not all(type(size) is int and size >= 0 for size in sizes) or len(shape) != len(strides):
             raise ConfigError(f"{self.where}: a tensor of shape {one_line(shape)} and strides {one_line(strides)}")
