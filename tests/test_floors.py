@@ -18,6 +18,7 @@ FLOORS = (
     *GROUND,
     *CHAPTERS,
     "description",
+    "measuring",
     "resuming",
     "checkpointing",
     "reopen",
