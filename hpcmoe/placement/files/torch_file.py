@@ -11,7 +11,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class TensorUnpickler(pickle._Unpickler):  # Python's own: C's trusts a pickle's
         super().__init__(io.BytesIO(self.read_file("data.pkl", _MOST_PICKLE_BYTES)), encoding="utf-8")
 
     def set_items(self, pairs: list[Any]) -> None:
-        """Put keys and values, one after the other, into the dict on top. Raises ConfigError for keys of other kinds.
+        """Set keys and values, one after the other, into the dict on top. Raises ConfigError for keys of other kinds.
 
         Tuples within tuples, of a hostile file, could take for ever to hash.
         """
@@ -81,7 +81,7 @@ class TensorUnpickler(pickle._Unpickler):  # Python's own: C's trusts a pickle's
         """Raise ConfigError for an instruction that no dump of tensors has."""
         raise ConfigError(f"{self.where}: holds objects or sets: {_WHAT_IS_READ}")
 
-    dispatch: dict[int, Callable[[Any], None]] = pickle._Unpickler.dispatch | {
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = pickle._Unpickler.dispatch | {
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.BUILD[0]: reject,
