@@ -23,6 +23,9 @@ COMMANDS = {  # name: (module, whether it starts MPI, what it does, an example)
     "config": ("hpcmoe.settings", False, "show every key, check a config", "hpcmoe config my.toml"),
 }
 
+RESTART = "--restart"  # of run: the command then starts the ranks itself
+SUPERVISED = ("hpcmoe.supervise", False)
+
 
 def main(arguments: list[str] | None = None) -> int | None:
     """Run the command that the first argument names -> exit status."""
@@ -41,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int | None:
     # Import the program, which may take seconds, and run it.
     sys.argv = [f"hpcmoe {name}", *rest]
     prepare_process()
-    module, needs_mpi, *_ = COMMANDS[name]
+    module, needs_mpi, *_ = SUPERVISED if name == "run" and is_supervised(rest) else COMMANDS[name]
     if needs_mpi:
         import_mpi()
     try:
@@ -50,6 +53,11 @@ def main(arguments: list[str] | None = None) -> int | None:
         print_to_stderr([f"hpcmoe: {describe_missing(error)}"])
         return EXIT_USER
     return program.main()
+
+
+def is_supervised(words: list[str]) -> bool:
+    """Return True if a run is to be started anew after faults."""
+    return any(word.partition("=")[0] == RESTART for word in words)
 
 
 def describe_commands() -> str:
