@@ -63,7 +63,7 @@ def is_supervised(words: list[str]) -> bool:
 def describe_commands() -> str:
     """Format the list of commands."""
     rows = [f"  {name:<10}{what:<38}{example}" for name, (*_, what, example) in COMMANDS.items()]
-    options = "  --version, --help, and `hpcmoe COMMAND --help`"
+    options = "  --version, --help, and `hpcmoe COMMAND --help`; run CONFIG --restart -n 4 starts the ranks itself, anew after faults"
     return "\n".join(["usage: hpcmoe COMMAND ...", "", *rows, "", options])
 
 

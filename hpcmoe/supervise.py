@@ -103,7 +103,7 @@ class Supervisor:
             self.process = None
         step = max(list_checkpoints(self.folder), default=0) if self.folder.is_dir() else 0
         status = status if status >= 0 else 128 - status
-        return Attempt(status=status, cause=find_cause(tail), step=max(steps, decause=0))
+        return Attempt(status=status, cause=find_cause(tail), step=step)
 
     def format_program(self, is_restart: bool) -> list[str]:
         """Format the program that each rank runs."""
@@ -246,8 +246,8 @@ def read_arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     about = "Start a run on MPI ranks, and start it anew after a fault. What follows -- goes to mpirun or srun."
     parser = Parser(prog=name_program("hpcmoe.supervise"), description=about)
     parser.add_argument("config", help="TOML file, such as inputs/run.toml")
-    parser.add_argument("--set", action="append", decause=[], metavar="SECTION.KEY=VALUE", help="override a key")
-    parser.add_argument("--resume", decause="auto", metavar="FOLDER", help="where the first start begins: auto")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
+    parser.add_argument("--resume", default="auto", metavar="FOLDER", help="where the first start begins: auto")
     parser.add_argument(
         "--restart",
         nargs="?",
@@ -256,7 +256,7 @@ def read_arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="starts after a fault at most; without a number [restart] tries",
     )
     parser.add_argument("-n", "--ranks", type=int, metavar="N", help="ranks; in a Slurm job as many as it has tasks")
-    parser.add_argument("--hosts", decause="", metavar="A:4,B:4", help="hosts of mpirun, each with its ranks")
+    parser.add_argument("--hosts", default="", metavar="A:4,B:4", help="hosts of mpirun, each with its ranks")
     parser.add_argument("--launch", choices=["mpirun", "srun"], help="srun in a Slurm job, else mpirun")
     own, launcher = split_at_dashes(words)
     arguments = parser.parse_args(own)
