@@ -63,8 +63,9 @@ def is_supervised(words: list[str]) -> bool:
 def describe_commands() -> str:
     """Format the list of commands."""
     rows = [f"  {name:<10}{what:<38}{example}" for name, (*_, what, example) in COMMANDS.items()]
-    options = "  --version, --help, and `hpcmoe COMMAND --help`; run CONFIG --restart -n 4 starts the ranks itself, anew after faults"
-    return "\n".join(["usage: hpcmoe COMMAND ...", "", *rows, "", options])
+    supervised = "  hpcmoe run CONFIG --restart -n 4 starts the ranks itself, and starts them anew after a fault"
+    options = "  --version, --help, and `hpcmoe COMMAND --help`"
+    return "\n".join(["usage: hpcmoe COMMAND ...", "", *rows, "", supervised, options])
 
 
 if __name__ == "__main__":
