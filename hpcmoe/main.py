@@ -29,6 +29,7 @@ from hpcmoe.config import Config, read_config
 from hpcmoe.description import describe_run, describe_tokens
 from hpcmoe.ending import end_in_order
 from hpcmoe.errors import exit_with, keep_on_root, on_all, on_root
+from hpcmoe.hangs import counted_waits
 from hpcmoe.idle import find_ineffective
 from hpcmoe.interrupts import exit_on_signals, repeated_interrupts
 from hpcmoe.model.text import check_text, find_text
@@ -38,10 +39,11 @@ from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.prepare.budget import check_budget, format_budget, may_use_gpus
 from hpcmoe.prepare.shards import resolve_tensor_parallel
+from hpcmoe.pulse import busy, open_pulse
 from hpcmoe.resuming import AUTO, end_run, find_start, leave_last
 from hpcmoe.run.metadata import describe_checkpoint, log_changes
 from hpcmoe.wait import barrier
-from hpcmoe.watch import Watch, start_watch
+from hpcmoe.watch import find_watch
 from hpcmoe.write.activations import write_activations
 from hpcmoe.write.boxes import Piece, PieceSpec
 from hpcmoe.write.checkpoint import is_in_folder, newest_checkpoint, step_of
@@ -62,22 +64,17 @@ log = logging.getLogger("hpcmoe.main")
 
 def main() -> None:
     """Run the program; any exception ends all ranks."""
-    comm, host, watch, status = MPI.COMM_WORLD, read_host_name(), Watch(None), 0
+    comm, host, status = MPI.COMM_WORLD, read_host_name(), 0
     try:
-        with repeated_interrupts(), contextlib.ExitStack() as opened:
-            watch = start_watch(comm, host)
+        with repeated_interrupts(), contextlib.ExitStack() as opened, counted_waits():
             check_launcher(comm)
             start_log(comm)
             arguments = on_root(comm, lambda: read_run_arguments(sys.argv[1:]))
             if arguments is not None:
                 status = run(comm, arguments, opened)
             barrier(comm)  # nobody leaves while another may still fail
-            watch.stop()
+            find_watch().stop()
     except (Exception, KeyboardInterrupt) as error:
-        if getattr(error, "shared", False) or isinstance(error, KeyboardInterrupt):
-            watch.stop()
-        else:
-            watch.report()
         exit_with(comm, error, host)
     if status:
         leave_last(comm.rank, status)
@@ -87,6 +84,7 @@ def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.E
     """Read, place, run, write; opened holds the run's folder until the end -> exit status. Collective over comm."""
     # Check input and output first: what is wrong there need not wait for torch.
     config, text = on_root(comm, lambda: read_config(arguments.config, arguments.set))
+    open_pulse().begin_run(config.restart.hang_limit)
     for note in find_ineffective(config) if comm.rank == 0 else ():
         log.warning("%s", note)
     folder = pathlib.Path(config.run.output, config.run.name)
@@ -197,6 +195,10 @@ def train_or_infer(job: "Job", records: Records, folder: pathlib.Path, start: St
     config, world, write = job.config, job.mesh.world, job.config.write
 
     def save(step: int, load: np.ndarray, activations: dict[str, np.ndarray]) -> None:
+        with busy("writing"):
+            write_due(step, load, activations)
+
+    def write_due(step: int, load: np.ndarray, activations: dict[str, np.ndarray]) -> None:
         """Write what is due after a step. Collective over all ranks."""
         writer.poll()
         if layers_to_write(config, step):
