@@ -119,11 +119,7 @@ def share(error: AnyError) -> AnyError:
 
 def exit_with(comm: "MPI.Comm", error: BaseException, host: str) -> NoReturn:
     """End this process because of an error: all ranks together where each has it, else by aborting the others."""
-    # What ends in order needs no watch; an error that this rank alone has may come of another's death.
-    if getattr(error, "shared", False) or isinstance(error, KeyboardInterrupt):
-        find_watch().stop()
-    else:
-        find_watch().report()
+    find_watch().end(error)
 
     # End together where every rank has the error.
     if isinstance(error, HpcmoeError) and error.shared:

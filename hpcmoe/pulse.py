@@ -137,6 +137,8 @@ def open_pulse() -> Pulse:
     return Pulse()
 
 
-def busy(what: str) -> contextlib.AbstractContextManager[None]:
-    """Announce to the watcher that the block may take long without a sign (Pulse.busy)."""
-    return open_pulse().busy(what)
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Announce to the watcher that the block, or function, may take long without a sign (Pulse.busy)."""
+    with open_pulse().busy(what):
+        yield

@@ -25,8 +25,16 @@ WATCHER = pathlib.Path(__file__).with_name("watcher.py")
 class Watch:
     """The process that watches this node's ranks."""
 
-    def __init__(self, pid: int | None) -> None:
-        self.pid = pid  # None: nobody watches
+    def __init__(self) -> None:
+        self.pid: int | None = None  # None: nobody watches
+        self.launcher: int | None = None  # what has started this rank, if anything
+
+    def end(self, error: BaseException) -> None:
+        """Stop it before an error ends this rank: one that all share in order, another may come of a death."""
+        if getattr(error, "shared", False) or isinstance(error, KeyboardInterrupt):
+            self.stop()
+        else:
+            self.report()
 
     def stop(self) -> None:
         """Stop it without a word, before the ranks end in order. Not collective: any rank of the node may."""
@@ -50,15 +58,16 @@ class Watch:
 @functools.cache
 def find_watch() -> Watch:
     """Return the watch over this process, one of nobody until it is started."""
-    return Watch(None)
+    return Watch()
 
 
 def start_watch(comm: "MPI.Comm", host: str, launcher: int | None = None) -> Watch:
     """Start a watcher on each node, unless one watches; none where the system cannot watch. Collective over comm.
 
-    launcher: the process that has started this rank, whose end is to be that of the node's ranks.
+    launcher: the process that has started this rank, whose end is to be that of the node's ranks; None: as before.
     """
     watch = find_watch()
+    watch.launcher = launcher or watch.launcher
     if watch.pid is not None:
         return watch
     from mpi4py import MPI  # here, so that commands without ranks start without MPI
@@ -69,7 +78,7 @@ def start_watch(comm: "MPI.Comm", host: str, launcher: int | None = None) -> Wat
     if node.rank == 0 and hasattr(os, "pidfd_open"):  # Linux 5.3
         with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
             files = Files(opened)
-            words = [files.open_launcher(launcher), *(files.open_rank(*rank) for rank in ranks)]
+            words = [files.open_launcher(watch.launcher), *(files.open_rank(*rank) for rank in ranks)]
             pid = files.start_watcher(host, comm.size, words).pid
     watch.pid = broadcast(node, pid)
     node.Free()

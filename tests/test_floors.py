@@ -10,8 +10,9 @@ from launch import ROOT, run
 
 GROUND = (
     "__version__", "output", "interrupts", "wait", "watcher", "pulse", "watch", "start", "segments", "mpi_library",
-    "clock", "errors", "hangs", "environment", "messages", "paths", "replacing", "arguments", "results", "reading",
-    "float32", "renamed", "contradictions", "overrides", "validate", "sections", "ending", "config", "idle", "gemm",
+    "clock", "errors", "hangs", "environment", "messages", "survivors", "paths", "replacing", "arguments", "results",
+    "reading", "float32", "renamed", "contradictions", "overrides", "validate", "sections", "ending", "config", "idle",
+    "gemm",
 )  # fmt: skip
 CHAPTERS = sorted(folder.parent.name for folder in (ROOT / "hpcmoe").glob("*/__init__.py"))  # the alphabet is the order
 FLOORS = (
