@@ -26,6 +26,7 @@ class Watch:
     """The process that watches this node's ranks."""
 
     def __init__(self) -> None:
+        self.is_on = False  # from its start to its stop, the same on all ranks
         self.pid: int | None = None  # None: nobody watches
         self.launcher: int | None = None  # what has started this rank, if anything
 
@@ -39,14 +40,14 @@ class Watch:
     def stop(self) -> None:
         """Stop it without a word, before the ranks end in order. Not collective: any rank of the node may."""
         self.send(signal.SIGTERM)
-        self.pid = None
+        self.pid, self.is_on = None, False
 
     def report(self) -> None:
         """Stop it, and have it name a rank that is dead or dying: this rank's error may come of that."""
         if self.pid is not None:
             self.send(signal.SIGUSR1)
             time.sleep(_ANSWER_SECONDS)
-        self.pid = None
+        self.pid, self.is_on = None, False
 
     def send(self, number: int) -> None:
         """Send the watcher a signal, if it is still there."""
@@ -68,7 +69,7 @@ def start_watch(comm: "MPI.Comm", host: str, launcher: int | None = None) -> Wat
     """
     watch = find_watch()
     watch.launcher = launcher or watch.launcher
-    if watch.pid is not None:
+    if watch.is_on:
         return watch
     from mpi4py import MPI  # here, so that commands without ranks start without MPI
 
@@ -80,7 +81,7 @@ def start_watch(comm: "MPI.Comm", host: str, launcher: int | None = None) -> Wat
             files = Files(opened)
             words = [files.open_launcher(watch.launcher), *(files.open_rank(*rank) for rank in ranks)]
             pid = files.start_watcher(host, comm.size, words).pid
-    watch.pid = broadcast(node, pid)
+    watch.pid, watch.is_on = broadcast(node, pid), True
     node.Free()
     atexit.register(watch.stop)
     return watch

@@ -32,6 +32,7 @@ _DYING_SECONDS = 0.2  # a process's memory goes, and fails its peers, before its
 _LEAST_LOOK_SECONDS, _MOST_LOOK_SECONDS = 0.05, 1.0  # between two looks at the pages
 _LOOKS = 20  # in the time after which a rank hangs
 _BUSY_SECONDS, _BUSY_FACTOR = 3600.0, 20.0  # the time of a rank that has said that it is busy, unless it is stopped
+_WRITE_SECONDS = 0.01  # between two lines of a stack, at most
 _STACK_SECONDS = 1.0  # for a rank to write its stack
 _LEAVE_SECONDS = 10.0  # for the others to end by themselves, before the rank that hangs is killed
 _INFO = struct.Struct("=QQ11Ii")  # struct pidfd_info: mask, cgroup, numbers of processes and users, the end
@@ -95,7 +96,7 @@ class Rank:
         return (
             f"hangs: it neither works nor waits since {since}, for {self.still_seconds:.0f} s, {place}"
             + f", step {step}" * (step > 0)
-            + f"; process {self.pid} is {_STATES.get(read_process_state(self.pid)[0], 'in a state of its own')}"
+            + f"; process {self.pid} is {describe_state(self.pid)}"
         )
 
     def end(self, text: str) -> None:
@@ -115,11 +116,14 @@ class Rank:
         if file < 0:
             return []
         begin, deadline = os.fstat(file).st_size, time.monotonic() + _STACK_SECONDS
+        is_stopped = read_process_state(self.pid)[0] == b"T"
         self.send(STACK_SIGNAL)
-        self.send(signal.SIGCONT)
+        self.send(signal.SIGCONT)  # whoever is stopped goes on for as long as it takes to write
         while time.monotonic() < deadline and (not num_bytes or os.fstat(file).st_size > begin + num_bytes):
             num_bytes = os.fstat(file).st_size - begin
-            time.sleep(_LEAST_LOOK_SECONDS)
+            time.sleep(_WRITE_SECONDS)
+        if is_stopped:
+            self.send(signal.SIGSTOP)
         return os.pread(file, os.fstat(file).st_size - begin, begin).decode(errors="replace").splitlines()
 
 
@@ -186,8 +190,10 @@ class Watcher:
         self.has_named, texts = True, []
         for rank in hanging:
             name = f"[rank {rank.rank} of {self.size}, {self.host}]"
-            texts.append(f"{name} {rank.describe()}")
-            self.write(name, [rank.describe()])
+            text = rank.describe()
+            texts.append(f"{name} {text}")
+            self.write(name, [text])
+            rank.end(texts[-1])  # if it goes on at all
             self.write(name, rank.read_stack(), has_clock=False)
 
         # What was printed has to come out before the launcher ends.
@@ -243,6 +249,16 @@ def read_process_state(pid: str) -> tuple[bytes, bool]:
     except OSError:
         return b"", False
     return lines[b"State"].split()[0], int(lines.get(b"TracerPid", 0)) > 0
+
+
+def describe_state(pid: str) -> str:
+    """Format what a process does, as the system sees it: running, where any of its threads is."""
+    state = read_process_state(pid)[0]
+    with contextlib.suppress(OSError):
+        threads = os.listdir(f"/proc/{pid}/task")
+        if state == b"S" and any(read_process_state(f"{pid}/task/{thread}")[0] == b"R" for thread in threads):
+            state = b"R"
+    return _STATES.get(state, f"in state {state.decode()}")
 
 
 def read_end(file: int, pid: str) -> int | None:

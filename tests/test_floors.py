@@ -10,7 +10,7 @@ from launch import ROOT, run
 
 GROUND = (
     "__version__", "output", "interrupts", "wait", "watcher", "pulse", "watch", "start", "segments", "mpi_library",
-    "clock", "errors", "hangs", "environment", "messages", "survivors", "paths", "replacing", "arguments", "results",
+    "clock", "errors", "environment", "hangs", "messages", "survivors", "paths", "replacing", "arguments", "results",
     "reading", "float32", "renamed", "contradictions", "overrides", "validate", "sections", "ending", "config", "idle",
     "gemm",
 )  # fmt: skip
