@@ -113,8 +113,12 @@ class Stalls:
         message = bytearray(status.Get_count(MPI.BYTE))
         rank, tag = status.Get_source(), status.Get_tag()
         self.comm.Recv([message, MPI.BYTE], rank, tag)
+        self.process(rank, tag, bytes(message).rstrip(b"\0").decode(errors="replace"))
+
+    def process(self, rank: int, tag: int, text: str) -> None:
+        """Process what a rank has sent, and answer it."""
         if tag == _WAITS:
-            self.places[rank], self.is_new = bytes(message).rstrip(b"\0").decode(errors="replace"), True
+            self.places[rank], self.is_new = text, True
         elif tag == _ASKS:
             self.send([self.root], _STILL if self.begun == self.sent else _NO_MORE)
         elif self.answers is not None:
@@ -137,9 +141,13 @@ class Stalls:
             raise ClusterError(f"{format_places(places)}: a message is missing")
 
     def send(self, ranks: Sequence[int], tag: int, text: str = "") -> None:
-        """Send some ranks a message, whether they wait for it or not."""
-        self.has_sent = True
-        send_short(self.comm, text.encode(), ranks, tag)
+        """Send some ranks a message, whether they wait for it or not; this one may be among them."""
+        others = [rank for rank in ranks if rank != self.comm.rank]
+        if others:
+            self.has_sent = True
+            send_short(self.comm, text.encode(), others, tag)
+        if len(others) < len(ranks):
+            self.process(self.comm.rank, tag, text)
 
     def meet(self, call: str, poke: Callable[[], bool]) -> None:
         """Wait for all ranks to make the same call, with poke() meanwhile.
