@@ -29,6 +29,7 @@ from hpcmoe.config import Config, read_config
 from hpcmoe.description import describe_run, describe_tokens, log_plan
 from hpcmoe.ending import end_in_order
 from hpcmoe.errors import exit_with, keep_on_root, on_all, on_root
+from hpcmoe.hangs import counted_waits
 from hpcmoe.idle import find_ineffective
 from hpcmoe.interrupts import exit_on_signals, repeated_interrupts
 from hpcmoe.model.text import check_text, find_text
@@ -38,11 +39,12 @@ from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.prepare.budget import check_budget, may_use_gpus
 from hpcmoe.prepare.shards import resolve_tensor_parallel
+from hpcmoe.pulse import busy, open_pulse
 from hpcmoe.resuming import AUTO, TOPOLOGY, end_run, find_start, fit_to_ranks, leave_last
 from hpcmoe.run.metadata import describe_checkpoint, log_changes
 from hpcmoe.survivors import Survivors, join_survivors, leave_without_dead, notice_deaths, revoked_after_deaths
 from hpcmoe.wait import barrier
-from hpcmoe.watch import Watch, start_watch
+from hpcmoe.watch import find_watch, start_watch
 from hpcmoe.write.activations import write_activations
 from hpcmoe.write.boxes import Piece, PieceSpec
 from hpcmoe.write.folder import open_folder
@@ -77,28 +79,23 @@ def run_until_death(ranks: Survivors) -> int | Survivors:
 
     Does not return after any other exception.
     """
-    comm, host, watch, status = ranks.comm, read_host_name(), Watch(None), 0
+    comm, host, status = ranks.comm, read_host_name(), 0
     try:
-        with repeated_interrupts(), notice_deaths(comm), contextlib.ExitStack() as opened:
-            watch = start_watch(comm, host)
-            if not ranks.who_died:
+        with repeated_interrupts(), notice_deaths(comm), contextlib.ExitStack() as opened, counted_waits():
+            if ranks.who_died:
+                start_watch(comm, host)
+            else:
                 check_launcher(comm)
             start_log(comm)
             arguments = on_root(comm, lambda: read_run_arguments(sys.argv[1:]))
             if arguments is not None:
                 status = run(ranks, arguments, opened)
             barrier(comm)  # nobody leaves while another may still fail
-            watch.stop()
+            find_watch().stop()
             return status
     except (Exception, KeyboardInterrupt) as error:
-        if getattr(error, "shared", False) or isinstance(error, KeyboardInterrupt):
-            watch.stop()
-        else:
-            watch.report()
-        survivors = join_survivors(comm, error)
-        if survivors is None:
-            exit_with(comm, error, host)
-        return survivors
+        find_watch().end(error)
+        return join_survivors(comm, error) or exit_with(comm, error, host)
 
 
 def run(ranks: Survivors, arguments: argparse.Namespace, opened: contextlib.ExitStack) -> int:
@@ -173,6 +170,7 @@ def read_config_and_note(path: str, overrides: list[str]) -> tuple[Config, str]:
 
 def open_place(comm: MPI.Intracomm, config: Config, resumes: bool, opened: contextlib.ExitStack) -> Topology:
     """Open the run's folder, and read where the ranks are and what joins them -> Topology. Collective over comm."""
+    open_pulse().begin_run(config.restart.hang_limit)
     # Read a file, which may be in the folder, before what is there is moved out of the way; measure after it.
     topology = read_topology(comm, config.cluster) if config.cluster.links != "measure" else None
     folder = opened.enter_context(open_folder(comm, config.run.output, config.run.name, resume=resumes))
@@ -223,6 +221,7 @@ def train_or_infer(job: "Job", records: Records, folder: pathlib.Path, start: St
 
     config, world, write = job.config, job.mesh.world, job.config.write
 
+    @busy("writing")
     def save(step: int, load: np.ndarray, activations: dict[str, np.ndarray]) -> None:
         """Write what is due after a step. Collective over all ranks."""
         writer.poll()

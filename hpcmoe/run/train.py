@@ -9,6 +9,7 @@ from hpcmoe.clock import Timer
 from hpcmoe.config import Config
 from hpcmoe.model.balance import update_biases, update_load
 from hpcmoe.model.text import even_starts, share_of
+from hpcmoe.pulse import open_pulse
 from hpcmoe.report.meter import StepMetrics
 from hpcmoe.report.metrics import Recorder
 from hpcmoe.report.progress import open_progress
@@ -69,19 +70,22 @@ def measure_steps(
     Collective over world.
     """
     config = job.config
-    rebalancer = Rebalancer(job, optimizer, records)
+    rebalancer, pulse = Rebalancer(job, optimizer, records), open_pulse()
     with open_progress(config.run.steps, first_step, job.mesh.world.rank == 0) as show:
         for step in range(first_step + 1, config.run.steps + 1):
+            pulse.begin_step(step)
             job.meter.start()
             rebalancer.start_if_due(step - 1)
             outcome = take_step(step)
             metrics, activations = job.meter.read(outcome.stats), job.stepper.network.take_activations()
             record_step(records, step, outcome, metrics)
             show(step, outcome.loss, None if optimizer is None else optimizer.learning_rate, metrics)
+            pulse.end_step(metrics.seconds)
             rebalancer.end_step(step, outcome.stats)
             end_step(step, outcome, activations)
             if job.stepper.ending.is_agreed:
                 break
+    pulse.end_run()
 
 
 def train_step(job: Job, optimizer: Optimizer, load: np.ndarray, step: int) -> tuple[Outcome, float]:
@@ -89,6 +93,7 @@ def train_step(job: Job, optimizer: Optimizer, load: np.ndarray, step: int) -> t
     config = job.config
     optimizer.zero_gradients()
     outcome = job.stepper.run(job.training, draw_batch(job, step), load, "train", layers_to_write(config, step))
+    open_pulse().name("the optimizer")
     with job.stepper.clock.measure(Timer.OPTIMIZER):
         norm = optimizer.step(step)
     check_finite(step, config, loss=outcome.loss, norm_of_the_gradients=norm)
