@@ -108,13 +108,13 @@ def measure_costs(comm: MPI.Intracomm, config: Config, path: str, seconds: float
     topology = read_topology(comm, config.cluster)
     split = on_root(comm, lambda: find_text(DataConfig(), config.model.sequence_length))
     samples = []
-    for sequences in choose_sizes(config, comm.size):
+    for sequences in choose_micro_batches(config, comm.size):
         log.info("measure %d ranks, micro-batches of %d sequences, %.3g s", comm.size, sequences, seconds)
         alone = make_lone_config(config, comm, topology, sequences)
         barrier(comm)  # all begin together
         own = on_all(comm, partial(run_alone, alone, split, seconds))
         samples.append(join_samples(gather_to_all(comm, own)))
-    costs = make_costs(config, alone, samples, describe_source(comm, config, topology))
+    costs = make_costs(config, alone, samples, describe_measurement(comm, config, topology))
 
     def write() -> None:
         with replace_file(path) as part:
@@ -131,7 +131,7 @@ def name_topology(path: str) -> pathlib.Path:
     return pathlib.Path(path).with_suffix(".topology.json")
 
 
-def choose_sizes(config: Config, num_ranks: int) -> tuple[int, int]:
+def choose_micro_batches(config: Config, num_ranks: int) -> tuple[int, int]:
     """Choose the sequences of a micro-batch at each of two sizes: a rank's of this job, and far fewer or more."""
     large = max(config.data.batch_sequences // (config.pipeline.micro_batches * num_ranks), 1)
     small = max(large // _SMALLER, 1)
@@ -242,7 +242,7 @@ def make_costs(config: Config, alone: Config, samples: list[SizedSamples], sourc
     )
 
 
-def describe_source(comm: MPI.Intracomm, config: Config, topology: Topology) -> dict[str, str]:
+def describe_measurement(comm: MPI.Intracomm, config: Config, topology: Topology) -> dict[str, str]:
     """Describe where and when costs are measured."""
     of_node = np.bincount(topology.node_of_rank) / topology.cores_of_node
     versions = read_versions()

@@ -1,7 +1,7 @@
 """What each op of a step costs a rank, as a straight line in tokens, with its range and where it came from.
 
 An op's seconds are fixed_seconds + seconds_per_token x tokens of a micro-batch on the rank. Costs are measured
-(hpcmoe.measuring) or reckoned from a data sheet (hpcmoe.projection.reckoned), and say which.
+(hpcmoe.measuring) or estimated from a data sheet (hpcmoe.projection.estimated), and say which.
 """
 
 import os
@@ -45,7 +45,7 @@ class OpCost:
 
 @section
 class CostConditions:
-    """What was measured or reckoned: what an op's cost depends on besides its tokens."""
+    """What was measured or estimated: what an op's cost depends on besides its tokens."""
 
     hidden: Annotated[int, Ge(1)]
     feed_forward: Annotated[int, Ge(1)]  # of this rank's shard of an expert
@@ -73,7 +73,7 @@ class Costs:
     def describe(self) -> str:
         """Return in one line where the costs came from."""
         words = [f"{key.replace('_', ' ')} {value}" for key, value in self.source.items()]
-        return f"{'measured' if self.is_measured else 'reckoned'}: {', '.join(words)}"
+        return f"{'measured' if self.is_measured else 'estimated'}: {', '.join(words)}"
 
 
 def fit_op(tokens: Sequence[int], samples: Sequence[np.ndarray]) -> OpCost:

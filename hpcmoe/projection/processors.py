@@ -1,7 +1,7 @@
 """What processors can do at most: a sheet of GPUs by name, or figures given by hand.
 
 Peaks are of dense products, without sparsity, by the makers' data sheets; a step reaches a part of them, so that costs
-reckoned from a sheet have a wide range.
+estimated from a sheet have a wide range.
 """
 
 from collections.abc import Mapping

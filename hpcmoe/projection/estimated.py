@@ -13,7 +13,7 @@ from hpcmoe.projection.costs import STEP_OPS, CostConditions, Costs, OpCost
 from hpcmoe.projection.model_file import ModelFile
 from hpcmoe.projection.processors import Processor
 
-LOW, HIGH = 0.6, 2.0  # of the seconds that are reckoned
+LOW, HIGH = 0.6, 2.0  # of the seconds that are estimated
 _PART_OF_PEAK, _PART_OF_RATE = 0.6, 0.75  # that large products and copies reach
 _LAUNCH_SECONDS = {True: 20e-6, False: 50e-6}  # that an op takes at least, on a GPU or on a core
 _OPTIMIZER_BYTES = 28  # of a parameter: it, its gradient and two moments read, three of them written, float32
@@ -132,10 +132,10 @@ def double(work: OpWork) -> OpWork:
     )
 
 
-def reckon_costs(
+def estimate_costs(
     processor: Processor, sizes: NetworkSizes, experts_of_rank: float, dtype: str, trains: bool, micro_batches: int = 1
 ) -> Costs:
-    """Reckon the costs of all ops from a processor's peaks -> Costs that say so, with a wide range."""
+    """Estimate the costs of all ops from a processor's peaks -> Costs that say so, with a wide range."""
     flops = processor.peak(dtype) * _PART_OF_PEAK
     rate = processor.memory_bytes_per_second * _PART_OF_RATE
 
