@@ -36,7 +36,7 @@ from hpcmoe.model.text import check_text, find_text
 from hpcmoe.model.tokens import unpack_documents
 from hpcmoe.output import StderrHandler, print_to_stdout
 from hpcmoe.paths import expand_path
-from hpcmoe.placement.demand import find_loads
+from hpcmoe.placement.files.loads import find_loads
 from hpcmoe.prepare.budget import check_budget, may_use_gpus
 from hpcmoe.prepare.shards import resolve_tensor_parallel
 from hpcmoe.pulse import busy, open_pulse

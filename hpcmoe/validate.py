@@ -55,6 +55,30 @@ def validate_arguments(cls: type, arguments: dict[str, Any], where: str) -> Any:
     raise ConfigError(join_lines(lines))
 
 
+def validate_table(cls: type, table: dict[str, Any], where: str) -> Any:
+    """Build a dataclass of a table of TOML, or an object of JSON. Raises ConfigError with one line a key at fault.
+
+    where: what a line begins with, the file and the table in it.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return make_validator(cls).validate_json(json.dumps(make_json(table)))
+    except ValidationError as invalid:
+        errors_of_key = group_errors(invalid, 1)
+    known, lines = [field.name for field in fields(cls)], []
+    for errors in errors_of_key:
+        key = str(errors[0]["loc"][0])
+        what = f"{where}{one_line(key)}"
+        is_known = key in known
+        lines.append(
+            format_entry(what, table, errors, 1).replace("Value error, ", "", 1)
+            if is_known
+            else f"{what} = {show_value(table[key])}: unknown key{suggest(key, known)}"
+        )
+    raise ConfigError(join_lines(lines))
+
+
 @functools.cache
 def make_validator(cls: type) -> TypeAdapter[Any]:
     """Make what reads a dataclass, once: it takes pydantic as long as a hundred readings."""

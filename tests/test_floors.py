@@ -19,6 +19,7 @@ FLOORS = (
     *GROUND,
     *CHAPTERS,
     "description",
+    "measuring",
     "resuming",
     "checkpointing",
     "reopen",
