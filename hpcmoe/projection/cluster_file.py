@@ -73,6 +73,8 @@ class DescribedCluster:
 
         Of a real one its first nodes. Raises ConfigError where it cannot have as many.
         """
+        if num_nodes < 1:
+            raise ConfigError(f"{num_nodes} nodes: must be at least 1")
         if self.network is None:
             return self._cut(num_nodes)
         whole = sum(kind.count for kind in self.kinds)
