@@ -43,8 +43,8 @@ def make_links(run: RecordedRun) -> Section | None:
     from_where = f" What a link can give: {source}." if source else ""
     return Section(
         anchor="links", title="Links", charts=charts, tables=tables,
-        sentence="Experts' rows over each link in all measured steps, there and back, forward and backward; without sums "
-        "of gradients. The diagonal is what a rank or node keeps to itself." + from_where,
+        sentence="Experts' rows over each link in all measured steps, both ways, forward and backward; without sums of "
+        "gradients. The diagonal is what a rank or node keeps to itself." + from_where,
     )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def table_of_busiest(carried: Carried) -> DataTable:
         )
         for i, j in links.tolist()
     ]
-    title = "Busiest links between nodes" + f", {_MOST_BUSY} of {off.sum()}" * (off.sum() > _MOST_BUSY)
+    title = "Busiest links between nodes" + f", {_MOST_BUSY} of {off.sum()}" * bool(off.sum() > _MOST_BUSY)
     headers = ("link", "MB carried", "MB/s, mean", "MB/s it can give", "used")
     note = "The mean is over whole steps; while rows travel, a link is busier."
     return DataTable(name="links", title=title, headers=headers, rows=rows, note=note)

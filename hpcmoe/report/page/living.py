@@ -63,8 +63,8 @@ def make_living(run: RecordedRun) -> Section | None:
     sampled = f" Evaluated: layers {format_ranges(before.layers)}." if len(before.layers) < problem.num_layers else ""
     return Section(
         anchor="placement", title="Placement", charts=charts, tables=tables,
-        sentence=f"Placed by {method[0] if method else 'an unknown method'}. A layer costs what its busiest resource takes, "
-        "tokens one way or forward compute: that binds. No placement goes below the bound." + sampled,
+        sentence=f"Placed by {method[0] if method else 'an unknown method'}. A layer costs what its busiest resource "
+        "takes, tokens one way or forward compute: that binds. No placement goes below the bound." + sampled,
     )  # fmt: skip
 
 
@@ -143,8 +143,8 @@ def chart_binding(run: RecordedRun, problem: PlacementProblem, first: tuple[np.n
     levels = [("lower bound", 1e3 * bound)] if bound and len(evaluated.layers) == problem.num_layers else []
     busiest = [f"{KIND_NAMES[kind]}: {name}" for kind, (_, name) in evaluated.busiest.items() if name]
     return BarChart(
-        title="What binds, as placed at the start", unit="ms a step, busiest of each kind, layers summed", bars=bars, levels=levels,
-        note=f"Objective {format_short(1e3 * evaluated.seconds)} ms. Busiest: {'; '.join(busiest) or '-'}.",
+        title="What binds, as placed at the start", unit="ms a step, busiest of each kind, layers summed", bars=bars,
+        levels=levels, note=f"Objective {format_short(1e3 * evaluated.seconds)} ms. Busiest: {'; '.join(busiest) or '-'}.",
     )  # fmt: skip
 
 

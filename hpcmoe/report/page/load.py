@@ -26,8 +26,8 @@ def make_load(run: RecordedRun) -> Section | None:
     return Section(
         anchor="experts", title="Expert load", charts=charts,
         tables=[table_of_layers(run, load), table_of_hottest(load)],
-        sentence="U_e is an expert's tokens over what an even router would give it: 1 is even, 2 is twice its share, and "
-        f"the rank that holds the hottest works longest. {num_experts} experts in each layer."
+        sentence="U_e is an expert's tokens over what an even router would give it: 1 is even, 2 is twice its share. "
+        f"The rank that holds the hottest works longest. {num_experts} experts in each layer."
         + left_out * (num_layers > len(shown)),
     )  # fmt: skip
 

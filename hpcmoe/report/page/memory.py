@@ -26,8 +26,8 @@ def make_memory(run: RecordedRun) -> Section | None:
     ]
     return Section(
         anchor="memory", title="Memory", charts=[chart] if (chart := chart_parts(run)) else [], tables=tables,
-        sentence="Computed before anything is built, for a rank with 2.25 times its even share of rows; measured on the "
-        "fullest rank.",
+        sentence="Computed before anything is built, for a rank with 2.25 times its even share of rows; measured on "
+        "the fullest rank.",
     )  # fmt: skip
 
 
