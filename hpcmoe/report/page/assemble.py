@@ -109,7 +109,7 @@ def headlines_of_hardware(run: RecordedRun) -> list[Headline]:
     """Choose the figures of links, moves, prediction and memory."""
     found = []
     if (busiest := describe_busiest(run)) is not None:
-        found.append(Headline(name="busiest link", value=busiest[0], unit="% of what it can", note=busiest[1]))
+        found.append(Headline(name="busiest link", value=busiest[0], unit="% used", note=busiest[1]))
     if moves := find_moves(run):
         found.append(
             Headline(name="experts moved", value=f"{len(moves)}", unit="times", note=f"first at step {moves[0]}")

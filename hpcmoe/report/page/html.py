@@ -43,7 +43,8 @@ section { padding: 26px 0 4px; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 12px;
   min-width: 0; }
 figure svg { width: 100%; max-width: 560px; height: auto; display: block; }
-.table { margin: 12px 0; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 12px; }
+.tables { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; margin: 12px 0; }
+.table { max-width: 100%; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 12px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 3px 18px 3px 0; border-bottom: 1px solid var(--rule); white-space: nowrap; }
@@ -53,7 +54,7 @@ summary { cursor: pointer; font-weight: 600; font-size: 14px; }
 footer { padding-top: 24px; padding-bottom: 32px; font-size: 13px; color: var(--soft); overflow-wrap: anywhere; }
 svg text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: var(--ink); }
 svg .axis-title { fill: var(--soft); }
-svg .level-name { fill: var(--soft); }
+svg .level-name { fill: var(--soft); paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
 svg .grid { stroke: var(--rule); fill: none; }
 svg .axis { stroke: var(--soft); fill: none; }
 svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
@@ -132,7 +133,7 @@ def make_headline(headline: Headline) -> str:
 def make_section(section: Section) -> str:
     """Make a section: its sentence, its figures, its tables."""
     charts = f"<div class='charts'>{''.join(map(make_figure, section.charts))}</div>" if section.charts else ""
-    tables = "".join(map(make_data_table, section.tables))
+    tables = f"<div class='tables'>{''.join(map(make_data_table, section.tables))}</div>" if section.tables else ""
     head = f"<h2>{escape(section.title)}</h2><p class='sentence'>{escape(section.sentence)}</p>"
     return f"<section id='{section.anchor}'>{head}{charts}{tables}</section>"
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hpcmoe.report.page.contents import Chart, DataTable, HeatMap, Section
-from hpcmoe.report.page.numbers import format_short, group_cells, name_groups
+from hpcmoe.report.page.numbers import format_short, group_cells, name_groups, round_up
 from hpcmoe.report.page.recorded import RecordedRun
 from hpcmoe.report.placement_tables import Rows
 
@@ -68,9 +68,8 @@ def map_bytes(title: str, values: np.ndarray, what: str, names: list[str]) -> He
     """Map bytes [n, n] in MB; neighbours are put together where they are too many, each cell their busiest link."""
     megabytes = values / 1e6
     most = float(np.nanmax(megabytes)) if np.isfinite(megabytes).any() else 0.0
-    scale = 10 ** np.floor(np.log10(most)) if most > 0 else 1.0
-    top = np.ceil(most / scale * 2) / 2 * scale
-    edges = [round(float(top * part / 8), 9) for part in range(1, 8)]
+    step = round_up(most / 8) if most > 0 else 1.0
+    edges = [round(step * number, 9) for number in range(1, 8)]
     return make_link_map(title, megabytes, "MB", what, names, edges)
 
 

@@ -108,7 +108,9 @@ def evaluate_layout(problem: PlacementProblem, layout: np.ndarray, split: np.nda
     kinds, seconds, served = dict.fromkeys(list_resources(problem.objective), 0.0), 0.0, []
     for layer in layers:
         experts = layout[layer]
-        shares = make_nearest_shares(problem, experts) if split is None else split[layer]
+        shares = make_nearest_shares(problem, experts)
+        if split is not None:
+            shares = np.where(np.isnan(split[layer]), shares, split[layer])  # as recorded where all goes to the nearest
         busy = resource_seconds(problem, layer, experts, shares)
         for kind in kinds:
             kinds[kind] += float(busy[kind].max(initial=0.0))
@@ -136,15 +138,16 @@ def chart_binding(run: RecordedRun, problem: PlacementProblem, first: tuple[np.n
         problem = dataclasses.replace(problem, probability=np.broadcast_to(known, shape))
     evaluated = evaluate_layout(problem, *first)
     bars = [
-        Bar(name=KIND_NAMES[kind], parts=[(name, 1e3 * seconds, 1 if is_largest(evaluated, seconds) else 5)])
-        for kind, (seconds, name) in evaluated.busiest.items()
+        Bar(name=KIND_NAMES[kind], parts=[("", 1e3 * seconds, 1 if is_largest(evaluated, seconds) else 5)])
+        for kind, (seconds, _) in evaluated.busiest.items()
     ]
     bound = run.find_number("cluster/lower_bound_seconds")
     levels = [("lower bound", 1e3 * bound)] if bound and len(evaluated.layers) == problem.num_layers else []
     busiest = [f"{KIND_NAMES[kind]}: {name}" for kind, (_, name) in evaluated.busiest.items() if name]
     return BarChart(
         title="What binds, as placed at the start", unit="ms a step, busiest of each kind, layers summed", bars=bars,
-        levels=levels, note=f"Objective {format_short(1e3 * evaluated.seconds)} ms. Busiest: {'; '.join(busiest) or '-'}.",
+        levels=levels,
+        note=f"Objective {format_short(1e3 * evaluated.seconds)} ms. Busiest: {'; '.join(busiest) or '-'}.",
     )  # fmt: skip
 
 
@@ -156,11 +159,9 @@ def is_largest(evaluated: Evaluated, seconds: float) -> bool:
 def chart_moves(before: Evaluated, after: Evaluated) -> BarChart:
     """Compare the kinds of resource before and after the run's moves, for the tokens that it routed."""
     bars = []
-    for kind, (seconds, name) in before.busiest.items():
-        later, later_name = after.busiest[kind]
-        bars.append(Bar(name=f"{KIND_NAMES[kind]}, before", parts=[(f"{name} (before)", 1e3 * seconds, 5)]))
-        bars.append(Bar(name="after", parts=[(f"{later_name} (after)", 1e3 * later, 0)]))
-    bars = [dataclasses.replace(bar, parts=[("", value, colour) for _, value, colour in bar.parts]) for bar in bars]
+    for kind, (seconds, _) in before.busiest.items():
+        bars.append(Bar(name=KIND_NAMES[kind], parts=[("before", 1e3 * seconds, 5)]))
+        bars.append(Bar(name="", parts=[("after", 1e3 * after.busiest[kind][0], 0)]))
     note = f"Objective {format_short(1e3 * before.seconds)} ms before, {format_short(1e3 * after.seconds)} ms after."
     return BarChart(
         title="Before and after moves, for the tokens routed", unit="ms a step, layers summed", bars=bars, note=note

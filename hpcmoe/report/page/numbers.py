@@ -4,18 +4,18 @@ import math
 
 import numpy as np
 
-_PREFIXES = (("G", 1e9), ("M", 1e6), ("k", 1e3))
+_PREFIXES = (("G", 1e9, 9.995e8), ("M", 1e6, 9.995e5), ("k", 1e3, 1e4))  # name, size, from where it is used
 
 
 def format_short(value: float) -> str:
     """Write a number in a few characters: 3.14, 0.0012, 41.2k, 7.5M."""
     if not math.isfinite(value):
         return "-" if math.isnan(value) else f"{value}"
-    for prefix, size in _PREFIXES:
-        if abs(value) >= 10 * size or (abs(value) >= size and size > 1e3):
-            return f"{value / size:.3g}{prefix}"
+    for prefix, size, least in _PREFIXES:
+        if abs(value) >= least:
+            return f"{value / size:.3g}{prefix}" if abs(value) < 999.5 * size else f"{value / size:.0f}{prefix}"
     if value == 0 or abs(value) >= 1e-3:
-        return f"{value:.0f}" if abs(value) >= 1e3 else f"{value:.3g}"
+        return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
     return f"{value:.1e}".replace("e-0", "e-")
 
 
@@ -28,6 +28,14 @@ def choose_ticks(low: float, high: float, most: int = 5) -> list[float]:
     step = next(step * factor for factor in (1, 2, 5, 10, 20) if span / (step * factor) <= most)
     first = math.ceil(low / step - 1e-9)
     return [round(number * step, 12) for number in range(first, int(math.floor(high / step + 1e-9)) + 1)]
+
+
+def round_up(value: float) -> float:
+    """Round a positive number up to one of few digits: 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8 times a power of ten."""
+    power = 10 ** math.floor(math.log10(value))
+    return next(
+        factor * power for factor in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if value <= factor * power * 1.000001
+    )
 
 
 def thin_curve(x: np.ndarray, y: np.ndarray, most: int = 240) -> tuple[np.ndarray, np.ndarray]:

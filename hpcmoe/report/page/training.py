@@ -109,7 +109,7 @@ def lines_of_rate(name: str, rate: Series, colour: int = 0) -> list[Line]:
     if window_of(len(x)) == 1:
         return [Line(name=name, x=x, y=rate.values, colour=colour)]
     return [
-        Line(name=name and f"{name}, each step", x=x, y=rate.values, colour=7),
+        Line(name=f"{name}, each step" if name else "each step", x=x, y=rate.values, colour=7),
         Line(name=name or f"average of {window_of(len(x))} steps", x=x, y=mean, colour=colour),
     ]
 
