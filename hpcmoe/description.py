@@ -1,6 +1,7 @@
-"""What a run is, written to its record: input, versions, cluster, placement, and the tokens of its experts."""
+"""What a run is: its input, versions, cluster, placement and tokens in its record, sizes and memory in its log."""
 
 import importlib.metadata
+import logging
 import platform
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcmoe import __version__
+from hpcmoe.prepare.budget import format_budget
 from hpcmoe.write.problem import record_problem
 from hpcmoe.write.records import Records
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:  # which imports torch
     from hpcmoe.run.tuning_job import TuningJob
 
 NOT_INSTALLED = "not installed"  # a package that only lies on Python's path, or nowhere
+log = logging.getLogger(__name__)
 
 
 def describe_run(records: Records, job: "Job | TuningJob", text: str) -> None:
@@ -76,3 +79,28 @@ def find_version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return NOT_INSTALLED
+
+
+def log_plan(job: "Job") -> None:
+    """Log what is about to run and how much memory it will take. Collective over all ranks."""
+    from hpcmoe.prepare.placement import format_placement
+    from hpcmoe.prepare.sizes import format_sizes
+    from hpcmoe.report.totals import format_sampling_floors
+
+    memory, model, text_bytes = job.memory, job.config.model, len(job.training)
+    log.info(
+        "%d layers x %d experts, top-%d, hidden %d, feed-forward %d; %.1f MB of text to train on",
+        model.num_layers, model.num_experts, model.top_k, model.hidden, model.feed_forward, text_bytes / 1e6,
+    )  # fmt: skip
+    dispatcher = job.stepper.dispatcher
+    for line in [
+        *format_budget(job.budget, job.topology, memory.per_expert, model.num_layers),
+        *format_placement(job.run_placement, job.config.placement),
+        *format_sizes(dispatcher.sizes, dispatcher.routes),
+        format_sampling_floors(job),
+    ]:
+        log.info("%s", line)
+    log.info(
+        "memory of a rank, as computed: %.1f MB, of these %.1f MB message buffers and %.1f MB activations",
+        memory.total / 1e6, memory.buffers / 1e6, memory.activations / 1e6,
+    )  # fmt: skip

@@ -26,7 +26,7 @@ from hpcmoe.cluster.launcher import check_launcher
 from hpcmoe.cluster.mesh import open_mesh
 from hpcmoe.cluster.topology import Topology, save_topology
 from hpcmoe.config import Config, read_config
-from hpcmoe.description import describe_run, describe_tokens
+from hpcmoe.description import describe_run, describe_tokens, log_plan
 from hpcmoe.ending import end_in_order
 from hpcmoe.errors import exit_with, keep_on_root, on_all, on_root
 from hpcmoe.idle import find_ineffective
@@ -36,10 +36,11 @@ from hpcmoe.model.tokens import unpack_documents
 from hpcmoe.output import StderrHandler, print_to_stdout
 from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
-from hpcmoe.prepare.budget import check_budget, format_budget, may_use_gpus
+from hpcmoe.prepare.budget import check_budget, may_use_gpus
 from hpcmoe.prepare.shards import resolve_tensor_parallel
-from hpcmoe.resuming import AUTO, end_run, find_start, leave_last
+from hpcmoe.resuming import AUTO, TOPOLOGY, end_run, find_start, fit_to_survivors, leave_last
 from hpcmoe.run.metadata import describe_checkpoint, log_changes
+from hpcmoe.survivors import Survivors, join_survivors, leave_without_dead, notice_deaths, revoked_after_deaths
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
@@ -61,37 +62,55 @@ log = logging.getLogger("hpcmoe.main")
 
 
 def main() -> None:
-    """Run the program; any exception ends all ranks."""
-    comm, host, watch, status = MPI.COMM_WORLD, read_host_name(), Watch(None), 0
+    """Run the program; any exception ends all ranks, but a rank's death does not where MPI survives it."""
+    ranks = Survivors(MPI.COMM_WORLD, "")
+    while not isinstance(ended := run_until_death(ranks), int):
+        ranks = ended
+    if ranks.who_died:
+        leave_without_dead(ended)
+    if ended:
+        leave_last(ranks.comm.rank, ended)
+
+
+def run_until_death(ranks: Survivors) -> int | Survivors:
+    """Run the program on some ranks -> exit status, or those left after a death. Collective over the ranks.
+
+    Does not return after any other exception.
+    """
+    comm, host, watch, status = ranks.comm, read_host_name(), Watch(None), 0
     try:
-        with repeated_interrupts(), contextlib.ExitStack() as opened:
+        with repeated_interrupts(), notice_deaths(comm), contextlib.ExitStack() as opened:
             watch = start_watch(comm, host)
-            check_launcher(comm)
+            if not ranks.who_died:
+                check_launcher(comm)
             start_log(comm)
             arguments = on_root(comm, lambda: read_run_arguments(sys.argv[1:]))
             if arguments is not None:
-                status = run(comm, arguments, opened)
+                status = run(ranks, arguments, opened)
             barrier(comm)  # nobody leaves while another may still fail
             watch.stop()
+            return status
     except (Exception, KeyboardInterrupt) as error:
         if getattr(error, "shared", False) or isinstance(error, KeyboardInterrupt):
             watch.stop()
         else:
             watch.report()
-        exit_with(comm, error, host)
-    if status:
-        leave_last(comm.rank, status)
+        survivors = join_survivors(comm, error)
+        if survivors is None:
+            exit_with(comm, error, host)
+        return survivors
 
 
-def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.ExitStack) -> int:
-    """Read, place, run, write; opened holds the run's folder until the end -> exit status. Collective over comm."""
+def run(ranks: Survivors, arguments: argparse.Namespace, opened: contextlib.ExitStack) -> int:
+    """Read, place, run, write; opened holds the run's folder until the end -> exit status. Collective over ranks."""
     # Check input and output first: what is wrong there need not wait for torch.
-    config, text = on_root(comm, lambda: read_config(arguments.config, arguments.set))
-    for note in find_ineffective(config) if comm.rank == 0 else ():
-        log.warning("%s", note)
+    comm, resume = ranks.comm, arguments.resume
+    config, text = on_root(comm, lambda: read_config_and_note(arguments.config, arguments.set))
     folder = pathlib.Path(config.run.output, config.run.name)
-    checkpoint = find_start(comm, arguments.resume, folder, config)
-    if checkpoint is not None and arguments.resume == AUTO and step_of(checkpoint) >= config.run.steps:
+    if ranks.who_died:
+        config, resume = on_root(comm, lambda: fit_to_survivors(config, ranks, folder)), AUTO
+    checkpoint = find_start(comm, resume, folder, config)
+    if checkpoint is not None and resume == AUTO and step_of(checkpoint) >= config.run.steps:
         log.info("%s is the last of [run] steps = %d: nothing is left to do", checkpoint, config.run.steps)
         return 0
     resumes = checkpoint is not None and is_in_folder(checkpoint, folder)
@@ -120,7 +139,7 @@ def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.E
     parallel = resolve_tensor_parallel(comm, config.parallel, config.spec, topology, device)
 
     # Open the run, which imports torch; then train or infer, and record.
-    with open_mesh(comm, parallel) as mesh:
+    with open_mesh(comm, parallel) as mesh, revoked_after_deaths(*mesh.comms):
         gc.disable()  # torch's import makes much that stays: a tenth of its time is looking through it for garbage
         with exit_on_signals(lambda ending: end_all_ranks(comm, opened, ending)):
             from hpcmoe.report.tables import make_table, record_memory
@@ -145,13 +164,21 @@ def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.E
     return end_run(comm, job.stepper.ending, totals.num_steps)
 
 
+def read_config_and_note(path: str, overrides: list[str]) -> tuple[Config, str]:
+    """Read a config, log what in it has no effect -> (Config, its text). Rank 0 alone; raises ConfigError."""
+    config, text = read_config(path, overrides)
+    for note in find_ineffective(config):
+        log.warning("%s", note)
+    return config, text
+
+
 def open_place(comm: MPI.Intracomm, config: Config, resumes: bool, opened: contextlib.ExitStack) -> Topology:
     """Open the run's folder, and read where the ranks are and what joins them -> Topology. Collective over comm."""
     # Read a file, which may be in the folder, before what is there is moved out of the way; measure after it.
     topology = read_topology(comm, config.cluster) if config.cluster.links != "measure" else None
     folder = opened.enter_context(open_folder(comm, config.run.output, config.run.name, resume=resumes))
     topology = topology or read_topology(comm, config.cluster)
-    on_root(comm, lambda: save_topology(topology, folder / "topology.json"))
+    on_root(comm, lambda: save_topology(topology, folder / TOPOLOGY))
     log.info("%s", topology)
     return topology
 
@@ -236,31 +263,6 @@ def resume(job: "Job", state: "TrainingState", checkpoint: pathlib.Path) -> tupl
     return step, state.restore(arrays, step)[LOAD]
 
 
-def log_plan(job: "Job") -> None:
-    """Log what is about to run and how much memory it will take. Collective over all ranks."""
-    from hpcmoe.prepare.placement import format_placement
-    from hpcmoe.prepare.sizes import format_sizes
-    from hpcmoe.report.totals import format_sampling_floors
-
-    memory, model, text_bytes = job.memory, job.config.model, len(job.training)
-    log.info(
-        "%d layers x %d experts, top-%d, hidden %d, feed-forward %d; %.1f MB of text to train on",
-        model.num_layers, model.num_experts, model.top_k, model.hidden, model.feed_forward, text_bytes / 1e6,
-    )  # fmt: skip
-    dispatcher = job.stepper.dispatcher
-    for line in [
-        *format_budget(job.budget, job.topology, memory.per_expert, model.num_layers),
-        *format_placement(job.run_placement, job.config.placement),
-        *format_sizes(dispatcher.sizes, dispatcher.routes),
-        format_sampling_floors(job),
-    ]:
-        log.info("%s", line)
-    log.info(
-        "memory of a rank, as computed: %.1f MB, of these %.1f MB message buffers and %.1f MB activations",
-        memory.total / 1e6, memory.buffers / 1e6, memory.activations / 1e6,
-    )  # fmt: skip
-
-
 def read_run_arguments(words: list[str]) -> argparse.Namespace | None:
     """Parse the command line; None when only help was asked for. Raises ConfigError."""
     about = "Train or run a mixture of experts over MPI ranks."
@@ -285,6 +287,7 @@ def start_log(comm: MPI.Intracomm) -> None:
     logging.basicConfig(
         handlers=[StderrHandler()],
         level=logging.INFO if comm.rank == 0 else logging.WARNING,
+        force=True,  # after a death with another rank
         format=f"%(asctime)s [{comm.rank}/{comm.size} {read_host_name()}] %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )

@@ -1,5 +1,6 @@
 """Where a run goes on, and how it ends so that it can: from its newest whole checkpoint, with a status of its own."""
 
+import dataclasses
 import logging
 import sys
 import time
@@ -7,11 +8,13 @@ from pathlib import Path
 
 from mpi4py import MPI
 
+from hpcmoe.cluster.mesh import fit_parallel
 from hpcmoe.config import Config
 from hpcmoe.ending import Ending
 from hpcmoe.errors import CheckpointError, ConfigError, on_root, raise_or_return
 from hpcmoe.output import EXIT_AGAIN
 from hpcmoe.run.metadata import check_metadata
+from hpcmoe.survivors import Survivors
 from hpcmoe.wait import gather_to_all
 from hpcmoe.write.checkpoint import (
     find_checkpoint,
@@ -23,6 +26,7 @@ from hpcmoe.write.checkpoint import (
 )
 
 AUTO = "auto"  # of --resume
+TOPOLOGY = "topology.json"  # in a run's folder
 _LAST_SECONDS = 2.0  # for the other processes to end
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,21 @@ def find_start(comm: MPI.Intracomm, resume: str | None, folder: Path, config: Co
     if found is not None:
         on_root(comm, lambda: check_checkpoint(found, folder, config, may_have_ended=resume == AUTO))
     return found
+
+
+def fit_to_survivors(config: Config, ranks: Survivors, folder: Path) -> Config:
+    """Log who has died -> the config for the ranks left: a shape that they have, links as known. Rank 0 alone."""
+    num_ranks, known = ranks.comm.size, folder / TOPOLOGY
+    parallel = fit_parallel(config.parallel, num_ranks)
+    log.warning("%s: the %d left go on", ranks.who_died, num_ranks)
+    if parallel != config.parallel:
+        log.warning(
+            "[parallel] data = %d, expert = %d, tensor = %d: do not fit %d ranks; now %d, %d and %d (0: what is left)",
+            config.parallel.data, config.parallel.expert, config.parallel.tensor, num_ranks,
+            parallel.data, parallel.expert, parallel.tensor,
+        )  # fmt: skip
+    links = str(known) if config.cluster.links == "measure" and known.exists() else config.cluster.links
+    return dataclasses.replace(config, parallel=parallel, cluster=dataclasses.replace(config.cluster, links=links))
 
 
 def find_newest_whole(comm: MPI.Intracomm, folder: Path) -> Path | None:

@@ -10,8 +10,8 @@ from launch import ROOT, run
 
 GROUND = (
     "__version__", "output", "interrupts", "start", "segments", "mpi_library", "wait", "clock", "errors",
-    "environment", "messages", "paths", "replacing", "arguments", "results", "watch", "reading", "float32", "renamed",
-    "contradictions", "overrides", "validate", "sections", "ending", "config", "idle", "gemm",
+    "environment", "messages", "survivors", "paths", "replacing", "arguments", "results", "watch", "reading", "float32",
+    "renamed", "contradictions", "overrides", "validate", "sections", "ending", "config", "idle", "gemm",
 )  # fmt: skip
 CHAPTERS = sorted(folder.parent.name for folder in (ROOT / "hpcmoe").glob("*/__init__.py"))  # the alphabet is the order
 FLOORS = (

@@ -1,6 +1,7 @@
 """How the ranks divide the work: the world split into data-, expert- and tensor-parallel groups."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,6 +29,11 @@ class Mesh:
     expert_index: int
     tensor_index: int
     tensor_parallel: int  # number of ranks that share an expert's matrices
+
+    @property
+    def comms(self) -> tuple[MPI.Comm, ...]:
+        """Return its communicators."""
+        return self.dp, self.ep, self.group, self.sums, self.world
 
     @property
     def data_parallel(self) -> int:
@@ -82,7 +88,7 @@ def open_mesh(comm: MPI.Comm, parallel: ParallelConfig) -> Iterator[Mesh]:
 
     # Freeing is collective: after an error, which not all ranks may share, leave it to the end of the process.
     barrier(mesh.world)
-    for group in (mesh.dp, mesh.ep, mesh.group, mesh.sums, mesh.world):
+    for group in mesh.comms:
         group.Free()
 
 
@@ -110,6 +116,22 @@ def mesh_shape(num_ranks: int, data_parallel: int, expert_parallel: int, tensor_
             f"equal the {num_ranks} ranks"
         )
     return data_parallel, expert_parallel, tensor_parallel
+
+
+def fit_parallel(parallel: ParallelConfig, num_ranks: int) -> ParallelConfig:
+    """Return the shape next to a given one that fewer ranks have: the given one itself where it fits.
+
+    tensor stays where it divides them, else it is chosen by memory; data takes the largest divisor of the rest up to
+    what it was, expert what is left.
+    """
+    try:
+        mesh_shape(num_ranks, parallel.data, parallel.expert, parallel.tensor)
+    except ClusterError:
+        tensor = parallel.tensor if num_ranks % (parallel.tensor or 1) == 0 else 0
+        groups = num_ranks // (tensor or 1)
+        data = max(number for number in range(1, parallel.data + 1) if groups % number == 0)
+        return dataclasses.replace(parallel, data=data, expert=0, tensor=tensor)
+    return parallel
 
 
 def mesh_coordinates(rank: int, expert_parallel: int, tensor_parallel: int) -> tuple[int, int, int]:

@@ -9,6 +9,9 @@ import contextlib
 import math
 import mmap
 import os
+import pathlib
+import threading
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,9 +20,11 @@ import torch
 from mpi4py import MPI
 
 from hpcmoe.errors import ClusterError
-from hpcmoe.wait import barrier
+from hpcmoe.survivors import survives_deaths
+from hpcmoe.wait import barrier, broadcast
 
 _SHARED_MEMORY = "/dev/shm"  # where MPIs on Linux keep it
+_FENCE = threading.Lock()
 # A descriptor: its exchange, first row, the number of its sender's descriptors, the sender's word to all ranks; behind
 # these the rows for each local peer's slots.
 DESCRIPTOR_WORDS = 4
@@ -155,21 +160,52 @@ def open_window(comm: MPI.Comm, sizes: WindowSizes) -> Iterator[Window]:
         yield make_private_window(sizes)
         return
     assert isinstance(comm, MPI.Intracomm)
-    num_bytes = sizes.num_bytes(comm.size)
+    with (map_shared if survives_deaths() else share_by_mpi)(comm, sizes.num_bytes(comm.size)) as (memory, sync):
+        window = touch(Window(sizes, comm.size, comm.rank, memory, sync))
+        barrier(comm)
+        yield window
 
+
+@contextlib.contextmanager
+def share_by_mpi(comm: MPI.Intracomm, num_bytes: int) -> Iterator[tuple[np.ndarray, Callable[[], object]]]:
+    """Share memory by MPI -> (memory, [num_bytes] uint8, the call that orders it). Collective over comm, both ends."""
     # All of it belongs to the first rank, so that it is one range; each page goes to the core that touches it first.
     barrier(comm)
     shared = MPI.Win.Allocate_shared(num_bytes if comm.rank == 0 else 0, 1, comm=comm)
-    memory = np.asarray(shared.Shared_query(0)[0]).view(np.uint8)[:num_bytes]
     shared.Lock_all(MPI.MODE_NOCHECK)
-    window = touch(Window(sizes, comm.size, comm.rank, memory, shared.Sync))
-    barrier(comm)
-    yield window
+    yield np.asarray(shared.Shared_query(0)[0]).view(np.uint8)[:num_bytes], shared.Sync
 
     # Freeing is collective: after an error, which not all ranks may share, leave it to the end of the process.
     barrier(comm)
     shared.Unlock_all()
     shared.Free()
+
+
+@contextlib.contextmanager
+def map_shared(comm: MPI.Intracomm, num_bytes: int) -> Iterator[tuple[np.ndarray, Callable[[], object]]]:
+    """Share memory by a file that has no name any more once all have mapped it; as share_by_mpi.
+
+    MPI's own windows do not outlive the death of a rank.
+    """
+    path = broadcast(comm, f"{_SHARED_MEMORY}/hpcmoe-window-{uuid.uuid4().hex}" if comm.rank == 0 else None)
+    try:
+        if comm.rank == 0:
+            with open(path, "xb") as file:
+                os.posix_fallocate(file.fileno(), 0, num_bytes)  # zeros
+        barrier(comm)
+        memory = np.memmap(path, np.uint8, "r+", shape=(num_bytes,))
+        barrier(comm)
+    finally:
+        if comm.rank == 0:
+            pathlib.Path(path).unlink(missing_ok=True)
+    yield memory, order_memory
+
+
+def order_memory() -> None:
+    """Order memory: what this thread has written reaches it before what it writes next, and so what it reads."""
+    for _ in range(2):  # a lock taken and given back holds back what came before, the next one what comes after
+        with _FENCE:
+            pass
 
 
 def check_shared_memory(num_bytes: int) -> None:

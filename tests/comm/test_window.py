@@ -1,6 +1,7 @@
 """Ranks of one node see each other's rows, and each word on the descriptor table when what it announces is there."""
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from small import open_small_job
 
+import hpcmoe.comm.window
 from hpcmoe.comm.window import DESCRIPTOR_WORDS, WindowSizes, make_private_window, open_window
 from hpcmoe.errors import ClusterError
 from hpcmoe.wait import Backoff, barrier
@@ -80,7 +82,9 @@ def test_a_descriptor_is_done_when_every_local_peer_that_it_asks_has_done_it():
 
 
 @pytest.mark.mpi
-def test_local_peers_share_rows_and_each_has_its_own_part(comm):
+@pytest.mark.parametrize("outlives_ranks", [False, True])
+def test_local_peers_share_rows_and_each_has_its_own_part(comm, outlives_ranks, monkeypatch):
+    monkeypatch.setattr(hpcmoe.comm.window, "survives_deaths", lambda: outlives_ranks)
     with open_window(comm, SIZES) as window:
         assert (window.local_index, window.num_local_peers, window.first_row) == (comm.rank, comm.size, 10 * comm.rank)
         assert not window.rows.any()
@@ -90,12 +94,15 @@ def test_local_peers_share_rows_and_each_has_its_own_part(comm):
         barrier(comm)
         window.sync()
         assert window.rows[::10, 0].tolist() == window.rows[9::10, 23].tolist() == list(range(1, comm.size + 1))
+        assert not list(Path("/dev/shm").glob("hpcmoe-window-*"))
         barrier(comm)
 
 
 @pytest.mark.mpi
-def test_the_window_tells_each_local_peer_of_every_other(comm):
+@pytest.mark.parametrize("outlives_ranks", [False, True])
+def test_the_window_tells_each_local_peer_of_every_other(comm, outlives_ranks, monkeypatch):
     """Each posts its number; each says it has taken and done all; each sees that the others have."""
+    monkeypatch.setattr(hpcmoe.comm.window, "survives_deaths", lambda: outlives_ranks)
     with open_window(comm, SIZES) as window:
         for exchange in range(1, 20):
             wait_for(lambda exchange=exchange: window.may_post(0, exchange))
