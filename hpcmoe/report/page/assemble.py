@@ -1,12 +1,12 @@
 """A report put together: the headline of figures, then the sections that the records have figures for."""
 
-import tomllib
 from collections.abc import Sequence
 
 import numpy as np
 
-from hpcmoe.report.page.comparison import compare_runs, describe_place, find_rate, flatten
-from hpcmoe.report.page.contents import DataTable, Headline, Report, Section
+from hpcmoe.report.page.comparison import compare_runs, find_rate
+from hpcmoe.report.page.contents import Headline, Report
+from hpcmoe.report.page.inputs import make_inputs
 from hpcmoe.report.page.links import describe_busiest, make_links
 from hpcmoe.report.page.living import make_living
 from hpcmoe.report.page.load import describe_hottest, find_moves, make_balance, make_load
@@ -124,22 +124,3 @@ def headlines_of_hardware(run: RecordedRun) -> list[Headline]:
             Headline(name="memory at its peak", value=format_short(peak / 1e6), unit="MB", note="fullest process")
         )
     return found
-
-
-def make_inputs(run: RecordedRun) -> Section | None:
-    """Show what the run was given: its keys, the versions that computed, the cluster."""
-    try:
-        keys = flatten(tomllib.loads(str(run.values.get("run/config", ""))))
-    except (tomllib.TOMLDecodeError, RecursionError):
-        keys = {}
-    parts = (
-        ("config", "Config, as given", keys), ("versions", "Versions", run.find_pairs("run/versions")),
-        ("cluster", "Cluster", describe_place(run)),
-    )  # fmt: skip
-    tables = [
-        DataTable(name=name, title=title, headers=("", "value"), rows=[*found.items()], folded=len(found) > 12)
-        for name, title, found in parts
-        if found
-    ]
-    sentence = "What the run was given, what computed it, and where."
-    return Section(anchor="inputs", title="Inputs", sentence=sentence, tables=tables) if tables else None

@@ -1,14 +1,11 @@
 """Several runs beside each other: what differs, curves over each other, and ratios to the first."""
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
-from typing import Any
 
 import numpy as np
 
-from hpcmoe.messages import show_value
 from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, HeatMap, Line, LineChart, Section
+from hpcmoe.report.page.inputs import describe_place, read_keys
 from hpcmoe.report.page.links import find_carried, map_bytes
 from hpcmoe.report.page.load import find_moves, map_layers
 from hpcmoe.report.page.memory import find_parts
@@ -18,6 +15,7 @@ from hpcmoe.report.page.training import STAGES, average, find_predicted, find_st
 from hpcmoe.report.placement_tables import Rows
 
 _MOST_MAPS = 4  # of each kind
+_FEW = 12  # values of a curve that are marked
 _CURVES = {  # anchor: (title, sentence, ((metric, title, unit, from zero), ...))
     "learning": ("Learning", "Losses of the same steps can be compared where data and batch are the same.", (
         ("train/loss", "Training loss", "", False),
@@ -51,7 +49,7 @@ def overlay(runs: Sequence[RecordedRun], name: str, title: str, unit: str, from_
     lines = []
     for number, run in enumerate(runs):
         if (series := run.find_series(name)) is not None:
-            few, unit = len(series.steps) <= 60, unit or series.unit
+            few, unit = len(series.steps) <= _FEW, unit or series.unit
             values = average(series.values) if name == "run/tokens_per_second" else series.values
             lines.append(
                 Line(name=run.name, x=series.steps, y=values, colour=number % 8, points=few, dashed=number % 2 == 1)
@@ -218,35 +216,3 @@ def table_of_differences(
     ]
     note = "" if rows else "No difference."
     return DataTable(name=name, title=title, headers=("", *(run.name for run in runs)), rows=rows, note=note)
-
-
-def read_keys(run: RecordedRun) -> dict[str, str]:
-    """Read the config of a run, with the defaults -> values by `section.key`, as shown."""
-    manual = tomllib.loads((files("hpcmoe") / "run.toml").read_text(encoding="utf-8"))
-    try:
-        given = tomllib.loads(str(run.values.get("run/config", "")))
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return {}
-    return flatten(manual) | flatten(given)
-
-
-def flatten(sections: Mapping[str, Any]) -> dict[str, str]:
-    """Flatten sections of keys -> values by `section.key`."""
-    found = {}
-    for section, keys in sections.items():
-        for key, value in keys.items() if isinstance(keys, dict) else ():
-            found[f"{section}.{key}"] = show_value(value)
-    return found
-
-
-def describe_place(run: RecordedRun) -> dict[str, str]:
-    """Describe where a run was -> by what is described."""
-    rates = run.find_array("cluster/bytes_per_second", 2)
-    found = {"ranks, nodes, racks": run.describe_cluster(), "nodes": show_value(run.node_names)}
-    for name in ("cores_of_node", "devices_of_node", "memory_bytes"):
-        if (array := run.find_array(f"cluster/{name}", 1)) is not None:
-            found[name] = show_value(array.tolist())
-    if rates is not None and len(rates) > 1:
-        links = rates[~np.eye(len(rates), dtype=bool)] / 1e6
-        found["links, MB/s"] = f"{links.min():.0f} - {links.max():.0f}"
-    return found | {f"source of {key}": text for key, text in run.find_pairs("cluster/source").items()}

@@ -12,7 +12,7 @@ from hpcmoe.report.page.numbers import format_short, group_cells
 
 _NAME, _FIGURES = 24, 26  # columns of a curve's name and of its figures
 _MOST_MAP_ROWS = 24
-_MOST_TABLE_ROWS = 12
+_MOST_TABLE_ROWS = 24
 
 
 class Ink(NamedTuple):
