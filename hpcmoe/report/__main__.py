@@ -18,10 +18,10 @@ from hpcmoe.arguments import Parser, name_program
 from hpcmoe.errors import EXIT_USER, CheckpointError, ConfigError, HpcmoeError
 from hpcmoe.interrupts import Interrupted, repeated_interrupts
 from hpcmoe.messages import one_line
-from hpcmoe.output import print_to_stderr, print_to_stdout
+from hpcmoe.output import print_to_stderr, print_to_stdout, read_stdout_encoding
 from hpcmoe.placement.problem import check_problem
 from hpcmoe.report.live import LivePage
-from hpcmoe.report.page.assemble import make_report
+from hpcmoe.report.page.assemble import assemble_report
 from hpcmoe.report.page.contents import Report
 from hpcmoe.report.page.html import make_page
 from hpcmoe.report.page.recorded import RecordedRun
@@ -78,14 +78,14 @@ def report_runs(arguments: argparse.Namespace) -> None:
     page = arguments.output or str(folder / PAGE)
     check_outputs({"a run's record": str(paths[0])}, {"the page": page})
     runs = read_runs(paths)
-    report = make_report(runs)
+    report = assemble_report(runs)
     written = [page]
     with replace_file(page) as part:
         part.write_text(make_page(report), encoding="utf-8", errors="replace")
     if arguments.csv:
         written.append(f"{write_spreadsheets(report, runs, folder / TABLES)}/")
     width = min(max(shutil.get_terminal_size((100, 24)).columns, _LEAST_WIDTH), _MOST_WIDTH)
-    print_to_stdout(format_report(report, width, getattr(sys.stdout, "encoding", None)))
+    print_to_stdout(format_report(report, width, read_stdout_encoding()))
     print_to_stdout(f"\nwritten: {', '.join(written)}")
 
 
@@ -137,7 +137,7 @@ def write_spreadsheets(report: Report, runs: Sequence[RecordedRun], folder: path
 
 
 def serve_report(paths: Sequence[pathlib.Path], port: int) -> None:
-    """Serve the page of runs until Ctrl-C."""
+    """Run the server of the page until Ctrl-C."""
     try:
         server = LivePage(lambda: find_state(paths), lambda: make_live_page(paths), port)
     except OSError as error:
@@ -158,7 +158,7 @@ def find_state(paths: Sequence[pathlib.Path]) -> str:
 def make_live_page(paths: Sequence[pathlib.Path]) -> str:
     """Make the page that follows runs; where there is nothing to show yet, one that says why."""
     try:
-        report = make_report(read_runs(paths))
+        report = assemble_report(read_runs(paths))
     except HpcmoeError as error:
         report = Report(title="Waiting for the run", subtitle=str(error).splitlines()[0], headlines=(), sections=())
     return make_page(report, follows=True)

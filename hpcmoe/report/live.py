@@ -41,7 +41,7 @@ class PageRequest(BaseHTTPRequestHandler):
     server: LivePage
 
     def do_GET(self) -> None:  # noqa: N802 (http.server looks for the name)
-        """Answer with the page or its state."""
+        """Send the page or its state."""
         host = self.headers.get("Host", "")
         if host not in (f"{_ADDRESS}:{self.server.server_port}", f"localhost:{self.server.server_port}"):
             self.send_error(403)

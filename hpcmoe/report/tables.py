@@ -9,7 +9,7 @@ from hpcmoe.prepare.process import count_unshared
 from hpcmoe.report.batches import rows_of_batches
 from hpcmoe.report.metrics import SIGMA_AIM, Recorder, sum_links_by_node
 from hpcmoe.report.placement_tables import Rows
-from hpcmoe.report.totals import MeasuredRun, Totals
+from hpcmoe.report.totals import MeasuredRun, Totals, record_totals
 
 _MAX_NODES, _MAX_LAYERS = 8, 8  # in a table
 _OBJECTIVES = {
@@ -175,8 +175,9 @@ def rows_of_process(run: MeasuredRun, totals: Totals) -> Rows:
     ]
 
 
-def record_memory(records: Recorder, run: MeasuredRun, totals: Totals) -> None:
-    """Record the memory of a rank by what it holds, as computed and as measured."""
+def record_results(records: Recorder, run: MeasuredRun, totals: Totals) -> None:
+    """Record the figures of the whole run, and the memory of a rank by what it holds, as computed and as measured."""
+    record_totals(records, totals)
     parts = {
         text: (getattr(run.memory, name), getattr(totals.measured, name)) for name, text in _PARTS_OF_MEMORY.items()
     }

@@ -16,7 +16,7 @@ from hpcmoe.report.page.recorded import RecordedRun
 from hpcmoe.report.page.training import describe_exposed, find_predicted, find_stages, make_learning, make_speed
 
 
-def make_report(runs: Sequence[RecordedRun]) -> Report:
+def assemble_report(runs: Sequence[RecordedRun]) -> Report:
     """Make the report of one run, or of several beside each other."""
     if len(runs) == 1:
         return report_run(runs[0])

@@ -12,9 +12,9 @@ from hpcmoe.report.page.svg import (
     draw_axes,
     draw_legend,
     make_element,
+    make_label,
     make_path,
     make_svg,
-    make_text,
     measure_text,
     shorten,
 )
@@ -55,7 +55,7 @@ def draw_line_chart(chart: LineChart) -> str:
     for name, level in chart.levels:
         y = frame.place_y(level)
         parts.append(make_element("path", d=f"M{frame.left:.1f} {y:.1f}H{frame.right:.1f}", class_="level"))
-        parts.append(make_text(frame.right, y - 4, f"{name} {format_short(level)}", "end", "level-name"))
+        parts.append(make_label(frame.right, y - 4, f"{name} {format_short(level)}", "end", "level-name"))
     for step in chart.marks:
         x = frame.place_x(step)
         parts.append(make_element("path", d=f"M{x:.1f} {frame.top:.1f}V{frame.bottom:.1f}", class_="mark"))
@@ -63,7 +63,7 @@ def draw_line_chart(chart: LineChart) -> str:
 
 
 def stack_lines(lines: Sequence[Line]) -> list[Line]:
-    """Stack curves of the same steps -> bands, each on those before it."""
+    """Add up curves of the same steps -> bands, each on those before it."""
     stacked, below = [], np.zeros(len(lines[0].x)) if lines else np.zeros(0)
     for line in lines:
         above = below + np.nan_to_num(line.y)
@@ -157,14 +157,14 @@ def draw_bar_axis(frame: Frame, unit: str) -> list[str]:
     for tick in choose_ticks(frame.x_low, frame.x_high, 4):
         x = frame.place_x(tick)
         parts.append(make_element("path", d=f"M{x:.1f} {frame.top:.1f}V{frame.bottom:.1f}", class_="grid"))
-        parts.append(make_text(x, frame.bottom + 15, format_short(tick), "middle"))
-    parts.append(make_text(frame.right, frame.bottom + 30, unit, "end", "axis-title"))
+        parts.append(make_label(x, frame.bottom + 15, format_short(tick), "middle"))
+    parts.append(make_label(frame.right, frame.bottom + 30, unit, "end", "axis-title"))
     return parts
 
 
 def draw_bar(frame: Frame, bar: Bar, total: float, y: float) -> list[str]:
     """Draw one bar with its name and its sum."""
-    parts = [make_text(frame.left - 6, y + 11.5, shorten(bar.name, _MOST_NAME), "end")]
+    parts = [make_label(frame.left - 6, y + 11.5, shorten(bar.name, _MOST_NAME), "end")]
     x = frame.left
     for what, value, colour in bar.parts:
         if np.isfinite(value) and value > 0:
@@ -175,7 +175,7 @@ def draw_bar(frame: Frame, bar: Bar, total: float, y: float) -> list[str]:
             area = {"x": x, "y": y, "width": max(width, 0.8), "height": float(_BAR_HEIGHT), "rx": 1.5}
             parts.append(make_element("rect", name, **area, class_=f"fill part c{colour}"))
             x += width
-    return [*parts, make_text(x + 5, y + 11.5, format_short(total))]
+    return [*parts, make_label(x + 5, y + 11.5, format_short(total))]
 
 
 def draw_heat_map(chart: HeatMap) -> str:
@@ -230,15 +230,15 @@ def make_runs(mask: np.ndarray) -> str:
 def draw_map_names(frame: Frame, chart: HeatMap) -> list[str]:
     """Name some rows and columns, and both axes; a name stands at the middle of its cell."""
     rows, columns = chart.values.shape
-    parts = [make_text(2, frame.top - 7, f"{chart.y_label}, {chart.unit}", "start", "axis-title")]
+    parts = [make_label(2, frame.top - 7, f"{chart.y_label}, {chart.unit}", "start", "axis-title")]
     for row in range(0, rows, -(-rows * 13 // int(frame.bottom - frame.top))):
         y = frame.top + (row + 0.5) * (frame.bottom - frame.top) / rows
-        parts.append(make_text(frame.left - 5, y + 3.5, shorten(chart.y_names[row], frame.left - 8), "end"))
+        parts.append(make_label(frame.left - 5, y + 3.5, shorten(chart.y_names[row], frame.left - 8), "end"))
     widest = max(measure_text(name) for name in chart.x_names) + 8
     for column in range(0, columns, max(1, -int(-columns * widest // (frame.right - frame.left)))):
         x = frame.left + (column + 0.5) * (frame.right - frame.left) / columns
-        parts.append(make_text(x, frame.bottom + 14, chart.x_names[column], "middle"))
-    return [*parts, make_text(frame.right, frame.bottom + 30, chart.x_label, "end", "axis-title")]
+        parts.append(make_label(x, frame.bottom + 14, chart.x_names[column], "middle"))
+    return [*parts, make_label(frame.right, frame.bottom + 30, chart.x_label, "end", "axis-title")]
 
 
 def write_cells(frame: Frame, chart: HeatMap, shades: np.ndarray) -> list[str]:
@@ -249,5 +249,5 @@ def write_cells(frame: Frame, chart: HeatMap, shades: np.ndarray) -> list[str]:
             x = frame.left + (column + 0.5) * (frame.right - frame.left) / columns
             y = frame.top + (row + 0.5) * (frame.bottom - frame.top) / rows
             ink = "on-dark" if shades[row, column] >= NUM_SHADES // 2 else "on-light"
-            parts.append(make_text(x, y + 3.5, f"{value:.{chart.digits}f}", "middle", f"label {ink}"))
+            parts.append(make_label(x, y + 3.5, f"{value:.{chart.digits}f}", "middle", f"label {ink}"))
     return parts

@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, HeatMap, Line, LineChart, Section
-from hpcmoe.report.page.inputs import describe_place, read_keys
+from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, HeatMap, Line, LineChart, ReportSection
+from hpcmoe.report.page.inputs import describe_place, read_all_keys
 from hpcmoe.report.page.links import find_carried, map_bytes
 from hpcmoe.report.page.load import find_moves, map_layers
 from hpcmoe.report.page.memory import find_parts
 from hpcmoe.report.page.numbers import format_short
 from hpcmoe.report.page.recorded import RecordedRun
-from hpcmoe.report.page.training import STAGES, average, find_predicted, find_stages, window_of
+from hpcmoe.report.page.training import STAGE_COLOURS, average, find_predicted, find_stages, window_of
 from hpcmoe.report.placement_tables import Rows
 
 _MOST_MAPS = 4  # of each kind
@@ -32,7 +32,7 @@ _CURVES = {  # anchor: (title, sentence, ((metric, title, unit, from zero), ...)
 }  # fmt: skip
 
 
-def compare_runs(runs: Sequence[RecordedRun]) -> list[Section]:
+def compare_runs(runs: Sequence[RecordedRun]) -> list[ReportSection]:
     """Compare runs, the first being what ratios are taken to."""
     sections = [make_ratios(runs), make_differences(runs)]
     for anchor, (title, sentence, metrics) in _CURVES.items():
@@ -40,12 +40,12 @@ def compare_runs(runs: Sequence[RecordedRun]) -> list[Section]:
         if anchor == "speed":
             charts += charts_of_seconds(runs)
         if charts:
-            sections.append(Section(anchor=anchor, title=title, sentence=sentence, charts=charts))
+            sections.append(ReportSection(anchor=anchor, title=title, sentence=sentence, charts=charts))
     return [*sections, *sections_of_maps(runs)]
 
 
 def overlay(runs: Sequence[RecordedRun], name: str, title: str, unit: str, from_zero: bool) -> LineChart | None:
-    """Lay the curves of a metric over each other; None where no run has it."""
+    """Draw the curves of a metric over each other; None where no run has it."""
     lines = []
     for number, run in enumerate(runs):
         if (series := run.find_series(name)) is not None:
@@ -64,7 +64,7 @@ def charts_of_seconds(runs: Sequence[RecordedRun]) -> list[Chart]:
     bars = [
         Bar(
             name=run.name,
-            parts=[(name, 1e3 * values.mean(), STAGES[name]) for name, values in find_stages(run).items()],
+            parts=[(name, 1e3 * values.mean(), STAGE_COLOURS[name]) for name, values in find_stages(run).items()],
         )
         for run in runs
     ]
@@ -72,7 +72,7 @@ def charts_of_seconds(runs: Sequence[RecordedRun]) -> list[Chart]:
     return [BarChart(title="Where a mean step's seconds go", unit="ms, mean of the ranks", bars=bars)] if bars else []
 
 
-def sections_of_maps(runs: Sequence[RecordedRun]) -> list[Section]:
+def sections_of_maps(runs: Sequence[RecordedRun]) -> list[ReportSection]:
     """Show the maps of each run beside each other: the hottest experts of each layer, bytes of links."""
     loads = [(run, load) for run in runs if (load := run.find_series("experts/utilisation", 3)) is not None][
         :_MOST_MAPS
@@ -86,10 +86,10 @@ def sections_of_maps(runs: Sequence[RecordedRun]) -> list[Section]:
     if loads:
         charts = [rename_map(map_layers(load), run.name) for run, load in loads]
         sentence = "U_e of the hottest expert of each layer: its tokens over what an even router would give it."
-        sections.append(Section(anchor="experts", title="Expert load", sentence=sentence, charts=charts))
+        sections.append(ReportSection(anchor="experts", title="Expert load", sentence=sentence, charts=charts))
     if maps:
         sentence = "Experts' rows over the links between nodes in all measured steps; each map has a scale of its own."
-        sections.append(Section(anchor="links", title="Links", sentence=sentence, charts=maps[:_MOST_MAPS]))
+        sections.append(ReportSection(anchor="links", title="Links", sentence=sentence, charts=maps[:_MOST_MAPS]))
     return sections
 
 
@@ -100,7 +100,7 @@ def rename_map(chart: HeatMap, name: str) -> HeatMap:
     )
 
 
-def make_ratios(runs: Sequence[RecordedRun]) -> Section:
+def make_ratios(runs: Sequence[RecordedRun]) -> ReportSection:
     """List figures of all runs, and their ratios to the first's."""
     rows: Rows = []
     for name, unit, find in _FIGURES:
@@ -113,7 +113,7 @@ def make_ratios(runs: Sequence[RecordedRun]) -> Section:
     headers = ("figure", "unit", *names, *(f"{name} / {names[0]}" for name in names[1:]))
     table = DataTable(name="ratios", title="Figures and ratios", headers=headers, rows=rows)
     sentence = f"Ratios are to {names[0]}: above 1 a run has more of it."
-    return Section(anchor="ratios", title="Ratios", sentence=sentence, tables=[table])
+    return ReportSection(anchor="ratios", title="Ratios", sentence=sentence, tables=[table])
 
 
 def mean_of(name: str, factor: float = 1.0) -> Callable[[RecordedRun], float | None]:
@@ -177,7 +177,7 @@ _FIGURES: tuple[tuple[str, str, Callable[[RecordedRun], float | None]], ...] = (
     ("steps", "", lambda run: float(run.num_steps)),
     ("tokens per second", "tokens/s", find_rate),
     ("time per step, mean", "ms", mean_of("run/seconds", 1e3)),
-    *((f"  in {name}", "ms", mean_of(f"run/seconds_{name}", 1e3)) for name in STAGES),
+    *((f"  in {name}", "ms", mean_of(f"run/seconds_{name}", 1e3)) for name in STAGE_COLOURS),
     ("predicted step", "ms", lambda run: None if (value := find_predicted(run)) is None else 1e3 * value),
     ("training loss, last", "nats", last_of("train/loss")),
     ("validation loss, last", "nats", last_of("train/validation_loss")),
@@ -193,15 +193,15 @@ _FIGURES: tuple[tuple[str, str, Callable[[RecordedRun], float | None]], ...] = (
 )
 
 
-def make_differences(runs: Sequence[RecordedRun]) -> Section:
+def make_differences(runs: Sequence[RecordedRun]) -> ReportSection:
     """List what differs between runs in config, versions and cluster."""
     tables = [
-        table_of_differences("config", "Config", [read_keys(run) for run in runs], runs),
+        table_of_differences("config", "Config", [read_all_keys(run) for run in runs], runs),
         table_of_differences("versions", "Versions", [run.find_pairs("run/versions") for run in runs], runs),
         table_of_differences("cluster", "Cluster", [describe_place(run) for run in runs], runs),
     ]
     sentence = "Keys that a run's file leaves out stand at their defaults of today. What is alike is not listed."
-    return Section(anchor="differences", title="Differences", sentence=sentence, tables=tables)
+    return ReportSection(anchor="differences", title="Differences", sentence=sentence, tables=tables)
 
 
 def table_of_differences(

@@ -87,7 +87,7 @@ class DataTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
+class ReportSection:
     """A part of the report: what it is about in one sentence, its figures and tables."""
 
     anchor: str
@@ -114,5 +114,5 @@ class Report:
     title: str
     subtitle: str
     headlines: Sequence[Headline]
-    sections: Sequence[Section]
+    sections: Sequence[ReportSection]
     notes: Sequence[str] = field(default_factory=tuple)

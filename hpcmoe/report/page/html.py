@@ -5,7 +5,7 @@ from html import escape
 
 from hpcmoe import __version__
 from hpcmoe.report.page.charts import draw_chart
-from hpcmoe.report.page.contents import Chart, DataTable, Headline, Report, Section
+from hpcmoe.report.page.contents import Chart, DataTable, Headline, Report, ReportSection
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _LIVE_POLICY = "; script-src 'unsafe-inline'; connect-src 'self'"
@@ -130,7 +130,7 @@ def make_headline(headline: Headline) -> str:
     return f"<div><dt>{escape(headline.name)}</dt><dd>{escape(headline.value)}{unit}</dd>{note}</div>"
 
 
-def make_section(section: Section) -> str:
+def make_section(section: ReportSection) -> str:
     """Make a section: its sentence, its figures, its tables."""
     charts = f"<div class='charts'>{''.join(map(make_figure, section.charts))}</div>" if section.charts else ""
     tables = f"<div class='tables'>{''.join(map(make_data_table, section.tables))}</div>" if section.tables else ""

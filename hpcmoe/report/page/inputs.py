@@ -9,13 +9,13 @@ import numpy as np
 
 from hpcmoe.messages import one_line, show_value
 from hpcmoe.overrides import parse_value
-from hpcmoe.report.page.contents import DataTable, Section
+from hpcmoe.report.page.contents import DataTable, ReportSection
 from hpcmoe.report.page.recorded import RecordedRun
 
 _OVERRIDE = "# --set "  # begins the lines that a run adds to its config
 
 
-def make_inputs(run: RecordedRun) -> Section | None:
+def make_inputs(run: RecordedRun) -> ReportSection | None:
     """Show what the run was given: its keys, the versions that computed, the cluster."""
     parts = (
         ("config", "Config, as given", read_given(run)), ("versions", "Versions", run.find_pairs("run/versions")),
@@ -27,10 +27,10 @@ def make_inputs(run: RecordedRun) -> Section | None:
         if found
     ]
     sentence = "What the run was given, what computed it, and where."
-    return Section(anchor="inputs", title="Inputs", sentence=sentence, tables=tables) if tables else None
+    return ReportSection(anchor="inputs", title="Inputs", sentence=sentence, tables=tables) if tables else None
 
 
-def read_keys(run: RecordedRun) -> dict[str, str]:
+def read_all_keys(run: RecordedRun) -> dict[str, str]:
     """Read the config of a run, with the defaults of today -> values by `section.key`, as shown."""
     return flatten(tomllib.loads((files("hpcmoe") / "run.toml").read_text(encoding="utf-8"))) | read_given(run)
 

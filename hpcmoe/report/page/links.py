@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hpcmoe.report.page.contents import Chart, DataTable, HeatMap, Section
-from hpcmoe.report.page.numbers import format_short, group_cells, name_groups, round_up
+from hpcmoe.report.page.contents import Chart, DataTable, HeatMap, ReportSection
+from hpcmoe.report.page.numbers import format_short, group_cells, name_groups, round_to_few_digits
 from hpcmoe.report.page.recorded import RecordedRun
 from hpcmoe.report.placement_tables import Rows
 
@@ -24,7 +24,7 @@ class Carried(NamedTuple):
     rates: np.ndarray | None  # [nodes, nodes] bytes/s that a link can give
 
 
-def make_links(run: RecordedRun) -> Section | None:
+def make_links(run: RecordedRun) -> ReportSection | None:
     """Show the bytes of every link; None where they are not recorded, as before a run's end."""
     of_ranks = run.find_array("comm/bytes_of_link", 2)
     if of_ranks is None or of_ranks.shape[0] != of_ranks.shape[1]:
@@ -41,7 +41,7 @@ def make_links(run: RecordedRun) -> Section | None:
         tables.append(table_of_busiest(carried))
     source = run.find_pairs("cluster/source").get("links", "")
     from_where = f" What a link can give: {source}." if source else ""
-    return Section(
+    return ReportSection(
         anchor="links", title="Links", charts=charts, tables=tables,
         sentence="Experts' rows over each link in all measured steps, both ways, forward and backward; without sums of "
         "gradients. The diagonal is what a rank or node keeps to itself." + from_where,
@@ -68,7 +68,7 @@ def map_bytes(title: str, values: np.ndarray, what: str, names: list[str]) -> He
     """Map bytes [n, n] in MB; neighbours are put together where they are too many, each cell their busiest link."""
     megabytes = values / 1e6
     most = float(np.nanmax(megabytes)) if np.isfinite(megabytes).any() else 0.0
-    step = round_up(most / 8) if most > 0 else 1.0
+    step = round_to_few_digits(most / 8) if most > 0 else 1.0
     edges = [round(step * number, 9) for number in range(1, 8)]
     return make_link_map(title, megabytes, "MB", what, names, edges)
 

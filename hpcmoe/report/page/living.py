@@ -9,7 +9,7 @@ from hpcmoe.messages import format_ranges
 from hpcmoe.placement.cost import count_replicas, make_nearest_shares, resource_seconds, tokens_on_ranks
 from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.placement.resources import list_resources, name_resource
-from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, HeatMap, Section
+from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, HeatMap, ReportSection
 from hpcmoe.report.page.load import find_moves
 from hpcmoe.report.page.numbers import format_short, group_cells, name_groups
 from hpcmoe.report.page.recorded import RecordedRun, Series
@@ -42,7 +42,7 @@ class Evaluated(NamedTuple):
     layers: list[int]
 
 
-def make_living(run: RecordedRun) -> Section | None:
+def make_living(run: RecordedRun) -> ReportSection | None:
     """Show where experts were; None where it is not recorded."""
     problem, first = run.problem, find_first(run)
     if problem is None or first is None:
@@ -61,7 +61,7 @@ def make_living(run: RecordedRun) -> Section | None:
     tables += tables_of_nodes(problem, first[0], None if last is None else last[0])
     method = run.find_texts("cluster/placement")
     sampled = f" Evaluated: layers {format_ranges(before.layers)}." if len(before.layers) < problem.num_layers else ""
-    return Section(
+    return ReportSection(
         anchor="placement", title="Placement", charts=charts, tables=tables,
         sentence=f"Placed by {method[0] if method else 'an unknown method'}. A layer costs what its busiest resource "
         "takes, tokens one way or forward compute: that binds. No placement goes below the bound." + sampled,

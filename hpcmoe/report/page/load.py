@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hpcmoe.report.page.contents import Chart, DataTable, HeatMap, Line, LineChart, Section
+from hpcmoe.report.page.contents import Chart, DataTable, HeatMap, Line, LineChart, ReportSection
 from hpcmoe.report.page.numbers import format_short, group_cells, group_evenly, name_groups
 from hpcmoe.report.page.recorded import RecordedRun, Series
 
@@ -13,7 +13,7 @@ _MOST_HOT = 16  # experts in the table
 _PERCENTILES = (1, 25, 50, 75, 99)
 
 
-def make_load(run: RecordedRun) -> Section | None:
+def make_load(run: RecordedRun) -> ReportSection | None:
     """Show the load of every expert over the steps; None where it is not recorded."""
     load = run.find_series("experts/utilisation", ndim=3)
     if load is None:
@@ -23,7 +23,7 @@ def make_load(run: RecordedRun) -> Section | None:
     charts += [map_layer(load, layer) for layer in shown]
     num_layers, num_experts = load.values.shape[1:]
     left_out = f" Of {num_layers} layers those {len(shown)} whose hottest expert is hottest have a map of their own."
-    return Section(
+    return ReportSection(
         anchor="experts", title="Expert load", charts=charts,
         tables=[table_of_layers(run, load), table_of_hottest(load)],
         sentence="U_e is an expert's tokens over what an even router would give it: 1 is even, 2 is twice its share. "
@@ -113,7 +113,7 @@ def table_of_hottest(load: Series) -> DataTable:
     return DataTable(name="hottest", title="Hottest experts", headers=headers, rows=rows, folded=True)
 
 
-def make_balance(run: RecordedRun) -> Section | None:
+def make_balance(run: RecordedRun) -> ReportSection | None:
     """Show how even the ranks' work and the links' tokens were; None where neither is recorded."""
     balance, sigma = run.find_series("experts/balancedness"), run.find_series("dispatch/link_sigma")
     charts = []
@@ -129,7 +129,7 @@ def make_balance(run: RecordedRun) -> Section | None:
         )
     if not charts:
         return None
-    return Section(
+    return ReportSection(
         anchor="balance", title="Balance", charts=charts,
         sentence="Balancedness is mean / max of the tokens that ranks serve: 1 is even, its inverse how much longer "
         "the experts' work takes than if it were. Sigma is std / mean of the tokens of the links between ranks.",

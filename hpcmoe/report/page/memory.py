@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from hpcmoe.report.page.contents import Bar, BarChart, DataTable, Section
+from hpcmoe.report.page.contents import Bar, BarChart, DataTable, ReportSection
 from hpcmoe.report.page.recorded import RecordedRun
 from hpcmoe.report.placement_tables import Rows
 
 _MB = 1e6
 
 
-def make_memory(run: RecordedRun) -> Section | None:
+def make_memory(run: RecordedRun) -> ReportSection | None:
     """Show the memory of a rank by what it holds; None where nothing of it is recorded."""
     rows = rows_of_parts(run)
     process = {
@@ -24,7 +24,7 @@ def make_memory(run: RecordedRun) -> Section | None:
             name="memory", title="Memory of a rank, MB", headers=("holds", "as computed", "as measured"), rows=rows
         )
     ]
-    return Section(
+    return ReportSection(
         anchor="memory", title="Memory", charts=[chart] if (chart := chart_parts(run)) else [], tables=tables,
         sentence="Computed before anything is built, for a rank with 2.25 times its even share of rows; measured on "
         "the fullest rank.",

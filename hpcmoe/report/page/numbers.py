@@ -30,7 +30,7 @@ def choose_ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(number * step, 12) for number in range(first, int(math.floor(high / step + 1e-9)) + 1)]
 
 
-def round_up(value: float) -> float:
+def round_to_few_digits(value: float) -> float:
     """Round a positive number up to one of few digits: 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8 times a power of ten."""
     power = 10 ** math.floor(math.log10(value))
     return next(
@@ -39,7 +39,7 @@ def round_up(value: float) -> float:
 
 
 def thin_curve(x: np.ndarray, y: np.ndarray, most: int = 240) -> tuple[np.ndarray, np.ndarray]:
-    """Thin a curve to about so many points, keeping the least and the largest of each stretch."""
+    """Reduce a curve to about so many points, keeping the least and the largest of each stretch."""
     if len(x) <= most:
         return x, y
     filled = np.nan_to_num(y, nan=0.0)

@@ -27,7 +27,7 @@ def format_csv(rows: Sequence[Sequence[object]]) -> str:
 
 
 def quote_cell(cell: object) -> object:
-    """Put an apostrophe before what would be a formula."""
+    """Add an apostrophe before what would be a formula."""
     return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "@", "+", "\t") else cell
 
 

@@ -47,7 +47,7 @@ def format_attribute(value: object) -> str:
     return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def make_text(x: float, y: float, text: str, anchor: str = "start", class_: str = "label") -> str:
+def make_label(x: float, y: float, text: str, anchor: str = "start", class_: str = "label") -> str:
     """Make a label."""
     return make_element("text", escape(text), x=float(x), y=float(y), text_anchor=anchor, class_=class_)
 
@@ -93,7 +93,7 @@ def draw_legend(entries: Sequence[tuple[str, str]], left: float = 2, top: float 
         if x > left and x + width > WIDTH:
             x, y = left, y + _LEGEND_ROW
         parts.append(make_element("g", sample, transform=f"translate({x:.0f} {y + 1:.0f})"))
-        parts.append(make_text(x + 19, y + 10, name))
+        parts.append(make_label(x + 19, y + 10, name))
         x += width
     return parts, (y - top + _LEGEND_ROW + 4 if entries else 0)
 
@@ -104,14 +104,14 @@ def draw_axes(frame: Frame, x_title: str, y_title: str) -> list[str]:
     for tick in choose_ticks(frame.y_low, frame.y_high):
         y = frame.place_y(tick)
         parts.append(make_element("path", d=f"M{frame.left:.1f} {y:.1f}H{frame.right:.1f}", class_="grid"))
-        parts.append(make_text(frame.left - 5, y + 3.5, format_short(tick), "end"))
+        parts.append(make_label(frame.left - 5, y + 3.5, format_short(tick), "end"))
     for tick in choose_ticks(frame.x_low, frame.x_high):
         x = frame.place_x(tick)
         parts.append(make_element("path", d=f"M{x:.1f} {frame.bottom:.1f}v4", class_="axis"))
-        parts.append(make_text(x, frame.bottom + 16, format_short(tick), "middle"))
+        parts.append(make_label(x, frame.bottom + 16, format_short(tick), "middle"))
     line = f"M{frame.left:.1f} {frame.bottom:.1f}H{frame.right:.1f}"
     parts.append(make_element("path", d=line, class_="axis"))
-    parts.append(make_text(frame.right, frame.bottom + 30, x_title, "end", "axis-title"))
+    parts.append(make_label(frame.right, frame.bottom + 30, x_title, "end", "axis-title"))
     if y_title:
-        parts.append(make_text(2, frame.top - 7, y_title, "start", "axis-title"))
+        parts.append(make_label(2, frame.top - 7, y_title, "start", "axis-title"))
     return parts

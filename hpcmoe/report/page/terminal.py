@@ -7,7 +7,7 @@ import numpy as np
 from tabulate import tabulate
 
 from hpcmoe.report.page.charts import choose_shades
-from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, HeatMap, LineChart, Report, Section
+from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, HeatMap, LineChart, Report, ReportSection
 from hpcmoe.report.page.numbers import format_short, group_cells
 
 _NAME, _FIGURES = 24, 26  # columns of a curve's name and of its figures
@@ -28,7 +28,7 @@ UNICODE_INK = Ink("▁▂▃▄▅▆▇█", " ·-+░▒▓█", "█", "█�
 ASCII_INK = Ink("_.-=+*#@", " .:-=+*#", "#", "#=+-o*x.")
 
 
-def format_report(report: Report, width: int, encoding: str | None) -> str:
+def format_report(report: Report, width: int, encoding: str) -> str:
     """Format a report as text of so many columns."""
     ink = choose_ink(encoding)
     lines = [report.title, "=" * min(len(report.title), width), report.subtitle, ""]
@@ -39,16 +39,16 @@ def format_report(report: Report, width: int, encoding: str | None) -> str:
     return "\n".join(lines)
 
 
-def choose_ink(encoding: str | None) -> Ink:
+def choose_ink(encoding: str) -> Ink:
     """Choose the characters that an encoding has."""
     try:
-        "".join(UNICODE_INK).encode(encoding or "ascii")
+        "".join(UNICODE_INK).encode(encoding)
     except (UnicodeEncodeError, LookupError):
         return ASCII_INK
     return UNICODE_INK
 
 
-def format_section(section: Section, width: int, ink: Ink) -> list[str]:
+def format_section(section: ReportSection, width: int, ink: Ink) -> list[str]:
     """Format a section's charts and tables."""
     lines = [section.title, "-" * len(section.title)]
     for chart in section.charts:
@@ -130,7 +130,7 @@ def format_bar(bar: Bar, chart: BarChart, width: int, ink: Ink) -> list[str]:
 
 
 def wrap_words(words: Sequence[str], width: int) -> list[str]:
-    """Put words on indented lines that are not too long."""
+    """Join words to indented lines that are not too long."""
     lines = [""]
     for word in words:
         if lines[-1] and len(lines[-1]) + len(word) + 4 > width:

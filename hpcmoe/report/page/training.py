@@ -2,19 +2,19 @@
 
 import numpy as np
 
-from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, Line, LineChart, Section
+from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, Line, LineChart, ReportSection
 from hpcmoe.report.page.numbers import format_short
 from hpcmoe.report.page.recorded import RecordedRun, Series
 from hpcmoe.report.placement_tables import Rows
 
-STAGES = {  # of a step, in its order: colour
+STAGE_COLOURS = {  # of a step, in its order: colour
     "data": 6, "dense": 0, "route": 2, "dispatch": 1, "compute": 5, "combine": 4, "optimizer": 3, "waiting": 7,
 }  # fmt: skip
 _PREDICTED = ("run/predicted_step_seconds", "run/step_seconds_predicted", "run/predicted_step_time")
 _SMOOTHED = 0.05  # of the steps are averaged for the curve of throughput
 
 
-def make_learning(run: RecordedRun) -> Section | None:
+def make_learning(run: RecordedRun) -> ReportSection | None:
     """Show losses, the gradients' norm and the learning rate; None of a run that learns nothing."""
     loss, validation = run.find_series("train/loss"), run.find_series("train/validation_loss")
     if loss is None:
@@ -28,7 +28,7 @@ def make_learning(run: RecordedRun) -> Section | None:
         if (series := run.find_series(f"train/{name}")) is not None:
             line = Line(name="", x=series.steps, y=series.values)
             charts.append(LineChart(title=title, unit=series.unit or unit, lines=[line], from_zero=True))
-    return Section(
+    return ReportSection(
         anchor="learning", title="Learning", charts=charts, tables=[table_of_losses(loss, validation)],
         sentence="The loss of each step's own batch scatters; that of the validation sequences, always the same, "
         "shows what was learned.",
@@ -46,7 +46,7 @@ def table_of_losses(loss: Series, validation: Series | None) -> DataTable:
     return DataTable(name="losses", title=f"Losses, {loss.unit}", headers=("", "first", "least", "last"), rows=rows)
 
 
-def make_speed(run: RecordedRun) -> Section | None:
+def make_speed(run: RecordedRun) -> ReportSection | None:
     """Show throughput and the seconds of a step; None where neither is recorded."""
     rate, stages, seconds = run.find_series("run/tokens_per_second"), find_stages(run), run.find_series("run/seconds")
     if seconds is None or rate is None:
@@ -55,18 +55,20 @@ def make_speed(run: RecordedRun) -> Section | None:
         LineChart(title="Throughput", unit="tokens/s", from_zero=True, lines=lines_of_rate("", rate))
     ]
     if stages:
-        mean = Bar(name="mean", parts=[(name, 1e3 * values.mean(), STAGES[name]) for name, values in stages.items()])
+        mean = Bar(
+            name="mean", parts=[(name, 1e3 * values.mean(), STAGE_COLOURS[name]) for name, values in stages.items()]
+        )
         slow = seconds.values.argsort()[-max(1, len(seconds.values) // 20) :]  # by the clock of rank 0
-        parts = [(name, 1e3 * values[slow].mean(), STAGES[name]) for name, values in stages.items()]
+        parts = [(name, 1e3 * values[slow].mean(), STAGE_COLOURS[name]) for name, values in stages.items()]
         bars = [mean, Bar(name="slowest 5 %", parts=parts)]
         charts.append(BarChart(title="Where a step's seconds go", unit="ms, mean of the ranks", bars=bars))
-        lines = [Line(name=name, x=seconds.steps, y=1e3 * average(values), colour=STAGES[name])
+        lines = [Line(name=name, x=seconds.steps, y=1e3 * average(values), colour=STAGE_COLOURS[name])
                  for name, values in stages.items()]  # fmt: skip
         charts.append(LineChart(title="Seconds of a step, by step", unit="ms", lines=lines, stacked=True,
                                 note=f"Averages of {window_of(len(seconds.steps))} steps."))  # fmt: skip
     if (predicted := find_predicted(run)) is not None:
         charts.append(chart_prediction(run, predicted, seconds))
-    return Section(
+    return ReportSection(
         anchor="speed", title="Speed", charts=charts, tables=[table_of_stages(seconds, stages)],
         sentence="Dense and compute are the model's own work; dispatch, combine and waiting are what the exchange and "
         "unevenness leave uncovered by it.",
@@ -76,7 +78,7 @@ def make_speed(run: RecordedRun) -> Section | None:
 def find_stages(run: RecordedRun) -> dict[str, np.ndarray]:
     """Find the seconds of each stage by step, those of all stages that were recorded as often as the steps."""
     seconds = run.find_series("run/seconds")
-    found = {name: run.find_series(f"run/seconds_{name}") for name in STAGES}
+    found = {name: run.find_series(f"run/seconds_{name}") for name in STAGE_COLOURS}
     return {
         name: np.nan_to_num(series.values)
         for name, series in found.items()
