@@ -52,7 +52,8 @@ def list_values(layers, experts, nodes, ranks, slots, layout, rates, load):
     names, racks = [f"node{number:03d}" for number in range(nodes)], np.arange(nodes) * 2 // max(nodes, 2)
     num_racks = int(racks.max()) + 1
     cluster = {"node_of_rank": node_of_rank, "rack_of_node": racks, "node_names": names, "bytes_per_second": rates,
-               "expert_of_replica": layout, "lower_bound_seconds": 1e-3, "objective_seconds": 2e-3, "placement": "packed",
+               "expert_of_replica": layout, "lower_bound_seconds": 1e-3, "objective_seconds": 2e-3,
+               "placement": "packed",
                "source": [["links", "measured"]]}  # fmt: skip
     problem = {
         "num_layers": layers, "num_experts": experts, "slots_per_rank": slots, "replicate": False,

@@ -17,16 +17,16 @@ _STYLE = """
   --rule: #2c323b; --accent: #7db8f0; --plate: #2b3139; --c0: #4aa3e0; --c1: #f08548; --c2: #2fc198; --c3: #dd8cba;
   --c4: #e8b04a; --c5: #9dd0f3; --c6: #b89878; --c7: #6d7682; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
+body { margin: 0; overflow-wrap: anywhere; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
   Roboto, "DejaVu Sans", sans-serif; }
 main, header, nav, footer { max-width: 1240px; margin: 0 auto; padding: 0 16px; }
 header { padding-top: 28px; }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
+h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; }
 h2 { font-size: 20px; margin: 0 0 4px; }
 h3 { font-size: 14px; margin: 0 0 6px; }
 p { margin: 0; max-width: 80ch; }
 .soft, .sentence, .note { color: var(--soft); }
-.note { font-size: 13px; overflow-wrap: anywhere; }
+.note { font-size: 13px; }
 nav { display: flex; flex-wrap: wrap; gap: 4px 18px; padding-top: 14px; padding-bottom: 4px; font-size: 14px; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
@@ -34,8 +34,7 @@ a:hover { text-decoration: underline; }
   margin: 16px 0 8px; }
 .headline div { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 12px; }
 .headline dt, .headline .note { font-size: 12.5px; color: var(--soft); }
-.headline dd { margin: 0; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums;
-  overflow-wrap: anywhere; }
+.headline dd { margin: 0; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .headline dd small { font-size: 13px; font-weight: 400; color: var(--soft); }
 section { padding: 26px 0 4px; }
 .charts { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr));
@@ -51,7 +50,7 @@ th, td { text-align: left; padding: 3px 18px 3px 0; border-bottom: 1px solid var
 th { color: var(--soft); font-weight: 500; }
 tr:last-child td { border-bottom: 0; }
 summary { cursor: pointer; font-weight: 600; font-size: 14px; }
-footer { padding-top: 24px; padding-bottom: 32px; font-size: 13px; color: var(--soft); overflow-wrap: anywhere; }
+footer { padding-top: 24px; padding-bottom: 32px; font-size: 13px; color: var(--soft); }
 svg text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: var(--ink); }
 svg .axis-title { fill: var(--soft); }
 svg .level-name { fill: var(--soft); paint-order: stroke; stroke: var(--card); stroke-width: 3px; }

@@ -19,7 +19,7 @@ KIND_NAMES = {
     "link": "link", "egress": "node sends", "ingress": "node receives", "uplink_out": "rack uplink sends",
     "uplink_in": "rack uplink receives", "rank": "rank computes",
 }  # fmt: skip
-_MOST_SHARES = 10**8  # of nodes, slots and layers; of more, layers at even distances are evaluated
+_MOST_SHARES = 3 * 10**7  # of nodes, slots and layers; of more, layers at even distances are evaluated
 _SERVED_EDGES = (0.5, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0)  # of the mean rank's tokens
 _MOST_CELLS = 64
 _MOVES = {  # metric: (header, factor, digits)

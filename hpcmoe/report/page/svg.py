@@ -9,7 +9,7 @@ from hpcmoe.report.page.numbers import choose_ticks, format_short
 
 WIDTH = 380  # of a chart, in its own units: about its pixels on any screen
 NUM_COLOURS = 8
-_LETTER = 5.9  # width of a letter of a label, about
+_LETTER = 6.4  # width of a letter of a label, about
 _LEGEND_ROW = 16
 
 
