@@ -12,6 +12,7 @@ import argparse
 import pathlib
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 
 from hpcmoe.arguments import Parser, name_program
@@ -38,7 +39,8 @@ _LEAST_WIDTH, _MOST_WIDTH = 60, 120
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command -> its exit status."""
     try:
-        with repeated_interrupts():
+        with repeated_interrupts(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of NaN, which records may hold
             report_runs(read_report_arguments(sys.argv[1:] if words is None else words))
     except HpcmoeError as error:
         print_to_stderr([f"hpcmoe: {str(error).splitlines()[0]}"])
@@ -121,7 +123,7 @@ def read_run(path: pathlib.Path, name: str) -> RecordedRun:
     try:
         problem, _ = read_run_problem(path)
         check_problem(problem)
-    except (HpcmoeError, ValueError, TypeError, IndexError):  # of a version or a state that has none
+    except (HpcmoeError, ValueError, TypeError, LookupError, MemoryError, AttributeError):  # there is none, or damaged
         problem = None
     return RecordedRun(name=name, path=one_line(path), metrics=metrics, values=values, problem=problem)
 

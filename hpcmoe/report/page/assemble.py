@@ -1,11 +1,12 @@
 """A report put together: the headline of figures, then the sections that the records have figures for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from hpcmoe.messages import one_line
 from hpcmoe.report.page.comparison import compare_runs, find_rate
-from hpcmoe.report.page.contents import Headline, Report
+from hpcmoe.report.page.contents import Headline, Report, ReportSection
 from hpcmoe.report.page.inputs import make_inputs
 from hpcmoe.report.page.links import describe_busiest, make_links
 from hpcmoe.report.page.living import make_living
@@ -14,6 +15,17 @@ from hpcmoe.report.page.memory import make_memory
 from hpcmoe.report.page.numbers import format_short
 from hpcmoe.report.page.recorded import RecordedRun
 from hpcmoe.report.page.training import describe_exposed, find_predicted, find_stages, make_learning, make_speed
+
+_SECTIONS: dict[str, Callable[[RecordedRun], ReportSection | None]] = {
+    "Learning": make_learning,
+    "Speed": make_speed,
+    "Expert load": make_load,
+    "Balance": make_balance,
+    "Links": make_links,
+    "Placement": make_living,
+    "Memory": make_memory,
+    "Inputs": make_inputs,
+}
 
 
 def assemble_report(runs: Sequence[RecordedRun]) -> Report:
@@ -37,16 +49,20 @@ def assemble_report(runs: Sequence[RecordedRun]) -> Report:
 
 def report_run(run: RecordedRun) -> Report:
     """Make the report of one run."""
-    found = (
-        make_learning(run), make_speed(run), make_load(run), make_balance(run), make_links(run), make_living(run),
-        make_memory(run), make_inputs(run),
-    )  # fmt: skip
+    sections, notes = [], [run.path]
+    for name, make in _SECTIONS.items():
+        try:
+            section = make(run)
+        except (ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:  # of a damaged record
+            notes.append(f"{name} is left out: what the record holds of it does not fit together: {one_line(error)}")
+        else:
+            sections += [section] if section is not None else []
     return Report(
         title=f"{run.name}: {run.num_steps} steps",
         subtitle=f"{run.describe_cluster()}{describe_model(run)}",
         headlines=make_headlines(run),
-        sections=[section for section in found if section is not None],
-        notes=[run.path],
+        sections=sections,
+        notes=notes,
     )
 
 

@@ -124,7 +124,7 @@ def place_points(frame: Frame, x: np.ndarray, y: np.ndarray) -> list[tuple[float
 def draw_bar_chart(chart: BarChart) -> str:
     """Draw bars beside their names, each with its sum, and the levels that they are compared with."""
     # Choose what the axis spans.
-    sums = [sum(max(value, 0.0) for _, value, _ in bar.parts if np.isfinite(value)) for bar in chart.bars]
+    sums = [measure_bar(bar) for bar in chart.bars]
     most = max([*sums, *(level for _, level in chart.levels)], default=0.0) or 1.0
     wide = max([measure_text(bar.name) for bar in chart.bars], default=0.0)
     kinds = {what: colour for bar in chart.bars for what, _, colour in bar.parts if what}
@@ -149,6 +149,11 @@ def draw_bar_chart(chart: BarChart) -> str:
         x = frame.place_x(level)
         parts.append(make_element("path", d=f"M{x:.1f} {frame.top:.1f}V{frame.bottom:.1f}", class_="level"))
     return make_svg(frame.bottom + _BELOW, chart.title, parts)
+
+
+def measure_bar(bar: Bar) -> float:
+    """Return the sum of a bar's parts that are finite and above 0."""
+    return sum(value for _, value, _ in bar.parts if np.isfinite(value) and value > 0)
 
 
 def draw_bar_axis(frame: Frame, unit: str) -> list[str]:

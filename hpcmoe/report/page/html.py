@@ -17,7 +17,8 @@ _STYLE = """
   --rule: #2c323b; --accent: #7db8f0; --plate: #2b3139; --c0: #4aa3e0; --c1: #f08548; --c2: #2fc198; --c3: #dd8cba;
   --c4: #e8b04a; --c5: #9dd0f3; --c6: #b89878; --c7: #6d7682; } }
 * { box-sizing: border-box; }
-body { margin: 0; overflow-wrap: anywhere; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
+body { margin: 0; overflow-wrap: anywhere;
+  background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
   Roboto, "DejaVu Sans", sans-serif; }
 main, header, nav, footer { max-width: 1240px; margin: 0 auto; padding: 0 16px; }
 header { padding-top: 28px; }

@@ -87,7 +87,11 @@ def check_layout(
     problem: PlacementProblem | None, layout: np.ndarray, split: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None] | None:
     """Return a layout with its shares, or None where it is none of the problem's: records come from any version."""
-    if problem is None or layout.shape != (problem.num_layers, problem.num_ranks * problem.slots_per_rank):
+    if (
+        problem is None
+        or not fits_together(problem)
+        or layout.shape != (problem.num_layers, problem.num_ranks * problem.slots_per_rank)
+    ):
         return None
     if not np.isfinite(layout).all() or layout.min() < -1 or layout.max() >= problem.num_experts:
         return None
@@ -95,6 +99,19 @@ def check_layout(
         return None
     fits = split is not None and split.shape == (problem.num_layers, problem.num_nodes, layout.shape[1])
     return layout.astype(np.int64), split if fits else None
+
+
+def fits_together(problem: PlacementProblem) -> bool:
+    """Return True if a recorded problem's arrays have the sizes that they tell each other."""
+    nodes, ranks, racks = problem.num_nodes, problem.num_ranks, len(problem.uplink_bytes_per_second)
+    shapes = (
+        (problem.bytes_per_second, (nodes, nodes)), (problem.latency_seconds, (nodes, nodes)),
+        (problem.egress_bytes_per_second, (nodes,)), (problem.ingress_bytes_per_second, (nodes,)),
+        (problem.tokens_of_rank, (ranks,)), (problem.probability, (problem.num_layers, nodes, problem.num_experts)),
+    )  # fmt: skip
+    places = ((problem.node_of_rank, nodes), (problem.rack_of_node, racks))
+    in_range = all(array.min(initial=0) >= 0 and array.max(initial=0) < size for array, size in places)
+    return bool(in_range and all(np.shape(array) == shape for array, shape in shapes))
 
 
 def evaluate_layout(problem: PlacementProblem, layout: np.ndarray, split: np.ndarray | None) -> Evaluated:

@@ -29,11 +29,15 @@ class RecordedRun:
     problem: PlacementProblem | None = None  # with the loads that the run saw
 
     def find_series(self, name: str, ndim: int = 1) -> Series | None:
-        """Find a metric whose values have so many dimensions, that of steps included; None where there is none."""
+        """Find a metric whose values have so many dimensions, that of steps included; None where there is none.
+
+        What is not finite is NaN.
+        """
         steps, values, unit = self.metrics.get(name, (np.empty(0), np.empty(0), ""))
         if len(steps) == 0 or values.ndim != ndim or values.dtype.kind not in "fiub" or values[0].size == 0:
             return None
-        return Series(steps.astype(np.int64), values.astype(np.float64), unit)
+        finite = np.where(np.isfinite(values), values, np.nan)
+        return Series(steps.astype(np.int64), finite.astype(np.float64), unit) if np.isfinite(finite).any() else None
 
     def find_number(self, name: str) -> float | None:
         """Find a finite number of the whole run; None where there is none."""
@@ -78,8 +82,8 @@ class RecordedRun:
     @property
     def node_names(self) -> list[str]:
         """Return the names of the nodes, or numbers where they have none."""
-        count = int(self.node_of_rank.max(initial=-1)) + 1
         names = self.find_texts("cluster/node_names")
+        count = min(int(self.node_of_rank.max(initial=-1)) + 1, len(self.node_of_rank))
         return names if len(names) >= count else [f"node {node}" for node in range(count)]
 
     def describe_cluster(self) -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from tabulate import tabulate
 
-from hpcmoe.report.page.charts import choose_shades
+from hpcmoe.report.page.charts import choose_shades, measure_bar
 from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, HeatMap, LineChart, Report, ReportSection
 from hpcmoe.report.page.numbers import format_short, group_cells
 
@@ -110,16 +110,13 @@ def format_levels(chart: LineChart | BarChart) -> list[str]:
 
 
 def format_bar(bar: Bar, chart: BarChart, width: int, ink: Ink) -> list[str]:
-    """Format a bar, and below it what its parts are."""
-    most = (
-        max([sum(value for _, value, _ in each.parts) for each in chart.bars] + [level for _, level in chart.levels])
-        or 1.0
-    )
-    columns, total = max(10, width - _NAME - 12), sum(value for _, value, _ in bar.parts)
+    """Format a bar, and below it what its parts are; what is not finite has no length."""
+    most = max([measure_bar(each) for each in chart.bars] + [level for _, level in chart.levels]) or 1.0
+    columns, total = max(10, width - _NAME - 12), measure_bar(bar)
     several = len(bar.parts) > 1
     drawn, reached = "", 0.0
     for number, (_, value, _) in enumerate(bar.parts):
-        reached += value / most * columns
+        reached += max(value, 0.0) / most * columns if np.isfinite(value) else 0.0
         drawn += (ink.kinds[number % len(ink.kinds)] if several else ink.bar) * max(0, round(reached) - len(drawn))
     lines = [f"{bar.name[: _NAME - 2]:<{_NAME}}{drawn:<{columns}} {format_short(total)}"[:width]]
     if several:
