@@ -9,6 +9,7 @@ if __name__ == "__main__":
     prepare_process()
 
 import argparse
+import dataclasses
 import pathlib
 import shutil
 import sys
@@ -123,6 +124,7 @@ def read_run(path: pathlib.Path, name: str) -> RecordedRun:
     try:
         problem, _ = read_run_problem(path)
         check_problem(problem)
+        problem = dataclasses.replace(problem, node_names=tuple(map(one_line, problem.node_names)))
     except (HpcmoeError, ValueError, TypeError, LookupError, MemoryError, AttributeError):  # there is none, or damaged
         problem = None
     return RecordedRun(name=name, path=one_line(path), metrics=metrics, values=values, problem=problem)
