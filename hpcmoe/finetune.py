@@ -37,8 +37,9 @@ from hpcmoe.run.trained_parts import checkpoint_activations, save_adapters, set_
 from hpcmoe.run.tune import check_aux_loss, infer_tokens, tune
 from hpcmoe.run.tuned_state import TunedState
 from hpcmoe.run.tuning_job import TuningJob, check_sequences, make_tuning_job
-from hpcmoe.write.checkpoint import newest_checkpoint, read_metadata, step_of
+from hpcmoe.write.checkpoint import read_metadata
 from hpcmoe.write.records import Records, open_records
+from hpcmoe.write.steps import newest_checkpoint, step_of
 from hpcmoe.write.writer import Writer, open_writer
 
 log = logging.getLogger(__name__)

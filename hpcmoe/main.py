@@ -38,18 +38,18 @@ from hpcmoe.paths import expand_path
 from hpcmoe.placement.demand import find_loads
 from hpcmoe.prepare.budget import check_budget, may_use_gpus
 from hpcmoe.prepare.shards import resolve_tensor_parallel
-from hpcmoe.resuming import AUTO, TOPOLOGY, end_run, find_start, fit_to_survivors, leave_last
+from hpcmoe.resuming import AUTO, TOPOLOGY, end_run, find_start, fit_to_ranks, leave_last
 from hpcmoe.run.metadata import describe_checkpoint, log_changes
 from hpcmoe.survivors import Survivors, join_survivors, leave_without_dead, notice_deaths, revoked_after_deaths
 from hpcmoe.wait import barrier
 from hpcmoe.watch import Watch, start_watch
 from hpcmoe.write.activations import write_activations
 from hpcmoe.write.boxes import Piece, PieceSpec
-from hpcmoe.write.checkpoint import is_in_folder, newest_checkpoint, step_of
 from hpcmoe.write.folder import open_folder
 from hpcmoe.write.pieces import read_pieces
 from hpcmoe.write.problem import read_loads
 from hpcmoe.write.records import Records, open_records
+from hpcmoe.write.steps import is_in_folder, newest_checkpoint, step_of
 from hpcmoe.write.writer import open_writer
 
 if TYPE_CHECKING:  # what imports torch
@@ -107,8 +107,8 @@ def run(ranks: Survivors, arguments: argparse.Namespace, opened: contextlib.Exit
     comm, resume = ranks.comm, arguments.resume
     config, text = on_root(comm, lambda: read_config_and_note(arguments.config, arguments.set))
     folder = pathlib.Path(config.run.output, config.run.name)
-    if ranks.who_died:
-        config, resume = on_root(comm, lambda: fit_to_survivors(config, ranks, folder)), AUTO
+    if ranks.who_died or arguments.restarted:
+        config, resume = on_root(comm, lambda: fit_to_ranks(config, ranks, folder)), AUTO
     checkpoint = find_start(comm, resume, folder, config)
     if checkpoint is not None and resume == AUTO and step_of(checkpoint) >= config.run.steps:
         log.info("%s is the last of [run] steps = %d: nothing is left to do", checkpoint, config.run.steps)
@@ -271,6 +271,10 @@ def read_run_arguments(words: list[str]) -> argparse.Namespace | None:
         "--resume", nargs="?", const="", metavar="FOLDER", type=lambda path: expand_path(path, "--resume"),
         help="go on from the newest checkpoint of this run, or of FOLDER, or from the checkpoint FOLDER; auto: from "
         "the newest that is whole, from the start where there is none, and not at all after the last step",
+    )  # fmt: skip
+    parser.add_argument(
+        "--restarted", action="store_true",
+        help="go on after a fault, perhaps on fewer ranks: as --resume auto, in the nearest shape that they have",
     )  # fmt: skip
     arguments = parser.parse_unless_help(words)
     if arguments is None:

@@ -213,3 +213,4 @@ class RestartConfig:
 
     grace_seconds: Positive = 120.0
     wall_seconds: NotNegative = 0.0
+    tries: _CountOrZero = 3
