@@ -28,8 +28,8 @@ from hpcmoe.model.tokens import TokenText, find_tokens
 from hpcmoe.output import print_to_stdout
 from hpcmoe.prepare.process import estimate_process
 from hpcmoe.pulse import busy
-from hpcmoe.report.tables import make_table
-from hpcmoe.report.totals import Totals, gather_totals, record_totals
+from hpcmoe.report.tables import make_table, record_results
+from hpcmoe.report.totals import Totals, gather_totals
 from hpcmoe.resuming import end_run
 from hpcmoe.run.finite import check_arrays, label_array
 from hpcmoe.run.metadata import describe_checkpoint, log_changes
@@ -84,7 +84,7 @@ def run_finetune(comm: MPI.Intracomm, run: TuningRun) -> int:
             with end_in_order(config.restart, folder if comm.rank == 0 else None) as job.stepper.ending:
                 totals = work(job, records, folder, first_step)
                 describe_tokens(records, job)
-                record_totals(records, totals)
+                record_results(records, job, totals)
         written: list[Path | None] = [folder / "run.h5"]
         if config.run.mode == "train":
             written += [newest_checkpoint(folder)]

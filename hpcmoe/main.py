@@ -139,8 +139,7 @@ def run(ranks: Survivors, arguments: argparse.Namespace, opened: contextlib.Exit
     with open_mesh(comm, parallel) as mesh, revoked_after_deaths(*mesh.comms):
         gc.disable()  # torch's import makes much that stays: a tenth of its time is looking through it for garbage
         with exit_on_signals(lambda ending: end_all_ranks(comm, opened, ending)):
-            from hpcmoe.report.tables import make_table
-            from hpcmoe.report.totals import record_totals
+            from hpcmoe.report.tables import make_table, record_results
             from hpcmoe.run.job import open_job  # seconds of CPU on a laptop
 
         gc.freeze()
@@ -152,7 +151,7 @@ def run(ranks: Survivors, arguments: argparse.Namespace, opened: contextlib.Exit
                 with end_in_order(config.restart, folder if comm.rank == 0 else None) as job.stepper.ending:
                     totals = train_or_infer(job, records, folder, start)
                     describe_tokens(records, job)
-                    record_totals(records, totals)
+                    record_results(records, job, totals)
             if comm.rank == 0:
                 newest = newest_checkpoint(folder) if config.run.mode == "train" else None
                 table, written = make_table(job, totals), [folder / "run.h5", *([newest] if newest else [])]

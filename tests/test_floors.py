@@ -47,8 +47,8 @@ SET_BEFORE_MPI = r"\bos\.environ\.setdefault\("  # main.py alone may, for what m
 
 
 def chapter_of(file):
-    """Name the chapter of a file: its folder in the package, or itself."""
-    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+    """Name the chapter of a file: its folder in the package, or itself; a chapter's __main__ is a program."""
+    return "__main__" if file.name == "__main__.py" else file.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports_of(file):
