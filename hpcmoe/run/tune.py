@@ -1,6 +1,7 @@
 """Training and inference of a Hugging Face model: batches of tokens in lanes, each step measured as in our own runs."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hpcmoe.errors import ConfigError, attempt, on_all, raise_or_return
 from hpcmoe.model.routing_stats import RoutingStats
 from hpcmoe.model.text import BlankText, Text, even_starts, read_micro_batches, share_of
 from hpcmoe.report.metrics import Recorder
-from hpcmoe.report.progress import open_progress
+from hpcmoe.run.display import open_display
 from hpcmoe.run.finite import check_finite
 from hpcmoe.run.replicas import check_shared_model
 from hpcmoe.run.schedules import learning_rate_at
@@ -41,7 +42,7 @@ def tune(job: TuningJob, records: Recorder, first_step: int, save: SaveStep) -> 
         outcome, norm = tune_step(job, step)
         records.append(step, "train", "gradient_norm", norm)
         records.append(step, "train", "learning_rate", rate_of(job))
-        return outcome
+        return dataclasses.replace(outcome, norm=norm)
 
     def end_step(step: int) -> None:
         """Validate and write what is due."""
@@ -77,13 +78,13 @@ def measure_tuning(
 ) -> None:
     """Run the steps after first_step: each is measured, recorded and shown. Collective over world."""
     num_steps = job.config.run.steps
-    with open_progress(num_steps, first_step, job.mesh.world.rank == 0) as show:
+    with open_display(job.config, first_step, job.mesh.world.rank) as show:
         for step in range(first_step + 1, num_steps + 1):
             job.meter.start()
             outcome = take_step(step)
             metrics = job.meter.read(outcome.stats)
             record_step(records, step, outcome, metrics, job.loss_unit)
-            show(step, outcome.loss, rate_of(job), metrics)
+            show(step, outcome.loss, rate_of(job), metrics, outcome.norm)
             end_step(step)
             if job.stepper.ending.is_agreed:
                 break

@@ -27,7 +27,7 @@ from hpcmoe.write.pieces import FILES, MASTER
 MARK = "hpcmoe.json"
 _RESULTS = re.compile(r"run\.h5(\.\d+|\.previous)?|(checkpoint|activations)-\d+")
 _PARTIAL = re.compile(r"(run\.h5|(checkpoint|activations)-\d+(\.old)?)\.partial|topology\.json\.part")  # after a kill
-_OTHERS = re.compile(rf"topology\.json|hf|{re.escape(MARK)}")
+_OTHERS = re.compile(rf"topology\.json|hf|log\.jsonl|tensorboard|trace\.json\.gz|{re.escape(MARK)}")
 _NUM_REMOVALS = 50  # tries, in a second, where another thread still writes
 log = logging.getLogger(__name__)
 
