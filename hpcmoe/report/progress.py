@@ -110,6 +110,8 @@ def open_bar(num_steps: int, first_step: int, width: int) -> Iterator[Callable[[
             below.set_description_str(figures[:columns], refresh=False)
             bar.update(step - bar.n)
             below.update()
+            if step in (first_step + 1, num_steps):  # however fast they are
+                below.refresh()
 
         yield show
 

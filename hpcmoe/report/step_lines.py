@@ -41,7 +41,7 @@ def fit_pairs(pairs: Pairs, most: int) -> str:
 
 
 def format_number(value: str | float, digits: int) -> str:
-    """Format a number with so many significant digits, a text as it is. Up to a million it is written out where there is room."""
+    """Format a number with so many significant digits, where there is room up to a million in full; a text as it is."""
     if isinstance(value, str):
         return value
     if digits > 2 and 1000 <= abs(value) < 1e6:
@@ -54,7 +54,7 @@ def format_duration(seconds: float) -> str:
     whole = max(round(seconds), 0)
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
     if days:
-        return f"{days}d{hours:02}h"
+        return f"{days}d{hours:02}h" if days < 100 else f"{days}d"
     if hours:
         return f"{hours}h{minutes:02}m"
     return f"{minutes}m{whole % 60:02}s" if minutes else f"{whole}s"

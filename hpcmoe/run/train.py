@@ -19,6 +19,7 @@ from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.rebalance import Rebalancer
 from hpcmoe.run.replicas import check_shared_parameters
 from hpcmoe.run.step import Outcome
+from hpcmoe.run.tracing import Tracing
 
 log = logging.getLogger(__name__)
 Activations = dict[str, np.ndarray]
@@ -71,18 +72,22 @@ def measure_steps(
     """
     config = job.config
     rebalancer = Rebalancer(job, optimizer, records)
+    tracing = Tracing(config.run, job.mesh, job.stepper.dispatcher, job.stepper.network.device)
     with open_display(config, first_step, job.mesh.world.rank) as show:
         for step in range(first_step + 1, config.run.steps + 1):
-            job.meter.start()
-            rebalancer.start_if_due(step - 1)
-            outcome = take_step(step)
-            metrics, activations = job.meter.read(outcome.stats), job.stepper.network.take_activations()
+            with tracing.step(step):
+                job.meter.start()
+                rebalancer.start_if_due(step - 1)
+                outcome = take_step(step)
+                metrics, activations = job.meter.read(outcome.stats), job.stepper.network.take_activations()
             record_step(records, step, outcome, metrics)
             show(step, outcome.loss, None if optimizer is None else optimizer.learning_rate, metrics, outcome.norm)
             rebalancer.end_step(step, outcome.stats)
             end_step(step, outcome, activations)
             if job.stepper.ending.is_agreed:
                 break
+        tracing.finish()
+    job.meter.hidden_share = tracing.hidden_share
 
 
 def train_step(job: Job, optimizer: Optimizer, load: np.ndarray, step: int) -> tuple[Outcome, float]:

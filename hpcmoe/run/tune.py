@@ -22,6 +22,7 @@ from hpcmoe.run.finite import check_finite
 from hpcmoe.run.replicas import check_shared_model
 from hpcmoe.run.schedules import learning_rate_at
 from hpcmoe.run.step import Outcome
+from hpcmoe.run.tracing import Tracing
 from hpcmoe.run.train import is_due, record_step
 from hpcmoe.run.tuning_job import TuningJob
 
@@ -78,16 +79,20 @@ def measure_tuning(
 ) -> None:
     """Run the steps after first_step: each is measured, recorded and shown. Collective over world."""
     num_steps = job.config.run.steps
+    tracing = Tracing(job.config.run, job.mesh, job.stepper.dispatcher, job.group.device)
     with open_display(job.config, first_step, job.mesh.world.rank) as show:
         for step in range(first_step + 1, num_steps + 1):
-            job.meter.start()
-            outcome = take_step(step)
-            metrics = job.meter.read(outcome.stats)
+            with tracing.step(step):
+                job.meter.start()
+                outcome = take_step(step)
+                metrics = job.meter.read(outcome.stats)
             record_step(records, step, outcome, metrics, job.loss_unit)
             show(step, outcome.loss, rate_of(job), metrics, outcome.norm)
             end_step(step)
             if job.stepper.ending.is_agreed:
                 break
+        tracing.finish()
+    job.meter.hidden_share = tracing.hidden_share
 
 
 def rate_of(job: TuningJob) -> float | None:
