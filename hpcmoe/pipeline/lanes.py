@@ -94,7 +94,7 @@ class Lanes(Progress):
 
     def run_lane(self, lane: Lane, step: Callable[[int], _Result], results: dict[int, _Result]) -> None:
         """Pass a lane's micro-batches through the network, one after the other, in this thread."""
-        outside = self.clock.switch(lane.timers)
+        outside = self.clock.switch(lane.timers, lane.number)
         self.current.lane = lane
         try:
             with torch.autograd.set_multithreading_enabled(False):  # backward runs in this thread too
@@ -220,7 +220,7 @@ class Lanes(Progress):
         lane.at = stage, lane.layer
         self.pulse.work(stage, lane.layer, lane.micro_batch)
         try:
-            with self.clock.measure(stage.report_as), torch.no_grad():  # in whoever's thread
+            with self.clock.measure(stage.report_as, lane.number), torch.no_grad():  # in whoever's thread
                 worked = next(pieces, None)
         except Exception as error:
             lane.error = error
@@ -255,7 +255,7 @@ class Lanes(Progress):
             self.give_turn(successor)
             lane.await_turn()
             self.random.set(states)
-            self.clock.switch(lane.timers)
+            self.clock.switch(lane.timers, lane.number)
         self.stop_if_failed()
 
     def give_turn(self, lane: Lane) -> None:

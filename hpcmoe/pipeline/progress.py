@@ -25,7 +25,7 @@ class Progress:
 
     def wait(self, timer: Timer, backoff: Backoff) -> None:
         """Pause, a few times at most, until something may have changed since the last poke."""
-        with self.clock.measure(timer):
+        with self.clock.measure(timer, pauses=True):
             if len(self.dispatchers) == 1:
                 self.dispatchers[0].wait_for_change(backoff)
             else:
