@@ -10,7 +10,6 @@ from hpcmoe.report.placement_tables import Rows
 STAGE_COLOURS = {  # of a step, in its order: colour
     "data": 6, "dense": 0, "route": 2, "dispatch": 1, "compute": 5, "combine": 4, "optimizer": 3, "waiting": 7,
 }  # fmt: skip
-_PREDICTED = ("run/predicted_step_seconds", "run/step_seconds_predicted", "run/predicted_step_time")
 _SMOOTHED = 0.05  # of the steps are averaged for the curve of throughput
 
 
@@ -91,7 +90,8 @@ def find_stages(run: RecordedRun) -> dict[str, np.ndarray]:
 
 def find_predicted(run: RecordedRun) -> float | None:
     """Find the seconds of a step that were predicted before the run, None where there is no prediction."""
-    return next((value for name in _PREDICTED if (value := run.find_number(name))), None)
+    names = (name for name in run.values if "predicted" in name and "step" in name)
+    return next((value for name in names if (value := run.find_number(name))), None)
 
 
 def chart_prediction(run: RecordedRun, predicted: float, seconds: Series) -> BarChart:
