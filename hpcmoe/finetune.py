@@ -27,6 +27,7 @@ from hpcmoe.model.text import check_text
 from hpcmoe.model.tokens import TokenText, find_tokens
 from hpcmoe.output import print_to_stdout
 from hpcmoe.prepare.process import estimate_process
+from hpcmoe.pulse import busy
 from hpcmoe.report.tables import make_table, record_results
 from hpcmoe.report.totals import Totals, gather_totals
 from hpcmoe.resuming import end_run
@@ -175,11 +176,13 @@ def work(job: TuningJob, records: Records, folder: Path, first_step: int) -> Tot
             """Write what is due after a step."""
             writer.poll()
             if is_due(step, config.write.hf_every, 0) and step < config.run.steps:
-                save_family(job, job.group, folder)
+                with busy("writing the model"):
+                    save_family(job, job.group, folder)
             if job.stepper.ending.is_agreed or is_due(step, config.write.checkpoint_every, config.run.steps):
-                describe_tokens(records, job)
-                records.flush()
-                save_state(job, writer, step)
+                with busy("writing a checkpoint"):
+                    describe_tokens(records, job)
+                    records.flush()
+                    save_state(job, writer, step)
 
         losses = tune(job, records, first_step, save) if job.optimizer else infer_tokens(job, records)
     return gather_totals(job, job.optimizer, losses, writer.snapshot_bytes)

@@ -60,6 +60,11 @@ def rows_of_time(totals: Totals) -> Rows:
         ("time per token", f"{1e6 * totals.seconds / num_tokens:.2f}", "us"),
         ("time per step", f"{1e3 * totals.seconds / num_steps:.1f}", "ms"),
         *((f"  in {stage}", f"{1e3 * seconds / num_steps:.1f}", "ms, mean of ranks") for stage, seconds in stages),
+        *(
+            ("  transfers hidden", f"{share:.2f}", "behind the experts' work, in the steps of [run] trace; 1 all")
+            for share in (totals.hidden_share,)
+            if share is not None
+        ),
     ]
 
 

@@ -27,7 +27,9 @@ from hpcmoe.write.pieces import FILES, MASTER
 MARK = "hpcmoe.json"
 _RESULTS = re.compile(r"run\.h5(\.\d+|\.previous)?|(checkpoint|activations)-\d+")
 _PARTIAL = re.compile(r"(run\.h5|(checkpoint|activations)-\d+(\.old)?)\.partial|topology\.json\.part")  # after a kill
-_OTHERS = re.compile(rf"topology\.json|hf|report\.html|report-csv|{re.escape(MARK)}")
+_OTHERS = re.compile(
+    rf"topology\.json|hf|report\.html|report-csv|log\.jsonl|tensorboard|trace\.json\.gz|{re.escape(MARK)}"
+)
 _FIRST_BYTES = 2000  # of a report, which name the program
 _NUM_REMOVALS = 50  # tries, in a second, where another thread still writes
 log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, Line, LineChart, ReportSection
+from hpcmoe.report.page.contents import BarChart, Chart, ChartBar, DataTable, Line, LineChart, ReportSection
 from hpcmoe.report.page.numbers import format_short
 from hpcmoe.report.page.recorded import RecordedRun, Series
 from hpcmoe.report.placement_tables import Rows
@@ -54,12 +54,12 @@ def make_speed(run: RecordedRun) -> ReportSection | None:
         LineChart(title="Throughput", unit="tokens/s", from_zero=True, lines=lines_of_rate("", rate))
     ]
     if stages:
-        mean = Bar(
+        mean = ChartBar(
             name="mean", parts=[(name, 1e3 * values.mean(), STAGE_COLOURS[name]) for name, values in stages.items()]
         )
         slow = seconds.values.argsort()[-max(1, len(seconds.values) // 20) :]  # by the clock of rank 0
         parts = [(name, 1e3 * values[slow].mean(), STAGE_COLOURS[name]) for name, values in stages.items()]
-        bars = [mean, Bar(name="slowest 5 %", parts=parts)]
+        bars = [mean, ChartBar(name="slowest 5 %", parts=parts)]
         charts.append(BarChart(title="Where a step's seconds go", unit="ms, mean of the ranks", bars=bars))
         lines = [Line(name=name, x=seconds.steps, y=1e3 * average(values), colour=STAGE_COLOURS[name])
                  for name, values in stages.items()]  # fmt: skip
@@ -98,8 +98,8 @@ def chart_prediction(run: RecordedRun, predicted: float, seconds: Series) -> Bar
     """Compare the predicted seconds of a step with the measured."""
     median = float(np.median(seconds.values))
     bars = [
-        Bar(name="predicted", parts=[("", 1e3 * predicted, 5)]),
-        Bar(name="measured", parts=[("", 1e3 * median, 0)]),
+        ChartBar(name="predicted", parts=[("", 1e3 * predicted, 5)]),
+        ChartBar(name="measured", parts=[("", 1e3 * median, 0)]),
     ]
     note = f"The median step took {median / predicted:.2f} x what was predicted."
     return BarChart(title="Step as predicted and measured", unit="ms", bars=bars, note=note)
