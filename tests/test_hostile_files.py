@@ -76,11 +76,11 @@ def test_what_is_no_such_file_is_one_line(tmp_path, monkeypatch, reader, hostile
 def test_what_stands_in_a_runs_folder_neither_waits_nor_fills_memory(tmp_path, monkeypatch, hostile):
     """The lock, the mark and the record that others put there count as none; a list of checksums is one line."""
     monkeypatch.setattr("hpcmoe.write.lock.READ_SECONDS", 0.05)
-    for name in (LOCK, MARK, "run.h5", "topology.json", CHECKSUMS):
+    for name in (LOCK, MARK, "run.h5", "topology.json", "report.html", CHECKSUMS):
         HOSTILE[hostile](tmp_path / name)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert read_lock(tmp_path / LOCK) is None
-    assert not any(is_written_by_run(tmp_path / name) for name in (MARK, "run.h5", "topology.json"))
+    assert not any(is_written_by_run(tmp_path / name) for name in (MARK, "run.h5", "topology.json", "report.html"))
     if hostile != "loop":  # the system's error, one line too
         assert count_rows_until(tmp_path / "run.h5", 1) is None
     if hostile != "empty":

@@ -28,7 +28,10 @@ from hpcmoe.write.pieces import FILES, MASTER
 MARK = "hpcmoe.json"
 _RESULTS = re.compile(r"run\.h5(\.\d+|\.previous)?|(checkpoint|activations)-\d+")
 _PARTIAL = re.compile(r"(run\.h5|(checkpoint|activations)-\d+(\.old)?)\.partial|topology\.json\.part")  # after a kill
-_OTHERS = re.compile(rf"topology\.json|hf|{re.escape(MARK)}")
+_OTHERS = re.compile(
+    rf"topology\.json|hf|report\.html|report-csv|log\.jsonl|tensorboard|trace\.json\.gz|{re.escape(MARK)}"
+)
+_FIRST_BYTES = 2000  # of a report, which name the program
 _NUM_REMOVALS = 50  # tries, in a second, where another thread still writes
 log = logging.getLogger(__name__)
 
@@ -162,6 +165,9 @@ def is_written_by_run(path: Path) -> bool:
                 return False  # reading a pipe would block
             case "hpcmoe.json":
                 return dict(read_json(path)).get("program") == "hpcmoe"
+            case "report.html":
+                with path.open("rb") as page:
+                    return b'content="hpcmoe ' in page.read(_FIRST_BYTES)
             case "topology.json":
                 return "bytes_per_second" in dict(read_json(path))
             case "run.h5":
