@@ -64,10 +64,12 @@ class Case:
 
     def spell(self, ranks):
         """Spell the command of this case's run on some ranks: go on if there is something."""
-        settings = {**SETTINGS, "run.output": self.folder, "write.asynchronous": str(self.number % 2 == 0).lower()}
-        words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        command = [sys.executable, "-m", "hpcmoe.main", "inputs/run.toml", *words, "--resume", "auto"]
-        return [MPIRUN, "-n", str(ranks), *command]
+        kept = {"run.output": self.folder, "write.asynchronous": str(self.number % 2 == 0).lower()}
+        settings = {**SETTINGS, **KINDS[self.kind].settings, **kept}
+        words = ["inputs/run.toml", *(word for key, value in settings.items() for word in ("--set", f"{key}={value}"))]
+        if KINDS[self.kind].supervised:
+            return [sys.executable, "-m", "hpcmoe", "run", *words, "--restart", "3", "-n", str(ranks)]
+        return [MPIRUN, "-n", str(ranks), sys.executable, "-m", "hpcmoe.main", *words, "--resume", "auto"]
 
     def start(self, ranks):
         """Start this case's run in a session of its own -> Running."""

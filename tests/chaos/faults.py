@@ -5,13 +5,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 from launch import run
 
 ASKED, REFUSED = 75, 2  # statuses: ended in order; one line
 PAUSE_SECONDS = 1.5
+HANG_SECONDS = 10.0  # after which a stopped rank is to be named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,8 @@ class Kind:
     restore: Callable = lambda case: None  # put back what the fault took
     any_time: bool = True  # False: only once there is a checkpoint
     removes: bool = False  # True: the checkpoints go with it
+    supervised: bool = False  # True: under `hpcmoe run --restart`
+    settings: dict = field(default_factory=dict)  # beside case.SETTINGS
 
 
 def list_ranks(case):
@@ -89,6 +92,19 @@ def pause_rank(case):
     send(case, process, signal.SIGSTOP, f"rank {rank}")
     time.sleep(PAUSE_SECONDS)
     process.send_signal(signal.SIGCONT)
+
+
+def stop_rank(case):
+    """Stop a rank for good."""
+    rank, process = choose_rank(case)
+    case.named = f"rank {rank} of {case.ranks}"
+    send(case, process, signal.SIGSTOP, f"rank {rank}")
+
+
+def check_hung(case, ended):
+    """The run ended, and named the rank that was stopped."""
+    wrong = check_ended(case, ended)
+    return wrong if case.named in ended.errors else [*wrong, f"does not name {case.named}: {ended}"]
 
 
 def check_done(case, ended):
@@ -180,6 +196,8 @@ KINDS = {
     "kill": Kind(act=kill_rank, check=check_killed),
     "launcher": Kind(act=kill_launcher, check=check_ended),
     "pause": Kind(act=pause_rank, check=check_done),
+    "stop": Kind(act=stop_rank, check=check_hung, any_time=False, settings={"restart.hang_seconds": HANG_SECONDS}),
+    "restart": Kind(act=kill_rank, check=check_done, any_time=False, supervised=True),
     "signal": Kind(act=send_signal, check=check_asked),
     "disk": Kind(act=fill_disk, check=check_line, any_time=False),
     "folder": Kind(act=move_folder, check=check_folder, restore=move_back, any_time=False, removes=True),
