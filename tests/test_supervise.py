@@ -20,7 +20,7 @@ from hpcmoe.sections import RestartConfig, RunConfig
 from hpcmoe.supervise import Attempt, Supervisor, find_cause, find_lasting_error, list_processes, read_arguments
 from hpcmoe.write.mirror import name_mirror
 
-DETERMINISTIC = {"run__steps": 12, "pipeline__deterministic": "true"}
+DETERMINISTIC = {"run__steps": 30, "pipeline__deterministic": "true"}
 DEATH = "[rank 1 of 2, h] 10:00:0{} process {} ended before its time, the first of this node's ranks: signal 9"
 
 
