@@ -13,6 +13,7 @@ The chapters in the order in which they may import each other, which is the orde
     pipeline/                many tokens at once: micro-batches in lanes that take turns
     placement/               where experts live: from a problem of tokens, links and memory to experts on ranks
     prepare/                 what fits: sizes, memory, budget, the placement of a run
+    projection/              what is foretold: a cluster, a model, costs and loads as described, before there are ranks
     report/                  what is shown: metrics, progress, tables, figures
     run/                     many steps: job, training, inference, optimizer, migration of experts
     write/                   what is kept: records, checkpoints, activations, the run's folder

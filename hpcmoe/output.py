@@ -18,6 +18,11 @@ def print_to_stdout(text: str, end: str = "\n") -> None:
     write(sys.stdout, f"{text}{end}")
 
 
+def read_stdout_encoding() -> str:
+    """Return the encoding of standard output, ASCII where it is closed."""
+    return getattr(sys.stdout, "encoding", None) or "ascii"
+
+
 def print_to_stderr(lines: Iterable[str]) -> None:
     """Write lines to standard error in one call, so that those of several ranks do not mix."""
     write(sys.stderr, "".join(f"{line}\n" for line in lines))

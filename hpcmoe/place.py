@@ -16,6 +16,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -65,6 +66,11 @@ def read_place_arguments(words: Sequence[str]) -> argparse.Namespace:
         "--budget", type=positive, metavar="SECONDS",
         help="time to search in, 0.1 s a layer; to prove how good the result is takes up to half as much more",
     )  # fmt: skip
+    parser.add_argument(
+        "--loads", metavar="FILE",
+        help="take the probabilities of experts from there: run.h5, counts of SGLang or vLLM (.json, .npy, .pt), rows "
+        "(.json); even; or an exponent of a power law, such as 1.2",
+    )  # fmt: skip
     parser.add_argument("-o", "--output", metavar="OUT.json", help="write the placement there")
     parser.add_argument("--eplb-out", metavar="MAP", help="write it as EPLB's map of slots to experts: .json, .npy")
     parser.add_argument(
@@ -108,7 +114,11 @@ def natural(word: str) -> int:
 
 def check_place_outputs(arguments: argparse.Namespace) -> None:
     """Check, before a long search, that what is asked for can be written. Raises ConfigError."""
-    inputs = {"the case itself": arguments.case, "what --start reads": arguments.start}
+    inputs = {
+        "the case itself": arguments.case,
+        "what --start reads": arguments.start,
+        "what --loads reads": arguments.loads,
+    }
     outputs = {
         "what -o writes": arguments.output,
         "what --eplb-out writes": arguments.eplb_out,
@@ -137,6 +147,9 @@ def print_notes(notes: Sequence[str], prefix: str = "") -> None:
 def place_case(arguments: argparse.Namespace) -> str:
     """Read the problem, solve it, write what was asked for -> the text to show."""
     problem, notes = _read_problem(arguments)
+    if arguments.loads:
+        problem, note = replace_loads(problem, arguments.loads)
+        notes.append(note)
     if arguments.layer >= problem.num_layers:
         raise ConfigError(f"--layer {arguments.layer}: must be below layers = {problem.num_layers}")
     print_notes(notes)
@@ -216,6 +229,20 @@ def _read_problem(arguments: argparse.Namespace) -> tuple[PlacementProblem, list
     read, notes = problem.read_run_problem(arguments.case, **{name: value for name, value in given.items() if value})
     check_problem(read)
     return read, notes
+
+
+def replace_loads(problem: PlacementProblem, word: str) -> tuple[PlacementProblem, str]:
+    """Replace a problem's probabilities by what --loads names -> (problem, note). Raises HpcmoeError in one line."""
+    from hpcmoe.placement.demand import make_probability
+    from hpcmoe.placement.files.loads import ExpertGrid, choose_loads
+    from hpcmoe.write.problem import read_loads
+
+    grid = ExpertGrid(num_layers=problem.num_layers, num_experts=problem.num_experts)
+    try:
+        loads, origin = choose_loads(word, grid, top_k=1, read_record=read_loads)
+    except HpcmoeError as error:
+        raise type(error)(f"--loads: {error}") from None
+    return replace(problem, probability=make_probability(loads, problem.node_names)), f"loads are {origin}"
 
 
 def make_answer(

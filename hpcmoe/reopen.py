@@ -14,7 +14,7 @@ from hpcmoe.config import Config, make_config
 from hpcmoe.errors import CheckpointError, ConfigError, on_root
 from hpcmoe.model.language import LanguageModel
 from hpcmoe.model.split import Split
-from hpcmoe.placement.demand import find_loads
+from hpcmoe.placement.files.loads import find_loads
 from hpcmoe.run.job import Job, open_job
 from hpcmoe.run.ranks import read_group_topology
 from hpcmoe.run.state import LOAD, TrainingState

@@ -227,3 +227,10 @@ class RestartConfig:
 
     grace_seconds: Positive = 120.0
     wall_seconds: NotNegative = 0.0
+    tries: _CountOrZero = 3
+    hang_seconds: Literal["auto"] | NotNegative = "auto"
+
+    @property
+    def hang_limit(self) -> float | None:
+        """Return hang_seconds, None where the steps' times give it."""
+        return None if self.hang_seconds == "auto" else self.hang_seconds

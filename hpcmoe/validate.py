@@ -55,6 +55,30 @@ def validate_arguments(cls: type, arguments: dict[str, Any], where: str) -> Any:
     raise ConfigError(join_lines(lines))
 
 
+def validate_table(cls: type, table: dict[str, Any], where: str) -> Any:
+    """Build a dataclass of a table of TOML, or an object of JSON. Raises ConfigError with one line a key at fault.
+
+    where: what a line begins with, the file and the table in it.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return make_validator(cls).validate_json(json.dumps(make_json(table)))
+    except ValidationError as invalid:
+        errors_of_key = group_errors(invalid, 1)
+    known, lines = [field.name for field in fields(cls)], []
+    for errors in errors_of_key:
+        key = str(errors[0]["loc"][0])
+        what = f"{where}{one_line(key)}"
+        is_known = key in known
+        lines.append(
+            format_entry(what, table, errors, 1).replace("Value error, ", "", 1)
+            if is_known
+            else f"{what} = {show_value(table[key])}: unknown key{suggest(key, known)}"
+        )
+    raise ConfigError(join_lines(lines))
+
+
 @functools.cache
 def make_validator(cls: type) -> TypeAdapter[Any]:
     """Make what reads a dataclass, once: it takes pydantic as long as a hundred readings."""
@@ -97,11 +121,17 @@ def format_entry(name: str, tree: dict[str, Any], errors: Sequence[Any], depth: 
         return f"{name}: missing"
 
     # Leave types' names out of an entry's path: a key of several types has an error for each.
-    index = [part for part in first["loc"][depth:] if isinstance(part, int)]
+    index = list_index(first, depth)
     value = functools.reduce(operator.getitem, [*first["loc"][:depth], *index], tree)
     entries = {tuple(part for part in error["loc"] if isinstance(part, int)) for error in errors}
-    what = first["msg"].replace("Input should", "must")
+    of_types = [error["msg"].removeprefix("Input should be ") for error in errors if list_index(error, depth) == index]
+    what = f"must be {' or '.join(of_types)}" if len(of_types) > 1 else first["msg"].replace("Input should", "must")
     return f"{name}{format_index(index)} = {show_value(value)}: {what}{format_more(len(entries) - 1)}"
+
+
+def list_index(error: Any, depth: int) -> list[int]:
+    """List the indices of what an error of pydantic's is about in the lists of a key, at a depth of the tree."""
+    return [part for part in error["loc"][depth:] if isinstance(part, int)]
 
 
 def _format_errors(

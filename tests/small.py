@@ -22,7 +22,7 @@ from hpcmoe.dispatch.host import HostDispatcher
 from hpcmoe.dispatch.routes import make_routes
 from hpcmoe.dispatch.sizes import DeviceSizes, HostSizes, make_host_sizes, max_messages_sent
 from hpcmoe.model.text import find_text
-from hpcmoe.placement.demand import find_loads
+from hpcmoe.placement.files.loads import find_loads
 from hpcmoe.prepare.sizes import make_sizes as make_run_sizes
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer

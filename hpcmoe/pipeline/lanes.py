@@ -200,6 +200,7 @@ class Lanes(Progress):
         """Count the seconds of the with-block to a stage of a layer, and name this in what goes wrong."""
         self.check_open()
         self.lane.at = stage, layer
+        self.pulse.work(stage, layer, self.lane.micro_batch)
         with self.clock.measure(stage.report_as):
             yield
 
@@ -217,6 +218,7 @@ class Lanes(Progress):
         """Run the next piece of what a lane waits for -> whether there was one."""
         stage, pieces = lane.stages[0]
         lane.at = stage, lane.layer
+        self.pulse.work(stage, lane.layer, lane.micro_batch)
         try:
             with self.clock.measure(stage.report_as, lane.number), torch.no_grad():  # in whoever's thread
                 worked = next(pieces, None)

@@ -16,6 +16,7 @@ from hpcmoe.config import Config
 from hpcmoe.errors import ConfigError, attempt, on_all, raise_or_return
 from hpcmoe.model.routing_stats import RoutingStats
 from hpcmoe.model.text import BlankText, Text, even_starts, read_micro_batches, share_of
+from hpcmoe.pulse import busy, open_pulse
 from hpcmoe.report.metrics import Recorder
 from hpcmoe.run.display import open_display
 from hpcmoe.run.finite import check_finite
@@ -78,14 +79,16 @@ def measure_tuning(
     job: TuningJob, records: Recorder, first_step: int, take_step: Callable[[int], Outcome], end_step: SaveStep
 ) -> None:
     """Run the steps after first_step: each is measured, recorded and shown. Collective over world."""
-    num_steps = job.config.run.steps
+    num_steps, pulse = job.config.run.steps, open_pulse()
     tracing = Tracing(job.config.run, job.mesh, job.stepper.dispatcher, job.group.device)
     with open_display(job.config, first_step, job.mesh.world.rank) as show:
         for step in range(first_step + 1, num_steps + 1):
+            pulse.begin_step(step)
             with tracing.step(step):
                 job.meter.start()
                 outcome = take_step(step)
                 metrics = job.meter.read(outcome.stats)
+            pulse.end_step(metrics.seconds)
             record_step(records, step, outcome, metrics, job.loss_unit)
             show(step, outcome.loss, rate_of(job), metrics, outcome.norm)
             end_step(step)
@@ -93,6 +96,7 @@ def measure_tuning(
                 break
         tracing.finish()
     job.meter.hidden_share = tracing.hidden_share
+    pulse.end_run()
 
 
 def rate_of(job: TuningJob) -> float | None:
@@ -107,6 +111,7 @@ def tune_step(job: TuningJob, step: int) -> tuple[Outcome, float]:
     for parameter in model.parameters():
         parameter.grad = None
     outcome = run_batch(job, job.training, draw_batch_of(job, step), "train", step)
+    open_pulse().name("the optimizer")
     with group.engine.clock.measure(Timer.OPTIMIZER):
         group.sum_gradients(model)
         norm = group.clip_grad_norm_(model, config.train.clip_norm or math.inf)
@@ -238,7 +243,7 @@ def rebalance_if_due(job: TuningJob, records: Recorder, step: int, first_step: i
     every = job.config.rebalance.every
     if every == 0 or step == first_step + 1 or (step - 1) % every:
         return
-    with job.group.engine.clock.measure(Timer.WAITING):
+    with job.group.engine.clock.measure(Timer.WAITING), busy("moving experts"):
         job.meter.batches.credit_experts(job.placement, job.mesh.expert_index)
         moved = job.group.rebalance(job.model, job.optimizer and job.optimizer.adamw)
     log.info("step %d: %d experts have moved to where their tokens come from", step, moved)

@@ -18,7 +18,7 @@ from hpcmoe.config import Config, DispatchConfig, PipelineConfig, PlacementConfi
 from hpcmoe.errors import on_root
 from hpcmoe.model.balance import even_load
 from hpcmoe.model.text import find_text
-from hpcmoe.placement.demand import find_loads
+from hpcmoe.placement.files.loads import find_loads
 from hpcmoe.report.totals import compute_sampling_floors
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer

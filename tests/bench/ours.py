@@ -12,7 +12,7 @@ from hpcmoe.errors import on_root
 from hpcmoe.experts.feed_forward import make_expert_weights
 from hpcmoe.experts.shapes import make_expert_shape
 from hpcmoe.model.text import find_text
-from hpcmoe.placement.demand import find_loads
+from hpcmoe.placement.files.loads import find_loads
 from hpcmoe.run.job import open_job
 from hpcmoe.write.problem import read_loads
 

@@ -32,7 +32,7 @@ from hpcmoe.errors import exit_with, on_root
 from hpcmoe.experts.timing import MOST_ROWS
 from hpcmoe.model.balance import even_load
 from hpcmoe.model.text import draw_starts, find_text
-from hpcmoe.placement.demand import find_loads
+from hpcmoe.placement.files.loads import find_loads
 from hpcmoe.prepare.placement import time_expert
 from hpcmoe.run.job import open_job
 from hpcmoe.wait import barrier

@@ -26,7 +26,7 @@ from hpcmoe.config import (
 from hpcmoe.errors import exit_with, on_root
 from hpcmoe.model.balance import even_load
 from hpcmoe.model.text import find_text
-from hpcmoe.placement.demand import find_loads
+from hpcmoe.placement.files.loads import find_loads
 from hpcmoe.run.job import open_job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.train import train_step

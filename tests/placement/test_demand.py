@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from hpcmoe.errors import ConfigError
-from hpcmoe.placement.demand import Loads, find_loads, make_probability
+from hpcmoe.placement.demand import Loads, make_probability
+from hpcmoe.placement.files.loads import find_loads
 
 MODEL = SimpleNamespace(num_layers=2, num_experts=3)
 

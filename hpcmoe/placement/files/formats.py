@@ -5,17 +5,16 @@ of all ranks]. TensorRT-LLM's initial_global_assignments is an object of such ro
 layer_list of device_lists of device_experts; vLLM's expert_map has for each rank each expert's place there, or -1.
 """
 
-import io
 import itertools
 import os
 import pathlib
 import re
-import warnings
 
 import numpy as np
 
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import one_line, show_value
+from hpcmoe.placement.files.arrays import NPY_MARK, read_npy
 from hpcmoe.placement.files.checks import format_first, to_integer
 from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.placement.search.layer_data import EMPTY
@@ -58,8 +57,8 @@ def _find_numbers(path):
     for mark, what in _ARCHIVES.items():
         if content.startswith(mark):
             raise ConfigError(f"{one_line(path)}: is {what}, which is not read: save its map as .npy or .json")
-    if content.startswith(b"\x93NUMPY") or pathlib.Path(path).suffix == ".npy":
-        return "the array", "slots", _read_npy(path, content)
+    if content.startswith(NPY_MARK) or pathlib.Path(path).suffix == ".npy":
+        return "the array", "slots", read_npy(path, content, _MOST_ENTRIES, "whole numbers")
     if pathlib.Path(path).suffix in (".yaml", ".yml"):
         raise ConfigError(f"{one_line(path)}: YAML is not read: save it as JSON")
 
@@ -82,22 +81,6 @@ def _find_numbers(path):
     raise ConfigError(
         f"{one_line(path)}: {what}: an object needs {', '.join((*SLOTS, 'layer_list'))}, or {_INVERSES[0]}"
     )
-
-
-def _read_npy(path, content):
-    """Read a NumPy file's array, of whole numbers."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # on headers of Python 2
-            array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except Exception as error:  # whatever its header makes of Python's parser
-        broken = "its header is broken" if "malformed" in str(error) else one_line(error)
-        what = "it holds Python objects: save the map alone" if "pickle" in broken else broken
-        raise ConfigError(f"{one_line(path)}: cannot be read: {what}") from None
-    if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
-        raise ConfigError(f"{one_line(path)}: the array must be of whole numbers, is of {one_line(array.dtype)}")
-    if array.size > _MOST_ENTRIES:
-        raise ConfigError(f"{one_line(path)}: the array has {array.size} entries: must be at most {_MOST_ENTRIES}")
-    return array
 
 
 def _read_layer_list(where, tree):

@@ -194,7 +194,7 @@ def test_archives_are_named_with_what_to_do(tmp_path):
         ("zip.npy", "is a zip archive"),
         ("old.pt", "is a pickle"),
         ("map.yaml", "YAML is not read: save it as JSON"),
-        ("object.npy", "it holds Python objects: save the map alone"),
+        ("object.npy", "it holds Python objects: save the numbers alone"),
     ):
         with pytest.raises(ConfigError, match=said) as refused:
             read_map(tmp_path / name, PROBLEM)
