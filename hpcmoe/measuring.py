@@ -54,7 +54,7 @@ class OpClock(Clock):
         self.ops: dict[str, float] = {}
         self.last: tuple[Stage, int] | None = None  # stage and layer that ended last; None at a micro-batch's begin
 
-    def measure(self, timer: Timer) -> Measure:
+    def measure(self, timer: Timer, lane: int | None = None, pauses: bool = False) -> Measure:
         """Count the time of the with-block to the lane's stage if that is what begins, else to the timer."""
         lane = self.lanes.lane
         begins = lane.at if lane is not self.lanes.caller and lane.at and lane.at[0].report_as is timer else None
@@ -62,9 +62,9 @@ class OpClock(Clock):
             self.last = None
         self.charge()
         if begins is None:
-            return Measure(self, timer)
+            return Measure(self, timer, lane, pauses)
         self.last = begins
-        return Measure(self, begins[0])  # type: ignore[arg-type]  # the name of an op, as a timer is
+        return Measure(self, begins[0], lane, pauses)  # type: ignore[arg-type]  # the name of an op, as a timer is
 
     def charge(self) -> None:
         """Add the time since the last change to what has been running."""
