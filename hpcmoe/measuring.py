@@ -56,8 +56,8 @@ class OpClock(Clock):
 
     def measure(self, timer: Timer, lane: int | None = None, pauses: bool = False) -> Measure:
         """Count the time of the with-block to the lane's stage if that is what begins, else to the timer."""
-        lane = self.lanes.lane
-        begins = lane.at if lane is not self.lanes.caller and lane.at and lane.at[0].report_as is timer else None
+        own = self.lanes.lane
+        begins = own.at if own is not self.lanes.caller and own.at and own.at[0].report_as is timer else None
         if begins == (Stage.DENSE, 0):  # what was before it is the embedding
             self.last = None
         self.charge()
