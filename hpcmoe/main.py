@@ -49,6 +49,7 @@ from hpcmoe.watch import find_watch, start_watch
 from hpcmoe.write.activations import write_activations
 from hpcmoe.write.boxes import Piece, PieceSpec
 from hpcmoe.write.folder import open_folder
+from hpcmoe.write.mirror import choose_writer, open_mirror
 from hpcmoe.write.pieces import read_pieces
 from hpcmoe.write.problem import read_loads
 from hpcmoe.write.records import Records, open_records
@@ -103,10 +104,7 @@ def run(ranks: Survivors, arguments: argparse.Namespace, opened: contextlib.Exit
     """Read, place, run, write; opened holds the run's folder until the end -> exit status. Collective over ranks."""
     # Check input and output first: what is wrong there need not wait for torch.
     comm, resume = ranks.comm, arguments.resume
-    if arguments.verbose:
-        show_details(comm.rank)
     config, text = on_root(comm, lambda: read_config_and_note(arguments.config, arguments.set))
-    on_root(comm, lambda: check_tensorboard(config.run.tensorboard))
     folder = pathlib.Path(config.run.output, config.run.name)
     if ranks.who_died or arguments.restarted:
         config, resume = on_root(comm, lambda: fit_to_ranks(config, ranks, folder)), AUTO
@@ -167,6 +165,7 @@ def run(ranks: Survivors, arguments: argparse.Namespace, opened: contextlib.Exit
 def read_config_and_note(path: str, overrides: list[str]) -> tuple[Config, str]:
     """Read a config, log what in it has no effect -> (Config, its text). Rank 0 alone; raises ConfigError."""
     config, text = read_config(path, overrides)
+    check_tensorboard(config.run.tensorboard)
     for note in find_ineffective(config):
         log.warning("%s", note)
     return config, text
@@ -178,8 +177,7 @@ def open_place(comm: MPI.Intracomm, config: Config, resumes: bool, opened: conte
     # Read a file, which may be in the folder, before what is there is moved out of the way; measure after it.
     topology = read_topology(comm, config.cluster) if config.cluster.links != "measure" else None
     folder = opened.enter_context(open_folder(comm, config.run.output, config.run.name, resume=resumes))
-    if topology is None and comm.size > 1:
-        log.info("reading the cluster and measuring its links: %g s at most", config.cluster.measure_seconds)
+    log.info("reading the cluster; links between nodes are measured in %g s at most", config.cluster.measure_seconds)
     topology = topology or read_topology(comm, config.cluster)
     on_root(comm, lambda: save_topology(topology, folder / TOPOLOGY))
     log.info("%s", topology)
@@ -231,21 +229,27 @@ def train_or_infer(job: "Job", records: Records, folder: pathlib.Path, start: St
     @busy("writing")
     def save(step: int, load: np.ndarray, activations: dict[str, np.ndarray]) -> None:
         """Write what is due after a step. Collective over all ranks."""
-        writer.poll()
         if layers_to_write(config, step):
             write_activations(world, folder, step, activations)
-        if start.optimizer is not None and (
-            job.stepper.ending.is_agreed or is_due(step, write.checkpoint_every, config.run.steps)
-        ):
+        is_last = job.stepper.ending.is_agreed or is_due(step, write.checkpoint_every, config.run.steps)
+        due = choose_writer(step, config.restart.mirror_every, is_last, writer, mirror)
+        if start.optimizer is not None and due is not None:
             describe_tokens(records, job)
             records.flush()
             check_state(world, start.state, step, {LOAD: load})
-            held = start.state.collect({LOAD: load})
-            pieces = (Piece(name=part.name, shape=part.shape, start=part.start, array=array) for part, array in held)
-            writer.save(step, pieces, describe_checkpoint(config, step, world.size, len(job.training)))
+            due.save(step, list_pieces(load), describe_checkpoint(config, step, world.size, len(job.training)))
+
+    def list_pieces(load: np.ndarray) -> list[Piece]:
+        """List what this rank holds of the state."""
+        held = start.state.collect({LOAD: load})
+        return [Piece(name=part.name, shape=part.shape, start=part.start, array=array) for part, array in held]
 
     log_plan(job)
-    with open_writer(world, folder, write.checkpoints_kept, write.asynchronous) as writer:
+    state_bytes = sum(piece.array.nbytes for piece in list_pieces(start.load))
+    with (
+        open_writer(world, folder, write.checkpoints_kept, write.asynchronous) as writer,
+        open_mirror(world, folder, config.restart.mirror_every, state_bytes) as mirror,
+    ):
         if start.optimizer is not None:
             losses = train(job, records, start.optimizer, (start.step, start.load), save)
         else:
@@ -261,15 +265,14 @@ def resume(job: "Job", state: "TrainingState", checkpoint: pathlib.Path) -> tupl
         PieceSpec(name=part.name, shape=part.shape, start=part.start, extent=part.extent, keys=part.keys)
         for part in state.list_wanted()
     ]
-    arrays, metadata = read_pieces(job.mesh.world, checkpoint, wanted)
-    step = step_of(checkpoint)
+    (arrays, metadata), step = read_pieces(job.mesh.world, checkpoint, wanted), step_of(checkpoint)
     log.info("resumed %s, step %d, written by %d ranks", checkpoint, step, metadata["num_ranks"])
     log_changes(metadata, job.config, len(job.training))
     return step, state.restore(arrays, step)[LOAD]
 
 
 def read_run_arguments(words: list[str]) -> argparse.Namespace | None:
-    """Parse the command line; None when only help was asked for. Raises ConfigError."""
+    """Parse the command line, and log as much as it asks for; None when only help was asked for. Raises ConfigError."""
     about = "Train or run a mixture of experts over MPI ranks."
     parser = Parser(prog=name_program("hpcmoe.main"), description=about, add_help=False)
     parser.add_argument("config", nargs="?", help="TOML file, such as inputs/run.toml")
@@ -289,6 +292,7 @@ def read_run_arguments(words: list[str]) -> argparse.Namespace | None:
         return None
     if arguments.config is None:
         parser.error("no input file; try inputs/run.toml")
+    show_details(arguments.verbose)
     return arguments
 
 

@@ -18,6 +18,7 @@ from hpcmoe import __version__
 from hpcmoe.errors import CheckpointError, on_root
 from hpcmoe.write.hdf5 import Value, checkpoint_errors, find_errno, list_numbered, open_replacement, write_entry
 from hpcmoe.write.scales import describe_dataset, detach_scales
+from hpcmoe.write.trust import damage_errors, find_own
 
 FORMAT_VERSION = 2  # of run.h5: 1 had neither scales nor descriptions
 _MOST_OF_COMMAND = 4096  # characters of a command line that are kept
@@ -69,13 +70,15 @@ def count_rows_until(path: Path, step: int) -> dict[str, int] | None:
 
     def visit(name: str, entry: h5py.Group | h5py.Dataset) -> None:
         if isinstance(entry, h5py.Group) and "step" in entry and "value" in entry:
-            num_rows_of_metric[name] = int(np.searchsorted(entry["step"][:], step, side="right"))
+            steps, values = (find_own(entry, part, path) for part in ("step", "value"))
+            if steps is not None and values is not None:
+                num_rows_of_metric[name] = int(np.searchsorted(steps[:], step, side="right"))
 
     # Visit every metric; an error that the system does not explain is the file's.
     if not path.exists():
         return None
     try:
-        with checkpoint_errors(path, "read"), h5py.File(path) as file:
+        with damage_errors(path), h5py.File(path) as file:
             file.visititems(visit)
     except CheckpointError as error:
         if find_errno(error.__cause__) is not None:
