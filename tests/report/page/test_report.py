@@ -199,9 +199,7 @@ def fetch(url, **headers):
 
 
 def test_live_follows_a_run_on_this_machine_alone_and_ends_by_ctrl_c(tmp_path):
-    path = tmp_path / "run.h5"
-    with h5py.File(path, "w") as file:
-        file["run/config"] = ""
+    path = tmp_path / "run.h5"  # which a run that starts has not yet
     words = [sys.executable, "-m", "hpcmoe.report", str(tmp_path), "--live"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
@@ -209,6 +207,9 @@ def test_live_follows_a_run_on_this_machine_alone_and_ends_by_ctrl_c(tmp_path):
         assert url.startswith("http://127.0.0.1:")
         assert "Waiting for the run" in fetch(url)[1]
         before = fetch(f"{url}state")[1]
+        with h5py.File(path, "w") as file:
+            file["run/config"] = ""
+        assert "took no step" in fetch(url)[1]
         make_record(tmp_path / "next.h5").replace(path)
         assert fetch(f"{url}state")[1] != before
         assert "made: " not in fetch(url)[1] and "12 steps" in fetch(url)[1]
