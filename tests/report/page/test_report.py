@@ -147,13 +147,15 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(made, line):
     assert status == 2 and len(errors) == 1 and errors[0].startswith("hpcmoe: ")
 
 
-def test_names_in_a_record_are_text_and_nothing_else(made):
+def test_names_of_runs_and_in_records_are_text_and_nothing_else(made):
     names = ["<script>alert(1)</script>", "a\nb\x1b[2J"]
     config = "[x]\ny = '</style><img src=x>'"
     make_record(made / "run.h5", cluster__node_names=names, problem__node_names=names, run__config=config)
     status, text, _ = show(made)
     page = (made / "report.html").read_text()
     assert status == 0 and "<script" not in page and "<img" not in page and "\x1b" not in page + text
+    named = made.rename(made.with_name("<img src=x>"))
+    assert show(named, named)[0] == 0 and "<img" not in (named / "report.html").read_text()
 
 
 DAMAGED = (
