@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError, on_root
 from hpcmoe.write.hdf5 import Value, checkpoint_errors, find_errno, list_numbered, open_replacement, write_entry
+from hpcmoe.write.trust import damage_errors, find_own
 
 _CHUNK_ROWS = 256  # of a metric that is one number
 _CHUNK_BYTES = 65536  # of a metric that is an array
@@ -58,13 +59,15 @@ def count_rows_until(path: Path, step: int) -> dict[str, int] | None:
 
     def visit(name: str, entry: h5py.Group | h5py.Dataset) -> None:
         if isinstance(entry, h5py.Group) and "step" in entry and "value" in entry:
-            num_rows_of_metric[name] = int(np.searchsorted(entry["step"][:], step, side="right"))
+            steps, values = (find_own(entry, part, path) for part in ("step", "value"))
+            if steps is not None and values is not None:
+                num_rows_of_metric[name] = int(np.searchsorted(steps[:], step, side="right"))
 
     # Visit every metric; an error that the system does not explain is the file's.
     if not path.exists():
         return None
     try:
-        with checkpoint_errors(path, "read"), h5py.File(path) as file:
+        with damage_errors(path), h5py.File(path) as file:
             file.visititems(visit)
     except CheckpointError as error:
         if find_errno(error.__cause__) is not None:

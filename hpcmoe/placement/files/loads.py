@@ -75,7 +75,7 @@ def choose_loads(word: str, grid: ExpertGrid, top_k: int, read_record: ReadRecor
         return read_load_file(word, grid, read_record), f"those of {one_line(word)}"
     if not 0 <= exponent <= _MOST_EXPONENT:
         raise ConfigError(
-            f"loads = {word}: an exponent must be 0 to {_MOST_EXPONENT:g}; a file's name needs its folder"
+            f"{one_line(word)}: an exponent must be 0 to {_MOST_EXPONENT:g}; a file's name needs its folder"
         )
     return make_power_law(grid, exponent, top_k), f"those of a power law of exponent {exponent:g}"
 
