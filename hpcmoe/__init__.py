@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     from hpcmoe.placement.problem import PlacementProblem as PlacementProblem
     from hpcmoe.placement.result import Placement as Placement
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 _MODULE_OF_NAME = {  # the public names, imported when they are first used: `import hpcmoe` alone takes no time
     "CheckpointError": "hpcmoe.errors",

@@ -1,7 +1,9 @@
 """What an HDF5 file of ours may hold: its own numbers, in its own folder. Checksums tell what was written, not by whom.
 
 HDF5 follows links into other files, reads arrays from any file that they name, fills in what was never written, and
-loads filters by plug-ins. Nothing of that is read here, and nothing larger than the file is allocated.
+loads filters by plug-ins. Nothing of that is read here, and nothing larger than the file is allocated. The object
+references that tie the scales of run.h5 to its axes are attributes: no reader follows one, and a dataset of them is
+refused, as all that holds neither numbers nor texts.
 """
 
 import contextlib
