@@ -27,7 +27,7 @@ FLOORS = (
     "model_check",
     "finetune",
 )
-PROGRAMS = ("families", "main", "place", "check", "generate", "settings", "watcher", "__main__")
+PROGRAMS = ("families", "main", "place", "plan", "check", "generate", "settings", "watcher", "__main__")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
 WRITE_MAY_IMPORT = {
     "environment", "interrupts", "wait", "errors", "messages", "replacing", "config", "cluster", "placement", "write",

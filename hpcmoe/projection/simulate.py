@@ -55,7 +55,9 @@ class Simulation:
         self.numbers = itertools.count()
         self.there: dict[tuple, set] = defaultdict(set)  # (class, op): what has come for it
         self.left: dict[tuple, list] = {}  # (class, op): pieces of an expert op not begun
-        self.queues: dict[tuple[int, int], list] = defaultdict(list)  # flows from class to class, the first is under way
+        self.queues: dict[tuple[int, int], list] = defaultdict(
+            list
+        )  # flows from class to class, the first is under way
         self.moving: dict[tuple[int, int], float] = {}  # bytes left
         self.spent: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(self.num_classes))
         self.bars: list[Bar] = []
@@ -66,7 +68,8 @@ class Simulation:
         near, far = self.work.near[layer], self.work.far[layer]
         return [
             (
-                [(True, peer) for peer in np.flatnonzero(near[:, own])] + [(False, p) for p in np.flatnonzero(far[:, own])],
+                [(True, peer) for peer in np.flatnonzero(near[:, own])]
+                + [(False, p) for p in np.flatnonzero(far[:, own])],
                 [(True, peer) for peer in np.flatnonzero(near[own])] + [(False, p) for p in np.flatnonzero(far[own])],
             )
             for own in range(self.num_classes)
@@ -123,7 +126,11 @@ class Simulation:
         """Let an idle class begin the first op that it can, light ones first."""
         if self.busy[own]:
             return
-        heads = [(lane, ops[at]) for lane, (ops, at) in enumerate(zip(self.work.lanes, self.at[own], strict=True)) if at < len(ops)]
+        heads = [
+            (lane, ops[at])
+            for lane, (ops, at) in enumerate(zip(self.work.lanes, self.at[own], strict=True))
+            if at < len(ops)
+        ]
         heads.sort(key=lambda head: head[1].stage in HEAVY)
         for lane, op in heads:
             if op.stage in HEAVY:

@@ -47,7 +47,9 @@ def merge_in_circle(lanes: list[list[Op]]) -> list[Op]:
     """Merge lanes that take turns in a fixed circle, a stage at a time -> one list."""
     turns = [split_turns(lane) for lane in lanes]
     longest = max(map(len, turns))
-    return [op for number in range(longest) for of_lane in turns for turn in of_lane[number : number + 1] for op in turn]
+    return [
+        op for number in range(longest) for of_lane in turns for turn in of_lane[number : number + 1] for op in turn
+    ]
 
 
 def split_turns(ops: list[Op]) -> list[list[Op]]:
