@@ -28,7 +28,8 @@ from hpcmoe.projection.cluster_file import DescribedCluster, read_cluster
 from hpcmoe.projection.costs import Costs, read_costs
 from hpcmoe.projection.estimated import NetworkSizes, size_model, size_own_network
 from hpcmoe.projection.model_file import read_model
-from hpcmoe.projection.predict import Job, Prediction, Shape
+from hpcmoe.projection.predict import Prediction
+from hpcmoe.projection.step import Job, Shape
 from hpcmoe.reading import format_json
 from hpcmoe.results import check_outputs, replace_file
 
@@ -63,7 +64,7 @@ def read_plan_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--costs", metavar="costs.json", help="measured costs of ops; else from data sheets")
     parser.add_argument(
         "--loads", metavar="WORD",
-        help="of experts: even, a power law's exponent as 1.2, or a file; else three: even, 1.0 and 1.2, the worst shown",
+        help="of experts: even, a power law's exponent as 1.2, or a file; else the range of even, 1.0 and 1.2",
     )  # fmt: skip
     parser.add_argument("--nodes", metavar="1:512:x2", help="numbers of nodes; else all of the cluster")
     parser.add_argument("--shapes", metavar="all|8x32x1,...", help="data x expert x tensor; else [parallel]'s")
@@ -112,7 +113,7 @@ def answer(arguments: argparse.Namespace) -> str:
     candidates, what = asked[len(asked) // 2]
     if len(asked) > 1:
         candidates = [
-            replace(mine, prediction=widen(mine.prediction, [of_load[number].prediction for of_load, _ in asked]))
+            replace(mine, prediction=widen_range(mine.prediction, [of_load[number].prediction for of_load, _ in asked]))
             for number, mine in enumerate(candidates)
         ]
         what = f"not given: the range is that of {asked[0][1]} to {asked[-1][1]}, the time {what}; give --loads"
@@ -154,7 +155,7 @@ def check_costs(costs: Costs | None, sizes: NetworkSizes, config: Config, path: 
     for name, value in wanted.items():
         if getattr(costs.conditions, name) != value:
             raise ConfigError(
-                f"{path}: conditions: {name} = {show_value(getattr(costs.conditions, name))}: the run that is meant has "
+                f"{path}: conditions: {name} = {show_value(getattr(costs.conditions, name))}: the run has "
                 f"{show_value(value)}; measure its own"
             )
 
@@ -187,7 +188,7 @@ def find_given(config: Config, cluster: DescribedCluster) -> Shape | None:
     return shape if shape.num_ranks == num_ranks and (parallel.expert or expert <= config.model.num_experts) else None
 
 
-def widen(mine: Prediction, others: Sequence[Prediction]) -> Prediction:
+def widen_range(mine: Prediction, others: Sequence[Prediction]) -> Prediction:
     """Return a prediction whose range holds those of other loads."""
     ends = [end for other in others for end in other.seconds_range]
     return replace(mine, seconds_range=(min(ends), max(ends)))

@@ -61,7 +61,7 @@ def make_row(candidate: Candidate, job_tokens: float) -> dict[str, object]:
         "node_bytes_leaving_rack": step.node_bytes[1],
         "sigma": step.sigma,
         "memory_bytes": candidate.memory_bytes,
-        "room_bytes": candidate.room_bytes,
+        "available_bytes": candidate.available_bytes,
         "fits": candidate.fits,
         "node_hours": step.num_nodes * job_tokens / step.tokens_per_second / 3600,
         "sources": list(step.sources),
@@ -74,7 +74,7 @@ def choose_best(candidates: Sequence[Candidate]) -> Candidate:
     fitting = [candidate for candidate in described if candidate.fits]
     if fitting:
         return max(fitting, key=lambda candidate: candidate.prediction.tokens_per_second)
-    return min(described, key=lambda candidate: candidate.memory_bytes / max(candidate.room_bytes, 1.0))
+    return min(described, key=lambda candidate: candidate.memory_bytes / max(candidate.available_bytes, 1.0))
 
 
 def format_plan(candidates: Sequence[Candidate], loads: str, job_tokens: float) -> str:

@@ -10,7 +10,8 @@ from hpcmoe.cluster.topology import Topology
 from hpcmoe.errors import ConfigError
 from hpcmoe.messages import show_value
 from hpcmoe.projection.cluster_file import DescribedCluster
-from hpcmoe.projection.predict import ITEM_BYTES, Job, Prediction, Shape, predict
+from hpcmoe.projection.predict import Prediction, predict
+from hpcmoe.projection.step import ITEM_BYTES, Job, Shape
 
 _SERIES = re.compile(r"(\d+)(?::(\d+)(?::x(\d+))?)?")
 _SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)")
@@ -27,12 +28,12 @@ class Candidate:
     what: str  # of a --vary; "" as described
     prediction: Prediction
     memory_bytes: float  # of a rank
-    room_bytes: float  # that a rank has
+    available_bytes: float  # that a rank has
 
     @property
     def fits(self) -> bool:
         """Return True if a rank's memory holds what it needs."""
-        return self.memory_bytes <= self.room_bytes
+        return self.memory_bytes <= self.available_bytes
 
 
 def parse_nodes(word: str) -> list[int]:
@@ -82,7 +83,7 @@ def choose_shape(num_ranks: int, num_experts: int) -> Shape:
 
 
 def vary(word: str, job: Job, cluster: DescribedCluster) -> tuple[Job, DescribedCluster]:
-    """Change one thing by a factor, as nic=x2 -> the job and the cluster with it. Raises ConfigError."""
+    """Scale one thing by a factor, as nic=x2 -> the job and the cluster with it. Raises ConfigError."""
     match = _CHANGE.fullmatch(word)
     if not match or match[1] not in VARIED or not float(match[2]) > 0:
         raise ConfigError(f"--vary {show_value(word)}: must be a factor of {', '.join(VARIED)}, as nic=x2")
@@ -125,8 +126,7 @@ def estimate_rank_bytes(job: Job, shape: Shape, prediction: Prediction) -> float
     parameters = layers * (held + sizes.layer_parameters) + sizes.outer_parameters
     states = 4 * _MASTER_BYTES if job.trains else item
     casts = item if job.trains and item < _MASTER_BYTES else 0
-    sequences = -(-(-(-job.batch_sequences // job.micro_batches)) // shape.num_ranks)
-    tokens, rows = sequences * sizes.sequence_length, sizes.top_k * shape.tensor
+    tokens, rows = prediction.rank_tokens, sizes.top_k * shape.tensor
     fullest = 1 + 3 * prediction.sigma  # of the rows of an even load
     of_token = 12 * sizes.hidden * _MASTER_BYTES + rows * fullest * item * (
         sizes.row_width + 2 * sizes.feed_forward / shape.tensor
@@ -137,7 +137,7 @@ def estimate_rank_bytes(job: Job, shape: Shape, prediction: Prediction) -> float
     return parameters * (states + casts) + prediction.in_flight * tokens * (kept * of_token + buffers) + head
 
 
-def room_of_rank(cluster: DescribedCluster) -> float:
+def find_available_bytes(cluster: DescribedCluster) -> float:
     """Return the memory that a rank has, on the node that has least: its GPU's, else its part of the node's."""
     topology = cluster.topology
     ranks = np.maximum(np.bincount(topology.node_of_rank, minlength=topology.num_nodes), 1)
@@ -154,7 +154,7 @@ def foretell(
     changes: Sequence[str],
     given: Shape | None,
 ) -> list[Candidate]:
-    """Foretell every shape on every number of nodes, as described and with each change. Raises ConfigError."""
+    """Predict every shape on every number of nodes, as described and with each change. Raises ConfigError."""
     candidates = []
     for number in nodes:
         sized = cluster.resize(number) if number != cluster.topology.num_nodes else cluster
@@ -174,7 +174,9 @@ def foretell(
 
 
 def make_candidate(what: str, job: Job, cluster: DescribedCluster, shape: Shape) -> Candidate:
-    """Foretell one shape, and what its ranks need."""
+    """Predict one shape, and what its ranks need."""
     prediction = predict(job, cluster, shape)
     memory = estimate_rank_bytes(job, shape, prediction)
-    return Candidate(what=what, prediction=prediction, memory_bytes=memory, room_bytes=room_of_rank(cluster))
+    return Candidate(
+        what=what, prediction=prediction, memory_bytes=memory, available_bytes=find_available_bytes(cluster)
+    )

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def spread_experts(loads: np.ndarray, num_ranks: int, slots: int, by_load: bool, replicate: bool) -> np.ndarray:
-    """Spread experts over ranks -> the shares of ranks [L, P] of a layer's assignments, each row sums to 1.
+    """Place experts over ranks -> the shares of ranks [L, P] of a layer's assignments, each row sums to 1.
 
     loads [L, E] in any unit. by_load: the heaviest first, each to the rank that has least, as many experts on each;
     else in order of number. replicate: slots left over hold further replicas of the most used experts.
@@ -17,7 +17,7 @@ def spread_experts(loads: np.ndarray, num_ranks: int, slots: int, by_load: bool,
 
 
 def spread_layer(loads: np.ndarray, num_ranks: int, slots: int, by_load: bool, replicate: bool) -> np.ndarray:
-    """Spread one layer's experts, loads [E] -> the shares of ranks [P]."""
+    """Place one layer's experts, loads [E] -> the shares of ranks [P]."""
     replicas = count_replicas(loads, num_ranks * slots) if replicate else np.ones(len(loads), np.int64)
     parts = np.repeat(loads / replicas, replicas)
     shares = np.zeros(num_ranks)
