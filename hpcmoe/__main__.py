@@ -19,6 +19,7 @@ COMMANDS = {  # name: (module, whether it starts MPI, what it does, an example)
         "hpcmoe plan inputs/run.toml --cluster inputs/cluster.toml",
     ),
     "check": ("hpcmoe.check", True, "show and try what there is to run on", "mpirun -n 2 hpcmoe check"),
+    "report": ("hpcmoe.report.__main__", False, "show what runs did, as a page too", "hpcmoe report out/run"),
     "hf": ("hpcmoe.families", True, "check or make a Hugging Face model", "mpirun -n 2 hpcmoe hf MODEL --check"),
     "generate": (
         "hpcmoe.generate",
@@ -28,6 +29,9 @@ COMMANDS = {  # name: (module, whether it starts MPI, what it does, an example)
     ),
     "config": ("hpcmoe.settings", False, "show every key, check a config", "hpcmoe config my.toml"),
 }
+
+RESTART = "--restart"  # of run: the command then starts the ranks itself
+SUPERVISED = ("hpcmoe.supervise", False)
 
 
 def main(arguments: list[str] | None = None) -> int | None:
@@ -47,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int | None:
     # Import the program, which may take seconds, and run it.
     sys.argv = [f"hpcmoe {name}", *rest]
     prepare_process()
-    module, needs_mpi, *_ = COMMANDS[name]
+    module, needs_mpi, *_ = SUPERVISED if name == "run" and is_supervised(rest) else COMMANDS[name]
     if needs_mpi:
         import_mpi()
     try:
@@ -58,11 +62,17 @@ def main(arguments: list[str] | None = None) -> int | None:
     return program.main()
 
 
+def is_supervised(words: list[str]) -> bool:
+    """Return True if a run is to be started anew after faults."""
+    return any(word.partition("=")[0] == RESTART for word in words)
+
+
 def describe_commands() -> str:
     """Format the list of commands."""
     rows = [f"  {name:<10}{what:<38}{example}" for name, (*_, what, example) in COMMANDS.items()]
+    supervised = "  hpcmoe run CONFIG --restart -n 4 starts the ranks itself, and starts them anew after a fault"
     options = "  --version, --help, and `hpcmoe COMMAND --help`"
-    return "\n".join(["usage: hpcmoe COMMAND ...", "", *rows, "", options])
+    return "\n".join(["usage: hpcmoe COMMAND ...", "", *rows, "", supervised, options])
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ def find_contradictions(config: Any) -> list[tuple[tuple[str, str], str]]:
          f"must be at most [run] steps = {config.run.steps}"),
         (not 0 < config.restart.wall_seconds <= config.restart.grace_seconds, "restart", "wall_seconds",
          f"must be 0, or more than grace_seconds = {config.restart.grace_seconds:g}"),
+        (config.run.traced_steps is not None, "run", "trace", 'must be two steps, such as "5:8", or empty'),
+        (is_within(config.run.traced_steps, config.run.steps), "run", "trace",
+         f"must be from a step to the same or a later one, at most [run] steps = {config.run.steps}"),
         (pipeline.micro_batches <= data.batch_sequences, "pipeline", "micro_batches",
          f"must be at most [data] batch_sequences = {data.batch_sequences}"),
         (model.source == "hf" or all(layer < model.num_layers for layer in config.write.activations_of_layers), "write",
@@ -47,6 +50,11 @@ def find_contradictions(config: Any) -> list[tuple[tuple[str, str], str]]:
     ]  # fmt: skip
     of_source = find_hf_contradictions(config) if model.source == "hf" else ()
     return [*(((name, key), text) for fits, name, key, text in [*words, *checks] if not fits), *of_source]
+
+
+def is_within(steps: range | None, last: int) -> bool:
+    """Return True if steps that were named are some, the last of them at most `last`; also where none were."""
+    return steps is None or steps.start == 0 or (len(steps) > 0 and steps[-1] <= last)
 
 
 def find_hf_contradictions(config: Any) -> Iterator[tuple[tuple[str, str], str]]:

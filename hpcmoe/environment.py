@@ -10,6 +10,7 @@ _MOST_DIGITS = 15  # of a number that anybody sets: 10^15 megabytes are more tha
 _POWER_OF_UNIT = {"K": 10, "": 20, "M": 20, "G": 30, "T": 40, "P": 50}  # Slurm's: a number alone is megabytes
 NCCL_SHARES = "NCCL_MULTI_RANK_GPU_ENABLE"  # 1: NCCL 2.30 and later may run several ranks on one GPU
 NCCL_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"  # 1: several communicators may be busy at once, in the order of the calls
+SUPERVISOR = "HPCMOE_SUPERVISOR"  # a word of its own, which a supervisor of restarts gives all ranks that it starts
 _UCX_CUDA = {"all", "cuda", "cuda_copy"}  # UCX's names for what distinguishes a GPU's memory
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from hpcmoe.interrupts import Interrupted, ignore_signals
 from hpcmoe.output import DRAIN_SECONDS, EXIT_USER, print_to_stderr
 from hpcmoe.wait import barrier, broadcast, gather_to_all
+from hpcmoe.watch import find_watch
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -118,6 +119,8 @@ def share(error: AnyError) -> AnyError:
 
 def exit_with(comm: "MPI.Comm", error: BaseException, host: str) -> NoReturn:
     """End this process because of an error: all ranks together where each has it, else by aborting the others."""
+    find_watch().end(error)
+
     # End together where every rank has the error.
     if isinstance(error, HpcmoeError) and error.shared:
         if comm.rank == 0:

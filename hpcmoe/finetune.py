@@ -27,8 +27,9 @@ from hpcmoe.model.text import check_text
 from hpcmoe.model.tokens import TokenText, find_tokens
 from hpcmoe.output import print_to_stdout
 from hpcmoe.prepare.process import estimate_process
-from hpcmoe.report.tables import make_table
-from hpcmoe.report.totals import Totals, gather_totals, record_totals
+from hpcmoe.pulse import busy
+from hpcmoe.report.tables import make_table, record_results
+from hpcmoe.report.totals import Totals, gather_totals
 from hpcmoe.resuming import end_run
 from hpcmoe.run.finite import check_arrays, label_array
 from hpcmoe.run.metadata import describe_checkpoint, log_changes
@@ -37,8 +38,9 @@ from hpcmoe.run.trained_parts import checkpoint_activations, save_adapters, set_
 from hpcmoe.run.tune import check_aux_loss, infer_tokens, tune
 from hpcmoe.run.tuned_state import TunedState
 from hpcmoe.run.tuning_job import TuningJob, check_sequences, make_tuning_job
-from hpcmoe.write.checkpoint import newest_checkpoint, read_metadata, step_of
+from hpcmoe.write.checkpoint import read_metadata
 from hpcmoe.write.records import Records, open_records
+from hpcmoe.write.steps import newest_checkpoint, step_of
 from hpcmoe.write.writer import Writer, open_writer
 
 log = logging.getLogger(__name__)
@@ -82,7 +84,7 @@ def run_finetune(comm: MPI.Intracomm, run: TuningRun) -> int:
             with end_in_order(config.restart, folder if comm.rank == 0 else None) as job.stepper.ending:
                 totals = work(job, records, folder, first_step)
                 describe_tokens(records, job)
-                record_totals(records, totals)
+                record_results(records, job, totals)
         written: list[Path | None] = [folder / "run.h5"]
         if config.run.mode == "train":
             written += [newest_checkpoint(folder)]
@@ -174,11 +176,13 @@ def work(job: TuningJob, records: Records, folder: Path, first_step: int) -> Tot
             """Write what is due after a step."""
             writer.poll()
             if is_due(step, config.write.hf_every, 0) and step < config.run.steps:
-                save_family(job, job.group, folder)
+                with busy("writing the model"):
+                    save_family(job, job.group, folder)
             if job.stepper.ending.is_agreed or is_due(step, config.write.checkpoint_every, config.run.steps):
-                describe_tokens(records, job)
-                records.flush()
-                save_state(job, writer, step)
+                with busy("writing a checkpoint"):
+                    describe_tokens(records, job)
+                    records.flush()
+                    save_state(job, writer, step)
 
         losses = tune(job, records, first_step, save) if job.optimizer else infer_tokens(job, records)
     return gather_totals(job, job.optimizer, losses, writer.snapshot_bytes)

@@ -33,8 +33,9 @@ from hpcmoe.output import StderrHandler, print_to_stderr
 from hpcmoe.paths import expand_path
 from hpcmoe.results import check_outputs
 from hpcmoe.wait import barrier, broadcast
-from hpcmoe.write.checkpoint import find_checkpoint, list_checkpoints
+from hpcmoe.write.checkpoint import find_checkpoint
 from hpcmoe.write.pieces import MASTER
+from hpcmoe.write.steps import list_checkpoints
 
 if TYPE_CHECKING:  # what imports torch
     from hpcmoe.model.continuations import Continuation, Engine

@@ -27,6 +27,7 @@ from hpcmoe.experts.losses import LaneSums
 from hpcmoe.experts.moe import Experts, LayerParts, MoE
 from hpcmoe.experts.options import GroupOptions, make_options
 from hpcmoe.experts.own import Dispatcher
+from hpcmoe.hangs import watched_group
 from hpcmoe.model.balance import update_routers
 from hpcmoe.pipeline.lanes import SCHEDULES, Lanes
 from hpcmoe.prepare.layer import choose_method, make_layer_experts, place_layer
@@ -56,6 +57,7 @@ class Group:
         self.layers: list[Experts | Dispatcher] = []
         self.routers: list[MoE] = []
         self.engine = Lanes([], Clock(), options.schedule, self.device.bind_thread, self.device.generators)
+        self.engine.pokes.append(stalls.poke_answers)
         self.sums: LaneSums | None = None
         self.refuses_more, self.num_optimizer_steps = options.reject_more, 0
         self.counts = TokenCounts(self.mesh.world, self.layers, self.topology.node_of_rank)
@@ -250,6 +252,7 @@ def open(
     max_tokens: int = 4096,
     reject_more: bool = False,
     threads: int = 0,
+    hang_seconds: float = 1800.0,
 ) -> Iterator[Group]:
     """Open a group of the ranks of comm, all of the world by default. Collective over comm, both ends.
 
@@ -259,19 +262,22 @@ def open(
     in_flight: how micro-batches take turns (Group.lanes). deterministic: the same bits at every run, but for lanes by
     "arrival". max_tokens: of a rank in one exchange; a call with more takes several, or is an error by reject_more.
     threads of torch while the group is open, 0: this rank's share of its node's cores; malloc keeps large blocks from
-    then on. Raises ConfigError or ClusterError on all ranks.
+    then on. hang_seconds: a rank that does nothing here for so long, while others wait, is named with its stack, and
+    ClusterError raised by those; 10 s later it is killed, as nothing else ends what hangs outside Python; 0: never.
+    Raises ConfigError or ClusterError on all ranks.
     """
     arguments = {
         "tensor_parallel": tensor_parallel, "data_parallel": data_parallel, "expert_parallel": expert_parallel,
         "device": device, "links": "" if links is None or isinstance(links, Topology) else links, "schedule": schedule,
         "deterministic": deterministic, "in_flight": in_flight, "max_tokens": max_tokens, "reject_more": reject_more,
-        "threads": threads,
+        "threads": threads, "hang_seconds": hang_seconds,
     }  # fmt: skip
     world = check_comm(comm)
     options = agree_on(world, OPEN, lambda: validate_arguments(GroupOptions, arguments, OPEN))
     topology = read_group_topology(world, links if isinstance(links, Topology) else options.links)
     parallel = ParallelConfig(data=options.data_parallel, expert=expert_parallel, tensor=tensor_parallel)
     with (
+        watched_group(world, options.hang_seconds),
         open_failures(world),
         open_stalls(world) as stalls,
         open_mesh(world, parallel) as mesh,

@@ -133,6 +133,7 @@ def list_turns(config: Config) -> list[Reason]:
         (pipeline.micro_batches == 1, "[pipeline] micro_batches = 1", "pipeline.schedule"),
         (pipeline.schedule == "serial", '[pipeline] schedule = "serial"', "pipeline.in_flight"),
         (write.checkpoint_every == 0, "[write] checkpoint_every = 0", "write.checkpoints_kept write.asynchronous"),
+        (not config.run.trace, '[run] trace = ""', "run.trace_ranks"),
         (not write.activations_of_layers, "[write] activations_of_layers = []", "write.activations_every"),
     ]  # fmt: skip
 

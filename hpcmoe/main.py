@@ -29,27 +29,30 @@ from hpcmoe.config import Config, read_config
 from hpcmoe.description import describe_run, describe_tokens, log_plan
 from hpcmoe.ending import end_in_order
 from hpcmoe.errors import exit_with, keep_on_root, on_all, on_root
+from hpcmoe.hangs import counted_waits
 from hpcmoe.idle import find_ineffective
 from hpcmoe.interrupts import exit_on_signals, repeated_interrupts
 from hpcmoe.model.text import check_text, find_text
 from hpcmoe.model.tokens import unpack_documents
-from hpcmoe.output import StderrHandler, print_to_stdout
+from hpcmoe.output import print_to_stdout, show_details, start_log
 from hpcmoe.paths import expand_path
 from hpcmoe.placement.files.loads import find_loads
 from hpcmoe.prepare.budget import check_budget, may_use_gpus
 from hpcmoe.prepare.shards import resolve_tensor_parallel
-from hpcmoe.resuming import AUTO, TOPOLOGY, end_run, find_start, fit_to_survivors, leave_last
+from hpcmoe.pulse import busy, open_pulse
+from hpcmoe.report.sinks import check_tensorboard
+from hpcmoe.resuming import AUTO, TOPOLOGY, end_run, find_start, fit_to_ranks, leave_last
 from hpcmoe.run.metadata import describe_checkpoint, log_changes
 from hpcmoe.survivors import Survivors, join_survivors, leave_without_dead, notice_deaths, revoked_after_deaths
 from hpcmoe.wait import barrier
-from hpcmoe.watch import Watch, start_watch
+from hpcmoe.watch import find_watch, start_watch
 from hpcmoe.write.activations import write_activations
 from hpcmoe.write.boxes import Piece, PieceSpec
-from hpcmoe.write.checkpoint import is_in_folder, newest_checkpoint, step_of
 from hpcmoe.write.folder import open_folder
 from hpcmoe.write.pieces import read_pieces
 from hpcmoe.write.problem import read_loads
 from hpcmoe.write.records import Records, open_records
+from hpcmoe.write.steps import is_in_folder, newest_checkpoint, step_of
 from hpcmoe.write.writer import open_writer
 
 if TYPE_CHECKING:  # what imports torch
@@ -77,38 +80,36 @@ def run_until_death(ranks: Survivors) -> int | Survivors:
 
     Does not return after any other exception.
     """
-    comm, host, watch, status = ranks.comm, read_host_name(), Watch(None), 0
+    comm, host, status = ranks.comm, read_host_name(), 0
     try:
-        with repeated_interrupts(), notice_deaths(comm), contextlib.ExitStack() as opened:
-            watch = start_watch(comm, host)
-            if not ranks.who_died:
+        with repeated_interrupts(), notice_deaths(comm), contextlib.ExitStack() as opened, counted_waits():
+            if ranks.who_died:
+                start_watch(comm, host)
+            else:
                 check_launcher(comm)
-            start_log(comm)
+            start_log(comm.rank, comm.size, host)
             arguments = on_root(comm, lambda: read_run_arguments(sys.argv[1:]))
             if arguments is not None:
                 status = run(ranks, arguments, opened)
             barrier(comm)  # nobody leaves while another may still fail
-            watch.stop()
+            find_watch().stop()
             return status
     except (Exception, KeyboardInterrupt) as error:
-        if getattr(error, "shared", False) or isinstance(error, KeyboardInterrupt):
-            watch.stop()
-        else:
-            watch.report()
-        survivors = join_survivors(comm, error)
-        if survivors is None:
-            exit_with(comm, error, host)
-        return survivors
+        find_watch().end(error)
+        return join_survivors(comm, error) or exit_with(comm, error, host)
 
 
 def run(ranks: Survivors, arguments: argparse.Namespace, opened: contextlib.ExitStack) -> int:
     """Read, place, run, write; opened holds the run's folder until the end -> exit status. Collective over ranks."""
     # Check input and output first: what is wrong there need not wait for torch.
     comm, resume = ranks.comm, arguments.resume
+    if arguments.verbose:
+        show_details(comm.rank)
     config, text = on_root(comm, lambda: read_config_and_note(arguments.config, arguments.set))
+    on_root(comm, lambda: check_tensorboard(config.run.tensorboard))
     folder = pathlib.Path(config.run.output, config.run.name)
-    if ranks.who_died:
-        config, resume = on_root(comm, lambda: fit_to_survivors(config, ranks, folder)), AUTO
+    if ranks.who_died or arguments.restarted:
+        config, resume = on_root(comm, lambda: fit_to_ranks(config, ranks, folder)), AUTO
     checkpoint = find_start(comm, resume, folder, config)
     if checkpoint is not None and resume == AUTO and step_of(checkpoint) >= config.run.steps:
         log.info("%s is the last of [run] steps = %d: nothing is left to do", checkpoint, config.run.steps)
@@ -140,10 +141,10 @@ def run(ranks: Survivors, arguments: argparse.Namespace, opened: contextlib.Exit
 
     # Open the run, which imports torch; then train or infer, and record.
     with open_mesh(comm, parallel) as mesh, revoked_after_deaths(*mesh.comms):
+        log.info("importing torch, which takes seconds on a busy disk")
         gc.disable()  # torch's import makes much that stays: a tenth of its time is looking through it for garbage
         with exit_on_signals(lambda ending: end_all_ranks(comm, opened, ending)):
-            from hpcmoe.report.tables import make_table
-            from hpcmoe.report.totals import record_totals
+            from hpcmoe.report.tables import make_table, record_results
             from hpcmoe.run.job import open_job  # seconds of CPU on a laptop
 
         gc.freeze()
@@ -155,7 +156,7 @@ def run(ranks: Survivors, arguments: argparse.Namespace, opened: contextlib.Exit
                 with end_in_order(config.restart, folder if comm.rank == 0 else None) as job.stepper.ending:
                     totals = train_or_infer(job, records, folder, start)
                     describe_tokens(records, job)
-                    record_totals(records, totals)
+                    record_results(records, job, totals)
             if comm.rank == 0:
                 newest = newest_checkpoint(folder) if config.run.mode == "train" else None
                 table, written = make_table(job, totals), [folder / "run.h5", *([newest] if newest else [])]
@@ -173,9 +174,12 @@ def read_config_and_note(path: str, overrides: list[str]) -> tuple[Config, str]:
 
 def open_place(comm: MPI.Intracomm, config: Config, resumes: bool, opened: contextlib.ExitStack) -> Topology:
     """Open the run's folder, and read where the ranks are and what joins them -> Topology. Collective over comm."""
+    open_pulse().begin_run(config.restart.hang_limit)
     # Read a file, which may be in the folder, before what is there is moved out of the way; measure after it.
     topology = read_topology(comm, config.cluster) if config.cluster.links != "measure" else None
     folder = opened.enter_context(open_folder(comm, config.run.output, config.run.name, resume=resumes))
+    if topology is None and comm.size > 1:
+        log.info("reading the cluster and measuring its links: %g s at most", config.cluster.measure_seconds)
     topology = topology or read_topology(comm, config.cluster)
     on_root(comm, lambda: save_topology(topology, folder / TOPOLOGY))
     log.info("%s", topology)
@@ -209,6 +213,7 @@ def make_start(job: "Job", checkpoint: pathlib.Path | None) -> Start:
     state, step = TrainingState(job, optimizer), 0
     load = even_load(config.model.num_layers, config.model.num_experts)
     if checkpoint is not None:
+        log.info("reading %s", checkpoint)
         step, load = resume(job, state, checkpoint)
     return Start(optimizer=optimizer, state=state, step=step, load=load)
 
@@ -223,6 +228,7 @@ def train_or_infer(job: "Job", records: Records, folder: pathlib.Path, start: St
 
     config, world, write = job.config, job.mesh.world, job.config.write
 
+    @busy("writing")
     def save(step: int, load: np.ndarray, activations: dict[str, np.ndarray]) -> None:
         """Write what is due after a step. Collective over all ranks."""
         writer.poll()
@@ -273,23 +279,17 @@ def read_run_arguments(words: list[str]) -> argparse.Namespace | None:
         help="go on from the newest checkpoint of this run, or of FOLDER, or from the checkpoint FOLDER; auto: from "
         "the newest that is whole, from the start where there is none, and not at all after the last step",
     )  # fmt: skip
+    parser.add_argument(
+        "--restarted", action="store_true",
+        help="go on after a fault, perhaps on fewer ranks: as --resume auto, in the nearest shape that they have",
+    )  # fmt: skip
+    parser.add_argument("--verbose", action="store_true", help="log all figures of a step that is shown")
     arguments = parser.parse_unless_help(words)
     if arguments is None:
         return None
     if arguments.config is None:
         parser.error("no input file; try inputs/run.toml")
     return arguments
-
-
-def start_log(comm: MPI.Intracomm) -> None:
-    """Start the log on standard error: of rank 0 from INFO on, of the others from WARNING."""
-    logging.basicConfig(
-        handlers=[StderrHandler()],
-        level=logging.INFO if comm.rank == 0 else logging.WARNING,
-        force=True,  # after a death with another rank
-        format=f"%(asctime)s [{comm.rank}/{comm.size} {read_host_name()}] %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-    )
 
 
 if __name__ == "__main__":

@@ -54,17 +54,18 @@ class OpClock(Clock):
         self.ops: dict[str, float] = {}
         self.last: tuple[Stage, int] | None = None  # stage and layer that ended last; None at a micro-batch's begin
 
-    def measure(self, timer: Timer) -> Measure:
+    def measure(self, timer: Timer, lane: int | None = None, pauses: bool = False) -> Measure:
         """Count the time of the with-block to the lane's stage if that is what begins, else to the timer."""
-        lane = self.lanes.lane
-        begins = lane.at if lane is not self.lanes.caller and lane.at and lane.at[0].report_as is timer else None
+        own = self.lanes.lane
+        is_stage = own is not self.lanes.caller and own.at is not None and own.at[0].report_as is timer
+        begins = own.at if is_stage and not pauses else None
         if begins == (Stage.DENSE, 0):  # what was before it is the embedding
             self.last = None
         self.charge()
         if begins is None:
-            return Measure(self, timer)
+            return super().measure(timer, lane, pauses)
         self.last = begins
-        return Measure(self, begins[0])  # type: ignore[arg-type]  # the name of an op, as a timer is
+        return super().measure(begins[0], lane)  # type: ignore[arg-type]  # the name of an op, as a timer is
 
     def charge(self) -> None:
         """Add the time since the last change to what has been running."""
@@ -139,8 +140,10 @@ def choose_micro_batches(config: Config, num_ranks: int) -> tuple[int, int]:
 
 
 def make_lone_config(config: Config, comm: MPI.Intracomm, topology: Topology, sequences: int) -> Config:
-    """Make the config of a rank that runs alone, with its part of a run's experts and threads."""
-    model, parallel = config.model, config.parallel
+    """Make the config of a rank that runs alone, with its part of a run's experts, threads and memory."""
+    model, parallel, node = config.model, config.parallel, topology.node_of_rank[comm.rank]
+    on_gpus = config.comm.device != "host" and topology.devices_of_node[node] > 0
+    memory = 0 if on_gpus else int(topology.memory_bytes[node]) // len(topology.ranks_of_node(node))
     tensor = max(parallel.tensor, 1)
     of_rank = -(-model.num_experts * parallel.data * tensor // comm.size)
     return replace(
@@ -152,7 +155,7 @@ def make_lone_config(config: Config, comm: MPI.Intracomm, topology: Topology, se
             num_layers=min(model.num_layers, _MOST_LAYERS),
             num_experts=min(max(of_rank, model.top_k), model.num_experts),
         ),
-        cluster=replace(config.cluster, links="measure", racks=()),
+        cluster=replace(config.cluster, links="measure", racks=(), memory_bytes_per_node=memory),
         parallel=ParallelConfig(data=1, expert=1, tensor=1),
         pipeline=replace(config.pipeline, schedule="serial"),
         placement=replace(config.placement, method="contiguous", loads="uniform", seconds_per_token=1e-9),
@@ -192,8 +195,8 @@ def time_steps(job: Job, clock: OpClock, seconds: float) -> list[dict[str, float
     load = even_load(config.model.num_layers, config.model.num_experts)
     trains = config.run.mode == "train"
     optimizer = Optimizer(job.stepper.network, job.placement, config, job.mesh) if trains else None
-    deadline = time.perf_counter() + seconds
-    while len(steps) < _WARMUP_STEPS + _LEAST_STEPS or time.perf_counter() < deadline:
+    started = time.perf_counter()
+    while not is_enough(len(steps), time.perf_counter() - started, seconds):
         clock.pop_ops()
         begun, number = clock.read_seconds(), len(steps) + 1
         if optimizer is not None:
@@ -204,9 +207,14 @@ def time_steps(job: Job, clock: OpClock, seconds: float) -> list[dict[str, float
         ops = clock.pop_ops()
         steps.append(ops | {"rest": max(took - sum(ops.values()), 0.0)})
         load = update_load(load, outcome.stats.utilisation, config.dispatch.load_window_steps)
-        if len(steps) >= _MOST_STEPS:
-            break
-    return steps[_WARMUP_STEPS:]
+    return steps[min(_WARMUP_STEPS, len(steps) // 2) :]
+
+
+def is_enough(num_steps: int, elapsed: float, seconds: float) -> bool:
+    """Return True if steps have taken their seconds, or of slow ones twice that."""
+    if num_steps < _WARMUP_STEPS + _LEAST_STEPS:
+        return num_steps > 1 and elapsed >= 2 * seconds
+    return elapsed >= seconds or num_steps >= _MOST_STEPS
 
 
 def join_samples(of_ranks: list[SizedSamples]) -> SizedSamples:

@@ -18,7 +18,8 @@ from types import ModuleType
 
 from hpcmoe.output import EXIT_USER, exit_with_line, print_to_stderr
 from hpcmoe.segments import clear_segments
-from hpcmoe.start import find_rank
+from hpcmoe.start import find_host, find_launcher_process, find_rank
+from hpcmoe.watch import start_watch
 
 _NUMBERS = ("PMI_RANK", "PMI_SIZE", "PMI_FD")  # that MPICH reads as it starts, and aborts where they are none
 _START_SECONDS = 60.0  # for two ranks to start
@@ -28,7 +29,10 @@ _CFLAGS = "-O1 -g0"  # thin wrappers, which take minutes to optimise; the user's
 
 
 def import_mpi() -> ModuleType:
-    """Import mpi4py's MPI, which starts it -> that module; exit with one line where it cannot be imported."""
+    """Import mpi4py's MPI, which starts it, and the watch over the ranks -> that module.
+
+    Exits with one line where it cannot be imported. Collective over MPI's world.
+    """
     clear_segments()
     if line := find_bad_variable(os.environ):
         exit_with_line(line, is_first=True)
@@ -44,6 +48,9 @@ def import_mpi() -> ModuleType:
             warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
             if not MPI.Is_initialized():  # python -m mpi4py has
                 MPI.Init_thread()
+            start_watch(
+                MPI.COMM_WORLD, find_host(os.environ) or MPI.Get_processor_name(), find_launcher_process(os.environ)
+            )
     except (ImportError, RuntimeError, OSError) as error:
         exit_with_line(describe_error(error), find_rank(os.environ) == "0")
     return MPI

@@ -18,6 +18,11 @@ def print_to_stdout(text: str, end: str = "\n") -> None:
     write(sys.stdout, f"{text}{end}")
 
 
+def read_stdout_encoding() -> str:
+    """Return the encoding of standard output, ASCII where it is closed."""
+    return getattr(sys.stdout, "encoding", None) or "ascii"
+
+
 def print_to_stderr(lines: Iterable[str]) -> None:
     """Write lines to standard error in one call, so that those of several ranks do not mix."""
     write(sys.stderr, "".join(f"{line}\n" for line in lines))
@@ -58,3 +63,21 @@ class StderrHandler(logging.StreamHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Drop the record, and those that follow."""
         discard_output(self.stream)
+
+
+def start_log(rank: int, size: int, host: str) -> None:
+    """Start the log on standard error: of rank 0 from INFO on, of the others from WARNING, with their names."""
+    who = f"[rank {rank} of {size}, {host}] " if rank > 0 else ""
+    logging.basicConfig(
+        handlers=[StderrHandler()],
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        force=True,  # after a death with another rank
+        format=f"%(asctime)s {who.replace('%', '%%')}%(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+    )
+
+
+def show_details(rank: int) -> None:
+    """Log also what only --verbose asks for, on rank 0."""
+    if rank == 0:
+        logging.getLogger("hpcmoe").setLevel(logging.DEBUG)

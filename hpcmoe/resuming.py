@@ -16,14 +16,8 @@ from hpcmoe.output import EXIT_AGAIN
 from hpcmoe.run.metadata import check_metadata
 from hpcmoe.survivors import Survivors
 from hpcmoe.wait import gather_to_all
-from hpcmoe.write.checkpoint import (
-    find_checkpoint,
-    is_in_folder,
-    list_checkpoints,
-    read_metadata,
-    step_of,
-    verify_pieces,
-)
+from hpcmoe.write.checkpoint import find_checkpoint, read_metadata, verify_pieces
+from hpcmoe.write.steps import is_in_folder, list_checkpoints, step_of
 
 AUTO = "auto"  # of --resume
 TOPOLOGY = "topology.json"  # in a run's folder
@@ -44,11 +38,12 @@ def find_start(comm: MPI.Intracomm, resume: str | None, folder: Path, config: Co
     return found
 
 
-def fit_to_survivors(config: Config, ranks: Survivors, folder: Path) -> Config:
-    """Log who has died -> the config for the ranks left: a shape that they have, links as known. Rank 0 alone."""
+def fit_to_ranks(config: Config, ranks: Survivors, folder: Path) -> Config:
+    """Fit a run to the ranks left after a fault -> its config: a shape that they have, links as known. Rank 0 alone."""
     num_ranks, known = ranks.comm.size, folder / TOPOLOGY
     parallel = fit_parallel(config.parallel, num_ranks)
-    log.warning("%s: the %d left go on", ranks.who_died, num_ranks)
+    if ranks.who_died:
+        log.warning("%s: the %d left go on", ranks.who_died, num_ranks)
     if parallel != config.parallel:
         log.warning(
             "[parallel] data = %d, expert = %d, tensor = %d: do not fit %d ranks; now %d, %d and %d (0: what is left)",

@@ -1,5 +1,6 @@
 """The sections of run.toml: one frozen dataclass each, every key with its type and its allowed values."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, TypeVar, dataclass_transform
 
@@ -39,6 +40,19 @@ class RunConfig:
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     output: Annotated[str, MinLen(1), MaxLen(4095)] = "out"
     threads_per_rank: Annotated[int, Interval(ge=0, le=4096)] = 0
+    log_seconds: NotNegative = 10.0
+    log_json: bool = False
+    tensorboard: bool = False
+    trace: Annotated[str, MaxLen(64)] = ""
+    trace_ranks: _Count = 64
+
+    @property
+    def traced_steps(self) -> range | None:
+        """Return the steps that trace names: none for an empty text, None where it is not FIRST:LAST."""
+        if not self.trace:
+            return range(0)
+        found = re.fullmatch(r"([1-9]\d{0,9}):([1-9]\d{0,9})", self.trace, re.ASCII)
+        return range(int(found[1]), int(found[2]) + 1) if found else None
 
 
 @section
@@ -213,3 +227,10 @@ class RestartConfig:
 
     grace_seconds: Positive = 120.0
     wall_seconds: NotNegative = 0.0
+    tries: _CountOrZero = 3
+    hang_seconds: Literal["auto"] | NotNegative = "auto"
+
+    @property
+    def hang_limit(self) -> float | None:
+        """Return hang_seconds, None where the steps' times give it."""
+        return None if self.hang_seconds == "auto" else self.hang_seconds

@@ -5,12 +5,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
 from hpcmoe.interrupts import TERMINATION_SIGNALS, Interrupted, ignore_signals, list_not_ignored
 from hpcmoe.output import DRAIN_SECONDS, print_to_stderr
+from hpcmoe.watch import find_watch
 
 HYDRA_KEY = "MPI_LOCALNRANKS"  # of MPICH's launcher and its kin alone
 _WAIT_FOR_ROOT_SECONDS = 1.0  # for rank 0, which may have had the signal too, to speak for all
@@ -78,15 +80,43 @@ def open_standard_files() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
+def find_host(environ: Mapping[str, str]) -> str:
+    """Return what the launcher calls this rank's node, else Slurm, "" where neither says anything."""
+    # mpirun's proxy sets its own for each node, so that it is right where Slurm's was only handed on.
+    return environ.get("PMI_HOSTNAME", "").strip() or environ.get("SLURMD_NODENAME", "").strip()
+
+
 def find_rank(environ: Mapping[str, str]) -> str:
     """Return the number that a launcher gives this process, 0 where none says anything; MPI has not begun."""
     keys = (launcher.rank for launcher in LAUNCHERS if launcher.has_needs(environ))
     return next((environ[key].strip() for key in keys if key in environ), "0")
 
 
+def find_launcher_process(environ: Mapping[str, str], processes: Path = Path("/proc")) -> int | None:
+    """Find the process that has started this rank: the first above it that is no rank's, such as mpirun's proxy.
+
+    Between them may be others, such as a shell's script. None without a launcher, or where its process is out of sight.
+    """
+    keys = [launcher.rank for launcher in LAUNCHERS if launcher.has_needs(environ) and launcher.rank in environ]
+    pid = os.getppid()
+    while keys and pid > 1 and is_given(processes / str(pid), keys):
+        pid = int((processes / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+    return pid if keys and pid > 1 else None
+
+
+def is_given(process: Path, keys: Sequence[str]) -> bool:
+    """Return True if a process was started with one of some variables; another user's, as of Slurm, was not."""
+    try:
+        variables = (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(variable.partition(b"=")[0].decode(errors="replace") in keys for variable in variables)
+
+
 def exit_on_signal(number: int, _: FrameType | None) -> None:
     """End this process and its job at once: they have begun nothing yet."""
     ignore_signals()
+    find_watch().stop()
     ending = Interrupted(number)
     rank = find_rank(os.environ)
     if rank == "0":

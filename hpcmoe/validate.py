@@ -121,11 +121,17 @@ def format_entry(name: str, tree: dict[str, Any], errors: Sequence[Any], depth: 
         return f"{name}: missing"
 
     # Leave types' names out of an entry's path: a key of several types has an error for each.
-    index = [part for part in first["loc"][depth:] if isinstance(part, int)]
+    index = list_index(first, depth)
     value = functools.reduce(operator.getitem, [*first["loc"][:depth], *index], tree)
     entries = {tuple(part for part in error["loc"] if isinstance(part, int)) for error in errors}
-    what = first["msg"].replace("Input should", "must")
+    of_types = [error["msg"].removeprefix("Input should be ") for error in errors if list_index(error, depth) == index]
+    what = f"must be {' or '.join(of_types)}" if len(of_types) > 1 else first["msg"].replace("Input should", "must")
     return f"{name}{format_index(index)} = {show_value(value)}: {what}{format_more(len(entries) - 1)}"
+
+
+def list_index(error: Any, depth: int) -> list[int]:
+    """List the indices of what an error of pydantic's is about in the lists of a key, at a depth of the tree."""
+    return [part for part in error["loc"][depth:] if isinstance(part, int)]
 
 
 def _format_errors(

@@ -11,14 +11,15 @@ from mpi4py import MPI
 
 from hpcmoe.cluster.discover import read_host_name
 from hpcmoe.errors import exit_with
-from hpcmoe.main import read_run_arguments, run, start_log
+from hpcmoe.main import read_run_arguments, run
+from hpcmoe.output import start_log
 from hpcmoe.wait import barrier
 
 
 def main(runs):
     """Do each run as the program would; the first that fails ends all."""
     comm = MPI.COMM_WORLD
-    start_log(comm)
+    start_log(comm.rank, comm.size, read_host_name())
     try:
         for number, words in enumerate(runs):
             if comm.rank == 0:

@@ -16,7 +16,7 @@ from hpcmoe.errors import CheckpointError
 from hpcmoe.interrupts import POSTPONED_SIGNALS, Interrupted, postponed_interrupts, repeated_interrupts
 from hpcmoe.resuming import find_newest_whole
 from hpcmoe.sections import RestartConfig
-from hpcmoe.write.checkpoint import list_checkpoints
+from hpcmoe.write.steps import list_checkpoints
 
 STEPS = "6"
 LONG = {"run.steps": "100000", "write.checkpoint_every": "3", "train.validate_every": "0"}

@@ -9,9 +9,10 @@ import sys
 from launch import ROOT, run
 
 GROUND = (
-    "__version__", "output", "interrupts", "start", "segments", "mpi_library", "wait", "clock", "errors",
-    "environment", "messages", "survivors", "paths", "replacing", "arguments", "results", "watch", "reading", "float32",
-    "renamed", "contradictions", "overrides", "validate", "sections", "ending", "config", "idle", "gemm",
+    "__version__", "output", "interrupts", "wait", "watcher", "pulse", "watch", "start", "segments", "mpi_library",
+    "clock", "errors", "environment", "hangs", "messages", "survivors", "paths", "replacing", "arguments", "results",
+    "reading", "float32", "renamed", "contradictions", "overrides", "validate", "sections", "ending", "config", "idle",
+    "gemm",
 )  # fmt: skip
 CHAPTERS = sorted(folder.parent.name for folder in (ROOT / "hpcmoe").glob("*/__init__.py"))  # the alphabet is the order
 FLOORS = (
@@ -27,7 +28,7 @@ FLOORS = (
     "model_check",
     "finetune",
 )
-PROGRAMS = ("families", "main", "place", "plan", "check", "generate", "settings", "watcher", "__main__")
+PROGRAMS = ("families", "main", "place", "plan", "check", "generate", "settings", "supervise", "__main__")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
 WRITE_MAY_IMPORT = {
     "environment", "interrupts", "wait", "errors", "messages", "replacing", "config", "cluster", "placement", "write",
@@ -46,8 +47,8 @@ SET_BEFORE_MPI = r"\bos\.environ\.setdefault\("  # main.py alone may, for what m
 
 
 def chapter_of(file):
-    """Name the chapter of a file: its folder in the package, or itself."""
-    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+    """Name the chapter of a file: its folder in the package, or itself; a chapter's __main__ is a program."""
+    return "__main__" if file.name == "__main__.py" else file.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports_of(file):

@@ -7,7 +7,7 @@ import pytest
 from small import make_config, open_small_job
 
 from hpcmoe.errors import ConfigError
-from hpcmoe.measuring import OpClock, choose_micro_batches, make_lone_config, measure_costs
+from hpcmoe.measuring import OpClock, choose_micro_batches, is_enough, make_lone_config, measure_costs
 from hpcmoe.model.balance import even_load
 from hpcmoe.projection.costs import LAYER_OPS, OPS, read_costs
 from hpcmoe.run.train import draw_batch
@@ -67,10 +67,20 @@ def test_two_sizes_are_measured_that_differ():
         assert choose_micro_batches(dataclasses.replace(config, data=data), ranks) == sizes
 
 
+def test_slow_steps_are_fewer():
+    assert [is_enough(*case, 10.0) for case in ((1, 99.0), (2, 19.0), (2, 20.0), (7, 15.0))] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert [is_enough(*case, 10.0) for case in ((8, 9.0), (8, 10.0), (200, 1.0))] == [False, True, True]
+
+
 @pytest.mark.mpi
 def test_a_lone_rank_has_its_part_of_the_experts(comm, shared):
     changes = {"model__num_experts": 16, "model__num_layers": 5, "parallel__expert": comm.size}
-    with open_small_job(comm, shared, **changes) as (job, topology, _):
-        alone = make_lone_config(job.config, comm, topology, 3)
+    with open_small_job(comm, shared, **changes) as (job, _, _):
+        alone = make_lone_config(job.config, comm, job.topology, 3)
     assert alone.model.num_experts == -(-16 // comm.size) and alone.model.num_layers == 2
     assert alone.data.batch_sequences == 3 * alone.pipeline.micro_batches and alone.run.threads_per_rank == 1

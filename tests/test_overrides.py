@@ -96,6 +96,13 @@ def test_the_last_of_two_wins_whatever_the_first_was(read):
     assert refusal(read, "run.steps=3", "run.steps=nan").startswith("--set run.steps=nan: [run] steps = nan: must be")
 
 
+def test_a_key_of_two_kinds_takes_both(read):
+    found = [read(f"restart.hang_seconds={value}").restart.hang_limit for value in ("auto", '"auto"', "3", "0")]
+    assert found == [None, None, 3.0, 0.0]
+    rejected = refusal(read, "restart.hang_seconds=-1")
+    assert rejected.endswith("hang_seconds = -1: must be 'auto' or greater than or equal to 0")
+
+
 def test_the_kinds_are_those_of_the_annotations():
     kinds = {key: kind_of(annotation) for _, key, annotation in list_keys()}
     assert {key for key, kind in kinds.items() if kind == "a list of strings"} == {
@@ -106,4 +113,5 @@ def test_the_kinds_are_those_of_the_annotations():
     }
     assert {key for key, kind in kinds.items() if kind == "a list of numbers"} == {"activations_of_layers"}
     strings = {key for key, kind in kinds.items() if kind == "a string"}
-    assert strings == {key for name, key, _ in list_keys() if isinstance(getattr(getattr(Config(), name), key), str)}
+    with_text = {key for name, key, _ in list_keys() if isinstance(getattr(getattr(Config(), name), key), str)}
+    assert strings == with_text - {"hang_seconds"}  # which takes a number too

@@ -13,7 +13,8 @@ from launch import MPIRUN, Running, mpirun, mpirun_several
 from mpi4py import MPI
 from test_commands import check_error, main_command, rank_of, series, wait_for
 
-from hpcmoe.write.checkpoint import find_checkpoint, list_checkpoints
+from hpcmoe.write.checkpoint import find_checkpoint
+from hpcmoe.write.steps import list_checkpoints
 
 MODEL = {
     "model.num_experts": 10, "model.hidden": 32, "model.feed_forward": 48, "experts.kind": "swiglu",

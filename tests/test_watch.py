@@ -1,20 +1,21 @@
-"""The watcher names the first rank that died, also when it is asked late, and is silent when all ends in order."""
+"""The watcher names the first rank that died, also when it is asked late, who hangs and where; it is silent at ends."""
 
 import contextlib
+import faulthandler
 import mmap
 import os
 import pathlib
 import resource
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 from launch import HANG_SECONDS
 
-from hpcmoe.watch import WATCHER
-from hpcmoe.watcher import describe_end, read_end
+from hpcmoe.pulse import Pulse
+from hpcmoe.watch import Files
+from hpcmoe.watcher import STACK_SIGNAL, describe_end, read_end
 
 
 @pytest.fixture
@@ -27,27 +28,36 @@ def ranks():
         process.wait()
 
 
-def count_watched(pid):
-    """Count the processes that a process watches; it may close any of its files meanwhile."""
-    num_watched = 0
-    for file in pathlib.Path("/proc", str(pid), "fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            num_watched += "pidfd" in os.readlink(file)
-    return num_watched
+@pytest.fixture
+def pulses():
+    """Open the pages of three ranks in this process, whose stack signal is as before at the end."""
+    opened = [Pulse() for _ in range(3)]
+    yield opened
+    faulthandler.unregister(STACK_SIGNAL)
+    for pulse in opened:
+        os.close(pulse.file)
 
 
-def watch(ranks):
-    """Start a watcher over processes, and wait until it watches."""
-    words = [f"{rank}:{process.pid}" for rank, process in enumerate(ranks)]
-    command = [sys.executable, "-S", str(WATCHER), "here", "3", *words]
-    watcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while count_watched(watcher.pid) < len(ranks):
-        time.sleep(0.01)
-    time.sleep(0.1)  # from there to its wait
-    return watcher
+def watch(ranks, pulses=None, launcher=None):
+    """Start a watcher over processes, as start_watch does."""
+    with contextlib.ExitStack() as opened:
+        files = Files(opened)
+        words = [files.open_launcher(launcher and launcher.pid)]
+        for rank, process in enumerate(ranks):
+            page = files.open_page(os.getpid(), pulses[rank].file) if pulses else -1
+            words.append(f"{rank}:{process.pid}:{files.open_process(process.pid)}:{page}")
+        return files.start_watcher("here", 3, words, stderr=subprocess.PIPE, text=True)
 
 
-def test_names_the_first_that_died(ranks):
+def await_signals(watcher):
+    """Wait until a watcher takes signals: it then ignores Ctrl-C."""
+    ignored = 0
+    while not ignored & 1 << (signal.SIGINT - 1):
+        status = pathlib.Path(f"/proc/{watcher.pid}/status").read_text()
+        ignored = int(status.partition("SigIgn:")[2].split()[0], 16)
+
+
+def test_names_the_first_that_died_even_before_it_runs(ranks):
     watcher = watch(ranks)
     watcher.send_signal(signal.SIGSTOP)  # it is late: all are dead when it looks
     for rank in (1, 0, 2):
@@ -59,8 +69,16 @@ def test_names_the_first_that_died(ranks):
     assert line.endswith("the first of this node's ranks: signal 9 (SIGKILL); killed, out of memory?")
 
 
+def test_names_a_rank_that_was_gone_before_anything_was_opened(ranks):
+    ranks[2].kill()
+    ranks[2].wait()
+    (line,) = watch(ranks).communicate(timeout=HANG_SECONDS)[1].splitlines()
+    assert line.startswith("[rank 2 of 3, here]") and line.endswith("the first of this node's ranks")
+
+
 def test_asked_by_a_failing_rank_it_names_who_was_dead_before(ranks):
     watcher = watch(ranks)
+    await_signals(watcher)
     watcher.send_signal(signal.SIGSTOP)
     ranks[2].kill()
     time.sleep(0.05)
@@ -73,8 +91,86 @@ def test_asked_by_a_failing_rank_it_names_who_was_dead_before(ranks):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_says_nothing_of_the_living(ranks, number):
     watcher = watch(ranks)
+    await_signals(watcher)
     watcher.send_signal(number)
     assert watcher.communicate(timeout=HANG_SECONDS)[1] == ""
+
+
+def test_ends_the_ranks_whose_launcher_has_ended(ranks):
+    launcher = subprocess.Popen(["sleep", "1000"])
+    watcher = watch(ranks, launcher=launcher)
+    launcher.kill()
+    (line,) = watcher.communicate(timeout=HANG_SECONDS)[1].splitlines()
+    assert line.endswith(f"process {launcher.pid}, which started ranks 0, 1, 2, ended: so do they")
+    assert [rank.wait(HANG_SECONDS) for rank in ranks] == [-signal.SIGKILL] * 3
+    launcher.wait()
+
+
+def beat(pulses, watcher, seconds):
+    """Count for ranks 0 and 2, until the watcher ends or the time is over; rank 1 stands still."""
+    deadline = time.monotonic() + seconds
+    while watcher.poll() is None and time.monotonic() < deadline:
+        pulses[0].wait(1.0)
+        pulses[2].beat()
+        time.sleep(0.01)
+
+
+def test_names_who_hangs_and_where_and_ends_it_last(ranks, pulses):
+    for number, pulse in enumerate(pulses):
+        pulse.begin_run(0.3)
+        pulse.end_step(0.1)
+        pulse.begin_step(7)
+        pulse.work("compute", 3, number)
+    watcher = watch(ranks, pulses)
+    while not pulses[0].read_end():
+        beat(pulses, watcher, 0.05)
+    ranks[0].kill()
+    ranks[2].kill()
+    text = pulses[0].read_end()
+    assert text == pulses[2].read_end()
+    assert text.startswith("[rank 1 of 3, here] hangs: it neither works nor waits since ")
+    assert text.endswith(f" s, in compute of layer 3, micro-batch 1, step 7; process {ranks[1].pid} is asleep")
+    lines = watcher.communicate(timeout=HANG_SECONDS)[1].splitlines()
+    assert len(lines) == 1 and text.partition("hangs")[2] in lines[0]  # a `sleep` has died of the stack signal
+
+
+@pytest.mark.parametrize("reason", ["0: never", "is busy", "nobody waits", "is suspended with its launcher"])
+def test_who_may_stand_still_is_waited_for(ranks, pulses, reason):
+    launcher, busy = subprocess.Popen(["sleep", "1000"]), pulses[1].busy("compilation")
+    for pulse in pulses:
+        pulse.begin_run(0.0 if reason == "0: never" else 0.3)
+        pulse.end_step(0.1)
+    if reason == "is busy":
+        busy.__enter__()
+    if reason == "nobody waits":
+        pulses[1].watch_gaps(0.3)
+    if reason == "is suspended with its launcher":
+        launcher.send_signal(signal.SIGSTOP)
+        ranks[1].send_signal(signal.SIGSTOP)
+    watcher = watch(ranks, pulses, launcher)
+    await_signals(watcher)
+    deadline = time.monotonic() + 0.8
+    while time.monotonic() < deadline:
+        pulses[0].wait(time.monotonic())
+        pulses[2].beat()
+        time.sleep(0.01)
+    watcher.terminate()
+    assert watcher.communicate(timeout=HANG_SECONDS)[1] == ""
+    launcher.kill()
+    launcher.wait()
+
+
+def test_who_is_busy_and_stopped_hangs(ranks, pulses):
+    for pulse in pulses:
+        pulse.begin_run(0.3)
+    ranks[1].send_signal(signal.SIGSTOP)
+    watcher = watch(ranks, pulses)
+    while not pulses[0].read_end():
+        beat(pulses, watcher, 0.05)
+    assert pulses[0].read_end().endswith(f"in the start; process {ranks[1].pid} is stopped by a signal")
+    for rank in ranks:
+        rank.kill()
+    watcher.communicate(timeout=HANG_SECONDS)
 
 
 def read_past_the_end(folder):

@@ -16,8 +16,9 @@ from hpcmoe.cluster.measure.cluster import find_slow_links, measure_links
 from hpcmoe.cluster.racks import find_racks
 from hpcmoe.cluster.topology import ClusterLinks, Topology
 from hpcmoe.config import ClusterConfig
-from hpcmoe.environment import is_set, read_counts, read_memory, read_number, read_setting
+from hpcmoe.environment import is_set, read_counts, read_environment, read_memory, read_number, read_setting
 from hpcmoe.errors import ClusterError, on_all, on_root
+from hpcmoe.start import find_host
 from hpcmoe.wait import barrier, broadcast, gather_to_all
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,7 @@ class ClusterLayout:
 
 def read_host_name() -> str:
     """Return the name of this rank's node: as the launcher calls it, else as Slurm does, else as the machine does."""
-    # mpirun's proxy sets its own for each node, so that it is right where Slurm's was only handed on.
-    return read_setting("PMI_HOSTNAME") or read_setting("SLURMD_NODENAME") or MPI.Get_processor_name()
+    return find_host(read_environment()) or MPI.Get_processor_name()
 
 
 def read_topology(comm: MPI.Comm, cluster: ClusterConfig, assumes_links: bool = False) -> Topology:

@@ -4,9 +4,11 @@ Torch works on the compute stream; the send and receive streams are for copies a
 CuPy's calls take their addresses. Nothing of CuPy is imported before a GPU is opened.
 """
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,14 @@ from hpcmoe.errors import ClusterError
 
 _CUPY = 'cupy is missing: pip install "hpcmoe[gpu]", or cupy-cuda12x where the driver is of CUDA 12'
 _FIRST_GROUPED = (9, 0)  # compute capability of the GPUs whose grouped GEMM all versions of torch have
+
+
+def list_stream_spans(events: Iterable[Any], epoch_seconds: float) -> Iterator[tuple[str, int, float, float]]:
+    """Yield what of a profiler's events ran on a device; epoch_seconds: when time.perf_counter() was 0, since 1970."""
+    for event in events:
+        if event.device_type() == torch.autograd.DeviceType.CUDA:
+            begin = event.start_ns() / 1e9 - epoch_seconds
+            yield event.name(), event.device_resource_id(), begin, begin + event.duration_ns() / 1e9
 
 
 def count_gpus() -> int:
@@ -30,6 +40,9 @@ def find_missing_cuda() -> str | None:
         built = "torch finds no CUDA device here" if torch.version.cuda else "this torch is built without CUDA"
         return f"{built} (nvidia-smi shows those that the driver has)"
     return None if importlib.util.find_spec("cupy") else _CUPY
+
+
+StreamSpan = tuple[str, int, float, float]  # what ran, its stream, when it began and ended by time.perf_counter()
 
 
 class CudaDevice:
@@ -88,6 +101,19 @@ class CudaDevice:
     def synchronize(self) -> None:
         """Wait until all streams have done their work."""
         torch.cuda.synchronize()
+
+    @contextlib.contextmanager
+    def record_streams(self) -> Iterator[list[StreamSpan]]:
+        """Record what the streams do within the with-block -> list, which holds it when the block has ended.
+
+        By CUPTI, through torch's profiler: kernels and copies of this process alone.
+        """
+        spans: list[StreamSpan] = []
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            yield spans
+            self.synchronize()
+        epoch_seconds = time.time() - time.perf_counter()  # the profiler's times are since 1970
+        spans += list_stream_spans(profile.profiler.kineto_results.events(), epoch_seconds)
 
     def read_memory(self) -> tuple[str, int]:
         """Return the GPU's name, the same for all its ranks, and its free bytes."""

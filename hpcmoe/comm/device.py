@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpcmoe.comm.cuda import CudaDevice, count_gpus, find_missing_cuda
+from hpcmoe.comm.cuda import CudaDevice, StreamSpan, count_gpus, find_missing_cuda
 from hpcmoe.comm.rows import Buffer, RowOps, TorchRowOps
 from hpcmoe.errors import ClusterError
 
@@ -82,6 +82,10 @@ class Device(Protocol):
     def synchronize(self) -> None:
         """Wait until all streams have done their work."""
         return None
+
+    def record_streams(self) -> contextlib.AbstractContextManager[list[StreamSpan]]:
+        """Record what the streams do within the with-block -> list, which holds it when the block has ended."""
+        return contextlib.nullcontext([])
 
     def read_memory(self) -> tuple[str, int] | None:
         """Return the device's name, the same for all its ranks, and its free bytes; None for the node's memory."""

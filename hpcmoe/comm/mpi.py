@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from mpi4py import MPI
 
-from hpcmoe.comm.transport import MessageRequest
+from hpcmoe.comm.transport import MessageLog, MessageRequest
 from hpcmoe.wait import barrier, wait_all
 
 _SHORTEST_SECONDS, _LONGEST_SECONDS = 1e-3, 8e-3  # between two probes
@@ -48,14 +48,21 @@ class MpiTransport:
         self.mpi_requests: list[MPI.Request] = []  # under way, in pairs with:
         self.requests: list[MessageRequest] = []
         self.num_pokes = 0  # ever
+        self.log: MessageLog | None = None  # while somebody wants to know of the rows' messages
 
     def send_rows(self, rows: np.ndarray, peer: int, tag: int) -> MessageRequest:
         """Start to send uint8 rows [n, row_bytes], which must stay as they are until the request is done."""
-        return self._add(self.comm.Isend([rows, len(rows), self.row_type], peer, tag), sends=True)
+        request = self._add(self.comm.Isend([rows, len(rows), self.row_type], peer, tag), sends=True)
+        if self.log is not None:
+            self.log.add(request, True, peer, tag, rows.nbytes)
+        return request
 
     def recv_rows(self, rows: np.ndarray, peer: int, tag: int) -> MessageRequest:
         """Start to receive into uint8 rows [n, row_bytes]."""
-        return self._add(self.comm.Irecv([rows, len(rows), self.row_type], peer, tag), sends=False)
+        request = self._add(self.comm.Irecv([rows, len(rows), self.row_type], peer, tag), sends=False)
+        if self.log is not None:
+            self.log.add(request, False, peer, tag, rows.nbytes)
+        return request
 
     def send_words(self, words: np.ndarray, peer: int, tag: int) -> MessageRequest:
         """Start to send an int64 array."""
@@ -71,6 +78,8 @@ class MpiTransport:
         done = MPI.Request.Testsome(self.mpi_requests) if self.mpi_requests else None
         for index in done or ():
             self.requests[index].complete()
+            if self.log is not None:
+                self.log.end(self.requests[index])
         if done:  # the list is kept short: each test looks at all of it
             left = [index for index, request in enumerate(self.requests) if not request.done]
             self.mpi_requests = [self.mpi_requests[index] for index in left]

@@ -6,9 +6,14 @@ a window (hpcmoe.comm.window).
 """
 
 import enum
+import math
+import time
+from collections import Counter
 from typing import Protocol
 
 import numpy as np
+
+MOST_MESSAGES = 50_000  # that a MessageLog keeps
 
 
 class Direction(enum.IntEnum):
@@ -65,11 +70,37 @@ class MessageRequest:
         self.send_done = self.recv_done = True
 
 
+class MessageLog:
+    """When messages of rows began and ended on this rank, by time.perf_counter()."""
+
+    def __init__(self) -> None:
+        self.rows = list[list[float]]()  # sends (0, 1), peer, tag, its number among those alike, bytes, begin, end
+        self.under_way: dict[MessageRequest, list[float]] = {}
+        self.counts = Counter[tuple[bool, int, int]]()
+
+    def add(self, request: MessageRequest, sends: bool, peer: int, tag: int, num_bytes: int) -> None:
+        """Note that a message has begun; beyond MOST_MESSAGES, nothing."""
+        if len(self.rows) == MOST_MESSAGES:
+            return
+        key = sends, peer, tag
+        row = [float(sends), peer, tag, self.counts[key], num_bytes, time.perf_counter(), math.nan]
+        self.counts[key] += 1
+        self.rows.append(row)
+        self.under_way[request] = row
+
+    def end(self, request: MessageRequest) -> None:
+        """Note that a message has ended, as far as this rank can see."""
+        row = self.under_way.pop(request, None)
+        if row is not None:
+            row[-1] = time.perf_counter()
+
+
 class Transport(Protocol):
     """Carries messages among the P ranks of a group, without blocking."""
 
     rank: int
     size: int
+    log: MessageLog | None  # of the messages of rows, while somebody wants to know
 
     def send_rows(self, rows: np.ndarray, peer: int, tag: int) -> Request:
         """Start to send uint8 rows [n, row_bytes], which must stay as they are until the request is done."""
@@ -95,7 +126,7 @@ class Loopback(Transport):
     """The transport of a group on one node: nothing may be sent."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.log = rank, size, None
 
     def poke(self) -> bool:
         """Return False: nothing is under way."""

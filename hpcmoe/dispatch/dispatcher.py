@@ -164,6 +164,10 @@ class ExchangeProgress(Generic[Buffers]):
         moved = [backend.poke() for backend in self.backends]
         return any(moved) | poke_all(self.background_tasks)
 
+    def find_missing(self, handle: Any) -> list[int]:
+        """List the ranks without whose rows an exchange cannot go on, as far as is known."""
+        return []
+
     def raise_conflict(self, notices: Notices | None = None) -> None:
         """Raise the ClusterError of an exchange in which the ranks' calls do not fit together, or of an earlier one."""
         if self.conflict is None and notices is not None:

@@ -247,6 +247,16 @@ class HostDispatcher(ExchangeProgress[InFlightBuffers]):
             return False
         return self.window.is_done(handle.buffers.index, handle.number, 0, handle.plan.counts)
 
+    def find_missing(self, handle: HostHandle) -> list[int]:
+        """List the ranks without whose rows, or else results, an exchange cannot go on."""
+        routes, index, plan = self.routes, handle.buffers.index, handle.plan
+        if len(handle.arrivals.expected):
+            return np.unique(handle.arrivals.expected[:, 2]).tolist()
+        is_done = self.window.done[:, index, routes.local_index, 0] >= handle.number
+        sent = zip(plan.messages, handle.returns, strict=False)
+        of_others = [routes.receivers[message.receiver] for message, request in sent if not request.done]
+        return np.unique([*routes.local_peers[plan.counts.any(axis=1) & ~is_done], *of_others]).tolist()
+
     def combine(self, handle: HostHandle, gates: Tensor) -> Tensor:
         """Return the results, times gates [T, K], summed by token -> fresh [T, H] of the rows' dtype: permutation 3."""
         plan, first, zero = handle.plan, handle.buffers.results, handle.buffers.zero

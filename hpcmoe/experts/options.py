@@ -35,6 +35,7 @@ class GroupOptions:
     max_tokens: Count  # of a rank in one exchange, where a layer says nothing else
     reject_more: bool  # more tokens are an error; else they go in several exchanges
     threads: Annotated[int, Interval(ge=0, le=4096)]  # of torch; 0: this rank's share of its node's cores
+    hang_seconds: Annotated[float, Ge(0)]  # without a sign of a rank for which another waits; 0: for ever
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

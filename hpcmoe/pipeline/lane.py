@@ -35,6 +35,11 @@ class Lane:
         """Return True if the lane is at its experts' work."""
         return len(self.stages) > 0 and self.stages[0][0] in _HEAVY
 
+    @property
+    def number(self) -> int:
+        """Return the lane's place among those that began with it."""
+        return self.micro_batches.start
+
     def give_turn(self) -> None:
         """Pass the turn to this lane's thread, which goes on where the caller stops, on its core."""
         self.place.call_here()

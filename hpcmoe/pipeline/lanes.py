@@ -94,7 +94,7 @@ class Lanes(Progress):
 
     def run_lane(self, lane: Lane, step: Callable[[int], _Result], results: dict[int, _Result]) -> None:
         """Pass a lane's micro-batches through the network, one after the other, in this thread."""
-        outside = self.clock.switch(lane.timers)
+        outside = self.clock.switch(lane.timers, lane.number)
         self.current.lane = lane
         try:
             with torch.autograd.set_multithreading_enabled(False):  # backward runs in this thread too
@@ -200,6 +200,7 @@ class Lanes(Progress):
         """Count the seconds of the with-block to a stage of a layer, and name this in what goes wrong."""
         self.check_open()
         self.lane.at = stage, layer
+        self.pulse.work(stage, layer, self.lane.micro_batch)
         with self.clock.measure(stage.report_as):
             yield
 
@@ -217,8 +218,9 @@ class Lanes(Progress):
         """Run the next piece of what a lane waits for -> whether there was one."""
         stage, pieces = lane.stages[0]
         lane.at = stage, lane.layer
+        self.pulse.work(stage, lane.layer, lane.micro_batch)
         try:
-            with self.clock.measure(stage.report_as), torch.no_grad():  # in whoever's thread
+            with self.clock.measure(stage.report_as, lane.number), torch.no_grad():  # in whoever's thread
                 worked = next(pieces, None)
         except Exception as error:
             lane.error = error
@@ -253,7 +255,7 @@ class Lanes(Progress):
             self.give_turn(successor)
             lane.await_turn()
             self.random.set(states)
-            self.clock.switch(lane.timers)
+            self.clock.switch(lane.timers, lane.number)
         self.stop_if_failed()
 
     def give_turn(self, lane: Lane) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from hpcmoe.clock import Clock, Timer
 from hpcmoe.dispatch.dispatcher import TokenDispatcher
 from hpcmoe.errors import ConfigError
+from hpcmoe.pulse import open_pulse
 from hpcmoe.wait import Backoff
 
 
@@ -15,6 +16,7 @@ class Progress:
         self.dispatchers, self.clock = dispatchers, clock
         self.pokes: list[Callable[[], bool]] = []  # advance what else goes on, and return True if any of it has moved
         self.is_closed = False
+        self.pulse = open_pulse()
 
     def poke(self) -> bool:
         """Advance messages and tasks without waiting, and return True if anything moved."""
@@ -23,7 +25,7 @@ class Progress:
 
     def wait(self, timer: Timer, backoff: Backoff) -> None:
         """Pause, a few times at most, until something may have changed since the last poke."""
-        with self.clock.measure(timer):
+        with self.clock.measure(timer, pauses=True):
             if len(self.dispatchers) == 1:
                 self.dispatchers[0].wait_for_change(backoff)
             else:

@@ -73,6 +73,8 @@ class DescribedCluster:
 
         Of a real one its first nodes. Raises ConfigError where it cannot have as many.
         """
+        if num_nodes < 1:
+            raise ConfigError(f"{num_nodes} nodes: must be at least 1")
         if self.network is None:
             return self._cut(num_nodes)
         whole = sum(kind.count for kind in self.kinds)
@@ -160,7 +162,7 @@ def make_cluster(network: NetworkTable, kinds: tuple[NodesTable, ...], path: str
     num_nodes, of_node = len(kind_of_node), np.array([kind.gpus or kind.cores for kind in kinds])[kind_of_node]
     processors = [make_processor(kind, f"{path}: gpu") for kind in kinds]
     pairs = list(zip(kinds, processors, strict=True))
-    links = make_links(network, kinds, processors, kind_of_node, path)
+    links = make_described_links(network, kinds, processors, kind_of_node, path)
     topology = Topology(
         **{name: getattr(links, name) for name in ClusterLinks.__dataclass_fields__},
         node_of_rank=np.repeat(np.arange(num_nodes), of_node),
@@ -196,7 +198,7 @@ def find_rack_of_node(num_nodes: int, num_racks: int) -> np.ndarray:
     return np.arange(num_nodes) * num_racks // num_nodes
 
 
-def make_links(
+def make_described_links(
     network: NetworkTable,
     kinds: tuple[NodesTable, ...],
     processors: list[Processor],

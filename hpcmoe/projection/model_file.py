@@ -26,7 +26,7 @@ from hpcmoe.projection.layers import (
 from hpcmoe.projection.mixers import base_family, count_heads, count_key_heads, find_linear, list_kinds, measure_head
 
 _EXPERT_BIASES = ("gpt_oss",)
-_MOST_LAYERS = 10_000
+_MOST_LAYERS = 1000
 MATCHED = (
     "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "glm4_moe", "granitemoe",
     "phimoe", "jamba", "ernie4_5_moe", "qwen3_next", "qwen3_5_moe", "deepseek_v32", "deepseek_v4", "glm4_moe_lite",

@@ -1,12 +1,14 @@
-"""The picture of a placement: nodes in a ring, links by time, experts by load; maps and bars where nodes are many."""
+"""The picture of a placement: what binds, beside nodes in a ring with links and experts, or maps of many nodes."""
 
 import os
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Circle, FancyArrowPatch, Wedge
 
 from hpcmoe.placement.problem import PlacementProblem
@@ -16,8 +18,22 @@ from hpcmoe.placement.result import Placement, Usage
 _MOST_NODES_IN_A_RING = 16
 _MOST_NAMED_EXPERTS = 12  # of a node; more are drawn without their numbers
 _MOST_NAMED_RESOURCES = 2  # of those that bind
-_TIME_COLOURS, _LOAD_COLOURS = colormaps["plasma_r"], colormaps["Greens"]
+_MOST_BUSY = 10  # resources with a bar of their own
+_MOST_NODE_NAMES = 24  # along an axis
+_KINDS = {
+    "link": "link", "egress": "port", "ingress": "port", "uplink_out": "uplink", "uplink_in": "uplink", "rank": "",
+}  # fmt: skip
+_IDLE = {"egress": "sends", "ingress": "receives", "uplink_out": "sends", "uplink_in": "receives", "rank": "rank"}
+_LARGE, _SMALL = 11, 9  # points; a point is 5/3 pixels
 _GOLDEN_ANGLE = np.pi * (3 - 5**0.5)
+
+
+def cut_light_end(name: str) -> Colormap:
+    """Return a sequence of colours from visible to dark: the darker, the busier."""
+    return LinearSegmentedColormap.from_list(f"{name}_visible", colormaps[name](np.linspace(0.18, 1, 64)))
+
+
+_TIME_COLOURS, _LOAD_COLOURS = cut_light_end("YlOrBr"), cut_light_end("Blues")  # apart for colour-blind eyes too
 
 
 def draw_placement(
@@ -25,26 +41,78 @@ def draw_placement(
 ) -> None:
     """Draw a placement to a file of a kind that matplotlib writes: one layer in a ring, or all where nodes are many."""
     # Draw the layer, or all.
-    figure = Figure(figsize=(12, 9) if problem.num_nodes <= _MOST_NODES_IN_A_RING else (14, 9), layout="constrained")
+    figure = Figure(figsize=(15, 10), layout="constrained")
     if problem.num_nodes <= _MOST_NODES_IN_A_RING:
-        draw_ring(figure, problem, usage, layer)
+        halves: Any = figure.subfigures(1, 2, width_ratios=(1.6, 1))
+        left, right = halves
+        draw_ring(left, problem, usage, layer)
+        upper, lower = right.subplots(2, 1, height_ratios=(1, 1.3))
+        draw_busiest(lower, problem, {kind: array[layer] for kind, array in usage.seconds.items()}, f"layer {layer}")
         shown = f"layer {layer} of {problem.num_layers}: {1e3 * usage.layer_seconds[layer]:.4g} ms"
         names = [name_resource(problem, *resource) for resource in usage.list_binding(layer)]
         shown += f" ({', '.join(names[:_MOST_NAMED_RESOURCES])})" if names else ""
     else:
-        draw_maps(figure, problem, usage)
+        upper = draw_maps(figure, problem, usage)
         shown = f"sums over {problem.num_layers} layers"
+    draw_binding(upper, problem, placement, usage)
 
     # Write the cost above.
     bound = "optimal" if placement.is_optimal else f"lower bound {1e3 * placement.lower_bound_seconds:.4g} ms"
     figure.suptitle(
         f"objective {problem.objective}: {1e3 * placement.objective_seconds:.4g} ms a step ({bound})\n"
-        f"{problem.num_experts} experts on {problem.num_ranks} ranks of {problem.num_nodes} nodes; {shown}"
+        f"{problem.num_experts} experts on {problem.num_ranks} ranks of {problem.num_nodes} nodes; {shown}",
+        fontsize=_LARGE + 2,
     )
     figure.savefig(path, format=kind, dpi=120)
 
 
-def draw_ring(figure: Figure, problem: PlacementProblem, usage: Usage, layer: int) -> None:
+def draw_binding(axes: Axes, problem: PlacementProblem, placement: Placement, usage: Usage) -> None:
+    """Draw a bar for each kind of resource, its busiest in each layer and all layers summed, against the bound."""
+    names, milliseconds = [], []
+    for kind, seconds in usage.seconds.items():
+        of_layer = seconds.reshape(len(seconds), -1)
+        total = of_layer.sum(axis=0)
+        index = np.unravel_index(int(total.argmax()), seconds.shape[1:])
+        milliseconds.append(1e3 * of_layer.max(axis=1).sum())
+        busiest = (
+            name_resource(problem, kind, [int(i) for i in index]) if total.any() else f"{_IDLE.get(kind, '')}: idle"
+        )
+        names.append(f"{_KINDS[kind]} {busiest}".strip())
+    draw_bars(axes, names, milliseconds)
+
+    # Draw what they are compared with.
+    cost, bound = 1e3 * placement.objective_seconds, 1e3 * placement.lower_bound_seconds
+    axes.axvline(cost, color="0.1", linewidth=1.4, label=f"objective {cost:.4g} ms")
+    axes.axvline(bound, color="0.1", linewidth=1.4, linestyle="--", label=f"lower bound {bound:.4g} ms")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 0.98), ncols=2, fontsize=_SMALL, frameon=False)
+    axes.set_xlabel("ms a step, the busiest of a kind in each layer", fontsize=_SMALL)
+    axes.set_title("what binds, all layers", fontsize=_LARGE, pad=26)
+
+
+def draw_busiest(axes: Axes, problem: PlacementProblem, seconds: dict[str, np.ndarray], what: str) -> None:
+    """Draw a bar for each of the busiest resources; seconds: by kind, of one layer or summed."""
+    found = [(float(busy), kind, index) for kind, array in seconds.items() for index, busy in np.ndenumerate(array)]
+    found = sorted((entry for entry in found if entry[0] > 0), key=lambda entry: -entry[0])[:_MOST_BUSY]
+    names = [f"{_KINDS[kind]} {name_resource(problem, kind, index)}".strip() for _, kind, index in found]
+    draw_bars(axes, names, [1e3 * busy for busy, _, _ in found])
+    axes.set_xlabel("ms a step", fontsize=_SMALL)
+    axes.set_title(f"busiest resources, {what}", fontsize=_LARGE)
+
+
+def draw_bars(axes: Axes, names: list[str], milliseconds: list[float]) -> None:
+    """Draw horizontal bars with their names and values, the first on top, the darker the busier."""
+    most = max(milliseconds, default=0.0) or 1.0
+    rows = np.arange(len(names))
+    bars = axes.barh(rows, milliseconds, color=[_TIME_COLOURS(value / most) for value in milliseconds], height=0.7)
+    plate = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axes.bar_label(bars, [f"{value:.4g}" for value in milliseconds], padding=4, fontsize=_SMALL, bbox=plate, zorder=4)
+    axes.set_yticks(rows, names, fontsize=_SMALL)
+    axes.tick_params(axis="x", labelsize=_SMALL)
+    axes.set(xlim=(0, 1.2 * most), ylim=(max(len(names), 1) - 0.4, -0.6))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_ring(figure: FigureBase, problem: PlacementProblem, usage: Usage, layer: int) -> None:
     """Draw one layer: nodes around a ring, rack by rack, an arrow for each link in use, experts inside their nodes."""
     # Place the nodes.
     axes = figure.add_subplot(aspect="equal")
@@ -63,9 +131,9 @@ def draw_ring(figure: Figure, problem: PlacementProblem, usage: Usage, layer: in
     _draw_racks(axes, problem, seconds, angle, radius)
     _draw_links(figure, axes, problem, usage.tokens[layer], discs)
     _draw_experts(figure, axes, usage.tokens_of_expert[layer], usage.replicas[layer], discs)
-    for node, (x, y) in enumerate(centre * (1 + radius + 0.15)):
+    for node, (x, y) in enumerate(centre * (1 + radius + 0.24)):
         text = problem.node_names[node] + _format_both_directions(seconds, "egress", "ingress", node)
-        axes.text(x, y, text, ha="center", va="center", fontsize=8, zorder=5)
+        axes.text(x, y, text, ha="center", va="center", fontsize=_SMALL, zorder=5)
     axes.set(xlim=(-2, 2), ylim=(-1.6, 1.6))
 
 
@@ -86,7 +154,7 @@ def _draw_racks(axes, problem, seconds, angle, radius):
         middle, out = np.radians(ends.mean()), 1.31 + radius
         text = f"rack {rack}" + _format_both_directions(seconds, "uplink_out", "uplink_in", rack)
         side = "left" if np.cos(middle) > 0 else "right"
-        axes.text(out * np.cos(middle), out * np.sin(middle), text, ha=side, va="center", color="0.3", fontsize=9)
+        axes.text(out * np.cos(middle), out * np.sin(middle), text, ha=side, va="center", color="0.2", fontsize=_SMALL)
 
 
 def _draw_links(figure, axes, problem, tokens, discs):
@@ -104,7 +172,7 @@ def _draw_links(figure, axes, problem, tokens, discs):
         )  # fmt: skip
         axes.add_patch(arrow)
     if crossing.any():
-        figure.colorbar(scale, ax=axes, shrink=0.7, label="time of a link, ms (width: its tokens)")
+        add_scale(figure, axes, scale, "time of a link, ms (width: its tokens)")
 
 
 def _draw_experts(figure, axes, tokens, replicas, discs):
@@ -125,39 +193,74 @@ def _draw_experts(figure, axes, tokens, replicas, discs):
             if len(experts) <= _MOST_NAMED_EXPERTS:
                 name = f"{expert}" if replicas[node, expert] == 1 else f"{expert}x{replicas[node, expert]}"
                 ink = "white" if load > 0.6 else "black"
-                axes.text(spot[0], spot[1], name, ha="center", va="center", fontsize=7, color=ink, zorder=5)
-    figure.colorbar(scale, ax=axes, shrink=0.7, label="tokens that an expert serves on a node")
+                axes.text(spot[0], spot[1], name, ha="center", va="center", fontsize=_SMALL - 1, color=ink, zorder=5)
+    add_scale(figure, axes, scale, "tokens that an expert serves on a node")
 
 
-def draw_maps(figure: Figure, problem: PlacementProblem, usage: Usage) -> None:
-    """Draw all layers together: a map of the links' times, and bars of each node's port, experts and tokens."""
+def add_scale(figure: FigureBase, axes: Axes, scale: ScalarMappable, label: str) -> None:
+    """Add a scale of colours below axes."""
+    bar = figure.colorbar(scale, ax=axes, location="bottom", shrink=0.55, aspect=36, pad=0.02)
+    bar.set_label(label, fontsize=_SMALL)
+    bar.ax.tick_params(labelsize=_SMALL)
+
+
+def draw_maps(figure: Figure, problem: PlacementProblem, usage: Usage) -> Axes:
+    """Draw all layers together -> axes for what binds. A map of the links' times, and panels of what binds first."""
     # Map the links.
+    grid = figure.add_gridspec(4, 2, width_ratios=(1.15, 1), height_ratios=(1.3, 1.5, 1, 1))
     crossing = np.where(np.eye(problem.num_nodes), 0.0, usage.tokens.sum(axis=0))  # [nodes, nodes]
-    grid = figure.add_gridspec(3, 2, width_ratios=(1.25, 1))
-    axes = figure.add_subplot(grid[:, 0])
+    axes = figure.add_subplot(grid[:3, 0])
     milliseconds = np.where(crossing > 0, 1e3 * crossing * problem.link_cost, np.nan)  # white where nothing goes
-    figure.colorbar(axes.imshow(milliseconds, cmap=_TIME_COLOURS, vmin=0, interpolation="nearest"), ax=axes, shrink=0.8)
-    axes.set(title="time of a link, ms", xlabel="to node", ylabel="from node")
+    add_scale(figure, axes, axes.imshow(milliseconds, cmap=_TIME_COLOURS, vmin=0, interpolation="nearest"), "ms a step")
+    axes.set_title("time of a link, ms", fontsize=_LARGE)
+    name_nodes(axes, problem, "x", "to node")
+    name_nodes(axes, problem, "y", "from node")
     for border in np.flatnonzero(np.diff(problem.rack_of_node)) + 0.5:
         axes.axhline(border, color="0.3", linewidth=0.6)
         axes.axvline(border, color="0.3", linewidth=0.6)
 
-    # Draw the bars of the nodes.
+    # Draw what is busiest, and the bars of the nodes.
+    upper = figure.add_subplot(grid[0, 1])
+    summed = {kind: array.sum(axis=0) for kind, array in usage.seconds.items()}
+    draw_busiest(figure.add_subplot(grid[1, 1]), problem, summed, "all layers")
     ms_bytes = 1e3 * problem.bytes_per_token
-    for row, (title, series) in enumerate((
-        ("time of a port, ms", {
-            "sends": ms_bytes * crossing.sum(axis=1) / problem.egress_bytes_per_second,
-            "receives": ms_bytes * crossing.sum(axis=0) / problem.ingress_bytes_per_second,
-        }),
-        ("experts, replicas in all layers", {"replicas": usage.replicas.sum(axis=(0, 2))}),
-        ("tokens served", {"tokens": usage.tokens.sum(axis=(0, 1))}),
-    )):  # fmt: skip
-        axes = figure.add_subplot(grid[row, 1])
-        for label, height in series.items():
-            edges, is_single = np.arange(problem.num_nodes + 1) - 0.5, len(series) == 1
-            axes.stairs(height, edges, fill=is_single, baseline=0 if is_single else None, label=label)
-        axes.set(title=title, xlim=(-0.5, problem.num_nodes - 0.5))
-        axes.set_ylim(bottom=0)
-        if len(series) > 1:
-            axes.legend(loc="lower right", fontsize=8)
-    axes.set_xlabel("node")
+    ports = {
+        "sends": ms_bytes * crossing.sum(axis=1) / problem.egress_bytes_per_second,
+        "receives": ms_bytes * crossing.sum(axis=0) / problem.ingress_bytes_per_second,
+    }
+    for place, title, unit, series in (
+        (grid[2, 1], "time of a port, ms", "ms a step", ports),
+        (grid[3, 1], "tokens served", "tokens a step", {"tokens": usage.tokens.sum(axis=(0, 1))}),
+        (grid[3, 0], "experts, replicas in all layers", "replicas", {"replicas": usage.replicas.sum(axis=(0, 2))}),
+    ):
+        draw_nodes(figure.add_subplot(place), problem, title, unit, series)
+    return upper
+
+
+def draw_nodes(axes: Axes, problem: PlacementProblem, title: str, unit: str, series: dict[str, np.ndarray]) -> None:
+    """Draw a figure of each node [nodes], one filled or several as outlines."""
+    colours = dict(zip(series, ("#0072b2", "#d55e00"), strict=False))
+    for label, height in series.items():
+        edges, is_single = np.arange(problem.num_nodes + 1) - 0.5, len(series) == 1
+        baseline = 0 if is_single else None
+        axes.stairs(height, edges, fill=is_single, baseline=baseline, label=label, color=colours[label], linewidth=1.4)
+    axes.set_title(title, fontsize=_LARGE)
+    axes.set_ylabel(unit, fontsize=_SMALL)
+    axes.set_ylim(bottom=0)
+    axes.tick_params(labelsize=_SMALL)
+    axes.spines[["top", "right"]].set_visible(False)
+    name_nodes(axes, problem, "x", "node")
+    if len(series) > 1:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, fontsize=_SMALL, frameon=False)
+
+
+def name_nodes(axes: Axes, problem: PlacementProblem, axis: str, label: str) -> None:
+    """Name some of the nodes along an axis."""
+    places = np.arange(0, problem.num_nodes, -(-problem.num_nodes // _MOST_NODE_NAMES))
+    names = [problem.node_names[node] for node in places]
+    upright = axis == "x" and max(len(name) for name in names) > 2
+    set_ticks, set_label = (axes.set_xticks, axes.set_xlabel) if axis == "x" else (axes.set_yticks, axes.set_ylabel)
+    set_ticks(places, names, fontsize=_SMALL - 1, rotation=90 if upright else 0)
+    set_label(label, fontsize=_SMALL)
+    if axis == "x":
+        axes.set_xlim(-0.5, problem.num_nodes - 0.5)

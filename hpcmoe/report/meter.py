@@ -65,6 +65,7 @@ class Meter:
         self.own_tokens: Any = 0  # [L, E] assignments whose home is this rank, since pop_tokens
         self.batches = Batches()
         self.num_steps = 0
+        self.hidden_share: float | None = None  # of the transfers, behind the experts' work, where it was traced
         self.sums: dict[str, Any] = dict.fromkeys((*MEANS, "num_tokens", "num_dropped", "seconds"), 0)
         self.seconds_of_stage = dict.fromkeys(STAGES, 0.0)
         self.start()

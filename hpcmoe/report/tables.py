@@ -7,9 +7,9 @@ from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.prepare.memory import Memory
 from hpcmoe.prepare.process import count_unshared
 from hpcmoe.report.batches import rows_of_batches
-from hpcmoe.report.metrics import SIGMA_AIM, sum_links_by_node
+from hpcmoe.report.metrics import SIGMA_AIM, Recorder, sum_links_by_node
 from hpcmoe.report.placement_tables import Rows
-from hpcmoe.report.totals import MeasuredRun, Totals
+from hpcmoe.report.totals import MeasuredRun, Totals, record_totals
 
 _MAX_NODES, _MAX_LAYERS = 8, 8  # in a table
 _OBJECTIVES = {
@@ -60,6 +60,11 @@ def rows_of_time(totals: Totals) -> Rows:
         ("time per token", f"{1e6 * totals.seconds / num_tokens:.2f}", "us"),
         ("time per step", f"{1e3 * totals.seconds / num_steps:.1f}", "ms"),
         *((f"  in {stage}", f"{1e3 * seconds / num_steps:.1f}", "ms, mean of ranks") for stage, seconds in stages),
+        *(
+            ("  transfers hidden", f"{share:.2f}", "behind the experts' work, in the steps of [run] trace; 1 all")
+            for share in (totals.hidden_share,)
+            if share is not None
+        ),
     ]
 
 
@@ -173,6 +178,20 @@ def rows_of_process(run: MeasuredRun, totals: Totals) -> Rows:
         ("libraries and files that processes share", "", format_bytes(process.libraries)),
         ("resident set of the process, at its peak", "", format_bytes(process.peak)),
     ]
+
+
+def record_results(records: Recorder, run: MeasuredRun, totals: Totals) -> None:
+    """Record the figures of the whole run, and the memory of a rank by what it holds, as computed and as measured."""
+    record_totals(records, totals)
+    parts = {
+        text: (getattr(run.memory, name), getattr(totals.measured, name)) for name, text in _PARTS_OF_MEMORY.items()
+    }
+    parts = {text: both for text, both in parts.items() if any(both)}
+    parts["the process itself: Python, torch, MPI"] = run.budget.process_bytes, totals.process_bytes
+    computed, measured = np.array([*parts.values()]).T
+    records.describe("memory", "parts", list(parts))
+    records.describe("memory", "computed_bytes", computed, "B")
+    records.describe("memory", "measured_bytes", measured, "B")
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -82,6 +82,7 @@ class Totals:
     unshared_bytes: int  # unshared memory of a process, mean of a node's ranks; of the fullest node
     losses: dict[str, float]  # by name, in the loss_unit; perplexities
     loss_unit: str  # nats of what
+    hidden_share: float | None = None  # of the transfers, behind the experts' work; None where it was not traced
 
     @property
     def tokens_per_second(self) -> float:
@@ -121,6 +122,7 @@ def gather_totals(run: MeasuredRun, optimizer: Any, losses: dict[str, float], sn
         unshared_bytes=mean_of_fullest_node([process.unshared for _, process, _ in everyone], node_of_rank),
         losses=losses,
         loss_unit=run.loss_unit,
+        hidden_share=meter.hidden_share,
         **meter.sums | means,
     )
 
@@ -159,6 +161,8 @@ def record_totals(records: Recorder, totals: Totals) -> None:
     """Record the figures of the whole run."""
     records.describe("run", "tokens_per_second_overall", totals.tokens_per_second, "tokens/s")
     records.describe("comm", "bytes_of_link", totals.bytes_of_link, "B, rank to rank")
+    if totals.hidden_share is not None:
+        records.describe("comm", "hidden_share", totals.hidden_share, "1, of the transfers, behind the experts' work")
     records.describe("dispatch", "link_sigma_floor", totals.link_sigma_floor, "1")
     records.describe("dispatch", "link_sigma_floor_of_layer", totals.link_sigma_floor_of_layer, "1")
     records.describe("dispatch", "link_sigma_aim", SIGMA_AIM, "1, an even exchange has less")

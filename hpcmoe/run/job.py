@@ -1,6 +1,7 @@
 """A run prepared, which opens nothing, then opened: device, dispatcher, network, text."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from hpcmoe.cluster.mesh import Mesh
 from hpcmoe.cluster.topology import Topology
 from hpcmoe.comm.device import Device, open_device
 from hpcmoe.comm.heap import keep_heap
+from hpcmoe.comm.stalls import open_stalls
 from hpcmoe.comm.window import check_shared_memory
 from hpcmoe.config import Config, NetworkSpec
 from hpcmoe.dispatch.routes import Routes
@@ -34,6 +36,8 @@ from hpcmoe.report.meter import Meter
 from hpcmoe.run.dispatchers import find_communicators, open_dispatcher, select_row_backend
 from hpcmoe.run.step import Stepper
 from hpcmoe.wait import gather_to_all
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,12 +116,12 @@ def open_job(config: Config, topology: Topology, mesh: Mesh, split: Split, loads
     # Compute what fits and where the experts go; then open what carries rows, and build the network over it.
     prepared = prepare(config, cluster)
     sizes, routes = prepared.sizes, prepared.routes
-    with contextlib.ExitStack() as opened:
+    with open_stalls(world, 0.0) as stalls, contextlib.ExitStack() as opened:
         dispatcher = opened.enter_context(open_dispatcher(mesh, device, backend, sizes, routes, config.spec.trains))
         lanes = Lanes([dispatcher], dispatcher.clock, config.pipeline.schedule, device.bind_thread, device.generators)
         opened.callback(lanes.close)
         network = make_model(config.spec, mesh, prepared.run_placement.placement, dispatcher, lanes, device)
-        lanes.pokes.append(network.poke)
+        lanes.pokes += [network.poke, stalls.poke_answers]
         yield Job(
             config=config,
             topology=prepared.topology,
@@ -178,6 +182,8 @@ def prepare(config: Config, cluster: Cluster) -> Prepared:
     problem = keep_on_root(
         world, lambda: make_run_problem(spec.model, config.placement, demand, topology, mesh, budget)
     )
+
+    log.info("placing the experts, in about %g s of search", config.placement.search_seconds)
 
     def place() -> RunPlacement:
         assert problem is not None  # rank 0 has it

@@ -23,6 +23,7 @@ from hpcmoe.placement.migrate import (
 from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.placement.result import Placement
 from hpcmoe.prepare.placement import RunPlacement, compare_with_methods, evaluate_layouts
+from hpcmoe.pulse import busy
 from hpcmoe.report.meter import gather_by_node
 from hpcmoe.report.metrics import Recorder
 from hpcmoe.run.job import Job
@@ -54,7 +55,7 @@ class Rebalancer:
         """Solve anew after `step` steps, where it is due, and start to move the experts. Collective over world."""
         if self.every == 0 or self.num_steps < _MIN_STEPS or step % self.every:
             return
-        with self.job.stepper.clock.measure(Timer.WAITING):
+        with self.job.stepper.clock.measure(Timer.WAITING), busy("solving for the placement"):
             tokens = gather_by_node(self.job.mesh.world, self.parts, self.job.topology.node_of_rank)
             num_parts = min(self.num_steps, _PARTS)
             self.parts, self.num_steps = 0, 0

@@ -28,6 +28,7 @@ class Outcome:
 
     loss: Any  # float, mean cross-entropy, nats a byte; None where no head ran
     stats: RoutingStats
+    norm: float | None = None  # of the gradients, before clipping; None where there are none
 
 
 class Stepper:

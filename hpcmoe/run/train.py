@@ -1,5 +1,6 @@
 """Training: steps of forward, backward and AdamW over real text, each one measured."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 
@@ -9,15 +10,17 @@ from hpcmoe.clock import Timer
 from hpcmoe.config import Config
 from hpcmoe.model.balance import update_biases, update_load
 from hpcmoe.model.text import even_starts, share_of
+from hpcmoe.pulse import open_pulse
 from hpcmoe.report.meter import StepMetrics
 from hpcmoe.report.metrics import Recorder
-from hpcmoe.report.progress import open_progress
+from hpcmoe.run.display import open_display
 from hpcmoe.run.finite import check_finite
 from hpcmoe.run.job import Job
 from hpcmoe.run.optimizer import Optimizer
 from hpcmoe.run.rebalance import Rebalancer
 from hpcmoe.run.replicas import check_shared_parameters
 from hpcmoe.run.step import Outcome
+from hpcmoe.run.tracing import Tracing
 
 log = logging.getLogger(__name__)
 Activations = dict[str, np.ndarray]
@@ -40,7 +43,7 @@ def train(
         outcome, norm = train_step(job, optimizer, load, step)
         records.append(step, "train", "gradient_norm", norm)
         records.append(step, "train", "learning_rate", optimizer.learning_rate)
-        return outcome
+        return dataclasses.replace(outcome, norm=norm)
 
     def end_step(step: int, outcome: Outcome, activations: Activations) -> None:
         # The measured load acts on the next step's routers.
@@ -69,19 +72,26 @@ def measure_steps(
     Collective over world.
     """
     config = job.config
-    rebalancer = Rebalancer(job, optimizer, records)
-    with open_progress(config.run.steps, first_step, job.mesh.world.rank == 0) as show:
+    rebalancer, pulse = Rebalancer(job, optimizer, records), open_pulse()
+    tracing = Tracing(config.run, job.mesh, job.stepper.dispatcher, job.stepper.network.device)
+    with open_display(config, first_step, job.mesh.world.rank) as show:
         for step in range(first_step + 1, config.run.steps + 1):
-            job.meter.start()
-            rebalancer.start_if_due(step - 1)
-            outcome = take_step(step)
-            metrics, activations = job.meter.read(outcome.stats), job.stepper.network.take_activations()
+            pulse.begin_step(step)
+            with tracing.step(step):
+                job.meter.start()
+                rebalancer.start_if_due(step - 1)
+                outcome = take_step(step)
+                metrics, activations = job.meter.read(outcome.stats), job.stepper.network.take_activations()
             record_step(records, step, outcome, metrics)
-            show(step, outcome.loss, None if optimizer is None else optimizer.learning_rate, metrics)
+            show(step, outcome.loss, None if optimizer is None else optimizer.learning_rate, metrics, outcome.norm)
+            pulse.end_step(metrics.seconds)
             rebalancer.end_step(step, outcome.stats)
             end_step(step, outcome, activations)
             if job.stepper.ending.is_agreed:
                 break
+        tracing.finish()
+    job.meter.hidden_share = tracing.hidden_share
+    pulse.end_run()
 
 
 def train_step(job: Job, optimizer: Optimizer, load: np.ndarray, step: int) -> tuple[Outcome, float]:
@@ -89,6 +99,7 @@ def train_step(job: Job, optimizer: Optimizer, load: np.ndarray, step: int) -> t
     config = job.config
     optimizer.zero_gradients()
     outcome = job.stepper.run(job.training, draw_batch(job, step), load, "train", layers_to_write(config, step))
+    open_pulse().name("the optimizer")
     with job.stepper.clock.measure(Timer.OPTIMIZER):
         norm = optimizer.step(step)
     check_finite(step, config, loss=outcome.loss, norm_of_the_gradients=norm)

@@ -1,6 +1,7 @@
 """Training and inference of a Hugging Face model: batches of tokens in lanes, each step measured as in our own runs."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 from collections.abc import Callable
@@ -15,12 +16,14 @@ from hpcmoe.config import Config
 from hpcmoe.errors import ConfigError, attempt, on_all, raise_or_return
 from hpcmoe.model.routing_stats import RoutingStats
 from hpcmoe.model.text import BlankText, Text, even_starts, read_micro_batches, share_of
+from hpcmoe.pulse import busy, open_pulse
 from hpcmoe.report.metrics import Recorder
-from hpcmoe.report.progress import open_progress
+from hpcmoe.run.display import open_display
 from hpcmoe.run.finite import check_finite
 from hpcmoe.run.replicas import check_shared_model
 from hpcmoe.run.schedules import learning_rate_at
 from hpcmoe.run.step import Outcome
+from hpcmoe.run.tracing import Tracing
 from hpcmoe.run.train import is_due, record_step
 from hpcmoe.run.tuning_job import TuningJob
 
@@ -41,7 +44,7 @@ def tune(job: TuningJob, records: Recorder, first_step: int, save: SaveStep) -> 
         outcome, norm = tune_step(job, step)
         records.append(step, "train", "gradient_norm", norm)
         records.append(step, "train", "learning_rate", rate_of(job))
-        return outcome
+        return dataclasses.replace(outcome, norm=norm)
 
     def end_step(step: int) -> None:
         """Validate and write what is due."""
@@ -76,17 +79,24 @@ def measure_tuning(
     job: TuningJob, records: Recorder, first_step: int, take_step: Callable[[int], Outcome], end_step: SaveStep
 ) -> None:
     """Run the steps after first_step: each is measured, recorded and shown. Collective over world."""
-    num_steps = job.config.run.steps
-    with open_progress(num_steps, first_step, job.mesh.world.rank == 0) as show:
+    num_steps, pulse = job.config.run.steps, open_pulse()
+    tracing = Tracing(job.config.run, job.mesh, job.stepper.dispatcher, job.group.device)
+    with open_display(job.config, first_step, job.mesh.world.rank) as show:
         for step in range(first_step + 1, num_steps + 1):
-            job.meter.start()
-            outcome = take_step(step)
-            metrics = job.meter.read(outcome.stats)
+            pulse.begin_step(step)
+            with tracing.step(step):
+                job.meter.start()
+                outcome = take_step(step)
+                metrics = job.meter.read(outcome.stats)
+            pulse.end_step(metrics.seconds)
             record_step(records, step, outcome, metrics, job.loss_unit)
-            show(step, outcome.loss, rate_of(job), metrics)
+            show(step, outcome.loss, rate_of(job), metrics, outcome.norm)
             end_step(step)
             if job.stepper.ending.is_agreed:
                 break
+        tracing.finish()
+    job.meter.hidden_share = tracing.hidden_share
+    pulse.end_run()
 
 
 def rate_of(job: TuningJob) -> float | None:
@@ -101,6 +111,7 @@ def tune_step(job: TuningJob, step: int) -> tuple[Outcome, float]:
     for parameter in model.parameters():
         parameter.grad = None
     outcome = run_batch(job, job.training, draw_batch_of(job, step), "train", step)
+    open_pulse().name("the optimizer")
     with group.engine.clock.measure(Timer.OPTIMIZER):
         group.sum_gradients(model)
         norm = group.clip_grad_norm_(model, config.train.clip_norm or math.inf)
@@ -232,7 +243,7 @@ def rebalance_if_due(job: TuningJob, records: Recorder, step: int, first_step: i
     every = job.config.rebalance.every
     if every == 0 or step == first_step + 1 or (step - 1) % every:
         return
-    with job.group.engine.clock.measure(Timer.WAITING):
+    with job.group.engine.clock.measure(Timer.WAITING), busy("moving experts"):
         job.meter.batches.credit_experts(job.placement, job.mesh.expert_index)
         moved = job.group.rebalance(job.model, job.optimizer and job.optimizer.adamw)
     log.info("step %d: %d experts have moved to where their tokens come from", step, moved)

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import re
 import shutil
 import time
@@ -17,10 +16,10 @@ from hpcmoe.write.boxes import HeldPiece
 from hpcmoe.write.checksums import check_checksum, read_checksums
 from hpcmoe.write.hdf5 import Values, checkpoint_errors
 from hpcmoe.write.pieces import MASTER, OF_MASTER, WriteTasks, check_files, write_in_tasks
+from hpcmoe.write.steps import CHECKPOINT_NAME, list_checkpoints, newest_checkpoint, step_of
 from hpcmoe.write.trust import check_pieces, find_pieces
 
 log = logging.getLogger(__name__)
-_NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = re.compile(r"checkpoint-\d+(\.old)?\.partial")
 
 
@@ -88,7 +87,7 @@ def verify_master(folder: Path) -> tuple[dict[str, str], list[str]]:
 def suggest_another(path: Path) -> str:
     """Find a checkpoint to resume in place of a damaged one: the last before it, else the first after it."""
     own = step_of(path)
-    folder = path.parent if _NAME.fullmatch(path.name) else path.resolve().parent
+    folder = path.parent if CHECKPOINT_NAME.fullmatch(path.name) else path.resolve().parent
     others = list_checkpoints(folder)
     for step in sorted(others, key=lambda step: (step > own, abs(step - own))):
         with contextlib.suppress(CheckpointError):
@@ -98,39 +97,15 @@ def suggest_another(path: Path) -> str:
     return "there is no other that can be read"
 
 
-def step_of(checkpoint: Path) -> int:
-    """Return the step in a checkpoint's name."""
-    return int(checkpoint.resolve().name.removeprefix("checkpoint-"))
-
-
-def is_in_folder(checkpoint: Path, folder: Path) -> bool:
-    """Return True if a checkpoint is one of this folder's, whatever the links on the way."""
-    with contextlib.suppress(ValueError):  # a name that no file can have
-        return os.path.dirname(os.path.realpath(checkpoint)) == os.path.realpath(folder)
-    return False
-
-
 def choose_checkpoint(where: Path) -> Path:
     """Choose a checkpoint's own path, or the newest in a run's folder."""
     with checkpoint_errors(where, "read"):
         if not where.is_dir():
             raise CheckpointError(f"{where}: no such folder, so no checkpoint to resume")
-        found = where if _NAME.fullmatch(where.resolve().name) else newest_checkpoint(where)
+        found = where if CHECKPOINT_NAME.fullmatch(where.resolve().name) else newest_checkpoint(where)
     if found is None:
         raise CheckpointError(f"{where}: no checkpoint to resume")
     return found
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Find the finished checkpoint of the highest step -> its path, or None."""
-    found = list_checkpoints(folder)
-    return found[max(found)] if found else None
-
-
-def list_checkpoints(folder: Path) -> dict[int, Path]:
-    """List the finished checkpoints of a run's folder -> {step: path}."""
-    paths = ((_NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*"))
-    return {int(match[1]): path for match, path in paths if match}
 
 
 def prune(folder: Path, step: int, keep: int) -> None:

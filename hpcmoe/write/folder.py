@@ -27,7 +27,10 @@ from hpcmoe.write.pieces import FILES, MASTER
 MARK = "hpcmoe.json"
 _RESULTS = re.compile(r"run\.h5(\.\d+|\.previous)?|(checkpoint|activations)-\d+")
 _PARTIAL = re.compile(r"(run\.h5|(checkpoint|activations)-\d+(\.old)?)\.partial|topology\.json\.part")  # after a kill
-_OTHERS = re.compile(rf"topology\.json|hf|{re.escape(MARK)}")
+_OTHERS = re.compile(
+    rf"topology\.json|hf|report\.html|report-csv|log\.jsonl|tensorboard|trace\.json\.gz|{re.escape(MARK)}"
+)
+_FIRST_BYTES = 2000  # of a report, which name the program
 _NUM_REMOVALS = 50  # tries, in a second, where another thread still writes
 log = logging.getLogger(__name__)
 
@@ -161,6 +164,8 @@ def is_written_by_run(path: Path) -> bool:
                 return False  # reading a pipe would block
             case "hpcmoe.json":
                 return dict(json.loads(path.read_text())).get("program") == "hpcmoe"
+            case "report.html":
+                return b'content="hpcmoe ' in path.read_bytes()[:_FIRST_BYTES]
             case "topology.json":
                 return "bytes_per_second" in dict(json.loads(path.read_text()))
             case "run.h5":

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcmoe.environment import find_job
+from hpcmoe.environment import SUPERVISOR, find_job, read_setting
 from hpcmoe.errors import ConfigError
 
 LOCK = "run.lock"
@@ -45,6 +45,7 @@ class Holder:
     job: str  # Slurm's; empty elsewhere
     restarts: str  # of the job, which keeps its number when it is requeued
     since: str
+    supervisor: str = ""  # the word of what starts the run's ranks anew after a fault
 
     def __str__(self):
         job = f", Slurm job {self.job}" if self.job else ""
@@ -64,6 +65,7 @@ def make_holder() -> Holder:
         job=job,
         restarts=restarts,
         since=time.strftime("%Y-%m-%d %H:%M:%S"),
+        supervisor=read_setting(SUPERVISOR),
     )
 
 
@@ -168,6 +170,8 @@ def explain_stale(path: Path, held: Holder | None, own: Holder) -> str | None:
             return "that process is gone"
     elif held.job and held.job == own.job and held.restarts != own.restarts:
         return "the job was requeued"
+    elif held.supervisor and held.supervisor == own.supervisor:
+        return "its ranks were started anew"
     elif silent:
         return silent
     else:

@@ -9,8 +9,9 @@ from launch import mpirun
 from hpcmoe.comm import stalls
 from hpcmoe.comm.failures import open_failures
 from hpcmoe.comm.stalls import format_places, open_stalls
-from hpcmoe.errors import ClusterError
-from hpcmoe.wait import barrier
+from hpcmoe.errors import ClusterError, PeerError
+from hpcmoe.pulse import open_pulse
+from hpcmoe.wait import barrier, wait_all
 
 SCRIPT = """
 import sys, time
@@ -50,13 +51,14 @@ with hpcmoe.open(schedule=schedule, in_flight=2) as group:
         train(3 if case == "one more" and last else 2)
 print("ended in order")
 """
-EXCHANGE = r"(MoE\.forward|Lanes\.work), \w+ of layer \d, micro-batch \d( \(train\.py:\d+\))?"
+WITHOUT = r"(, without rows of ranks? [\d, -]+)?"
+EXCHANGE = rf"(MoE\.forward|Lanes\.work), \w+ of layer \d, micro-batch \d{WITHOUT}( \(train\.py:\d+\))?"
 SUMS = r"Group\.sum_gradients \(train\.py:\d+\)"
 PLACES = {  # of the last rank, and of the others
     "leaves": (r"the end of the group \(train\.py:\d+\)", EXCHANGE),
     "saves": (r"Group\.save \(train\.py:\d+\)", EXCHANGE),
     "one more": (EXCHANGE, SUMS),
-    "no backward": (EXCHANGE, r"\S+, \w+ of layer 1, micro-batch 0 \(train\.py:\d+\)"),
+    "no backward": (EXCHANGE, rf"\S+, \w+ of layer 1, micro-batch 0{WITHOUT} \(train\.py:\d+\)"),
 }
 
 
@@ -94,7 +96,7 @@ def test_who_computes_for_long_is_waited_for(script, tmp_path):
 
 def test_ranks_of_one_place_are_named_together():
     text = format_places(["loads", "save", "loads", "loads"])
-    assert text.startswith("all ranks wait for each other, ranks 0, 2-3 in loads, rank 1 in save: all ranks of a group")
+    assert text == "all ranks wait for each other, ranks 0, 2-3 in loads, rank 1 in save"
 
 
 @pytest.mark.mpi
@@ -125,3 +127,65 @@ def test_a_slow_end_leaves_no_message_for_whoever_opens_next(comm, monkeypatch):
             barrier(comm)
             assert failures.error is None and not opened.comm.Iprobe() and not failures.comm.Iprobe()
         own.Free()
+
+
+@pytest.fixture
+def limit():
+    """Let a rank hang after half a second."""
+    open_pulse().begin_run(0.5)
+    open_pulse().end_step(0.1)
+    yield
+    open_pulse().set_limit(0.0)
+
+
+def await_nothing(comm):
+    """Wait for a message that nobody sends."""
+    request = comm.Irecv(bytearray(1), comm.rank, 1)
+    try:
+        wait_all([request])
+    finally:
+        request.Cancel()
+        request.Wait()
+
+
+@pytest.mark.mpi
+@pytest.mark.usefixtures("limit")
+def test_ranks_that_all_wait_in_one_call_miss_a_message(comm):
+    said = "in wait_all .test_stalls.*: a message is missing" if comm.rank == 0 else "message is missing"
+    with pytest.raises((ClusterError, PeerError), match=said), open_failures(comm), open_stalls(comm, 0.0):
+        await_nothing(comm)
+    barrier(comm)
+
+
+@pytest.mark.mpi
+@pytest.mark.usefixtures("limit")
+@pytest.mark.parametrize("silent", ["first", "last"])
+def test_a_rank_that_does_not_answer_is_named_by_rank_0_or_its_deputy(comm, monkeypatch, silent):
+    if comm.size == 1:
+        pytest.skip("a rank alone meets nobody")
+    rank = 0 if silent == "first" else comm.size - 1
+    monkeypatch.setattr(stalls, "_MORE_SECONDS", 0.2)
+    monkeypatch.setattr(stalls, "find_deputy", lambda _: 1 if silent == "first" else None)
+    with (
+        pytest.raises(
+            (ClusterError, PeerError), match=rf"rank {rank} of {comm.size}: no answer for [12] s, while others"
+        ),
+        open_failures(comm),
+        open_stalls(comm, 0.0),
+    ):
+        if comm.rank == rank:
+            time.sleep(3.0)
+        await_nothing(comm)
+    barrier(comm)
+
+
+@pytest.mark.mpi
+@pytest.mark.usefixtures("limit")
+def test_who_works_between_its_answers_is_waited_for(comm, monkeypatch):
+    monkeypatch.setattr(stalls, "_MORE_SECONDS", 2.0)
+    with open_failures(comm), open_stalls(comm, 0.0) as opened:
+        deadline = time.monotonic() + 3.5
+        while comm.rank == comm.size - 1 and time.monotonic() < deadline:
+            opened.poke_answers()
+            time.sleep(0.01)
+        barrier(comm)

@@ -215,7 +215,10 @@ FAULTS = {
     ),
     # LANES
     "a stage's rows are written with gradients": plant(
-        "pipeline/lanes.py", "measure(stage.report_as), torch.no_grad():", "measure(stage.report_as):", LANES
+        "pipeline/lanes.py",
+        "measure(stage.report_as, lane.number), torch.no_grad():",
+        "measure(stage.report_as, lane.number):",
+        LANES,
     ),
     "a step's failure ends the next": plant(
         "pipeline/lanes.py", "failure, self.failure = self.failure, None", "failure = self.failure", LANES

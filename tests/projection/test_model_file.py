@@ -160,7 +160,7 @@ def test_a_family_that_is_not_known_says_so(tmp_path):
         (MIXTRAL | {"hidden_size": "wide"}, "hidden_size = 'wide': must be a whole number, 1 to"),
         (MIXTRAL | {"hidden_size": -4096}, "hidden_size = -4096: must be a whole number, 1 to"),
         (MIXTRAL | {"hidden_size": 10**400}, "hidden_size = a whole number of 1329 bits: must be"),
-        (MIXTRAL | {"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 layers: must be at most 10000"),
+        (MIXTRAL | {"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 layers: must be at most 1000"),
         (MIXTRAL | {"vocab_size": None}, "vocab_size: missing"),
         (MIXTRAL | {"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no': must be true or false"),
         (MIXTRAL | {"layer_types": "full"}, "layer_types = 'full': must be a list"),

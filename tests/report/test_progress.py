@@ -1,10 +1,12 @@
-"""A person sees a bar on a terminal, about forty lines in a file, and nothing of ranks other than 0."""
+"""A person sees a bar on a terminal, a line about every ten seconds in a file, and nothing of other ranks than 0."""
 
 import dataclasses
 import fcntl
 import io
+import itertools
 import logging
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -12,14 +14,17 @@ import termios
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from launch import HANG_SECONDS, MPIRUN, ROOT
 
 from hpcmoe.report import progress
 from hpcmoe.report.meter import STAGES, StepMetrics
-from hpcmoe.report.progress import format_step, open_progress
+from hpcmoe.report.progress import open_progress
+from hpcmoe.report.step_lines import fit_pairs, format_details, format_duration, list_pairs
 
 PROGRAM = "from hpcmoe.report.progress import find_terminal_width; print(find_terminal_width())"
-LOSS, RATE = 2.34567, 0.0123456
+LOSS, RATE, NORM = 2.34567, 0.0123456, 0.432109
 METRICS = StepMetrics(
     seconds=0.5, seconds_of_stage=dict.fromkeys(STAGES, 0.0) | {"route": 0.012, "optimizer": 0.034},
     utilisation=np.array([[0.5, 1.0], [1.5, 1.0]]), num_dropped=7,
@@ -28,10 +33,10 @@ METRICS = StepMetrics(
 )  # fmt: skip
 
 
-def show_steps(num_steps, first_step=0, on_root=True):
-    with open_progress(num_steps, first_step, on_root) as show:
+def show_steps(num_steps, first_step=0, on_root=True, every_seconds=10.0, sinks=()):
+    with open_progress(num_steps, first_step, on_root, every_seconds, sinks) as show:
         for step in range(first_step + 1, num_steps + 1):
-            show(step, LOSS, RATE, METRICS)
+            show(step, LOSS, RATE, METRICS, NORM)
 
 
 @pytest.fixture
@@ -41,35 +46,82 @@ def log(caplog):
     return caplog
 
 
-def test_a_steps_line_holds_its_figures():
-    assert format_step(LOSS, RATE, METRICS) == (
-        "loss 2.3457, rate 0.0123, 1000 tokens/s, U_e 0.50-1.50, balancedness 0.75, sigma 0.123; "
-        "by layer balancedness 0.70-0.81, sigma 0.20-0.31; dropped 7, ms: route 12 optimizer 34"
-    )
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes on by a second whenever it is read."""
+    seconds = itertools.count()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(seconds)))
+
+
+def test_a_steps_line_holds_its_figures_as_key_and_value():
+    line = fit_pairs(list_pairs(LOSS, RATE, NORM, METRICS, 421_000_000), 96)
+    assert line == "loss=2.3457 tokens/s=1000 norm=0.43211 lr=0.012346 balance=0.75 mem=0.42GB"
+
+
+def test_the_rest_comes_in_lines_of_its_own():
+    assert list(format_details(3, METRICS)) == [
+        "step=3 U_e=0.50-1.50 balance_of_layer=0.70-0.81 sigma=0.123 sigma_of_layer=0.20-0.31 dropped=7",
+        "step=3 route_ms=12.0 optimizer_ms=34.0",
+    ]
 
 
 def test_inference_has_neither_loss_nor_optimizer():
-    line = format_step(None, None, dataclasses.replace(METRICS, seconds_of_stage=dict.fromkeys(STAGES, 0.0)))
-    assert line.startswith("1000 tokens/s") and "optimizer" not in line
+    quiet = dataclasses.replace(METRICS, seconds_of_stage=dict.fromkeys(STAGES, 0.0))
+    assert fit_pairs(list_pairs(None, None, None, quiet, 10**9), 96) == "tokens/s=1000 balance=0.75 mem=1.00GB"
+    assert "optimizer" not in " ".join(format_details(1, quiet))
+
+
+@given(
+    steps=st.integers(1, 2**31 - 1), loss=st.floats(0, 1e12), rate=st.floats(1e-30, 1e3), norm=st.floats(0, 1e30),
+    seconds=st.floats(1e-6, 1e6), eta=st.floats(0, 1e8), memory=st.integers(0, 10**13),
+)  # fmt: skip
+def test_no_line_is_longer_than_120_characters(steps, loss, rate, norm, seconds, eta, memory):
+    metrics = dataclasses.replace(METRICS, seconds=seconds)
+    where = [("step", f"{steps}/{steps}"), ("eta", format_duration(eta))]
+    line = fit_pairs([*where, *list_pairs(loss, rate, norm, metrics, memory)], 96)
+    assert len(f"2026-12-01 05:02:57 {line}") <= 120 and dict(pair.split("=") for pair in line.split()).keys() == {
+        "step", "eta", "loss", "tokens/s", "norm", "lr", "balance", "mem",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "shown"), [(3, [1, 2, 3]), (100, [*range(2, 101, 2)]), (81, [*range(2, 81, 2), 81])]
+    ("seconds", "text"), [(6.6, "7s"), (59.6, "1m00s"), (3725, "1h02m"), (90_000, "1d01h"), (-1, "0s")]
 )
-def test_without_a_terminal_there_are_about_forty_lines_the_last_step_among_them(log, monkeypatch, num_steps, shown):
+def test_a_duration_is_two_units(seconds, text):
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "every", "shown"),
+    [(3, 10, [1, 3]), (100, 30, [1, 31, 61, 91, 100]), (3, 0, [1, 2, 3]), (1, 10, [1])],
+)
+def test_without_a_terminal_lines_come_by_time_first_and_last_among_them(
+    log, monkeypatch, clock, num_steps, every, shown
+):
     monkeypatch.setattr(progress, "find_terminal_width", lambda: None)
-    show_steps(num_steps)
-    assert [line.split(": ")[0] for line in log.messages] == [f"step {step}/{num_steps}" for step in shown]
+    show_steps(num_steps, every_seconds=every)
+    assert [line.split()[0] for line in log.messages] == [f"step={step}/{num_steps}" for step in shown]
+    assert f"eta={format_duration(num_steps - 1)}" in log.messages[0]
 
 
-def test_on_a_terminal_there_is_a_bar_that_starts_where_the_run_does(log, monkeypatch):
+@pytest.mark.parametrize("width", [40, 80, 110, 200])
+def test_on_a_terminal_there_is_a_bar_that_starts_where_the_run_does(log, monkeypatch, width):
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(progress, "find_terminal_width", lambda: 120)
+    monkeypatch.setattr(progress, "find_terminal_width", lambda: width)
     show_steps(10, first_step=4)
-    shown = screen.getvalue().split("\r")
-    assert "10/10" in shown[-1] and "loss 2.3457" in shown[-1] and "4/10" in shown[1]
-    assert max(map(len, shown)) <= 121 and log.messages == []  # the last ends its line
+    shown = re.split(r"[\r\n]|\x1b\[A", screen.getvalue())
+    assert max(map(len, shown)) < width
+    assert any("4/10" in part for part in shown) and any("loss=2.3457" in part for part in shown)
+    assert "10/10" in screen.getvalue() and log.messages == []
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch, terminal):
+    monkeypatch.setenv("TERM", "dumb")
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=subprocess.PIPE, stderr=terminal, text=True
+    )
+    assert ended.stdout.split() == ["None"]
 
 
 @pytest.mark.parametrize("width", [None, 120])

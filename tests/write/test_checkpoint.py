@@ -6,8 +6,9 @@ from mpi4py import MPI
 
 from hpcmoe.errors import CheckpointError
 from hpcmoe.write.boxes import Piece, PieceSpec
-from hpcmoe.write.checkpoint import find_checkpoint, newest_checkpoint, save_checkpoint
+from hpcmoe.write.checkpoint import find_checkpoint, save_checkpoint
 from hpcmoe.write.pieces import read_pieces, run_tasks
+from hpcmoe.write.steps import newest_checkpoint
 
 # Save step 1 and 2, then be killed at the named point of saving step 3 with one kept.
 KILLED = """

@@ -11,8 +11,9 @@ from launch import HANG_SECONDS, MPIRUN, ROOT, Running, run
 from mpi4py import MPI
 
 from hpcmoe.write.boxes import PieceSpec
-from hpcmoe.write.checkpoint import find_checkpoint, list_checkpoints
+from hpcmoe.write.checkpoint import find_checkpoint
 from hpcmoe.write.pieces import read_pieces
+from hpcmoe.write.steps import list_checkpoints
 
 SAVER = ROOT / "tests" / "write" / "saver.py"
 SOURCE = {"PYTHONPATH": str(ROOT)}

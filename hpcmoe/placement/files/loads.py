@@ -75,7 +75,7 @@ def choose_loads(word: str, grid: ExpertGrid, top_k: int, read_record: ReadRecor
         return read_load_file(word, grid, read_record), f"those of {one_line(word)}"
     if not 0 <= exponent <= _MOST_EXPONENT:
         raise ConfigError(
-            f"loads = {word}: an exponent must be 0 to {_MOST_EXPONENT:g}; a file's name needs its folder"
+            f"{one_line(word)}: an exponent must be 0 to {_MOST_EXPONENT:g}; a file's name needs its folder"
         )
     return make_power_law(grid, exponent, top_k), f"those of a power law of exponent {exponent:g}"
 
@@ -127,7 +127,12 @@ def read_arrays(path: str, suffix: str) -> Any:
         raise ConfigError(
             f"{one_line(path)}: is no zip archive as torch.save makes: save it anew, or its counts as .npy or .json"
         )
-    return read_torch(path, content)
+    tensors = read_torch(path, content)
+    if isinstance(tensors, dict):  # a list may hold itself, or another a thousand times
+        return {name: value for name, value in tensors.items() if isinstance(value, np.ndarray)}
+    if not isinstance(tensors, np.ndarray):
+        raise ConfigError(f"{one_line(path)}: must hold a tensor, or a dict of some")
+    return tensors
 
 
 def make_counted_loads(path: str, content: Any, grid: ExpertGrid) -> Loads:

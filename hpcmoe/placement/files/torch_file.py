@@ -11,12 +11,12 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from hpcmoe.errors import ConfigError
-from hpcmoe.messages import one_line
+from hpcmoe.messages import one_line, show_value
 
 _MOST_FILES, _MOST_PICKLE_BYTES = 100_000, 2**24
 MOST_NUMBERS = 2**26  # of a tensor, or of another array that is read
@@ -44,6 +44,9 @@ def read_torch(path: object, content: bytes) -> Any:
 class TensorUnpickler(pickle._Unpickler):  # Python's own: C's trusts a pickle's sizes
     """An unpickler that knows tensors and plain values alone."""
 
+    stack: list[Any]  # of Python's own
+    pop_mark: Callable[[], list[Any]]
+
     def __init__(self, where: str, archive: zipfile.ZipFile, most_bytes: int) -> None:
         names = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(names) != 1:
@@ -54,6 +57,38 @@ class TensorUnpickler(pickle._Unpickler):  # Python's own: C's trusts a pickle's
         if order in archive.namelist() and self.read_file("byteorder", 16) != b"little":
             raise ConfigError(f"{where}: its numbers are big-endian, which is not read: save it as .npy or .json")
         super().__init__(io.BytesIO(self.read_file("data.pkl", _MOST_PICKLE_BYTES)), encoding="utf-8")
+
+    def set_items(self, pairs: list[Any]) -> None:
+        """Set keys and values, one after the other, into the dict on top. Raises ConfigError for keys of other kinds.
+
+        Tuples within tuples, of a hostile file, could take for ever to hash.
+        """
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            if not isinstance(key, (str, int)):
+                raise ConfigError(f"{self.where}: a dict has a key that is no text: {_WHAT_IS_READ}")
+            self.stack[-1][key] = value
+
+    def load_setitem(self) -> None:
+        """Set one item of a dict."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items([key, value])
+
+    def load_setitems(self) -> None:
+        """Set some items of a dict."""
+        self.set_items(self.pop_mark())
+
+    def reject(self) -> None:
+        """Raise ConfigError for an instruction that no dump of tensors has."""
+        raise ConfigError(f"{self.where}: holds objects or sets: {_WHAT_IS_READ}")
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = pickle._Unpickler.dispatch | {
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.BUILD[0]: reject,
+        pickle.EMPTY_SET[0]: reject,
+        pickle.ADDITEMS[0]: reject,
+        pickle.FROZENSET[0]: reject,
+    }
 
     def read_file(self, name: str, most_bytes: int) -> bytes:
         """Read a file of the archive, stored as it is. Raises ConfigError."""
@@ -67,7 +102,7 @@ class TensorUnpickler(pickle._Unpickler):  # Python's own: C's trusts a pickle's
         allowed: dict[tuple[str, str], Callable[..., Any]] = {
             ("torch._utils", "_rebuild_tensor_v2"): self.make_tensor,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("collections", "OrderedDict"): lambda: collections.OrderedDict[Any, Any](),
             ("torch", "device"): lambda *words: ":".join(map(str, words)),
             ("torch", "Size"): tuple,
         }
@@ -80,7 +115,7 @@ class TensorUnpickler(pickle._Unpickler):  # Python's own: C's trusts a pickle's
     def persistent_load(self, pid: Any) -> np.ndarray:
         """Read a storage: pid = ("storage", dtype, key, place, numbers) -> [numbers]. Raises ConfigError."""
         _, dtype, key, _, count = pid
-        if dtype not in _DTYPES.values():
+        if dtype not in _DTYPES.values() or not isinstance(key, str):
             raise ConfigError(f"{self.where}: holds numbers of a kind that is not read: {_WHAT_IS_READ}")
         if key not in self.storages:
             content = self.read_file(f"data/{key}", self.bytes_left)
@@ -97,14 +132,14 @@ class TensorUnpickler(pickle._Unpickler):  # Python's own: C's trusts a pickle's
         """Return a view of a storage. Raises ConfigError where that is beyond the storage, or too large."""
         sizes = (offset, *shape, *strides)
         if not all(type(size) is int and size >= 0 for size in sizes) or len(shape) != len(strides):
-            raise ConfigError(f"{self.where}: a tensor of shape {one_line(shape)} and strides {one_line(strides)}")
+            raise ConfigError(f"{self.where}: a tensor of shape {show_value(shape)} and strides {show_value(strides)}")
         count, last = math.prod(shape), offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         if count > MOST_NUMBERS:
-            raise ConfigError(f"{self.where}: a tensor of {one_line(count)} numbers: must be at most {MOST_NUMBERS}")
+            raise ConfigError(f"{self.where}: a tensor of {show_value(count)} numbers: must be at most {MOST_NUMBERS}")
         if count and last >= len(storage):
             raise ConfigError(
-                f"{self.where}: a tensor of shape {one_line(shape)} ends at number {one_line(last)} of a storage of "
-                f"{len(storage)}"
+                f"{self.where}: a tensor of shape {show_value(shape)} ends at number {show_value(last)} of a storage "
+                f"of {len(storage)}"
             )
         in_bytes = [stride * storage.itemsize for stride in strides]
         return np.lib.stride_tricks.as_strided(storage[offset:], shape, in_bytes, writeable=False)

@@ -153,6 +153,22 @@ def test_archives_that_torch_does_not_write_are_rejected(tmp_path):
     assert "needs logical_count" in rejected(write_archive(tmp_path / "d.pt", memo))
 
 
+@pytest.mark.parametrize(
+    ("pickled", "said"),
+    [
+        (b"}(" + b"X\1\0\0\0a" + b")u.", "needs logical_count"),
+        (b")q\0" + b"h\0h\0\x86q\0" * 40 + b"}h\0K\1s.", "a dict has a key that is no text"),
+        (b"]q\0" + b"](h\0h\0eq\0" * 40 + b"}X\x0d\0\0\0logical_counth\0s.", "needs logical_count"),
+        (b"]q\0" + b"](h\0h\0eq\0" * 40 + b".", "must hold a tensor, or a dict of some"),
+        (b"\x8f.", "holds objects or sets"),
+        (b"ctorch\nSize\n}b.", "holds objects or sets"),
+    ],
+)
+def test_a_pickle_that_would_take_for_ever_is_rejected(tmp_path, pickled, said):
+    found = rejected(write_archive(tmp_path / "a.pt", b"\x80\x04" + pickled))
+    assert said in found
+
+
 def test_any_damage_of_an_archive_is_one_line(tmp_path):
     torch.save({"logical_count": torch.from_numpy(COUNTS)}, tmp_path / "whole.pt")
     whole, drawn, path = (tmp_path / "whole.pt").read_bytes(), np.random.default_rng(0), tmp_path / "broken.pt"
