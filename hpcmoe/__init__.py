@@ -14,7 +14,7 @@ The chapters in the order in which they may import each other, which is the orde
     placement/               where experts live: from a problem of tokens, links and memory to experts on ranks
     prepare/                 what fits: sizes, memory, budget, the placement of a run
     projection/              what is foretold: a cluster, a model, costs and loads as described, before there are ranks
-    report/                  what is shown: metrics, progress, tables, figures
+    report/                  what is shown: metrics, progress, tables, figures; page/: the report of a run
     run/                     many steps: job, training, inference, optimizer, migration of experts
     write/                   what is kept: records, checkpoints, activations, the run's folder
     checkpointing ... hf     the library: any torch model saved and loaded; the group that hpcmoe.open() gives

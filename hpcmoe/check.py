@@ -8,11 +8,15 @@ if __name__ == "__main__":
 
     import_mpi()
 
+import argparse
 import importlib.metadata
 import importlib.util
+import json
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpi4py import MPI
@@ -24,8 +28,8 @@ from hpcmoe.cluster.topology import Topology
 from hpcmoe.config import ClusterConfig
 from hpcmoe.errors import HpcmoeError, exit_with, on_all, on_root
 from hpcmoe.interrupts import exit_on_signals, repeated_interrupts
-from hpcmoe.messages import one_line
 from hpcmoe.output import print_to_stdout
+from hpcmoe.rank_speed import describe_all, describe_speeds, measure_rank
 from hpcmoe.wait import barrier, gather_to_all
 
 if TYPE_CHECKING:
@@ -54,31 +58,32 @@ def main() -> None:
     try:
         with repeated_interrupts():
             check_launcher(comm)
-            if on_root(comm, lambda: wants_help(sys.argv[1:])):
+            arguments = on_root(comm, lambda: read_check_arguments(sys.argv[1:]))
+            if arguments is None:
                 return
             with exit_on_signals(lambda ending: exit_with(comm, ending, read_host_name())):  # it imports torch
-                check(comm)
+                check(comm, arguments)
             barrier(comm)
     except (Exception, KeyboardInterrupt) as error:
         exit_with(comm, error, read_host_name())
 
 
-def wants_help(words: list[str]) -> bool:
-    """Read the command line, and show help. Return True if only help was asked for."""
+def read_check_arguments(words: list[str]) -> argparse.Namespace | None:
+    """Parse the command line; None when only help was asked for. Raises ConfigError."""
     parser = Parser(prog=name_program("hpcmoe.check"), description=__doc__, add_help=False)
-    parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
-    arguments, unknown = parser.parse_known_args(words)
-    if unknown:
-        raise HpcmoeError(
-            f"command line: {one_line(' '.join(unknown))}: unknown; {parser.prog} takes no arguments but --help"
-        )
-    if arguments.help:
-        parser.print_help()
-    return arguments.help
+    parser.add_argument("--json", action="store_true", help="write what was found as one JSON object, for scripts")
+    parser.add_argument("--output", default="out", help="folder of runs, in whose file system locks are tried")
+    return parser.parse_unless_help(words)
 
 
-def check(comm: MPI.Comm) -> None:
+def check(comm: MPI.Comm, arguments: argparse.Namespace) -> None:
     """Show what is here, and test every backend that can carry rows. Collective over comm."""
+
+    def show(lines: Lines) -> None:
+        """Show lines on rank 0, unless a JSON object is to stand for them."""
+        if comm.rank == 0 and not arguments.json:
+            show_lines(lines)
+
     from hpcmoe.comm.device import open_device  # imports torch, as all of comm
     from hpcmoe.comm.select import read_transport_support
 
@@ -88,15 +93,27 @@ def check(comm: MPI.Comm) -> None:
     device = on_all(comm, lambda: open_device("auto", here.index(comm.rank)))
     reports = gather_to_all(comm, read_rank_report())
     support_of_rank = gather_to_all(comm, read_transport_support(comm, device))
-    if comm.rank == 0:
-        show_lines(describe_machine(topology))
-        show_lines(describe_software(support_of_rank[0].answer) + describe_gpus(reports))
+    software = describe_software(support_of_rank[0].answer)
+    show(describe_machine(topology))
+    show(software + describe_gpus(reports))
+
+    # Measure all ranks at once: cores that they share show.
+    barrier(comm)
+    speeds = gather_to_all(comm, measure_rank(device, Path(arguments.output)))
+    show(describe_speeds(speeds, topology))
 
     # A test needs devices of one kind.
     names = gather_to_all(comm, device.name)
     if len(set(names)) > 1:
         on_root(comm, lambda: reject_mixed_devices(names))
-    try_backends(comm, device, support_of_rank)
+    outcomes = try_backends(comm, device, support_of_rank, show)
+    if comm.rank == 0 and arguments.json:
+        found = describe_all(topology, speeds) | {
+            "software": {what: text for what, text in software if what},
+            "gpus_of_host": {report.host: list(report.gpus) for report in reports},
+            "backends": outcomes,
+        }
+        print_to_stdout(json.dumps(found, indent=1))
 
 
 def reject_mixed_devices(names: list[str]) -> None:
@@ -168,8 +185,10 @@ def describe_gpus(reports: list[RankReport]) -> Lines:
     return lines
 
 
-def try_backends(comm: MPI.Comm, device: "Device", support_of_rank: list["TransportSupport"]) -> None:
-    """Test each backend on a small exchange, and show what came of it. Collective over comm."""
+def try_backends(
+    comm: MPI.Comm, device: "Device", support_of_rank: list["TransportSupport"], show: Callable[[Lines], None]
+) -> dict[str, str]:
+    """Test each backend on a small exchange, and show what came of it -> by name. Collective over comm."""
     from hpcmoe.comm.device import PlainDevice
     from hpcmoe.comm.select import describe_row_ops, find_obstacles
 
@@ -178,13 +197,14 @@ def try_backends(comm: MPI.Comm, device: "Device", support_of_rank: list["Transp
     if on_host:
         device = PlainDevice()
     row_ops = describe_row_ops(comm, device)
-    if comm.rank == 0:
-        show_lines([("rows", line) for line in row_ops])
+    show([("rows", line) for line in row_ops])
+    outcomes = {}
     for kind, obstacle in find_obstacles(support_of_rank).items():
         outcome = f"not tried: {obstacle}" if obstacle else try_backend(kind, comm, device)
-        if comm.rank == 0:
-            where = " on the host's memory, in a GPU's place" if on_host and not obstacle else ""
-            show_lines([(f"try {kind}", outcome + where)])
+        where = " on the host's memory, in a GPU's place" if on_host and not obstacle else ""
+        outcomes[kind] = outcome + where
+        show([(f"try {kind}", outcomes[kind])])
+    return outcomes
 
 
 def try_backend(kind: str, comm: MPI.Comm, device: "Device") -> str:

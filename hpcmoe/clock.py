@@ -97,7 +97,7 @@ class Measure:
 
     __slots__ = ("clock", "lane", "outer", "pauses", "timer")
 
-    def __init__(self, clock: Clock, timer: Timer, lane: int | None, pauses: bool) -> None:
+    def __init__(self, clock: Clock, timer: Timer, lane: int | None = None, pauses: bool = False) -> None:
         self.clock, self.timer, self.lane, self.pauses = clock, timer, lane, pauses
 
     def __enter__(self) -> None:

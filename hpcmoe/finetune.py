@@ -39,6 +39,7 @@ from hpcmoe.run.tune import check_aux_loss, infer_tokens, tune
 from hpcmoe.run.tuned_state import TunedState
 from hpcmoe.run.tuning_job import TuningJob, check_sequences, make_tuning_job
 from hpcmoe.write.checkpoint import read_metadata
+from hpcmoe.write.mirror import choose_writer, open_mirror
 from hpcmoe.write.records import Records, open_records
 from hpcmoe.write.steps import newest_checkpoint, step_of
 from hpcmoe.write.writer import Writer, open_writer
@@ -170,19 +171,25 @@ def log_job(job: TuningJob) -> None:
 def work(job: TuningJob, records: Records, folder: Path, first_step: int) -> Totals:
     """Train or infer, as [run] mode says -> the run's Totals. Collective over the group."""
     config, world = job.config, job.mesh.world
-    with open_writer(world, folder, config.write.checkpoints_kept, config.write.asynchronous) as writer:
+    owned = TunedState(job.mesh, job.model, job.optimizer).list_owned()
+    state_bytes = sum(tensor.nbytes for _, tensor in owned)
+    with (
+        open_writer(world, folder, config.write.checkpoints_kept, config.write.asynchronous) as writer,
+        open_mirror(world, folder, config.restart.mirror_every, state_bytes) as mirror,
+    ):
 
         def save(step: int) -> None:
             """Write what is due after a step."""
-            writer.poll()
+            is_last = job.stepper.ending.is_agreed or is_due(step, config.write.checkpoint_every, config.run.steps)
+            due = choose_writer(step, config.restart.mirror_every, is_last, writer, mirror)
             if is_due(step, config.write.hf_every, 0) and step < config.run.steps:
                 with busy("writing the model"):
                     save_family(job, job.group, folder)
-            if job.stepper.ending.is_agreed or is_due(step, config.write.checkpoint_every, config.run.steps):
+            if due is not None:
                 with busy("writing a checkpoint"):
                     describe_tokens(records, job)
                     records.flush()
-                    save_state(job, writer, step)
+                    save_state(job, due, step)
 
         losses = tune(job, records, first_step, save) if job.optimizer else infer_tokens(job, records)
     return gather_totals(job, job.optimizer, losses, writer.snapshot_bytes)

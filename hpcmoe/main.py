@@ -49,6 +49,7 @@ from hpcmoe.watch import find_watch, start_watch
 from hpcmoe.write.activations import write_activations
 from hpcmoe.write.boxes import Piece, PieceSpec
 from hpcmoe.write.folder import open_folder
+from hpcmoe.write.mirror import choose_writer, open_mirror
 from hpcmoe.write.pieces import read_pieces
 from hpcmoe.write.problem import read_loads
 from hpcmoe.write.records import Records, open_records
@@ -231,21 +232,27 @@ def train_or_infer(job: "Job", records: Records, folder: pathlib.Path, start: St
     @busy("writing")
     def save(step: int, load: np.ndarray, activations: dict[str, np.ndarray]) -> None:
         """Write what is due after a step. Collective over all ranks."""
-        writer.poll()
         if layers_to_write(config, step):
             write_activations(world, folder, step, activations)
-        if start.optimizer is not None and (
-            job.stepper.ending.is_agreed or is_due(step, write.checkpoint_every, config.run.steps)
-        ):
+        is_last = job.stepper.ending.is_agreed or is_due(step, write.checkpoint_every, config.run.steps)
+        due = choose_writer(step, config.restart.mirror_every, is_last, writer, mirror)
+        if start.optimizer is not None and due is not None:
             describe_tokens(records, job)
             records.flush()
             check_state(world, start.state, step, {LOAD: load})
-            held = start.state.collect({LOAD: load})
-            pieces = (Piece(name=part.name, shape=part.shape, start=part.start, array=array) for part, array in held)
-            writer.save(step, pieces, describe_checkpoint(config, step, world.size, len(job.training)))
+            due.save(step, list_pieces(load), describe_checkpoint(config, step, world.size, len(job.training)))
+
+    def list_pieces(load: np.ndarray) -> list[Piece]:
+        """List what this rank holds of the state."""
+        held = start.state.collect({LOAD: load})
+        return [Piece(name=part.name, shape=part.shape, start=part.start, array=array) for part, array in held]
 
     log_plan(job)
-    with open_writer(world, folder, write.checkpoints_kept, write.asynchronous) as writer:
+    state_bytes = sum(piece.array.nbytes for piece in list_pieces(start.load))
+    with (
+        open_writer(world, folder, write.checkpoints_kept, write.asynchronous) as writer,
+        open_mirror(world, folder, config.restart.mirror_every, state_bytes) as mirror,
+    ):
         if start.optimizer is not None:
             losses = train(job, records, start.optimizer, (start.step, start.load), save)
         else:

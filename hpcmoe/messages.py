@@ -1,6 +1,7 @@
 """What a user wrote, as messages show it: on one line, printable and short."""
 
 import difflib
+import math
 import reprlib
 import unicodedata
 from collections import Counter
@@ -114,3 +115,10 @@ def join_lines(lines: Iterable[str], most: int = 40) -> str:
     lines = list(lines)
     more = [f"and {len(lines) - most} more errors"] * (len(lines) > most)
     return "\n".join(lines[:most] + more)
+
+
+def to_json(number: float | None) -> float | None:
+    """Return a number as JSON can have it: one that is not finite becomes null."""
+    if number is None or isinstance(number, int):
+        return number
+    return float(number) if math.isfinite(number) else None

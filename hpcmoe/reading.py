@@ -35,8 +35,11 @@ def read_bytes(path: str | os.PathLike, most_bytes: int = _MOST_BYTES) -> bytes:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            if stat.S_ISDIR(os.fstat(handle).st_mode):
+            status = os.fstat(handle)
+            if stat.S_ISDIR(status.st_mode):
                 raise ConfigError(f"{one_line(path)}: cannot be read: Is a directory")
+            if status.st_size > most_bytes:  # before a byte of it is read; of pipes and devices it is 0
+                raise ConfigError(f"{one_line(path)}: cannot be read: more than {most_bytes} bytes")
             return b"".join(_read_chunks(path, handle, most_bytes))
         finally:
             os.close(handle)
@@ -79,9 +82,9 @@ def read_toml(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     return parse_text(path, text, tomllib.loads, "TOML"), text
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file, each key of whose objects may stand once -> its tree."""
-    return parse_json(path, read_text(path))
+def read_json(path: str | os.PathLike, most_bytes: int = _MOST_BYTES) -> Any:
+    """Read a JSON file, each key of whose objects may stand once -> its tree. Raises ConfigError in one line."""
+    return parse_json(path, read_text(path, most_bytes))
 
 
 def parse_json(path: str | os.PathLike, text: str) -> Any:

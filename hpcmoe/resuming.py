@@ -17,6 +17,8 @@ from hpcmoe.run.metadata import check_metadata
 from hpcmoe.survivors import Survivors
 from hpcmoe.wait import gather_to_all
 from hpcmoe.write.checkpoint import find_checkpoint, read_metadata, verify_pieces
+from hpcmoe.write.folder import open_folder
+from hpcmoe.write.mirror import bring_mirror, has_newer_mirror
 from hpcmoe.write.steps import is_in_folder, list_checkpoints, step_of
 
 AUTO = "auto"  # of --resume
@@ -32,6 +34,9 @@ def find_start(comm: MPI.Intracomm, resume: str | None, folder: Path, config: Co
     """
     if resume is None:
         return None
+    if resume == AUTO and has_newer_mirror(comm, folder):
+        with open_folder(comm, config.run.output, config.run.name, resume=True):
+            bring_mirror(comm, folder)
     found = find_newest_whole(comm, folder) if resume == AUTO else find_checkpoint(comm, resume or folder)
     if found is not None:
         on_root(comm, lambda: check_checkpoint(found, folder, config, may_have_ended=resume == AUTO))

@@ -228,6 +228,7 @@ class RestartConfig:
     grace_seconds: Positive = 120.0
     wall_seconds: NotNegative = 0.0
     tries: _CountOrZero = 3
+    mirror_every: _CountOrZero = 0
     hang_seconds: Literal["auto"] | NotNegative = "auto"
 
     @property

@@ -31,7 +31,7 @@ from hpcmoe.errors import ClusterError, ConfigError
 from hpcmoe.interrupts import TERMINATION_SIGNALS, list_not_ignored, name_signal
 from hpcmoe.output import EXIT_AGAIN, EXIT_USER, print_to_stderr
 from hpcmoe.start import LAUNCHERS
-from hpcmoe.write.steps import list_checkpoints
+from hpcmoe.write.steps import find_newest_step
 
 _FINAL = (0, EXIT_USER, EXIT_AGAIN)  # statuses after which another start would be no better
 _TAIL_LINES = 400  # of the ranks' standard error, in which the fault is looked for
@@ -101,7 +101,7 @@ class Supervisor:
             end_processes(self.token)  # some of which may hold the stream open
             copying.join(_LEAVE_SECONDS)
             self.process = None
-        step = max(list_checkpoints(self.folder), default=0) if self.folder.is_dir() else 0
+        step = find_newest_step(self.folder)
         status = status if status >= 0 else 128 - status
         return Attempt(status=status, cause=find_cause(tail), step=step)
 
@@ -132,13 +132,14 @@ class Supervisor:
         """Find the hosts left, say what has happened, and wait longer the less the ranks have got on."""
         last, before = attempts[-1], self.launch
         self.launch = before.without_lost_hosts()
-        delay_seconds = min(2.0 ** (len(attempts) - 1), _LONGEST_BACKOFF_SECONDS) if is_no_further(attempts) else 0.0
+        delay_seconds = 0.0
+        if is_no_further(attempts) and len(attempts) > 1:
+            delay_seconds = min(2.0 ** (len(attempts) - 2), _LONGEST_BACKOFF_SECONDS)
         lost = sorted({host.name for host in before.hosts} - {host.name for host in self.launch.hosts})
         print_to_stderr([
             f"hpcmoe: start {len(attempts)} ended with status {last.status}: {last.cause or 'no rank has said why'}",
             f"hpcmoe: started again, {self.tries - len(attempts)} tries left: {self.launch.ranks} ranks"
             + f" without {', '.join(lost)}" * bool(lost)
-            + (f", from step {last.step}" if last.step else ", from the beginning")
             + f", in {delay_seconds:.0f} s" * (delay_seconds > 0),
         ])  # fmt: skip
         deadline = time.monotonic() + delay_seconds

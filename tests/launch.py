@@ -42,7 +42,7 @@ class Ended:
 class Running:
     """A command on its way: every process that it starts inherits a mark in its environment."""
 
-    def __init__(self, *command, cwd=ROOT, **environment):
+    def __init__(self, *command, cwd=ROOT, own_session=False, **environment):
         self.mark = uuid.uuid4().hex
         self.started, self.used = time.monotonic(), count_cpu_seconds()
         inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # the tests' own
@@ -50,6 +50,7 @@ class Running:
             [str(word) for word in command],
             cwd=cwd,
             env={**inherited, "PATH": PATH, **environment, "HPCMOE_TEST": self.mark},
+            start_new_session=own_session,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

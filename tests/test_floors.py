@@ -31,7 +31,8 @@ FLOORS = (
 PROGRAMS = ("families", "main", "place", "plan", "check", "generate", "settings", "supervise", "__main__")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
 WRITE_MAY_IMPORT = {
-    "environment", "interrupts", "wait", "errors", "messages", "replacing", "config", "cluster", "placement", "write",
+    "environment", "interrupts", "wait", "errors", "messages", "reading", "replacing", "config", "cluster", "placement",
+    "write",
 }  # fmt: skip
 
 PACKAGE = ROOT / "hpcmoe"

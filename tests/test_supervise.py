@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -17,8 +18,9 @@ from hpcmoe.config import Config
 from hpcmoe.errors import ConfigError
 from hpcmoe.sections import RestartConfig, RunConfig
 from hpcmoe.supervise import Attempt, Supervisor, find_cause, find_lasting_error, list_processes, read_arguments
+from hpcmoe.write.mirror import name_mirror
 
-DETERMINISTIC = {"run__steps": 12, "pipeline__deterministic": "true"}
+DETERMINISTIC = {"run__steps": 30, "pipeline__deterministic": "true"}
 DEATH = "[rank 1 of 2, h] 10:00:0{} process {} ended before its time, the first of this node's ranks: signal 9"
 
 
@@ -28,24 +30,39 @@ def find_process(running, word, rank=None):
     return next(p for p in found if rank is None or p.environ().get("PMI_RANK") == rank)
 
 
-def test_a_run_survives_a_rank_and_its_launcher_with_the_losses_of_one_undisturbed(tmp_path):
-    command = ["-m", "hpcmoe", "run", *spell_run(tmp_path / "killed", **DETERMINISTIC), "--restart", "5", "-n", "3"]
-    running = Running(sys.executable, *command)
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    """Give the losses of a run that nothing disturbs."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    ended = mpirun(3, "-m", "hpcmoe.main", *spell_run(output, **DETERMINISTIC))
+    assert ended.status == 0, ended
+    return read_losses(output / "run")
+
+
+@pytest.mark.parametrize(
+    ("victim", "checkpoint_every", "mirror_every", "said"),
+    [("rank", 100, 1, "rank 0 of 3"), ("launcher", 1, 0, "status 137")],
+)
+def test_a_run_survives_a_rank_and_its_launcher(victim, checkpoint_every, mirror_every, said, losses, tmp_path):
+    every = {"write__checkpoint_every": checkpoint_every, "restart__mirror_every": mirror_every}
+    words = spell_run(tmp_path, **DETERMINISTIC, **every)
+    running = Running(sys.executable, "-m", "hpcmoe", "run", *words, "--restart", "2", "-n", "3")
     try:
-        wait_for_step(running, tmp_path / "killed" / "run", 3)
-        find_process(running, "hpcmoe.main", "0").kill()
-        wait_for_step(running, tmp_path / "killed" / "run", 7)
-        os.kill(next(p for p in running.processes() if p.name() in ("mpirun", "mpiexec.hydra")).pid, signal.SIGKILL)
+        kept = name_mirror(tmp_path / "run", socket.gethostname()) if mirror_every else tmp_path / "run"
+        wait_for_step(running, kept, 4)
+        if victim == "rank":
+            find_process(running, "hpcmoe.main", "0").kill()
+        else:
+            os.kill(next(p for p in running.processes() if p.name() in ("mpirun", "mpiexec.hydra")).pid, signal.SIGKILL)
         ended = running.wait()
     finally:
         running.kill()
-    undisturbed = mpirun(3, "-m", "hpcmoe.main", *spell_run(tmp_path / "undisturbed", **DETERMINISTIC))
 
-    assert (ended.status, undisturbed.status) == (0, 0), (ended, undisturbed)
-    first, second = [line for line in ended.lines("hpcmoe: start") if "status" in line]
-    assert "rank 0 of 3" in first and "SIGKILL" in first and "status 137" in second
-    assert ended.errors.count("resumed ") == 2
-    assert np.array_equal(read_losses(tmp_path / "killed" / "run"), read_losses(tmp_path / "undisturbed" / "run"))
+    assert ended.status == 0, ended
+    assert said in ended.lines("hpcmoe: start 1 ended")[0], ended
+    assert ended.errors.count("resumed ") == 1 and ("brought from memory" in ended.errors) == (mirror_every > 0)
+    assert np.array_equal(read_losses(tmp_path / "run"), losses)
+    assert not kept.name.startswith("hpcmoe-mirror") or not kept.exists()
 
 
 def make_supervisor(tmp_path, script, tries=3, **restart):

@@ -4,13 +4,13 @@ import contextlib
 import importlib.util
 import json
 import logging
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcmoe.errors import ConfigError
+from hpcmoe.messages import to_json
 from hpcmoe.report.step_lines import Figures
 
 if TYPE_CHECKING:
@@ -53,13 +53,6 @@ class JsonLines:
         except OSError as error:
             self.is_broken = True
             log.warning("%s: gets no more lines: %s", self.path, error.strerror)
-
-
-def to_json(value: Any) -> Any:
-    """Return a number as JSON can have it: one that is not finite becomes null."""
-    if value is None or isinstance(value, int):
-        return value
-    return float(value) if math.isfinite(value) else None
 
 
 class Board:

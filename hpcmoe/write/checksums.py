@@ -13,6 +13,7 @@ from hpcmoe.replacing import sync
 from hpcmoe.write.hdf5 import check_exists, checkpoint_errors
 
 CHECKSUMS = "SHA256SUMS"
+_MOST_BYTES = 2**26  # of a list: half a million ranks' files
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)")
 
 
@@ -35,6 +36,8 @@ def read_checksums(folder: Path) -> dict[str, str]:
     path = folder / CHECKSUMS
     check_exists(path)
     with checkpoint_errors(path, "read"):
+        if (num_bytes := path.stat().st_size) > _MOST_BYTES:
+            raise CheckpointError(f"{path}: {num_bytes} bytes, more than {_MOST_BYTES}, which no list of files has")
         lines = path.read_text(errors="replace").splitlines()
     digest_of_name = {}
     for number, line in enumerate(lines, 1):

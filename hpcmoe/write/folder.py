@@ -20,6 +20,7 @@ from mpi4py import MPI
 
 from hpcmoe.errors import WAIT_FOR_ROOT_SECONDS, CheckpointError, ConfigError, on_all, on_root
 from hpcmoe.interrupts import stop_repeating
+from hpcmoe.reading import read_json
 from hpcmoe.write.hdf5 import HDF5_ERRORS, describe_os_error, list_numbered
 from hpcmoe.write.lock import Holder, acquire_lock, heartbeat, holds_lock, make_holder, release_lock
 from hpcmoe.write.pieces import FILES, MASTER
@@ -158,16 +159,17 @@ def has_run_name(name: str) -> bool:
 
 def is_written_by_run(path: Path) -> bool:
     """Return True if a file or folder can only be a run's: the mark, or a result of runs before there was one."""
-    with contextlib.suppress(*HDF5_ERRORS, ValueError, TypeError, RecursionError):  # whatever another program wrote
+    with contextlib.suppress(*HDF5_ERRORS, ConfigError, ValueError, TypeError):  # whatever another program wrote
         match path.name:
             case _ if not (path.is_file() or path.is_dir()):
                 return False  # reading a pipe would block
             case "hpcmoe.json":
-                return dict(json.loads(path.read_text())).get("program") == "hpcmoe"
+                return dict(read_json(path)).get("program") == "hpcmoe"
             case "report.html":
-                return b'content="hpcmoe ' in path.read_bytes()[:_FIRST_BYTES]
+                with path.open("rb") as page:
+                    return b'content="hpcmoe ' in page.read(_FIRST_BYTES)
             case "topology.json":
-                return "bytes_per_second" in dict(json.loads(path.read_text()))
+                return "bytes_per_second" in dict(read_json(path))
             case "run.h5":
                 with h5py.File(path) as file:
                     return len(file) == 0 or "config" in file.get("run", ())

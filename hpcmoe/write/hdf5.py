@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,12 @@ def check_exists(path: Path) -> None:
     """Raise CheckpointError where a file is missing."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
+
+
+def check_regular(path: Path | str) -> None:
+    """Raise CheckpointError where a path leads to a folder, a pipe or a device, OSError where it leads nowhere."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise CheckpointError(f"{path}: is no regular file")
 
 
 def open_unbuffered(path: Path, create: bool) -> h5py.File:

@@ -23,11 +23,13 @@ from pathlib import Path
 
 from hpcmoe.environment import SUPERVISOR, find_job, read_setting
 from hpcmoe.errors import ConfigError
+from hpcmoe.reading import read_json
 
 LOCK = "run.lock"
 HEARTBEAT_SECONDS = 20.0  # between two
 STALE_SECONDS = 180.0  # without one
 READ_SECONDS = 1.0  # until a lock just made has its text
+_MOST_BYTES = 2**16  # of a lock
 _CLEAR_SECONDS = 0.05  # for another process to remove a stale lock
 log = logging.getLogger(__name__)
 
@@ -189,10 +191,10 @@ def read_lock(path: Path) -> Holder | None:
     """Read a lock -> its holder, or None where it names none within READ_SECONDS."""
     deadline = time.monotonic() + READ_SECONDS
     while True:
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(OSError, ConfigError, ValueError, TypeError):
             if not path.is_file():  # a FIFO would be waited for
                 return None
-            return Holder(**json.loads(path.read_text()))
+            return Holder(**read_json(path, _MOST_BYTES))
         if time.monotonic() > deadline:
             return None
         time.sleep(READ_SECONDS / 20)

@@ -66,7 +66,7 @@ def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[HeldPiece], me
     Send back either the task itself, which then runs here, or the `result` of its future.
     """
     partial = name_partial(folder)
-    held = [piece for piece in pieces if math.prod(piece.spec.extent) > 0]
+    held = list_held(pieces)
     try:
         # Write one file per rank.
         on_root(comm, lambda: make_empty(partial))
@@ -112,6 +112,11 @@ def read_each(
     on_all(comm, lambda: read_boxes(folder, wanted, take))
 
 
+def list_held(pieces: Sequence[HeldPiece]) -> list[HeldPiece]:
+    """List the pieces that hold anything."""
+    return [piece for piece in pieces if math.prod(piece.spec.extent) > 0]
+
+
 def name_rank_file(rank: int) -> str:
     """Return the name of a rank's file."""
     return f"rank{rank:04d}.h5"
@@ -130,7 +135,16 @@ def write_rank_file(path: Path, pieces: Sequence[HeldPiece]) -> tuple[int, str]:
 
 
 def publish(folder: Path, partial: Path, files: Sequence[RankFile], metadata: Values) -> None:
-    """Write the master over the ranks' files and the list of checksums, then give the folder its name."""
+    """Write the master over the ranks' files and the list of checksums, then give the folder its name.
+
+    It is renamed at the last moment: a folder of that name is of a course that this run left.
+    """
+    write_master(partial, files, metadata)
+    publish_folder(partial, folder)
+
+
+def write_master(folder: Path, files: Sequence[RankFile], metadata: Values) -> None:
+    """Write the master over the ranks' files of a folder, and the list of checksums."""
     # Group the pieces by array, and check that they tile it.
     specs_of_name: dict[str, list[tuple[int, PieceSpec]]] = {}
     for rank, file in enumerate(files):
@@ -141,8 +155,8 @@ def publish(folder: Path, partial: Path, files: Sequence[RankFile], metadata: Va
 
     # Write the master, then the list of checksums.
     written = {name_rank_file(rank): file for rank, file in enumerate(files) if file.num_bytes > 0}
-    with checkpoint_errors(partial / MASTER, "written"):
-        with open_unbuffered(partial / MASTER, create=True) as master:
+    with checkpoint_errors(folder / MASTER, "written"):
+        with open_unbuffered(folder / MASTER, create=True) as master:
             for name, specs in specs_of_name.items():
                 write_virtual(master, name, specs)
             for name, value in metadata.items():
@@ -150,12 +164,9 @@ def publish(folder: Path, partial: Path, files: Sequence[RankFile], metadata: Va
             group = master.create_group(FILES)
             write_entry(group, "name", np.array([*written], dtype=str))
             write_entry(group, "bytes", np.array([file.num_bytes for file in written.values()], dtype=np.int64))
-        sync(partial / MASTER)
+        sync(folder / MASTER)
     digests = {name: file.digest for name, file in written.items()}
-    write_checksums(partial, {MASTER: compute_digest(partial / MASTER)} | digests)
-
-    # Rename at the last moment: a folder of that name is of a course that this run left.
-    publish_folder(partial, folder)
+    write_checksums(folder, {MASTER: compute_digest(folder / MASTER)} | digests)
 
 
 def write_virtual(master: h5py.File, name: str, specs: Sequence[tuple[int, PieceSpec]]) -> None:

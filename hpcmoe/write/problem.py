@@ -21,6 +21,7 @@ _FIELDS = [field.name for field in dataclasses.fields(PlacementProblem) if field
 _BY_NODE, _BY_STEP, _NODE_NAMES = "experts/tokens_of_node", "experts/utilisation/value", "cluster/node_names"
 _MIGRATED = "cluster/migrated/value", "cluster/adopted/value"  # of today, and of 0.2 and earlier
 _PLACED = "cluster/expert_of_replica"
+_UNITS = {"bytes_per_second": "B/s", "seconds": "s", "bytes": "B"}  # of fields whose names hold the word, first match
 _LAST_STEPS = 10  # of a record without tokens by node
 
 
@@ -30,7 +31,8 @@ def record_problem(records: "Records", problem: PlacementProblem) -> None:
         value = getattr(problem, name)
         if name == "probability" and (value == value[:, :1]).all():
             value = value[:, :1]
-        records.describe(_CHAPTER, name, list(value) if isinstance(value, tuple) else value)
+        unit = next((unit for part, unit in _UNITS.items() if part in name), "")
+        records.describe(_CHAPTER, name, list(value) if isinstance(value, tuple) else value, unit)
 
 
 def read_run_problem(path: Path, **changes: Any) -> tuple[PlacementProblem, list[str]]:

@@ -1,6 +1,11 @@
 """The run's record, out/NAME/run.h5: metrics of every step and values of the whole run, which rank 0 alone writes."""
 
 import contextlib
+import functools
+import os
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +14,14 @@ import h5py
 import numpy as np
 from mpi4py import MPI
 
+from hpcmoe import __version__
 from hpcmoe.errors import CheckpointError, on_root
 from hpcmoe.write.hdf5 import Value, checkpoint_errors, find_errno, list_numbered, open_replacement, write_entry
+from hpcmoe.write.scales import describe_dataset, detach_scales
+from hpcmoe.write.trust import damage_errors, find_own
 
+FORMAT_VERSION = 2  # of run.h5: 1 had neither scales nor descriptions
+_MOST_OF_COMMAND = 4096  # characters of a command line that are kept
 _CHUNK_ROWS = 256  # of a metric that is one number
 _CHUNK_BYTES = 65536  # of a metric that is an array
 _FLUSH_SECONDS = 1.0  # between two flushes
@@ -44,6 +54,7 @@ def create_or_truncate(path: Path, keep_until_step: int | None) -> None:
         if num_rows_of_metric is None and path.exists():
             path.rename(next(list_numbered(path)))
     with open_replacement(path) as file:
+        describe_origin(file)
         for name, num_rows in (num_rows_of_metric or {}).items():
             file[name]["step"].resize(num_rows, axis=0)
             file[name]["value"].resize(num_rows, axis=0)
@@ -58,13 +69,15 @@ def count_rows_until(path: Path, step: int) -> dict[str, int] | None:
 
     def visit(name: str, entry: h5py.Group | h5py.Dataset) -> None:
         if isinstance(entry, h5py.Group) and "step" in entry and "value" in entry:
-            num_rows_of_metric[name] = int(np.searchsorted(entry["step"][:], step, side="right"))
+            steps, values = (find_own(entry, part, path) for part in ("step", "value"))
+            if steps is not None and values is not None:
+                num_rows_of_metric[name] = int(np.searchsorted(steps[:], step, side="right"))
 
     # Visit every metric; an error that the system does not explain is the file's.
     if not path.exists():
         return None
     try:
-        with checkpoint_errors(path, "read"), h5py.File(path) as file:
+        with damage_errors(path), h5py.File(path) as file:
             file.visititems(visit)
     except CheckpointError as error:
         if find_errno(error.__cause__) is not None:
@@ -105,9 +118,7 @@ class Records:
             with open_replacement(self.path) as file:
                 for (chapter, name), (value, unit) in self.values.items():
                     group = file.require_group(chapter)
-                    if name in group:
-                        del group[name]
-                    write_entry(group, name, value, unit)
+                    replace_entry(group, name, value, unit)
                 for (chapter, name, unit), (steps, values) in self.metrics.items():
                     append_rows(file.require_group(chapter), name, unit, np.array(steps), np.stack(values))
             self.metrics.clear()
@@ -132,6 +143,41 @@ class NullRecords(Records):
     describe = flush = flush_if_due = append
 
 
+def describe_origin(file: h5py.File) -> None:
+    """Write into the root's attributes what made a file, when, where and by which command."""
+    file.attrs.update(
+        format_version=FORMAT_VERSION,
+        creator=f"hpcmoe {__version__}",
+        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        host=os.uname().nodename,
+        command_line=shlex.join(sys.argv).encode("utf-8", "backslashreplace").decode()[:_MOST_OF_COMMAND],
+        git_commit=read_commit(),
+    )
+
+
+@functools.cache
+def read_commit() -> str:
+    """Return the commit of the clone that this package lies in, as git tells it; an empty text where there is none."""
+    clone = Path(__file__).resolve().parents[2]
+    if not (clone / ".git").exists():
+        return ""
+    command = ["git", "-C", str(clone), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=2, check=False).stdout.strip()
+    return ""
+
+
+def replace_entry(group: h5py.Group, name: str, value: Value, unit: str) -> None:
+    """Write a value of the whole run in place of the last one; of a dict, each entry as an attribute too."""
+    if name in group:
+        detach_scales(group[name])
+        del group[name]
+    write_entry(group, name, value)
+    describe_dataset(f"{group.name.lstrip('/')}/{name}", group[name], unit)
+    if isinstance(value, dict):
+        group[name].attrs.update({key: text for key, text in value.items() if key not in group[name].attrs})
+
+
 def append_rows(group: h5py.Group, name: str, unit: str, steps: np.ndarray, values: np.ndarray) -> None:
     """Append rows, steps [n] and values [n, ...], to a metric of a chapter's group."""
     # Rename a metric whose rows differ in shape or dtype, as after a resume on other ranks.
@@ -146,6 +192,9 @@ def append_rows(group: h5py.Group, name: str, unit: str, steps: np.ndarray, valu
     if metric is None:
         metric = make_metric(group, name, values)
     metric.attrs["unit"] = unit
+    if "DIMENSION_LIST" not in metric["value"].attrs:  # new, or of a version that had none
+        describe_dataset(metric.name.lstrip("/"), metric["value"], unit, metric["step"])
+        metric.attrs["description"] = metric["value"].attrs["description"]
     for dataset, rows in ((metric["step"], steps), (metric["value"], values)):
         dataset.resize(len(dataset) + len(rows), axis=0)
         dataset[-len(rows) :] = rows
@@ -155,6 +204,7 @@ def rename_or_delete(group: h5py.Group, name: str) -> None:
     """Rename a metric to NAME_until_STEP; delete it where it is empty."""
     steps = group[name]["step"]
     if len(steps) == 0:
+        detach_scales(group[name]["value"])
         del group[name]
         return
     kept = f"{name}_until_{steps[-1]}"

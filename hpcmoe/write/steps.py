@@ -30,3 +30,8 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
     """List the finished checkpoints of a run's folder -> {step: path}."""
     paths = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*"))
     return {int(match[1]): path for match, path in paths if match}
+
+
+def find_newest_step(folder: Path) -> int:
+    """Find the step of a folder's newest checkpoint -> it, 0 without one."""
+    return max(list_checkpoints(folder), default=0) if folder.is_dir() else 0

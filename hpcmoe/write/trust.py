@@ -1,7 +1,9 @@
 """What an HDF5 file of ours may hold: its own numbers, in its own folder. Checksums tell what was written, not by whom.
 
 HDF5 follows links into other files, reads arrays from any file that they name, fills in what was never written, and
-loads filters by plug-ins. Nothing of that is read here, and nothing larger than the file is allocated.
+loads filters by plug-ins. Nothing of that is read here, and nothing larger than the file is allocated. The object
+references that tie the scales of run.h5 to its axes are attributes: no reader follows one, and a dataset of them is
+refused, as all that holds neither numbers nor texts.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ import numpy as np
 from hpcmoe.errors import CheckpointError
 from hpcmoe.messages import one_line
 from hpcmoe.write.boxes import PieceSpec, check_tiling
-from hpcmoe.write.hdf5 import HDF5_ERRORS, checkpoint_errors
+from hpcmoe.write.hdf5 import HDF5_ERRORS, check_regular, checkpoint_errors
 
 _RANK_FILE = re.compile(r"rank\d{4,}\.h5")
 _NUMBERS = "fiub"  # NumPy's kinds
@@ -27,8 +29,12 @@ _DAMAGES = (*HDF5_ERRORS, ValueError, TypeError, AttributeError, IndexError, Ove
 
 @contextlib.contextmanager
 def damage_errors(path: Path | str) -> Iterator[None]:
-    """Convert whatever reading a damaged file raises inside the block to a CheckpointError of one line."""
+    """Convert whatever reading a damaged file raises inside the block to a CheckpointError of one line.
+
+    Raises it at once where something else than a file is there: HDF5 would wait for a pipe for ever.
+    """
     with checkpoint_errors(path, "read"):
+        check_regular(path)
         try:
             yield
         except HDF5_ERRORS:
@@ -70,7 +76,7 @@ def check_stored(name: str, dataset: h5py.Dataset, path: Path) -> None:
         raise CheckpointError(f"{what} {list(dataset.shape)}: {num_bytes} bytes, more than its file holds of it")
 
 
-def find_own(file: h5py.File, name: str, path: Path | str) -> h5py.Dataset | None:
+def find_own(file: h5py.Group, name: str, path: Path | str) -> h5py.Dataset | None:
     """Find a dataset that is in a file itself, None where there is none. Raises CheckpointError for a link."""
     entry: h5py.Group | h5py.Dataset = file
     for part in name.split("/"):

@@ -5,7 +5,7 @@ import concurrent.futures
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ from hpcmoe.write.checkpoint import save_checkpoint
 from hpcmoe.write.hdf5 import Values
 from hpcmoe.write.pieces import WriteTasks, run_tasks
 
+Store = Callable[[MPI.Comm, Path, int, Sequence[HeldPiece], Values, int], WriteTasks]  # as save_checkpoint
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def open_writer(comm: MPI.Comm, folder: Path, keep: int, asynchronous: bool) -> Iterator["Writer"]:
+def open_writer(
+    comm: MPI.Comm, folder: Path, keep: int, asynchronous: bool, store: Store = save_checkpoint
+) -> Iterator["Writer"]:
     """Open what saves the checkpoints of a run's folder and keeps the last `keep` -> Writer. Collective, both ends.
 
     The end waits for the checkpoint under way, also where an error that all ranks share ends the run.
@@ -31,7 +34,7 @@ def open_writer(comm: MPI.Comm, folder: Path, keep: int, asynchronous: bool) -> 
     # Duplicate the communicator, so that messages do not mix with those of the steps.
     barrier(comm)
     own = comm.Dup()
-    writer = Writer(own, folder, keep, asynchronous)
+    writer = Writer(own, folder, keep, asynchronous, store)
     try:
         yield writer
     except HpcmoeError as error:
@@ -52,8 +55,9 @@ def open_writer(comm: MPI.Comm, folder: Path, keep: int, asynchronous: bool) -> 
 class Writer:
     """What saves checkpoints, one at a time."""
 
-    def __init__(self, comm: MPI.Comm, folder: Path, keep: int, asynchronous: bool):
-        self.comm, self.folder, self.keep, self.asynchronous = comm, folder, keep, asynchronous
+    def __init__(self, comm: MPI.Comm, folder: Path, keep: int, asynchronous: bool, store: Store = save_checkpoint):
+        self.comm, self.folder, self.keep, self.asynchronous, self.store = comm, folder, keep, asynchronous, store
+        self.level = logging.INFO if store is save_checkpoint else logging.DEBUG  # of what the log tells
         self.pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")  # whose thread starts with the first task
         self.snapshots: list[np.ndarray] = []  # kept from one checkpoint to the next
         self.under_way: tuple[WriteTasks, concurrent.futures.Future[Any]] | None = None  # the checkpoint and its task
@@ -70,15 +74,17 @@ class Writer:
         Wait first for the checkpoint under way. Raises its error, or this one's, on all ranks.
         """
         if not self.asynchronous:
-            run_tasks(save_checkpoint(self.comm, self.folder, step, list(pieces), metadata, self.keep))
+            run_tasks(self.store(self.comm, self.folder, step, list(pieces), metadata, self.keep))
             return
         started = time.monotonic()
         if self.under_way is not None:
             self.finish()
-            log.info("step %d: waited %.2f s for the last checkpoint's writing", step, time.monotonic() - started)
+            log.log(
+                self.level, "step %d: waited %.2f s for the last checkpoint's writing", step, time.monotonic() - started
+            )
         snapshot = self.take_snapshot(pieces)
-        self.advance(save_checkpoint(self.comm, self.folder, step, snapshot, metadata, self.keep))
-        log.info("step %d: the checkpoint held the steps up for %.3f s", step, time.monotonic() - started)
+        self.advance(self.store(self.comm, self.folder, step, snapshot, metadata, self.keep))
+        log.log(self.level, "step %d: the checkpoint held the steps up for %.3f s", step, time.monotonic() - started)
 
     def poll(self) -> None:
         """Start the next task once the threads of all ranks are done. Collective over comm, once a step.

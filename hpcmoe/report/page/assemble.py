@@ -8,7 +8,7 @@ from hpcmoe.messages import one_line
 from hpcmoe.report.page.comparison import compare_runs, find_rate
 from hpcmoe.report.page.contents import Headline, Report, ReportSection
 from hpcmoe.report.page.inputs import make_inputs
-from hpcmoe.report.page.links import describe_busiest, make_links
+from hpcmoe.report.page.links import describe_busiest, make_links_section
 from hpcmoe.report.page.living import make_living
 from hpcmoe.report.page.load import describe_hottest, find_moves, make_balance, make_load
 from hpcmoe.report.page.memory import make_memory
@@ -21,7 +21,7 @@ _SECTIONS: dict[str, Callable[[RecordedRun], ReportSection | None]] = {
     "Speed": make_speed,
     "Expert load": make_load,
     "Balance": make_balance,
-    "Links": make_links,
+    "Links": make_links_section,
     "Placement": make_living,
     "Memory": make_memory,
     "Inputs": make_inputs,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hpcmoe.report.page.contents import Bar, BarChart, Chart, HeatMap, Line, LineChart
+from hpcmoe.report.page.contents import BarChart, Chart, ChartBar, HeatMap, Line, LineChart
 from hpcmoe.report.page.numbers import choose_ticks, format_short, thin_curve
 from hpcmoe.report.page.svg import (
     WIDTH,
@@ -151,7 +151,7 @@ def draw_bar_chart(chart: BarChart) -> str:
     return make_svg(frame.bottom + _BELOW, chart.title, parts)
 
 
-def measure_bar(bar: Bar) -> float:
+def measure_bar(bar: ChartBar) -> float:
     """Return the sum of a bar's parts that are finite and above 0."""
     return sum(value for _, value, _ in bar.parts if np.isfinite(value) and value > 0)
 
@@ -167,7 +167,7 @@ def draw_bar_axis(frame: Frame, unit: str) -> list[str]:
     return parts
 
 
-def draw_bar(frame: Frame, bar: Bar, total: float, y: float) -> list[str]:
+def draw_bar(frame: Frame, bar: ChartBar, total: float, y: float) -> list[str]:
     """Draw one bar with its name and its sum."""
     parts = [make_label(frame.left - 6, y + 11.5, shorten(bar.name, _MOST_NAME), "end")]
     x = frame.left

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, HeatMap, Line, LineChart, ReportSection
+from hpcmoe.report.page.contents import BarChart, Chart, ChartBar, DataTable, HeatMap, Line, LineChart, ReportSection
 from hpcmoe.report.page.inputs import describe_place, read_all_keys
 from hpcmoe.report.page.links import find_carried, map_bytes
 from hpcmoe.report.page.load import find_moves, map_layers
@@ -62,7 +62,7 @@ def overlay(runs: Sequence[RecordedRun], name: str, title: str, unit: str, from_
 def charts_of_seconds(runs: Sequence[RecordedRun]) -> list[Chart]:
     """Show where a mean step's seconds go in each run."""
     bars = [
-        Bar(
+        ChartBar(
             name=run.name,
             parts=[(name, 1e3 * values.mean(), STAGE_COLOURS[name]) for name, values in find_stages(run).items()],
         )

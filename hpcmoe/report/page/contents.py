@@ -37,7 +37,7 @@ class LineChart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bar:
+class ChartBar:
     """A bar of one or more parts, one after the other."""
 
     name: str
@@ -50,7 +50,7 @@ class BarChart:
 
     title: str
     unit: str
-    bars: Sequence[Bar]
+    bars: Sequence[ChartBar]
     note: str = ""
     levels: Sequence[tuple[str, float]] = ()  # vertical: a bound
 

@@ -24,7 +24,7 @@ class Carried(NamedTuple):
     rates: np.ndarray | None  # [nodes, nodes] bytes/s that a link can give
 
 
-def make_links(run: RecordedRun) -> ReportSection | None:
+def make_links_section(run: RecordedRun) -> ReportSection | None:
     """Show the bytes of every link; None where they are not recorded, as before a run's end."""
     of_ranks = run.find_array("comm/bytes_of_link", 2)
     if of_ranks is None or of_ranks.shape[0] != of_ranks.shape[1]:

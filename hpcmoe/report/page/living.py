@@ -9,7 +9,7 @@ from hpcmoe.messages import format_ranges
 from hpcmoe.placement.cost import count_replicas, make_nearest_shares, resource_seconds, tokens_on_ranks
 from hpcmoe.placement.problem import PlacementProblem
 from hpcmoe.placement.resources import list_resources, name_resource
-from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, HeatMap, ReportSection
+from hpcmoe.report.page.contents import BarChart, Chart, ChartBar, DataTable, HeatMap, ReportSection
 from hpcmoe.report.page.load import find_moves
 from hpcmoe.report.page.numbers import format_short, group_cells, name_groups
 from hpcmoe.report.page.recorded import RecordedRun, Series
@@ -155,7 +155,7 @@ def chart_binding(run: RecordedRun, problem: PlacementProblem, first: tuple[np.n
         problem = dataclasses.replace(problem, probability=np.broadcast_to(known, shape))
     evaluated = evaluate_layout(problem, *first)
     bars = [
-        Bar(name=KIND_NAMES[kind], parts=[("", 1e3 * seconds, 1 if is_largest(evaluated, seconds) else 5)])
+        ChartBar(name=KIND_NAMES[kind], parts=[("", 1e3 * seconds, 1 if is_largest(evaluated, seconds) else 5)])
         for kind, (seconds, _) in evaluated.busiest.items()
     ]
     bound = run.find_number("cluster/lower_bound_seconds")
@@ -177,8 +177,8 @@ def chart_moves(before: Evaluated, after: Evaluated) -> BarChart:
     """Compare the kinds of resource before and after the run's moves, for the tokens that it routed."""
     bars = []
     for kind, (seconds, _) in before.busiest.items():
-        bars.append(Bar(name=KIND_NAMES[kind], parts=[("before", 1e3 * seconds, 5)]))
-        bars.append(Bar(name="", parts=[("after", 1e3 * after.busiest[kind][0], 0)]))
+        bars.append(ChartBar(name=KIND_NAMES[kind], parts=[("before", 1e3 * seconds, 5)]))
+        bars.append(ChartBar(name="", parts=[("after", 1e3 * after.busiest[kind][0], 0)]))
     note = f"Objective {format_short(1e3 * before.seconds)} ms before, {format_short(1e3 * after.seconds)} ms after."
     return BarChart(
         title="Before and after moves, for the tokens routed", unit="ms a step, layers summed", bars=bars, note=note

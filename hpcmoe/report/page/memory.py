@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hpcmoe.report.page.contents import Bar, BarChart, DataTable, ReportSection
+from hpcmoe.report.page.contents import BarChart, ChartBar, DataTable, ReportSection
 from hpcmoe.report.page.recorded import RecordedRun
 from hpcmoe.report.placement_tables import Rows
 
@@ -53,7 +53,7 @@ def chart_parts(run: RecordedRun) -> BarChart | None:
     if not kept:
         return None
     bars = [
-        Bar(name=name, parts=[(names[row], values[row] / _MB, min(place, 7)) for place, row in enumerate(kept)])
+        ChartBar(name=name, parts=[(names[row], values[row] / _MB, min(place, 7)) for place, row in enumerate(kept)])
         for name, values in (("computed", computed), ("measured", measured))
     ]
     return BarChart(title="Arrays of a rank", unit="MB", bars=bars)

@@ -7,7 +7,7 @@ import numpy as np
 from tabulate import tabulate
 
 from hpcmoe.report.page.charts import choose_shades, measure_bar
-from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, HeatMap, LineChart, Report, ReportSection
+from hpcmoe.report.page.contents import BarChart, Chart, ChartBar, DataTable, HeatMap, LineChart, Report, ReportSection
 from hpcmoe.report.page.numbers import format_short, group_cells
 
 _NAME, _FIGURES = 24, 26  # columns of a curve's name and of its figures
@@ -109,7 +109,7 @@ def format_levels(chart: LineChart | BarChart) -> list[str]:
     return [f"  {name} {format_short(level)}" for name, level in chart.levels]
 
 
-def format_bar(bar: Bar, chart: BarChart, width: int, ink: Ink) -> list[str]:
+def format_bar(bar: ChartBar, chart: BarChart, width: int, ink: Ink) -> list[str]:
     """Format a bar, and below it what its parts are; what is not finite has no length."""
     most = max([measure_bar(each) for each in chart.bars] + [level for _, level in chart.levels]) or 1.0
     columns, total = max(10, width - _NAME - 12), measure_bar(bar)

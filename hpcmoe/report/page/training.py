@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hpcmoe.report.page.contents import Bar, BarChart, Chart, DataTable, Line, LineChart, ReportSection
+from hpcmoe.report.page.contents import BarChart, Chart, ChartBar, DataTable, Line, LineChart, ReportSection
 from hpcmoe.report.page.numbers import format_short
 from hpcmoe.report.page.recorded import RecordedRun, Series
 from hpcmoe.report.placement_tables import Rows
@@ -10,7 +10,6 @@ from hpcmoe.report.placement_tables import Rows
 STAGE_COLOURS = {  # of a step, in its order: colour
     "data": 6, "dense": 0, "route": 2, "dispatch": 1, "compute": 5, "combine": 4, "optimizer": 3, "waiting": 7,
 }  # fmt: skip
-_PREDICTED = ("run/predicted_step_seconds", "run/step_seconds_predicted", "run/predicted_step_time")
 _SMOOTHED = 0.05  # of the steps are averaged for the curve of throughput
 
 
@@ -55,12 +54,12 @@ def make_speed(run: RecordedRun) -> ReportSection | None:
         LineChart(title="Throughput", unit="tokens/s", from_zero=True, lines=lines_of_rate("", rate))
     ]
     if stages:
-        mean = Bar(
+        mean = ChartBar(
             name="mean", parts=[(name, 1e3 * values.mean(), STAGE_COLOURS[name]) for name, values in stages.items()]
         )
         slow = seconds.values.argsort()[-max(1, len(seconds.values) // 20) :]  # by the clock of rank 0
         parts = [(name, 1e3 * values[slow].mean(), STAGE_COLOURS[name]) for name, values in stages.items()]
-        bars = [mean, Bar(name="slowest 5 %", parts=parts)]
+        bars = [mean, ChartBar(name="slowest 5 %", parts=parts)]
         charts.append(BarChart(title="Where a step's seconds go", unit="ms, mean of the ranks", bars=bars))
         lines = [Line(name=name, x=seconds.steps, y=1e3 * average(values), colour=STAGE_COLOURS[name])
                  for name, values in stages.items()]  # fmt: skip
@@ -91,15 +90,16 @@ def find_stages(run: RecordedRun) -> dict[str, np.ndarray]:
 
 def find_predicted(run: RecordedRun) -> float | None:
     """Find the seconds of a step that were predicted before the run, None where there is no prediction."""
-    return next((value for name in _PREDICTED if (value := run.find_number(name))), None)
+    names = (name for name in run.values if "predicted" in name and "step" in name)
+    return next((value for name in names if (value := run.find_number(name))), None)
 
 
 def chart_prediction(run: RecordedRun, predicted: float, seconds: Series) -> BarChart:
     """Compare the predicted seconds of a step with the measured."""
     median = float(np.median(seconds.values))
     bars = [
-        Bar(name="predicted", parts=[("", 1e3 * predicted, 5)]),
-        Bar(name="measured", parts=[("", 1e3 * median, 0)]),
+        ChartBar(name="predicted", parts=[("", 1e3 * predicted, 5)]),
+        ChartBar(name="measured", parts=[("", 1e3 * median, 0)]),
     ]
     note = f"The median step took {median / predicted:.2f} x what was predicted."
     return BarChart(title="Step as predicted and measured", unit="ms", bars=bars, note=note)
