@@ -1,6 +1,6 @@
 """Foretell a step on a described cluster: `hpcmoe plan inputs/run.toml --cluster inputs/cluster.toml`.
 
-Needs neither ranks nor torch, but for --measure, which runs under mpirun. An error ends it with one line and status 2.
+Needs neither ranks nor torch. An error ends it with one line and status 2.
 """
 
 if __name__ == "__main__":
@@ -22,14 +22,14 @@ from hpcmoe.messages import show_value
 from hpcmoe.output import print_to_stderr, print_to_stdout
 from hpcmoe.placement.demand import Loads
 from hpcmoe.placement.files.loads import ExpertGrid, choose_loads
-from hpcmoe.projection.answers import choose_best, format_plan, make_plan
+from hpcmoe.projection.answers import choose_best, format_plan, make_plan_tree
 from hpcmoe.projection.candidates import foretell, parse_nodes
 from hpcmoe.projection.cluster_file import DescribedCluster, read_cluster
 from hpcmoe.projection.costs import Costs, read_costs
 from hpcmoe.projection.estimated import NetworkSizes, size_model, size_own_network
 from hpcmoe.projection.model_file import read_model
 from hpcmoe.projection.predict import Prediction
-from hpcmoe.projection.step import Job, Shape
+from hpcmoe.projection.step import PlannedJob, Shape
 from hpcmoe.reading import format_json
 from hpcmoe.results import check_outputs, replace_file
 
@@ -119,7 +119,7 @@ def answer(arguments: argparse.Namespace) -> str:
         what = f"not given: the range is that of {asked[0][1]} to {asked[-1][1]}, the time {what}; give --loads"
     if arguments.output:
         with replace_file(arguments.output) as part:
-            part.write_text(format_json(make_plan(candidates, what, arguments.tokens)), encoding="utf-8")
+            part.write_text(format_json(make_plan_tree(candidates, what, arguments.tokens)), encoding="utf-8")
     if arguments.write:
         shape = choose_best(candidates).prediction.shape
         sets = [f"parallel.{name}={getattr(shape, name)}" for name in ("data", "expert", "tensor")]
@@ -160,9 +160,9 @@ def check_costs(costs: Costs | None, sizes: NetworkSizes, config: Config, path: 
             )
 
 
-def make_planned_job(config: Config, sizes: NetworkSizes, loads: Loads, costs: Costs | None) -> Job:
+def make_planned_job(config: Config, sizes: NetworkSizes, loads: Loads, costs: Costs | None) -> PlannedJob:
     """Make what is to be done in a step."""
-    return Job(
+    return PlannedJob(
         sizes=sizes,
         loads=loads.tokens,
         node_names=loads.node_names,

@@ -24,17 +24,17 @@ def group_parts(candidate: Candidate) -> dict[str, float]:
     return {group: sum(parts.get(name, 0.0) for name in names) for group, names in GROUPS.items()}
 
 
-def make_plan(candidates: Sequence[Candidate], loads: str, job_tokens: float) -> dict[str, object]:
+def make_plan_tree(candidates: Sequence[Candidate], loads: str, job_tokens: float) -> dict[str, object]:
     """Make the object of PLAN.json; job_tokens: for which node-hours are counted."""
     return {
         "format": "hpcmoe plan 1",
         "loads": loads,
         "best": candidates.index(choose_best(candidates)),
-        "candidates": [make_row(candidate, job_tokens) for candidate in candidates],
+        "candidates": [make_candidate_tree(candidate, job_tokens) for candidate in candidates],
     }
 
 
-def make_row(candidate: Candidate, job_tokens: float) -> dict[str, object]:
+def make_candidate_tree(candidate: Candidate, job_tokens: float) -> dict[str, object]:
     """Make one candidate's object."""
     step = candidate.prediction
     return {

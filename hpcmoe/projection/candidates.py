@@ -11,7 +11,7 @@ from hpcmoe.errors import ConfigError
 from hpcmoe.messages import show_value
 from hpcmoe.projection.cluster_file import DescribedCluster
 from hpcmoe.projection.predict import Prediction, predict
-from hpcmoe.projection.step import ITEM_BYTES, Job, Shape
+from hpcmoe.projection.step import ITEM_BYTES, PlannedJob, Shape
 
 _SERIES = re.compile(r"(\d+)(?::(\d+)(?::x(\d+))?)?")
 _SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)")
@@ -82,7 +82,7 @@ def choose_shape(num_ranks: int, num_experts: int) -> Shape:
     return Shape(data=num_ranks // most, expert=most, tensor=1)
 
 
-def vary(word: str, job: Job, cluster: DescribedCluster) -> tuple[Job, DescribedCluster]:
+def vary(word: str, job: PlannedJob, cluster: DescribedCluster) -> tuple[PlannedJob, DescribedCluster]:
     """Scale one thing by a factor, as nic=x2 -> the job and the cluster with it. Raises ConfigError."""
     match = _CHANGE.fullmatch(word)
     if not match or match[1] not in VARIED or not float(match[2]) > 0:
@@ -118,7 +118,7 @@ def scale_ports(topology: Topology, factor: float) -> Topology:
     )
 
 
-def estimate_rank_bytes(job: Job, shape: Shape, prediction: Prediction) -> float:
+def estimate_rank_bytes(job: PlannedJob, shape: Shape, prediction: Prediction) -> float:
     """Estimate the bytes of the fullest rank: parameters with their state, activations, and rows in flight."""
     sizes, item = job.sizes, ITEM_BYTES[job.dtype]
     layers = len(job.loads)
@@ -147,7 +147,7 @@ def find_available_bytes(cluster: DescribedCluster) -> float:
 
 
 def foretell(
-    job: Job,
+    job: PlannedJob,
     cluster: DescribedCluster,
     nodes: Sequence[int],
     shapes: str | None,
@@ -173,7 +173,7 @@ def foretell(
     return candidates
 
 
-def make_candidate(what: str, job: Job, cluster: DescribedCluster, shape: Shape) -> Candidate:
+def make_candidate(what: str, job: PlannedJob, cluster: DescribedCluster, shape: Shape) -> Candidate:
     """Predict one shape, and what its ranks need."""
     prediction = predict(job, cluster, shape)
     memory = estimate_rank_bytes(job, shape, prediction)

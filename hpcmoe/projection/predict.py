@@ -14,7 +14,7 @@ from hpcmoe.projection.estimated import estimate_costs
 from hpcmoe.projection.processors import Processor
 from hpcmoe.projection.simulate import Bar
 from hpcmoe.projection.spread import sample_layers, spread_experts
-from hpcmoe.projection.step import ITEM_BYTES, Job, Shape, Stage, StepRun, count_exchanges, find_demands
+from hpcmoe.projection.step import ITEM_BYTES, PlacedShape, PlannedJob, Shape, StepRun, count_exchanges, find_demands
 
 _UNKNOWN = Processor(
     name="core", flops={"float32": 40e9}, memory_bytes_per_second=4e9, memory_bytes=4 * 2.0**30,
@@ -60,9 +60,9 @@ class Prediction:
         return name, self.demands[name] / self.seconds
 
 
-def predict(job: Job, cluster: DescribedCluster, shape: Shape, ranks_of_node: int = 0) -> Prediction:
+def predict(job: PlannedJob, cluster: DescribedCluster, shape: Shape, ranks_of_node: int = 0) -> Prediction:
     """Predict one step of a shape; ranks_of_node 0: as many as the cluster has. Raises ConfigError."""
-    node_of_rank = choose_ranks(cluster, shape, ranks_of_node)
+    node_of_rank = seat_ranks(cluster, shape, ranks_of_node)
     sequences = math.ceil(math.ceil(job.batch_sequences / job.micro_batches) / shape.num_ranks)
     tokens = sequences * job.sizes.sequence_length
     stage = set_stage(job, cluster, shape, node_of_rank, tokens)
@@ -95,7 +95,7 @@ def predict(job: Job, cluster: DescribedCluster, shape: Shape, ranks_of_node: in
     )
 
 
-def choose_ranks(cluster: DescribedCluster, shape: Shape, ranks_of_node: int) -> np.ndarray:
+def seat_ranks(cluster: DescribedCluster, shape: Shape, ranks_of_node: int) -> np.ndarray:
     """Choose the nodes of a shape's ranks, in their order -> [P]. Raises ConfigError where there are too few."""
     node_of_rank = cluster.topology.node_of_rank
     if ranks_of_node:
@@ -122,7 +122,9 @@ def find_kinds(cluster: DescribedCluster) -> np.ndarray:
     return np.array([known.setdefault(feature, len(known)) for feature in features])
 
 
-def set_stage(job: Job, cluster: DescribedCluster, shape: Shape, node_of_rank: np.ndarray, tokens: int) -> Stage:
+def set_stage(
+    job: PlannedJob, cluster: DescribedCluster, shape: Shape, node_of_rank: np.ndarray, tokens: int
+) -> PlacedShape:
     """Place the experts, and find which classes of ranks send each other what."""
     size, topology = shape.expert * shape.tensor, cluster.topology
     grouped = GroupedRanks(node_of_rank=node_of_rank, of_group=size)
@@ -140,7 +142,7 @@ def set_stage(job: Job, cluster: DescribedCluster, shape: Shape, node_of_rank: n
     else:
         classes = class_kinds(grouped, topology, shares, rows, kind_of_node)
     pairs = len(node_of_rank) <= EACH_RANK
-    return Stage(
+    return PlacedShape(
         grouped=grouped,
         topology=topology,
         classes=classes,
@@ -150,7 +152,7 @@ def set_stage(job: Job, cluster: DescribedCluster, shape: Shape, node_of_rank: n
     )
 
 
-def find_costs(job: Job, cluster: DescribedCluster, shape: Shape, node: int) -> Costs:
+def find_costs(job: PlannedJob, cluster: DescribedCluster, shape: Shape, node: int) -> Costs:
     """Return the costs of ops on a node: those measured, else estimated from its processor."""
     if job.costs is not None:
         return job.costs

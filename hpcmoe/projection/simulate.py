@@ -35,7 +35,7 @@ class Work:
 
 
 @dataclass(slots=True, kw_only=True)
-class Outcome:
+class SimulatedStep:
     """What a simulated step took."""
 
     seconds: float
@@ -75,7 +75,7 @@ class Simulation:
             for own in range(self.num_classes)
         ]
 
-    def run(self) -> Outcome:
+    def run(self) -> SimulatedStep:
         """Simulate the step."""
         for own in range(self.num_classes):
             self.take_up(own)
@@ -83,7 +83,7 @@ class Simulation:
             self.advance()
         spent = dict(self.spent)
         spent["waiting"] = self.now - sum(spent.values(), np.zeros(self.num_classes))
-        return Outcome(seconds=self.now, spent=spent, bars=self.bars)
+        return SimulatedStep(seconds=self.now, spent=spent, bars=self.bars)
 
     def advance(self) -> None:
         """Move on to the next event, and let those go on who waited for it."""
@@ -224,6 +224,6 @@ def group_pieces(sources: Sequence[tuple[bool, int]]) -> list[list[tuple[bool, i
     return ([near] if near else []) + far
 
 
-def simulate(work: Work, fabric: Fabric) -> Outcome:
+def simulate(work: Work, fabric: Fabric) -> SimulatedStep:
     """Simulate one step without its sums, optimizer and what else is done once."""
     return Simulation(work, fabric).run()

@@ -10,7 +10,7 @@ from hpcmoe.projection.classes import GroupedRanks, RankClasses
 from hpcmoe.projection.costs import LAYER_OPS, STEP_OPS, Costs, OpCost
 from hpcmoe.projection.estimated import NetworkSizes
 from hpcmoe.projection.flows import Fabric
-from hpcmoe.projection.simulate import Outcome, Work, simulate
+from hpcmoe.projection.simulate import SimulatedStep, Work, simulate
 from hpcmoe.projection.turns import order_lanes
 
 _EXPERT_OPS = ("compute", "compute_backward")
@@ -38,7 +38,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class PlannedJob:
     """What is to be done in a step, whatever it runs on."""
 
     sizes: NetworkSizes  # of whole experts
@@ -63,7 +63,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
+class PlacedShape:
     """A shape on its nodes, with classes for the layers that are simulated."""
 
     grouped: GroupedRanks
@@ -75,7 +75,7 @@ class Stage:
 
 
 def list_seconds(
-    job: Job, shape: Shape, stage: Stage, costs: Sequence[Costs], tokens: int, edge: str
+    job: PlannedJob, shape: Shape, stage: PlacedShape, costs: Sequence[Costs], tokens: int, edge: str
 ) -> dict[str, np.ndarray]:
     """List the processor seconds of each op of a layer -> [C, L], of the head [C, 1]."""
     served, num_layers = stage.classes.served, stage.classes.served.shape[0]
@@ -104,13 +104,13 @@ def list_seconds(
 class StepRun:
     """A step that is simulated, whole or in part, at the middle of its costs' range or at an end."""
 
-    job: Job
+    job: PlannedJob
     shape: Shape
-    stage: Stage
+    stage: PlacedShape
     costs: Sequence[Costs]  # of each class
     tokens: int  # of a micro-batch on a rank
 
-    def simulate_part(self, layers: int, batches: int, edge: str = "middle") -> Outcome:
+    def simulate_part(self, layers: int, batches: int, edge: str = "middle") -> SimulatedStep:
         """Simulate some layers, those that stand for all as often as needed."""
         classes, topology, job = self.stage.classes, self.stage.topology, self.job
         is_measured = all("measured" in source for source in topology.source.values())
@@ -143,11 +143,11 @@ class StepRun:
         """Return the layers and micro-batches of the least part that is simulated."""
         return len(self.stage.classes.served), self.job.with_batches(self.job.micro_batches, len(self.job.loads))[0]
 
-    def compare_edge(self, edge: str, middle: Outcome) -> float:
+    def compare_edge(self, edge: str, middle: SimulatedStep) -> float:
         """Return the time at an end of the range over that in the middle."""
         return self.simulate_part(*self.part, edge).seconds / max(middle.seconds, 1e-300)
 
-    def find_parts(self) -> tuple[float, dict[str, float], Outcome]:
+    def find_parts(self) -> tuple[float, dict[str, float], SimulatedStep]:
         """Simulate a step -> its seconds, their parts, and the outcome of the least part."""
         whole, outcome = extend(self.simulate_part, self.job, self.stage.classes.ranks, len(self.stage.classes.served))
         once = add_once(self.job, self.shape, self.stage, self.costs, self.tokens, float(self.crowded.max()), whole)
@@ -156,8 +156,8 @@ class StepRun:
 
 
 def extend(
-    simulate_part: Callable[[int, int], Outcome], job: Job, ranks: np.ndarray, sampled: int
-) -> tuple[dict[str, float], Outcome]:
+    simulate_part: Callable[[int, int], SimulatedStep], job: PlannedJob, ranks: np.ndarray, sampled: int
+) -> tuple[dict[str, float], SimulatedStep]:
     """Simulate a part of a step's layers and micro-batches, and go on alike -> seconds of the mean rank by stage."""
     layers, batches = len(job.loads), job.micro_batches
     few, short = sampled, job.with_batches(batches, layers)[0]
@@ -180,13 +180,13 @@ def extend(
     return found, first
 
 
-def mean_parts(outcome: Outcome, ranks: np.ndarray) -> dict[str, float]:
+def mean_parts(outcome: SimulatedStep, ranks: np.ndarray) -> dict[str, float]:
     """Return the seconds of the mean rank by stage; ranks [C] of each class."""
     return {name: float(np.average(of_class, weights=ranks)) for name, of_class in outcome.spent.items()}
 
 
 def add_once(
-    job: Job, shape: Shape, stage: Stage, costs: Sequence[Costs], tokens: int, crowded: float,
+    job: PlannedJob, shape: Shape, stage: PlacedShape, costs: Sequence[Costs], tokens: int, crowded: float,
     parts: Mapping[str, float],
 ) -> dict[str, float]:  # fmt: skip
     """Return the seconds of what is done once a step: data, optimizer, the rest, and sums of gradients not hidden."""
@@ -202,7 +202,7 @@ def add_once(
     return once
 
 
-def sum_seconds(job: Job, shape: Shape, stage: Stage) -> float:
+def sum_seconds(job: PlannedJob, shape: Shape, stage: PlacedShape) -> float:
     """Return the seconds of ring all-reduces of gradients: dense parts over all ranks, experts over data-parallel."""
     dense = (job.sizes.layer_parameters * len(job.loads) + job.sizes.outer_parameters) * 4.0
     held = (job.sizes.num_experts / shape.expert + job.spare_slots) * job.sizes.expert_parameters / shape.tensor
@@ -222,13 +222,13 @@ def sum_seconds(job: Job, shape: Shape, stage: Stage) -> float:
     return float(seconds)
 
 
-def count_exchanges(job: Job) -> int:
+def count_exchanges(job: PlannedJob) -> int:
     """Count how often rows go one way or back in a step, over all layers and micro-batches."""
     return len(job.loads) * job.micro_batches * (4 if job.trains else 2)
 
 
 def find_demands(
-    job: Job, shape: Shape, stage: Stage, costs: Sequence[Costs], tokens: int, parts: Mapping[str, float]
+    job: PlannedJob, shape: Shape, stage: PlacedShape, costs: Sequence[Costs], tokens: int, parts: Mapping[str, float]
 ) -> dict[str, float]:
     """Find how long the busiest rank and each resource are busy in a step at least, the longest first."""
     seconds = list_seconds(job, shape, stage, costs, tokens, "middle")
