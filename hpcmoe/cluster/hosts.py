@@ -88,7 +88,7 @@ def find_launch(chosen: str | None, ranks: int | None, hosts: str, words: Sequen
     if program is None:
         raise ConfigError(f"command line: {name} is not on the PATH, so no ranks can be started")
     named = parse_hosts(hosts)
-    of_job = list_nodes() if in_job and not named else ()
+    of_job = list_job_hosts() if in_job and not named else ()
     number = ranks or sum(host.ranks for host in named or of_job) or (read_number("SLURM_NTASKS") if in_job else 0)
     if not number:
         raise ConfigError("command line: --ranks N: how many ranks? (or --hosts a:4,b:4, or in a Slurm job)")
@@ -106,7 +106,7 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
     return tuple(hosts)
 
 
-def list_nodes() -> tuple[Host, ...]:
+def list_job_hosts() -> tuple[Host, ...]:
     """List the nodes of the Slurm job that this process is in, with their ranks; () where Slurm does not tell."""
     status, names = call(["scontrol", "show", "hostnames", read_setting("SLURM_JOB_NODELIST")])
     counts = read_counts("SLURM_TASKS_PER_NODE")

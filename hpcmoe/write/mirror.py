@@ -30,7 +30,7 @@ from hpcmoe.write.boxes import HeldPiece
 from hpcmoe.write.checkpoint import verify_pieces
 from hpcmoe.write.checksums import CHECKSUMS
 from hpcmoe.write.hdf5 import Values, checkpoint_errors
-from hpcmoe.write.pieces import MASTER, RankFile, WriteTasks, list_held, name_rank_file, write_master, write_rank_file
+from hpcmoe.write.pieces import MASTER, RankFile, WriteTasks, list_filled, name_rank_file, write_master, write_rank_file
 from hpcmoe.write.steps import find_newest_step, list_checkpoints
 from hpcmoe.write.writer import Writer, open_writer
 
@@ -99,7 +99,7 @@ def open_mirror(comm: MPI.Comm, folder: Path, every: int, state_bytes: int) -> I
     bytes_of_rank = gather_to_all(comm, state_bytes)
     own = _KEPT * sum(bytes_of_rank[rank] for rank in (comm.rank, *near.kept))
     needed = sum(num_bytes for host, num_bytes in gather_to_all(comm, (near.host, own)) if host == near.host)
-    on_all(comm, lambda: check_memory(needed, near.host))
+    on_all(comm, lambda: check_host_memory(needed, near.host))
     on_all(comm, lambda: make_mirror(mirror) if near.is_first else None)
 
     # Hold it while the run goes on.
@@ -128,7 +128,7 @@ def choose_writer(step: int, every: int, is_due: bool, writer: Writer, mirror: W
     return mirror if mirror is not None and step % every == 0 and mirror.under_way is None else None
 
 
-def check_memory(needed: int, host: str) -> None:
+def check_host_memory(needed: int, host: str) -> None:
     """Raise ClusterError when a host's shared memory is too small for its part of the mirror."""
     state = os.statvfs(MEMORY)
     free = state.f_bavail * state.f_frsize
@@ -181,7 +181,7 @@ def save_mirror(
     try:
         # Write this rank's file, and have the keeper write it too.
         on_all(comm, lambda: make_empty(partial) if near.is_first else None)
-        written = yield lambda: write_rank_file(partial / name_rank_file(comm.rank), list_held(pieces))
+        written = yield lambda: write_rank_file(partial / name_rank_file(comm.rank), list_filled(pieces))
         num_bytes, digest = on_all(comm, written)
         bytes_of_rank = gather_to_all(comm, num_bytes)
         copied = yield lambda: copy_files(comm, near, partial, bytes_of_rank)
@@ -210,17 +210,19 @@ def read_texts(folder: Path) -> dict[str, bytes]:
 def copy_files(comm: MPI.Comm, near: Neighbours, folder: Path, bytes_of_rank: Sequence[int]) -> None:
     """Send this rank's file to its keeper, and write those that this rank keeps. In a thread, beside the steps."""
     received = {rank: np.empty(bytes_of_rank[rank], np.uint8) for rank in near.kept if bytes_of_rank[rank]}
-    requests = [comm.Irecv(part, rank, tag) for rank, array in received.items() for tag, part in enumerate(cut(array))]
+    requests = [
+        comm.Irecv(part, rank, tag) for rank, array in received.items() for tag, part in enumerate(cut_messages(array))
+    ]
     if near.keeper is not None and bytes_of_rank[comm.rank]:
         own = np.fromfile(folder / name_rank_file(comm.rank), np.uint8)
-        requests += [comm.Isend(part, near.keeper, tag) for tag, part in enumerate(cut(own))]
+        requests += [comm.Isend(part, near.keeper, tag) for tag, part in enumerate(cut_messages(own))]
     wait_all(requests)
     with checkpoint_errors(folder, "written"):
         for rank, array in received.items():
             array.tofile(folder / name_rank_file(rank))
 
 
-def cut(array: np.ndarray) -> list[np.ndarray]:
+def cut_messages(array: np.ndarray) -> list[np.ndarray]:
     """Cut bytes into parts for one message each."""
     return [array[begin : begin + _MESSAGE_BYTES] for begin in range(0, len(array), _MESSAGE_BYTES)]
 
@@ -244,7 +246,7 @@ def has_newer_mirror(comm: MPI.Comm, folder: Path) -> bool:
 
 
 def bring_mirror(comm: MPI.Comm, folder: Path) -> None:
-    """Bring the newest mirror that is whole to the run's folder, if it is newer than what is there. Collective.
+    """Copy the newest mirror that is whole to the run's folder, if it is newer than what is there. Collective.
 
     Within the folder's lock. Raises CheckpointError on all ranks where the folder cannot be written.
     """

@@ -66,7 +66,7 @@ def write_in_tasks(comm: MPI.Comm, folder: Path, pieces: Sequence[HeldPiece], me
     Send back either the task itself, which then runs here, or the `result` of its future.
     """
     partial = name_partial(folder)
-    held = list_held(pieces)
+    held = list_filled(pieces)
     try:
         # Write one file per rank.
         on_root(comm, lambda: make_empty(partial))
@@ -112,7 +112,7 @@ def read_each(
     on_all(comm, lambda: read_boxes(folder, wanted, take))
 
 
-def list_held(pieces: Sequence[HeldPiece]) -> list[HeldPiece]:
+def list_filled(pieces: Sequence[HeldPiece]) -> list[HeldPiece]:
     """List the pieces that hold anything."""
     return [piece for piece in pieces if math.prod(piece.spec.extent) > 0]
 
