@@ -11,16 +11,19 @@ if __name__ == "__main__":
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from hpcmoe.arguments import Parser, name_program
 from hpcmoe.config import Config, NetworkSpec, read_config
-from hpcmoe.errors import EXIT_USER, ConfigError, HpcmoeError
+from hpcmoe.environment import read_environment
+from hpcmoe.errors import ConfigError, HpcmoeError, on_root
 from hpcmoe.interrupts import Interrupted, repeated_interrupts
 from hpcmoe.messages import show_value
-from hpcmoe.output import print_to_stderr, print_to_stdout
+from hpcmoe.mpi_library import import_mpi
+from hpcmoe.output import EXIT_USER, print_to_stderr, print_to_stdout, start_log
 from hpcmoe.placement.demand import Loads
 from hpcmoe.placement.files.loads import ExpertGrid, choose_loads
 from hpcmoe.projection.answers import choose_best, format_plan, make_plan_tree
@@ -33,6 +36,7 @@ from hpcmoe.projection.predict import Prediction
 from hpcmoe.projection.step import PlannedJob, Shape
 from hpcmoe.reading import format_json
 from hpcmoe.results import check_outputs, replace_file
+from hpcmoe.start import find_rank
 
 _BYTES_OF_TEXT = 256  # vocabulary of a run's own network
 
@@ -42,8 +46,13 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         with repeated_interrupts():
             arguments = read_plan_arguments(sys.argv[1:] if words is None else words)
-            print_to_stdout(answer(arguments))
+            if arguments.measure:
+                measure_ops(arguments)
+            else:
+                print_to_stdout(answer(arguments))
     except HpcmoeError as error:
+        if find_rank(read_environment()) != "0":  # under mpirun all ranks have the same line
+            return EXIT_USER
         first, *more = str(error).splitlines()
         print_to_stderr([f"hpcmoe: {first}" + f"; and {len(more)} more error{'s' * (len(more) > 1)}" * bool(more)])
         return EXIT_USER
@@ -60,7 +69,11 @@ def read_plan_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="another value of a key"
     )
-    parser.add_argument("--cluster", required=True, metavar="FILE", help="cluster.toml, or the topology.json of a run")
+    parser.add_argument("--cluster", metavar="FILE", help="cluster.toml, or the topology.json of a run")
+    parser.add_argument(
+        "--measure", metavar="costs.json",
+        help="measure the costs of RUN.toml's ops, on the ranks of mpirun, and write them there: half a minute",
+    )  # fmt: skip
     parser.add_argument("--model", metavar="config.json", help="a Hugging Face model in place of [model]'s sizes")
     parser.add_argument("--costs", metavar="costs.json", help="measured costs of ops; else from data sheets")
     parser.add_argument(
@@ -80,9 +93,12 @@ def read_plan_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-o", "--output", metavar="PLAN.json", help="write the answer there")
     parser.add_argument("--write", metavar="BEST.toml", help="write the config of the best shape there")
     arguments = parser.parse_args(words)
+    if (arguments.cluster is None) == (arguments.measure is None):
+        parser.error("give --cluster FILE, to foretell a step on it, or --measure FILE, to measure costs on ranks")
     inputs = {"the config": arguments.config, "the cluster": arguments.cluster, "the model": arguments.model,
               "the costs": arguments.costs}  # fmt: skip
-    check_outputs(inputs, {"what -o writes": arguments.output, "what --write writes": arguments.write})
+    check_outputs(inputs, {"what -o writes": arguments.output, "what --write writes": arguments.write,
+                           "what --measure writes": arguments.measure})  # fmt: skip
     return arguments
 
 
@@ -92,6 +108,21 @@ def positive_tokens(word: str) -> float:
     if not (number > 0 and math.isfinite(number)):
         raise ValueError
     return number
+
+
+def measure_ops(arguments: argparse.Namespace) -> None:
+    """Measure the costs of a config's ops on this job's ranks. Collective over MPI's world, which starts here."""
+    import_mpi()
+    from mpi4py import MPI
+
+    from hpcmoe.measuring import measure_costs
+
+    comm = MPI.COMM_WORLD
+    config = on_root(comm, lambda: read_config(arguments.config, arguments.set)[0])
+    start_log(comm.rank, comm.size, os.uname().nodename)
+    measure_costs(comm, config, arguments.measure)
+    if comm.rank == 0:
+        print_to_stdout(f"written: {arguments.measure}")
 
 
 def answer(arguments: argparse.Namespace) -> str:
