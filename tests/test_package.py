@@ -86,7 +86,7 @@ def test_the_version_is_shown(capsys):
 
 @pytest.mark.parametrize(
     ("word", "hint"),
-    [("rum", "did you mean run?"), ("--x", "allowed: run, place, check, report, hf, generate, config")],
+    [("rum", "did you mean run?"), ("--x", "allowed: run, place, plan, check, report, hf, generate, config")],
 )
 def test_an_unknown_command_is_one_line_and_status_2(word, hint, capsys):
     assert command.main([word]) == 2
