@@ -18,7 +18,7 @@ The chapters in the order in which they may import each other, which is the orde
     run/                     many steps: job, training, inference, optimizer, migration of experts
     write/                   what is kept: records, checkpoints, activations, the run's folder
     checkpointing ... hf     the library: any torch model saved and loaded; the group that hpcmoe.open() gives
-    main, place, check ...   the programs; __main__, the `hpcmoe` command, lists and runs them
+    main, place, plan ...   the programs; __main__, the `hpcmoe` command, lists and runs them
 
 The path of a token:
 

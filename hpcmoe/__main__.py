@@ -12,6 +12,12 @@ from hpcmoe.start import prepare_process
 COMMANDS = {  # name: (module, whether it starts MPI, what it does, an example)
     "run": ("hpcmoe.main", True, "train or run a model on MPI ranks", "mpirun -n 4 hpcmoe run inputs/run.toml"),
     "place": ("hpcmoe.place", False, "place experts by themselves", "hpcmoe place inputs/case.json --budget 5"),
+    "plan": (
+        "hpcmoe.plan",
+        False,
+        "foretell a step on a described cluster",
+        "hpcmoe plan inputs/run.toml --cluster inputs/cluster.toml",
+    ),
     "check": ("hpcmoe.check", True, "show and try what there is to run on", "mpirun -n 2 hpcmoe check"),
     "report": ("hpcmoe.report.__main__", False, "show what runs did, as a page too", "hpcmoe report out/run"),
     "hf": ("hpcmoe.families", True, "check or make a Hugging Face model", "mpirun -n 2 hpcmoe hf MODEL --check"),

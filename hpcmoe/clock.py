@@ -41,7 +41,7 @@ class Stage(enum.StrEnum):
 
 NO_LANE = -1  # of what no micro-batch is the cause of
 MOST_SPANS = 200_000  # that are kept, some 30 MB
-Span = tuple[Timer, int, float, float]  # what was done, its lane, when it began and ended by time.perf_counter()
+LaneSpan = tuple[Timer, int, float, float]  # what was done, its lane, when it began and ended by time.perf_counter()
 
 
 class Clock:
@@ -52,7 +52,7 @@ class Clock:
         self.running: list[Timer] = []
         self.since = 0.0
         self.lane, self.pauses = NO_LANE, False  # whose work runs, and whether it only waits
-        self.spans: list[Span] | None = None  # of all that ran, while somebody wants to know
+        self.spans: list[LaneSpan] | None = None  # of all that ran, while somebody wants to know
 
     def measure(self, timer: Timer, lane: int | None = None, pauses: bool = False) -> "Measure":
         """Count the time of the with-block to this timer, and to no timer around it.

@@ -122,3 +122,8 @@ def knows_cuda(transports: str) -> bool:
 def find_job() -> tuple[str, str]:
     """Find the Slurm job that this process is part of -> (its number, how often it was requeued), empty without one."""
     return read_setting("SLURM_JOB_ID"), read_setting("SLURM_RESTART_COUNT")
+
+
+def is_dumb_terminal() -> bool:
+    """Return True if the terminal cannot move its cursor, as TERM says."""
+    return os.environ.get("TERM") == "dumb"

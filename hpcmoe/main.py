@@ -104,10 +104,7 @@ def run(ranks: Survivors, arguments: argparse.Namespace, opened: contextlib.Exit
     """Read, place, run, write; opened holds the run's folder until the end -> exit status. Collective over ranks."""
     # Check input and output first: what is wrong there need not wait for torch.
     comm, resume = ranks.comm, arguments.resume
-    if arguments.verbose:
-        show_details(comm.rank)
     config, text = on_root(comm, lambda: read_config_and_note(arguments.config, arguments.set))
-    on_root(comm, lambda: check_tensorboard(config.run.tensorboard))
     folder = pathlib.Path(config.run.output, config.run.name)
     if ranks.who_died or arguments.restarted:
         config, resume = on_root(comm, lambda: fit_to_ranks(config, ranks, folder)), AUTO
@@ -168,6 +165,7 @@ def run(ranks: Survivors, arguments: argparse.Namespace, opened: contextlib.Exit
 def read_config_and_note(path: str, overrides: list[str]) -> tuple[Config, str]:
     """Read a config, log what in it has no effect -> (Config, its text). Rank 0 alone; raises ConfigError."""
     config, text = read_config(path, overrides)
+    check_tensorboard(config.run.tensorboard)
     for note in find_ineffective(config):
         log.warning("%s", note)
     return config, text
@@ -179,8 +177,7 @@ def open_place(comm: MPI.Intracomm, config: Config, resumes: bool, opened: conte
     # Read a file, which may be in the folder, before what is there is moved out of the way; measure after it.
     topology = read_topology(comm, config.cluster) if config.cluster.links != "measure" else None
     folder = opened.enter_context(open_folder(comm, config.run.output, config.run.name, resume=resumes))
-    if topology is None and comm.size > 1:
-        log.info("reading the cluster and measuring its links: %g s at most", config.cluster.measure_seconds)
+    log.info("reading the cluster; links between nodes are measured in %g s at most", config.cluster.measure_seconds)
     topology = topology or read_topology(comm, config.cluster)
     on_root(comm, lambda: save_topology(topology, folder / TOPOLOGY))
     log.info("%s", topology)
@@ -268,15 +265,14 @@ def resume(job: "Job", state: "TrainingState", checkpoint: pathlib.Path) -> tupl
         PieceSpec(name=part.name, shape=part.shape, start=part.start, extent=part.extent, keys=part.keys)
         for part in state.list_wanted()
     ]
-    arrays, metadata = read_pieces(job.mesh.world, checkpoint, wanted)
-    step = step_of(checkpoint)
+    (arrays, metadata), step = read_pieces(job.mesh.world, checkpoint, wanted), step_of(checkpoint)
     log.info("resumed %s, step %d, written by %d ranks", checkpoint, step, metadata["num_ranks"])
     log_changes(metadata, job.config, len(job.training))
     return step, state.restore(arrays, step)[LOAD]
 
 
 def read_run_arguments(words: list[str]) -> argparse.Namespace | None:
-    """Parse the command line; None when only help was asked for. Raises ConfigError."""
+    """Parse the command line, and log as much as it asks for; None when only help was asked for. Raises ConfigError."""
     about = "Train or run a mixture of experts over MPI ranks."
     parser = Parser(prog=name_program("hpcmoe.main"), description=about, add_help=False)
     parser.add_argument("config", nargs="?", help="TOML file, such as inputs/run.toml")
@@ -296,6 +292,7 @@ def read_run_arguments(words: list[str]) -> argparse.Namespace | None:
         return None
     if arguments.config is None:
         parser.error("no input file; try inputs/run.toml")
+    show_details(arguments.verbose)
     return arguments
 
 

@@ -77,7 +77,7 @@ def start_log(rank: int, size: int, host: str) -> None:
     )
 
 
-def show_details(rank: int) -> None:
-    """Log also what only --verbose asks for, on rank 0."""
-    if rank == 0:
+def show_details(wanted: bool) -> None:
+    """Log also what only --verbose asks for, where it is wanted."""
+    if wanted:
         logging.getLogger("hpcmoe").setLevel(logging.DEBUG)

@@ -115,7 +115,7 @@ def list_links(topology: Topology) -> list[dict[str, Any]]:
     ]
 
 
-def list_nodes(topology: Topology, speeds: list[RankSpeed]) -> list[dict[str, Any]]:
+def describe_nodes(topology: Topology, speeds: list[RankSpeed]) -> list[dict[str, Any]]:
     """List each node with its ports, its memory, and its ranks' rates beside the median node's."""
     rates = np.array([speed.flops_per_second for speed in speeds])
     ratios = rate_nodes(rates, topology.node_of_rank)
@@ -144,7 +144,7 @@ def describe_all(topology: Topology, speeds: list[RankSpeed]) -> dict[str, Any]:
     uplinks = zip(topology.rack_names, topology.uplink_bytes_per_second, strict=True)
     return {
         "num_ranks": len(speeds),
-        "nodes": list_nodes(topology, speeds),
+        "nodes": describe_nodes(topology, speeds),
         "links": list_links(topology),
         "racks": [{"name": name, "uplink_bytes_per_second": to_json(rate)} for name, rate in uplinks],
         "ranks": [

@@ -41,7 +41,7 @@ _LEAVE_SECONDS = 3.0  # for the last processes of a start to go by themselves
 _SET_PDEATHSIG = 1  # of prctl
 _OF_RANK = re.compile(r"\[rank \d+ of \d+[^\]]*\] ")
 _LOGGED = re.compile(r"\d\d:\d\d:\d\d \[|\s*\d+/\d+ ")  # a line of the log
-_FIRST_DEATH = "ended before its time"  # the watcher's line
+_FIRST_DEATH, _HANGS = "ended before its time", " hangs: "  # in the watcher's lines
 _VARYING = re.compile(r"\d+")  # what differs between two lines of the same error
 
 
@@ -119,7 +119,7 @@ class Supervisor:
 
     def find_end(self, attempts: Sequence[Attempt]) -> str:
         """Find why the ranks are not started again -> the reason, empty where they are."""
-        if attempts[-1].status in _FINAL or self.asked:
+        if self.asked or (attempts[-1].status in _FINAL and _HANGS not in attempts[-1].cause):
             return "they have ended for good"
         if len(attempts) > self.tries:
             return f"{self.tries} tries are used up"
@@ -177,7 +177,7 @@ def find_lasting_error(attempts: Sequence[Attempt]) -> str:
     if not is_no_further(attempts) or len(attempts) < 2:
         return ""
     last, earlier = (_VARYING.sub("", attempt.cause) for attempt in attempts[-2:])
-    if last and last == earlier and _FIRST_DEATH not in last:
+    if last and last == earlier and _FIRST_DEATH not in last and _HANGS not in last:
         return f"the same error as before, and no step further: {attempts[-1].cause}"
     if len(attempts) > 2 and is_no_further(attempts[:-1]):
         return f"three starts in a row have come no further than step {attempts[-1].step}"
@@ -190,10 +190,10 @@ def is_no_further(attempts: Sequence[Attempt]) -> bool:
 
 
 def find_cause(lines: Sequence[str]) -> str:
-    """Find the line that names the fault: the first death, else a rank's last, else any's but the log's."""
+    """Find the line that names the fault: the first death or hang, else a rank's last, else any's but the log's."""
     others = [line.strip() for line in lines if line.strip() and not _LOGGED.match(line)]
     of_ranks = [line for line in others if _OF_RANK.match(line)]
-    deaths = [line for line in of_ranks if _FIRST_DEATH in line]
+    deaths = [line for line in of_ranks if _FIRST_DEATH in line or _HANGS in line]
     return next(iter([*deaths[:1], *of_ranks[-1:], *others[-1:]]), "")
 
 

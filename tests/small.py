@@ -229,5 +229,7 @@ class Notes:
         series[step] = value
         self.units[f"{chapter}/{name}"] = unit
 
+    sample = append
+
     def flush_if_due(self):
         """Nothing is buffered."""

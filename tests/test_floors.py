@@ -19,6 +19,7 @@ FLOORS = (
     *GROUND,
     *CHAPTERS,
     "description",
+    "rank_speed",
     "measuring",
     "resuming",
     "checkpointing",
@@ -28,9 +29,10 @@ FLOORS = (
     "model_check",
     "finetune",
 )
-PROGRAMS = ("families", "main", "place", "check", "generate", "settings", "supervise", "__main__")
+PROGRAMS = ("families", "main", "place", "plan", "check", "generate", "settings", "supervise", "__main__")
 FLOOR_OF_CHAPTER = {chapter: floor for floor, chapter in enumerate(FLOORS)} | dict.fromkeys(PROGRAMS, len(FLOORS))
 WRITE_MAY_IMPORT = {
+    "__version__",  # run.h5 says what made it
     "environment", "interrupts", "wait", "errors", "messages", "reading", "replacing", "config", "cluster", "placement",
     "write",
 }  # fmt: skip

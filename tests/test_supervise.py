@@ -98,6 +98,7 @@ def count_starts(tmp_path):
         ("[ $start = 1 ] && exit 137; exit 0", 0, 2, "no rank has said why"),
         ('echo "[rank 1 of 2, h$start] ValueError: token $start" >&2; exit 1', 1, 2, "the same error as before"),
         ('echo "[rank 0 of 2, h] Error" >&2; mkdir -p run/checkpoint-$start; exit 1', 1, 4, "3 tries are used up"),
+        ('echo "[rank 1 of 2, h] rank 1 hangs: stopped" >&2; exit $((start == 1 ? 2 : 0))', 0, 2, "hangs: stopped"),
         ("kill -9 $$", 137, 3, "three starts in a row have come no further than step 0"),
     ],
 )

@@ -79,7 +79,7 @@ class MessageLog:
         self.counts = Counter[tuple[bool, int, int]]()
 
     def add(self, request: MessageRequest, sends: bool, peer: int, tag: int, num_bytes: int) -> None:
-        """Note that a message has begun; beyond MOST_MESSAGES, nothing."""
+        """Record that a message has begun; beyond MOST_MESSAGES, nothing."""
         if len(self.rows) == MOST_MESSAGES:
             return
         key = sends, peer, tag
@@ -89,7 +89,7 @@ class MessageLog:
         self.under_way[request] = row
 
     def end(self, request: MessageRequest) -> None:
-        """Note that a message has ended, as far as this rank can see."""
+        """Record that a message has ended, as far as this rank can see."""
         row = self.under_way.pop(request, None)
         if row is not None:
             row[-1] = time.perf_counter()

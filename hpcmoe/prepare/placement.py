@@ -124,6 +124,7 @@ def place_experts(
     such that no time can be computed from them.
     """
     # Check that every time can be computed, and that what was asked for has an effect.
+    log.info("placing the experts, in about %g s of search", settings.search_seconds)
     for line in find_overflow(problem, _NAMES):
         raise ConfigError(line)
     if problem.replicate and problem.num_ranks * problem.slots_per_rank == problem.num_experts:

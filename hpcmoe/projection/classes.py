@@ -12,6 +12,7 @@ from hpcmoe.cluster.topology import Topology
 from hpcmoe.projection.flows import Fabric
 
 EACH_RANK = 8  # ranks up to which each is a class
+_COPIES = 3  # classes of a kind of nodes, for rows come in pieces, and experts begin with the first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +67,13 @@ def class_kinds(
     """
     node, size = grouped.node_of_rank, grouped.of_group
     kinds, first, counts = np.unique(kind_of_node[node], return_index=True, return_counts=True)
-    ranks, of_node = np.append(counts.astype(np.float64), 1.0), np.append(node[first], node[first[0]])
-    ranks[0] -= 1
+    kinds, first, counts = (np.repeat(of_kind, _COPIES) for of_kind in (kinds, first, counts / _COPIES))
+    most = int(counts.argmax())
+    ranks, of_node = np.append(counts, 1.0), np.append(node[first], node[first[most]])
+    ranks[:-1][kinds == kinds[most]] -= 1 / _COPIES
+
     # Where the others of a rank's group lie: on its node, in its rack, beyond.
-    begin = np.append(first, first[0]) // size * size
+    begin = np.append(first, first[most]) // size * size
     members = [node[at : at + size] for at in begin]
     here = np.array([np.mean(of_group == own) for of_group, own in zip(members, of_node, strict=True)])
     racks = topology.rack_of_node
@@ -91,48 +95,73 @@ def class_kinds(
     )
 
 
+@dataclass(slots=True)
+class _Resources:
+    """Resources as they are met, each with its number, name and rate."""
+
+    names: list[str]
+    rates: list[float]
+    number: dict[tuple, int]
+
+    def use(self, key: tuple, name: str, rate: float) -> int:
+        """Return the number of a resource."""
+        if key not in self.number:
+            self.number[key] = len(self.names)
+            self.names.append(name)
+            self.rates.append(float(rate))
+        return self.number[key]
+
+
 def make_fabric(
     classes: RankClasses, topology: Topology, kind_of_node: np.ndarray, node_of_rank: np.ndarray, pairs: bool
 ) -> Fabric:
-    """Make the fabric on which the classes' rows flow; pairs: links between nodes limit too."""
-    names: list[str] = []
-    rates: list[float] = []
-    number: dict[tuple, int] = {}
-
-    def use(key: tuple, name: str, rate: float) -> int:
-        """Return the number of a resource."""
-        if key not in number:
-            number[key] = len(names)
-            names.append(name)
-            rates.append(float(rate))
-        return number[key]
-
-    uses, latency = {}, {}
-    nodes_of_kind = np.bincount(kind_of_node[np.unique(node_of_rank)], minlength=kind_of_node.max() + 1)
+    """Make the fabric on which the classes' rows flow; pairs: each rank is a class, links between nodes limit too."""
+    met, uses, latency = _Resources([], [], {}), {}, {}
+    ports = {"out": topology.egress_bytes_per_second, "in": topology.ingress_bytes_per_second}
     num_racks = len(np.unique(topology.rack_of_node[np.unique(node_of_rank)]))
+    parts = port_parts(classes, kind_of_node, node_of_rank)
     for own, peer in np.argwhere(classes.far.any(axis=0)).tolist():
+        ends = {"out": own, "in": peer}
+        taken = []
+        for way, rates in ports.items():
+            held = {(0, int(classes.node[ends[way]])): 1.0} if pairs else parts[ends[way]]
+            taken += [(met.use((way, *key), "port", rates[key[1]]), part) for key, part in held.items()]
         sender, receiver = int(classes.node[own]), int(classes.node[peer])
-        senders, receivers = (
-            1.0 if pairs or classes.ranks[of] == 1 else 1 / nodes_of_kind[kind_of_node[classes.node[of]]]
-            for of in (own, peer)
-        )
-        taken = [
-            (use(("out", sender), "port sends", topology.egress_bytes_per_second[sender]), senders),
-            (use(("in", receiver, receivers), "port receives", topology.ingress_bytes_per_second[receiver]), receivers),
-        ]
         if pairs:
             link = topology.bytes_per_second[sender, receiver]
-            taken.append((use(("link", sender, receiver), "link", link), 1.0))
+            taken.append((met.use(("link", sender, receiver), "link", link), 1.0))
         crossing = float(classes.crossing[own, peer])
-        uplink = topology.uplink_bytes_per_second
         if crossing and num_racks > 1:
-            out, into = topology.rack_of_node[sender], topology.rack_of_node[receiver]
-            part = crossing if pairs else crossing / num_racks
-            taken.append((use(("up", int(out)), "uplink sends", uplink[out]), part))
-            taken.append((use(("down", int(into)), "uplink receives", uplink[into]), part))
-        uses[own, peer] = [(resource, part) for resource, part in taken if np.isfinite(rates[resource])]
+            for way, node in (("up", sender), ("down", receiver)):
+                rack = int(topology.rack_of_node[node])
+                key = met.use((way, rack), "uplink", topology.uplink_bytes_per_second[rack])
+                taken.append((key, crossing if pairs else crossing / num_racks))
+        uses[own, peer] = [(resource, part) for resource, part in taken if np.isfinite(met.rates[resource])]
         latency[own, peer] = find_latency(topology, sender, receiver, crossing)
-    return Fabric(names=names, rates=rates, uses=uses, latency=latency)
+    return Fabric(names=met.names, rates=met.rates, uses=uses, latency=latency)
+
+
+def port_parts(
+    classes: RankClasses, kind_of_node: np.ndarray, node_of_rank: np.ndarray
+) -> list[dict[tuple[int, int], float]]:
+    """Return what part of a class's bytes passes the port of a mean node, and of the busiest: (0 or 1, node).
+
+    The busiest rank, the last class, shares its node with others of the class that is on that kind of nodes.
+    """
+    nodes = np.bincount(kind_of_node[np.unique(node_of_rank)], minlength=int(kind_of_node.max()) + 1)
+    last = len(classes.ranks) - 1
+    shared = int(classes.node[last])
+    of_node = float(np.bincount(node_of_rank)[shared])
+    found = []
+    for own, node in enumerate(classes.node.tolist()):
+        if own == last:
+            found.append({(1, shared): 1.0})
+            continue
+        parts = {(0, node): 1.0 / float(nodes[kind_of_node[node]])}
+        if kind_of_node[node] == kind_of_node[shared] and of_node > 1:
+            parts[1, shared] = (of_node - 1) / float(classes.ranks[:-1][classes.node[:-1] == node].sum())
+        found.append(parts)
+    return found
 
 
 def find_latency(topology: Topology, sender: int, receiver: int, crossing: float) -> float:

@@ -29,7 +29,8 @@ def fill_progressively(
     rates: Sequence[float],
 ) -> dict[tuple[int, int], float]:
     """Compute max-min fair rates: all flows grow alike until a resource is full, whose flows then stay (Bertsekas)."""
-    left, found, growing = dict(enumerate(rates)), {}, set(flows)
+    left, growing = dict(enumerate(rates)), set(flows)
+    found: dict[tuple[int, int], float] = {}
     while growing:
         load: dict[int, float] = {}
         for flow in growing:

@@ -35,7 +35,7 @@ class Work:
 
 
 @dataclass(slots=True, kw_only=True)
-class Outcome:
+class SimulatedStep:
     """What a simulated step took."""
 
     seconds: float
@@ -75,7 +75,7 @@ class Simulation:
             for own in range(self.num_classes)
         ]
 
-    def run(self) -> Outcome:
+    def run(self) -> SimulatedStep:
         """Simulate the step."""
         for own in range(self.num_classes):
             self.take_up(own)
@@ -83,10 +83,10 @@ class Simulation:
             self.advance()
         spent = dict(self.spent)
         spent["waiting"] = self.now - sum(spent.values(), np.zeros(self.num_classes))
-        return Outcome(seconds=self.now, spent=spent, bars=self.bars)
+        return SimulatedStep(seconds=self.now, spent=spent, bars=self.bars)
 
     def advance(self) -> None:
-        """Go on to the next event, and let those go on who waited for it."""
+        """Move on to the next event, and let those go on who waited for it."""
         rates = self.fabric.share(frozenset(self.moving)) if self.moving else {}
         ends = [self.moving[flow] / rates[flow] for flow in self.moving]
         elapsed = max(min(ends + ([self.timers[0][0] - self.now] if self.timers else [])), 0.0)
@@ -115,7 +115,7 @@ class Simulation:
         return self.end_piece(*rest) if kind == "piece" else self.end_op(*rest)
 
     def begin(self, own: int, stage: str, seconds: float, event: tuple) -> None:
-        """Let a class work for some processor time."""
+        """Start a class's work for some processor time."""
         taken = seconds * max(1.0, float(self.work.ranks_per_core[own]))
         self.busy[own] = True
         self.spent[stage][own] += taken
@@ -123,7 +123,7 @@ class Simulation:
         heapq.heappush(self.timers, (self.now + taken, next(self.numbers), event))
 
     def take_up(self, own: int) -> None:
-        """Let an idle class begin the first op that it can, light ones first."""
+        """Start the first op of an idle class that can be, light ones first."""
         if self.busy[own]:
             return
         heads = [
@@ -147,7 +147,7 @@ class Simulation:
         return self.there[own, op].issuperset(self.peers[op.layer][own][1])
 
     def take_piece(self, own: int, lane: int, op: Op) -> bool:
-        """Begin the next piece of the experts' work whose rows are there: of the own node, or of a class."""
+        """Start the next piece of the experts' work whose rows are there: of the own node, or of a class."""
         sources = self.peers[op.layer][own][0]
         pieces = self.left.setdefault((own, op), group_pieces(sources))
         if not pieces:  # no rows at all
@@ -198,19 +198,19 @@ class Simulation:
                     self.send((own, peer), float(self.work.far[op.layer, own, peer]), (peer, target, (False, own)))
         return touched
 
-    def send(self, flow: tuple[int, int], num_bytes: float, news: tuple) -> None:
-        """Put bytes on their way behind those of the same flow."""
-        self.queues[flow].append((num_bytes, news))
+    def send(self, flow: tuple[int, int], num_bytes: float, arrival: tuple) -> None:
+        """Queue bytes on their way behind those of the same flow."""
+        self.queues[flow].append((num_bytes, arrival))
         if len(self.queues[flow]) == 1:
             self.launch(flow)
 
     def launch(self, flow: tuple[int, int]) -> None:
-        """Begin the first of a queue of flows after the latency."""
+        """Start the first of a queue of flows after the latency."""
         begin = self.now + self.fabric.latency.get(flow, 0.0)
         heapq.heappush(self.timers, (begin, next(self.numbers), ("flow", flow)))
 
     def land(self, flow: tuple[int, int]) -> int:
-        """Let what has been sent be there, and the next begin -> the class that may go on."""
+        """Record that what has been sent is there, and start the next -> the class that may go on."""
         own, op, source = self.queues[flow].pop(0)[1]
         self.there[own, op].add(source)
         if self.queues[flow]:
@@ -224,6 +224,6 @@ def group_pieces(sources: Sequence[tuple[bool, int]]) -> list[list[tuple[bool, i
     return ([near] if near else []) + far
 
 
-def simulate(work: Work, fabric: Fabric) -> Outcome:
+def simulate(work: Work, fabric: Fabric) -> SimulatedStep:
     """Simulate one step without its sums, optimizer and what else is done once."""
     return Simulation(work, fabric).run()

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def spread_experts(loads: np.ndarray, num_ranks: int, slots: int, by_load: bool, replicate: bool) -> np.ndarray:
-    """Spread experts over ranks -> the shares of ranks [L, P] of a layer's assignments, each row sums to 1.
+    """Place experts over ranks -> the shares of ranks [L, P] of a layer's assignments, each row sums to 1.
 
     loads [L, E] in any unit. by_load: the heaviest first, each to the rank that has least, as many experts on each;
     else in order of number. replicate: slots left over hold further replicas of the most used experts.
@@ -17,8 +17,8 @@ def spread_experts(loads: np.ndarray, num_ranks: int, slots: int, by_load: bool,
 
 
 def spread_layer(loads: np.ndarray, num_ranks: int, slots: int, by_load: bool, replicate: bool) -> np.ndarray:
-    """Spread one layer's experts, loads [E] -> the shares of ranks [P]."""
-    replicas = count_replicas(loads, num_ranks * slots) if replicate else np.ones(len(loads), np.int64)
+    """Place one layer's experts, loads [E] -> the shares of ranks [P]."""
+    replicas = share_slots(loads, num_ranks * slots) if replicate else np.ones(len(loads), np.int64)
     parts = np.repeat(loads / replicas, replicas)
     shares = np.zeros(num_ranks)
     if not by_load:
@@ -34,7 +34,7 @@ def spread_layer(loads: np.ndarray, num_ranks: int, slots: int, by_load: bool, r
     return shares
 
 
-def count_replicas(loads: np.ndarray, num_slots: int) -> np.ndarray:
+def share_slots(loads: np.ndarray, num_slots: int) -> np.ndarray:
     """Count the replicas of each expert where the most loaded one gets each further slot -> [E] (EPLB's rule)."""
     replicas = np.ones(len(loads), np.int64)
     heap = [(-load, expert) for expert, load in enumerate(loads.tolist())]

@@ -1,7 +1,7 @@
 """The order of a rank's ops as data: the lanes of hpcmoe.pipeline.lanes, without threads.
 
-An op is a stage of a layer and micro-batch. A rank takes a lane's ops in their order. Where the schedule fixes the order
-of all lanes together, as "serial" and "overlap" do, they are one list.
+An op is a stage of a layer and micro-batch. A rank takes a lane's ops in their order. Where the schedule fixes that of
+all lanes together, as "serial" and "overlap" do, they are one list.
 """
 
 from dataclasses import dataclass

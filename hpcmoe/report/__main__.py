@@ -73,7 +73,7 @@ def read_report_arguments(words: Sequence[str]) -> argparse.Namespace:
 
 def report_runs(arguments: argparse.Namespace) -> None:
     """Write or serve the report, and show it."""
-    paths = [find_run_file(run) for run in arguments.runs]
+    paths = [find_run_file(run, arguments.live) for run in arguments.runs]
     if arguments.live:
         serve_report(paths, arguments.port)
         return
@@ -92,12 +92,13 @@ def report_runs(arguments: argparse.Namespace) -> None:
     print_to_stdout(f"\nwritten: {', '.join(written)}")
 
 
-def find_run_file(run: str) -> pathlib.Path:
-    """Find the record of a run by its folder or its own path. Raises ConfigError."""
+def find_run_file(run: str, may_come: bool) -> pathlib.Path:
+    """Find the record of a run by its folder or its own path; may_come: the folder is enough. Raises ConfigError."""
     path = pathlib.Path(run)
     try:
-        path = path / "run.h5" if path.is_dir() else path
-        exists = path.is_file()
+        is_folder = path.is_dir()
+        path = path / "run.h5" if is_folder else path
+        exists = path.is_file() or (is_folder and may_come)
     except (OSError, ValueError) as error:  # a name too long, a NUL
         raise ConfigError(f"{one_line(run)}: cannot be read: {one_line(error)}") from None
     if not exists:

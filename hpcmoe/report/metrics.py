@@ -17,6 +17,9 @@ class Recorder(Protocol):
     def append(self, step: int, chapter: str, name: str, value: Any, unit: str = "") -> None:
         """Record a figure of a step."""
 
+    def sample(self, step: int, chapter: str, name: str, value: np.ndarray, unit: str = "") -> None:
+        """Record an array of a step, of fewer and fewer steps of a long run."""
+
     def describe(self, chapter: str, name: str, value: Any, unit: str = "") -> None:
         """Record a figure of the whole run."""
 

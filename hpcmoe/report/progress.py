@@ -12,6 +12,7 @@ import psutil
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from hpcmoe.environment import is_dumb_terminal
 from hpcmoe.report.meter import StepMetrics
 from hpcmoe.report.step_lines import Figures, fit_pairs, format_details, format_duration, list_figures, list_pairs
 
@@ -121,7 +122,7 @@ def find_terminal_width() -> int | None:
 
     None also where the terminal cannot move its cursor, TERM = dumb.
     """
-    if os.environ.get("TERM") == "dumb":
+    if is_dumb_terminal():
         return None
     launchers = [process.pid for process in psutil.Process().parents() if process.name() in _LAUNCHERS]
     for pid in [os.getpid(), *launchers[:1]]:

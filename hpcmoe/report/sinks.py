@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hpcmoe.report.progress import Sink
 
 log = logging.getLogger(__name__)
-LINES, BOARD = "log.jsonl", "tensorboard"  # in the run's folder
+LINES, EVENTS = "log.jsonl", "tensorboard"  # in the run's folder
 
 
 def check_tensorboard(wanted: bool) -> None:
@@ -32,7 +32,7 @@ def open_sinks(folder: Path, log_json: bool, tensorboard: bool) -> Iterator[list
     with contextlib.ExitStack() as opened:
         sinks: list[Sink] = [JsonLines(folder / LINES)] * log_json
         if tensorboard:
-            sinks.append(opened.enter_context(open_board(folder / BOARD)))
+            sinks.append(opened.enter_context(open_event_files(folder / EVENTS)))
         yield sinks
 
 
@@ -55,7 +55,7 @@ class JsonLines:
             log.warning("%s: gets no more lines: %s", self.path, error.strerror)
 
 
-class Board:
+class EventFiles:
     """TensorBoard's event files, a scalar for each figure."""
 
     def __init__(self, writer: Any) -> None:
@@ -69,12 +69,12 @@ class Board:
 
 
 @contextlib.contextmanager
-def open_board(folder: Path) -> Iterator[Board]:
+def open_event_files(folder: Path) -> Iterator[EventFiles]:
     """Open TensorBoard's event files in a folder, and close them at the end."""
     from torch.utils.tensorboard import SummaryWriter  # seconds of import
 
     writer = SummaryWriter(str(folder))
     try:
-        yield Board(writer)
+        yield EventFiles(writer)
     finally:
         writer.close()

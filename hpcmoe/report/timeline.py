@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcmoe.clock import NO_LANE, Span, Timer
+from hpcmoe.clock import NO_LANE, LaneSpan, Timer
 from hpcmoe.comm.cuda import StreamSpan
 from hpcmoe.errors import CheckpointError
 
@@ -21,7 +21,7 @@ _FIRST_STREAM = 10_000  # number of a GPU's first stream, beyond all lanes
 _FIRST_MESSAGES = 5_000  # of the threads that show messages under way
 _JOIN_SECONDS = 20e-6  # of two spans of one kind and lane, between which less than that went by
 _MICRO = 1e6
-Event = dict[str, Any]
+TraceEvent = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +63,15 @@ class RankTrace:
 
     rank: int
     host: str
-    spans: list[Span]
+    spans: list[LaneSpan]
     messages: list[MessageSpan] = field(default_factory=list)
     streams: list[StreamSpan] = field(default_factory=list)
     steps: list[tuple[int, float, float]] = field(default_factory=list)  # number, begin, end
 
 
-def join_spans(spans: Iterable[Span]) -> Iterator[Span]:
+def join_spans(spans: Iterable[LaneSpan]) -> Iterator[LaneSpan]:
     """Join spans of one kind and lane that follow each other almost at once; of time without a lane, all stay."""
-    last: dict[int, Span] = {}
+    last: dict[int, LaneSpan] = {}
     for timer, lane, begin, end in spans:
         before = last.get(lane)
         if before is not None and before[0] == timer and begin - before[3] < _JOIN_SECONDS:
@@ -83,7 +83,7 @@ def join_spans(spans: Iterable[Span]) -> Iterator[Span]:
     yield from last.values()
 
 
-def make_events(traces: Sequence[RankTrace]) -> Iterator[Event]:
+def make_events(traces: Sequence[RankTrace]) -> Iterator[TraceEvent]:
     """Yield the events of some ranks' traces; times are microseconds since the first of all."""
     origin = min((span[2] for trace in traces for span in trace.spans), default=0.0)
     flows = match_messages(traces)
@@ -126,7 +126,7 @@ def spread_over_tracks(messages: Iterable[MessageSpan]) -> Iterator[tuple[Messag
         yield message, _FIRST_MESSAGES + 2 * track + (not message.sends)
 
 
-def name_tracks(trace: RankTrace) -> Iterator[Event]:
+def name_tracks(trace: RankTrace) -> Iterator[TraceEvent]:
     """Yield the names of a rank's tracks."""
     names = {0: "steps", 1: "outside lanes"}
     names |= {lane_track(lane): f"lane {lane}" for _, lane, _, _ in trace.spans if lane != NO_LANE}
@@ -143,7 +143,7 @@ def name_tracks(trace: RankTrace) -> Iterator[Event]:
         yield {**about, "tid": track, "name": "thread_sort_index", "args": {"sort_index": track}}
 
 
-def make_slice(name: str, category: str, rank: int, track: int, seconds: tuple[float, float]) -> Event:
+def make_slice(name: str, category: str, rank: int, track: int, seconds: tuple[float, float]) -> TraceEvent:
     """Make a complete event, seconds (begin, end)."""
     begin, end = (round(_MICRO * moment, 3) for moment in seconds)
     return {
@@ -187,7 +187,7 @@ def compute_hidden_share(traces: Sequence[RankTrace]) -> float | None:
 
 
 def unite(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Unite intervals (begin, end) where they overlap -> disjoint ones in order."""
+    """Join intervals (begin, end) where they overlap -> disjoint ones in order."""
     united: list[tuple[float, float]] = []
     for begin, end in sorted(intervals):
         if united and begin <= united[-1][1]:

@@ -1,7 +1,6 @@
 """A run prepared, which opens nothing, then opened: device, dispatcher, network, text."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,8 +35,6 @@ from hpcmoe.report.meter import Meter
 from hpcmoe.run.dispatchers import find_communicators, open_dispatcher, select_row_backend
 from hpcmoe.run.step import Stepper
 from hpcmoe.wait import gather_to_all
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +179,6 @@ def prepare(config: Config, cluster: Cluster) -> Prepared:
     problem = keep_on_root(
         world, lambda: make_run_problem(spec.model, config.placement, demand, topology, mesh, budget)
     )
-
-    log.info("placing the experts, in about %g s of search", config.placement.search_seconds)
 
     def place() -> RunPlacement:
         assert problem is not None  # rank 0 has it

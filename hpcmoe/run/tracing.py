@@ -62,7 +62,7 @@ class Tracing:
             self.finish()
 
     def start(self) -> None:
-        """Align the clocks, and begin to record on the ranks that are shown. Collective over world."""
+        """Start to record on the ranks that are shown, their clocks aligned. Collective over world."""
         self.is_on = True
         self.ahead.append(self.align())
         if self.world.rank in self.ranks:
@@ -91,7 +91,7 @@ class Tracing:
                  self.path, self.steps[0], self.step_times[-1][0], len(self.ranks))  # fmt: skip
 
     def make_trace(self, spans: list[Any]) -> RankTrace:
-        """Bring what this rank recorded to rank 0's clock. Collective over the group."""
+        """Convert what this rank recorded to rank 0's clock. Collective over the group."""
         (first, ahead_first), (last, ahead_last) = self.ahead
         to_root = Clocks(moments=(first, last), ahead=(ahead_first, ahead_last)).to_root
         rank_of_peer, own = gather_to_all(self.group, self.world.rank), self.world.rank

@@ -164,6 +164,8 @@ def record_step(
 
     # Record them.
     for chapter, name, value, unit in figures:
-        if value is not None:
+        if isinstance(value, np.ndarray):
+            records.sample(step, chapter, name, value, unit)
+        elif value is not None:
             records.append(step, chapter, name, value, unit)
     records.flush_if_due()

@@ -24,6 +24,7 @@ FORMAT_VERSION = 2  # of run.h5: 1 had neither scales nor descriptions
 _MOST_OF_COMMAND = 4096  # characters of a command line that are kept
 _CHUNK_ROWS = 256  # of a metric that is one number
 _CHUNK_BYTES = 65536  # of a metric that is an array
+_SAMPLED_BYTES = 4_000_000  # of a metric that is sampled, after which half as many steps are kept
 _FLUSH_SECONDS = 1.0  # between two flushes
 _FLUSH_SHARE = 0.02  # of a run's time may go into flushes, however large its file
 
@@ -97,6 +98,7 @@ class Records:
         self.path = path
         self.metrics: dict[tuple[str, str, str], tuple[list, list]] = {}  # (chapter, name, unit): steps, values
         self.values: dict[tuple[str, str], tuple[Value, str]] = {}  # (chapter, name): value, unit
+        self.sampled_bytes: dict[tuple[str, str], int] = {}  # of each metric of sample()
         self.due = time.monotonic() + _FLUSH_SECONDS
 
     def append(self, step: int, chapter: str, name: str, value: np.ndarray | float, unit: str = "") -> None:
@@ -105,6 +107,16 @@ class Records:
         steps, values = self.metrics.setdefault((chapter, name, unit), ([], []))
         steps.append(step)
         values.append(value.astype(np.float64) if value.ndim == 0 else value)
+
+    def sample(self, step: int, chapter: str, name: str, value: np.ndarray, unit: str = "") -> None:
+        """Append an array as append() does: of every step at first, of every second one once there is much of it, ...
+
+        The file then grows with the logarithm of the number of steps. A resumed run begins anew.
+        """
+        num_bytes = self.sampled_bytes.get((chapter, name), 0)
+        if step % 2 ** (num_bytes // _SAMPLED_BYTES) == 0:
+            self.append(step, chapter, name, value, unit)
+            self.sampled_bytes[chapter, name] = num_bytes + value.nbytes
 
     def describe(self, chapter: str, name: str, value: Value, unit: str = "") -> None:
         """Record a value of the whole run; the last one of a name counts."""
@@ -140,7 +152,7 @@ class NullRecords(Records):
     def append(self, *_: object, **__: object) -> None:
         """Ignore the call."""
 
-    describe = flush = flush_if_due = append
+    sample = describe = flush = flush_if_due = append
 
 
 def describe_origin(file: h5py.File) -> None:

@@ -11,7 +11,7 @@ from hpcmoe.write.catalogue import find_entry
 
 
 def describe_dataset(path: str, dataset: h5py.Dataset, unit: str, steps: h5py.Dataset | None = None) -> None:
-    """Give a dataset its unit, description and scales; steps: that of its first axis where it is a step's figure."""
+    """Add to a dataset its unit, description and scales; steps: that of its first axis where it is a step's figure."""
     first = 0 if steps is None else 1
     entry = find_entry(path, dataset.ndim - first)
     dataset.attrs["unit"], dataset.attrs["description"] = unit, entry.about

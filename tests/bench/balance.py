@@ -89,6 +89,8 @@ class Notes:
         """Keep a value as JSON can hold it."""
         self.series.setdefault(f"{chapter}/{name}", []).append(np.asarray(value).tolist())
 
+    sample = append
+
     def flush_if_due(self):
         """Nothing waits."""
 

@@ -39,6 +39,8 @@ class Notes:
         """Keep the last value."""
         self.values[name] = (step, value)
 
+    sample = append
+
 
 def main(path, every, sequences):
     """Train for three intervals, the shift after the first; write path on rank 0. Collective over all ranks."""

@@ -65,10 +65,10 @@ def kill_rank(case):
 
 
 def check_killed(case, ended):
-    """A killed rank is named once there are steps."""
-    wrong = [] if ended.status != 0 else [f"status 0: {ended}"]
+    """No other rank than the killed one is named, and it is once there are steps: before MPI starts nobody watches."""
+    wrong = check_ended(case, ended)
     own = [line for line in ended.errors.splitlines() if "ended before its time" in line]
-    if case.before and [line for line in own if not line.startswith(case.named)] or (case.before and not own):
+    if not all(line.startswith(case.named) for line in own) or (case.before and not own):
         wrong.append(f"does not name {case.named}: {ended}")
     return wrong
 

@@ -126,6 +126,9 @@ def headlines_of_hardware(run: RecordedRun) -> list[Headline]:
     found = []
     if (busiest := describe_busiest(run)) is not None:
         found.append(Headline(name="busiest link", value=busiest[0], unit="% used", note=busiest[1]))
+    if (hidden := run.find_number("comm/hidden_share")) is not None:
+        note = "behind experts' work, in the steps traced"
+        found.append(Headline(name="transfers hidden", value=format_short(100 * hidden), unit="%", note=note))
     if moves := find_moves(run):
         found.append(
             Headline(name="experts moved", value=f"{len(moves)}", unit="times", note=f"first at step {moves[0]}")

@@ -185,6 +185,7 @@ _FIGURES: tuple[tuple[str, str, Callable[[RecordedRun], float | None]], ...] = (
     ("balancedness, mean", "mean/max", mean_of("experts/balancedness")),
     ("sigma, mean", "std/mean", mean_of("dispatch/link_sigma")),
     ("its sampling floor", "std/mean", scale_number("dispatch/link_sigma_floor", 1)),
+    ("transfers hidden", "%", scale_number("comm/hidden_share", 100)),
     ("between ranks", "MB", find_sum("comm/bytes_of_link")),
     ("placement's objective", "ms", scale_number("cluster/objective_seconds", 1e3)),
     ("experts moved", "times", lambda run: float(len(find_moves(run)))),

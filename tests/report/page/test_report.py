@@ -147,13 +147,15 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(made, line):
     assert status == 2 and len(errors) == 1 and errors[0].startswith("hpcmoe: ")
 
 
-def test_names_in_a_record_are_text_and_nothing_else(made):
+def test_names_of_runs_and_in_records_are_text_and_nothing_else(made):
     names = ["<script>alert(1)</script>", "a\nb\x1b[2J"]
     config = "[x]\ny = '</style><img src=x>'"
     make_record(made / "run.h5", cluster__node_names=names, problem__node_names=names, run__config=config)
     status, text, _ = show(made)
     page = (made / "report.html").read_text()
     assert status == 0 and "<script" not in page and "<img" not in page and "\x1b" not in page + text
+    named = made.rename(made.with_name("<img src=x>"))
+    assert show(named, named)[0] == 0 and "<img" not in (named / "report.html").read_text()
 
 
 DAMAGED = (
@@ -199,9 +201,7 @@ def fetch(url, **headers):
 
 
 def test_live_follows_a_run_on_this_machine_alone_and_ends_by_ctrl_c(tmp_path):
-    path = tmp_path / "run.h5"
-    with h5py.File(path, "w") as file:
-        file["run/config"] = ""
+    path = tmp_path / "run.h5"  # which a run that starts has not yet
     words = [sys.executable, "-m", "hpcmoe.report", str(tmp_path), "--live"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
@@ -209,6 +209,9 @@ def test_live_follows_a_run_on_this_machine_alone_and_ends_by_ctrl_c(tmp_path):
         assert url.startswith("http://127.0.0.1:")
         assert "Waiting for the run" in fetch(url)[1]
         before = fetch(f"{url}state")[1]
+        with h5py.File(path, "w") as file:
+            file["run/config"] = ""
+        assert "took no step" in fetch(url)[1]
         make_record(tmp_path / "next.h5").replace(path)
         assert fetch(f"{url}state")[1] != before
         assert "made: " not in fetch(url)[1] and "12 steps" in fetch(url)[1]
