@@ -33,7 +33,8 @@ from hpcmoe.output import EXIT_AGAIN, EXIT_USER, print_to_stderr
 from hpcmoe.start import LAUNCHERS
 from hpcmoe.write.steps import find_newest_step
 
-_FINAL = (0, EXIT_USER, EXIT_AGAIN)  # statuses after which another start would be no better
+_INTERRUPTED = 128 + signal.SIGINT
+_FINAL = (0, EXIT_USER, EXIT_AGAIN, _INTERRUPTED)  # statuses after which another start would be no better
 _TAIL_LINES = 400  # of the ranks' standard error, in which the fault is looked for
 _LONGEST_BACKOFF_SECONDS = 60.0
 _LEAVE_SECONDS = 3.0  # for the last processes of a start to go by themselves
@@ -88,6 +89,8 @@ class Supervisor:
                         print_to_stderr([f"hpcmoe: not started again: {reason}"])
                     return self.find_status(attempts[-1].status)
                 self.prepare_next(attempts)
+                if self.asked or not self.launch.ranks:
+                    return self.find_status(attempts[-1].status)
 
     def start_ranks(self, is_restart: bool) -> Attempt:
         """Start the ranks and wait for their end; nothing that they have started is left on this machine."""
@@ -132,6 +135,9 @@ class Supervisor:
         """Find the hosts left, say what has happened, and wait longer the less the ranks have got on."""
         last, before = attempts[-1], self.launch
         self.launch = before.without_lost_hosts()
+        if not self.launch.ranks:
+            print_to_stderr(["hpcmoe: not started again: none of the hosts answers"])
+            return
         delay_seconds = 0.0
         if is_no_further(attempts) and len(attempts) > 1:
             delay_seconds = min(2.0 ** (len(attempts) - 2), _LONGEST_BACKOFF_SECONDS)
@@ -222,9 +228,16 @@ def copy_lines(stream: IO[bytes]) -> tuple[Sequence[str], threading.Thread]:
 
 
 def end_processes(token: str) -> None:
-    """End what is left on this machine of the processes that bear a token in their environment."""
+    """End what is left on this machine of the processes that bear a token in their environment.
+
+    One that even SIGKILL does not end, as in a call of a dead file system, is named and left.
+    """
     deadline = time.monotonic() + _LEAVE_SECONDS
     while left := list_processes(token):
+        if time.monotonic() > deadline + _LEAVE_SECONDS:
+            pids = ", ".join(str(process.pid) for process in left)
+            print_to_stderr([f"hpcmoe: not ended by SIGKILL, and left: process {pids}"])
+            return
         if time.monotonic() > deadline:
             for process in left:
                 with contextlib.suppress(psutil.Error):

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,15 @@ from hpcmoe.cluster.hosts import Host, Launch, find_launch, parse_hosts
 from hpcmoe.config import Config
 from hpcmoe.errors import ConfigError
 from hpcmoe.sections import RestartConfig, RunConfig
-from hpcmoe.supervise import Attempt, Supervisor, find_cause, find_lasting_error, list_processes, read_arguments
+from hpcmoe.supervise import (
+    Attempt,
+    Supervisor,
+    end_processes,
+    find_cause,
+    find_lasting_error,
+    list_processes,
+    read_arguments,
+)
 from hpcmoe.write.mirror import name_mirror
 
 DETERMINISTIC = {"run__steps": 30, "pipeline__deterministic": "true"}
@@ -85,6 +94,7 @@ def count_starts(tmp_path):
     [
         ("exit 2", 2, 1, ""),
         ("exit 75", 75, 1, ""),
+        ("exit 130", 130, 1, ""),
         ("[ $start = 1 ] && exit 137; exit 0", 0, 2, "no rank has said why"),
         ('echo "[rank 1 of 2, h$start] ValueError: token $start" >&2; exit 1', 1, 2, "the same error as before"),
         ('echo "[rank 0 of 2, h] Error" >&2; mkdir -p run/checkpoint-$start; exit 1', 1, 4, "3 tries are used up"),
@@ -167,13 +177,37 @@ def test_a_host_that_does_not_answer_is_left_out(tmp_path):
     left = launch.without_lost_hosts()
     assert left.format_command(["true"]) == [str(launcher), "-n", "5", "-hosts", "a:4,c:1", "-v", "true"]
     assert left.without_lost_hosts() is left
+    few = Launch(program=str(launcher), ranks=3, hosts=launch.hosts, names_hosts=True)
+    assert few.without_lost_hosts().ranks == 3  # no more than were asked for
+
+
+def test_without_any_host_left_nothing_is_started(tmp_path, capfd):
+    supervisor = make_supervisor(tmp_path, "exit 9")
+    supervisor.launch = replace(supervisor.launch, hosts=parse_hosts("a,b"), names_hosts=True)
+    assert supervisor.run() == 9
+    assert "none of the hosts answers" in capfd.readouterr().err
+    starts = (tmp_path / "starts").read_text().splitlines()
+    assert sum("hpcmoe.main" in line for line in starts) == 1  # the others ask the hosts
+
+
+def test_a_process_that_nothing_ends_holds_up_no_start(monkeypatch, capfd):
+    class Stuck:
+        pid = 4711
+
+        def kill(self):
+            """Do nothing, as for a process in a call that no signal ends."""
+
+    monkeypatch.setattr("hpcmoe.supervise.list_processes", lambda token: [Stuck()])
+    monkeypatch.setattr("hpcmoe.supervise._LEAVE_SECONDS", 0.1)
+    end_processes("token")
+    assert "not ended by SIGKILL, and left: process 4711" in capfd.readouterr().err
 
 
 def test_a_node_that_slurm_calls_down_is_left_out(tmp_path, monkeypatch):
     for name, text in {
         "srun": "",
-        "sinfo": "n1 allocated\nn2 down*\nn3 mixed\nn4 idle*",
-        "scontrol": "n1\nn2\nn3\nn4",
+        "sinfo": "n1 allocated\nN2 down*\nn3 mixed\nn4 idle*",
+        "scontrol": "n1\nN2\nn3\nn4",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\ncat <<E\n{text}\nE\n")
         (tmp_path / name).chmod(0o755)

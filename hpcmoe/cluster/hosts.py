@@ -53,11 +53,12 @@ class Launch:
         return ["--host" if is_open_mpi(self.program) else "-hosts", names]
 
     def without_lost_hosts(self) -> "Launch":
-        """Return the launch on the hosts that answer; itself where all do, or none is named."""
+        """Return the launch on the hosts that answer, 0 ranks without any; itself where all do, or none is named."""
         left = tuple(host for host, is_there in zip(self.hosts, self.find_present(), strict=True) if is_there)
         if len(left) == len(self.hosts):
             return self
-        return replace(self, hosts=left, ranks=sum(host.ranks for host in left), names_hosts=True)
+        ranks = min(self.ranks, sum(host.ranks for host in left))
+        return replace(self, hosts=left, ranks=ranks, names_hosts=True)
 
     def find_present(self) -> list[bool]:
         """Find which hosts are there: by their states in Slurm, or by starting a process on each."""
@@ -118,8 +119,8 @@ def list_job_hosts() -> tuple[Host, ...]:
 def read_node_states(names: Sequence[str]) -> dict[str, str]:
     """Read the states of nodes from Slurm -> {name: state}, in small letters; one that stands for no answer has a *."""
     _, text = call(["sinfo", "--noheader", "--Node", f"--nodes={','.join(names)}", "--format=%N %T"])
-    states = dict(line.split()[:2] for line in text.lower().splitlines() if len(line.split()) > 1)
-    return {name: "not_responding" if state.endswith("*") else state for name, state in states.items()}
+    states = dict(line.split()[:2] for line in text.splitlines() if len(line.split()) > 1)
+    return {name: "not_responding" if state.endswith("*") else state.lower() for name, state in states.items()}
 
 
 def is_open_mpi(program: str) -> bool:
