@@ -9,10 +9,11 @@ if __name__ == "__main__":
     prepare_process()
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from hpcmoe.arguments import Parser, name_program
 from hpcmoe.config import Config, NetworkSpec, read_config
@@ -95,7 +96,7 @@ def positive_tokens(word: str) -> float:
 
 def answer(arguments: argparse.Namespace) -> str:
     """Read what is given, foretell the candidates, write what was asked for -> the text to show."""
-    config, text = read_config(arguments.config, arguments.set)
+    config, _ = read_config(arguments.config, arguments.set)
     cluster = read_cluster(arguments.cluster)
     costs = read_costs(arguments.costs) if arguments.costs else None
     sizes, layers = read_sizes(arguments.model, config)
@@ -122,10 +123,21 @@ def answer(arguments: argparse.Namespace) -> str:
             part.write_text(format_json(make_plan_tree(candidates, what, arguments.tokens)), encoding="utf-8")
     if arguments.write:
         shape = choose_best(candidates).prediction.shape
-        sets = [f"parallel.{name}={getattr(shape, name)}" for name in ("data", "expert", "tensor")]
+        best = replace(config, parallel=replace(config.parallel, **asdict(shape)))
         with replace_file(arguments.write) as part:
-            part.write_text(read_config(arguments.config, [*arguments.set, *sets])[1], encoding="utf-8")
+            part.write_text(format_config(best), encoding="utf-8")
     return format_plan(candidates, what, arguments.tokens)
+
+
+def format_config(config: Config) -> str:
+    """Format a config as TOML: the keys that differ from their defaults."""
+    lines = ["# Written by `hpcmoe plan --write`; other keys have their defaults."]
+    given, defaults = asdict(config), asdict(Config())
+    for section, keys in given.items():
+        differing = {key: value for key, value in keys.items() if value != defaults[section][key]}
+        lines += ["", f"[{section}]"] * bool(differing)
+        lines += [f"{key} = {json.dumps(value)}" for key, value in differing.items()]
+    return "\n".join([*lines, ""])
 
 
 def read_record(path: str) -> Loads:

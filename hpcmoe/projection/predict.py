@@ -62,7 +62,7 @@ class Prediction:
 
 def predict(job: PlannedJob, cluster: DescribedCluster, shape: Shape, ranks_of_node: int = 0) -> Prediction:
     """Predict one step of a shape; ranks_of_node 0: as many as the cluster has. Raises ConfigError."""
-    node_of_rank = seat_ranks(cluster, shape, ranks_of_node)
+    node_of_rank = assign_nodes(cluster, shape, ranks_of_node)
     sequences = math.ceil(math.ceil(job.batch_sequences / job.micro_batches) / shape.num_ranks)
     tokens = sequences * job.sizes.sequence_length
     stage = set_stage(job, cluster, shape, node_of_rank, tokens)
@@ -95,7 +95,7 @@ def predict(job: PlannedJob, cluster: DescribedCluster, shape: Shape, ranks_of_n
     )
 
 
-def seat_ranks(cluster: DescribedCluster, shape: Shape, ranks_of_node: int) -> np.ndarray:
+def assign_nodes(cluster: DescribedCluster, shape: Shape, ranks_of_node: int) -> np.ndarray:
     """Choose the nodes of a shape's ranks, in their order -> [P]. Raises ConfigError where there are too few."""
     node_of_rank = cluster.topology.node_of_rank
     if ranks_of_node:

@@ -26,18 +26,23 @@ def list_pairs(
         ("norm", norm),
         ("lr", rate),
         ("balance", f"{metrics.balancedness:.2f}"),
-        ("mem", f"{memory_bytes / 1e9:.2f}GB"),
+        ("mem", f"{memory_bytes / 1e9:.{2 if memory_bytes < 1e11 else 0}f}GB"),
     ]
 
 
 def fit_pairs(pairs: Pairs, most: int) -> str:
-    """Format pairs as `key=value key=value`, numbers with as many digits as let the line have `most` characters."""
-    lines = (" ".join(f"{key}={format_number(value, n)}" for key, value in pairs if value is not None) for n in _DIGITS)
-    line = ""
-    for line in lines:
-        if len(line) <= most:
-            break
-    return line
+    """Format pairs as `key=value key=value`, numbers with as many digits as let the line have `most` characters.
+
+    Where even one digit is too many, what follows a / in a text is left out too.
+    """
+    shorter = [(key, value.partition("/")[0] if isinstance(value, str) else value) for key, value in pairs]
+    lines = [join_pairs(pairs, digits) for digits in _DIGITS] + [join_pairs(shorter, _DIGITS[-1])]
+    return next((line for line in lines if len(line) <= most), lines[-1])
+
+
+def join_pairs(pairs: Pairs, digits: int) -> str:
+    """Format pairs with so many digits; those without a value are left out."""
+    return " ".join(f"{key}={format_number(value, digits)}" for key, value in pairs if value is not None)
 
 
 def format_number(value: str | float, digits: int) -> str:

@@ -1,8 +1,14 @@
 """A step foretold: its order, its flows, its time against what can be computed by hand."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+from launch import ROOT
 
+from hpcmoe.config import read_config
 from hpcmoe.projection.flows import Fabric, fill_progressively
 from hpcmoe.projection.simulate import Work, simulate
 from hpcmoe.projection.spread import sample_layers, spread_experts
@@ -101,3 +107,51 @@ def test_sampled_layers_stand_for_even_and_uneven_ones():
     loads = 1 + np.arange(40)[:, None] * np.eye(8)[0]
     assert sample_layers(loads, 4).tolist() == [5, 15, 25, 35]
     assert sample_layers(loads, 40).tolist() == list(range(40))
+
+
+def ask(*words):
+    """Ask `hpcmoe plan` about the default config in a process of its own."""
+    command = [sys.executable, "-m", "hpcmoe.plan", "inputs/run.toml", "--cluster", "inputs/cluster.toml", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_an_answer_needs_neither_torch_nor_mpi():
+    """What is asked without ranks starts neither, nor what takes seconds to import."""
+    code = (
+        "import sys; from hpcmoe.plan import main\n"
+        "status = main(['inputs/run.toml', '--cluster', 'inputs/cluster.toml', '--loads', 'even'])\n"
+        "assert status == 0 and not {'torch', 'mpi4py', 'h5py', 'scipy'} & set(sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_written_plan_adds_up_and_its_lines_fit(tmp_path):
+    """Parts sum to the step, the range holds it, and the table is readable in 120 columns."""
+    ended = ask("--nodes", "1:4:x2", "--vary", "nic=x2", "-o", str(tmp_path / "plan.json"))
+    assert ended.returncode == 0, ended.stderr
+    assert max(map(len, ended.stdout.splitlines()[:10])) <= 120
+    candidates = json.loads((tmp_path / "plan.json").read_text())["candidates"]
+    assert [(row["nodes"], row["vary"]) for row in candidates] == [(n, v) for n in (1, 2, 4) for v in ("", "nic=x2")]
+    for row in candidates:
+        assert sum(row["seconds_of_part"].values()) == pytest.approx(row["step_seconds"])
+        assert row["step_seconds_range"][0] <= row["step_seconds"] <= row["step_seconds_range"][1]
+
+
+def test_the_best_shape_is_written_as_a_config(tmp_path):
+    """What --write leaves is a config whose [parallel] is the best shape."""
+    ended = ask("--loads", "even", "--shapes", "2x16x4", "--write", str(tmp_path / "best.toml"))
+    assert ended.returncode == 0, ended.stderr
+    parallel = read_config(tmp_path / "best.toml")[0].parallel
+    assert (parallel.data, parallel.expert, parallel.tensor) == (2, 16, 4)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--nodes", "0"), ("--shapes", "3x"), ("--vary", "nic=2"), ("--loads", "99"), ("--costs", "/dev/null"),
+     ("--nodes", "9999999"), ("--shapes", "1x999x1")],
+)  # fmt: skip
+def test_a_wrong_question_ends_in_one_line(words):
+    """Whatever is wrong: one line, status 2."""
+    ended = ask(*words)
+    assert (ended.returncode, ended.stdout, len(ended.stderr.splitlines())) == (2, "", 1)
