@@ -12,9 +12,10 @@ import subprocess
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
+from typing import Any
 
 from hpcmoe.output import EXIT_USER, exit_with_line, print_to_stderr
 from hpcmoe.segments import clear_segments
@@ -53,7 +54,23 @@ def import_mpi() -> ModuleType:
             )
     except (ImportError, RuntimeError, OSError) as error:
         exit_with_line(describe_error(error), find_rank(os.environ) == "0")
+    sys.excepthook = abort_after(sys.excepthook, MPI.COMM_WORLD)
     return MPI
+
+
+def abort_after(report: Callable, comm: Any) -> Callable:
+    """Return a hook for errors outside the program, such as an import's on one rank: it reports, and ends all ranks.
+
+    Python would finalize MPI, which waits for the others, as they wait for this rank.
+    """
+
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        report(kind, error, trace)
+        if issubclass(kind, Exception):
+            sys.stderr.flush()
+            comm.Abort(1)
+
+    return end
 
 
 def find_bad_variable(environ: Mapping[str, str]) -> str | None:

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from launch import ROOT, mpirun
 
 from hpcmoe import mpi_library, output
 from hpcmoe.mpi_library import (
@@ -164,3 +165,16 @@ def test_a_build_that_lacks_something_is_not_begun(tools, monkeypatch, capsys):
     monkeypatch.setattr(mpi_library, "build", None)
     assert main([]) == 2
     assert "install mpicc (Debian: libmpich-dev" in capsys.readouterr().err
+
+
+def test_a_rank_that_cannot_import_the_program_ends_the_others(tmp_path):
+    """They wait for it in their first collective call, it in the end of MPI for them."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, runpy, sys\n"
+        "if os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK')) == '1':\n"
+        "    sys.modules['hpcmoe.config'] = None\n"
+        "runpy.run_module('hpcmoe.main', run_name='__main__')\n"
+    )
+    ended = mpirun(2, program, "inputs/run.toml", timeout_seconds=120, PYTHONPATH=str(ROOT))
+    assert ended.status != 0 and "hpcmoe.config" in ended.errors, ended
