@@ -100,7 +100,7 @@ def open_mirror(comm: MPI.Comm, folder: Path, every: int, state_bytes: int) -> I
     own = _KEPT * sum(bytes_of_rank[rank] for rank in (comm.rank, *near.kept))
     needed = sum(num_bytes for host, num_bytes in gather_to_all(comm, (near.host, own)) if host == near.host)
     on_all(comm, lambda: check_host_memory(needed, near.host))
-    on_all(comm, lambda: make_mirror(mirror) if near.is_first else None)
+    on_all(comm, lambda: mirror.mkdir(mode=0o700) if near.is_first else None)
 
     # Hold it while the run goes on.
     with contextlib.ExitStack() as held:
@@ -137,12 +137,6 @@ def check_host_memory(needed: int, host: str) -> None:
             f"[restart] mirror_every: {MEMORY} of {host} has {format_size(free)} free, and two copies of its ranks' "
             f"state and of their neighbours' take {format_size(needed)}; enlarge it, or set mirror_every = 0"
         )
-
-
-def make_mirror(mirror: Path) -> None:
-    """Make an empty mirror that nobody else reads."""
-    with checkpoint_errors(mirror, "written"):
-        mirror.mkdir(mode=0o700)
 
 
 def clear_mirrors(own: Path) -> None:
