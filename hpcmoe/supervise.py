@@ -40,7 +40,7 @@ _LONGEST_BACKOFF_SECONDS = 60.0
 _LEAVE_SECONDS = 3.0  # for the last processes of a start to go by themselves
 _SET_PDEATHSIG = 1  # of prctl
 _OF_RANK = re.compile(r"\[rank \d+ of \d+[^\]]*\] ")
-_LOGGED = re.compile(r"\d\d:\d\d:\d\d \[|\s*\d+/\d+ ")  # a line of the log
+_LOGGED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # a line of the log
 _FIRST_DEATH, _HANGS = "ended before its time", " hangs: "  # in the watcher's lines
 _VARYING = re.compile(r"\d+")  # what differs between two lines of the same error
 

@@ -162,7 +162,7 @@ def test_two_deaths_are_not_the_same_error_but_two_tracebacks_are():
 
 def test_the_fault_is_the_first_death_whatever_the_others_say_of_it():
     death = DEATH.format(1, 7)
-    lines = ["10:00:00 [0/2 h] hpcmoe.main: step", death, "[rank 0 of 2, h] RuntimeError: lost", "srun: error: x", ""]
+    lines = ["2026-12-01 10:00:00 step=3/40", death, "[rank 0 of 2, h] RuntimeError: lost", "srun: error: x", ""]
     assert find_cause(lines) == death
     assert find_cause([lines[0], lines[2], lines[3]]) == lines[2]
     assert find_cause([lines[0], lines[3]]) == "srun: error: x"
