@@ -119,7 +119,9 @@ class Supervisor:
 
     def find_end(self, attempts: Sequence[Attempt]) -> str:
         """Find why the ranks are not started again -> the reason, empty where they are."""
-        if self.asked or (attempts[-1].status in _FINAL and _HANGS not in attempts[-1].cause):
+        last = attempts[-1]
+        hangs = last.status == EXIT_USER and _HANGS in last.cause
+        if self.asked or (last.status in _FINAL and not hangs):
             return "they have ended for good"
         if len(attempts) > self.tries:
             return f"{self.tries} tries are used up"

@@ -29,6 +29,7 @@ def test_keys_exist_and_figures_are_the_codes():
         "mpi_memory_alloc_kinds",
         "libuct_cuda",
         "cuda_copy",
+        "slow_nodes",  # of check --json
     }
     assert named and named <= KEYS
     assert f"pieces of {staging._PIECE_BYTES >> 20} MB" in README

@@ -34,7 +34,7 @@ OF_OLD = {
 }  # fmt: skip
 SAME_FUNCTION = {
     "restart": "*",  # keys that change when, where or in what order the same is computed, or what is read and kept
-    "run": "name mode warmup_steps output threads_per_rank",
+    "run": "name mode warmup_steps output threads_per_rank log_seconds log_json tensorboard trace trace_ranks",
     "cluster": "*",
     "parallel": "*",
     "placement": "*",

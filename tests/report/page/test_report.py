@@ -56,7 +56,8 @@ def test_one_file_holds_all_and_asks_for_nothing(made):
     assert has_run_name("report.html") and is_written_by_run(made / "report.html")
 
 
-def test_figures_are_those_of_the_record(made):
+def test_figures_are_those_of_the_record(made, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # no line is wrapped
     with h5py.File(made / "run.h5") as file:
         seconds, load = file["run/seconds/value"][:], file["experts/utilisation/value"][:]
     _, text, _ = show(made)
