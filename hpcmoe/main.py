@@ -91,7 +91,7 @@ def run_until_death(ranks: Survivors) -> int | Survivors:
             start_log(comm.rank, comm.size, host)
             arguments = on_root(comm, lambda: read_run_arguments(sys.argv[1:]))
             if arguments is not None:
-                status = run(ranks, arguments, opened)
+                status = run(comm, arguments, opened, ranks.who_died)
             barrier(comm)  # nobody leaves while another may still fail
             find_watch().stop()
             return status
@@ -100,14 +100,14 @@ def run_until_death(ranks: Survivors) -> int | Survivors:
         return join_survivors(comm, error) or exit_with(comm, error, host)
 
 
-def run(ranks: Survivors, arguments: argparse.Namespace, opened: contextlib.ExitStack) -> int:
-    """Read, place, run, write; opened holds the run's folder until the end -> exit status. Collective over ranks."""
+def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.ExitStack, who_died: str = "") -> int:
+    """Read, place, run, write; opened holds the run's folder until the end -> exit status. Collective over comm."""
     # Check input and output first: what is wrong there need not wait for torch.
     comm, resume = ranks.comm, arguments.resume
     config, text = on_root(comm, lambda: read_config_and_note(arguments.config, arguments.set))
     folder = pathlib.Path(config.run.output, config.run.name)
-    if ranks.who_died or arguments.restarted:
-        config, resume = on_root(comm, lambda: fit_to_ranks(config, ranks, folder)), AUTO
+    if who_died or arguments.restarted:
+        config, resume = on_root(comm, lambda: fit_to_ranks(config, comm.size, folder, who_died)), AUTO
     checkpoint = find_start(comm, resume, folder, config)
     if checkpoint is not None and resume == AUTO and step_of(checkpoint) >= config.run.steps:
         log.info("%s is the last of [run] steps = %d: nothing is left to do", checkpoint, config.run.steps)

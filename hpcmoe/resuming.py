@@ -14,7 +14,6 @@ from hpcmoe.ending import Ending
 from hpcmoe.errors import CheckpointError, ConfigError, on_root, raise_or_return
 from hpcmoe.output import EXIT_AGAIN
 from hpcmoe.run.metadata import check_metadata
-from hpcmoe.survivors import Survivors
 from hpcmoe.wait import gather_to_all
 from hpcmoe.write.checkpoint import find_checkpoint, read_metadata, verify_pieces
 from hpcmoe.write.folder import open_folder
@@ -43,12 +42,11 @@ def find_start(comm: MPI.Intracomm, resume: str | None, folder: Path, config: Co
     return found
 
 
-def fit_to_ranks(config: Config, ranks: Survivors, folder: Path) -> Config:
+def fit_to_ranks(config: Config, num_ranks: int, folder: Path, who_died: str) -> Config:
     """Fit a run to the ranks left after a fault -> its config: a shape that they have, links as known. Rank 0 alone."""
-    num_ranks, known = ranks.comm.size, folder / TOPOLOGY
-    parallel = fit_parallel(config.parallel, num_ranks)
-    if ranks.who_died:
-        log.warning("%s: the %d left go on", ranks.who_died, num_ranks)
+    parallel, known = fit_parallel(config.parallel, num_ranks), folder / TOPOLOGY
+    if who_died:
+        log.warning("%s: the %d left go on", who_died, num_ranks)
     if parallel != config.parallel:
         log.warning(
             "[parallel] data = %d, expert = %d, tensor = %d: do not fit %d ranks; now %d, %d and %d (0: what is left)",

@@ -13,7 +13,6 @@ from hpcmoe.cluster.discover import read_host_name
 from hpcmoe.errors import exit_with
 from hpcmoe.main import read_run_arguments, run
 from hpcmoe.output import start_log
-from hpcmoe.survivors import Survivors
 from hpcmoe.wait import barrier
 
 
@@ -26,7 +25,7 @@ def main(runs):
             if comm.rank == 0:
                 print(f"run {number}", flush=True)
             with contextlib.ExitStack() as opened:
-                run(Survivors(comm, ""), read_run_arguments(words), opened)
+                run(comm, read_run_arguments(words), opened)
                 barrier(comm)
     except Exception as error:
         exit_with(comm, error, read_host_name())
