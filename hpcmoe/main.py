@@ -103,7 +103,7 @@ def run_until_death(ranks: Survivors) -> int | Survivors:
 def run(comm: MPI.Intracomm, arguments: argparse.Namespace, opened: contextlib.ExitStack, who_died: str = "") -> int:
     """Read, place, run, write; opened holds the run's folder until the end -> exit status. Collective over comm."""
     # Check input and output first: what is wrong there need not wait for torch.
-    comm, resume = ranks.comm, arguments.resume
+    resume = arguments.resume
     config, text = on_root(comm, lambda: read_config_and_note(arguments.config, arguments.set))
     folder = pathlib.Path(config.run.output, config.run.name)
     if who_died or arguments.restarted:
