@@ -58,20 +58,19 @@ def find_neighbours(hosts: Sequence[str], rank: int) -> Neighbours:
     ranks_of_host: dict[str, list[int]] = {}
     for other, host in enumerate(hosts):
         ranks_of_host.setdefault(host, []).append(other)
-    names = list(ranks_of_host)
+    names, own = list(ranks_of_host), ranks_of_host[hosts[rank]]
+    is_first = own[0] == rank
+    if len(names) == 1:
+        return Neighbours(host=hosts[rank], is_first=is_first, keeper=None, kept=())
 
-    def keeper_of(other: int) -> int | None:
-        if len(names) == 1:
-            return None
-        own = ranks_of_host[hosts[other]]
-        following = ranks_of_host[names[(names.index(hosts[other]) + 1) % len(names)]]
-        return following[own.index(other) % len(following)]
-
+    # A host's ranks keep the files of the host before it by turns.
+    at = names.index(hosts[rank])
+    before, following = ranks_of_host[names[at - 1]], ranks_of_host[names[(at + 1) % len(names)]]
     return Neighbours(
         host=hosts[rank],
-        is_first=ranks_of_host[hosts[rank]][0] == rank,
-        keeper=keeper_of(rank),
-        kept=tuple(other for other in range(len(hosts)) if keeper_of(other) == rank),
+        is_first=is_first,
+        keeper=following[own.index(rank) % len(following)],
+        kept=tuple(other for number, other in enumerate(before) if own[number % len(own)] == rank),
     )
 
 
