@@ -2,12 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from hpcmoe.errors import ConfigError
+from hpcmoe.errors import ConfigError, HpcmoeError
+from hpcmoe.interrupts import Interrupted, repeated_interrupts
 from hpcmoe.messages import one_line
-from hpcmoe.output import print_to_stdout
+from hpcmoe.output import EXIT_USER, print_to_stderr, print_to_stdout
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,3 +38,22 @@ class Parser(argparse.ArgumentParser):
 def name_program(module: str) -> str:
     """Name the program as it was started, for its usage: `hpcmoe run`, or `python -m hpcmoe.main`."""
     return sys.argv[0] if sys.argv[0].startswith("hpcmoe ") else f"python -m {module}"
+
+
+def run_without_ranks(work: Callable[[], None], is_first: bool = True) -> int:
+    """Run the work of a program without ranks -> its exit status; an error or an interrupt ends it with one line.
+
+    is_first: it has the line; the other ranks of mpirun have the same one.
+    """
+    try:
+        with repeated_interrupts():
+            work()
+    except HpcmoeError as error:
+        first, *more = str(error).splitlines()
+        if is_first:
+            print_to_stderr([f"hpcmoe: {first}" + f"; and {len(more)} more error{'s' * (len(more) > 1)}" * bool(more)])
+        return EXIT_USER
+    except Interrupted as ending:
+        print_to_stderr([f"hpcmoe: {ending}"])
+        return ending.status
+    return 0

@@ -20,9 +20,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from hpcmoe.arguments import Parser, name_program
-from hpcmoe.errors import EXIT_USER, ConfigError, HpcmoeError
-from hpcmoe.interrupts import Interrupted, repeated_interrupts
+from hpcmoe.arguments import Parser, name_program, run_without_ranks
+from hpcmoe.errors import ConfigError, HpcmoeError
 from hpcmoe.messages import one_line
 from hpcmoe.output import StderrHandler, print_to_stderr, print_to_stdout
 from hpcmoe.placement.files.case import read_case
@@ -39,19 +38,13 @@ _MAPS, _PICTURES = (".json", ".npy"), (".png", ".pdf", ".svg")
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command -> its exit status."""
-    try:
-        with repeated_interrupts():
-            arguments = read_place_arguments(sys.argv[1:] if words is None else words)
-            check_place_outputs(arguments)
-            print_to_stdout(place_case(arguments))
-    except HpcmoeError as error:
-        first, *more = str(error).splitlines()
-        print_to_stderr([f"hpcmoe: {first}" + f"; and {len(more)} more error{'s' * (len(more) > 1)}" * bool(more)])
-        return EXIT_USER
-    except Interrupted as ending:
-        print_to_stderr([f"hpcmoe: {ending}"])
-        return ending.status
-    return 0
+
+    def work() -> None:
+        arguments = read_place_arguments(sys.argv[1:] if words is None else words)
+        check_place_outputs(arguments)
+        print_to_stdout(place_case(arguments))
+
+    return run_without_ranks(work)
 
 
 def read_place_arguments(words: Sequence[str]) -> argparse.Namespace:

@@ -16,14 +16,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from hpcmoe.arguments import Parser, name_program
+from hpcmoe.arguments import Parser, name_program, run_without_ranks
 from hpcmoe.config import Config, NetworkSpec, read_config
 from hpcmoe.environment import read_environment
-from hpcmoe.errors import ConfigError, HpcmoeError, on_root
-from hpcmoe.interrupts import Interrupted, repeated_interrupts
+from hpcmoe.errors import ConfigError, on_root
 from hpcmoe.messages import show_value
 from hpcmoe.mpi_library import import_mpi
-from hpcmoe.output import EXIT_USER, print_to_stderr, print_to_stdout, start_log
+from hpcmoe.output import print_to_stdout, start_log
 from hpcmoe.placement.demand import Loads
 from hpcmoe.placement.files.loads import ExpertGrid, choose_loads
 from hpcmoe.projection.answers import choose_best, format_plan, make_plan_tree
@@ -43,23 +42,15 @@ _BYTES_OF_TEXT = 256  # vocabulary of a run's own network
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command -> its exit status."""
-    try:
-        with repeated_interrupts():
-            arguments = read_plan_arguments(sys.argv[1:] if words is None else words)
-            if arguments.measure:
-                measure_ops(arguments)
-            else:
-                print_to_stdout(answer(arguments))
-    except HpcmoeError as error:
-        if find_rank(read_environment()) != "0":  # under mpirun all ranks have the same line
-            return EXIT_USER
-        first, *more = str(error).splitlines()
-        print_to_stderr([f"hpcmoe: {first}" + f"; and {len(more)} more error{'s' * (len(more) > 1)}" * bool(more)])
-        return EXIT_USER
-    except Interrupted as ending:
-        print_to_stderr([f"hpcmoe: {ending}"])
-        return ending.status
-    return 0
+
+    def work() -> None:
+        arguments = read_plan_arguments(sys.argv[1:] if words is None else words)
+        if arguments.measure:
+            measure_ops(arguments)
+        else:
+            print_to_stdout(answer(arguments))
+
+    return run_without_ranks(work, is_first=find_rank(read_environment()) == "0")
 
 
 def read_plan_arguments(words: Sequence[str]) -> argparse.Namespace:

@@ -16,11 +16,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from hpcmoe.arguments import Parser, name_program
-from hpcmoe.errors import EXIT_USER, CheckpointError, ConfigError, HpcmoeError
-from hpcmoe.interrupts import Interrupted, repeated_interrupts
+from hpcmoe.arguments import Parser, name_program, run_without_ranks
+from hpcmoe.errors import CheckpointError, ConfigError, HpcmoeError
 from hpcmoe.messages import one_line
-from hpcmoe.output import print_to_stderr, print_to_stdout, read_stdout_encoding
+from hpcmoe.output import print_to_stdout, read_stdout_encoding
 from hpcmoe.placement.problem import check_problem
 from hpcmoe.report.live import LivePage
 from hpcmoe.report.page.assemble import assemble_report
@@ -39,17 +38,13 @@ _LEAST_WIDTH, _MOST_WIDTH = 60, 120
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command -> its exit status."""
-    try:
-        with repeated_interrupts(), warnings.catch_warnings():
+
+    def work() -> None:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # of NaN, which records may hold
             report_runs(read_report_arguments(sys.argv[1:] if words is None else words))
-    except HpcmoeError as error:
-        print_to_stderr([f"hpcmoe: {str(error).splitlines()[0]}"])
-        return EXIT_USER
-    except Interrupted as ending:
-        print_to_stderr([f"hpcmoe: {ending}"])
-        return ending.status
-    return 0
+
+    return run_without_ranks(work)
 
 
 def read_report_arguments(words: Sequence[str]) -> argparse.Namespace:
